@@ -1,0 +1,63 @@
+# Everything here works from a bare clone with Python and make: each target makes the environment
+# that it needs. Another interpreter: make test PYTHON=python3.12 VENV=.venv-3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+# A file of pip constraints, such as tests/oldest.txt.
+CONSTRAINTS ?=
+# More words for pytest, such as -x or a file.
+PYTEST_ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+py := $(VENV)/bin/python
+stamp := $(VENV)/.stamp
+
+.PHONY: help demo test test-slow check format bench bench-quick clean
+
+help:
+	@echo "make demo | test | test-slow | check | format | bench | bench-quick | clean"
+
+$(stamp)-venv:
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
+
+# One stamp per set of extras; a change of what pyproject.toml asks for installs again.
+$(stamp)-%: pyproject.toml $(CONSTRAINTS) | $(stamp)-venv
+	$(py) -m pip install --quiet --disable-pip-version-check \
+		$(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[$*]'
+	touch $@
+
+demo: $(stamp)-demo
+	$(py) bench/demo.py
+
+test: $(stamp)-test
+	$(py) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+# Slow tests are given fifteen minutes each, and faulthandler one more.
+test-slow: $(stamp)-test
+	$(py) -m pytest -m slow --timeout=900 -o faulthandler_timeout=960 $(PYTEST_ARGS)
+
+check: $(stamp)-check
+	$(py) -m ruff check .
+	$(py) -m ruff format --check .
+	$(py) -m mypy
+
+format: $(stamp)-check
+	$(py) -m ruff check --fix-only .
+	$(py) -m ruff format .
+
+bench: $(stamp)-bench
+	$(py) -m bench
+
+bench-quick: $(stamp)-bench
+	$(py) -m bench --quick
+
+clean:
+	rm -rf .venv .venv-* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

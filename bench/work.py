@@ -1,0 +1,54 @@
+"""The functions the benches map. They live here so that worker processes can import them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+
+def sqrt_sin(chunk: np.ndarray) -> np.ndarray:
+    """Two ufuncs and a product: cheap arithmetic, so what counts is how the data travel."""
+    return np.sqrt(chunk) * np.sin(chunk)
+
+
+def identity(chunk: np.ndarray) -> np.ndarray:
+    """Return the chunk itself: nothing but overhead is left to measure."""
+    return chunk
+
+
+def spin(counts: np.ndarray) -> np.ndarray:
+    """Do ``counts[i]`` steps of pure Python arithmetic for item ``i``; the answer proves it."""
+    return np.array([_spin(int(count)) for count in counts], dtype=np.int64)
+
+
+def _spin(count: int) -> int:
+    state = count
+    for _ in range(count):
+        state = (state * 1103515245 + 12345) & 0x7FFFFFFF
+    return state
+
+
+def light(item: int) -> int:
+    """A tenth of a millisecond of sleep."""
+    time.sleep(0.0001)
+    return item
+
+
+def heavy(item: int) -> int:
+    """Ten milliseconds of sleep."""
+    time.sleep(0.01)
+    return item
+
+
+def nearest_rows(rows: np.ndarray, numbers: np.ndarray, everything: np.ndarray, k: int) -> Any:
+    """Numbers of the ``k`` rows of ``everything`` nearest to each of ``rows``, itself left out.
+
+    ``numbers`` tells which rows of ``everything`` the given ``rows`` are. Of equally near ones the
+    lower number comes first.
+    """
+    squares = (everything**2).sum(axis=1)
+    distances = (rows**2).sum(axis=1)[:, None] + squares - 2.0 * (rows @ everything.T)
+    distances[np.arange(len(rows)), numbers] = np.inf
+    return np.argsort(distances, axis=1, kind="stable")[:, :k]

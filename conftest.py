@@ -1,0 +1,222 @@
+"""Every test, doctests among them, fails if it leaves something behind.
+
+It stands at the root because it also covers the doctests of the package.
+
+Watched are threads, processes, file descriptors, the temporary folder and /dev/shm. Warm workers
+are no leak: they are there for the next call. So if a test ends with more than it found, garbage is
+collected, then the workers are ended by `taskcarrier.shutdown()`, and what is still there and was
+neither there before the test nor when the session began is a leak. `tests/test_conftest.py` sees
+each sort found.
+
+The session has a temporary folder of its own. That makes every entry in it ours, and it marks our
+processes: an orphan has left the tree of children, but its environment still names the folder.
+"""
+
+import contextlib
+import gc
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import hypothesis
+import psutil
+import pytest
+
+SHARED = Path("/dev/shm")
+DESCRIPTORS = Path("/proc/self/fd")
+FOLDER = tempfile.mkdtemp(prefix="taskcarrier-tests-")
+GRACE = 5.0  # seconds for threads and processes that are already ending; arbitrary
+
+# What each sort of leak is called, and what identifies one: an ident, a pid, a number and its
+# target, a path. Values are what the failure shows.
+Things = dict[str, dict[object, str]]
+
+# A first call starts workers or compiles, later ones do not: no deadline tells the two apart.
+hypothesis.settings.register_profile("taskcarrier", deadline=None)
+hypothesis.settings.load_profile("taskcarrier")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[previous] = {
+        name: os.environ.get(name)
+        for name in ("TMPDIR", "PYTEST_DEBUG_TEMPROOT", "JOBLIB_TEMP_FOLDER")
+    }
+    # pytest keeps its tmp_path folders on purpose, so they stay where they were.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    # Names another place than TMPDIR, which would not be watched.
+    os.environ.pop("JOBLIB_TEMP_FOLDER", None)
+    os.environ["TMPDIR"] = FOLDER
+    tempfile.tempdir = None  # asks the environment again
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    for name, value in config.stash[previous].items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    tempfile.tempdir = None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed and call.when != "teardown":  # a teardown fails by our own complaints
+        item.stash[failed] = item.config.stash[failed] = True
+    return report
+
+
+previous = pytest.StashKey[dict[str, str | None]]()
+failed = pytest.StashKey[bool]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def leak_baseline(request: pytest.FixtureRequest) -> Iterator[Things]:
+    """What there is before the first test; nothing more may be there after the last."""
+    before = everything()
+    yield before
+    leaked = left_behind(before)
+    if failed in request.config.stash:
+        leaked.pop("descriptor", None)  # see no_leaks
+    complain(leaked, "the session")
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(request: pytest.FixtureRequest, leak_baseline: Things) -> Iterator[None]:
+    before = everything()
+    yield
+    leaked = left_behind(before, leak_baseline)
+    if failed in request.node.stash:
+        # The traceback of a failed test keeps its arrays alive, and they their descriptors.
+        leaked.pop("descriptor", None)
+    complain(leaked, "this test")
+
+
+def left_behind(*allowed: Things) -> Things:
+    """What is there now and in none of `allowed`, after everything had its chance to go."""
+    if not (leaked := beyond(everything(), allowed)):
+        return leaked
+    gc.collect()
+    if not (leaked := beyond(everything(), allowed)):
+        return leaked
+    package = sys.modules.get("taskcarrier")
+    if package is not None:  # not imported: there are no workers to end
+        package.shutdown()
+    deadline = time.monotonic() + GRACE
+    while leaked := beyond(everything(), allowed):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+        gc.collect()
+    if shared := leaked.get("shared memory"):
+        for path in held_by_others(shared):
+            del shared[path]
+    return {sort: things for sort, things in leaked.items() if things}
+
+
+def complain(leaked: Things, who: str) -> None:
+    if leaked:
+        lines = [f"{sort}: {text}" for sort, things in leaked.items() for text in things.values()]
+        pytest.fail(f"{who} left behind\n  " + "\n  ".join(lines), pytrace=False)
+
+
+def everything() -> Things:
+    return {
+        "thread": threads(),
+        "process": processes(),
+        "descriptor": descriptors(),
+        "temporary entry": entries(Path(FOLDER)),
+        "shared memory": entries(SHARED),
+    }
+
+
+def beyond(now: Things, allowed: Iterable[Things]) -> Things:
+    new = {
+        sort: {
+            key: text for key, text in things.items() if not any(key in a[sort] for a in allowed)
+        }
+        for sort, things in now.items()
+    }
+    return {sort: things for sort, things in new.items() if things}
+
+
+def threads() -> dict[object, str]:
+    # The object, not its ident: those are given out again as soon as a thread ends.
+    return {thread: repr(thread) for thread in threading.enumerate()}
+
+
+def processes() -> dict[object, str]:
+    """All children, grandchildren and orphans, zombies too."""
+    trackers = resource_trackers()
+    pids = {child.pid for child in psutil.Process().children(recursive=True)}
+    pids.update(pid for pid in psutil.pids() if pid != os.getpid() and is_marked(pid))
+    found = {}
+    for pid in pids - trackers:
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
+            child = psutil.Process(pid)
+            # Pids are given out again: the time tells the bearers apart.
+            found[pid, child.create_time()] = f"{pid} {child.status()} {' '.join(cmdline(child))}"
+    return found
+
+
+def is_marked(pid: int) -> bool:
+    """Whether a process was started with our temporary folder, or with one inside it."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as environment:  # noqa: PTH123 - read hundreds of times a test
+            return b"TMPDIR=" + os.fsencode(FOLDER) in environment.read()
+    except OSError:  # gone, or somebody else's
+        return False
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except (psutil.ZombieProcess, psutil.AccessDenied):
+        return [process.name()]
+
+
+def descriptors() -> dict[object, str]:
+    trackers = {tracker._fd for tracker in loaded_trackers()}
+    found = {}
+    for entry in DESCRIPTORS.iterdir():
+        number = int(entry.name)
+        try:
+            target = entry.readlink()
+        except OSError:  # the one that listed this folder
+            continue
+        if number not in trackers:
+            found[number, target] = f"{number} -> {target}"
+    return found
+
+
+def entries(folder: Path) -> dict[object, str]:
+    return {path: str(path) for path in folder.iterdir()} if folder.is_dir() else {}
+
+
+def held_by_others(paths: Iterable[object]) -> set[object]:
+    """Those that a process outside this session has mapped; /dev/shm is the whole machine's."""
+    family = {pid for pid, _ in processes()} | {os.getpid()} | resource_trackers()
+    held: set[object] = set()
+    for pid in set(psutil.pids()) - family:
+        try:
+            maps = Path(f"/proc/{pid}/maps").read_text()
+        except OSError:
+            continue
+        held.update(path for path in paths if str(path) in maps)
+    return held
+
+
+def loaded_trackers() -> list:
+    """The resource trackers of multiprocessing and of loky: one a program, living until its end."""
+    names = ("multiprocessing.resource_tracker", "joblib.externals.loky.backend.resource_tracker")
+    return [sys.modules[name]._resource_tracker for name in names if name in sys.modules]
+
+
+def resource_trackers() -> set[int]:
+    return {tracker._pid for tracker in loaded_trackers()}

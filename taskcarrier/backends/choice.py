@@ -1,0 +1,261 @@
+"""Where a run takes place: pure decisions, each with its reason.
+
+`facts_now` reads the state of the process once; `choose` turns the user's wishes and those
+facts into a `Choice`, and can be tested without any worker.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from taskcarrier.backends.work import in_worker
+
+BACKENDS = ("sequential", "threading", "loky", "multiprocessing")
+
+_ALIASES = {"multiprocessing": "loky"}  # the original's word means our processes
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the process and the call bring along.
+
+    Attributes
+    ----------
+    cores : int
+        Cores this process may use (affinity and cgroup limits count).
+    in_worker : bool
+        Whether the call comes from inside a worker of ours.
+    nested_in_joblib : bool
+        Whether it comes from inside a task of joblib.
+    active_backend, active_n_jobs : str or None, int or None
+        What an active `joblib.parallel_config` sets.
+    daemonic : bool
+        Whether this process may not have children (a worker of `multiprocessing.Pool`).
+    has_gil : bool
+        Whether the interpreter has a global lock.
+    has_processes : bool
+        Whether the platform can run our worker processes.
+    """
+
+    cores: int
+    in_worker: bool = False
+    nested_in_joblib: bool = False
+    active_backend: str | None = None
+    active_n_jobs: int | None = None
+    daemonic: bool = False
+    has_gil: bool = True
+    has_processes: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How many workers, where, and why.
+
+    Attributes
+    ----------
+    backend : str
+        ``"sequential"``, ``"threading"`` or ``"loky"``.
+    n_jobs : int
+        Workers, at least 1; 1 exactly for ``"sequential"``.
+    reason : str
+        Why this backend.
+    cores : int
+        Cores this process may use.
+    """
+
+    backend: str
+    n_jobs: int
+    reason: str
+    cores: int
+
+
+def check_backend(backend: object) -> str | None:
+    """`backend` as the user may pass it; a `ValueError` names the allowed words."""
+    if backend is None:
+        return None
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        allowed = ", ".join(map(repr, BACKENDS))
+        raise ValueError(f"backend must be None or one of {allowed}, got {backend!r}")
+    return _ALIASES.get(backend, backend)
+
+
+def check_n_jobs(n_jobs: object) -> int | None:
+    """`n_jobs` as the user may pass it: None or a non-zero integer."""
+    if n_jobs is None:
+        return None
+    try:
+        value = operator.index(n_jobs)  # type: ignore[arg-type]  # whatever the user passed
+    except TypeError:
+        raise TypeError(
+            f"n_jobs must be a non-zero integer or None, got {n_jobs!r} "
+            f"({type(n_jobs).__name__}); -1 means all cores"
+        ) from None
+    if value == 0:
+        raise ValueError("n_jobs must not be 0; -1 means all cores, 1 runs in the caller")
+    return value
+
+
+def count_workers(n_jobs: int | None, facts: Facts) -> int:
+    """Workers for an `n_jobs`: joblib's rule for negative numbers, all cores for None."""
+    if n_jobs is None:
+        n_jobs = facts.active_n_jobs
+    if n_jobs is None:
+        n_jobs = 1 if facts.nested_in_joblib else -1
+    return n_jobs if n_jobs > 0 else max(1, facts.cores + 1 + n_jobs)
+
+
+def choose(
+    n_jobs: int | None,
+    backend: str | None,
+    facts: Facts,
+    *,
+    releases_gil: bool = False,
+    needs_threads: str = "",
+) -> Choice:
+    """Decide where a run takes place.
+
+    Parameters
+    ----------
+    n_jobs, backend : int or None, str or None
+        The user's wishes, already checked.
+    facts : Facts
+        The state of the process.
+    releases_gil : bool
+        Whether the function is known to run without the interpreter's lock.
+    needs_threads : str
+        Why the data cannot go to processes; empty if it can.
+
+    >>> choose(None, None, Facts(cores=4))
+    Choice(backend='loky', n_jobs=4, reason='the default', cores=4)
+    >>> choose(3, None, Facts(cores=4), releases_gil=True).reason
+    'the function releases the GIL'
+    """
+    workers = count_workers(n_jobs, facts)
+    cores = facts.cores
+
+    def serial(reason: str) -> Choice:
+        return Choice("sequential", 1, reason, cores)
+
+    if facts.in_worker:
+        return serial("called inside a worker")
+    wanted = backend or _followed(facts)
+    if wanted == "sequential":
+        return serial("asked for" if backend else "joblib's active configuration")
+    if workers == 1:
+        return serial("n_jobs is 1")
+    if wanted is not None:
+        reason = "asked for" if backend else "joblib's active configuration"
+    elif releases_gil:
+        wanted, reason = "threading", "the function releases the GIL"
+    elif not facts.has_gil:
+        wanted, reason = "threading", "the interpreter has no GIL"
+    elif needs_threads:
+        wanted, reason = "threading", needs_threads
+    elif not facts.has_processes:
+        wanted, reason = "threading", "worker processes need Linux"
+    else:
+        wanted, reason = "loky", "the default"
+    if wanted == "loky":
+        if needs_threads:
+            raise TypeError(f"{needs_threads}; pass backend='threading'")
+        if not facts.has_processes:
+            raise OSError(
+                f"backend={backend!r}: worker processes need Linux; pass backend='threading'"
+            )
+        if facts.daemonic:
+            return serial("a daemonic process may not start worker processes")
+    return Choice(wanted, workers, reason, cores)
+
+
+def _followed(facts: Facts) -> str | None:
+    """The backend of an active `joblib.parallel_config`, in our words."""
+    active = facts.active_backend
+    if active is None or active in {"sequential", "threading", "loky"}:
+        return active
+    if active == "multiprocessing":
+        return "loky"
+    raise ValueError(
+        f"joblib's active configuration asks for backend={active!r}, which maps over arrays "
+        f"cannot use; pass backend= as one of {', '.join(map(repr, BACKENDS))}"
+    )
+
+
+def releases_gil(func: Callable[..., Any]) -> bool:
+    """Whether a function is known to run without the interpreter's lock.
+
+    True for ufuncs without loops over Python objects, and for numba functions compiled with
+    ``nogil=True``. What a Python function calls inside cannot be seen.
+    """
+    numpy: Any = sys.modules.get("numpy")
+    if isinstance(func, numpy.ufunc):
+        return "O" not in "".join(func.types)
+    if "numba" in sys.modules and type(func).__module__.startswith("numba."):
+        return bool(getattr(func, "targetoptions", {}).get("nogil", False))
+    return False
+
+
+def facts_now() -> Facts:
+    """The state of this process."""
+    if in_worker():
+        return Facts(cores=1, in_worker=True)
+    active_backend, active_n_jobs, nested = _joblib_config()
+    multiprocessing = sys.modules.get("multiprocessing")
+    return Facts(
+        cores=count_cores(),
+        nested_in_joblib=nested,
+        active_backend=active_backend,
+        active_n_jobs=active_n_jobs,
+        daemonic=multiprocessing is not None and bool(multiprocessing.current_process().daemon),
+        has_gil=getattr(sys, "_is_gil_enabled", lambda: True)(),
+        has_processes=sys.platform == "linux",
+    )
+
+
+_cores: dict[object, int] = {}
+
+
+def count_cores() -> int:
+    """Cores this process may use, as `joblib.cpu_count` counts them.
+
+    Kept for as long as affinity and joblib's own limit stay the same (counting takes 80 µs,
+    most of it reading the cgroup's quota).
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    key = (affinity, os.environ.get("LOKY_MAX_CPU_COUNT"))
+    if key not in _cores:
+        import joblib  # noqa: PLC0415  # takes 140 ms, and only runs need it
+
+        _cores[key] = joblib.cpu_count()
+    return _cores[key]
+
+
+def _joblib_config() -> tuple[str | None, int | None, bool]:
+    """Backend and n_jobs of an active `joblib.parallel_config`, and whether we are nested."""
+    if "joblib" not in sys.modules:
+        return None, None, False
+    from joblib.parallel import get_active_backend  # noqa: PLC0415  # loaded already
+
+    _, n_jobs = get_active_backend()
+    backend, _ = get_active_backend(prefer="threads")
+    nested = bool(getattr(backend, "nesting_level", 0))
+    # joblib does not say whether the backend was set or is its default; but a preference
+    # changes only a default.
+    other, _ = get_active_backend(prefer="processes")
+    if type(backend) is not type(other):
+        return None, n_jobs, nested
+    return _joblib_name(backend), n_jobs, nested
+
+
+def _joblib_name(backend: object) -> str:
+    from joblib.parallel import BACKENDS as REGISTERED  # noqa: PLC0415  # loaded already
+
+    for name, kind in REGISTERED.items():
+        if type(backend) is kind:
+            return str(name)
+    kind_name = type(backend).__name__
+    return "sequential" if kind_name == "SequentialBackend" else kind_name

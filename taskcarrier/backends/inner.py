@@ -1,0 +1,88 @@
+"""Keeping workers times inner threads at or below the number of cores.
+
+Worker processes are born with the usual environment variables set. Worker threads share one
+process, so there one counted guard limits BLAS while any run is open: the first caller saves
+and limits, the last one restores (each restoring its own would leave a limit behind when two
+overlap). OpenBLAS's limit holds for the whole process while it lasts, the caller's own
+threads included; a limit on OpenMP holds only in the thread that set it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+)
+
+
+def inner_threads(cores: int, n_workers: int) -> int:
+    """Threads each worker may use inside, so that all together are at most `cores`.
+
+    >>> inner_threads(16, 3), inner_threads(2, 8)
+    (5, 1)
+    """
+    return max(1, cores // n_workers)
+
+
+def inner_environment(n_threads: int) -> dict[str, str]:
+    """Environment of a worker process; what the user has set stays."""
+    return {name: os.environ.get(name, str(n_threads)) for name in _VARIABLES}
+
+
+class _CountedLimit:
+    """One limit on BLAS threads for all runs of this process that overlap."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs = 0
+        self._limit: Any = None
+        self._controller: Any = None
+        self._n_modules = -1
+
+    @contextmanager
+    def at_most(self, n_threads: int) -> Iterator[None]:
+        with self._lock:
+            if self._runs == 0:
+                self._limit = self._found().limit(limits=n_threads)
+            self._runs += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._runs -= 1
+                if self._runs == 0:
+                    self._limit.restore_original_limits()
+                    self._limit = None
+
+    def _found(self) -> Any:
+        # Looking for libraries takes 0.7 ms; again only when modules were loaded since.
+        if self._n_modules != len(sys.modules):
+            from threadpoolctl import ThreadpoolController  # noqa: PLC0415  # runs only
+
+            self._controller = ThreadpoolController()
+            self._n_modules = len(sys.modules)
+        return self._controller
+
+
+limited = _CountedLimit()
+"""The process's guard: ``with limited.at_most(n):``."""
+
+
+def serial_joblib() -> None:
+    """Make joblib serial in this thread, for as long as the thread lives."""
+    if "joblib" in sys.modules:
+        import joblib  # noqa: PLC0415  # loaded already
+
+        joblib.parallel_config(backend="sequential", n_jobs=1)

@@ -1,0 +1,278 @@
+"""What travels to a worker process, and how it is packed.
+
+A parcel is a task pickled once for all workers of a run: the pickle, a table of the large
+buffers in it (copied once into the run's staging segment, not per worker), and the file
+descriptors of every segment the task refers to. Descriptors cross by ``SCM_RIGHTS`` over the
+worker's own socket, so no name, no shared folder and no other process is involved.
+
+Functions of ``__main__``, closures and lambdas are pickled by value, as they are at the time
+of the call; functions of importable modules by name.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import socket
+import struct
+import threading
+import traceback
+from collections import ChainMap
+from typing import Any
+
+from taskcarrier.errors import TaskError, WorkerTracebackError
+from taskcarrier.segments import Segment, Staging
+
+try:
+    import cloudpickle
+except ImportError:  # joblib before 1.6 carries its own
+    from joblib.externals import cloudpickle
+
+# Arrays in arguments and closures from this size on go into shared memory.
+_SHARED_NBYTES = 1 << 14
+# The kernel's limit for one message.
+_MAX_DESCRIPTORS = 253
+_HEADER = struct.Struct("<QI")
+# Reads of a megabyte before what has come is looked at, so that one worker that sends without
+# end does not keep the caller from the others.
+_MAX_READS = 16
+
+_unpacking = threading.local()
+
+
+class Parcel:
+    """A packed task: ``data`` and the descriptors ``fds`` that must travel beside it.
+
+    The descriptors belong to the segments in ``segments``, which are kept so long.
+    """
+
+    def __init__(self, data: bytes, segments: list[Segment]) -> None:
+        self.data = data
+        self.segments = segments
+
+    @property
+    def fds(self) -> list[int]:
+        """Descriptors in the order in which the pickle refers to them."""
+        return [segment.fd for segment in self.segments]
+
+
+def pack(task: object, staging: Staging) -> Parcel:
+    """Pickle a task for the workers of one run.
+
+    Raises whatever pickling the task raises, with a note; nothing has been started by then.
+    """
+    packer = _Packer(staging)
+    try:
+        pickled = packer.pickle(task)
+    except Exception as error:
+        error.add_note(
+            "taskcarrier could not pickle the function or its arguments for worker processes; "
+            "make them picklable, or use backend='threading'"
+        )
+        raise
+    if packer.buffers:
+        table = [(packer.number(segment), offset, n) for segment, offset, n in packer.buffers]
+    else:
+        table = []
+    return Parcel(pickle.dumps((pickled, table)), packer.segments)
+
+
+def unpack(data: bytes, fds: list[int]) -> Any:
+    """The task of a parcel, in a worker; the descriptors now belong to its segments."""
+    segments = [Segment(fd, on_disk=False) for fd in fds]
+    for segment in segments:
+        # What the caller wrote was reserved; an output still empty is reserved by who fills it.
+        segment.nbytes = _size(segment.fd)
+    pickled, table = pickle.loads(data)
+    mappings = {number: segments[number].map("private") for number in {row[0] for row in table}}
+    buffers = [
+        memoryview(mappings[number])[offset : offset + nbytes] for number, offset, nbytes in table
+    ]
+    _unpacking.segments = segments
+    try:
+        return pickle.loads(pickled, buffers=buffers)
+    finally:
+        del _unpacking.segments
+
+
+class _Packer:
+    def __init__(self, staging: Staging) -> None:
+        self._staging = staging
+        self.segments: list[Segment] = []
+        self.buffers: list[tuple[Segment, int, int]] = []
+
+    def pickle(self, task: object) -> bytes:
+        file = io.BytesIO()
+        pickler = cloudpickle.Pickler(file, protocol=5, buffer_callback=self._keep_in_band)
+        pickler.dispatch_table = ChainMap({Segment: self._reduce_segment}, pickler.dispatch_table)
+        pickler.dump(task)
+        return file.getvalue()
+
+    def number(self, segment: Segment) -> int:
+        for number, known in enumerate(self.segments):
+            if known is segment:
+                return number
+        self.segments.append(segment)
+        return len(self.segments) - 1
+
+    def _reduce_segment(self, segment: Segment) -> tuple[Any, ...]:
+        return _received_segment, (self.number(segment), segment.on_disk)
+
+    def _keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
+        try:
+            block = buffer.raw()
+        except BufferError:  # not contiguous: pickle copies it
+            return True
+        if len(block) < _SHARED_NBYTES:
+            return True
+        segment, offset = self._staging.add(block)
+        self.buffers.append((segment, offset, len(block)))
+        return False
+
+
+def _received_segment(number: int, on_disk: bool) -> Segment:
+    segment: Segment = _unpacking.segments[number]
+    segment.on_disk = on_disk
+    return segment
+
+
+def _size(fd: int) -> int:
+    return os.fstat(fd).st_size
+
+
+def pack_error(error: BaseException) -> bytes:
+    """An exception for the way to the caller: itself if it survives, else a `TaskError`."""
+    text = "".join(traceback.format_exception(error)).rstrip()
+    try:
+        packed: bytes = cloudpickle.dumps((error, text))
+        pickle.loads(packed)
+    except Exception as trouble:  # noqa: BLE001  # whatever pickling a user's object raises
+        kind = type(error)
+        stand_in = TaskError(
+            f"{kind.__qualname__}: {_text_of(error)} (the exception itself could not be sent from "
+            f"the worker: {type(trouble).__name__}: {_text_of(trouble)})",
+            f"{kind.__module__}.{kind.__qualname__}",
+        )
+        packed = pickle.dumps((stand_in, text))
+    return packed
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as trouble:  # noqa: BLE001  # a user's __str__ may raise anything
+        return f"<str() raised {type(trouble).__name__}>"
+
+
+def unpack_error(packed: bytes) -> BaseException:
+    """The exception of a worker, with the traceback it had there as its cause."""
+    try:
+        error, text = pickle.loads(packed)
+    except Exception as trouble:  # noqa: BLE001  # it survived in the worker, not here
+        return TaskError(
+            "an exception arrived from the worker that cannot be read here "
+            f"({type(trouble).__name__}: {_text_of(trouble)})"
+        )
+    cause = WorkerTracebackError(text)
+    cause.__cause__ = error.__cause__
+    error.__cause__ = cause
+    return error  # type: ignore[no-any-return]  # pickle is untyped
+
+
+def pack_items(items: object) -> bytes:
+    """Plain data (items of a list, results), by pickle where it can, else by cloudpickle.
+
+    Plain pickle is thirteen times faster on small blocks, but writes down objects of
+    ``__main__`` by name, which is another module in a worker.
+    """
+    try:
+        packed = pickle.dumps(items, protocol=5)
+    except Exception:  # noqa: BLE001  # lambdas, local classes, ...: cloudpickle's error counts
+        return cloudpickle.dumps(items)  # type: ignore[no-any-return]  # untyped
+    if b"__main__" in packed:
+        return cloudpickle.dumps(items)  # type: ignore[no-any-return]  # untyped
+    return packed
+
+
+class Channel:
+    """One end of a worker's socket: whole messages, with file descriptors beside them.
+
+    Parameters
+    ----------
+    sock : socket.socket
+        A connected stream socket; owned by the channel.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._received = bytearray()
+
+    def fileno(self) -> int:
+        """The descriptor to wait on."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Close this end; the other end sees the end of the stream."""
+        self._socket.close()
+
+    def send(self, data: bytes, fds: list[int] | None = None) -> None:
+        """Send one message."""
+        fds = fds or []
+        if len(fds) > _MAX_DESCRIPTORS:
+            raise ValueError(
+                f"one call can take at most {_MAX_DESCRIPTORS} separate shared arrays, got "
+                f"{len(fds)}; copy some of them"
+            )
+        head = _HEADER.pack(len(data), len(fds))
+        if fds:
+            # The header goes alone with the descriptors; they arrive with its first byte.
+            sent = socket.send_fds(self._socket, [head], fds)
+            self._socket.sendall(head[sent:])
+            self._socket.sendall(data)
+        else:
+            self._socket.sendall(head + data)
+
+    def receive(self) -> tuple[bytes, list[int]]:
+        """Wait for one message; `EOFError` when the other end is closed."""
+        head, fds, _, _ = socket.recv_fds(self._socket, _HEADER.size, _MAX_DESCRIPTORS)
+        if not head:
+            raise EOFError
+        head += self._exactly(_HEADER.size - len(head))
+        nbytes, _ = _HEADER.unpack(head)
+        return self._exactly(nbytes), fds
+
+    def _exactly(self, nbytes: int) -> bytes:
+        data = bytearray()
+        while len(data) < nbytes:
+            piece = self._socket.recv(min(nbytes - len(data), 1 << 20))
+            if not piece:
+                raise EOFError
+            data += piece
+        return bytes(data)
+
+    def ready(self) -> tuple[list[bytes], bool]:
+        """Whole messages that have come so far, without waiting, and whether more may come.
+
+        They carry no descriptors. A message cut off by the sender's death is never returned.
+        """
+        open_ = True
+        try:
+            for _ in range(_MAX_READS):
+                piece = self._socket.recv(1 << 20, socket.MSG_DONTWAIT)
+                if not piece:
+                    open_ = False
+                    break
+                self._received += piece
+        except BlockingIOError:
+            pass  # nothing more for now
+        except ConnectionResetError:
+            open_ = False
+        messages = []
+        while len(self._received) >= _HEADER.size:
+            end = _HEADER.size + _HEADER.unpack_from(self._received)[0]
+            if len(self._received) < end:
+                break
+            messages.append(bytes(self._received[_HEADER.size : end]))
+            del self._received[:end]
+        return messages, open_

@@ -1,0 +1,401 @@
+"""Crews of worker processes.
+
+Who owns what. A `ProcessCrew` owns its workers, the memory of their ledger and the file whose
+position is the ledger's cursor. A worker is a process of joblib's loky context (started
+without fork) with one socket of its own: runs and descriptors go down, batches of results and
+the account come up. Nothing is shared between workers but the ledger, which has no lock; so
+the death of one costs no other anything.
+
+How they end. An idle worker whose socket is closed ends by itself. A busy one, when the
+caller's process is gone however it went: each worker holds the reading end of a pipe whose
+only writer is the caller, and has asked the kernel to be killed when that pipe closes
+(``O_ASYNC`` with ``F_SETSIG``; unlike ``PR_SET_PDEATHSIG`` this does not mistake the end of
+the thread that started the worker for the end of the process).
+
+How deaths are seen. By the process's own descriptor (`os.pidfd_open`): the end of the socket
+can be held open by a process that the worker forked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import process as multiprocessing_process
+from multiprocessing.connection import Connection
+from typing import Any
+
+from joblib.externals.loky.backend import get_context
+
+from taskcarrier.backends.inner import inner_environment, inner_threads, serial_joblib
+from taskcarrier.backends.parcels import (
+    Channel,
+    Parcel,
+    pack_error,
+    pack_items,
+    unpack,
+    unpack_error,
+)
+from taskcarrier.backends.threads import TICK
+from taskcarrier.backends.work import Account, Death, Deliver, Failure, Job, mark_worker_process, work
+from taskcarrier.ledger import FileCursor, Ledger, ledger_nbytes
+
+# Results that are not put in place travel in batches: when this many bytes or seconds have
+# come together. Both are arbitrary within an order of magnitude.
+_BATCH_NBYTES = 1 << 20
+_BATCH_SECONDS = 0.02
+# How long an interrupted run waits for a worker to finish its cell before it is killed.
+_GRACE_SECONDS = 0.5
+# How long an idle worker has for its own exit hooks before it is killed.
+_EXIT_SECONDS = 5.0
+
+_RESULTS, _ACCOUNT = b"R", b"A"
+
+
+class _Worker:
+    """A worker process as the caller sees it."""
+
+    def __init__(self, number: int, environment: dict[str, str], ledger_fds: list[int]) -> None:
+        ours, theirs = socket.socketpair()
+        life_end, self._life = os.pipe()
+        down = Connection(theirs.detach())
+        life = Connection(life_end, writable=False)
+        self.channel = Channel(ours)
+        self.process = get_context("loky").Process(
+            target=_worker_main,
+            name=f"taskcarrier-{number}",
+            args=(number, down, life),
+            env=environment,
+            daemon=False,
+        )
+        with _interrupts_held():
+            self.process.start()
+        # Its end is ours to see to: multiprocessing would join it when the program exits.
+        multiprocessing_process._children.discard(self.process)  # type: ignore[attr-defined]  # no public way
+        down.close()
+        life.close()
+        self.pid: int = self.process.pid
+        self.name = f"process {self.pid}"
+        self.pidfd = os.pidfd_open(self.pid)
+        self.channel.send(b"", ledger_fds)
+
+    @property
+    def alive(self) -> bool:
+        return not select.select([self.pidfd], [], [], 0)[0]
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def reap(self) -> int | None:
+        """Exit code of a process that has ended; its descriptors are closed."""
+        self.process.join()
+        exitcode: int | None = self.process.exitcode
+        self.forget()
+        return exitcode
+
+    def forget(self) -> None:
+        """Close this process's descriptors, without a word to the worker."""
+        self.channel.close()
+        for fd in (self.pidfd, self._life):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self.pidfd = self._life = -1
+
+
+class ProcessCrew:
+    """`n` worker processes that run jobs together.
+
+    Parameters
+    ----------
+    n : int
+        The number of workers.
+    cores : int
+        Cores of the process, for the threads that libraries may use inside a worker.
+    """
+
+    shares_memory = False
+
+    def __init__(self, n: int, cores: int) -> None:
+        self._environment = inner_environment(inner_threads(cores, n))
+        self._words_fd = os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC)
+        self._cursor_fd = FileCursor.create()
+        os.ftruncate(self._words_fd, ledger_nbytes(n))
+        words = mmap.mmap(self._words_fd, ledger_nbytes(n))
+        self._ledger = Ledger(memoryview(words).cast("q"), FileCursor(self._cursor_fd))
+        self._workers: dict[int, _Worker] = {}
+
+    def _prepare(self, n: int) -> None:
+        """Have the first `n` workers: start those never needed before, replace the dead."""
+        for number in range(n):
+            worker = self._workers.get(number)
+            if worker is not None and worker.pidfd >= 0 and not worker.alive:
+                worker.reap()
+            if worker is None or worker.pidfd < 0:
+                fds = [self._words_fd, self._cursor_fd]
+                self._workers[number] = _Worker(number, self._environment, fds)
+
+    def run(
+        self,
+        job: Job,
+        parcel: Parcel,
+        deliver: Deliver,
+        tick: Callable[[Ledger], None] | None,
+    ) -> tuple[list[Account], list[Death], Ledger]:
+        """Run a packed job to its end; accounts in the order of the workers.
+
+        A worker that dies leaves its cells; the others work on. When interrupted, workers
+        stop at their next cell, and those that do not come to it soon are killed.
+        """
+        self._prepare(job.n_workers)
+        ledger = self._ledger
+        ledger.reset(job.n_workers)
+        run = _Run(ledger, deliver)
+        try:
+            for number in range(job.n_workers):
+                run.start(number, self._workers[number], parcel)
+            while run.at_work:
+                run.step(None if tick is None else TICK)
+                if tick is not None:
+                    tick(ledger)
+        finally:
+            if run.at_work:
+                run.abort()
+        deaths = [_death(number, run.died[number], job, ledger) for number in sorted(run.died)]
+        return [run.accounts[number] for number in sorted(run.accounts)], deaths, ledger
+
+    def close(self, *, wait: bool = True) -> None:
+        """End the workers; they are idle."""
+        workers = [worker for worker in self._workers.values() if worker.pidfd >= 0]
+        for worker in workers:
+            worker.channel.close()
+            if not wait:
+                worker.kill()
+        deadline = time.monotonic() + _EXIT_SECONDS
+        for worker in workers:
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([worker.pidfd], [], [], left)[0]:
+                worker.kill()
+            worker.reap()
+        self._close_ledger()
+
+    def forget(self) -> None:
+        """Drop everything in a forked child: the workers are its parent's."""
+        for worker in self._workers.values():
+            worker.forget()
+        self._workers = {}
+        self._close_ledger()
+
+    def _close_ledger(self) -> None:
+        for fd in (self._words_fd, self._cursor_fd):
+            os.close(fd)
+
+
+class _Run:
+    """The caller's side of one run: who is at work, what has come back."""
+
+    def __init__(self, ledger: Ledger, deliver: Deliver) -> None:
+        self._ledger = ledger
+        self._deliver = deliver
+        self._poll = select.poll()
+        self._by_fd: dict[int, tuple[int, _Worker]] = {}
+        self.at_work: dict[int, _Worker] = {}
+        self.accounts: dict[int, Account] = {}
+        self.died: dict[int, tuple[_Worker, int | None]] = {}
+        self._unreadable: dict[int, Failure] = {}
+
+    def start(self, number: int, worker: _Worker, parcel: Parcel) -> None:
+        self.at_work[number] = worker
+        for fd in (worker.channel.fileno(), worker.pidfd):
+            self._by_fd[fd] = (number, worker)
+            self._poll.register(fd, select.POLLIN)
+        # A worker that is just dying is seen by its descriptor.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            worker.channel.send(parcel.data, parcel.fds)
+
+    def step(self, seconds: float | None) -> None:
+        """Wait for something to happen, and take it in."""
+        events = self._poll.poll(None if seconds is None else seconds * 1e3)
+        ended = []
+        for fd, _ in events:
+            number, worker = self._by_fd[fd]
+            if fd == worker.pidfd:
+                ended.append((number, worker))
+            elif not self._take_in(number, worker):
+                # The stream has ended; the process's own descriptor tells the rest.
+                self._poll.unregister(fd)
+        for number, worker in ended:
+            if number in self.at_work:
+                self._take_in(number, worker)  # what it sent before it died
+            if number in self.at_work:
+                self._leave(number, worker)
+                self.died[number] = (worker, worker.reap())
+
+    def abort(self) -> None:
+        """Stop: workers at their next cell, or soon by force."""
+        self._ledger.halt()
+        deadline = time.monotonic() + _GRACE_SECONDS
+        try:
+            while self.at_work and (left := deadline - time.monotonic()) > 0:
+                self.step(left)
+        finally:
+            for worker in self.at_work.values():
+                worker.kill()
+                worker.reap()
+            self.at_work.clear()
+
+    def _take_in(self, number: int, worker: _Worker) -> bool:
+        messages, open_ = worker.channel.ready()
+        for message in messages:
+            if message[:1] == _RESULTS:
+                for cell, packed in pickle.loads(message[1:]):
+                    self._unpack_result(number, worker, cell, packed)
+            else:
+                account = _account_from(message[1:])
+                account.name = worker.name
+                account.failure = self._unreadable.get(number, account.failure)
+                self.accounts[number] = account
+                self._leave(number, worker)
+        return open_
+
+    def _unpack_result(self, number: int, worker: _Worker, cell: int, packed: bytes) -> None:
+        try:
+            result = pickle.loads(packed)
+        except Exception as error:  # noqa: BLE001  # whatever a user's object raises
+            error.add_note("taskcarrier could not unpickle this result of a worker process")
+            self._unreadable.setdefault(number, Failure(cell, error, worker.name))
+            self._ledger.halt()
+        else:
+            self._deliver(cell, result)
+
+    def _leave(self, number: int, worker: _Worker) -> None:
+        del self.at_work[number]
+        for fd in (worker.channel.fileno(), worker.pidfd):
+            del self._by_fd[fd]
+            with contextlib.suppress(KeyError):
+                self._poll.unregister(fd)
+
+
+def _death(number: int, ended: tuple[_Worker, int | None], job: Job, ledger: Ledger) -> Death:
+    worker, exitcode = ended
+    n_cells = len(job.grid)
+    cell = ledger.in_hand(number, job.n_workers, n_cells)
+    done = -(-ledger.items_of(number) // job.grid.chunksize)
+    planned = job.balance.planned(number, job.n_workers, n_cells)[done:]
+    unstarted = planned[1:] if cell is not None else planned
+    return Death(number, worker.name, exitcode, cell, unstarted)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """No Ctrl-C in this thread; a process started meanwhile is born without it too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# The worker's side
+
+
+def _worker_main(number: int, down: Connection, life: Connection) -> None:
+    """A worker process, from its start to the end of its socket."""
+    mark_worker_process()
+    _die_with(life.fileno())
+    # Ctrl-C reaches the whole terminal; what becomes of a run is the caller's decision. A
+    # handler, not SIG_IGN, so that programs started by the user's function are not deaf to it.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    serial_joblib()
+    channel = Channel(socket.socket(fileno=os.dup(down.fileno())))
+    down.close()
+    with contextlib.suppress(EOFError, ConnectionResetError):
+        _, (words_fd, cursor_fd) = channel.receive()
+        words = mmap.mmap(words_fd, 0)
+        os.close(words_fd)
+        ledger = Ledger(memoryview(words).cast("q"), FileCursor(cursor_fd))
+        while True:
+            data, fds = channel.receive()
+            _run_parcel(number, channel, ledger, data, fds)
+            del data
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):  # a closed or full terminal is not ours
+                    stream.flush()
+
+
+def _die_with(life: int) -> None:
+    """Have the kernel kill this process when the other end of the pipe is closed."""
+    fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([life], [], [], 0)[0]:  # it was closed before we asked
+        os._exit(1)
+
+
+def _run_parcel(number: int, channel: Channel, ledger: Ledger, data: bytes, fds: list[int]) -> None:
+    outbox = _Outbox(channel)
+    try:
+        job = unpack(data, fds)
+    except BaseException as error:  # noqa: BLE001  # the caller raises it
+        ledger.halt()
+        error.add_note("while a worker process unpickled the function or its arguments")
+        account = Account(number, failure=Failure(-1, error))
+    else:
+        account = work(job, ledger, number, outbox.deliver)
+    outbox.flush()
+    channel.send(_ACCOUNT + _packed_account(account))
+
+
+class _Outbox:
+    """Results on their way up, in batches."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._batch: list[tuple[int, bytes]] = []
+        self._nbytes = 0
+        self._since = 0.0
+
+    def deliver(self, cell: int, result: Any) -> None:
+        try:
+            packed = pack_items(result)
+        except Exception as error:
+            error.add_note("taskcarrier could not pickle the result for the caller")
+            raise
+        now = time.monotonic()
+        if not self._batch:
+            self._since = now
+        self._batch.append((cell, packed))
+        self._nbytes += len(packed)
+        if self._nbytes >= _BATCH_NBYTES or now - self._since >= _BATCH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._batch:
+            self._channel.send(_RESULTS + pickle.dumps(self._batch, protocol=5))
+            self._batch = []
+            self._nbytes = 0
+
+
+def _packed_account(account: Account) -> bytes:
+    failure = account.failure
+    packed_failure = None if failure is None else (failure.cell, pack_error(failure.error))
+    numbers = (account.worker, account.ranges, account.items, account.busy_ns)
+    return pickle.dumps((numbers, account.facts, packed_failure), protocol=5)
+
+
+def _account_from(packed: bytes) -> Account:
+    (worker, ranges, items, busy_ns), facts, packed_failure = pickle.loads(packed)
+    failure = None
+    if packed_failure is not None:
+        cell, packed_error = packed_failure
+        failure = Failure(cell, unpack_error(packed_error))
+    return Account(worker, "", ranges, items, busy_ns, facts, failure)

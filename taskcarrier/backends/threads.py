@@ -1,0 +1,107 @@
+"""Crews of threads.
+
+Who owns what. A `ThreadCrew` owns its threads; each waits at its own inbox for a run, and
+puts its account into that run's outbox. The threads are daemons of ours and not those of a
+`ThreadPoolExecutor`, which joins its threads when the interpreter exits: a thread stuck in a
+kernel would hold up the exit after Ctrl-C. They are named like an executor's threads because
+libraries that ask whether they run inside a thread pool look for that name.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+from taskcarrier.backends.inner import inner_threads, limited, serial_joblib
+from taskcarrier.backends.work import Account, Death, Deliver, Job, work
+from taskcarrier.ledger import Ledger
+
+# Seconds between two looks at a run whose progress is shown.
+TICK = 0.1
+
+
+class _Worker:
+    def __init__(self, number: int) -> None:
+        self.inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self.thread = threading.Thread(
+            target=self._live, name=f"ThreadPoolExecutor-taskcarrier-{number}", daemon=True
+        )
+        self.thread.start()
+
+    def _live(self) -> None:
+        serial_joblib()
+        while (run := self.inbox.get()) is not None:
+            run()
+            del run  # nothing of a run is kept while waiting for the next
+
+
+class ThreadCrew:
+    """`n` threads that run jobs together.
+
+    Parameters
+    ----------
+    n : int
+        The number of threads.
+    cores : int
+        Cores of the process, for the threads that libraries may use inside.
+    """
+
+    shares_memory = True
+
+    def __init__(self, n: int, cores: int) -> None:
+        self._inner = inner_threads(cores, n)
+        self._workers = [_Worker(number) for number in range(n)]
+
+    def run(
+        self, job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None
+    ) -> tuple[list[Account], list[Death], Ledger]:
+        """Run a job to its end; accounts in the order of the workers.
+
+        When interrupted, workers stop at their next cell; those still in one are left to
+        finish it on their own and do not come back to the crew.
+        """
+        n = job.n_workers
+        ledger = Ledger.local(n)
+        outbox: SimpleQueue[Account] = SimpleQueue()
+
+        def order(number: int) -> Callable[[], None]:
+            return lambda: outbox.put(work(job, ledger, number, deliver))
+
+        accounts: dict[int, Account] = {}
+        try:
+            with limited.at_most(self._inner):
+                for number in range(n):
+                    self._workers[number].inbox.put(order(number))
+                while len(accounts) < n:
+                    try:
+                        account = outbox.get(timeout=None if tick is None else TICK)
+                        accounts[account.worker] = account
+                    except Empty:
+                        pass  # time to show progress
+                    if tick is not None:
+                        tick(ledger)
+        finally:
+            if len(accounts) < n:
+                ledger.halt()
+                self._replace(set(range(n)) - set(accounts))
+        for number, account in accounts.items():
+            account.name = f"thread {number}"
+        return [accounts[number] for number in range(n)], [], ledger
+
+    def _replace(self, stuck: set[int]) -> None:
+        for number in stuck:
+            self._workers[number].inbox.put(None)
+            self._workers[number] = _Worker(number)
+
+    def close(self, *, wait: bool = True) -> None:
+        """End the threads; they are idle."""
+        for worker in self._workers:
+            worker.inbox.put(None)
+        if wait:
+            for worker in self._workers:
+                worker.thread.join()
+
+    def forget(self) -> None:
+        """Drop the threads in a forked child, where they do not exist."""
+        self._workers = []

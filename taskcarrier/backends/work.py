@@ -1,0 +1,146 @@
+"""The worker's loop: the only thing that is ever dispatched.
+
+The narrow waist of the library. On one side a `Task` opens, in each worker, into a callable
+of ``(start, stop)``; on the other side balance, ledger and backends know nothing but cells.
+Arrays and lists are tasks; threads, processes and the caller itself run this loop.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic_ns
+from typing import Any, Protocol
+
+from taskcarrier.balance import Balance
+from taskcarrier.ledger import Ledger
+from taskcarrier.partition import Grid
+
+NOTHING = object()
+"""What a cell returns whose result is already where it belongs."""
+
+
+class Cells(Protocol):
+    """A task opened in one worker."""
+
+    def __call__(self, start: int, stop: int) -> Any:
+        """Run one cell; its result, or `NOTHING` if it was put in place."""
+
+    def facts(self) -> Any:
+        """Small, picklable things the caller must know when the worker is done."""
+
+
+class Task(Protocol):
+    """Work on ``range(n)``, in a form that can travel."""
+
+    def open(self) -> Cells:
+        """Called once in each worker, before its first cell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every worker of a run is given."""
+
+    task: Task
+    balance: Balance
+    grid: Grid
+    n_workers: int
+
+
+@dataclass(slots=True)
+class Failure:
+    """An exception in one cell."""
+
+    cell: int
+    error: BaseException
+    worker: str = ""
+
+
+@dataclass(slots=True)
+class Account:
+    """What one worker did in a run.
+
+    Times are nanoseconds of ``CLOCK_MONOTONIC``, comparable between processes.
+    """
+
+    worker: int
+    name: str = ""
+    ranges: int = 0
+    items: int = 0
+    busy_ns: int = 0
+    facts: Any = None
+    failure: Failure | None = None
+
+
+@dataclass(slots=True)
+class Death:
+    """A worker process that ended by itself."""
+
+    worker: int
+    name: str
+    exitcode: int | None
+    cell: int | None
+    unstarted: range = field(default_factory=lambda: range(0))
+
+
+Deliver = Callable[[int, Any], None]
+
+_state = threading.local()
+_in_worker_process = False
+
+
+def in_worker() -> bool:
+    """Whether this code runs inside a worker, where further maps are serial."""
+    return _in_worker_process or getattr(_state, "busy", False)
+
+
+def mark_worker_process() -> None:
+    """This whole process is a worker."""
+    global _in_worker_process  # noqa: PLW0603  # a fact about the process, set once
+    _in_worker_process = True
+
+
+def work(job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> Account:
+    """Run cells until there are none, one fails, or the run is halted.
+
+    Parameters
+    ----------
+    job : Job
+        The run.
+    ledger : Ledger
+        Where cells are claimed and laid down.
+    worker : int
+        This worker's number, from 0.
+    deliver : callable
+        Takes ``(cell, result)`` of a cell whose result is not in place yet. A cell counts as
+        done for the ledger when it returns.
+    """
+    account = Account(worker)
+    busy_before = getattr(_state, "busy", False)
+    _state.busy = True
+    cell = -1
+    cells: Cells | None = None
+    try:
+        cells = job.task.open()
+        bounds = job.grid.bounds
+        for cell in job.balance.cells(ledger, worker, job.n_workers, len(job.grid)):
+            start, stop = bounds(cell)
+            begin = monotonic_ns()
+            try:
+                result = cells(start, stop)
+                if result is not NOTHING:
+                    deliver(cell, result)
+            finally:
+                account.busy_ns += monotonic_ns() - begin
+            ledger.lay_down(worker, stop - start)
+            account.ranges += 1
+            account.items += stop - start
+    except BaseException as error:  # noqa: BLE001  # also exits and interrupts: the caller raises
+        ledger.halt()
+        account.failure = Failure(cell, error)
+    finally:
+        _state.busy = busy_before
+        if cells is not None:
+            account.facts = cells.facts()
+    return account

@@ -1,0 +1,175 @@
+"""Cutting a range of items into contiguous pieces: arithmetic only, no data.
+
+`Partition` cuts a range into a given number of near-equal slices; `Grid` cuts it into cells
+of a given length. Both are three integers: nothing is materialised, any piece is computed
+when it is asked for.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import SupportsIndex, overload
+
+# The default grid. A cell of about 1 MiB keeps the temporaries of a function inside the
+# second-level cache; `python -m bench sqrt_sin` is the bench (on 256 MB, cells of 0.25 to
+# 2 MiB are within noise of each other, one cell a worker is 1.5 to 2 times slower).
+CELL_NBYTES = 1 << 20
+# At least this many cells, so that 16 workers have some to balance with; not more, because a
+# 2 KB array pays some microseconds for each (`python -m bench empty`).
+MIN_CELLS = 64
+# At most this many, so that a run's fixed costs per cell stay far below a second.
+MAX_CELLS = 4096
+# A list has about this many cells at most.
+MAX_LIST_CELLS = 1024
+
+
+class Partition(Sequence[slice]):
+    """At most `n_parts` contiguous, non-empty, near-equal slices of ``range(size)``.
+
+    The slices cover ``range(size)`` in order, without gap or overlap. Their lengths differ
+    by one at most, and the longer ones come first.
+
+    Parameters
+    ----------
+    n_parts : int
+        The number of slices wanted, at least 1. There are never more slices than items.
+    size : int
+        The number of items to cut, at least 0. A size of 0 has no slices.
+
+    Raises
+    ------
+    TypeError
+        If a number is not an integer.
+    ValueError
+        If `n_parts` is below 1 or `size` below 0.
+
+    Notes
+    -----
+    A partition is a sequence in O(1) memory: it has a length, can be indexed (from the end
+    too), sliced (which gives a partition again) and iterated.
+
+    Examples
+    --------
+    >>> from taskcarrier import Partition
+    >>> [part.stop - part.start for part in Partition(5, 333)]
+    [67, 67, 67, 66, 66]
+    >>> Partition(100, 5)[-1]
+    slice(4, 5, None)
+    """
+
+    __slots__ = ("_indices", "n_parts", "size")
+
+    def __init__(self, n_parts: SupportsIndex, size: SupportsIndex) -> None:
+        self.n_parts = operator.index(n_parts)
+        self.size = operator.index(size)
+        if self.n_parts < 1:
+            raise ValueError(f"n_parts must be at least 1, got {self.n_parts}")
+        if self.size < 0:
+            raise ValueError(f"size must be at least 0, got {self.size}")
+        self._indices = range(min(self.n_parts, self.size))
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> slice: ...
+    @overload
+    def __getitem__(self, index: slice) -> Partition: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> slice | Partition:
+        if isinstance(index, slice):
+            part = Partition(self.n_parts, self.size)
+            part._indices = self._indices[index]
+            return part
+        return self._slice(self._indices[index])
+
+    def __iter__(self) -> Iterator[slice]:
+        return map(self._slice, self._indices)
+
+    def _slice(self, index: int) -> slice:
+        length, longer = divmod(self.size, min(self.n_parts, self.size))
+        start = index * length + min(index, longer)
+        return slice(start, start + length + (index < longer))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Partition):
+            return NotImplemented
+        return list(self) == list(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple((part.start, part.stop) for part in self))
+
+    def __repr__(self) -> str:
+        whole = range(min(self.n_parts, self.size))
+        cut = "" if self._indices == whole else f", {len(self)} of {len(whole)} slices"
+        return f"Partition(n_parts={self.n_parts}, size={self.size}{cut})"
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The cells of a run: `n_items` items in ranges of `chunksize`, the last maybe shorter.
+
+    Parameters
+    ----------
+    n_items : int
+        The number of items.
+    chunksize : int
+        Items per cell, at least 1.
+    """
+
+    n_items: int
+    chunksize: int
+
+    def __len__(self) -> int:
+        return -(-self.n_items // self.chunksize)
+
+    def bounds(self, cell: int) -> tuple[int, int]:
+        """``(start, stop)`` of a cell."""
+        start = cell * self.chunksize
+        return start, min(start + self.chunksize, self.n_items)
+
+
+def chunk_grid(n_items: int, item_nbytes: int, chunksize: int | None = None) -> Grid:
+    """The grid of an array call: by `chunksize`, else by the bytes of one item.
+
+    It depends on nothing else, so that the same call is cut alike on every machine, backend
+    and number of workers.
+
+    >>> chunk_grid(64, 32), len(chunk_grid(1 << 20, 256))
+    (Grid(n_items=64, chunksize=1), 256)
+    """
+    if chunksize is None:
+        by_bytes = max(1, CELL_NBYTES // max(1, item_nbytes))
+        chunksize = _clamped(by_bytes, n_items)
+    return Grid(n_items, chunksize)
+
+
+def list_grid(n_items: int, chunksize: int | None = None) -> Grid:
+    """The grid of a list: by `chunksize`, else about a thousand cells.
+
+    >>> list_grid(300), list_grid(20_000)
+    (Grid(n_items=300, chunksize=1), Grid(n_items=20000, chunksize=20))
+    """
+    return Grid(n_items, chunksize or max(1, -(-n_items // MAX_LIST_CELLS)))
+
+
+def _clamped(chunksize: int, n_items: int) -> int:
+    at_most = max(1, n_items // MIN_CELLS)
+    at_least = -(-n_items // MAX_CELLS)
+    return max(1, at_least, min(chunksize, at_most))
+
+
+def check_chunksize(chunksize: object) -> int | None:
+    """`chunksize` as a positive int or None; anything else is an error naming it."""
+    if chunksize is None:
+        return None
+    try:
+        value = operator.index(chunksize)  # type: ignore[arg-type]  # whatever the user passed
+    except TypeError:
+        raise TypeError(
+            f"chunksize must be a positive integer or None, got {chunksize!r}"
+        ) from None
+    if value < 1:
+        raise ValueError(f"chunksize must be at least 1, got {value}")
+    return value

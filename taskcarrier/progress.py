@@ -1,0 +1,34 @@
+"""Watching a run: a bar that counts items."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from taskcarrier.ledger import Ledger
+from taskcarrier.report import Report
+
+logger = logging.getLogger("taskcarrier")
+
+
+@contextmanager
+def shown(verbosity: int, n_items: int, n_workers: int) -> Iterator[Callable[[Ledger], None] | None]:
+    """A function to call now and then with the run's ledger; None when nothing is shown."""
+    if verbosity < 1:
+        yield None
+        return
+    from tqdm import tqdm  # noqa: PLC0415  # only when progress is shown
+
+    with tqdm(total=n_items, unit="item") as bar:
+
+        def tick(ledger: Ledger) -> None:
+            bar.update(ledger.items_done(n_workers) - bar.n)
+
+        yield tick
+
+
+def log_report(verbosity: int, report: Report) -> None:
+    """Log what a run did, for those who asked for it."""
+    if verbosity >= 2:  # noqa: PLR2004  # documented in the mappers
+        logger.info("%s", report)

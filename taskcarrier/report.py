@@ -1,0 +1,120 @@
+"""What a run did: facts read off the ledger, as a table for people and a dict for programs."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """What one worker did.
+
+    Attributes
+    ----------
+    name : str
+        ``"caller"``, ``"thread 0"`` or ``"process 4711"`` (the process id).
+    ranges, items : int
+        Ranges and items it finished.
+    busy, idle : float
+        Seconds inside the function and putting its results in place; the rest of the run.
+    """
+
+    name: str
+    ranges: int
+    items: int
+    busy: float
+    idle: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one run did.
+
+    Attributes
+    ----------
+    backend : str
+        Where it ran: ``"sequential"``, ``"threading"`` or ``"loky"``.
+    reason : str
+        Why there.
+    balance : str
+        ``"static"`` or ``"dynamic"``; ``"serial"`` in the caller.
+    n_jobs : int
+        Workers that were there to take part (never more than ranges).
+    chunksize : int
+        Items per range; the last range may be shorter.
+    ranges, items : int
+        Ranges and items of the whole run.
+    bytes_copied : int
+        Bytes of arrays and arguments copied into shared memory for this run.
+    seconds : float
+        From the first step of the call to its last.
+    workers : tuple of WorkerReport
+        One for each worker.
+    """
+
+    backend: str
+    reason: str
+    balance: str
+    n_jobs: int
+    chunksize: int
+    ranges: int
+    items: int
+    bytes_copied: int
+    seconds: float
+    workers: tuple[WorkerReport, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.items:,} items in {self.ranges:,} ranges of {self.chunksize:,}, "
+            f"{self.balance} balance, backend {self.backend} ({self.reason})\n"
+            f"{self.seconds:.4g} s in all, {self.bytes_copied:,} bytes copied"
+        )
+        name = max([6, *(len(worker.name) for worker in self.workers)])
+        lines = [f"{'worker':<{name}}  {'ranges':>8}  {'items':>12}  {'busy s':>8}  {'idle s':>8}"]
+        lines += [
+            f"{worker.name:<{name}}  {worker.ranges:>8,}  {worker.items:>12,}  "
+            f"{worker.busy:>8.4f}  {worker.idle:>8.4f}"
+            for worker in self.workers
+        ]
+        return "\n".join([head, *lines])
+
+
+_last = threading.local()
+
+
+def keep_report(report: Report) -> None:
+    """Remember the report as this thread's last one."""
+    _last.report = report
+
+
+def last_report() -> Report:
+    """The report of the last run that was started from this thread.
+
+    Returns
+    -------
+    Report
+        Also after a run that failed, for what it did until then.
+
+    Raises
+    ------
+    LookupError
+        If nothing was run from this thread yet.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from taskcarrier import last_report, map_array
+    >>> _ = map_array(np.sqrt, np.arange(10.0), n_jobs=1)
+    >>> last_report().items
+    10
+    """
+    try:
+        return _last.report  # type: ignore[no-any-return]  # attributes of a thread-local
+    except AttributeError:
+        raise LookupError("nothing was run from this thread yet") from None

@@ -1,0 +1,273 @@
+"""One run: grid, ledger, workers and task, to an outcome and a report.
+
+The faces (arrays, lists) make a task and a grid, ask `decide` where to run, and give both to
+`execute`. What comes back says which cells failed, which workers died and which ranges have
+no result; raising is the face's decision, so that it can say it in the face's words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic_ns
+from typing import TYPE_CHECKING, Any
+
+from taskcarrier import progress
+from taskcarrier.backends import choice as choices
+from taskcarrier.backends.choice import Choice
+from taskcarrier.backends.crews import process_crew, thread_crew
+from taskcarrier.backends.work import Account, Death, Deliver, Failure, Job, Task, work
+from taskcarrier.balance import Balance, Static, get_balance
+from taskcarrier.ledger import Ledger
+from taskcarrier.partition import Grid
+from taskcarrier.report import Report, WorkerReport, keep_report
+from taskcarrier.segments import Recycler, Staging
+
+if TYPE_CHECKING:
+    from taskcarrier.errors import WorkerDiedError
+
+Describe = Callable[[int, int], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to run, as a mapper or a call's own arguments say it; already checked."""
+
+    balance: Balance
+    n_jobs: int | None = None
+    backend: str | None = None
+    verbosity: int = 0
+    temp_folder: str | None = None
+    recycler: Recycler | None = None
+
+    @classmethod
+    def of_call(cls, balance: object, n_jobs: object, backend: object) -> Settings:
+        """From the arguments of a function."""
+        return cls(
+            get_balance(balance), choices.check_n_jobs(n_jobs), choices.check_backend(backend)
+        )
+
+    def staging(self) -> Staging:
+        """Where a run's copies go."""
+        return Staging(self.temp_folder, self.recycler)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes
+    ----------
+    accounts : list of Account
+        Of every worker that reported back, in order.
+    failures : list of Failure
+        Ascending by cell.
+    deaths : list of Death
+        Workers that ended by themselves.
+    missing : list of int
+        Cells that no surviving worker has finished though nothing failed, ascending.
+    report : Report
+        For people.
+    """
+
+    accounts: list[Account]
+    failures: list[Failure]
+    deaths: list[Death]
+    missing: list[int]
+    report: Report
+
+
+def decide(settings: Settings, func: Callable[..., Any], needs_threads: str = "") -> Choice:
+    """Where this run takes place; an error if it cannot."""
+    return choices.choose(
+        settings.n_jobs,
+        settings.backend,
+        choices.facts_now(),
+        releases_gil=choices.releases_gil(func),
+        needs_threads=needs_threads,
+    )
+
+
+def execute(
+    task: Task,
+    grid: Grid,
+    choice: Choice,
+    settings: Settings,
+    *,
+    started_ns: int,
+    staging: Staging | None = None,
+    deliver: Deliver = lambda cell, result: None,  # noqa: ARG005  # for tasks that put all in place
+) -> Outcome:
+    """Run a task over all cells of a grid.
+
+    Parameters
+    ----------
+    task : Task
+        The work.
+    grid : Grid
+        Its cells; at least one.
+    choice : Choice
+        Where.
+    settings : Settings
+        How.
+    started_ns : int
+        When the call began, for the report.
+    staging : Staging, optional
+        Where this run's copies are; processes need it.
+    deliver : callable, optional
+        Takes ``(cell, result)`` of every cell whose result is not put in place by the task;
+        called from worker threads or from this one.
+    """
+    n_workers = min(choice.n_jobs, len(grid))
+    balance: Balance = Static() if choice.backend == "sequential" else settings.balance
+    job = Job(task, balance, grid, n_workers)
+    with progress.shown(settings.verbosity, grid.n_items, n_workers) as tick:
+        if choice.backend == "sequential":
+            accounts, deaths, ledger = _run_here(job, deliver, tick)
+        elif choice.backend == "threading":
+            with thread_crew(choice.n_jobs, choice.cores) as threads:
+                accounts, deaths, ledger = threads.run(job, deliver, tick)
+        else:
+            from taskcarrier.backends.parcels import pack  # noqa: PLC0415  # loads joblib
+
+            assert staging is not None  # noqa: S101  # for the type checker
+            parcel = pack(job, staging)
+            with process_crew(choice.n_jobs, choice.cores) as processes:
+                accounts, deaths, ledger = processes.run(job, parcel, deliver, tick)
+    missing = _missing(job, deaths, ledger)
+    report = _report(job, choice, accounts, staging, started_ns)
+    keep_report(report)
+    progress.log_report(settings.verbosity, report)
+    failures = [account.failure for account in accounts if account.failure is not None]
+    for account in accounts:
+        if account.failure is not None:
+            account.failure.worker = account.name
+    return Outcome(accounts, sorted(failures, key=_by_cell), deaths, missing, report)
+
+
+def raise_failure(outcome: Outcome, grid: Grid, describe: Describe) -> None:
+    """Raise the failure of the lowest cell, if any, with what is known added as notes."""
+    if not outcome.failures:
+        return
+    first, *others = outcome.failures
+    error = first.error
+    if first.cell >= 0:
+        error.add_note(f"while mapping {describe(*grid.bounds(first.cell))} ({first.worker})")
+    for other in others:
+        kind = type(other.error).__name__
+        error.add_note(f"also failed: {describe(*grid.bounds(other.cell))}: {kind}: {other.error}")
+    for death in outcome.deaths:
+        error.add_note(f"also, {_obituary(death, grid, describe)}")
+    try:
+        raise error
+    finally:
+        # The traceback refers to this frame, so this frame must not refer to the error: a
+        # cycle would keep the run's shared memory until the next garbage collection.
+        del first, error, others
+        outcome.failures = []
+
+
+def died_error(
+    outcome: Outcome, grid: Grid, describe: Describe, missing: list[int], partial: object
+) -> WorkerDiedError:
+    """The error for workers that died, with everything the others did finish."""
+    from taskcarrier.errors import WorkerDiedError  # noqa: PLC0415  # slow, and rarely needed
+
+    death = outcome.deaths[0]
+    in_hand = None if death.cell is None else grid.bounds(death.cell)
+    ranges = [grid.bounds(cell) for cell in missing]
+    error = WorkerDiedError(
+        f"{_obituary(death, grid, describe)}; {len(ranges)} of {len(grid)} ranges have no result "
+        "(.missing lists them, .partial holds what the other workers finished)",
+        worker=death.name,
+        exitcode=death.exitcode,
+        in_hand=in_hand,
+    )
+    error.missing = ranges
+    error.partial = partial
+    for other in outcome.deaths[1:]:
+        error.add_note(f"also, {_obituary(other, grid, describe)}")
+    return error
+
+
+def _obituary(death: Death, grid: Grid, describe: Describe) -> str:
+    from taskcarrier.errors import describe_exit  # noqa: PLC0415  # slow, and rarely needed
+
+    at_work = (
+        "between two ranges"
+        if death.cell is None
+        else f"while mapping {describe(*grid.bounds(death.cell))}"
+    )
+    hint = (
+        "; the kernel kills so when memory runs out, and some libraries crash so"
+        if death.exitcode is not None and death.exitcode < 0
+        else ""
+    )
+    return f"worker {death.worker} ({death.name}) {describe_exit(death.exitcode)} {at_work}{hint}"
+
+
+class _WatchedLedger(Ledger):
+    """A ledger of the caller's own thread, which looks at it between two cells."""
+
+    tick: Callable[[Ledger], None]
+
+    def lay_down(self, worker: int, n_items: int) -> None:
+        super().lay_down(worker, n_items)
+        self.tick(self)
+
+
+def _run_here(
+    job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None
+) -> tuple[list[Account], list[Death], Ledger]:
+    ledger: Ledger
+    if tick is None:
+        ledger = Ledger.local(1)
+    else:
+        ledger = watched = _WatchedLedger.local(1)
+        watched.tick = tick
+    account = work(job, ledger, 0, deliver)
+    account.name = "caller"
+    return [account], [], ledger
+
+
+def _missing(job: Job, deaths: list[Death], ledger: Ledger) -> list[int]:
+    if not deaths:
+        return []
+    cells = {death.cell for death in deaths if death.cell is not None}
+    for death in deaths:
+        cells.update(death.unstarted)
+    if job.balance.name == "dynamic":
+        cells.update(range(min(ledger.given_out(), len(job.grid)), len(job.grid)))
+    return sorted(cells)
+
+
+def _report(
+    job: Job, choice: Choice, accounts: list[Account], staging: Staging | None, started_ns: int
+) -> Report:
+    wall = (monotonic_ns() - started_ns) / 1e9
+    workers = tuple(
+        WorkerReport(
+            account.name,
+            account.ranges,
+            account.items,
+            account.busy_ns / 1e9,
+            max(0.0, wall - account.busy_ns / 1e9),
+        )
+        for account in accounts
+    )
+    return Report(
+        backend=choice.backend,
+        reason=choice.reason,
+        balance="serial" if choice.backend == "sequential" else job.balance.name,
+        n_jobs=job.n_workers,
+        chunksize=job.grid.chunksize,
+        ranges=len(job.grid),
+        items=job.grid.n_items,
+        bytes_copied=0 if staging is None else staging.nbytes,
+        seconds=wall,
+        workers=workers,
+    )
+
+
+def _by_cell(failure: Failure) -> int:
+    return failure.cell

@@ -1,0 +1,432 @@
+"""Shared memory without a name, and descriptors of the arrays that live in it.
+
+Who owns what. A `Segment` owns one file descriptor: of an anonymous memory file, or, when a
+folder is asked for, of a file in it that was unlinked as soon as it was made. Nothing else
+refers to the memory, so nothing is left behind however a process ends. A `Mapping` is a
+segment mapped into this process and keeps its segment; an array over a mapping keeps the
+mapping. When the last view of a result dies, its mapping and descriptor go with it.
+
+Which way the data goes. `Staging` writes what a run needs into one segment; a `SharedView`
+says where an array lies and is all that travels (the descriptors of its segments go beside
+it, see `taskcarrier.backends.parcels`); `SharedView.open` maps it on the other side.
+
+Segments only ever grow, by the kernel's own rule (a seal; `posix_fallocate` on disk), so no
+worker can cut away pages that another has mapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import stat
+import sys
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Mode = Literal["read", "write", "private"]
+
+_ACCESS = {
+    "read": mmap.ACCESS_READ,  # the array cannot be made writable
+    "write": mmap.ACCESS_WRITE,  # seen by all
+    "private": mmap.ACCESS_COPY,  # writable, changed pages are the writer's own
+}
+# Python 3.13 can map without keeping a duplicate of the descriptor.
+_MMAP_OPTIONS: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+
+# Offsets agree with the original address modulo a cache line, so that loops which treat an
+# unaligned start specially do the same work on the copy.
+ALIGNMENT = 64
+# From this size on, memory is asked after before it is used (reading the limits costs 60 µs).
+_CHECKED_NBYTES = 64 << 20
+# One pwrite moves 2 GiB at most.
+_PWRITE_NBYTES = 1 << 30
+
+
+class Mapping(mmap.mmap):
+    """A segment mapped into this process; ``segment`` is kept as long as the mapping lives."""
+
+    segment: Segment
+
+
+class Segment:
+    """A piece of shared memory.
+
+    Parameters
+    ----------
+    fd : int
+        An open descriptor; the segment owns and closes it.
+    on_disk : bool
+        Whether it lies on a file system (and is reserved there) or in memory.
+    nbytes : int
+        Bytes known to be reserved.
+    recycler : Recycler, optional
+        Where the descriptor goes when the segment is no longer used, instead of being closed.
+    """
+
+    __slots__ = ("_recycler", "fd", "nbytes", "on_disk")
+
+    def __init__(
+        self, fd: int, on_disk: bool, nbytes: int = 0, recycler: Recycler | None = None
+    ) -> None:
+        self.fd = fd
+        self.on_disk = on_disk
+        self.nbytes = nbytes
+        self._recycler = recycler
+
+    @classmethod
+    def create(cls, folder: str | None = None, recycler: Recycler | None = None) -> Segment:
+        """An empty segment, in memory or in a file without a name in `folder`."""
+        if folder is not None:
+            return cls(_nameless_file(folder), on_disk=True, recycler=recycler)
+        import fcntl  # noqa: PLC0415  # POSIX only
+
+        fd = os.memfd_create("taskcarrier", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        return cls(fd, on_disk=False, recycler=recycler)
+
+    def __del__(self, _close: Any = os.close) -> None:
+        recycler = self._recycler
+        if recycler is None or not recycler.take_back(self.fd, self.nbytes, self.on_disk):
+            _close(self.fd)
+
+    def reserve(self, nbytes: int) -> None:
+        """Make room for `nbytes`; several processes may do so at once.
+
+        Raises
+        ------
+        OSError
+            On disk: the file system has no room (``ENOSPC``), with sizes.
+        MemoryError
+            In memory: less is available than asked for, with sizes.
+        """
+        if nbytes <= self.nbytes:
+            return
+        if self.on_disk:
+            self._reserve_on_disk(nbytes)
+        else:
+            if nbytes - self.nbytes >= _CHECKED_NBYTES:
+                _check_memory(nbytes - self.nbytes)
+            # The seal refuses to shrink: another worker has reserved more already.
+            with contextlib.suppress(PermissionError):
+                os.ftruncate(self.fd, nbytes)
+        self.nbytes = nbytes
+
+    def _reserve_on_disk(self, nbytes: int) -> None:
+        try:
+            os.posix_fallocate(self.fd, 0, nbytes)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            info = os.fstatvfs(self.fd)
+            raise OSError(
+                errno.ENOSPC,
+                f"no room for a shared array of {nbytes:,} bytes: the folder for temporary "
+                f"files has {info.f_bavail * info.f_frsize:,} bytes left; choose another "
+                "temp_folder, or none to use memory",
+            ) from None
+
+    def map(self, mode: Mode) -> Mapping:
+        """The reserved bytes, mapped. The segment must not be empty."""
+        mapping = Mapping(self.fd, self.nbytes, access=_ACCESS[mode], **_MMAP_OPTIONS)
+        mapping.segment = self
+        return mapping
+
+    def write(self, offset: int, block: memoryview) -> None:
+        """Copy `block` to `offset`.
+
+        By `pwrite`: a fresh 256 MB takes half the time of a copy through a mapping, which
+        pays for each page when it is first touched.
+        """
+        written = 0
+        while written < len(block):
+            piece = block[written : written + _PWRITE_NBYTES]
+            written += os.pwrite(self.fd, piece, offset + written)
+
+
+class Recycler:
+    """Segments that are free again, kept for the next call: their pages are warm.
+
+    The first touch of fresh shared memory costs about ten times that of recycled memory.
+    Bounded in number and bytes; only for the process that made it (a forked child would
+    share the pages with its parent).
+
+    Parameters
+    ----------
+    max_segments : int, default 4
+        A call uses two, a chain of calls three; the bound is arbitrary beyond that.
+    max_nbytes : int, default 4 GiB
+        Bytes kept in all.
+    """
+
+    def __init__(self, max_segments: int = 4, max_nbytes: int = 4 << 30) -> None:
+        self._max_segments = max_segments
+        self._max_nbytes = max_nbytes
+        self._free: list[tuple[int, int, bool]] = []
+        self._open = True
+        self._pid = os.getpid()
+        # Reentrant: a segment may be freed by the garbage collector inside `segment`.
+        self._lock = threading.RLock()
+
+    def segment(self, nbytes: int, folder: str | None) -> Segment:
+        """A segment for about `nbytes`, recycled if one fits."""
+        on_disk = folder is not None
+        if self._pid == os.getpid():
+            with self._lock:
+                fits = [
+                    kept
+                    for kept in self._free
+                    if kept[2] == on_disk and nbytes <= kept[1] <= 2 * nbytes
+                ]
+                if fits:
+                    chosen = min(fits, key=lambda kept: kept[1])
+                    self._free.remove(chosen)
+                    return Segment(chosen[0], chosen[2], chosen[1], recycler=self)
+        return Segment.create(folder, recycler=self)
+
+    def take_back(self, fd: int, nbytes: int, on_disk: bool) -> bool:
+        """Keep the descriptor of a segment that is no longer used; False if it is not wanted."""
+        with self._lock:
+            kept = sum(size for _, size, _ in self._free)
+            wanted = (
+                self._open
+                and nbytes > 0
+                and self._pid == os.getpid()
+                and len(self._free) < self._max_segments
+                and kept + nbytes <= self._max_nbytes
+            )
+            if wanted:
+                self._free.append((fd, nbytes, on_disk))
+            return wanted
+
+    def close(self) -> None:
+        """Let go of everything, now and from now on."""
+        with self._lock:
+            self._open = False
+            free, self._free = self._free, []
+        for fd, _, _ in free:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class SharedView:
+    """Where an array lies in a segment: all that travels of it.
+
+    ``segment`` is None for an array without bytes.
+    """
+
+    segment: Segment | None
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def open(self, mode: Mode) -> np.ndarray:
+        """The array, over a mapping of its own."""
+        if self.segment is None:
+            array = np.empty(self.shape, self.dtype)
+            array.flags.writeable = mode != "read"
+            return array
+        return self.over(self.segment.map(mode))
+
+    def over(self, mapping: Mapping) -> np.ndarray:
+        """The array over a mapping of its segment."""
+        return np.ndarray(self.shape, self.dtype, mapping, self.offset, self.strides)
+
+
+class Staging:
+    """Copies arrays and bytes into one segment, one after the other.
+
+    Parameters
+    ----------
+    folder : str, optional
+        Where the segment lies; memory if None.
+    recycler : Recycler, optional
+        Where segments come from and go to.
+
+    Attributes
+    ----------
+    nbytes : int
+        Bytes copied so far.
+    """
+
+    def __init__(self, folder: str | None = None, recycler: Recycler | None = None) -> None:
+        self._folder = folder
+        self._recycler = recycler
+        self._segment: Segment | None = None
+        self._end = 0
+        self.nbytes = 0
+
+    def share(self, arrays: Iterable[np.ndarray]) -> list[SharedView]:
+        """Descriptors of arrays: those in a segment cost nothing, others are copied."""
+        found = [(array, locate(array)) for array in arrays]
+        self._prepare(sum(_footprint(array) for array, view in found if view is None))
+        return [self._copy(array) if view is None else view for array, view in found]
+
+    def place(self, nbytes: int, low: int = 0) -> tuple[Segment, int]:
+        """Room for `nbytes` whose original address is `low`: the segment and an offset."""
+        offset = _aligned(self._end) + low % ALIGNMENT
+        self._end = offset + nbytes
+        if self._segment is None:
+            self._prepare(self._end)
+        assert self._segment is not None  # noqa: S101  # for the type checker
+        self._segment.reserve(self._end)
+        self.nbytes += nbytes
+        return self._segment, offset
+
+    def add(self, block: memoryview) -> tuple[Segment, int]:
+        """Copy bytes; the segment and the offset they have now."""
+        segment, offset = self.place(len(block))
+        segment.write(offset, block)
+        return segment, offset
+
+    def _prepare(self, nbytes: int) -> None:
+        """Have the segment, and reserve at once what is known to be needed."""
+        if nbytes == 0:
+            return
+        if self._segment is None:
+            if self._recycler is None:
+                self._segment = Segment.create(self._folder)
+            else:
+                self._segment = self._recycler.segment(nbytes, self._folder)
+        self._segment.reserve(self._end + nbytes)
+
+    def _copy(self, array: np.ndarray) -> SharedView:
+        if array.nbytes == 0:
+            return SharedView(None, 0, array.shape, array.strides, array.dtype)
+        low, high = byte_bounds(array)
+        if high - low <= 2 * array.nbytes:
+            # The bytes as they lie, gaps and all: the strides stay the same, so the function
+            # adds up in the same order as it would on the original. Overlapping and repeated
+            # items (windows, zero strides) are not expanded.
+            segment, offset = self.place(high - low, low)
+            segment.write(offset, _bytes_at(low, high - low))
+            start = offset + _address(array) - low
+            return SharedView(segment, start, array.shape, array.strides, array.dtype)
+        # Mostly gaps: gathered, in the order and with the signs of the strides.
+        strides = dense_strides(array)
+        segment, offset = self.place(array.nbytes)
+        start = offset - sum(
+            (n - 1) * stride for n, stride in zip(array.shape, strides, strict=True) if stride < 0
+        )
+        view = SharedView(segment, start, array.shape, strides, array.dtype)
+        view.open("write")[...] = array
+        return view
+
+
+def locate(array: np.ndarray) -> SharedView | None:
+    """The descriptor of an array over a mapping of this process; None if it is elsewhere."""
+    owner: Any = array
+    while owner is not None and not isinstance(owner, Mapping):
+        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
+    if owner is None or array.nbytes == 0:
+        return None
+    origin = _address(np.frombuffer(owner, np.uint8))
+    low, high = byte_bounds(array)
+    if low < origin or high > origin + len(owner):
+        return None
+    offset = _address(array) - origin
+    return SharedView(owner.segment, offset, array.shape, array.strides, array.dtype)
+
+
+def dense_strides(array: np.ndarray) -> tuple[int, ...]:
+    """Strides without gaps, in the order and with the signs of the array's own."""
+    strides = [0] * array.ndim
+    step = array.itemsize
+    for axis in sorted(range(array.ndim), key=lambda axis: abs(array.strides[axis])):
+        if array.strides[axis]:
+            strides[axis] = step if array.strides[axis] > 0 else -step
+            step *= array.shape[axis]
+    return tuple(strides)
+
+
+def byte_bounds(array: np.ndarray) -> tuple[int, int]:
+    """Addresses of the first byte of a non-empty array and of the one after its last."""
+    low = high = _address(array)
+    for n, stride in zip(array.shape, array.strides, strict=True):
+        if stride < 0:
+            low += (n - 1) * stride
+        else:
+            high += (n - 1) * stride
+    return low, high + array.itemsize
+
+
+def _footprint(array: np.ndarray) -> int:
+    """Bytes that copying the array takes, with room for alignment."""
+    if array.nbytes == 0:
+        return 0
+    low, high = byte_bounds(array)
+    extent = high - low
+    return (extent if extent <= 2 * array.nbytes else array.nbytes) + 2 * ALIGNMENT
+
+
+def _address(array: np.ndarray) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def _bytes_at(address: int, nbytes: int) -> memoryview:
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _nameless_file(folder: str) -> int:
+    """A new file, readable by its owner alone, that has no name from the start or at once."""
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(
+            errno.ENOENT, "temp_folder must be an existing folder", os.fspath(folder)
+        )
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        return os.open(folder, flags | os.O_TMPFILE, stat.S_IRUSR | stat.S_IWUSR)
+    except OSError as error:
+        if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}:
+            raise
+    import tempfile  # noqa: PLC0415  # only on file systems without O_TMPFILE
+
+    fd, path = tempfile.mkstemp(prefix="taskcarrier-", dir=folder)
+    os.unlink(path)
+    return fd
+
+
+def _check_memory(nbytes: int) -> None:
+    """An error with sizes beats the kernel ending the process for want of memory."""
+    available, source = _available_memory()
+    if nbytes > available:
+        raise MemoryError(
+            f"a shared array needs {nbytes:,} bytes more, but only {available:,} are available "
+            f"({source}); use smaller arrays, fewer at once, or temp_folder= on a disk"
+        )
+
+
+def _available_memory() -> tuple[int, str]:
+    """Bytes that can still be used, and what says so; unlimited where nothing tells."""
+    limits = [(sys.maxsize, "no limit known")]
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
+        found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")]
+        limits += [(value, "MemAvailable in /proc/meminfo") for value in found]
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes",
+         "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):  # fmt: skip
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit there
+            limits.append((_number_in(limit) - _number_in(used), limit))
+    return min(limits)
+
+
+def _number_in(path: str) -> int:
+    with open(path, encoding="ascii") as file:
+        return int(file.read())

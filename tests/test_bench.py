@@ -1,0 +1,256 @@
+"""The benches run, and their framework lets no wrong result be timed. No clock decides here."""
+
+import json
+import subprocess
+import sys
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import balancing
+from bench.__main__ import LONG, USUAL, main
+from bench.peers import PEERS, cut, open_peers
+from bench.timing import (
+    Arm,
+    Comparison,
+    Measured,
+    Promise,
+    Settings,
+    Spread,
+    WrongResultError,
+    compare,
+    machine,
+    repeated,
+    rotated,
+    same,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMISES = {
+    "sqrt_sin": 8,
+    "even": 1,
+    "triangular": 1,
+    "empty": 4,
+    "memory": 4,
+    "imports": 1,
+}
+
+
+def python(*words):
+    """Run in an interpreter of its own: peers warn, and keep threads and processes."""
+    command = [sys.executable, "-m", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def fixed(name, *amounts):
+    """An arm whose amounts are known beforehand (the first one is for the checking pass)."""
+    left = iter((0.0, *amounts))
+    return Arm(name, lambda: Measured(next(left), "answer"))
+
+
+@pytest.mark.parametrize("name", PROMISES)
+def test_every_bench_runs_tiny(name, tmp_path):
+    printed = python("bench", name, "--tiny", "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    tables = found["benches"][name]
+    for table in tables:
+        assert table["title"] in printed
+        assert {len(amounts) for amounts in table["amounts"].values()} == {table["rounds"]}
+    # The peers of an optional extra are measured, or named as missing.
+    promises = sum(len(table["promises"]) for table in tables)
+    if name == "sqrt_sin" and find_spec("dask") is None:
+        assert "dask threads: not installed" in printed
+        promises += 4
+    assert promises == PROMISES[name]
+    assert found["machine"]["versions"]["numpy"] == np.__version__
+
+
+def test_balancing_writes_data_and_figure(tmp_path):
+    printed = python("bench", "balancing", "--tiny", "--out", tmp_path)
+    lines = (tmp_path / "load_balancing.csv").read_text().splitlines()
+    assert lines[0] == "task,mapper,size,repeat,seconds"
+    assert len({line.rsplit(",", 2)[0] for line in lines}) == len(lines)
+    if find_spec("matplotlib") is None:
+        assert "matplotlib is not installed" in printed
+    else:
+        assert (tmp_path / "load_balancing.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_runs_tiny():
+    printed = python("bench.demo", "--tiny")
+    assert "equal to the last bit" in printed
+    if find_spec("sklearn") is None:
+        assert "scikit-learn is not installed" in printed
+    else:
+        assert "the same distances for all" in printed
+
+
+def test_demo_runs_as_a_file():
+    command = [sys.executable, str(ROOT / "bench" / "demo.py"), "--help"]
+    assert "--tiny" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_every_bench_is_tested_and_described():
+    assert {*USUAL, *LONG} == {*PROMISES, "balancing"}
+    text = (ROOT / "bench" / "README.md").read_text()
+    assert all(f"| `{name}` |" in text for name in (*USUAL, *LONG))
+
+
+def test_wrong_answer_fails_before_any_time_counts():
+    calls = []
+
+    def wrong():
+        calls.append("wrong")
+        return np.zeros(3) + 1e-300
+
+    def right():
+        calls.append("right")
+        return np.zeros(3)
+
+    with pytest.raises(WrongResultError, match="'wrong' and 'right' disagree"):
+        compare("t", [Arm("right", right), Arm("wrong", wrong)], rounds=5)
+    assert calls == ["right", "wrong"]
+
+
+def test_answer_that_turns_wrong_later_fails_too():
+    answers = iter([1, 1, 2])
+    arms = [Arm("steady", lambda: 1), Arm("fickle", lambda: next(answers))]
+    with pytest.raises(WrongResultError, match="fickle"):
+        compare("t", arms, rounds=5)
+    assert next(answers, None) is None
+
+
+def test_measured_answers_are_compared_too():
+    arms = [Arm("one", repeated(lambda: 1, 3)), Arm("two", repeated(lambda: 2, 3))]
+    with pytest.raises(WrongResultError):
+        compare("t", arms, rounds=1)
+
+
+def test_a_wrong_bench_is_exit_status_1(monkeypatch, capsys):
+    def run(settings):
+        raise WrongResultError("arm differs")
+
+    monkeypatch.setattr("bench.even.run", run)
+    assert main(["even", "--tiny"]) == 1
+    assert "even: WRONG RESULT: arm differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("amount", "status"), [(1.0, 0), (3.0, 1)])
+def test_strict_tells_a_missed_promise(monkeypatch, capsys, amount, status):
+    promise = Promise("a", None, required=2, aim=1, at_most=True)
+    found = Comparison("t", "a", {"a": [amount]}, [promise])
+    monkeypatch.setattr("bench.even.run", lambda settings: [found])
+    assert main(["even", "--strict"]) == status
+    assert main(["even"]) == 0
+
+
+def test_unknown_name_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["evne"])
+    assert "unknown: evne" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "equal"),
+    [
+        (np.arange(3), np.arange(3), True),
+        (np.arange(3), np.arange(3.0), False),
+        (np.arange(3), np.arange(4), False),
+        (np.zeros((1, 3)), np.zeros(3), False),
+        ([1, 2], [1, 2], True),
+        ([1, 2], (1, 2), False),
+        (np.ones(1), [1.0], False),
+    ],
+)
+def test_same(left, right, equal):
+    assert same(left, right) is equal
+
+
+def test_arms_take_turns():
+    order = []
+    arms = [Arm(name, lambda name=name: order.append(name)) for name in "abc"]
+    compare("t", arms, rounds=3)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    assert [arm.name for arm in rotated(arms, 4)] == ["b", "c", "a"]
+
+
+def test_ratios_are_taken_within_each_round():
+    promise = Promise("b", "a", required=2, aim=4)
+    found = compare("t", [fixed("a", 1, 10, 2), fixed("b", 3, 20, 8)], rounds=3, promises=[promise])
+    assert found.ratio("b", "a") == Spread(median=3, low=2, high=4)
+    assert [(spread.median, verdict) for _, spread, verdict in found.judged()] == [(3, "kept")]
+    assert "3.00 [2.00-4.00]" in str(found)
+
+
+def test_many_rounds_are_summarised_by_quartiles():
+    assert Spread.of([float(n) for n in range(9)]) == Spread(4, 0, 8)
+    assert Spread.of([float(n) for n in range(13)]) == Spread(6, 3, 9)
+
+
+@pytest.mark.parametrize(
+    ("at_most", "value", "verdict"),
+    [
+        (False, 7, "aim reached"),
+        (False, 5, "kept"),
+        (False, 3, "MISSED"),
+        (True, 3, "aim reached"),
+        (True, 5, "kept"),
+        (True, 7, "MISSED"),
+    ],
+)
+def test_verdicts(at_most, value, verdict):
+    required, aim = (6, 4) if at_most else (4, 6)
+    assert Promise("a", None, required, aim, at_most).verdict(value) == verdict
+
+
+def test_small_sizes_are_not_judged():
+    promise = Promise("a", None, required=2, aim=1, at_most=True)
+    found = Comparison("t", "a", {"a": [9.0]}, [promise], binding=False)
+    assert found.judged()[0][2] == "not judged"
+    assert not found.missed
+
+
+def test_promise_about_an_absent_arm_is_not_judged():
+    found = compare("t", [fixed("a", 1)], rounds=1, promises=[Promise("dask", "a", 1, 2)])
+    assert found.judged() == []
+    assert "promised" not in str(found)
+
+
+def test_absent_peer_is_named_and_left_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpire", None)
+    with ExitStack() as stack:
+        opened, absent = open_peers(stack, ["mpire"], 2, np.sqrt, np.ones(4))
+    assert opened == {}
+    assert absent == ["mpire: not installed (mpire), left out"]
+    assert "mpire" in PEERS
+
+
+@pytest.mark.parametrize(("length", "parts"), [(10, 3), (2, 5), (0, 2)])
+def test_cut_covers_everything_in_order(length, parts):
+    slices = cut(length, parts)
+    assert len(slices) == parts
+    assert [i for s in slices for i in range(length)[s]] == list(range(length))
+
+
+def test_settings_choose_by_scale():
+    assert Settings().turns(full=5, quick=3) == 5
+    assert Settings("tiny").turns(full=5, quick=3) == 1
+    assert Settings("quick", rounds=2).turns(full=5, quick=3) == 2
+
+
+def test_slope_and_meeting_of_curves():
+    assert balancing.slope([0, 100, 200], [0.5, 1.0, 1.5]) == pytest.approx(0.005)
+    sizes, serial = [0, 50, 100, 150], [0, 5, 10, 15]
+    assert balancing.meeting(sizes, serial, [1, 6, 11, 16]) == "does not beat serial"
+    told = balancing.meeting(sizes, serial, [1, 4, 11, 14])
+    assert told == "beats serial from 50 items, and always from 150"
+    assert "always from 0" in balancing.meeting(sizes, serial, [-1, 4, 9, 14])
+
+
+def test_machine_facts_are_plain_data():
+    json.dumps(machine())

@@ -1,0 +1,183 @@
+"""The leak check of conftest.py finds each sort of leak, and nothing where nothing leaks."""
+
+import os
+import re
+import signal
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Each leaks one thing: the code of a test, and how the failure shows what it left.
+LEAKS = {
+    "thread": (
+        """
+        import threading
+        threading.Thread(target=threading.Event().wait, name="stray", daemon=True).start()
+        """,
+        "thread: <Thread(stray,*",
+    ),
+    "child": (
+        """
+        import os
+        os.posix_spawnp("sleep", ["sleep", "301"], os.environ)
+        """,
+        "process: * sleep 301",
+    ),
+    "orphan": (
+        """
+        import subprocess
+        subprocess.run(["sh", "-c", "sleep 302 >/dev/null 2>&1 &"], check=True)
+        """,
+        "process: * sleep 302",
+    ),
+    "zombie": (
+        """
+        import os
+        os.posix_spawnp("true", ["true"], os.environ)
+        """,
+        "process: * zombie true",
+    ),
+    "descriptor": (
+        """
+        import os
+        os.dup(1)
+        """,
+        "descriptor: * -> *",
+    ),
+    "mapping": (
+        """
+        import builtins, mmap, os
+        fd = os.memfd_create("stray")
+        os.ftruncate(fd, 4096)
+        builtins.kept = mmap.mmap(fd, 4096)
+        os.close(fd)
+        """,
+        "descriptor: * -> /memfd:stray*",
+    ),
+    "temporary": (
+        """
+        import tempfile
+        tempfile.mkdtemp(prefix="stray")
+        """,
+        "temporary entry: */stray*",
+    ),
+    "shared": (
+        """
+        import os
+        os.close(os.open(f"/dev/shm/stray-{os.getpid()}", os.O_CREAT | os.O_WRONLY, 0o600))
+        """,
+        "shared memory: /dev/shm/stray-*",
+    ),
+}
+LATE = """
+    import os, pytest
+    @pytest.fixture(scope="module", autouse=True)
+    def closes_badly():
+        yield
+        os.dup(1)
+    def test_it():
+        pass
+"""
+# What stays within bounds: garbage in cycles, what a fixture takes back, a thread about to end,
+# warm workers that the package ends when it is told to.
+CLEAN = """
+    import mmap, os, sys, threading, time, types
+
+    package = types.ModuleType("taskcarrier")
+    closed = threading.Event()
+    package.shutdown = closed.set
+
+    def test_cycle():
+        fd = os.memfd_create("segment")
+        os.ftruncate(fd, 4096)
+        cycle = [mmap.mmap(fd, 4096)]
+        os.close(fd)
+        cycle.append(cycle)
+
+    def test_fixtures(tmp_path, capfd, monkeypatch):
+        (tmp_path / "kept").write_text("")
+
+    def test_ending():
+        threading.Thread(target=time.sleep, args=(0.1,)).start()
+
+    def test_warm_workers():
+        sys.modules["taskcarrier"] = package
+        threading.Thread(target=closed.wait, daemon=True).start()
+"""
+
+
+@pytest.fixture
+def run(pytester, monkeypatch):
+    """Runs pytest on a test module in parts, under our conftest.py, in a process of its own."""
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    pytester.makeconftest((ROOT / "conftest.py").read_text() + "\nGRACE = 0.3\n")
+
+    def run_module(*parts):
+        pytester.makepyfile("\n".join(map(textwrap.dedent, parts)))
+        result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-W", "error")
+        clean_up(result.stdout.str())
+        return result
+
+    return run_module
+
+
+def clean_up(output):
+    """Ends what was reported to be left behind: this test is not to leak it either."""
+    for pid in set(re.findall(r"process: (\d+) sleeping", output)):
+        os.kill(int(pid), signal.SIGKILL)
+    for path in set(re.findall(r"shared memory: (\S+/stray-\d+)", output)):
+        Path(path).unlink()
+
+
+def leaky(sort, end=""):
+    code, _ = LEAKS[sort]
+    return f"def test_{sort}():\n" + textwrap.indent(textwrap.dedent(code) + end, "    ")
+
+
+def test_each_leak_fails_its_test_and_no_other(run):
+    result = run(*map(leaky, LEAKS), "def test_last():\n    pass\n")
+    for sort, (_, message) in LEAKS.items():
+        result.stdout.fnmatch_lines(
+            [f"*at teardown of test_{sort} *", "this test left behind", f"  {message}"]
+        )
+    # What all have left, the session still has at its end.
+    result.stdout.fnmatch_lines(["*at teardown of test_last*", "the session left behind"])
+    for _, message in LEAKS.values():
+        result.stdout.fnmatch_lines(["the session left behind", f"  {message}"])
+    result.assert_outcomes(passed=len(LEAKS) + 1, errors=len(LEAKS) + 1)
+
+
+def test_a_leak_after_the_last_test_fails_the_session(run):
+    result = run(LATE)
+    result.stdout.fnmatch_lines(["*the session left behind*"])
+    result.assert_outcomes(passed=1, errors=1)
+
+
+def test_nothing_is_said_where_nothing_leaks(run):
+    run(CLEAN).assert_outcomes(passed=4)
+
+
+def test_a_failed_test_may_hold_descriptors_but_nothing_else(run):
+    result = run(leaky("descriptor", "assert False\n"))
+    result.assert_outcomes(failed=1)
+    result = run(leaky("temporary", "assert False\n"))
+    result.assert_outcomes(failed=1, errors=1)
+
+
+def test_a_deadlock_prints_all_stacks_and_fails(run, pytester):
+    stuck = """
+        import threading
+        def test_it():
+            lock = threading.Lock()
+            lock.acquire()
+            lock.acquire()
+        def test_next():
+            pass
+    """
+    pytester.makeini("[pytest]\ntimeout = 1\ntimeout_method = signal\n")
+    result = run(stuck)
+    result.stdout.fnmatch_lines(["*lock.acquire()*", "*Timeout*"])
+    result.assert_outcomes(failed=1, passed=1)

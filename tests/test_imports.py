@@ -1,0 +1,184 @@
+"""Importing the package is light, and inside it imports point one way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "taskcarrier"
+
+# Bottom first. A module imports only from layers before its own; inside one folder (`backends`,
+# `arrays`) modules also import from each other, but never in a circle. A folder stands for all of
+# its modules.
+LAYERS = [
+    ["errors"],
+    ["partition", "report"],
+    ["balance", "segments"],
+    ["ledger"],
+    ["backends"],
+    ["progress", "running"],
+    ["sequences", "arrays"],
+    ["mappers"],
+    ["__init__"],
+]
+
+# Who alone imports what.
+ONLY = {
+    "joblib": "backends",
+    "numba": "arrays.kernels",
+}
+
+# What `import taskcarrier` leaves alone.
+HEAVY = [
+    "concurrent.futures",
+    "dask",
+    "joblib",
+    "matplotlib",
+    "multiprocessing.pool",
+    "numba",
+    "pandas",
+    "sklearn",
+    "tqdm",
+]
+
+
+def test_import_is_light():
+    code = f"import sys, taskcarrier; print(*(m for m in {HEAVY} if m in sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == []
+
+
+def test_imports_point_one_way():
+    sources = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text(encoding="utf-8")
+        for path in PACKAGE.rglob("*.py")
+    }
+    assert "__init__" in sources
+    assert violations(sources) == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ({"partition": "from .errors import E", "errors": ""}, []),
+        ({"partition": "from . import errors", "errors": ""}, []),
+        ({"partition": "import taskcarrier.errors", "errors": ""}, []),
+        ({"errors": "from .partition import P"}, ["errors imports partition"]),
+        ({"errors": "from taskcarrier.partition import P"}, ["errors imports partition"]),
+        ({"errors": "import taskcarrier.partition as p"}, ["errors imports partition"]),
+        ({"errors": "from taskcarrier import partition"}, ["errors imports partition"]),
+        ({"errors": "def f():\n    from . import partition"}, ["errors imports partition"]),
+        ({"errors": "from . import shutdown"}, ["errors imports __init__"]),
+        ({"partition": "from . import report"}, ["partition imports report"]),
+        ({"unknown": ""}, ["unknown is in no layer"]),
+        ({"backends.threads": "from taskcarrier.ledger import L", "ledger": ""}, []),
+        ({"backends.threads": "from ..ledger import L", "ledger": ""}, []),
+        ({"backends.__init__": "from .threads import T", "backends.threads": ""}, []),
+        ({"backends.threads": "from ..running import R"}, ["backends.threads imports running"]),
+        ({"backends.threads": "from ..arrays.x import R"}, ["backends.threads imports arrays"]),
+        ({"mappers": "from .x import y"}, ["mappers imports __init__"]),
+        (
+            {"backends.__init__": "from .a import A", "backends.a": "from . import B"},
+            ["backends, backends.a import each other"],
+        ),
+        (
+            {"backends.a": "from .b import B", "backends.b": "from .a import A"},
+            ["backends.a, backends.b import each other"],
+        ),
+        ({"backends.a": "import joblib", "arrays.kernels": "from numba import njit"}, []),
+        ({"errors": "from joblib.externals import loky"}, ["errors imports joblib"]),
+        ({"arrays.mapping": "import numba.core"}, ["arrays.mapping imports numba"]),
+        (
+            {"errors": "import importlib\nimportlib.import_module('numba.core')"},
+            ["errors imports numba"],
+        ),
+    ],
+)
+def test_violations_are_found(sources, expected):
+    assert violations(sources) == expected
+
+
+def violations(sources):
+    """What is wrong with the modules of a package, given as {name inside it: source}."""
+    # A name after `from . import` may be a module of the table that is not among the sources.
+    known = {name_of(path) for path in sources} | {name for names in LAYERS for name in names}
+    found, edges = [], {}
+    for path, source in sorted(sources.items()):
+        module = name_of(path)
+        if layer(module) is None:
+            found.append(f"{module} is in no layer")
+            continue
+        edges[module] = set()
+        for target, is_ours in sorted(set(imports(path, ast.parse(source), known))):
+            if not is_ours:
+                wrong = ONLY.get(target, module) not in (module, head(module))
+            elif head(target) == head(module):
+                edges[module].add(target)
+                wrong = False
+            else:
+                wrong = layer(target) >= layer(module)
+            if wrong:
+                found.append(f"{module} imports {target}")
+    return found + circles(edges)
+
+
+def name_of(path):
+    """What a module is imported as: a folder's `__init__` is the folder."""
+    return path.removesuffix(".__init__")
+
+
+def head(module):
+    return module.partition(".")[0]
+
+
+def layer(module):
+    return next((number for number, names in enumerate(LAYERS) if head(module) in names), None)
+
+
+def circles(edges):
+    """Removes modules that import nothing of what is left; what stays imports in a circle."""
+    left = {module: targets & edges.keys() for module, targets in edges.items()}
+    while free := {module for module, targets in left.items() if not targets & left.keys()}:
+        left = {module: targets for module, targets in left.items() if module not in free}
+    return [f"{', '.join(sorted(left))} import each other"] if left else []
+
+
+def imports(path, tree, known):
+    """All imports of a module, in functions too: (our module or a foreign package, is it ours)."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names):
+                for alias in names:
+                    yield resolve(alias.name, known)
+            case ast.ImportFrom(source, names, level):
+                base = absolute(path, source, level)
+                for alias in names:
+                    yield resolve(f"{base}.{alias.name}", known)
+            case ast.Call(func, [ast.Constant(str(name)), *_]) if ast.unparse(func) in (
+                "import_module",
+                "importlib.import_module",
+                "__import__",
+            ):
+                yield resolve(name, known)
+
+
+def absolute(path, source, level):
+    """The full name of what `from` names in a module of the package."""
+    if level == 0:
+        return source
+    # One level is the folder of the module; `a.__init__` and `a.b` are both in the folder `a`.
+    parts = ["taskcarrier", *path.split(".")][:-level]
+    return ".".join([*parts, *([source] if source else [])])
+
+
+def resolve(name, known):
+    """The longest beginning of a dotted name that is a module of ours, or its foreign package."""
+    first, *rest = name.split(".")
+    if first != "taskcarrier":
+        return first, False
+    candidates = (".".join(rest[:stop]) for stop in range(len(rest), 0, -1))
+    return next((module for module in candidates if module in known), "__init__"), True

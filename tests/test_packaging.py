@@ -1,0 +1,64 @@
+"""What is said in more than one place about the package is said alike."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import taskcarrier
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def environment():
+    return yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+
+
+def test_environment_has_the_dependencies_of_the_project(project, environment):
+    python = f"python{project['requires-python']}"
+    assert sorted(environment["dependencies"]) == sorted([python, *project["dependencies"]])
+    assert environment["name"] == project["name"]
+    assert environment["channels"] == ["conda-forge"]
+
+
+def test_the_oldest_versions_are_the_lower_bounds(project):
+    lines = (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    bounds = dict(dependency.split(">=") for dependency in project["dependencies"])
+    assert pins.keys() == bounds.keys()
+    for name, bound in bounds.items():
+        # 1.26 is the bound whose first version is 1.26.0.
+        assert pins[name] in (bound, f"{bound}.0")
+
+
+def test_version(project):
+    assert taskcarrier.__version__ == project["version"]
+
+
+def test_version_has_its_changelog(project):
+    assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_python_versions(project):
+    assert project["requires-python"] == ">=3.11"
+    prefix = "Programming Language :: Python :: 3."
+    named = [c.removeprefix(prefix) for c in project["classifiers"] if c.startswith(prefix)]
+    assert named == ["11", "12", "13"]
+
+
+def test_setup_py_leaves_everything_to_pyproject():
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert [ast.unparse(call) for call in calls] == ["setup()"]
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (ROOT / "taskcarrier" / "py.typed").exists()

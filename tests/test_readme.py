@@ -1,0 +1,67 @@
+"""The Python examples of README.md run as they stand there, in order, as one program."""
+
+import re
+import traceback
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks(text):
+    """The ```python blocks of a Markdown text: (line of the first statement, code)."""
+    opened = re.compile(r"^( *)```python *\n(.*?)^\1``` *$", re.DOTALL | re.MULTILINE)
+    return [(text.count("\n", 0, match.start(2)) + 1, match[2]) for match in opened.finditer(text)]
+
+
+def run(text, name):
+    # As a script would be: its functions belong to a module that no worker can import.
+    namespace = {"__name__": "__main__"}
+    for line, code in blocks(text):
+        # Empty lines in front make the tracebacks name the lines of the file.
+        program = compile("\n" * (line - 1) + code, name, "exec")
+        try:
+            exec(program, namespace)
+        except BaseException as error:
+            at = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == name]
+            error.add_note(f"in the example at {name}:{line}, raised from its line {at[-1]}")
+            raise
+
+
+def test_the_examples_run(tmp_path, monkeypatch):
+    text = README.read_text(encoding="utf-8")
+    assert text.count("```python") == len(blocks(text)) > 0
+    monkeypatch.chdir(tmp_path)  # an example may write a file
+    run(text, str(README))
+
+
+TWO = """\
+# Title
+```python
+x = 1
+```
+text
+```bash
+false
+```
+```python
+y = x + 1
+
+assert y == 2
+assert y == 3, "too small"
+```
+"""
+
+
+def test_every_block_is_found_with_its_line():
+    assert blocks(TWO) == [
+        (3, "x = 1\n"),
+        (10, 'y = x + 1\n\nassert y == 2\nassert y == 3, "too small"\n'),
+    ]
+
+
+def test_an_example_that_fails_says_where():
+    with pytest.raises(AssertionError, match="too small") as caught:
+        run(TWO, "README.md")
+    assert caught.value.__notes__ == ["in the example at README.md:10, raised from its line 13"]
