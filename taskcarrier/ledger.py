@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Protocol
+from typing import Protocol, Self
 
 # The words of a ledger (signed 64-bit): one for the run, then a row for each worker.
 _HALTED = 0
@@ -126,7 +126,7 @@ class Ledger:
         self._cursor = cursor
 
     @classmethod
-    def local(cls, n_workers: int) -> Ledger:
+    def local(cls, n_workers: int) -> Self:
         """A fresh ledger for the workers of this process."""
         ledger = cls(memoryview(bytearray(ledger_nbytes(n_workers))).cast("q"), ThreadCursor())
         ledger.reset(n_workers)

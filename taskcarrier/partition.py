@@ -110,6 +110,8 @@ class Partition(Sequence[slice]):
 class Grid:
     """The cells of a run: `n_items` items in ranges of `chunksize`, the last maybe shorter.
 
+    The grid of no items has one cell, the empty one.
+
     Parameters
     ----------
     n_items : int
@@ -122,7 +124,7 @@ class Grid:
     chunksize: int
 
     def __len__(self) -> int:
-        return -(-self.n_items // self.chunksize)
+        return max(1, -(-self.n_items // self.chunksize))
 
     def bounds(self, cell: int) -> tuple[int, int]:
         """``(start, stop)`` of a cell."""

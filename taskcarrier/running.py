@@ -7,6 +7,7 @@ no result; raising is the face's decision, so that it can say it in the face's w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic_ns
@@ -21,7 +22,7 @@ from taskcarrier.balance import Balance, Static, get_balance
 from taskcarrier.ledger import Ledger
 from taskcarrier.partition import Grid
 from taskcarrier.report import Report, WorkerReport, keep_report
-from taskcarrier.segments import Recycler, Staging
+from taskcarrier.segments import Recycler, Segment, Staging
 
 if TYPE_CHECKING:
     from taskcarrier.errors import WorkerDiedError
@@ -39,6 +40,7 @@ class Settings:
     verbosity: int = 0
     temp_folder: str | None = None
     recycler: Recycler | None = None
+    keep_report: Callable[[Report], None] = keep_report
 
     @classmethod
     def of_call(cls, balance: object, n_jobs: object, backend: object) -> Settings:
@@ -47,9 +49,20 @@ class Settings:
             get_balance(balance), choices.check_n_jobs(n_jobs), choices.check_backend(backend)
         )
 
+    @property
+    def folder(self) -> str | None:
+        """Where shared memory lies: a folder, or None for memory."""
+        return self.temp_folder or os.environ.get("JOBLIB_TEMP_FOLDER")
+
     def staging(self) -> Staging:
         """Where a run's copies go."""
-        return Staging(self.temp_folder, self.recycler)
+        return Staging(self.folder, self.recycler)
+
+    def segment(self, nbytes: int) -> Segment:
+        """An empty segment for about so many bytes."""
+        if self.recycler is None:
+            return Segment.create(self.folder)
+        return self.recycler.segment(nbytes, self.folder)
 
 
 @dataclass(slots=True)
@@ -136,7 +149,7 @@ def execute(
                 accounts, deaths, ledger = processes.run(job, parcel, deliver, tick)
     missing = _missing(job, deaths, ledger)
     report = _report(job, choice, accounts, staging, started_ns)
-    keep_report(report)
+    settings.keep_report(report)
     progress.log_report(settings.verbosity, report)
     failures = [account.failure for account in accounts if account.failure is not None]
     for account in accounts:

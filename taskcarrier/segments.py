@@ -24,6 +24,7 @@ import os
 import stat
 import sys
 import threading
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -53,6 +54,20 @@ class Mapping(mmap.mmap):
     """A segment mapped into this process; ``segment`` is kept as long as the mapping lives."""
 
     segment: Segment
+
+
+_live: weakref.WeakSet[Mapping] = weakref.WeakSet()
+
+
+def descriptors_are_scarce() -> bool:
+    """Whether mappings hold so many descriptors that results should be copied out of them.
+
+    A mapping holds up to two; a quarter of what the process may open is ours at most.
+    """
+    import resource  # noqa: PLC0415  # POSIX only
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft != resource.RLIM_INFINITY and 2 * len(_live) > soft // 4
 
 
 class Segment:
@@ -96,6 +111,10 @@ class Segment:
         if recycler is None or not recycler.take_back(self.fd, self.nbytes, self.on_disk):
             _close(self.fd)
 
+    def __reduce__(self) -> Any:
+        # Whoever packs a run knows how to send a descriptor; nobody else can.
+        raise TypeError("a segment can only be pickled as part of a run")
+
     def reserve(self, nbytes: int) -> None:
         """Make room for `nbytes`; several processes may do so at once.
 
@@ -106,6 +125,9 @@ class Segment:
         MemoryError
             In memory: less is available than asked for, with sizes.
         """
+        if nbytes > self.nbytes:
+            # Another process may have reserved it already.
+            self.nbytes = os.fstat(self.fd).st_size
         if nbytes <= self.nbytes:
             return
         if self.on_disk:
@@ -113,10 +135,10 @@ class Segment:
         else:
             if nbytes - self.nbytes >= _CHECKED_NBYTES:
                 _check_memory(nbytes - self.nbytes)
-            # The seal refuses to shrink: another worker has reserved more already.
+            # The seal refuses to shrink: another worker has reserved more meanwhile.
             with contextlib.suppress(PermissionError):
                 os.ftruncate(self.fd, nbytes)
-        self.nbytes = nbytes
+        self.nbytes = os.fstat(self.fd).st_size
 
     def _reserve_on_disk(self, nbytes: int) -> None:
         try:
@@ -136,6 +158,7 @@ class Segment:
         """The reserved bytes, mapped. The segment must not be empty."""
         mapping = Mapping(self.fd, self.nbytes, access=_ACCESS[mode], **_MMAP_OPTIONS)
         mapping.segment = self
+        _live.add(mapping)
         return mapping
 
     def write(self, offset: int, block: memoryview) -> None:

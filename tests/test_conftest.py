@@ -126,7 +126,7 @@ def run(pytester, monkeypatch):
 
 def clean_up(output):
     """Ends what was reported to be left behind: this test is not to leak it either."""
-    for pid in set(re.findall(r"process: (\d+) sleeping", output)):
+    for pid in set(re.findall(r"process: (\d+) \S+ sleep 30", output)):
         os.kill(int(pid), signal.SIGKILL)
     for path in set(re.findall(r"shared memory: (\S+/stray-\d+)", output)):
         Path(path).unlink()

@@ -104,9 +104,7 @@ class _Packer:
 
     def pickle(self, task: object) -> bytes:
         file = io.BytesIO()
-        pickler = cloudpickle.Pickler(file, protocol=5, buffer_callback=self._keep_in_band)
-        pickler.dispatch_table = ChainMap({Segment: self._reduce_segment}, pickler.dispatch_table)
-        pickler.dump(task)
+        _Pickler(file, self._reduce_segment, self._keep_in_band).dump(task)
         return file.getvalue()
 
     def number(self, segment: Segment) -> int:
@@ -129,6 +127,13 @@ class _Packer:
         segment, offset = self._staging.add(block)
         self.buffers.append((segment, offset, len(block)))
         return False
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
+    def __init__(self, file: io.BytesIO, reduce_segment: Any, keep_in_band: Any) -> None:
+        # Before the base class is initialised, which looks the table up once.
+        self.dispatch_table = ChainMap({Segment: reduce_segment}, cloudpickle.Pickler.dispatch_table)
+        super().__init__(file, protocol=5, buffer_callback=keep_in_band)
 
 
 def _received_segment(number: int, on_disk: bool) -> Segment:

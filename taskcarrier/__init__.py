@@ -1,0 +1,37 @@
+"""TaskCarrier maps functions over arrays and sequences on every core.
+
+Data first, one call: ``map_array(func, X)`` cuts an array into ranges, has every core run the
+function on chunks of it through shared memory, and puts the results in place.
+"""
+
+from typing import Any
+
+from taskcarrier.arrays.mapping import map_array
+from taskcarrier.backends.crews import shutdown
+from taskcarrier.mappers import DynamicParallelMapper, SerialMapper, StaticParallelMapper
+from taskcarrier.partition import Partition
+from taskcarrier.report import Report, last_report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DynamicParallelMapper",
+    "Partition",
+    "Report",
+    "SerialMapper",
+    "StaticParallelMapper",
+    "TaskError",
+    "WorkerDiedError",
+    "last_report",
+    "map_array",
+    "shutdown",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The exceptions derive from one whose import takes a fifth of numpy's; see errors.py.
+    if name in {"TaskError", "WorkerDiedError"}:
+        from taskcarrier import errors  # noqa: PLC0415
+
+        return getattr(errors, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,148 @@
+"""What may be mapped over: arrays and their axes, or an error that names the remedy."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# Types that `numpy.asarray` would take, losing something; by the module that defines them.
+_LOSSY = {
+    "scipy.sparse": "a sparse matrix: pass X.toarray(), or map over its index pointer",
+    "dask": "a dask array: pass X.compute(), or use dask's own map_blocks",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Arrays of equal length along their mapped axes.
+
+    Attributes
+    ----------
+    arrays : list of ndarray
+        Base-class arrays.
+    axes : list of int
+        The mapped axis of each, not negative.
+    n_items : int
+        Their common length.
+    """
+
+    arrays: list[np.ndarray]
+    axes: list[int]
+    n_items: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all items."""
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def item_nbytes(self) -> int:
+        """Bytes of one item of all arrays."""
+        return self.nbytes // max(1, self.n_items)
+
+    @property
+    def order(self) -> str:
+        """Memory order for results: that of the first array, so that chunks stay contiguous."""
+        flags = self.arrays[0].flags
+        return "F" if flags.f_contiguous and not flags.c_contiguous else "C"
+
+    @property
+    def needs_threads(self) -> str:
+        """Why these arrays cannot go to processes; empty if they can."""
+        for array in self.arrays:
+            if array.dtype.hasobject:
+                return f"an array of dtype {array.dtype} cannot lie in shared memory"
+        return ""
+
+    def describe(self, start: int, stop: int) -> str:
+        """A range in words."""
+        shape = self.arrays[0].shape
+        return f"axis {self.axes[0]}, items {start}:{stop} of an array of shape {shape}"
+
+
+def check_inputs(arrays: Sequence[object], axis: object) -> Inputs:
+    """The arrays of a call, or an error that says which one is wrong and what to do."""
+    if not arrays:
+        raise TypeError("expected at least one array to map over")
+    checked = [_as_array(array, number) for number, array in enumerate(arrays)]
+    wanted = list(axis) if isinstance(axis, tuple) else [axis] * len(checked)
+    if len(wanted) != len(checked):
+        raise ValueError(f"axis has {len(wanted)} entries for {len(checked)} arrays")
+    axes = [
+        normalize_axis(one, array.ndim, "axis") for one, array in zip(wanted, checked, strict=True)
+    ]
+    lengths = [array.shape[one] for one, array in zip(axes, checked, strict=True)]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            "arrays must have equal lengths along the mapped axis, got "
+            + ", ".join(
+                f"{length} (axis {one} of shape {array.shape})"
+                for length, one, array in zip(lengths, axes, checked, strict=True)
+            )
+        )
+    return Inputs(checked, axes, lengths[0])
+
+
+def normalize_axis(axis: object, ndim: int, name: str) -> int:
+    """`axis` counted from the front; `numpy.exceptions.AxisError` if there is none such."""
+    try:
+        value = operator.index(axis)  # type: ignore[arg-type]  # whatever the user passed
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {axis!r}") from None
+    if not -ndim <= value < ndim:
+        raise np.exceptions.AxisError(value, ndim, name)
+    return value % ndim
+
+
+def check_extras(args: object, kwargs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`args` and `kwargs` of a call."""
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"args must be a tuple of further arguments, got {args!r}")
+    if kwargs is None:
+        kwargs = {}
+    if not isinstance(kwargs, Mapping) or not all(isinstance(key, str) for key in kwargs):
+        raise TypeError(f"kwargs must be a dict of keyword arguments or None, got {kwargs!r}")
+    return tuple(args), dict(kwargs)
+
+
+def check_callable(func: object) -> None:
+    """An error if `func` cannot be called."""
+    if not callable(func):
+        raise TypeError(f"func must be callable, got {func!r}")
+
+
+def read_only(value: Any) -> Any:
+    """A read-only view if `value` is an array; else the value itself."""
+    if isinstance(value, np.ndarray) and value.flags.writeable:
+        value = value.view()
+        value.flags.writeable = False
+    return value
+
+
+def _as_array(value: object, number: int) -> np.ndarray:
+    which = f"array {number}"
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{which} is a masked array, whose mask would be lost: pass X.filled(value), or map "
+            "over X.data and numpy.ma.getmaskarray(X) together"
+        )
+    module = type(value).__module__
+    for prefix, remedy in _LOSSY.items():
+        if module == prefix or module.startswith(prefix + "."):
+            raise TypeError(f"{which} is {remedy}")
+    if isinstance(value, (str, bytes, os.PathLike)):
+        raise TypeError(
+            f"{which} is {value!r}: pass numpy.load(path, mmap_mode='r') for a file of an array"
+        )
+    array = np.asarray(value)
+    if array.ndim == 0:
+        raise TypeError(
+            f"{which} has no axis to map over: {type(value).__name__} is 0-dimensional as an "
+            "array; pass an array with at least one axis, or use a mapper for other sequences"
+        )
+    return array
