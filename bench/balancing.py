@@ -109,7 +109,9 @@ def rules(study: Study) -> dict[str, Any]:
     }
     for mapper in ("static", "dynamic"):
         pair = (study.curve("light", "serial"), study.curve("light", mapper))
-        numbers[f"light {mapper} meets serial"] = meeting(pair[0][0], pair[0][1], pair[1][1])
+        numbers[f"light {mapper} meets serial"] = meeting(
+            pair[0][0][1:], pair[0][1][1:], pair[1][1][1:]
+        )
     return numbers
 
 

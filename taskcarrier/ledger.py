@@ -115,20 +115,20 @@ class Ledger:
 
     Parameters
     ----------
-    words : memoryview
+    words : memoryview or list of int
         Writable signed 64-bit words, at least ``ledger_nbytes(n_workers) / 8`` of them.
     cursor : Cursor
         Gives out the next cell.
     """
 
-    def __init__(self, words: memoryview, cursor: Cursor) -> None:
+    def __init__(self, words: memoryview | list[int], cursor: Cursor) -> None:
         self._words = words
         self._cursor = cursor
 
     @classmethod
     def local(cls, n_workers: int) -> Self:
         """A fresh ledger for the workers of this process."""
-        ledger = cls(memoryview(bytearray(ledger_nbytes(n_workers))).cast("q"), ThreadCursor())
+        ledger = cls([0] * (ledger_nbytes(n_workers) // 8), ThreadCursor())
         ledger.reset(n_workers)
         return ledger
 

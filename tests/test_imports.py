@@ -18,8 +18,10 @@ LAYERS = [
     ["balance", "segments"],
     ["ledger"],
     ["backends"],
-    ["progress", "running"],
-    ["sequences", "arrays"],
+    ["progress"],
+    ["running"],
+    ["arrays"],
+    ["sequences"],
     ["mappers"],
     ["__init__"],
 ]

@@ -229,7 +229,8 @@ class _Chunks:
         self._sink = Sink(task.allocation, task.out_axis)
 
     def __call__(self, start: int, stop: int) -> Any:
-        chunks = [array[(*before, slice(start, stop))] for array, before in self._arrays]
+        cell = slice(start, stop)
+        chunks = [array[(*before, cell)] for array, before in self._arrays]
         if self._writable:
             chunks = [chunk.copy(order="K") for chunk in chunks]
         try:

@@ -175,13 +175,25 @@ class Sink:
         self._spec: Spec | None = None
         self._outputs: list[np.ndarray] = []
         self._before: list[tuple[slice, ...]] = []
+        # What one plain array must look like, by the length of its cell (there are two: the
+        # last may be shorter). Comparing with it takes 0.2 µs a cell, making a spec 4 µs.
+        self._dtype: np.dtype[Any] | None = None
+        self._shapes: dict[int, tuple[int, ...]] = {}
         self.first: tuple[int, Spec] | None = None
 
     def place(self, start: int, stop: int, result: Any) -> None:
         """Put the result of one cell where it belongs, or say what is wrong with it."""
+        length = stop - start
+        if (
+            type(result) is np.ndarray
+            and result.shape == self._shapes.get(length)
+            and result.dtype == self._dtype
+        ):
+            self._outputs[0][(*self._before[0], slice(start, stop))] = result
+            return
         several = isinstance(result, tuple)
         results = [_as_result(one) for one in (result if several else (result,))]
-        spec = self._spec_of(results, several, stop - start)
+        spec = self._spec_of(results, several, length)
         if spec != self._spec:
             if self._spec is not None:
                 raise DisagreementError(spec)
@@ -189,6 +201,9 @@ class Sink:
             self._before = [(slice(None),) * axis for axis in spec.axes]
             self._spec = spec
             self.first = (start, spec)
+        if not several:
+            self._dtype = results[0].dtype
+            self._shapes[length] = results[0].shape
         for output, before, one in zip(self._outputs, self._before, results, strict=True):
             output[(*before, slice(start, stop))] = one
 
