@@ -36,8 +36,8 @@ def _study(
     aim: float,
 ) -> Comparison:
     X = np.random.default_rng(0).random((64, 4))
-    ours_calls = settings.pick(full=500, quick=100, tiny=2)
-    their_calls = settings.pick(full=40, quick=10, tiny=2)
+    ours_calls = settings.pick(full=300, quick=60, tiny=2)
+    their_calls = settings.pick(full=25, quick=8, tiny=2)
     with ExitStack() as stack:
         theirs, absent = open_peers(stack, peers, N_JOBS, identity, X)
         mappers = {f"ours {b}": ours.warm_mapper(stack, b, N_JOBS, backend) for b in ours.BALANCES}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,8 @@ def run(settings: Settings) -> list[Comparison]:
 
     The fair cut knows the work beforehand; it tells what this machine's second core is worth.
     """
-    counts = np.arange(1, RANGES + 1) * settings.pick(full=500, quick=80, tiny=1)
+    counts = np.arange(1, RANGES + 1) * settings.pick(full=300, quick=80, tiny=1)
+    mappers: dict[str, Any] = {}
     with ExitStack() as stack:
         executor = stack.enter_context(ProcessPoolExecutor(N_JOBS))
         arms = [
@@ -33,17 +35,26 @@ def run(settings: Settings) -> list[Comparison]:
         for balance in ours.BALANCES:
             mapper = ours.warm_mapper(stack, balance, N_JOBS, "loky")
             arms.append(Arm(balance, partial(mapper.map_array, spin, counts, chunksize=1)))
+            mappers[balance] = mapper
         found = compare(
             f"triangular: {RANGES} ranges, range i has work proportional to i, loky, {N_JOBS} jobs",
             arms,
-            rounds=settings.turns(full=7, quick=3),
+            rounds=settings.turns(full=9, quick=3),
             reference="dynamic",
             promises=[_share("dynamic")],
         )
     for name in ("static", BY_HAND):
         share = found.ratio("serial", name, scale=1 / N_JOBS)
         found.notes.append(f"share of the ideal, {name}: {share}")
+    for name, mapper in mappers.items():
+        found.notes.append(f"idle share of the workers' time, {name}: {_idle(mapper.report):.3f}")
     return [found]
+
+
+def _idle(report: Any) -> float:
+    """What the last run's workers waited for, which no other load on the machine changes much."""
+    idle = sum(worker.idle for worker in report.workers)
+    return idle / (idle + sum(worker.busy for worker in report.workers))
 
 
 def _share(arm: str) -> Promise:

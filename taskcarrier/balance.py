@@ -15,7 +15,7 @@ from taskcarrier.ledger import Ledger
 from taskcarrier.partition import Partition
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Static:
     """Each worker has one contiguous run of cells, cut evenly beforehand."""
 
@@ -35,7 +35,7 @@ class Static:
         return range(parts[worker].start, parts[worker].stop) if worker < len(parts) else range(0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Dynamic:
     """The next cell goes to whoever is free."""
 

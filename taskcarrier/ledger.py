@@ -13,7 +13,7 @@ way                                                     cost  what speaks agains
 ``lseek`` on the memfd as it was created                 0.4  0.5 % of the claims were double
 counter under a `threading.Lock`                         0.2  one process only: threads use it
 one byte with ``O_APPEND``, then the file position       1.8  position is not shared safely
-``flock``, open-file-description and record locks       5–11  kept or lost when claimers die
+``flock``, open-file-description and record locks       5-11  kept or lost when claimers die
 =====================================================  =====  ===============================
 
 A file from ``memfd_create`` itself does not ask the kernel to serialise its position; the
@@ -66,16 +66,16 @@ class ThreadCursor:
         self._lock = threading.Lock()
         self._next = 0
 
-    def advance(self) -> int:
+    def advance(self) -> int:  # noqa: D102  # as in Cursor
         with self._lock:
             number = self._next
             self._next = number + 1
         return number
 
-    def position(self) -> int:
+    def position(self) -> int:  # noqa: D102  # as in Cursor
         return self._next
 
-    def reset(self) -> None:
+    def reset(self) -> None:  # noqa: D102  # as in Cursor
         self._next = 0
 
 
@@ -100,13 +100,13 @@ class FileCursor:
         finally:
             os.close(raw)
 
-    def advance(self) -> int:
+    def advance(self) -> int:  # noqa: D102  # as in Cursor
         return os.lseek(self.fd, 1, os.SEEK_CUR) - 1
 
-    def position(self) -> int:
+    def position(self) -> int:  # noqa: D102  # as in Cursor
         return os.lseek(self.fd, 0, os.SEEK_CUR)
 
-    def reset(self) -> None:
+    def reset(self) -> None:  # noqa: D102  # as in Cursor
         os.lseek(self.fd, 0, os.SEEK_SET)
 
 

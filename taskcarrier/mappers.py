@@ -77,9 +77,7 @@ class _Mapper:
         """The same as `map`."""
         return self.map(func, seq1, *seqs)
 
-    def map(
-        self, func: Callable[..., Any], seq1: Iterable[Any], *seqs: Iterable[Any]
-    ) -> list[Any]:
+    def map(self, func: Callable[..., Any], seq1: Iterable[Any], *seqs: Iterable[Any]) -> list[Any]:
         """Apply a function to the items of one or several sequences, like the built-in `map`.
 
         What is demanded of `func`: for processes, it and the items and results must be

@@ -106,7 +106,7 @@ class Partition(Sequence[slice]):
         return f"Partition(n_parts={self.n_parts}, size={self.size}{cut})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Grid:
     """The cells of a run: `n_items` items in ranges of `chunksize`, the last maybe shorter.
 

@@ -13,7 +13,9 @@ logger = logging.getLogger("taskcarrier")
 
 
 @contextmanager
-def shown(verbosity: int, n_items: int, n_workers: int) -> Iterator[Callable[[Ledger], None] | None]:
+def shown(
+    verbosity: int, n_items: int, n_workers: int
+) -> Iterator[Callable[[Ledger], None] | None]:
     """A function to call now and then with the run's ledger; None when nothing is shown."""
     if verbosity < 1:
         yield None

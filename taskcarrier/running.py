@@ -143,7 +143,7 @@ def execute(
         else:
             from taskcarrier.backends.parcels import pack  # noqa: PLC0415  # loads joblib
 
-            assert staging is not None  # noqa: S101  # for the type checker
+            assert staging is not None  # for the type checker
             parcel = pack(job, staging)
             with process_crew(choice.n_jobs, choice.cores) as processes:
                 accounts, deaths, ledger = processes.run(job, parcel, deliver, tick)

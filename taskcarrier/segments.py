@@ -27,6 +27,7 @@ import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -240,7 +241,7 @@ class Recycler:
         self.close()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SharedView:
     """Where an array lies in a segment: all that travels of it.
 
@@ -301,7 +302,7 @@ class Staging:
         self._end = offset + nbytes
         if self._segment is None:
             self._prepare(self._end)
-        assert self._segment is not None  # noqa: S101  # for the type checker
+        assert self._segment is not None  # for the type checker
         self._segment.reserve(self._end)
         self.nbytes += nbytes
         return self._segment, offset
@@ -407,7 +408,7 @@ def _aligned(nbytes: int) -> int:
 
 def _nameless_file(folder: str) -> int:
     """A new file, readable by its owner alone, that has no name from the start or at once."""
-    if not os.path.isdir(folder):
+    if not Path(folder).is_dir():
         raise FileNotFoundError(
             errno.ENOENT, "temp_folder must be an existing folder", os.fspath(folder)
         )
@@ -420,7 +421,7 @@ def _nameless_file(folder: str) -> int:
     import tempfile  # noqa: PLC0415  # only on file systems without O_TMPFILE
 
     fd, path = tempfile.mkstemp(prefix="taskcarrier-", dir=folder)
-    os.unlink(path)
+    Path(path).unlink()
     return fd
 
 
@@ -437,7 +438,8 @@ def _check_memory(nbytes: int) -> None:
 def _available_memory() -> tuple[int, str]:
     """Bytes that can still be used, and what says so; unlimited where nothing tells."""
     limits = [(sys.maxsize, "no limit known")]
-    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")]
         limits += [(value, "MemAvailable in /proc/meminfo") for value in found]
     for limit, used in (
@@ -451,5 +453,4 @@ def _available_memory() -> tuple[int, str]:
 
 
 def _number_in(path: str) -> int:
-    with open(path, encoding="ascii") as file:
-        return int(file.read())
+    return int(Path(path).read_text(encoding="ascii"))

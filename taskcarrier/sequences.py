@@ -7,6 +7,7 @@ taking a block costs no message. Results come back in batches.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from time import monotonic_ns
@@ -16,6 +17,7 @@ import numpy as np
 
 from taskcarrier.arrays.inputs import check_callable
 from taskcarrier.backends.choice import Choice
+from taskcarrier.backends.work import Call
 from taskcarrier.partition import Grid, list_grid
 from taskcarrier.running import (
     Settings,
@@ -28,7 +30,10 @@ from taskcarrier.segments import SharedView, Staging
 
 
 def mapped(
-    settings: Settings, func: Callable[..., Any], sequences: tuple[Iterable[Any], ...], chunksize: int | None
+    settings: Settings,
+    func: Callable[..., Any],
+    sequences: tuple[Iterable[Any], ...],
+    chunksize: int | None,
 ) -> list[Any]:
     """``list(map(func, *sequences))`` on the workers that `settings` ask for."""
     started_ns = monotonic_ns()
@@ -44,10 +49,11 @@ def mapped(
     task: _ItemTask | _PackedTask
     if choice.backend == "loky":
         staging = settings.staging()
-        task = _PackedTask(func, *_packed_blocks(items, grid, staging), grid.chunksize, several)
+        blocks, ends = _packed_blocks(items, grid, staging)
+        task = _PackedTask(Call(func), blocks, ends, grid.chunksize, several)
     else:
         task = _ItemTask(func, items, several)
-    blocks: dict[int, list[Any]] = {}
+    done: dict[int, list[Any]] = {}
     outcome = execute(
         task,
         grid,
@@ -55,14 +61,14 @@ def mapped(
         settings,
         started_ns=started_ns,
         staging=staging,
-        deliver=blocks.__setitem__,
+        deliver=done.__setitem__,
     )
     raise_failure(outcome, grid, _describe)
     if outcome.deaths:
-        missing = [cell for cell in range(len(grid)) if cell not in blocks]
-        partial = _joined(blocks, grid)
+        missing = [cell for cell in range(len(grid)) if cell not in done]
+        partial = _joined(done, grid)
         raise died_error(outcome, grid, _describe, missing, partial)
-    return _joined(blocks, grid)
+    return _joined(done, grid)
 
 
 def _gathered(sequences: tuple[Iterable[Any], ...]) -> Sequence[Any]:
@@ -86,7 +92,7 @@ def _describe(start: int, stop: int) -> str:
     return f"item {start}" if stop == start + 1 else f"items {start}:{stop}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _ItemTask:
     """`func` on items of this process; open already, for it keeps nothing."""
 
@@ -104,11 +110,11 @@ class _ItemTask:
         """Nothing."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _PackedTask:
     """`func` on blocks of pickled items in shared memory."""
 
-    func: Callable[..., Any]
+    call: Call
     blocks: SharedView
     ends: SharedView
     chunksize: int
@@ -123,17 +129,15 @@ class _PackedItems:
 
     def __init__(self, task: _PackedTask) -> None:
         self._task = task
-        self._blocks = memoryview(task.blocks.open("read"))
+        self._blocks: Any = memoryview(task.blocks.open("read").data)
         self._ends = task.ends.open("read")
 
     def __call__(self, start: int, stop: int) -> list[Any]:  # noqa: ARG002  # a cell is a block
-        import pickle  # noqa: PLC0415  # in workers only
-
         task = self._task
         cell = start // task.chunksize
         begin = int(self._ends[cell - 1]) if cell else 0
         items = pickle.loads(self._blocks[begin : int(self._ends[cell])])
-        return _apply(task.func, items, start, task.several)
+        return _apply(task.call.func, items, start, task.several)
 
     def facts(self) -> None:
         """Nothing."""

@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "taskcarrier"
 LAYERS = [
     ["errors"],
     ["partition", "report"],
-    ["balance", "segments"],
-    ["ledger"],
+    ["ledger", "segments"],
+    ["balance"],
     ["backends"],
     ["progress"],
     ["running"],

@@ -25,7 +25,7 @@ from taskcarrier.arrays.outputs import (
     check_out_axis,
 )
 from taskcarrier.backends.choice import Choice
-from taskcarrier.backends.work import NOTHING, Failure
+from taskcarrier.backends.work import NOTHING, Call, Failure
 from taskcarrier.partition import Grid, check_chunksize, chunk_grid
 from taskcarrier.running import (
     Outcome,
@@ -183,7 +183,12 @@ def mapped(
         shared = inputs.arrays
         allocation = LocalAllocation(inputs.n_items, inputs.order)
     task = _ChunkTask(
-        func, extra_args, extra_kwargs, shared, inputs.axes, allocation, where_out, bool(writable)
+        Call(func, extra_args, extra_kwargs),
+        shared,
+        inputs.axes,
+        allocation,
+        where_out,
+        bool(writable),
     )
     outcome = execute(task, grid, choice, settings, started_ns=started_ns, staging=staging)
     spec = _agreed_spec(outcome, inputs, grid)
@@ -194,13 +199,11 @@ def mapped(
     return results
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _ChunkTask:
     """`func` on a chunk of every array, as a task."""
 
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    call: Call
     arrays: list[np.ndarray | SharedView]
     axes: list[int]
     allocation: LocalAllocation | SharedAllocation
@@ -215,9 +218,12 @@ class _Chunks:
     """A `_ChunkTask` opened in one worker."""
 
     def __init__(self, task: _ChunkTask) -> None:
-        self._func = task.func
-        self._args = tuple(read_only(value) for value in task.args)
-        self._kwargs = {name: read_only(value) for name, value in task.kwargs.items()}
+        call = task.call
+        self._func = call.func
+        if call.args or call.kwargs:
+            args = tuple(read_only(value) for value in call.args)
+            kwargs = {name: read_only(value) for name, value in call.kwargs.items()}
+            self._func = lambda *chunks: call.func(*chunks, *args, **kwargs)
         self._arrays = [
             (
                 array.open("read") if isinstance(array, SharedView) else read_only(array),
@@ -234,7 +240,7 @@ class _Chunks:
         if self._writable:
             chunks = [chunk.copy(order="K") for chunk in chunks]
         try:
-            result = self._func(*chunks, *self._args, **self._kwargs)
+            result = self._func(*chunks)
         except ValueError as error:
             if not self._writable and "read-only" in str(error):
                 error.add_note("chunks are read-only; pass writable=True for private copies")
@@ -254,12 +260,11 @@ def _agreed_spec(outcome: Outcome, inputs: Inputs, grid: Grid) -> Spec | None:
     caller, both that cell and the lowest one that differs from it are the same on every run.
     """
     firsts = [
-        (*account.facts, account.name)
-        for account in outcome.accounts
-        if account.facts is not None
+        (*account.facts, account.name) for account in outcome.accounts if account.facts is not None
     ]
     if not firsts:
         return None
+    reference: Spec
     reference_start, reference, _ = min(firsts, key=lambda first: first[0])
     failures = [
         Failure(start // grid.chunksize, DisagreementError(spec), name)
@@ -269,9 +274,7 @@ def _agreed_spec(outcome: Outcome, inputs: Inputs, grid: Grid) -> Spec | None:
     failures += [
         failure
         for failure in outcome.failures
-        if not (
-            isinstance(failure.error, DisagreementError) and failure.error.spec == reference
-        )
+        if not (isinstance(failure.error, DisagreementError) and failure.error.spec == reference)
     ]
     outcome.failures = sorted(failures, key=lambda failure: failure.cell)
     for failure in outcome.failures:

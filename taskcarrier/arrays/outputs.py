@@ -22,7 +22,7 @@ from taskcarrier.arrays.inputs import normalize_axis
 from taskcarrier.segments import ALIGNMENT, Segment, SharedView, descriptors_are_scarce
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Spec:
     """What the results of all cells must agree in.
 
@@ -213,9 +213,7 @@ class Sink:
             wanted = (wanted,) * len(results)
         elif len(wanted) != len(results):
             raise ValueError(f"out_axis has {len(wanted)} entries, func returned {len(results)}")
-        axes = tuple(
-            _axis_of(one, axis, length) for one, axis in zip(results, wanted, strict=True)
-        )
+        axes = tuple(_axis_of(one, axis, length) for one, axis in zip(results, wanted, strict=True))
         parts = tuple(
             (one.dtype, one.shape[:axis] + one.shape[axis + 1 :])
             for one, axis in zip(results, axes, strict=True)

@@ -136,40 +136,37 @@ def choose(
     'the function releases the GIL'
     """
     workers = count_workers(n_jobs, facts)
-    cores = facts.cores
-
-    def serial(reason: str) -> Choice:
-        return Choice("sequential", 1, reason, cores)
-
-    if facts.in_worker:
-        return serial("called inside a worker")
-    wanted = backend or _followed(facts)
-    if wanted == "sequential":
-        return serial("asked for" if backend else "joblib's active configuration")
-    if workers == 1:
-        return serial("n_jobs is 1")
-    if wanted is not None:
-        reason = "asked for" if backend else "joblib's active configuration"
-    elif releases_gil:
-        wanted, reason = "threading", "the function releases the GIL"
-    elif not facts.has_gil:
-        wanted, reason = "threading", "the interpreter has no GIL"
-    elif needs_threads:
-        wanted, reason = "threading", needs_threads
-    elif not facts.has_processes:
-        wanted, reason = "threading", "worker processes need Linux"
-    else:
-        wanted, reason = "loky", "the default"
-    if wanted == "loky":
+    where, reason = _where(backend, workers, facts, releases_gil, needs_threads)
+    if where == "loky":
         if needs_threads:
             raise TypeError(f"{needs_threads}; pass backend='threading'")
         if not facts.has_processes:
-            raise OSError(
-                f"backend={backend!r}: worker processes need Linux; pass backend='threading'"
-            )
+            raise OSError("worker processes need Linux; pass backend='threading'")
         if facts.daemonic:
-            return serial("a daemonic process may not start worker processes")
-    return Choice(wanted, workers, reason, cores)
+            where, reason = "sequential", "a daemonic process may not start worker processes"
+    return Choice(where, 1 if where == "sequential" else workers, reason, facts.cores)
+
+
+def _where(
+    backend: str | None, workers: int, facts: Facts, releases_gil: bool, needs_threads: str
+) -> tuple[str, str]:
+    """The backend that is wanted, and why: what is asked for, else what suits best."""
+    wanted = backend or _followed(facts)
+    if facts.in_worker:
+        return "sequential", "called inside a worker"
+    if workers == 1 and wanted != "sequential":
+        return "sequential", "n_jobs is 1"
+    if wanted is not None:
+        return wanted, "asked for" if backend else "joblib's active configuration"
+    for applies, reason in (
+        (releases_gil, "the function releases the GIL"),
+        (not facts.has_gil, "the interpreter has no GIL"),
+        (bool(needs_threads), needs_threads),
+        (not facts.has_processes, "worker processes need Linux"),
+    ):
+        if applies:
+            return "threading", reason
+    return "loky", "the default"
 
 
 def _followed(facts: Facts) -> str | None:

@@ -45,7 +45,15 @@ from taskcarrier.backends.parcels import (
     unpack_error,
 )
 from taskcarrier.backends.threads import TICK
-from taskcarrier.backends.work import Account, Death, Deliver, Failure, Job, mark_worker_process, work
+from taskcarrier.backends.work import (
+    Account,
+    Death,
+    Deliver,
+    Failure,
+    Job,
+    mark_worker_process,
+    work,
+)
 from taskcarrier.ledger import FileCursor, Ledger, ledger_nbytes
 
 # Results that are not put in place travel in batches: when this many bytes or seconds have

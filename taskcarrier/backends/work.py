@@ -21,6 +21,15 @@ NOTHING = object()
 """What a cell returns whose result is already where it belongs."""
 
 
+@dataclass(frozen=True)
+class Call:
+    """What the user gave: the function and what every call of it gets."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
 class Cells(Protocol):
     """A task opened in one worker."""
 
@@ -38,7 +47,7 @@ class Task(Protocol):
         """Called once in each worker, before its first cell."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Job:
     """What every worker of a run is given."""
 
@@ -96,7 +105,7 @@ def in_worker() -> bool:
 
 
 def mark_worker_process() -> None:
-    """This whole process is a worker."""
+    """Say that this whole process is a worker."""
     global _in_worker_process  # noqa: PLW0603  # a fact about the process, set once
     _in_worker_process = True
 
@@ -121,26 +130,30 @@ def work(job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> Account:
     _state.busy = True
     cell = -1
     cells: Cells | None = None
+    n_items, chunksize = job.grid.n_items, job.grid.chunksize
+    ranges = items = busy_ns = 0
     try:
         cells = job.task.open()
-        bounds = job.grid.bounds
         for cell in job.balance.cells(ledger, worker, job.n_workers, len(job.grid)):
-            start, stop = bounds(cell)
+            start = cell * chunksize
+            stop = start + chunksize
+            stop = min(stop, n_items)
             begin = monotonic_ns()
             try:
                 result = cells(start, stop)
                 if result is not NOTHING:
                     deliver(cell, result)
             finally:
-                account.busy_ns += monotonic_ns() - begin
+                busy_ns += monotonic_ns() - begin
             ledger.lay_down(worker, stop - start)
-            account.ranges += 1
-            account.items += stop - start
+            ranges += 1
+            items += stop - start
     except BaseException as error:  # noqa: BLE001  # also exits and interrupts: the caller raises
         ledger.halt()
         account.failure = Failure(cell, error)
     finally:
         _state.busy = busy_before
+        account.ranges, account.items, account.busy_ns = ranges, items, busy_ns
         if cells is not None:
             account.facts = cells.facts()
     return account
