@@ -107,7 +107,7 @@ class _Packer:
     def pickle(self, task: object) -> bytes:
         file = io.BytesIO()
         pickler = pickle.Pickler(file, protocol=5)
-        reducers: dict[type, Any] = {Segment: self._reduce_segment, Call: self._reduce_call}
+        reducers: Any = {Segment: self._reduce_segment, Call: self._reduce_call}
         pickler.dispatch_table = ChainMap(reducers, copyreg.dispatch_table)
         pickler.dump(task)
         return file.getvalue()
