@@ -109,8 +109,7 @@ class DaskThreads:
 
     def __call__(self, func: Func, X: np.ndarray) -> np.ndarray:
         if X.shape not in self.rows:
-            candidates = self._candidates(X)
-            self.rows[X.shape] = min(candidates, key=lambda rows: self._fastest(func, X, rows))
+            self.rows[X.shape] = self._fastest(func, X)
         return self._compute(func, X, self.rows[X.shape])
 
     def _compute(self, func: Func, X: np.ndarray, rows: int) -> np.ndarray:
@@ -126,13 +125,14 @@ class DaskThreads:
         row = X.nbytes // len(X)
         return [half, *(size // row for size in DASK_BLOCKS if size // row < half)]
 
-    def _fastest(self, func: Func, X: np.ndarray, rows: int) -> float:
-        seconds = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            self._compute(func, X, rows)
-            seconds.append(time.perf_counter() - begin)
-        return min(seconds)
+    def _fastest(self, func: Func, X: np.ndarray) -> int:
+        seconds: dict[int, list[float]] = {rows: [] for rows in self._candidates(X)}
+        for _ in range(4):  # in turns, as the arms themselves
+            for rows, found in seconds.items():
+                begin = time.perf_counter()
+                self._compute(func, X, rows)
+                found.append(time.perf_counter() - begin)
+        return min(seconds, key=lambda rows: min(seconds[rows]))
 
 
 @contextmanager

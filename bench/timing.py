@@ -308,9 +308,11 @@ def describe_machine(facts: dict[str, Any]) -> str:
         f"{name} {version}" for name, version in facts["versions"].items() if version
     )
     threads = " ".join(f"{name}={value}" for name, value in facts["threads"].items())
+    load = f"{facts['load'][0]:.1f}" if facts["load"] else "unknown"
     return (
         f"{facts['usable cpus'] or facts['cpus']} cpus ({facts['cpu']}), {facts['system']}\n"
-        f"Python {facts['python']}, {versions}\nthread variables: {threads or 'none set'}"
+        f"Python {facts['python']}, {versions}\n"
+        f"thread variables: {threads or 'none set'}; load before the start: {load}"
     )
 
 

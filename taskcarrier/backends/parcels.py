@@ -107,8 +107,10 @@ class _Packer:
     def pickle(self, task: object) -> bytes:
         file = io.BytesIO()
         pickler = pickle.Pickler(file, protocol=5)
+        # typeshed's idea of what a reducer returns differs between the two tables.
+        common: Any = copyreg.dispatch_table
         reducers: Any = {Segment: self._reduce_segment, Call: self._reduce_call}
-        pickler.dispatch_table = ChainMap(reducers, copyreg.dispatch_table)
+        pickler.dispatch_table = ChainMap(reducers, common)
         pickler.dump(task)
         return file.getvalue()
 

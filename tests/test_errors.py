@@ -1,0 +1,75 @@
+"""The exceptions: what they are, and what they carry."""
+
+import pickle
+import signal
+from concurrent.futures import BrokenExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+
+import taskcarrier
+from taskcarrier.errors import TaskError, WorkerDiedError, WorkerTracebackError, describe_exit
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "text"),
+    [
+        (None, "gone"),
+        (0, "exited with code 0"),
+        (3, "exited with code 3"),
+        (-signal.SIGKILL, "killed by signal 9 (SIGKILL)"),
+        (-signal.SIGSEGV, "killed by signal 11 (SIGSEGV)"),
+        (-63, "killed by signal 63 (no standard signal)"),
+    ],
+)
+def test_describe_exit(exitcode, text):
+    assert describe_exit(exitcode) == text
+
+
+class TestWorkerDiedError:
+    def test_is_what_executors_raise(self):
+        assert issubclass(WorkerDiedError, BrokenProcessPool)
+        assert issubclass(WorkerDiedError, BrokenExecutor)
+
+    def test_carries_facts(self):
+        error = WorkerDiedError("gone", worker="process 7", exitcode=-9, in_hand=(2, 4))
+        assert str(error) == "gone"
+        assert (error.worker, error.exitcode, error.in_hand) == ("process 7", -9, (2, 4))
+        assert error.missing == []
+        assert error.partial is None
+
+    def test_missing_is_each_error_s_own(self):
+        WorkerDiedError("one").missing.append((0, 1))
+        assert WorkerDiedError("other").missing == []
+
+    def test_facts_survive_pickling(self):
+        error = WorkerDiedError("gone", worker="process 7", exitcode=-9, in_hand=(2, 4))
+        error.missing = [(2, 4), (6, 8)]
+        error.partial = [1, None]
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is WorkerDiedError
+        assert copy.args == error.args
+        assert vars(copy) == vars(error)
+
+
+class TestTaskError:
+    def test_is_a_runtime_error_with_a_type_name(self):
+        error = TaskError("text", "some.module.Kind")
+        assert isinstance(error, RuntimeError)
+        assert (str(error), error.type_name) == ("text", "some.module.Kind")
+
+    def test_survives_pickling(self):
+        copy = pickle.loads(pickle.dumps(TaskError("text", "some.module.Kind")))
+        assert type(copy) is TaskError
+        assert (str(copy), copy.type_name) == ("text", "some.module.Kind")
+
+
+def test_a_worker_s_traceback_begins_on_a_line_of_its_own():
+    assert str(WorkerTracebackError("Traceback ...")) == "\nTraceback ..."
+
+
+def test_public_names():
+    assert taskcarrier.TaskError is TaskError
+    assert taskcarrier.WorkerDiedError is WorkerDiedError
+    with pytest.raises(AttributeError, match="no attribute 'NoSuchError'"):
+        taskcarrier.NoSuchError  # noqa: B018

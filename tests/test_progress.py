@@ -1,0 +1,69 @@
+"""The bar, and the report in the log."""
+
+import logging
+
+import pytest
+
+from taskcarrier.ledger import Ledger
+from taskcarrier.progress import log_report, shown
+from taskcarrier.report import Report
+
+REPORT = Report("sequential", "asked for", "serial", 1, 1, 3, 3, 0, 0.5, ())
+
+
+@pytest.fixture
+def no_monitor(monkeypatch):
+    """tqdm's monitor is a thread for the length of the program."""
+    tqdm = pytest.importorskip("tqdm").tqdm
+    monkeypatch.setattr(tqdm, "monitor_interval", 0)
+
+
+@pytest.mark.parametrize("verbosity", [0, -1])
+def test_nothing_is_shown(verbosity, capsys):
+    with shown(verbosity, 10, 1) as tick:
+        assert tick is None
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("no_monitor")
+class TestBar:
+    def test_counts_items_of_all_workers(self, capsys):
+        ledger = Ledger.local(2)
+        with shown(1, 40, 2) as tick:
+            tick(ledger)
+            for worker, n_items in [(0, 10), (1, 5)]:
+                ledger.claim(worker)
+                ledger.lay_down(worker, n_items)
+            tick(ledger)
+            tick(ledger)
+        out, err = capsys.readouterr()
+        assert out == ""
+        last = err.rstrip().rsplit("\r", maxsplit=1)[-1]
+        assert "15/40" in last
+        assert "item" in last
+
+    def test_is_complete_at_the_end(self, capsys):
+        ledger = Ledger.local(1)
+        with shown(1, 3, 1) as tick:
+            for _ in range(3):
+                ledger.claim(0)
+                ledger.lay_down(0, 1)
+                tick(ledger)
+        assert "100%" in capsys.readouterr().err
+
+    def test_is_closed_after_an_error(self, capsys):
+        with pytest.raises(KeyError), shown(1, 3, 1):
+            raise KeyError
+        assert capsys.readouterr().err.endswith("\n")
+
+    def test_of_no_items(self, capsys):
+        with shown(1, 0, 1) as tick:
+            tick(Ledger.local(1))
+        assert "0item" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("verbosity", "expected"), [(0, []), (1, []), (2, [str(REPORT)])])
+def test_report_is_logged_to_those_who_asked(verbosity, expected, caplog):
+    with caplog.at_level(logging.INFO, logger="taskcarrier"):
+        log_report(verbosity, REPORT)
+    assert [record.getMessage() for record in caplog.records] == expected

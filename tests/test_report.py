@@ -1,0 +1,91 @@
+"""The report: a table for people, a dict for programs."""
+
+import json
+import threading
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from taskcarrier.report import Report, WorkerReport, keep_report, last_report
+
+
+@pytest.fixture
+def report():
+    return Report(
+        backend="loky",
+        reason="the default",
+        balance="dynamic",
+        n_jobs=2,
+        chunksize=1000,
+        ranges=1235,
+        items=1_234_567,
+        bytes_copied=9_876_543,
+        seconds=1.25,
+        workers=(
+            WorkerReport("process 4711", 1000, 1_000_000, 1.0, 0.25),
+            WorkerReport("process 12", 235, 234_567, 0.5, 0.75),
+        ),
+    )
+
+
+def test_as_dict_is_json(report):
+    plain = json.loads(json.dumps(report.as_dict()))
+    assert {name: plain[name] for name in ("backend", "items", "bytes_copied", "seconds")} == {
+        "backend": "loky",
+        "items": 1_234_567,
+        "bytes_copied": 9_876_543,
+        "seconds": 1.25,
+    }
+    assert set(plain) == {field for field in Report.__slots__}
+    assert plain["workers"][1] == {
+        "name": "process 12",
+        "ranges": 235,
+        "items": 234_567,
+        "busy": 0.5,
+        "idle": 0.75,
+    }
+
+
+def test_text(report):
+    lines = str(report).splitlines()
+    assert lines[0] == (
+        "1,234,567 items in 1,235 ranges of 1,000, dynamic balance, backend loky (the default)"
+    )
+    assert lines[1] == "1.25 s in all, 9,876,543 bytes copied"
+    assert lines[2].split() == ["worker", "ranges", "items", "busy", "s", "idle", "s"]
+    assert lines[3].split() == ["process", "4711", "1,000", "1,000,000", "1.0000", "0.2500"]
+    assert lines[4].split() == ["process", "12", "235", "234,567", "0.5000", "0.7500"]
+    assert len({len(line) for line in lines[2:]}) == 1  # the columns stand under their heads
+
+
+def test_text_without_workers(report):
+    empty = Report(**{**report.as_dict(), "workers": ()})
+    assert len(str(empty).splitlines()) == 3
+
+
+def test_cannot_be_changed(report):
+    with pytest.raises(FrozenInstanceError):
+        report.items = 0
+    with pytest.raises(FrozenInstanceError):
+        report.workers[0].items = 0
+
+
+def test_last_report_is_the_thread_s_own(report):
+    found = []
+
+    def elsewhere():
+        try:
+            last_report()
+        except LookupError as error:
+            found.append(str(error))
+        keep_report(report)
+        found.append(last_report())
+
+    other = Report(**{**report.as_dict(), "items": 1})
+    keep_report(other)
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert found == ["nothing was run from this thread yet", report]
+    assert found[1] is report
+    assert last_report() is other
