@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from itertools import chain
 
 import pytest
 from hypothesis import given
@@ -110,7 +111,7 @@ class TestBoth:
     def test_more_workers_than_cells(self, rule):
         ledger = Ledger.local(5)
         taken = [list(rule.cells(ledger, worker, 5, 2)) for worker in range(5)]
-        assert sorted(sum(taken, [])) == [0, 1]
+        assert sorted(chain(*taken)) == [0, 1]
 
     def test_by_name(self, rule):
         assert get_balance(rule.name) == rule

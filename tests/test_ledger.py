@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from itertools import chain
 
 import pytest
 
@@ -120,14 +121,14 @@ class TestCursor:
             for thread in threads:
                 thread.join()
             sys.setswitchinterval(before)
-        assert sorted(sum(taken, [])) == list(range(16_000))
+        assert sorted(chain(*taken)) == list(range(16_000))
 
     def test_each_number_to_one_process(self, cursor_fd):
         n_programs, n_numbers = 3, 30_000
         with contenders(CONTENDER, [(cursor_fd, n_numbers)] * n_programs, [cursor_fd]) as programs:
             taken = [[int(word) for word in out.split()] for out in all_go(programs)]
         assert all(mine == sorted(mine) for mine in taken)
-        assert sorted(sum(taken, [])) == list(range(n_programs * n_numbers))
+        assert sorted(chain(*taken)) == list(range(n_programs * n_numbers))
         assert FileCursor(cursor_fd).position() == n_programs * n_numbers
 
     def test_file_is_not_inherited_by_accident(self, cursor_fd):
@@ -212,7 +213,7 @@ class TestLedger:
                 arguments = [(words_fd, cursor_fd, w, n_workers, n_cells) for w in range(3)]
                 with contenders(CLAIMER, arguments, [words_fd, cursor_fd]) as programs:
                     taken = [json.loads(out) for out in all_go(programs)]
-                assert sorted(sum(taken, [])) == list(range(n_cells))
+                assert sorted(chain(*taken)) == list(range(n_cells))
                 assert [ledger.items_of(w) for w in range(3)] == [2 * len(t) for t in taken]
                 assert ledger.given_out() == n_cells + n_workers
                 assert [ledger.in_hand(w, n_workers, n_cells) for w in range(3)] == [None] * 3

@@ -36,7 +36,7 @@ def test_as_dict_is_json(report):
         "bytes_copied": 9_876_543,
         "seconds": 1.25,
     }
-    assert set(plain) == {field for field in Report.__slots__}
+    assert set(plain) == set(Report.__slots__)
     assert plain["workers"][1] == {
         "name": "process 12",
         "ranges": 235,
