@@ -13,7 +13,7 @@ from typing import Any
 from bench.timing import Settings, WrongResultError, describe_machine, machine
 
 # Those that run when none is named; the others take their time and are run by name or with --all.
-USUAL = ("sqrt_sin", "even", "triangular", "empty", "memory", "imports")
+USUAL = ("sqrt_sin", "even", "triangular", "empty", "memory", "imports", "claims")
 LONG = ("balancing",)
 
 

@@ -17,7 +17,6 @@ worker can cut away pages that another has mapped.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import mmap
 import os
@@ -398,8 +397,20 @@ def _address(array: np.ndarray) -> int:
     return address
 
 
+class _Raw:
+    """Bytes at an address, as NumPy's array interface says it."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (nbytes,),
+            "data": (address, True),
+        }
+
+
 def _bytes_at(address: int, nbytes: int) -> memoryview:
-    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+    return np.asarray(_Raw(address, nbytes)).data
 
 
 def _aligned(nbytes: int) -> int:
