@@ -17,7 +17,7 @@ RANGES = 400
 
 def run(settings: Settings) -> list[Comparison]:
     """Measure dynamic against static on even pure Python work, one item a range."""
-    counts = np.full(RANGES, settings.pick(full=50_000, quick=10_000, tiny=10))
+    counts = np.full(RANGES, settings.pick(full=50_000, quick=5_000, tiny=10))
     with ExitStack() as stack:
         arms = [Arm("serial", partial(spin, counts))]
         for balance in ours.BALANCES:
@@ -27,7 +27,7 @@ def run(settings: Settings) -> list[Comparison]:
             compare(
                 f"even: {RANGES} ranges of {counts[0]} Python steps each, loky, {N_JOBS} jobs",
                 arms,
-                rounds=settings.turns(full=11, quick=5),
+                rounds=settings.turns(full=11, quick=3),
                 reference="static",
                 promises=[Promise("dynamic", "static", required=1.05, aim=1.02, at_most=True)],
             )

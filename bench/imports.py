@@ -19,7 +19,7 @@ def run(settings: Settings) -> list[Comparison]:
         compare(
             "imports: one import statement in a fresh interpreter",
             [Arm(f"import {name}", partial(_import, name)) for name in names],
-            rounds=settings.turns(full=41, quick=7),
+            rounds=settings.turns(full=41, quick=5),
             promises=[
                 Promise("import taskcarrier", "import numpy", required=1.35, aim=1.15, at_most=True)
             ],

@@ -44,7 +44,7 @@ def run(settings: Settings) -> list[Comparison]:
     if not Path("/proc/self/smaps_rollup").exists():
         print("memory: needs Linux's /proc/<pid>/smaps_rollup, left out")
         return []
-    length = settings.pick(full=2**25, quick=2**22, tiny=2**12)
+    length = settings.pick(full=2**25, quick=2**21, tiny=2**12)
     arms = [Arm(name, partial(_in_fresh_interpreter, key, length)) for key, name in ARMS.items()]
     size = f"{8 * length / 2**20:.3g} MiB"
     return [

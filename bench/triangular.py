@@ -23,7 +23,7 @@ def run(settings: Settings) -> list[Comparison]:
 
     The fair cut knows the work beforehand; it tells what this machine's second core is worth.
     """
-    counts = np.arange(1, RANGES + 1) * settings.pick(full=300, quick=80, tiny=1)
+    counts = np.arange(1, RANGES + 1) * settings.pick(full=300, quick=40, tiny=1)
     mappers: dict[str, Any] = {}
     with ExitStack() as stack:
         executor = stack.enter_context(ProcessPoolExecutor(N_JOBS))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from taskcarrier.ledger import Ledger
 from taskcarrier.report import Report
-
-logger = logging.getLogger("taskcarrier")
 
 
 @contextmanager
@@ -33,4 +30,6 @@ def shown(
 def log_report(verbosity: int, report: Report) -> None:
     """Log what a run did, for those who asked for it."""
     if verbosity >= 2:  # noqa: PLR2004  # documented in the mappers
-        logger.info("%s", report)
+        import logging  # noqa: PLC0415  # takes 3 ms, and few ask
+
+        logging.getLogger("taskcarrier").info("%s", report)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Describe = Callable[[int, int], str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Settings:
     """How to run, as a mapper or a call's own arguments say it; already checked."""
 
@@ -65,7 +65,7 @@ class Settings:
         return self.recycler.segment(nbytes, self.folder)
 
 
-@dataclass(slots=True)
+@dataclass
 class Outcome:
     """How a run ended.
 
@@ -186,7 +186,10 @@ def died_error(
     """The error for workers that died, with everything the others did finish."""
     from taskcarrier.errors import WorkerDiedError  # noqa: PLC0415  # slow, and rarely needed
 
-    death = outcome.deaths[0]
+    # The lowest range in hand names the error; whoever had none comes last.
+    death, *others = sorted(
+        outcome.deaths, key=lambda death: len(grid) if death.cell is None else death.cell
+    )
     in_hand = None if death.cell is None else grid.bounds(death.cell)
     ranges = [grid.bounds(cell) for cell in missing]
     error = WorkerDiedError(
@@ -198,7 +201,7 @@ def died_error(
     )
     error.missing = ranges
     error.partial = partial
-    for other in outcome.deaths[1:]:
+    for other in others:
         error.add_note(f"also, {_obituary(other, grid, describe)}")
     return error
 

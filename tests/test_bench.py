@@ -36,6 +36,7 @@ PROMISES = {
     "empty": 4,
     "memory": 4,
     "imports": 1,
+    "claims": 0,
 }
 
 

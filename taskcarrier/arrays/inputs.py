@@ -17,7 +17,7 @@ _LOSSY = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Inputs:
     """Arrays of equal length along their mapped axes.
 

@@ -20,7 +20,7 @@ BACKENDS = ("sequential", "threading", "loky", "multiprocessing")
 _ALIASES = {"multiprocessing": "loky"}  # the original's word means our processes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Facts:
     """What the process and the call bring along.
 
@@ -52,7 +52,7 @@ class Facts:
     has_processes: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Choice:
     """How many workers, where, and why.
 

@@ -57,7 +57,7 @@ class Job:
     n_workers: int
 
 
-@dataclass(slots=True)
+@dataclass
 class Failure:
     """An exception in one cell."""
 
@@ -66,7 +66,7 @@ class Failure:
     worker: str = ""
 
 
-@dataclass(slots=True)
+@dataclass
 class Account:
     """What one worker did in a run.
 
@@ -82,7 +82,7 @@ class Account:
     failure: Failure | None = None
 
 
-@dataclass(slots=True)
+@dataclass
 class Death:
     """A worker process that ended by itself."""
 
