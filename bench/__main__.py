@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.timing import Settings, WrongResultError, describe_machine, machine
+from bench.machine import describe_machine, machine
+from bench.timing import Settings, WrongResultError
 
 # Those that run when none is named; the others take their time and are run by name or with --all.
 USUAL = ("sqrt_sin", "even", "triangular", "empty", "memory", "imports", "claims")

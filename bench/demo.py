@@ -111,7 +111,8 @@ def large_array(n_jobs: int, length: int, rounds: int) -> None:
     print(
         table(("all in worker processes but the first", "median ms", "speed against joblib"), rows)
     )
-    print(f"\n  All four answers are equal to the last bit. Medians of {rounds} round(s), taking turns.")
+    print("\n  All four answers are equal to the last bit.")
+    print(f"  Medians over {rounds} round{'s' * (rounds > 1)}, in turn.")
     print("  The last call, and who did what in it:\n")
     print("  " + str(mapper.report).replace("\n", "\n  "))
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.machine import process_tree
 from bench.timing import Arm, Comparison, Measured, Promise, Settings, compare
 from bench.work import sqrt_sin
 
@@ -135,25 +136,12 @@ def watch() -> Iterator[Peak]:
 
 def held_by_tree() -> int:
     """Bytes held by this process and all its descendants, shared pages counted once in all."""
-    return sum(_field(f"/proc/{pid}/smaps_rollup", "Pss:") for pid in _tree(os.getpid()))
+    return sum(_field(f"/proc/{pid}/smaps_rollup", "Pss:") for pid in process_tree(os.getpid()))
 
 
 def shared_memory() -> int:
     """Bytes of shared memory on the whole machine, mapped or not."""
     return _field("/proc/meminfo", "Shmem:")
-
-
-def _tree(root: int) -> list[int]:
-    parents = {int(stat.parent.name): _parent(stat) for stat in Path("/proc").glob("[0-9]*/stat")}
-    found = [root]
-    for pid in found:  # grows while it is walked
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found
-
-
-def _parent(stat: Path) -> int:
-    # The second field is the command in brackets and may hold spaces and brackets itself.
-    return int((_text(stat).rpartition(")")[2].split() or ["", "0"])[1])
 
 
 def _field(path: str, name: str) -> int:

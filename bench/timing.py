@@ -9,39 +9,19 @@ of the ratios within each round, with its spread; the milliseconds beside it are
 from __future__ import annotations
 
 import gc
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from bench.machine import watch_others
+
 T = TypeVar("T")
 
-PACKAGES = (
-    "taskcarrier",
-    "numpy",
-    "joblib",
-    "numba",
-    "dask",
-    "mpire",
-    "scikit-learn",
-    "matplotlib",
-    "threadpoolctl",
-)
-THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "NUMBA_NUM_THREADS",
-    "NUMBA_THREADING_LAYER",
-    "LOKY_MAX_CPU_COUNT",
-)
 # From this many rounds on the quartiles say more than the extremes, which only grow. Arbitrary.
 QUARTILES_FROM = 10
 
@@ -146,6 +126,7 @@ class Comparison:
     unit: str = "ms"
     notes: list[str] = field(default_factory=list)
     binding: bool = True  # False at small sizes, about which nothing is promised
+    others: float | None = None  # cpus that other programs kept busy meanwhile, if known
 
     @property
     def rounds(self) -> int:
@@ -179,6 +160,7 @@ class Comparison:
             "title": self.title,
             "unit": "s" if self.unit == "ms" else self.unit,
             "rounds": self.rounds,
+            "cpus busy with other programs": self.others,
             "reference": self.reference,
             "amounts": self.amounts,
             "ratios": {name: asdict(self.ratio(name, self.reference)) for name in self.amounts},
@@ -196,6 +178,8 @@ class Comparison:
 
     def __str__(self) -> str:
         turns = f"{self.rounds} round{'s' * (self.rounds > 1)}, arms taking turns"
+        if self.others is not None:
+            turns += f"; other programs kept {self.others:.1f} cpus busy meanwhile"
         parts = [self.title, turns, self._arm_table()]
         if self.judged():
             parts.append(self._promise_table())
@@ -251,6 +235,7 @@ def compare(
     for arm in arms[1:]:
         _check(arm, _unwrap(arm.run()), expected, arms[0])
     amounts: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    others = watch_others()
     for turn in range(rounds):
         gc.collect()
         for arm in rotated(arms, turn):
@@ -258,7 +243,15 @@ def compare(
             _check(arm, answer, expected, arms[0])
             amounts[arm.name].append(amount)
             del answer  # results let go of their memory before the next arm's clock starts
-    return Comparison(title, reference or arms[0].name, amounts, promises, unit, list(notes))
+    return Comparison(
+        title,
+        reference or arms[0].name,
+        amounts,
+        promises,
+        unit,
+        list(notes),
+        others=others(),
+    )
 
 
 def rotated(arms: Sequence[Arm], turn: int) -> list[Arm]:
@@ -286,34 +279,6 @@ def same(left: Any, right: Any) -> bool:
             left.dtype == right.dtype and left.shape == right.shape and bool((left == right).all())
         )
     return type(left) is type(right) and bool(left == right)
-
-
-def machine() -> dict[str, Any]:
-    """Facts without which a time cannot be read."""
-    return {
-        "cpus": os.cpu_count(),
-        "usable cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "cpu": _cpu_name(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "threads": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
-    }
-
-
-def describe_machine(facts: dict[str, Any]) -> str:
-    """One or two lines of `machine` for the head of the output."""
-    versions = ", ".join(
-        f"{name} {version}" for name, version in facts["versions"].items() if version
-    )
-    threads = " ".join(f"{name}={value}" for name, value in facts["threads"].items())
-    load = f"{facts['load'][0]:.1f}" if facts["load"] else "unknown"
-    return (
-        f"{facts['usable cpus'] or facts['cpus']} cpus ({facts['cpu']}), {facts['system']}\n"
-        f"Python {facts['python']}, {versions}\n"
-        f"thread variables: {threads or 'none set'}; load before the start: {load}"
-    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -355,17 +320,3 @@ def _number(value: float) -> str:
     """Three significant digits, no exponent."""
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     return f"{value:.{digits}f}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"

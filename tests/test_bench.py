@@ -12,6 +12,7 @@ import pytest
 
 from bench import balancing
 from bench.__main__ import LONG, USUAL, main
+from bench.machine import machine, watch_others
 from bench.peers import PEERS, cut, open_peers
 from bench.timing import (
     Arm,
@@ -22,7 +23,6 @@ from bench.timing import (
     Spread,
     WrongResultError,
     compare,
-    machine,
     repeated,
     rotated,
     same,
@@ -255,3 +255,10 @@ def test_slope_and_meeting_of_curves():
 
 def test_machine_facts_are_plain_data():
     json.dumps(machine())
+
+
+def test_own_work_is_not_taken_for_other_programs():
+    others = watch_others()
+    sum(range(3_000_000))
+    found = others()
+    assert found is None or found >= 0

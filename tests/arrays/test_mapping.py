@@ -81,7 +81,7 @@ ALONG = {
     "flip": np.flip,
     "diff": np.diff,
     "fft": np.fft.fft,
-    "max": lambda c, axis: np.maximum.accumulate(c, axis),
+    "max": np.maximum.accumulate,
 }
 
 
@@ -139,7 +139,13 @@ def test_without_items_the_function_is_called_once_on_the_real_array():
 def test_results_of_every_dtype(dtype):
     X = np.arange(40)
     table = filled(dtype, (40, 2), np.random.default_rng(3))
-    assert_same(contract(lambda c: table[c], X, chunksize=7), table)
+    raw, name = table.tobytes(), table.dtype
+
+    def func(chunk):
+        # From bytes: NumPy pickles some arrays in another byte order.
+        return np.frombuffer(raw, name).reshape(40, 2)[chunk]
+
+    assert_same(contract(func, X, chunksize=7), table)
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -158,10 +164,17 @@ def test_a_tuple_of_results_of_other_ranks_and_dtypes():
     X = np.arange(60.0).reshape(15, 4)
 
     def func(chunk):
-        return chunk.sum(axis=1), chunk > 7, chunk.astype("S5")[:, :, None], [row[0] for row in chunk]
+        return (
+            chunk.sum(axis=1),
+            chunk > 7,
+            chunk.astype("S5")[:, :, None],
+            [row[0] for row in chunk],
+        )
 
     sums, large, words, first = contract(func, X, chunksize=4)
-    assert_same((sums, large, words, first), (X.sum(axis=1), X > 7, X.astype("S5")[..., None], X[:, 0]))
+    assert_same(
+        (sums, large, words, first), (X.sum(axis=1), X > 7, X.astype("S5")[..., None], X[:, 0])
+    )
 
 
 def test_a_tuple_of_one_result_stays_a_tuple():
@@ -202,7 +215,9 @@ def test_several_arrays_along_axes_of_their_own(chunksize):
 
 def test_one_array_given_twice():
     X = np.arange(30.0).reshape(6, 5)
-    assert_same(contract(lambda a, b: a @ b.T * 0 + a[:, :1], X, X, chunksize=6), X[:, :1] + X @ X.T * 0)
+    assert_same(
+        contract(lambda a, b: a @ b.T * 0 + a[:, :1], X, X, chunksize=6), X[:, :1] + X @ X.T * 0
+    )
 
 
 @pytest.mark.parametrize("n_extra", [3, 5000], ids=["small", "large"])
@@ -210,9 +225,13 @@ def test_arguments_reach_the_function_and_arrays_in_them_are_read_only(n_extra):
     X, extra = np.arange(20.0), np.arange(float(n_extra))
 
     def func(chunk, offsets, *, scale):
-        return chunk * scale[1] + offsets[2], np.full(len(chunk), offsets.flags.writeable | scale.flags.writeable)
+        return chunk * scale[1] + offsets[2], np.full(
+            len(chunk), offsets.flags.writeable | scale.flags.writeable
+        )
 
-    result, writeable = contract(func, X, args=(extra,), kwargs={"scale": extra.copy()}, chunksize=3)
+    result, writeable = contract(
+        func, X, args=(extra,), kwargs={"scale": extra.copy()}, chunksize=3
+    )
     assert_same(result, X * 1 + 2)
     assert not writeable.any()
     assert extra.flags.writeable
@@ -258,7 +277,9 @@ def test_writable_chunks_are_private_copies(data):
             chunk[...] = chunk + 1
             return chunk
 
-        result = contract(quiet(func), X, axis=axis, writable=True, chunksize=data.draw(chunksizes()))
+        result = contract(
+            quiet(func), X, axis=axis, writable=True, chunksize=data.draw(chunksizes())
+        )
         with np.errstate(all="ignore"):
             assert_same(result, (before + 1).astype(before.dtype), sample)
         assert same_bits(np.asarray(X), before)
@@ -314,13 +335,14 @@ NEIGHBOURS = {
 
 
 @pytest.mark.parametrize("layout", sorted(strided_samples()))
-@pytest.mark.parametrize("kind", sorted(NEIGHBOURS))
-def test_neighbours_in_the_call_matter_alike_on_every_run(layout, kind):
+def test_neighbours_in_the_call_matter_alike_on_every_run(layout):
     X = strided_samples()[layout]
-    func = NEIGHBOURS[kind]
-    result = contract(func, X, chunksize=37)
-    pieces = [func(X[start : start + 37]) for start in range(0, len(X), 37)]
-    np.testing.assert_allclose(result, np.concatenate(pieces), rtol=1e-6, atol=1e-9)
+    for kind, func in NEIGHBOURS.items():
+        result = contract(func, X, chunksize=37)
+        pieces = [func(X[start : start + 37]) for start in range(0, len(X), 37)]
+        exact = X.dtype == np.float64
+        tolerance = {"rtol": 1e-9, "atol": 1e-9} if exact else {"rtol": 1e-3, "atol": 1e-3}
+        np.testing.assert_allclose(result, np.concatenate(pieces), err_msg=kind, **tolerance)
 
 
 def test_one_range_is_the_plain_call():
@@ -333,7 +355,7 @@ def test_ranges_do_not_depend_on_workers_backend_or_balance():
     X = np.zeros((1000, 300))
     lengths = contract(lambda c: np.full(len(c), len(c)), X)
     assert 1 <= lengths[0] < len(X)
-    assert (lengths[:-lengths[0]] == lengths[0]).all()
+    assert (lengths[: -lengths[0]] == lengths[0]).all()
 
 
 # Who owns the result
@@ -366,17 +388,6 @@ def test_a_function_that_returns_one_same_array_every_time(backend):
     result = map_array(func, X, n_jobs=2 if backend == "loky" else 1, backend=backend, chunksize=4)
     assert_same(result, X)
     assert not np.shares_memory(result, scratch)
-
-
-def test_results_are_right_after_the_workers_are_gone():
-    X = np.arange(50_000.0)
-    for backend in BACKENDS:
-        first = map_array(lambda c: c, X, n_jobs=2, backend=backend)
-        second = map_array(np.negative, first[::-1], n_jobs=2, backend=backend)
-        taskcarrier.shutdown()
-        assert_same(first, X, backend)
-        del first
-        assert_same(second, -X[::-1], backend)
 
 
 # Results are shared, inputs are not kept
@@ -438,7 +449,11 @@ def test_arguments_and_closures_changed_in_place_are_seen_by_the_next_call(backe
         captured[...] = number
         extra[...] = 10 * number
         result = map_array(
-            lambda c, more: c + captured[77] + more[4000], X, args=(extra,), n_jobs=2, backend=backend
+            lambda c, more: c + captured[77] + more[4000],
+            X,
+            args=(extra,),
+            n_jobs=2,
+            backend=backend,
         )
         assert_same(result, X + 11 * number)
 
@@ -459,7 +474,7 @@ def test_a_redefined_function_is_seen_by_the_next_call(backend):
     X = np.arange(10.0)
     namespace = {"__name__": "__main__"}
     for number in (2, 3):
-        exec(f"def func(chunk): return chunk * {number}", namespace)  # noqa: S102  # as in a notebook
+        exec(f"def func(chunk): return chunk * {number}", namespace)  # as in a notebook
         assert_same(map_array(namespace["func"], X, n_jobs=2, backend=backend), X * number)
 
 
@@ -536,3 +551,17 @@ def test_arrays_of_objects_are_mapped_in_threads():
             balance=balance,
         )
         assert result.tolist() == [[1], ["two"], [None]]
+
+
+# Last: it ends the workers that the others share
+
+
+def test_results_are_right_after_the_workers_are_gone():
+    X = np.arange(50_000.0)
+    for backend in BACKENDS:
+        first = map_array(lambda c: c, X, n_jobs=2, backend=backend)
+        second = map_array(np.negative, first[::-1], n_jobs=2, backend=backend)
+        taskcarrier.shutdown()
+        assert_same(first, X, backend)
+        del first
+        assert_same(second, -X[::-1], backend)

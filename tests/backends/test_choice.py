@@ -1,0 +1,350 @@
+"""Where a run takes place: a table of facts, and what is chosen."""
+
+import multiprocessing
+import os
+import sys
+
+import joblib
+import numba
+import numpy as np
+import pytest
+from joblib.parallel import ParallelBackendBase, register_parallel_backend
+
+from taskcarrier.backends import work
+from taskcarrier.backends.choice import (
+    BACKENDS,
+    Choice,
+    Facts,
+    check_backend,
+    check_n_jobs,
+    choose,
+    count_cores,
+    count_workers,
+    facts_now,
+    releases_gil,
+)
+
+OBJECTS = "an array of dtype object cannot lie in shared memory"
+
+
+def facts(**others):
+    return Facts(**{"cores": 4, **others})
+
+
+class TestChoose:
+    @pytest.mark.parametrize(
+        ("call", "found", "expected"),
+        [
+            # nothing said
+            ({}, {}, ("loky", 4, "the default")),
+            ({"releases_gil": True}, {}, ("threading", 4, "the function releases the GIL")),
+            ({}, {"has_gil": False}, ("threading", 4, "the interpreter has no GIL")),
+            ({"needs_threads": OBJECTS}, {}, ("threading", 4, OBJECTS)),
+            ({}, {"has_processes": False}, ("threading", 4, "worker processes need Linux")),
+            (
+                {"releases_gil": True, "needs_threads": OBJECTS},
+                {"has_gil": False, "has_processes": False},
+                ("threading", 4, "the function releases the GIL"),
+            ),
+            # asked for
+            ({"backend": "loky"}, {}, ("loky", 4, "asked for")),
+            ({"backend": "threading"}, {}, ("threading", 4, "asked for")),
+            ({"backend": "sequential"}, {}, ("sequential", 1, "asked for")),
+            ({"backend": "loky", "releases_gil": True}, {}, ("loky", 4, "asked for")),
+            ({"backend": "loky"}, {"has_gil": False}, ("loky", 4, "asked for")),
+            ({"backend": "threading"}, {"has_processes": False}, ("threading", 4, "asked for")),
+            ({"backend": "sequential", "n_jobs": 3}, {}, ("sequential", 1, "asked for")),
+            # one worker
+            ({"n_jobs": 1}, {}, ("sequential", 1, "n_jobs is 1")),
+            ({"n_jobs": 1, "backend": "loky"}, {}, ("sequential", 1, "n_jobs is 1")),
+            ({"n_jobs": 1, "backend": "threading"}, {}, ("sequential", 1, "n_jobs is 1")),
+            ({"n_jobs": 1, "backend": "sequential"}, {}, ("sequential", 1, "asked for")),
+            ({}, {"cores": 1}, ("sequential", 1, "n_jobs is 1")),
+            ({"n_jobs": 1, "needs_threads": OBJECTS}, {}, ("sequential", 1, "n_jobs is 1")),
+            ({"n_jobs": 7}, {}, ("loky", 7, "the default")),
+            # inside a worker
+            ({}, {"in_worker": True}, ("sequential", 1, "called inside a worker")),
+            (
+                {"n_jobs": 3, "backend": "loky"},
+                {"in_worker": True},
+                ("sequential", 1, "called inside a worker"),
+            ),
+            # inside a task of joblib
+            ({}, {"nested_in_joblib": True}, ("sequential", 1, "n_jobs is 1")),
+            ({"n_jobs": 3}, {"nested_in_joblib": True}, ("loky", 3, "the default")),
+            # under parallel_config
+            (
+                {},
+                {"active_backend": "threading"},
+                ("threading", 4, "joblib's active configuration"),
+            ),
+            ({}, {"active_backend": "loky"}, ("loky", 4, "joblib's active configuration")),
+            (
+                {"releases_gil": True},
+                {"active_backend": "multiprocessing"},
+                ("loky", 4, "joblib's active configuration"),
+            ),
+            (
+                {"n_jobs": 3},
+                {"active_backend": "sequential"},
+                ("sequential", 1, "joblib's active configuration"),
+            ),
+            ({"backend": "loky"}, {"active_backend": "threading"}, ("loky", 4, "asked for")),
+            ({"backend": "loky"}, {"active_backend": "dask"}, ("loky", 4, "asked for")),
+            ({}, {"active_n_jobs": 3}, ("loky", 3, "the default")),
+            ({}, {"active_n_jobs": -2}, ("loky", 3, "the default")),
+            ({}, {"active_n_jobs": 1}, ("sequential", 1, "n_jobs is 1")),
+            ({"n_jobs": 2}, {"active_n_jobs": 3}, ("loky", 2, "the default")),
+            # without children
+            (
+                {},
+                {"daemonic": True},
+                ("sequential", 1, "a daemonic process may not start worker processes"),
+            ),
+            (
+                {"backend": "loky"},
+                {"daemonic": True},
+                ("sequential", 1, "a daemonic process may not start worker processes"),
+            ),
+            ({"backend": "threading"}, {"daemonic": True}, ("threading", 4, "asked for")),
+            (
+                {"releases_gil": True},
+                {"daemonic": True},
+                ("threading", 4, "the function releases the GIL"),
+            ),
+        ],
+    )
+    def test_table(self, call, found, expected):
+        wishes = {"n_jobs": None, "backend": None, **call}
+        assert choose(facts=facts(**found), **wishes) == Choice(*expected, facts(**found).cores)
+
+    @pytest.mark.parametrize(
+        ("backend", "active"), [("loky", None), (None, "loky"), (None, "multiprocessing")]
+    )
+    def test_objects_cannot_go_to_processes(self, backend, active):
+        with pytest.raises(TypeError, match=f"{OBJECTS}; pass backend='threading'"):
+            choose(None, backend, facts(active_backend=active), needs_threads=OBJECTS)
+
+    @pytest.mark.parametrize(("backend", "active"), [("loky", None), (None, "loky")])
+    def test_processes_need_linux(self, backend, active):
+        with pytest.raises(OSError, match="worker processes need Linux; pass backend='threading'"):
+            choose(None, backend, facts(active_backend=active, has_processes=False))
+
+    def test_other_backends_of_joblib_are_refused(self):
+        with pytest.raises(ValueError, match="asks for backend='dask'") as info:
+            choose(None, None, facts(active_backend="dask"))
+        assert all(repr(name) in str(info.value) for name in BACKENDS)
+
+
+class TestWorkers:
+    @pytest.mark.parametrize(
+        ("n_jobs", "cores", "expected"),
+        [
+            (1, 4, 1),
+            (3, 4, 3),
+            (100, 4, 100),
+            (-1, 4, 4),
+            (-2, 4, 3),
+            (-4, 4, 1),
+            (-5, 4, 1),
+            (-1000, 4, 1),
+            (None, 4, 4),
+            (-1, 1, 1),
+        ],
+    )
+    def test_joblib_s_rule(self, n_jobs, cores, expected):
+        assert count_workers(n_jobs, facts(cores=cores)) == expected
+
+    @pytest.mark.parametrize("n_jobs", [-1, -2, -1000, 1, 3])
+    def test_agrees_with_joblib(self, n_jobs):
+        cores = joblib.cpu_count()
+        expected = joblib.effective_n_jobs(n_jobs)
+        assert count_workers(n_jobs, facts(cores=cores)) == expected
+
+    @pytest.mark.parametrize("n_jobs", [None, 1, -1, -1000, 5])
+    def test_good_ones_stay(self, n_jobs):
+        assert check_n_jobs(n_jobs) == n_jobs
+
+    def test_numpy_integers_become_plain_ones(self):
+        assert check_n_jobs(np.int64(3)) == 3
+        assert type(check_n_jobs(np.int64(3))) is int
+
+    def test_zero(self):
+        with pytest.raises(ValueError, match="n_jobs must not be 0"):
+            check_n_jobs(0)
+
+    @pytest.mark.parametrize("n_jobs", [2.0, "2", "all", [2], np.float64(2)])
+    def test_only_integers(self, n_jobs):
+        with pytest.raises(TypeError, match="n_jobs must be a non-zero integer or None") as info:
+            check_n_jobs(n_jobs)
+        assert repr(n_jobs) in str(info.value)
+        assert type(n_jobs).__name__ in str(info.value)
+
+
+class TestCheckBackend:
+    @pytest.mark.parametrize("backend", [None, "sequential", "threading", "loky"])
+    def test_good_ones_stay(self, backend):
+        assert check_backend(backend) == backend
+
+    def test_the_original_s_word_means_processes(self):
+        assert check_backend("multiprocessing") == "loky"
+
+    @pytest.mark.parametrize("backend", ["threads", "Loky", "", "dask", 1, b"loky", ["loky"]])
+    def test_others_are_refused_naming_the_allowed(self, backend):
+        with pytest.raises(ValueError, match="backend must be None or one of") as info:
+            check_backend(backend)
+        assert repr(backend) in str(info.value)
+        assert all(repr(name) in str(info.value) for name in BACKENDS)
+
+
+class Adder:
+    def __call__(self, x):
+        return x + 1
+
+
+class TestReleasesGil:
+    @pytest.mark.parametrize("func", [np.isnan, np.logaddexp, np.spacing])
+    def test_ufuncs_without_loops_over_objects(self, func):
+        assert not any("O" in loop for loop in func.types)
+        assert releases_gil(func) is True
+
+    def test_ufuncs_over_objects(self):
+        assert releases_gil(np.frompyfunc(lambda x: x, 1, 1)) is False
+
+    @pytest.mark.parametrize(("options", "expected"), [({"nogil": True}, True), ({}, False)])
+    @pytest.mark.parametrize("kind", [numba.njit, numba.jit])
+    def test_numba(self, kind, options, expected):
+        assert releases_gil(kind(**options)(lambda x: x)) is expected
+
+    @pytest.mark.parametrize(("options", "expected"), [({"nogil": True}, True), ({}, False)])
+    def test_numba_with_signatures(self, options, expected):
+        func = numba.njit(["i8(i8)"], **options)(lambda x: x)
+        assert releases_gil(func) is expected
+
+    @pytest.mark.parametrize(
+        "func", [len, np.sort, np.vectorize(len), lambda x: x, Adder(), Adder, np.ndarray.sum]
+    )
+    def test_what_cannot_be_seen(self, func):
+        assert releases_gil(func) is False
+
+    def test_a_wrapped_one_is_a_python_function(self):
+        assert releases_gil(lambda x: np.isnan(x)) is False  # noqa: PLW0108
+
+
+class OtherBackend(ParallelBackendBase):
+    supports_sharedmem = True
+
+    def effective_n_jobs(self, n_jobs):
+        return n_jobs
+
+    def submit(self, func, callback=None):
+        raise NotImplementedError
+
+
+class TestFactsNow:
+    def test_nothing_special(self):
+        found = facts_now()
+        assert found == Facts(cores=joblib.cpu_count(), has_gil=found.has_gil)
+        assert found.has_gil == getattr(sys, "_is_gil_enabled", lambda: True)()
+
+    @pytest.mark.parametrize("n_jobs", [None, 1, 3, -1, -2])
+    @pytest.mark.parametrize("prefer", [None, "threads", "processes"])
+    @pytest.mark.parametrize(
+        "backend", [None, "threading", "loky", "multiprocessing", "sequential"]
+    )
+    def test_agrees_with_joblib(self, backend, prefer, n_jobs):
+        wishes = {"backend": backend, "prefer": prefer, "n_jobs": n_jobs}
+        with joblib.parallel_config(**{k: v for k, v in wishes.items() if v is not None}):
+            found = facts_now()
+            peer = joblib.Parallel()
+        # What is only preferred is no wish, as in joblib, where a task can overrule it.
+        assert found.active_backend == backend
+        if backend is not None:
+            assert backend in type(peer._backend).__name__.lower()
+        # joblib's default is one worker, ours all cores.
+        assert (1 if found.active_n_jobs is None else found.active_n_jobs) == peer.n_jobs
+        assert found.nested_in_joblib is False
+
+    @pytest.mark.xfail(
+        strict=True,
+        raises=ValueError,
+        reason="facts_now asks joblib what it would prefer processes for, which sharedmem forbids",
+    )
+    @pytest.mark.parametrize("backend", [None, "threading", "loky"])
+    def test_shared_memory_required(self, backend):
+        wishes = {} if backend is None else {"backend": backend}
+        with joblib.parallel_config(require="sharedmem", n_jobs=2, **wishes):
+            found = facts_now()
+            peer = joblib.Parallel()
+        assert type(peer._backend).__name__ == "ThreadingBackend"
+        assert found.active_backend == "threading"
+        assert found.active_n_jobs == peer.n_jobs
+
+    def test_configurations_end(self):
+        with joblib.parallel_config(backend="threading", n_jobs=3):
+            assert facts_now().active_backend == "threading"
+        assert facts_now().active_backend is None
+        assert facts_now().active_n_jobs is None
+
+    def test_nested_configurations(self):
+        with (
+            joblib.parallel_config(backend="loky", n_jobs=3),
+            joblib.parallel_config(backend="threading"),
+        ):
+            assert facts_now().active_backend == "threading"
+            assert facts_now().active_n_jobs == 3
+
+    def test_registered_backends_go_by_their_name(self):
+        register_parallel_backend("taskcarrier-test", OtherBackend)
+        try:
+            with joblib.parallel_config(backend="taskcarrier-test"):
+                assert facts_now().active_backend == "taskcarrier-test"
+        finally:
+            del joblib.parallel.BACKENDS["taskcarrier-test"]
+
+    def test_unregistered_backends_go_by_their_type(self):
+        with joblib.parallel_config(backend=OtherBackend()):
+            assert facts_now().active_backend == "OtherBackend"
+
+    def test_inside_a_task_of_joblib(self):
+        with joblib.parallel_config(backend="threading"):
+            inside = joblib.Parallel(n_jobs=2)(joblib.delayed(facts_now)() for _ in range(2))
+        assert [found.nested_in_joblib for found in inside] == [True, True]
+        assert choose(None, None, inside[0]).backend == "sequential"
+
+    def test_inside_a_worker(self, monkeypatch):
+        monkeypatch.setattr(work, "_in_worker_process", True)
+        with joblib.parallel_config(backend="threading", n_jobs=2):
+            assert facts_now() == Facts(cores=1, in_worker=True)
+
+    def test_in_a_daemonic_process(self, monkeypatch):
+        assert facts_now().daemonic is False
+        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+        assert facts_now().daemonic is True
+
+    def test_without_a_gil(self, monkeypatch):
+        monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+        assert facts_now().has_gil is False
+
+    def test_elsewhere(self, monkeypatch):
+        count_cores()  # kept from here on; joblib looks at the platform too
+        monkeypatch.setattr(sys, "platform", "darwin")
+        assert facts_now().has_processes is False
+
+
+class TestCores:
+    def test_affinity_counts_at_once(self):
+        before = os.sched_getaffinity(0)
+        cores = count_cores()
+        os.sched_setaffinity(0, {min(before)})
+        try:
+            assert count_cores() == 1
+        finally:
+            os.sched_setaffinity(0, before)
+        assert count_cores() == cores == joblib.cpu_count()
+
+    def test_joblib_s_own_limit_counts_at_once(self, monkeypatch):
+        monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+        assert count_cores() == 1
+        monkeypatch.delenv("LOKY_MAX_CPU_COUNT")
+        assert count_cores() == joblib.cpu_count()

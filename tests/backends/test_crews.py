@@ -1,0 +1,320 @@
+"""Crews are lent, kept warm, and ended when nobody needs them."""
+
+import os
+import threading
+import time
+
+import psutil
+import pytest
+
+import taskcarrier
+from taskcarrier.backends import crews as module
+from taskcarrier.backends.crews import held_warm, process_crew, shutdown, thread_crew
+from taskcarrier.backends.parcels import pack
+from taskcarrier.backends.work import Call, Job
+from taskcarrier.balance import Dynamic
+from taskcarrier.partition import Grid
+from taskcarrier.segments import Staging
+
+LONG = 60  # seconds that no test waits for
+LENDERS = {"threading": thread_crew, "loky": process_crew}
+
+
+class Calls:
+    def __init__(self, call):
+        self.call = call
+
+    def open(self):
+        return self
+
+    def __call__(self, start, stop):
+        return self.call.func()
+
+    def facts(self):
+        return None
+
+
+def where():
+    return os.getpid(), threading.current_thread().name
+
+
+def run(crew, func=where, n_workers=2):
+    delivered = []
+    job = Job(Calls(Call(func)), Dynamic(), Grid(n_workers, 1), n_workers)
+    parcel = () if crew.shares_memory else (pack(job, Staging()),)
+    crew.run(job, *parcel, lambda _, result: delivered.append(result), None)
+    return delivered
+
+
+def workers(crew):
+    """What is alive of a crew."""
+    if crew.shares_memory:
+        return [worker.thread for worker in crew._workers if worker.thread.is_alive()]
+    return [w.pid for w in crew._workers.values() if psutil.pid_exists(w.pid)]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def keepers():
+    return [t for t in threading.enumerate() if t.name == "taskcarrier-keeper"]
+
+
+@pytest.fixture(autouse=True)
+def no_crews():
+    """Nothing is warm before, nor after."""
+    shutdown()
+    yield
+    shutdown()
+
+
+@pytest.fixture(params=LENDERS)
+def lend(request):
+    return LENDERS[request.param]
+
+
+class TestLending:
+    def test_where_work_is_done(self):
+        with thread_crew(2, 2) as threads, process_crew(2, 2) as processes:
+            assert {pid for pid, _ in run(threads)} == {os.getpid()}
+            assert os.getpid() not in {pid for pid, _ in run(processes)}
+
+    def test_the_same_crew_again(self, lend):
+        with lend(2, 2) as crew:
+            run(crew)
+            before = workers(crew)
+        with lend(2, 2) as again:
+            run(again)
+            assert again is crew
+            assert workers(again) == before
+        assert len(before) == 2
+
+    def test_after_an_error_too(self, lend):
+        with pytest.raises(KeyError), lend(2, 2) as crew:
+            raise KeyError
+        with lend(2, 2) as again:
+            assert again is crew
+
+    @pytest.mark.parametrize("other", [(1, 2), (2, 1)])
+    def test_another_crew_for_other_numbers(self, lend, other):
+        with lend(2, 2) as crew:
+            pass
+        with lend(*other) as another:
+            assert another is not crew
+
+    def test_another_crew_for_another_backend(self):
+        with thread_crew(2, 2) as threads:
+            pass
+        with process_crew(2, 2) as processes:
+            assert processes is not threads
+
+    def test_runs_that_overlap_get_different_crews(self, lend):
+        with lend(2, 2) as one, lend(2, 2) as other:
+            assert one is not other
+            run(one)
+            run(other)
+            assert not set(workers(one)) & set(workers(other))
+        with lend(2, 2) as again:
+            assert again in (one, other)
+
+    def test_the_one_used_last_is_lent_first(self, lend):
+        with lend(2, 2) as one, lend(2, 2) as other:
+            assert one is not other
+        with lend(2, 2) as again:
+            assert again is one  # it came back last
+
+    def test_many_threads_lend(self):
+        taken = []
+        begin = threading.Barrier(6)
+
+        def borrow():
+            begin.wait(LONG)
+            for _ in range(20):
+                with thread_crew(1, 1) as crew:
+                    assert crew not in in_use
+                    in_use.add(crew)
+                    taken.append(crew)
+                    run(crew, n_workers=1)
+                    in_use.discard(crew)
+
+        in_use = set()
+        threads = [threading.Thread(target=borrow) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(taken) == 120
+        assert len(set(taken)) <= 6
+
+
+class TestIdle:
+    @pytest.fixture
+    def impatient(self, monkeypatch):
+        monkeypatch.setattr(module, "IDLE_SECONDS", 0.05)
+
+    @pytest.mark.usefixtures("impatient")
+    def test_idle_crews_end(self, lend):
+        with lend(2, 2) as crew:
+            run(crew)
+            found = workers(crew)
+        wait_until(lambda: not workers(crew) and not keepers())
+        assert len(found) == 2
+        with lend(2, 2) as another:
+            assert another is not crew
+            assert len(run(another)) == 2
+
+    @pytest.mark.usefixtures("impatient")
+    def test_not_while_lent(self, lend):
+        with lend(2, 2) as crew:
+            with thread_crew(1, 1):
+                pass  # the keeper is at work
+            wait_until(lambda: not module._crews._idle)
+            assert len(run(crew)) == 2
+
+    def test_not_before_their_time(self, lend):
+        assert module.IDLE_SECONDS == 300
+        with lend(2, 2) as crew:
+            run(crew)
+        time.sleep(0.1)
+        assert len(workers(crew)) == 2
+        assert len(keepers()) == 1
+
+    @pytest.mark.usefixtures("impatient")
+    def test_held_warm(self):
+        with held_warm():
+            with held_warm(), thread_crew(2, 2) as crew:
+                pass
+            (keeper,) = keepers()
+            time.sleep(1.3)  # the keeper looks every second at most
+            assert len(workers(crew)) == 2
+            assert keeper.is_alive()
+            with thread_crew(2, 2) as again:
+                assert again is crew
+        wait_until(lambda: not workers(crew))
+
+    def test_held_warm_ends_with_an_error(self):
+        with pytest.raises(KeyError), held_warm():
+            raise KeyError
+        assert module._crews._held_warm == 0
+
+
+class TestShutdown:
+    def test_idle_workers_are_gone(self, lend):
+        with lend(2, 2) as crew:
+            run(crew)
+        assert len(workers(crew)) == 2
+        shutdown()
+        assert workers(crew) == []
+        assert keepers() == []
+
+    def test_a_keeper_that_has_only_just_started_ends_too(self):
+        with module._crews._changed:  # before the keeper comes to wait
+            with thread_crew(1, 1):
+                pass
+            (keeper,) = keepers()
+            module._crews.shutdown(wait=False)
+        keeper.join(10)
+        assert not keeper.is_alive()
+
+    def test_is_public(self):
+        assert taskcarrier.shutdown is shutdown
+
+    def test_twice(self, lend):
+        with lend(1, 1):
+            pass
+        shutdown()
+        shutdown()
+        assert module._crews._idle == []
+
+    def test_busy_ones_finish_and_stay_warm(self, lend):
+        with lend(2, 2) as crew:
+            run(crew)
+            shutdown()
+            assert len(run(crew)) == 2
+        with lend(2, 2) as again:
+            assert again is crew
+
+    def test_under_held_warm_too(self, lend):
+        with held_warm():
+            with lend(1, 1) as crew:
+                run(crew, n_workers=1)
+            shutdown()
+            assert workers(crew) == []
+
+    def test_at_exit_only_in_the_process_that_owns_them(self, lend):
+        with lend(1, 1) as crew:
+            run(crew, n_workers=1)
+        module._at_exit(owner=-1)
+        assert len(workers(crew)) == 1
+        module._at_exit(owner=os.getpid())
+        wait_until(lambda: not workers(crew))
+
+
+# Python 3.12 warns of any fork beside threads; this is about what such a child finds.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+class TestFork:
+    @staticmethod
+    def in_child(check):
+        """What a forked child says."""
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.close(reading)
+                os.write(writing, repr(check()).encode())
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as answer:
+            said = answer.read()
+        os.waitpid(pid, 0)
+        return said
+
+    def test_a_child_starts_without_crews(self, lend):
+        with lend(2, 2) as crew:
+            run(crew)
+
+        def check():
+            return len(module._crews._idle), len(module._crews._lent), len(crew._workers)
+
+        assert self.in_child(check) == "(0, 0, 0)"
+        assert len(workers(crew)) == 2
+        with lend(2, 2) as again:
+            assert again is crew
+            assert len(run(again)) == 2
+
+    def test_a_child_of_a_busy_parent(self, lend):
+        def check():
+            return len(module._crews._idle), len(module._crews._lent), module._crews._held_warm
+
+        with held_warm(), lend(2, 2) as crew:
+            run(crew)
+            assert self.in_child(check) == "(0, 0, 0)"
+            assert len(run(crew)) == 2
+
+    def test_a_child_has_crews_of_its_own(self):
+        with thread_crew(2, 2) as crew:
+            run(crew)
+
+        def check():
+            with thread_crew(2, 2) as own:
+                return own is crew, {pid for pid, _ in run(own)} == {os.getpid()}
+
+        assert self.in_child(check) == "(False, True)"
+
+    def test_a_child_s_end_ends_nobody(self, lend):
+        with lend(2, 2) as crew:
+            run(crew)
+
+        def check():
+            module._at_exit()
+            shutdown()
+            return "done"
+
+        assert self.in_child(check) == "'done'"
+        assert len(workers(crew)) == 2
+        assert len(run(crew)) == 2

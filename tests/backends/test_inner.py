@@ -1,0 +1,215 @@
+"""The threads that libraries use inside workers."""
+
+import contextlib
+import os
+import threading
+from queue import SimpleQueue
+
+import joblib
+import numpy as np
+import pytest
+import threadpoolctl
+from hypothesis import given
+from hypothesis import strategies as st
+from threadpoolctl import ThreadpoolController
+
+from taskcarrier.backends.inner import (
+    _VARIABLES,
+    _CountedLimit,
+    inner_environment,
+    inner_threads,
+    limited,
+    serial_joblib,
+)
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_never_more_threads_than_cores(cores, n_workers):
+    inner = inner_threads(cores, n_workers)
+    assert inner >= 1
+    assert inner * n_workers <= max(cores, n_workers)
+    assert (inner + 1) * n_workers > cores
+
+
+class TestEnvironment:
+    @pytest.fixture(autouse=True)
+    def nothing_set(self, monkeypatch):
+        for name in _VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+
+    def test_everything_is_limited(self):
+        assert inner_environment(3) == dict.fromkeys(_VARIABLES, "3")
+        assert {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"} <= set(_VARIABLES)
+
+    def test_what_the_user_has_set_stays(self, monkeypatch):
+        monkeypatch.setenv("OMP_NUM_THREADS", "7")
+        monkeypatch.setenv("MKL_NUM_THREADS", "")
+        found = inner_environment(3)
+        assert (found["OMP_NUM_THREADS"], found["MKL_NUM_THREADS"]) == ("7", "")
+        assert found["OPENBLAS_NUM_THREADS"] == "3"
+
+    def test_the_caller_s_own_stays(self):
+        before = dict(os.environ)
+        inner_environment(3)
+        assert dict(os.environ) == before
+
+
+def blas_threads():
+    return [
+        library["num_threads"]
+        for library in ThreadpoolController().info()
+        if library["user_api"] == "blas"
+    ]
+
+
+# Since 3.8, whichever thread first sets OpenBLAS's threads is the only one that can.
+OWNED = hasattr(threadpoolctl.OpenBLASController, "clear_controlling_thread")
+
+
+known_ownership = pytest.mark.xfail(
+    OWNED, strict=True, raises=AssertionError, reason="the guard keeps that right for ever"
+)
+
+
+def free_for_all():
+    if OWNED:
+        threadpoolctl.OpenBLASController.clear_controlling_thread(force=True)
+
+
+class User:
+    """Another thread, which does what it is told until it is sent away."""
+
+    def __init__(self):
+        self._orders = SimpleQueue()
+        self._answers = SimpleQueue()
+        self._thread = threading.Thread(target=self._live)
+
+    def _live(self):
+        while (order := self._orders.get()) is not None:
+            try:
+                self._answers.put(order())
+            except Exception as error:  # noqa: BLE001
+                self._answers.put(error)
+
+    def __call__(self, order):
+        self._orders.put(order)
+        answer = self._answers.get(timeout=30)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._orders.put(None)
+        self._thread.join()
+
+
+@pytest.mark.usefixtures("several_threads")
+class TestCountedLimit:
+    @pytest.fixture
+    def several_threads(self):
+        """BLAS with several threads; put right afterwards even if the test is not."""
+        np.ones((2, 2)) @ np.ones((2, 2))  # loads it
+        free_for_all()
+        before = ThreadpoolController().info()
+        if min(blas_threads(), default=1) == 1:
+            pytest.skip("one core, or no BLAS whose threads can be set")
+        yield blas_threads()
+        free_for_all()
+        ThreadpoolController().limit(limits=before)
+        free_for_all()
+
+    @pytest.fixture
+    def limit(self):
+        return _CountedLimit()
+
+    def test_the_process_has_one(self, several_threads):
+        assert isinstance(limited, _CountedLimit)
+        with limited.at_most(1):
+            assert set(blas_threads()) == {1}
+        assert blas_threads() == several_threads
+
+    def test_limits_and_restores(self, limit, several_threads):
+        for _ in range(2):
+            with limit.at_most(1):
+                assert set(blas_threads()) == {1}
+            assert blas_threads() == several_threads
+
+    def test_restores_after_an_error(self, limit, several_threads):
+        with pytest.raises(KeyError), limit.at_most(1):
+            raise KeyError
+        assert blas_threads() == several_threads
+
+    def test_one_inside_the_other(self, limit, several_threads):
+        with limit.at_most(1):
+            with pytest.raises(KeyError), limit.at_most(1):
+                raise KeyError
+            assert set(blas_threads()) == {1}
+        assert blas_threads() == several_threads
+
+    @pytest.mark.parametrize(
+        "first_out", [pytest.param("the first in", marks=known_ownership), "the last in"]
+    )
+    @pytest.mark.parametrize("error", [(None, None, None), (KeyError, KeyError("no"), None)])
+    def test_overlapping_users(self, limit, several_threads, first_out, error):
+        with User() as one, User() as other:
+            users = [(one, limit.at_most(1)), (other, limit.at_most(1))]
+            for user, guard in users:
+                user(guard.__enter__)
+            if first_out == "the last in":
+                users.reverse()
+            for user, guard in users:
+                assert set(blas_threads()) == {1}
+                with contextlib.suppress(KeyError):
+                    user(lambda guard=guard: guard.__exit__(*error))
+            assert blas_threads() == several_threads
+
+    @known_ownership
+    def test_users_in_turn(self, limit, several_threads):
+        with User() as one, User() as other:
+            for user in (one, other):
+                guard = limit.at_most(1)
+                user(guard.__enter__)
+                assert set(blas_threads()) == {1}
+                user(lambda guard=guard: guard.__exit__(None, None, None))
+                assert blas_threads() == several_threads
+
+    @known_ownership
+    def test_the_caller_s_own_limits_work_afterwards(self, limit, several_threads):
+        with limit.at_most(1):
+            pass
+        with User() as other:
+            own = other(lambda: threadpoolctl.threadpool_limits(1))
+            assert set(blas_threads()) == {1}
+            other(own.restore_original_limits)
+            assert blas_threads() == several_threads
+
+    def test_a_failure_to_limit_leaves_nothing(self, limit, several_threads, monkeypatch):
+        def refuse():
+            raise OSError("no")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(limit, "_found", refuse)
+            with pytest.raises(OSError, match="no"), limit.at_most(1):
+                pytest.fail("entered")
+        with limit.at_most(1):
+            assert set(blas_threads()) == {1}
+        assert blas_threads() == several_threads
+
+
+def test_joblib_is_serial_in_that_thread_only():
+    found = []
+
+    def look():
+        serial_joblib()
+        parallel = joblib.Parallel()
+        found.append((type(parallel._backend).__name__, parallel.n_jobs))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [("SequentialBackend", 1)]
+    assert type(joblib.Parallel()._backend).__name__ != "SequentialBackend"

@@ -1,0 +1,511 @@
+"""Parcels: what travels to a worker, and what comes back."""
+
+import os
+import pickle
+import socket
+import struct
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from taskcarrier.backends import parcels
+from taskcarrier.backends.parcels import (
+    Channel,
+    pack,
+    pack_error,
+    pack_items,
+    unpack,
+    unpack_error,
+)
+from taskcarrier.backends.work import Call
+from taskcarrier.errors import TaskError, WorkerTracebackError
+from taskcarrier.segments import Segment, Staging
+
+SMALL = parcels._SHARED_NBYTES // 8 - 1
+LARGE = parcels._SHARED_NBYTES // 8
+
+
+def travelled(task):
+    """A task as it arrives, and the bytes that were copied beside the pickle."""
+    staging = Staging()
+    parcel = pack(task, staging)
+    return unpack(parcel.data, [os.dup(fd) for fd in parcel.fds]), staging.nbytes
+
+
+def module_level(x):
+    return x + 1
+
+
+class Scale:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, x):
+        return x * self.factor
+
+
+class TestFunctions:
+    @pytest.mark.parametrize("func", [module_level, np.sqrt, len, Scale, np.linalg.norm])
+    def test_importable_ones_arrive_as_themselves(self, func):
+        arrived, nbytes = travelled(Call(func))
+        assert arrived == Call(func, (), {})
+        assert nbytes == 0
+
+    def test_lambdas_and_closures_arrive_as_they_are_now(self):
+        factor = 3
+
+        def closure(x):
+            return x * factor
+
+        arrived = travelled((Call(lambda x: x - 1), Call(closure)))[0]
+        factor = 100
+        assert [call.func(7) for call in arrived] == [6, 21]
+
+    def test_bound_and_local_objects(self):
+        class Local:
+            def method(self, x):
+                return x + 2
+
+        assert travelled(Call(Local().method))[0].func(7) == 9
+        assert travelled(Call(Scale(4)))[0].func(7) == 28
+
+    def test_arguments(self):
+        arrived, _ = travelled(Call(module_level, (1, "a"), {"key": [2.5]}))
+        assert (arrived.args, arrived.kwargs) == ((1, "a"), {"key": [2.5]})
+
+    def test_what_cannot_be_pickled(self):
+        with pytest.raises(TypeError, match="lock") as info:
+            pack(Call(module_level, (threading.Lock(),)), Staging())
+        (note,) = info.value.__notes__
+        assert "could not pickle the function or its arguments" in note
+        assert "backend='threading'" in note
+
+
+class TestArrays:
+    def test_large_ones_travel_beside_the_pickle(self):
+        array = np.arange(float(LARGE))
+        staging = Staging()
+        parcel = pack(Call(module_level, (array,)), staging)
+        assert staging.nbytes == array.nbytes
+        assert len(parcel.data) < 2000
+        assert len(parcel.fds) == 1
+
+    def test_small_ones_travel_inside(self):
+        array = np.arange(float(SMALL))
+        staging = Staging()
+        parcel = pack(Call(module_level, (array,)), staging)
+        assert (staging.nbytes, parcel.fds) == (0, [])
+        assert np.array_equal(unpack(parcel.data, []).args[0], array)
+
+    @pytest.mark.parametrize("length", [SMALL, LARGE])
+    def test_arrive_writable_and_private(self, length):
+        array = np.arange(float(length))
+        staging = Staging()
+        parcel = pack(Call(module_level, (array,)), staging)
+        one, other = (
+            unpack(parcel.data, [os.dup(fd) for fd in parcel.fds]).args[0] for _ in range(2)
+        )
+        one[5] = -1
+        assert one[5] == -1
+        assert other[5] == array[5] == 5
+        assert np.array_equal(other, array)
+
+    def test_in_closures(self):
+        array = np.arange(float(LARGE))
+        arrived, nbytes = travelled(Call(lambda: array))
+        assert nbytes == array.nbytes
+        assert np.array_equal(arrived.func(), array)
+        arrived.func()[0] = 5
+        assert array[0] == 0
+
+    @pytest.mark.parametrize(
+        "array",
+        [
+            np.asfortranarray(np.arange(4.0 * LARGE).reshape(4, LARGE)),
+            np.arange(3.0 * LARGE)[::3],
+            np.arange(2.0 * LARGE).reshape(2, LARGE)[:, ::-1],
+            np.broadcast_to(np.arange(5.0), (LARGE, 5)),
+            np.array([[1], "two", None] * LARGE, dtype=object),
+            np.array(["x" * 20] * LARGE),
+            np.zeros(LARGE, [("a", ">i2"), ("b", "M8[s]")]),
+            np.empty((0, 5)),
+            np.array(3.0),
+        ],
+        ids=range(9),
+    )
+    def test_any_layout_and_dtype(self, array):
+        arrived = travelled(Call(module_level, (array,)))[0].args[0]
+        assert arrived.dtype == array.dtype
+        assert arrived.shape == array.shape
+        assert np.array_equal(arrived, array)
+
+    def test_several_keep_apart(self):
+        arrays = {n: np.arange(float(n)) for n in (LARGE, SMALL, 3 * LARGE, 5, 2 * LARGE)}
+        arrived = travelled(Call(module_level, tuple(arrays.values()), {"more": arrays}))[0]
+        for array, one in zip(arrays.values(), arrived.args, strict=True):
+            assert np.array_equal(one, array)
+            assert arrived.kwargs["more"][len(array)] is one
+
+    def test_read_only_ones_stay_read_only(self):
+        array = np.arange(float(LARGE))
+        array.flags.writeable = False
+        assert not travelled(Call(module_level, (array,)))[0].args[0].flags.writeable
+
+    def test_other_large_buffers(self):
+        block = bytearray(os.urandom(8 * LARGE))
+        arrived, nbytes = travelled(Call(module_level, (pickle.PickleBuffer(block),)))
+        assert nbytes == len(block)
+        assert bytes(arrived.args[0]) == block
+
+
+class TestSegments:
+    def test_travel_by_descriptor(self):
+        staging = Staging()
+        array = np.arange(100.0)
+        (view,) = staging.share([array])
+        parcel = pack({"one": view, "again": view, "segment": view.segment}, staging)
+        assert parcel.fds == [view.segment.fd]
+        arrived = unpack(parcel.data, [os.dup(fd) for fd in parcel.fds])
+        assert arrived["one"].segment is arrived["again"].segment is arrived["segment"]
+        assert np.array_equal(arrived["one"].open("read"), array)
+        arrived["one"].open("write")[7] = -1
+        assert view.open("read")[7] == -1
+
+    def test_several(self, tmp_path):
+        made = [Segment.create(), Segment.create(str(tmp_path)), Segment.create()]
+        for n, segment in enumerate(made):
+            segment.reserve(100 * (n + 1))
+        staging = Staging()
+        (view,) = staging.share([np.arange(10.0)])
+        parcel = pack([made[2], view, *made], staging)
+        assert parcel.segments == [made[2], view.segment, made[0], made[1]]
+        arrived = unpack(parcel.data, [os.dup(fd) for fd in parcel.fds])
+        assert [os.fstat(s.fd).st_ino for s in arrived[2:]] == [os.fstat(s.fd).st_ino for s in made]
+        assert [s.on_disk for s in arrived[2:]] == [False, True, False]
+        assert [s.nbytes for s in arrived[2:]] == [100, 200, 300]
+        assert arrived[0] is arrived[4]
+
+    def test_descriptors_belong_to_whoever_unpacks(self):
+        staging = Staging()
+        (view,) = staging.share([np.arange(10.0)])
+        parcel = pack(view, staging)
+        fd = os.dup(parcel.fds[0])
+        arrived = unpack(parcel.data, [fd])
+        assert os.fstat(fd)
+        del arrived
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+    def test_a_parcel_keeps_its_segments(self):
+        parcel = pack(Call(module_level, (np.arange(float(LARGE)),)), Staging())
+        assert os.fstat(parcel.fds[0]).st_size >= 8 * LARGE
+
+
+class LostError(Exception):
+    """Can be pickled, but not read again."""
+
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+class StubbornError(Exception):
+    """Cannot be pickled."""
+
+    def __reduce__(self):
+        raise RuntimeError("I stay")
+
+
+class SpeechlessError(StubbornError):
+    def __str__(self):
+        raise ZeroDivisionError
+
+
+class DisguisedError(Exception):
+    """Pickles as something that is no exception."""
+
+    def __reduce__(self):
+        return dict, ()
+
+
+def raised(error, cause=None):
+    try:
+        raise error from cause
+    except type(error) as caught:
+        return caught
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            ValueError("no", 3),
+            SystemExit(3),
+            KeyboardInterrupt(),
+            KeyError("k"),
+            OSError(2, "none", "file"),
+            UnicodeDecodeError("ascii", b"\xff", 0, 1, "r"),
+            ExceptionGroup("g", [ValueError("a"), TypeError("b")]),
+            TaskError("text", "kind"),
+        ],
+    )
+    def test_arrive_as_themselves(self, error):
+        arrived = unpack_error(pack_error(raised(error)))
+        assert type(arrived) is type(error)
+        assert repr(arrived) == repr(error)
+        assert str(arrived) == str(error)
+
+    def test_carry_the_worker_s_traceback(self):
+        arrived = unpack_error(pack_error(raised(ValueError("no"), KeyError("why"))))
+        assert isinstance(arrived.__cause__, WorkerTracebackError)
+        text = str(arrived.__cause__)
+        assert "in raised" in text
+        assert "KeyError: 'why'" in text
+        assert text.endswith("ValueError: no")
+
+    def test_keep_notes_and_attributes(self):
+        error = ValueError("no")
+        error.add_note("on item 3")
+        error.extra = [1, 2]
+        arrived = unpack_error(pack_error(error))
+        assert arrived.__notes__ == ["on item 3"]
+        assert arrived.extra == [1, 2]
+
+    def test_of_local_classes(self):
+        class LocalError(Exception):
+            pass
+
+        arrived = unpack_error(pack_error(LocalError("no")))
+        assert type(arrived).__name__ == "LocalError"
+        assert arrived.args == ("no",)
+
+    @pytest.mark.parametrize(
+        ("error", "text"),
+        [
+            (LostError(1, 2), "LostError: 1 and 2"),
+            (StubbornError("no"), "StubbornError: no"),
+            (ValueError(threading.Lock()), "ValueError: <unlocked _thread.lock"),
+            (SpeechlessError("no"), "SpeechlessError: <str() raised ZeroDivisionError>"),
+        ],
+    )
+    def test_those_that_do_not_survive(self, error, text):
+        arrived = unpack_error(pack_error(raised(error)))
+        assert type(arrived) is TaskError
+        assert str(arrived).startswith(text)
+        assert "could not be sent from the worker" in str(arrived)
+        assert arrived.type_name == f"{type(error).__module__}.{type(error).__qualname__}"
+        assert "in raised" in str(arrived.__cause__)
+
+    @pytest.mark.xfail(
+        strict=True,
+        raises=AttributeError,
+        reason="pack_error tries whether something can be read again, not what it is then",
+    )
+    def test_those_that_arrive_as_something_else(self):
+        arrived = unpack_error(pack_error(raised(DisguisedError("no"))))
+        assert type(arrived) is TaskError
+        assert arrived.type_name.endswith("DisguisedError")
+
+    def test_those_that_cannot_be_read_here(self, monkeypatch):
+        packed = pack_error(LostError.__new__(LostError, "x", "y"))
+        monkeypatch.delattr(sys.modules[__name__], "LostError")
+        arrived = unpack_error(packed)
+        assert type(arrived) is TaskError
+        assert "cannot be read here (AttributeError" in str(arrived)
+
+
+class TestItems:
+    @pytest.mark.parametrize("items", [[1, "two", None], (3.5,), {"a": b"b"}, Ellipsis])
+    def test_plain_data(self, items):
+        assert pickle.loads(pack_items(items)) == items
+
+    def test_what_pickle_does_not_take(self):
+        factor = 3
+        assert pickle.loads(pack_items([lambda x: x * factor]))[0](7) == 21
+
+    def test_objects_of_main_travel_whole(self, monkeypatch):
+        namespace = {"__name__": "__main__"}
+        exec("class Thing:\n    value = 7", namespace)
+        kind = namespace["Thing"]
+        monkeypatch.setattr(sys.modules["__main__"], "Thing", kind, raising=False)
+        packed = pack_items([kind()])
+        monkeypatch.delattr(sys.modules["__main__"], "Thing")
+        assert pickle.loads(packed)[0].value == 7
+
+    def test_the_error_for_what_nothing_takes(self):
+        with pytest.raises(TypeError, match="lock"):
+            pack_items([threading.Lock()])
+
+
+class TestChannel:
+    @pytest.fixture
+    def raw(self):
+        """A channel, and the bare socket at its other end."""
+        ours, theirs = socket.socketpair()
+        theirs.settimeout(30)
+        channel = Channel(ours)
+        yield channel, theirs
+        channel.close()
+        theirs.close()
+
+    @pytest.fixture
+    def pair(self):
+        one, other = map(Channel, socket.socketpair())
+        yield one, other
+        one.close()
+        other.close()
+
+    @staticmethod
+    def framed(channel, theirs, data):
+        """A message as the channel writes it."""
+        channel.send(data)
+        head = theirs.recv(8, socket.MSG_WAITALL)
+        assert struct.unpack("<Q", head) == (len(data),)
+        return head + (theirs.recv(len(data), socket.MSG_WAITALL) if data else b"")
+
+    @pytest.mark.parametrize("data", [b"", b"x", b"abc" * 10_000])
+    def test_whole_messages(self, pair, data):
+        pair[0].send(data)
+        assert pair[1].receive() == (data, [])
+        pair[1].send(data)
+        assert pair[0].ready() == ([data], True)
+
+    def test_larger_than_the_kernel_s_buffer(self, pair):
+        data = os.urandom(5 << 20)
+        sender = threading.Thread(target=pair[0].send, args=(data,))
+        sender.start()
+        received = pair[1].receive()
+        sender.join()
+        assert received == (data, [])
+
+    def test_more_than_one_look_takes_in(self, pair, monkeypatch):
+        monkeypatch.setattr(parcels, "_MAX_READS", 2)
+        data = os.urandom(3 << 20)
+        sender = threading.Thread(target=pair[0].send, args=(data,))
+        sender.start()
+        messages = []
+        while not messages:
+            messages, open_ = pair[1].ready()
+            assert open_
+        sender.join()
+        assert messages == [data]
+
+    def test_many_at_once(self, pair):
+        sent = [b"%d" % n * n for n in range(50)]
+        for data in sent:
+            pair[0].send(data)
+        assert pair[1].ready() == (sent, True)
+        assert pair[1].ready() == ([], True)
+
+    def test_byte_by_byte(self, raw):
+        channel, theirs = raw
+        stream = self.framed(channel, theirs, b"hello") + self.framed(channel, theirs, b"you")
+        got = []
+        for n in range(len(stream)):
+            theirs.sendall(stream[n : n + 1])
+            messages, open_ = channel.ready()
+            assert open_
+            got += [(n, message) for message in messages]
+        assert got == [(12, b"hello"), (23, b"you")]
+
+    def test_one_and_a_half(self, raw):
+        channel, theirs = raw
+        stream = self.framed(channel, theirs, b"hello") + self.framed(channel, theirs, b"you")
+        theirs.sendall(stream[:-2])
+        assert channel.ready() == ([b"hello"], True)
+        theirs.sendall(stream[-2:])
+        assert channel.ready() == ([b"you"], True)
+
+    def test_wait_for_one_in_pieces(self, raw):
+        channel, theirs = raw
+        stream = self.framed(channel, theirs, b"hello")
+        received = []
+        waiter = threading.Thread(target=lambda: received.append(channel.receive()))
+        waiter.start()
+        for n in range(len(stream)):
+            theirs.sendall(stream[n : n + 1])
+        waiter.join(30)
+        assert received == [(b"hello", [])]
+
+    def test_descriptors_come_with_their_message(self, pair):
+        files = [os.memfd_create(f"file{n}") for n in range(3)]
+        pair[0].send(b"two", files[:2])
+        pair[0].send(b"none")
+        pair[0].send(b"one", files[2:])
+        received = [pair[1].receive() for _ in range(3)]
+        assert [data for data, _ in received] == [b"two", b"none", b"one"]
+        assert [len(fds) for _, fds in received] == [2, 0, 1]
+        arrived = [fd for _, fds in received for fd in fds]
+        assert [os.fstat(fd).st_ino for fd in arrived] == [os.fstat(fd).st_ino for fd in files]
+        assert set(arrived).isdisjoint(files)
+        for fd in [*files, *arrived]:
+            os.close(fd)
+
+    def test_as_many_descriptors_as_the_kernel_takes(self, pair):
+        file = os.memfd_create("file")
+        pair[0].send(b"many" * 1000, [file] * 253)
+        data, fds = pair[1].receive()
+        for fd in [file, *fds]:
+            os.close(fd)
+        assert data == b"many" * 1000
+        assert len(set(fds)) == 253
+
+    def test_too_many_descriptors(self, pair):
+        with pytest.raises(ValueError, match="at most 253 separate shared arrays, got 254"):
+            pair[0].send(b"data", [0] * 254)
+        assert pair[1].ready() == ([], True)
+
+    @pytest.mark.xfail(
+        strict=True,
+        raises=AssertionError,
+        reason="descriptors are received without MSG_CMSG_CLOEXEC: what a task starts keeps them",
+    )
+    def test_descriptors_are_not_inherited(self, pair):
+        file = os.memfd_create("file")
+        pair[0].send(b"one", [file])
+        _, (arrived,) = pair[1].receive()
+        inheritable = os.get_inheritable(arrived)
+        os.close(file)
+        os.close(arrived)
+        assert not inheritable
+
+    def test_nothing_yet(self, pair):
+        assert pair[0].ready() == ([], True)
+
+    def test_end(self, pair):
+        pair[0].send(b"last")
+        pair[0].close()
+        assert pair[1].ready() == ([b"last"], False)
+        assert pair[1].ready() == ([], False)
+        with pytest.raises(EOFError):
+            pair[1].receive()
+
+    @pytest.mark.parametrize("cut", [1, 7, 8, 9, 12])
+    def test_a_message_cut_off_by_death_is_never_returned(self, raw, cut):
+        channel, theirs = raw
+        stream = self.framed(channel, theirs, b"hello")
+        theirs.sendall(stream + stream[:cut])
+        theirs.close()
+        messages, open_ = channel.ready()
+        assert (messages, open_) == ([b"hello"], False)
+        assert channel.ready() == ([], False)
+
+    @pytest.mark.parametrize("cut", [1, 7, 8, 9, 12])
+    def test_a_message_cut_off_while_it_is_waited_for(self, raw, cut):
+        channel, theirs = raw
+        theirs.sendall(self.framed(channel, theirs, b"hello")[:cut])
+        theirs.close()
+        with pytest.raises(EOFError):
+            channel.receive()
+
+    def test_a_connection_reset(self, raw):
+        channel, theirs = raw
+        channel.send(b"never read")  # closing with this unread resets the connection
+        theirs.close()
+        assert channel.ready() == ([], False)
+        with pytest.raises(BrokenPipeError):
+            channel.send(b"more")
+
+    def test_can_be_waited_on(self, pair):
+        assert pair[0].fileno() == pair[0]._socket.fileno() >= 0

@@ -1,0 +1,264 @@
+"""Crews of threads."""
+
+import threading
+import time
+
+import joblib
+import pytest
+
+from taskcarrier.backends import threads as module
+from taskcarrier.backends.threads import ThreadCrew
+from taskcarrier.backends.work import NOTHING, Job, in_worker
+from taskcarrier.balance import Dynamic, Static
+from taskcarrier.ledger import Ledger
+from taskcarrier.partition import Grid
+
+BALANCES = [Static(), Dynamic()]
+LONG = 60  # seconds that no test waits for
+
+
+@pytest.fixture
+def crew():
+    made = ThreadCrew(3, cores=4)
+    yield made
+    made.close()
+
+
+class Calls:
+    """A task that calls a function of the range; open already."""
+
+    def __init__(self, func):
+        self.func = func
+
+    def open(self):
+        return self
+
+    def __call__(self, start, stop):
+        return self.func(start, stop)
+
+    def facts(self):
+        return threading.current_thread().name
+
+
+def run(crew, func, *, balance=None, n_items=20, n_workers=3, tick=None):
+    delivered = []
+    job = Job(Calls(func), balance or Dynamic(), Grid(n_items, 2), n_workers)
+    accounts, deaths, ledger = crew.run(job, lambda *one: delivered.append(one), tick)
+    assert deaths == []
+    assert isinstance(ledger, Ledger)
+    return accounts, sorted(delivered), ledger
+
+
+def both(start, stop):
+    return start, stop
+
+
+@pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.name)
+class TestRun:
+    def test_every_cell_is_delivered_once(self, crew, balance):
+        accounts, delivered, ledger = run(crew, both, balance=balance)
+        assert delivered == [(cell, (2 * cell, 2 * cell + 2)) for cell in range(10)]
+        assert sum(account.items for account in accounts) == ledger.items_done(3) == 20
+        assert sum(account.ranges for account in accounts) == 10
+        assert all(account.failure is None for account in accounts)
+
+    def test_accounts_in_order_of_the_workers(self, crew, balance):
+        gate = threading.Barrier(3)  # everybody takes part
+
+        def meet(start, stop):
+            if start < 2 * 3 or balance == Static():
+                gate.wait(LONG)
+
+        n_items = 6 if balance == Dynamic() else 18
+        accounts, _, _ = run(crew, meet, balance=balance, n_items=n_items)
+        assert [account.worker for account in accounts] == [0, 1, 2]
+        assert [account.name for account in accounts] == ["thread 0", "thread 1", "thread 2"]
+        names = [account.facts for account in accounts]
+        assert names == [f"ThreadPoolExecutor-taskcarrier-{n}" for n in range(3)]
+
+    def test_fewer_workers_than_threads(self, crew, balance):
+        accounts, delivered, _ = run(crew, both, balance=balance, n_workers=2)
+        assert [account.worker for account in accounts] == [0, 1]
+        assert len(delivered) == 10
+
+    def test_the_same_threads_again(self, crew, balance):
+        seen = set()
+
+        def look(start, stop):
+            seen.add(threading.current_thread())
+            return NOTHING
+
+        for _ in range(5):
+            _, delivered, _ = run(crew, look, balance=balance)
+            assert delivered == []
+        assert seen <= {worker.thread for worker in crew._workers}
+
+    def test_a_failure_stops_the_others(self, crew, balance):
+        error = ValueError("no")
+
+        def fail(start, stop):
+            if start == 0:
+                raise error
+            while not failed.wait(0.01):
+                pass
+
+        failed = threading.Event()
+        timer = threading.Timer(0.2, failed.set)
+        timer.start()
+        accounts, delivered, ledger = run(crew, fail, balance=balance, n_items=2000)
+        timer.join()
+        failures = [account.failure for account in accounts if account.failure is not None]
+        assert [(failure.cell, failure.error) for failure in failures] == [(0, error)]
+        assert ledger.halted
+        assert len(delivered) < 1000
+
+    def test_the_crew_is_good_after_a_failure(self, crew, balance):
+        for error in (SystemExit(3), KeyboardInterrupt(), ValueError("no")):
+
+            def fail(start, stop, error=error):
+                raise error
+
+            accounts, _, _ = run(crew, fail, balance=balance)
+            assert error in [account.failure and account.failure.error for account in accounts]
+        assert len(run(crew, both, balance=balance)[1]) == 10
+
+
+class TestInside:
+    def test_workers_know_that_they_are(self, crew):
+        _, delivered, _ = run(crew, lambda *_: in_worker())
+        assert {found for _, found in delivered} == {True}
+        assert not in_worker()
+
+    def test_joblib_is_serial(self, crew):
+        def look(start, stop):
+            parallel = joblib.Parallel()
+            return type(parallel._backend).__name__, parallel.n_jobs
+
+        _, delivered, _ = run(crew, look)
+        assert {found for _, found in delivered} == {("SequentialBackend", 1)}
+
+    def test_inner_threads_are_limited_while_a_run_is_open(self, crew, monkeypatch):
+        seen = []
+
+        class Guard:
+            def at_most(self, n_threads):
+                seen.append(n_threads)
+                return self
+
+            def __enter__(self):
+                seen.append("in")
+
+            def __exit__(self, *_):
+                seen.append("out")
+
+        monkeypatch.setattr(module, "limited", Guard())
+        run(crew, lambda *_: seen.append("cell"), n_items=2)
+        assert seen == [1, "in", "cell", "out"]  # four cores for three threads
+
+    def test_daemons_named_like_an_executor_s(self, crew):
+        found = [worker.thread for worker in crew._workers]
+        assert all(thread.daemon for thread in found)
+        assert all(thread.name.startswith("ThreadPoolExecutor-") for thread in found)
+
+    def test_nothing_of_a_run_is_kept(self, crew):
+        class Thing:
+            def __del__(self):
+                gone.set()
+
+        gone = threading.Event()
+        thing = Thing()
+        run(crew, lambda *_, thing=thing: None)
+        del thing
+        assert gone.wait(LONG)
+
+
+class TestWatching:
+    def test_ticks_while_a_run_goes_on(self, crew, monkeypatch):
+        monkeypatch.setattr(module, "TICK", 0.01)
+        release = threading.Event()
+        seen = []
+
+        def tick(ledger):
+            seen.append(ledger.items_done(3))
+            if len(seen) == 3:
+                release.set()
+
+        run(crew, lambda *_: release.wait(LONG) and NOTHING, tick=tick)
+        assert seen[0] == 0
+        assert seen[-1] == 20
+        assert seen == sorted(seen)
+
+    def test_an_interrupted_run_does_not_wait_for_the_stuck(self, crew, monkeypatch):
+        monkeypatch.setattr(module, "TICK", 0.01)
+        release = threading.Event()
+        calls = []
+
+        def stuck(start, stop):
+            calls.append(start)
+            assert release.wait(LONG)
+
+        def interrupt(ledger):
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+
+        before = [worker.thread for worker in crew._workers]
+        with pytest.raises(KeyboardInterrupt):
+            run(crew, stuck, n_items=200, tick=interrupt)
+        assert all(thread.is_alive() for thread in before)  # still in their cells
+        assert len(run(crew, both)[1]) == 10  # by others
+        release.set()
+        for thread in before:
+            thread.join(LONG)
+            assert not thread.is_alive()  # they do not come back,
+        assert len(calls) == 3  # nor take another cell
+
+    def test_those_that_had_reported_stay(self, crew, monkeypatch):
+        monkeypatch.setattr(module, "TICK", 0.01)
+        release = threading.Event()
+        ticks = []
+
+        def one_is_stuck(start, stop):
+            if start == 0:
+                assert release.wait(LONG)
+
+        def interrupt(ledger):
+            ticks.append(ledger.items_done(3))
+            if ticks[-1] == 4 and len(ticks) > 10:
+                raise KeyboardInterrupt
+
+        before = [worker.thread for worker in crew._workers]
+        with pytest.raises(KeyboardInterrupt):
+            run(crew, one_is_stuck, balance=Static(), n_items=6, tick=interrupt)
+        after = [worker.thread for worker in crew._workers]
+        release.set()
+        assert after[1:] == before[1:]
+        assert after[0] is not before[0]
+
+
+class TestEnd:
+    def test_close_ends_idle_threads(self):
+        crew = ThreadCrew(3, cores=4)
+        run(crew, both)
+        found = [worker.thread for worker in crew._workers]
+        crew.close()
+        assert not any(thread.is_alive() for thread in found)
+
+    def test_without_waiting(self):
+        crew = ThreadCrew(2, cores=4)
+        found = [worker.thread for worker in crew._workers]
+        began = time.monotonic()
+        crew.close(wait=False)
+        assert time.monotonic() - began < LONG
+        for thread in found:
+            thread.join(LONG)
+        assert not any(thread.is_alive() for thread in found)
+
+    def test_a_forgotten_crew_closes_nothing(self):
+        crew = ThreadCrew(2, cores=4)
+        workers = crew._workers
+        crew.forget()
+        crew.close()
+        assert all(worker.thread.is_alive() for worker in workers)
+        for worker in workers:
+            worker.inbox.put(None)
+            worker.thread.join(LONG)

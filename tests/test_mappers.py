@@ -1,0 +1,318 @@
+"""The mappers: one interface, and everything that `map_array` can."""
+
+import operator
+import os
+import pickle
+import re
+import time
+
+import joblib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import taskcarrier
+from taskcarrier import (
+    DynamicParallelMapper,
+    SerialMapper,
+    StaticParallelMapper,
+    last_report,
+    map_array,
+)
+from tests.strategies import (
+    PARALLEL,
+    REALS,
+    assert_same,
+    axes_of,
+    chunksizes,
+    cooled_crews,
+    samples,
+    warm_crews,
+)
+
+KINDS = [SerialMapper, StaticParallelMapper, DynamicParallelMapper]
+OF_BALANCE = {"static": StaticParallelMapper, "dynamic": DynamicParallelMapper}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def crews():
+    warm_crews(2)
+    yield
+    cooled_crews()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_are_the_same_for_all(kind):
+    mapper = kind(2, 0, None, "threading", chunksize=5)
+    assert repr(mapper) == (
+        f"{kind.__name__}(n_jobs=2, verbosity=0, temp_folder=None, "
+        "backend='threading', chunksize=5)"
+    )
+    assert (kind().n_jobs, kind().verbosity, kind().temp_folder, kind().backend) == (
+        -1,
+        0,
+        None,
+        None,
+    )
+    with pytest.raises(TypeError):
+        kind(2, 0, None, "threading", 5)
+    with pytest.raises(TypeError, match="colour"):
+        kind(colour="red")
+    with pytest.raises(ValueError, match="chunksize"):
+        kind(chunksize=0)
+
+
+@pytest.mark.parametrize("kind", [StaticParallelMapper, DynamicParallelMapper])
+def test_bad_arguments_fail_when_the_mapper_is_made(kind):
+    with pytest.raises(ValueError, match=r"n_jobs.*0"):
+        kind(0)
+    with pytest.raises(TypeError, match=r"n_jobs.*'2'"):
+        kind("2")
+    with pytest.raises(ValueError, match=r"backend.*'mpi'"):
+        kind(backend="mpi")
+
+
+def test_the_serial_mapper_ignores_how_to_share_out_work():
+    mapper = SerialMapper(n_jobs=8, backend="loky", temp_folder="/nowhere", chunksize=2)
+    assert mapper(abs, [-1]) == [1]
+    assert_same(mapper.map_array(np.sqrt, np.arange(5.0)), np.sqrt(np.arange(5.0)))
+    assert (mapper.report.backend, mapper.report.n_jobs, mapper.report.chunksize) == (
+        "sequential",
+        1,
+        2,
+    )
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_map_array_of_a_mapper_is_map_array(data):
+    sample = data.draw(samples(REALS, min_dims=2))
+    with sample.array() as X:
+        axis = data.draw(axes_of(X))
+        options = {
+            "axis": axis,
+            "chunksize": data.draw(chunksizes()),
+            "args": (2,),
+            "kwargs": {"c": 3},
+            "writable": data.draw(st.booleans()),
+        }
+
+        def func(chunk, b, c):
+            return chunk * chunk.dtype.type(b), np.isfinite(chunk) * c
+
+        with np.errstate(all="ignore"):
+            expected = map_array(func, X, n_jobs=1, **options)
+        mappers = [SerialMapper()]
+        mappers += [OF_BALANCE[balance](n_jobs=2, backend=backend) for backend, balance in PARALLEL]
+        for mapper in mappers:
+            quiet = _Quiet(func)
+            assert_same(mapper.map_array(quiet, X, **options), expected, mapper)
+            assert last_report() is mapper.report
+
+
+class _Quiet:
+    """A function without NumPy's warnings, whose settings do not reach other threads."""
+
+    def __init__(self, func):
+        self.func = func
+
+    def __call__(self, *args, **kwargs):
+        with np.errstate(all="ignore"):
+            return self.func(*args, **kwargs)
+
+
+def test_a_chunksize_of_the_call_is_before_that_of_the_mapper():
+    mapper = SerialMapper(chunksize=4)
+    mapper.map_array(np.sqrt, np.arange(8.0))
+    assert mapper.report.ranges == 2
+    mapper.map_array(np.sqrt, np.arange(8.0), chunksize=1)
+    assert mapper.report.ranges == 8
+
+
+@pytest.mark.parametrize(("backend", "balance"), PARALLEL)
+def test_a_block_keeps_workers_and_can_be_nested_and_used_again(backend, balance):
+    mapper, X = OF_BALANCE[balance](n_jobs=2, backend=backend), np.arange(200_000.0)
+    workers = set()
+    for _ in range(2):
+        with mapper as inside:
+            assert inside is mapper
+            for number in range(3):
+                result = mapper.map_array(np.add, X, args=(number,))
+                workers.update(worker.name for worker in mapper.report.workers)
+                with mapper:
+                    assert mapper(operator.neg, [number]) == [-number]
+                assert_same(result, X + number)
+    assert len(workers) == 2
+    assert_same(mapper.map_array(np.negative, X), -X)
+
+
+@pytest.mark.parametrize("balance", ["static", "dynamic"])
+def test_results_kept_from_a_warm_block_do_not_change(balance):
+    with OF_BALANCE[balance](n_jobs=2, backend="loky") as mapper:
+        X, kept = np.arange(30_000.0), []
+        for number in range(12):
+            result = mapper.map_array(lambda c, n: c * n, X, args=(number,))
+            if number % 3:
+                kept.append((number, result[::-1] if number % 2 else result))
+            else:
+                del result  # its memory is free for the next
+            mapper.map_array(lambda c: c + 1, kept[-1][1] if kept else X)
+    for number, result in kept:
+        assert_same(np.array(result), (X * number)[::-1] if number % 2 else X * number, number)
+
+
+def test_leaving_a_block_twice_is_no_error():
+    mapper = StaticParallelMapper(n_jobs=2)
+    with mapper:
+        pass
+    mapper.__exit__(None, None, None)
+    assert mapper(abs, [-1]) == [1]
+
+
+def test_there_is_no_report_before_the_first_run():
+    with pytest.raises(LookupError, match="not run anything"):
+        SerialMapper().report  # noqa: B018  # the property raises
+
+
+# Reports
+
+
+@pytest.mark.parametrize(("backend", "balance"), [("sequential", "static"), *PARALLEL])
+def test_a_report_adds_up(backend, balance):
+    def func(chunk):
+        time.sleep(0.005)
+        return chunk
+
+    X = np.arange(203.0)
+    map_array(func, X, chunksize=10, n_jobs=2, backend=backend, balance=balance)
+    report = last_report()
+    assert report.backend == backend
+    assert report.balance == ("serial" if backend == "sequential" else balance)
+    assert (report.items, report.ranges, report.chunksize) == (203, 21, 10)
+    assert report.n_jobs == len(report.workers) == (1 if backend == "sequential" else 2)
+    assert sum(worker.items for worker in report.workers) == 203
+    assert sum(worker.ranges for worker in report.workers) == 21
+    assert sum(worker.busy for worker in report.workers) >= 21 * 0.005
+    for worker in report.workers:
+        assert worker.busy + worker.idle == pytest.approx(report.seconds, rel=0.05)
+    assert report.bytes_copied == (X.nbytes if backend == "loky" else 0)
+    assert report.reason == "asked for"
+    lines = str(report).splitlines()
+    for worker in report.workers:
+        assert sum(line.startswith(f"{worker.name} ") for line in lines) == 1
+    assert "203 items in 21 ranges of 10" in lines[0]
+    assert report.as_dict()["workers"][0]["items"] == report.workers[0].items
+    assert pickle.loads(pickle.dumps(report)) == report
+
+
+def test_names_in_a_report_are_those_of_the_workers():
+    map_array(lambda c: c, np.arange(4), n_jobs=2, backend="loky", balance="static")
+    pids = map_array(lambda c: np.full(len(c), os.getpid()), np.arange(4), n_jobs=2, backend="loky")
+    names = [worker.name for worker in last_report().workers]
+    assert names == [f"process {pid}" for pid in dict.fromkeys(pids.tolist())]
+
+
+def test_a_failed_run_has_a_report():
+    with pytest.raises(ZeroDivisionError):
+        map_array(lambda c: 1 // 0, np.arange(10), chunksize=5, n_jobs=1)
+    assert (last_report().items, last_report().workers[0].items) == (10, 0)
+
+
+# Progress
+
+
+@pytest.mark.parametrize(("backend", "balance"), [("sequential", "static"), *PARALLEL])
+@pytest.mark.parametrize("verbosity", [0, 1, 2])
+def test_a_bar_counts_items(backend, balance, verbosity, capsys):
+    mapper = OF_BALANCE[balance](n_jobs=2, backend=backend, verbosity=verbosity, chunksize=10)
+    mapper.map_array(lambda c: c, np.arange(205))
+    mapper(abs, range(33))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    if verbosity == 0:
+        assert captured.err == ""
+    else:
+        assert re.search(r"100%.*205/205.*item", captured.err)
+        assert re.search(r"100%.*33/33.*item", captured.err)
+
+
+def test_the_bar_of_a_failed_run_stops_where_the_run_did(capsys):
+    mapper = SerialMapper(verbosity=1, chunksize=1)
+    with pytest.raises(ZeroDivisionError):
+        mapper(lambda i: 1 // (3 - i), range(10))
+    assert "3/10" in capsys.readouterr().err
+
+
+def test_the_report_is_logged_for_those_who_ask(caplog):
+    with caplog.at_level("INFO", logger="taskcarrier"):
+        SerialMapper(verbosity=1)(abs, [1])
+        assert caplog.text == ""
+        SerialMapper(verbosity=2)(abs, [1])
+    assert "1 items in 1 ranges" in caplog.text
+
+
+# joblib's configuration
+
+
+CONFIGURED = [
+    ("threading", 2, "threading"),
+    ("loky", 2, "loky"),
+    ("multiprocessing", 2, "loky"),
+    ("sequential", None, "sequential"),
+    ("threading", 1, "sequential"),
+]
+
+
+@pytest.mark.parametrize(("active", "n_jobs", "backend"), CONFIGURED)
+def test_an_active_configuration_of_joblib_is_followed(active, n_jobs, backend):
+    options = {} if n_jobs is None else {"n_jobs": n_jobs}
+    with joblib.parallel_config(backend=active, **options):
+        assert_same(map_array(lambda c: c + 1, np.arange(8)), np.arange(1, 9))
+        by_call = last_report()
+        mapper = DynamicParallelMapper(n_jobs=None)
+        assert mapper(abs, range(8)) == list(range(8))
+    for report in (by_call, mapper.report):
+        assert (report.backend, report.n_jobs) == (backend, n_jobs or 1)
+
+
+def test_what_is_passed_goes_before_the_configuration_of_joblib():
+    with joblib.parallel_config(backend="loky", n_jobs=1):
+        map_array(lambda c: c, np.arange(8), n_jobs=2, backend="threading")
+        assert (last_report().backend, last_report().n_jobs) == ("threading", 2)
+        map_array(lambda c: c, np.arange(8), n_jobs=2)
+        assert (last_report().backend, last_report().n_jobs) == ("loky", 2)
+        StaticParallelMapper(backend="threading", n_jobs=2)(abs, range(8))
+        assert (last_report().backend, last_report().n_jobs) == ("threading", 2)
+    with joblib.parallel_config(backend="threading"):
+        map_array(lambda c: c, np.arange(8), n_jobs=2, backend="loky")
+        assert last_report().backend == "loky"
+
+
+def test_a_backend_of_joblib_that_cannot_be_followed_is_refused(monkeypatch):
+    from joblib.parallel import BACKENDS, ThreadingBackend, register_parallel_backend
+
+    class Elsewhere(ThreadingBackend):
+        pass
+
+    monkeypatch.setitem(BACKENDS, "elsewhere", Elsewhere)
+    register_parallel_backend("elsewhere", Elsewhere)
+    with (
+        joblib.parallel_config(backend="elsewhere", n_jobs=2),
+        pytest.raises(ValueError, match="elsewhere") as caught,
+    ):
+        map_array(lambda c: c, np.arange(8))
+    assert "'threading'" in str(caught.value)
+
+
+def test_functions_known_to_release_the_gil_run_in_threads():
+    map_array(np.isnan, np.arange(8.0), n_jobs=2)
+    assert last_report().backend == "threading"
+    map_array(lambda c: c, np.arange(8.0), n_jobs=2)
+    assert last_report().backend == "loky"
+
+
+def test_shutdown_twice_and_then_a_map():
+    taskcarrier.shutdown()
+    taskcarrier.shutdown()
+    assert_same(map_array(lambda c: c, np.arange(4), n_jobs=2, backend="loky"), np.arange(4))

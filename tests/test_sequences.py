@@ -1,0 +1,356 @@
+"""Maps over lists: the same as the built-in `map`."""
+
+import functools
+import itertools
+import operator
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import taskcarrier
+from taskcarrier import DynamicParallelMapper, SerialMapper, StaticParallelMapper
+from tests.strategies import cooled_crews, run_script, same_bits, warm_crews
+
+MAKERS = {
+    "serial": lambda **options: SerialMapper(n_jobs=2, **options),
+    "static threads": lambda **o: StaticParallelMapper(n_jobs=2, backend="threading", **o),
+    "dynamic threads": lambda **o: DynamicParallelMapper(n_jobs=2, backend="threading", **o),
+    "static processes": lambda **o: StaticParallelMapper(n_jobs=2, backend="loky", **o),
+    "dynamic processes": lambda **o: DynamicParallelMapper(n_jobs=2, backend="loky", **o),
+}
+ORDERED = ["serial", "dynamic threads", "dynamic processes"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def crews():
+    warm_crews(2)
+    yield
+    cooled_crews()
+
+
+@pytest.fixture(params=sorted(MAKERS))
+def make(request):
+    return MAKERS[request.param]
+
+
+@pytest.fixture
+def mapper(make):
+    return make()
+
+
+ITEMS = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(ITEMS | st.tuples(ITEMS), max_size=30), st.none() | st.integers(1, 40))
+def test_equals_the_builtin_map(items, chunksize):
+    for make in MAKERS.values():
+        mapper = make(chunksize=chunksize)
+        assert mapper(lambda item: [item], items) == [[item] for item in items]
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(st.integers(), max_size=12),
+    st.lists(st.text(max_size=3), max_size=12),
+    st.lists(ITEMS, max_size=12),
+    st.none() | st.integers(1, 5),
+)
+def test_the_shortest_of_several_sequences_wins(first, second, third, chunksize):
+    expected = list(zip(first, second, third, strict=False))
+    for make in MAKERS.values():
+        mapper = make(chunksize=chunksize)
+        assert mapper.map(lambda *items: items, first, second, third) == expected
+
+
+@pytest.mark.parametrize("n_items", [0, 1, 2, 3, 100])
+def test_few_items(mapper, n_items):
+    assert mapper(operator.neg, range(n_items)) == [-i for i in range(n_items)]
+    assert mapper.report.items == n_items
+    assert sum(worker.items for worker in mapper.report.workers) == n_items
+
+
+def test_an_empty_list_calls_nothing(mapper):
+    called = []
+    assert mapper(called.append, []) == []
+    assert mapper(called.append, [], [1, 2]) == []
+    assert called == []
+
+
+def test_all_sorts_of_iterables(mapper):
+    class Countdown:
+        def __getitem__(self, index):
+            if index > 2:
+                raise IndexError(index)
+            return 2 - index
+
+    assert mapper(str, (i * i for i in range(4))) == ["0", "1", "4", "9"]
+    assert mapper(str, {"a": 1, "b": 2}) == ["a", "b"]
+    assert mapper(str, "abc") == ["a", "b", "c"]
+    assert mapper(str, range(9, 0, -3)) == ["9", "6", "3"]
+    assert mapper(str, iter([1, 2])) == ["1", "2"]
+    assert mapper(str, Countdown()) == ["2", "1", "0"]
+    assert mapper(sum, np.arange(6).reshape(2, 3)) == [3, 12]
+    assert mapper(pow, itertools.count(), [2, 2, 2]) == [0, 1, 4]
+
+
+def test_an_error_of_the_generator_is_its_own(mapper):
+    def items():
+        yield 1
+        raise ZeroDivisionError("while making items")
+
+    with pytest.raises(ZeroDivisionError, match="while making items"):
+        mapper(str, items())
+
+
+def test_what_is_no_sequence_or_no_function_is_refused(mapper):
+    with pytest.raises(TypeError, match="not iterable"):
+        mapper(str, 5)
+    with pytest.raises(TypeError, match="callable"):
+        mapper(None, [1])
+    with pytest.raises(TypeError):
+        mapper(str)
+    with pytest.raises(TypeError, match="chunksize"):
+        mapper(str, [1], chunksize=2)
+
+
+def test_order_is_kept_when_later_items_are_done_first(make):
+    def slow_first(i):
+        time.sleep(0.05 if i < 2 else 0)
+        return i
+
+    assert make(chunksize=1)(slow_first, range(30)) == list(range(30))
+
+
+def test_twenty_thousand_small_items(mapper):
+    assert mapper(operator.neg, range(20_000)) == list(range(0, -20_000, -1))
+    assert mapper.report.ranges <= 1024
+
+
+def test_large_items_and_results(mapper):
+    items = [np.full(300_000, number) for number in range(8)]
+    results = mapper(lambda item: (item[0], item * 2), items)
+    for number, (first, doubled) in enumerate(results):
+        assert first == number
+        assert same_bits(doubled, np.full(300_000, 2 * number))
+
+
+def test_results_of_every_sort(mapper):
+    results = mapper(lambda i: [None, "text", np.arange(i), {i}, lambda: i, i, int][i], range(7))
+    assert results[:2] == [None, "text"]
+    assert results[2].tolist() == [0, 1]
+    assert (results[3], results[4](), results[5], results[6]) == ({3}, 4, 5, int)
+
+
+class Adder:
+    def __init__(self, n):
+        self.n = n
+
+    def add(self, i):
+        return self.n + i
+
+    def __call__(self, i):
+        return self.n - i
+
+
+def test_every_sort_of_function(mapper):
+    n = 10
+
+    def closure(i):
+        return n + i
+
+    for func in (
+        closure,
+        lambda i: i + n,
+        functools.partial(operator.add, n),
+        Adder(n).add,
+        n.__add__,
+    ):
+        assert mapper(func, range(3)) == [10, 11, 12]
+    assert mapper(Adder(n), range(3)) == [10, 9, 8]
+    assert [item.n for item in mapper(Adder, range(3))] == [0, 1, 2]
+
+
+def test_items_changed_in_place_are_seen_by_the_next_call(mapper):
+    items = [[0], [0]]
+    with mapper:
+        for number in range(3):
+            items[1][0] = number
+            assert mapper(sum, items) == [0, number]
+
+
+def test_the_error_names_the_item(make):
+    def func(i):
+        if i >= 37:
+            raise KeyError("no", i)
+        return i
+
+    mapper = make(chunksize=10)
+    with pytest.raises(KeyError) as caught:
+        mapper(func, range(40))
+    assert caught.value.args == ("no", 37)
+    assert "func failed on item 37" in caught.value.__notes__
+    assert any(note.startswith("while mapping items 30:40") for note in caught.value.__notes__)
+    assert mapper(func, range(5)) == list(range(5))
+
+
+@pytest.mark.parametrize("kind", ORDERED)
+def test_the_lowest_item_that_fails_is_raised_on_every_run(kind):
+    def func(i):
+        if i in {7, 8, 30}:
+            raise ValueError(i)
+        return i
+
+    mapper = MAKERS[kind](chunksize=1)
+    for _ in range(20):
+        with pytest.raises(ValueError, match="7") as caught:
+            mapper(func, range(40))
+        assert caught.value.args == (7,)
+
+
+@pytest.mark.parametrize("kind", ["static processes", "dynamic processes"])
+def test_what_cannot_be_pickled_is_an_error_that_says_which(kind):
+    mapper, lock = MAKERS[kind](chunksize=1), threading.Lock()
+    ran = []
+    with pytest.raises(TypeError, match="lock") as caught:
+        mapper(ran.append, [1, 2, lock])
+    assert any("item 2" in note and "threading" in note for note in caught.value.__notes__)
+    with pytest.raises(TypeError, match="lock") as caught:
+        mapper(lambda i: lock, range(4))
+    assert any("the function" in note for note in caught.value.__notes__)
+    with pytest.raises(TypeError, match="lock") as caught:
+        mapper(lambda i: threading.Lock() if i == 2 else i, range(4))
+    assert any("the result" in note for note in caught.value.__notes__)
+    assert mapper(abs, [-1, 2]) == [1, 2]
+
+
+class Unreadable:
+    def __init__(self, text="broken on purpose"):
+        self.text = text
+
+    def __reduce__(self):
+        return _fail, (self.text,)
+
+
+def _fail(text):
+    raise ArithmeticError(text)
+
+
+@pytest.mark.parametrize("kind", ["static processes", "dynamic processes"])
+def test_what_cannot_be_unpickled_is_its_own_error(kind):
+    mapper, bad = MAKERS[kind](chunksize=1), Unreadable()
+    with pytest.raises(ArithmeticError, match="broken on purpose") as caught:
+        mapper(lambda i: Unreadable() if i == 2 else i, range(9))
+    assert any("unpickle this result" in note for note in caught.value.__notes__)
+    with pytest.raises(ArithmeticError, match="broken on purpose") as caught:
+        mapper(lambda i: bad, range(9))
+    assert any("unpickled the function" in note for note in caught.value.__notes__)
+    assert not any("-" in note for note in caught.value.__notes__ if note.startswith("also failed"))
+    with pytest.raises(ArithmeticError, match="broken on purpose") as caught:
+        mapper(str, [0, 1, bad, 3])
+    assert any("item 2" in note or "items 2:3" in note for note in caught.value.__notes__)
+    assert mapper(abs, [-1, 2]) == [1, 2]
+
+
+MAIN = """
+import threading, sys
+import taskcarrier
+from taskcarrier import DynamicParallelMapper, StaticParallelMapper
+
+class Point:
+    def __init__(self, x): self.x = x
+    def __eq__(self, other): return type(other) is Point and other.x == self.x
+    def moved(self): return Point(self.x + SHIFT)
+
+class Odd(Exception):
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+        self.both = first, second
+
+class Plain(Exception):
+    pass
+
+class Locked(Exception):
+    def __init__(self, text):
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+SHIFT = 1
+def shifted(point): return point.moved()
+def raises(kind): raise {0: Plain("one", 2), 1: Odd("a", "b"), 2: Locked("held")}[kind]
+
+if __name__ == "__main__":
+    for kind in (DynamicParallelMapper, StaticParallelMapper):
+        with kind(n_jobs=2, backend="loky") as mapper:
+            points = [Point(i) for i in range(5)]
+            moved = Point.moved
+            for SHIFT in (1, 2):
+                for func in (shifted, Point.moved):
+                    assert mapper(func, points) == [Point(i + SHIFT) for i in range(5)], SHIFT
+            assert Point.moved is moved, "the map has changed a class of the script"
+            def shifted(point): return "redefined"
+            assert mapper(shifted, points) == ["redefined"] * 5
+            def shifted(point): return point.moved()
+            try:
+                mapper(raises, [0])
+            except Plain as error:
+                assert error.args == ("one", 2), error.args
+            else:
+                raise SystemExit("Plain was not raised")
+            for number, name, text in ((1, "Odd", "a and b"), (2, "Locked", "held")):
+                try:
+                    mapper(raises, [number, number])
+                except (Odd, Locked) as error:
+                    assert type(error).__name__ == name and text in str(error)
+                except taskcarrier.TaskError as error:
+                    assert error.type_name.endswith(name), error.type_name
+                    assert name in str(error) and text in str(error)
+                    assert "raises" in str(error.__cause__)
+                else:
+                    raise SystemExit(name + " was not raised")
+            assert mapper(shifted, points)[0] == Point(2)
+    print("fine")
+"""
+
+
+def test_classes_functions_and_errors_of_a_script(tmp_path):
+    assert run_script(tmp_path, MAIN) == "fine\n"
+
+
+def test_functions_given_on_the_command_line(tmp_path):
+    code = """
+import subprocess, sys
+code = '''
+import numpy as np
+from taskcarrier import StaticParallelMapper, map_array
+class Item:
+    def __init__(self, i): self.i = i
+def double(item): return Item(2 * item.i)
+mapper = StaticParallelMapper(n_jobs=2, backend="loky")
+print([item.i for item in mapper(double, [Item(1), Item(2)])])
+def half(chunk): return chunk / 2
+print(map_array(half, np.arange(3.0), n_jobs=2, backend="loky"))
+'''
+command = [sys.executable, "-c", code]
+print(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+"""
+    assert run_script(tmp_path, code).split("\n")[:2] == ["[2, 4]", "[0.  0.5 1. ]"]
+
+
+def test_a_chunksize_cuts_and_changes_nothing(make):
+    for chunksize in (1, 3, 100, 10**9):
+        mapper = make(chunksize=chunksize)
+        assert mapper(operator.neg, range(10)) == list(range(0, -10, -1))
+        assert mapper.report.ranges == -(-10 // chunksize)
+
+
+def test_nothing_is_copied_but_the_items(mapper):
+    mapper(abs, [1, 2, 3])
+    copied = taskcarrier.last_report().bytes_copied
+    assert copied == 0 if mapper.report.backend != "loky" else 0 < copied < 10_000
