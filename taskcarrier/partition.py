@@ -95,10 +95,11 @@ class Partition(Sequence[slice]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Partition):
             return NotImplemented
-        return list(self) == list(other)
+        return len(self) == len(other) and all(map(operator.eq, self, other))
 
     def __hash__(self) -> int:
-        return hash(tuple((part.start, part.stop) for part in self))
+        ends = (self[0].start, self[-1].stop) if self else ()
+        return hash((len(self), ends))
 
     def __repr__(self) -> str:
         whole = range(min(self.n_parts, self.size))

@@ -19,7 +19,11 @@ def shown(
         return
     from tqdm import tqdm  # noqa: PLC0415  # only when progress is shown
 
-    with tqdm(total=n_items, unit="item") as bar:
+    class Bar(tqdm):  # type: ignore[misc]  # untyped
+        # The bar is refreshed from here; tqdm's own thread would outlive it.
+        monitor_interval = 0
+
+    with Bar(total=n_items, unit="item") as bar:
 
         def tick(ledger: Ledger) -> None:
             bar.update(ledger.items_done(n_workers) - bar.n)

@@ -17,7 +17,7 @@ from taskcarrier import progress
 from taskcarrier.backends import choice as choices
 from taskcarrier.backends.choice import Choice
 from taskcarrier.backends.crews import process_crew, thread_crew
-from taskcarrier.backends.work import Account, Death, Deliver, Failure, Job, Task, work
+from taskcarrier.backends.work import Account, Death, Deliver, Failure, Job, Task, text_of, work
 from taskcarrier.balance import Balance, Static, get_balance
 from taskcarrier.ledger import Ledger
 from taskcarrier.partition import Grid
@@ -167,8 +167,9 @@ def raise_failure(outcome: Outcome, grid: Grid, describe: Describe) -> None:
     if first.cell >= 0:
         error.add_note(f"while mapping {describe(*grid.bounds(first.cell))} ({first.worker})")
     for other in others:
+        where = describe(*grid.bounds(other.cell)) if other.cell >= 0 else f"all of {other.worker}"
         kind = type(other.error).__name__
-        error.add_note(f"also failed: {describe(*grid.bounds(other.cell))}: {kind}: {other.error}")
+        error.add_note(f"also failed: {where}: {kind}: {text_of(other.error)}")
     for death in outcome.deaths:
         error.add_note(f"also, {_obituary(death, grid, describe)}")
     try:

@@ -53,9 +53,15 @@ class Mapping(mmap.mmap):
     """A segment mapped into this process; ``segment`` is kept as long as the mapping lives."""
 
     segment: Segment
+    private: bool
 
 
 _live: weakref.WeakSet[Mapping] = weakref.WeakSet()
+
+
+def mappings_alive() -> bool:
+    """Whether anything of this process still refers to shared memory."""
+    return bool(_live)
 
 
 def descriptors_are_scarce() -> bool:
@@ -114,6 +120,10 @@ class Segment:
         # Whoever packs a run knows how to send a descriptor; nobody else can.
         raise TypeError("a segment can only be pickled as part of a run")
 
+    def retire(self) -> None:
+        """Never recycle this segment: somebody still looks at it."""
+        self._recycler = None
+
     def reserve(self, nbytes: int) -> None:
         """Make room for `nbytes`; several processes may do so at once.
 
@@ -157,6 +167,7 @@ class Segment:
         """The reserved bytes, mapped. The segment must not be empty."""
         mapping = Mapping(self.fd, self.nbytes, access=_ACCESS[mode], **_MMAP_OPTIONS)
         mapping.segment = self
+        mapping.private = mode == "private"
         _live.add(mapping)
         return mapping
 
@@ -350,7 +361,7 @@ def locate(array: np.ndarray) -> SharedView | None:
     owner: Any = array
     while owner is not None and not isinstance(owner, Mapping):
         owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
-    if owner is None or array.nbytes == 0:
+    if owner is None or owner.private or array.nbytes == 0:
         return None
     origin = _address(np.frombuffer(owner, np.uint8))
     low, high = byte_bounds(array)
@@ -452,14 +463,20 @@ def _available_memory() -> tuple[int, str]:
         lines = _text_of("/proc/meminfo").splitlines()
         found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")]
         limits += [(value, "MemAvailable in /proc/meminfo") for value in found]
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes",
-         "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):  # fmt: skip
+    for folder, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit there
-            limits.append((int(_text_of(limit)) - int(_text_of(used)), limit))
+            left = int(_text_of(f"{folder}/{limit}")) - int(_text_of(f"{folder}/{used}"))
+            limits.append((left + _reclaimable(folder), f"{folder}/{limit}"))
     return min(limits)
+
+
+def _reclaimable(folder: str) -> int:
+    """Bytes of a cgroup's use that are file cache, which the kernel gives back on demand."""
+    lines = [line.split() for line in _text_of(f"{folder}/memory.stat").splitlines()]
+    return sum(int(words[1]) for words in lines if words[0] == "inactive_file")
 
 
 def _text_of(path: str) -> str:

@@ -144,22 +144,18 @@ class TestRoundTrip:
         assert array.tobytes() == before
 
     @pytest.mark.parametrize("layout", KEPT)
-    def test_strides_are_kept_where_gaps_are_few(self, layout):
+    def test_strides_and_alignment_are_kept_where_gaps_are_few(self, layout):
         array = KEPT[layout]()
         assert extent(array) <= 2 * array.nbytes
-        assert shared(array).open("read").strides == array.strides
-
-    @pytest.mark.parametrize("layout", KEPT)
-    def test_alignment_is_kept_where_gaps_are_few(self, layout):
-        array = KEPT[layout]()
         opened = shared(array).open("read")
+        assert opened.strides == array.strides
         assert address(opened) % ALIGNMENT == address(array) % ALIGNMENT
         assert opened.flags.aligned == array.flags.aligned
 
-    @pytest.mark.parametrize("skip", range(0, 64, 8))
-    def test_alignment_of_every_start(self, skip):
-        array = np.arange(100, dtype=np.uint8)[skip:]
-        assert address(shared(array).open("read")) % ALIGNMENT == address(array) % ALIGNMENT
+    def test_alignment_of_every_start(self):
+        whole = np.arange(200, dtype=np.uint8)
+        for array in (whole[skip:] for skip in range(70)):
+            assert address(shared(array).open("read")) % ALIGNMENT == address(array) % ALIGNMENT
 
     @pytest.mark.parametrize("layout", GATHERED)
     def test_gaps_are_closed_keeping_order_and_sign(self, layout):

@@ -185,12 +185,13 @@ def _followed(facts: Facts) -> str | None:
 def releases_gil(func: Callable[..., Any]) -> bool:
     """Whether a function is known to run without the interpreter's lock.
 
-    True for ufuncs without loops over Python objects, and for numba functions compiled with
-    ``nogil=True``. What a Python function calls inside cannot be seen.
+    True for ufuncs with loops over something else than Python objects (arrays of objects never
+    take them to processes anyway), and for numba functions compiled with ``nogil=True``. What a
+    Python function calls inside cannot be seen.
     """
     numpy: Any = sys.modules.get("numpy")
     if isinstance(func, numpy.ufunc):
-        return "O" not in "".join(func.types)
+        return any("O" not in loop for loop in func.types)
     if "numba" in sys.modules and type(func).__module__.startswith("numba."):
         return bool(getattr(func, "targetoptions", {}).get("nogil", False))
     return False
@@ -242,7 +243,10 @@ def _joblib_config() -> tuple[str | None, int | None, bool]:
     nested = bool(getattr(backend, "nesting_level", 0))
     # joblib does not say whether the backend was set or is its default; but a preference
     # changes only a default.
-    other, _ = get_active_backend(prefer="processes")
+    try:
+        other, _ = get_active_backend(prefer="processes")
+    except ValueError:  # the configuration requires shared memory, which only threads have
+        return _joblib_name(backend), n_jobs, nested
     if type(backend) is not type(other):
         return None, n_jobs, nested
     return _joblib_name(backend), n_jobs, nested

@@ -88,7 +88,9 @@ class _Crews:
         me = threading.current_thread()
         while True:
             with self._changed:
-                self._changed.wait(self._seconds_to_wait())
+                # Asked before waiting too: `shutdown` may have come before this thread did.
+                if self._keeper is me:
+                    self._changed.wait(self._seconds_to_wait())
                 if self._keeper is not me:
                     return
                 expired = self._expired()

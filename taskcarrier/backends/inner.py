@@ -56,6 +56,7 @@ class _CountedLimit:
         with self._lock:
             if self._runs == 0:
                 self._limit = self._found().limit(limits=n_threads)
+                _let_others_limit()
             self._runs += 1
         try:
             yield
@@ -65,6 +66,7 @@ class _CountedLimit:
                 if self._runs == 0:
                     self._limit.restore_original_limits()
                     self._limit = None
+                    _let_others_limit()
 
     def _found(self) -> Any:
         # Looking for libraries takes 0.7 ms; again only when modules were loaded since.
@@ -74,6 +76,19 @@ class _CountedLimit:
             self._controller = ThreadpoolController()
             self._n_modules = len(sys.modules)
         return self._controller
+
+
+def _let_others_limit() -> None:
+    """Give up this thread's control of OpenBLAS.
+
+    From threadpoolctl 3.8 on, the thread that limits OpenBLAS first is the only one whose limits
+    count until it gives this up; but the last run to end may belong to another thread.
+    """
+    from threadpoolctl import OpenBLASController  # noqa: PLC0415  # runs only
+
+    give_up = getattr(OpenBLASController, "clear_controlling_thread", None)
+    if give_up is not None:
+        give_up()
 
 
 limited = _CountedLimit()

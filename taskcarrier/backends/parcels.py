@@ -12,6 +12,7 @@ of the call; functions of importable modules by name.
 from __future__ import annotations
 
 import copyreg
+import errno
 import io
 import os
 import pickle
@@ -22,7 +23,7 @@ import traceback
 from collections import ChainMap
 from typing import Any
 
-from taskcarrier.backends.work import Call
+from taskcarrier.backends.work import Call, text_of
 from taskcarrier.errors import TaskError, WorkerTracebackError
 from taskcarrier.segments import Segment, Staging
 
@@ -77,6 +78,11 @@ def pack(task: object, staging: Staging) -> Parcel:
         table = [(packer.number(segment), offset, n) for segment, offset, n in packer.buffers]
     else:
         table = []
+    if len(packer.segments) > _MAX_DESCRIPTORS:
+        raise ValueError(
+            f"one call can take at most {_MAX_DESCRIPTORS} separate shared arrays, got "
+            f"{len(packer.segments)}; copy some of them"
+        )
     return Parcel(pickle.dumps((pickled, table)), packer.segments)
 
 
@@ -89,9 +95,9 @@ def unpack(data: bytes, fds: list[int]) -> Any:
     pickled, table = pickle.loads(data)
     mappings = {number: segments[number].map("private") for number in {row[0] for row in table}}
     _unpacking.segments = segments
-    _unpacking.buffers = [
-        memoryview(mappings[number])[offset : offset + nbytes] for number, offset, nbytes in table
-    ]
+    _unpacking.buffers = iter(
+        [memoryview(mappings[number])[offset : offset + nbytes] for number, offset, nbytes in table]
+    )
     try:
         return pickle.loads(pickled)
     finally:
@@ -159,23 +165,17 @@ def pack_error(error: BaseException) -> bytes:
     text = "".join(traceback.format_exception(error)).rstrip()
     try:
         packed: bytes = cloudpickle.dumps((error, text))
-        pickle.loads(packed)
+        if not isinstance(pickle.loads(packed)[0], BaseException):
+            raise TypeError("it unpickles as something else")  # noqa: TRY301  # one way out for all
     except Exception as trouble:  # noqa: BLE001  # whatever pickling a user's object raises
         kind = type(error)
         stand_in = TaskError(
-            f"{kind.__qualname__}: {_text_of(error)} (the exception itself could not be sent from "
-            f"the worker: {type(trouble).__name__}: {_text_of(trouble)})",
+            f"{kind.__qualname__}: {text_of(error)} (the exception itself could not be sent from "
+            f"the worker: {type(trouble).__name__}: {text_of(trouble)})",
             f"{kind.__module__}.{kind.__qualname__}",
         )
         packed = pickle.dumps((stand_in, text))
     return packed
-
-
-def _text_of(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as trouble:  # noqa: BLE001  # a user's __str__ may raise anything
-        return f"<str() raised {type(trouble).__name__}>"
 
 
 def unpack_error(packed: bytes) -> BaseException:
@@ -185,7 +185,7 @@ def unpack_error(packed: bytes) -> BaseException:
     except Exception as trouble:  # noqa: BLE001  # it survived in the worker, not here
         return TaskError(
             "an exception arrived from the worker that cannot be read here "
-            f"({type(trouble).__name__}: {_text_of(trouble)})"
+            f"({type(trouble).__name__}: {text_of(trouble)})"
         )
     cause = WorkerTracebackError(text)
     cause.__cause__ = error.__cause__
@@ -232,11 +232,6 @@ class Channel:
     def send(self, data: bytes, fds: list[int] | None = None) -> None:
         """Send one message."""
         fds = fds or []
-        if len(fds) > _MAX_DESCRIPTORS:
-            raise ValueError(
-                f"one call can take at most {_MAX_DESCRIPTORS} separate shared arrays, got "
-                f"{len(fds)}; copy some of them"
-            )
         message = memoryview(_HEADER.pack(len(data)) + data)
         # The descriptors arrive with the first byte.
         sent = socket.send_fds(self._socket, [message], fds) if fds else 0
@@ -244,9 +239,13 @@ class Channel:
 
     def receive(self) -> tuple[bytes, list[int]]:
         """Wait for one message; `EOFError` when the other end is closed."""
-        head, fds, _, _ = socket.recv_fds(self._socket, _HEADER.size, _MAX_DESCRIPTORS)
+        head, fds, flags, _ = socket.recv_fds(self._socket, _HEADER.size, _MAX_DESCRIPTORS)
+        for fd in fds:  # `recv_fds` takes flags for this, and ignores them
+            os.set_inheritable(fd, False)
         if not head:
             raise EOFError
+        if flags & socket.MSG_CTRUNC:
+            raise OSError(errno.EMFILE, "too many open files for the shared arrays of this call")
         head += self._exactly(_HEADER.size - len(head))
         return self._exactly(*_HEADER.unpack(head)), fds
 

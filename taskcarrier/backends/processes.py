@@ -55,6 +55,7 @@ from taskcarrier.backends.work import (
     work,
 )
 from taskcarrier.ledger import FileCursor, Ledger, ledger_nbytes
+from taskcarrier.segments import mappings_alive
 
 # Results that are not put in place travel in batches: when this many bytes or seconds have
 # come together. Both are arbitrary within an order of magnitude.
@@ -72,6 +73,7 @@ _EXIT_SECONDS = 5.0
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(32 << 20)}
 
 _RESULTS, _ACCOUNT = b"R", b"A"
+_KEPT, _FREE = b"K", b"F"
 
 
 class _Worker:
@@ -185,6 +187,9 @@ class ProcessCrew:
         finally:
             if run.at_work:
                 run.abort()
+        if run.memory_kept:
+            for segment in parcel.segments:
+                segment.retire()
         deaths = [_death(number, run.died[number], job, ledger) for number in sorted(run.died)]
         return [run.accounts[number] for number in sorted(run.accounts)], deaths, ledger
 
@@ -227,6 +232,7 @@ class _Run:
         self.accounts: dict[int, Account] = {}
         self.died: dict[int, tuple[_Worker, int | None]] = {}
         self._unreadable: dict[int, Failure] = {}
+        self.memory_kept = False
 
     def start(self, number: int, worker: _Worker, parcel: Parcel) -> None:
         self.at_work[number] = worker
@@ -275,7 +281,8 @@ class _Run:
                 for cell, packed in pickle.loads(message[1:]):
                     self._unpack_result(number, worker, cell, packed)
             else:
-                account = _account_from(message[1:])
+                account = _account_from(message[2:])
+                self.memory_kept |= message[1:2] == _KEPT
                 account.name = worker.name
                 account.failure = self._unreadable.get(number, account.failure)
                 self.accounts[number] = account
@@ -367,8 +374,12 @@ def _run_parcel(number: int, channel: Channel, ledger: Ledger, data: bytes, fds:
         account = Account(number, failure=Failure(-1, error))
     else:
         account = work(job, ledger, number, outbox.deliver)
+        del job
     outbox.flush()
-    channel.send(_ACCOUNT + _packed_account(account))
+    packed = _packed_account(account)
+    del account  # with an exception's traceback, which may refer to chunks
+    # What the function still holds on to must not be overwritten by a later call's data.
+    channel.send(_ACCOUNT + (_KEPT if mappings_alive() else _FREE) + packed)
 
 
 class _Outbox:

@@ -93,6 +93,14 @@ class Death:
     unstarted: range = field(default_factory=lambda: range(0))
 
 
+def text_of(error: BaseException) -> str:
+    """The exception's text, whatever its ``__str__`` does."""
+    try:
+        return str(error)
+    except Exception as trouble:  # noqa: BLE001  # a user's __str__ may raise anything
+        return f"<str() raised {type(trouble).__name__}>"
+
+
 Deliver = Callable[[int, Any], None]
 
 _state = threading.local()
@@ -155,5 +163,5 @@ def work(job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> Account:
         _state.busy = busy_before
         account.ranges, account.items, account.busy_ns = ranges, items, busy_ns
         if cells is not None:
-            account.facts = cells.facts()
+            account.facts = cells.facts()  # must not raise
     return account

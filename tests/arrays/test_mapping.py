@@ -115,11 +115,11 @@ def test_ufuncs_give_the_bits_of_the_plain_call_on_any_layout(data):
         assert_same(result, func(np.asarray(X)), (ufunc, sample))
 
 
-@pytest.mark.parametrize("n_items", [0, 1, 2, 3, 7, 8, 9, 100])
 @pytest.mark.parametrize("tail", [(), (3,), (0,), (2, 0, 2)])
-def test_few_items_and_empty_axes(n_items, tail):
-    X = np.arange(n_items * int(np.prod(tail)), dtype=float).reshape(n_items, *tail)
-    assert_same(contract(np.sqrt, X), np.sqrt(X))
+def test_few_items_and_empty_axes(tail):
+    for n_items in (0, 1, 2, 3, 7, 8, 9, 100):
+        X = np.arange(n_items * int(np.prod(tail)), dtype=float).reshape(n_items, *tail)
+        assert_same(contract(np.sqrt, X), np.sqrt(X), n_items)
 
 
 def test_without_items_the_function_is_called_once_on_the_real_array():

@@ -1,6 +1,7 @@
 """Results that do not fit are errors with both values and the range, never truncated."""
 
 import math
+import re
 import threading
 
 import numpy as np
@@ -91,15 +92,17 @@ ODD = {
 
 
 @pytest.mark.parametrize("case", sorted(ODD))
-@pytest.mark.parametrize(("backend", "balance"), RUNS)
-def test_results_that_differ_are_an_error_with_both_and_the_ranges(case, backend, balance):
+def test_results_that_differ_are_an_error_with_both_and_the_ranges(case):
     usual, odd, words = ODD[case]
-    with pytest.raises(ValueError, match="must return the same dtype") as caught:
-        mapped(lambda c: odd(c) if c[0] == 6 else usual(c), backend=backend, balance=balance)
-    text = str(caught.value)
-    assert [word for word in words if word not in text] == []
-    assert "items 6:8" in text
-    assert "items 0:2" in text
+    for backend, balance in RUNS:
+        with pytest.raises(ValueError, match="must return the same dtype") as caught:
+            mapped(lambda c: odd(c) if c[0] == 6 else usual(c), backend=backend, balance=balance)
+        text = str(caught.value)
+        assert [word for word in words if word not in text] == []
+        assert len(re.findall(r"items \d+:\d+", text)) == 2
+        assert "items 6:8" in text
+        # Static fails fast: which range of the usual sort it names depends on the moment.
+        assert "items 0:2" in text or (backend, balance) not in ORDERED
 
 
 @pytest.mark.parametrize(("backend", "balance"), ORDERED)
@@ -151,13 +154,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", sorted(WRONG))
-@pytest.mark.parametrize(("backend", "balance"), RUNS)
-def test_results_that_are_no_arrays_of_the_right_length_name_the_range(case, backend, balance):
+def test_results_that_are_no_arrays_of_the_right_length_name_the_range(case):
     func, kind, words = WRONG[case]
-    with pytest.raises(kind) as caught:
-        mapped(lambda c: func(c) if c[0] == 6 else c, backend=backend, balance=balance)
-    text = said(caught.value)
-    assert [word for word in [*words, "axis 0, items 6:8"] if word not in text] == []
+    for backend, balance in RUNS:
+        with pytest.raises(kind) as caught:
+            mapped(lambda c: func(c) if c[0] == 6 else c, backend=backend, balance=balance)
+        text = said(caught.value)
+        assert [word for word in [*words, "axis 0, items 6:8"] if word not in text] == []
 
 
 @pytest.mark.parametrize(("backend", "balance"), ORDERED)

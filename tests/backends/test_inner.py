@@ -66,11 +66,6 @@ def blas_threads():
 OWNED = hasattr(threadpoolctl.OpenBLASController, "clear_controlling_thread")
 
 
-known_ownership = pytest.mark.xfail(
-    OWNED, strict=True, raises=AssertionError, reason="the guard keeps that right for ever"
-)
-
-
 def free_for_all():
     if OWNED:
         threadpoolctl.OpenBLASController.clear_controlling_thread(force=True)
@@ -151,7 +146,7 @@ class TestCountedLimit:
         assert blas_threads() == several_threads
 
     @pytest.mark.parametrize(
-        "first_out", [pytest.param("the first in", marks=known_ownership), "the last in"]
+        "first_out", ["the first in", "the last in"]
     )
     @pytest.mark.parametrize("error", [(None, None, None), (KeyError, KeyError("no"), None)])
     def test_overlapping_users(self, limit, several_threads, first_out, error):
@@ -167,7 +162,6 @@ class TestCountedLimit:
                     user(lambda guard=guard: guard.__exit__(*error))
             assert blas_threads() == several_threads
 
-    @known_ownership
     def test_users_in_turn(self, limit, several_threads):
         with User() as one, User() as other:
             for user in (one, other):
@@ -177,7 +171,6 @@ class TestCountedLimit:
                 user(lambda guard=guard: guard.__exit__(None, None, None))
                 assert blas_threads() == several_threads
 
-    @known_ownership
     def test_the_caller_s_own_limits_work_afterwards(self, limit, several_threads):
         with limit.at_most(1):
             pass
