@@ -34,7 +34,7 @@ from typing import Protocol, Self
 
 # The words of a ledger (signed 64-bit): one for the run, then a row for each worker.
 _HALTED = 0
-_IN_HAND, _CLAIMED, _CLAIMED_SUM, _ITEMS = range(4)
+_IN_HAND, _CLAIMED, _CLAIMED_SUM, _ITEMS, _SIGNATURE = range(5)
 _ROW = 8  # 64 bytes: two workers never write one cache line
 
 _NOTHING = -1  # in hand: no cell
@@ -139,7 +139,8 @@ class Ledger:
         for worker in range(n_workers):
             row = _row(worker)
             words[row + _IN_HAND] = _NOTHING
-            words[row + _CLAIMED] = words[row + _CLAIMED_SUM] = words[row + _ITEMS] = 0
+            for word in (_CLAIMED, _CLAIMED_SUM, _ITEMS, _SIGNATURE):
+                words[row + word] = 0
         self._cursor.reset()
 
     # What workers do
@@ -167,6 +168,10 @@ class Ledger:
         self._words[row + _IN_HAND] = _NOTHING
         self._words[row + _ITEMS] += n_items
 
+    def sign(self, worker: int, signature: int) -> None:
+        """Leave a number that says what this worker's results are like."""
+        self._words[_row(worker) + _SIGNATURE] = signature
+
     def halt(self) -> None:
         """Ask every worker to stop at its next cell."""
         self._words[_HALTED] = 1
@@ -185,6 +190,15 @@ class Ledger:
     def items_of(self, worker: int) -> int:
         """Items finished so far by one worker."""
         return self._words[_row(worker) + _ITEMS]
+
+    def signature(self, worker: int) -> int:
+        """The number the worker has left, or 0."""
+        return self._words[_row(worker) + _SIGNATURE]
+
+    def untouched(self, worker: int) -> bool:
+        """Whether the worker has taken no cell at all."""
+        row = _row(worker)
+        return self._words[row + _IN_HAND] == _NOTHING and self._words[row + _ITEMS] == 0
 
     def given_out(self) -> int:
         """Cells below this number were claimed from the cursor."""

@@ -16,9 +16,12 @@ from typing import SupportsIndex, overload
 # second-level cache; `python -m bench sqrt_sin` is the bench (on 256 MB, cells of 0.25 to
 # 2 MiB are within noise of each other, one cell a worker is 1.5 to 2 times slower).
 CELL_NBYTES = 1 << 20
-# At least this many cells, so that 16 workers have some to balance with; not more, because a
-# 2 KB array pays some microseconds for each (`python -m bench empty`).
-MIN_CELLS = 64
+# At least so many cells, so that 16 workers have some to balance with. Fewer for small arrays: a
+# cell takes about 3 µs of a call that takes 0.2 ms in all (`python -m bench empty`).
+MIN_CELLS = 128
+MIN_CELLS_SMALL = 32
+# As long as a cell has fewer bytes than this, there are no more cells than `MIN_CELLS_SMALL`.
+SMALL_CELL_NBYTES = 16 << 10
 # At most this many, so that a run's fixed costs per cell stay far below a second.
 MAX_CELLS = 4096
 # A list has about this many cells at most.
@@ -140,11 +143,15 @@ def chunk_grid(n_items: int, item_nbytes: int, chunksize: int | None = None) -> 
     and number of workers.
 
     >>> chunk_grid(64, 32), len(chunk_grid(1 << 20, 256))
-    (Grid(n_items=64, chunksize=1), 256)
+    (Grid(n_items=64, chunksize=2), 256)
     """
     if chunksize is None:
         by_bytes = max(1, CELL_NBYTES // max(1, item_nbytes))
-        chunksize = _clamped(by_bytes, n_items)
+        n_small = n_items * item_nbytes // SMALL_CELL_NBYTES
+        n_cells = min(max(n_small, MIN_CELLS_SMALL), MIN_CELLS)
+        at_most = max(1, n_items // n_cells)
+        at_least = -(-n_items // MAX_CELLS)
+        chunksize = max(1, at_least, min(by_bytes, at_most))
     return Grid(n_items, chunksize)
 
 
@@ -155,12 +162,6 @@ def list_grid(n_items: int, chunksize: int | None = None) -> Grid:
     (Grid(n_items=300, chunksize=1), Grid(n_items=20000, chunksize=20))
     """
     return Grid(n_items, chunksize or max(1, -(-n_items // MAX_LIST_CELLS)))
-
-
-def _clamped(chunksize: int, n_items: int) -> int:
-    at_most = max(1, n_items // MIN_CELLS)
-    at_least = -(-n_items // MAX_CELLS)
-    return max(1, at_least, min(chunksize, at_most))
 
 
 def check_chunksize(chunksize: object) -> int | None:

@@ -17,6 +17,7 @@ from taskcarrier import progress
 from taskcarrier.backends import choice as choices
 from taskcarrier.backends.choice import Choice
 from taskcarrier.backends.crews import process_crew, thread_crew
+from taskcarrier.backends.inner import limited
 from taskcarrier.backends.work import Account, Death, Deliver, Failure, Job, Task, text_of, work
 from taskcarrier.balance import Balance, Static, get_balance
 from taskcarrier.ledger import Ledger
@@ -138,14 +139,14 @@ def execute(
         if choice.backend == "sequential":
             accounts, deaths, ledger = _run_here(job, deliver, tick)
         elif choice.backend == "threading":
-            with thread_crew(choice.n_jobs, choice.cores) as threads:
+            with thread_crew(choice.n_jobs) as threads:
                 accounts, deaths, ledger = threads.run(job, deliver, tick)
         else:
             from taskcarrier.backends.parcels import pack  # noqa: PLC0415  # loads joblib
 
             assert staging is not None  # for the type checker
             parcel = pack(job, staging)
-            with process_crew(choice.n_jobs, choice.cores) as processes:
+            with process_crew(choice.n_jobs) as processes:
                 accounts, deaths, ledger = processes.run(job, parcel, deliver, tick)
     missing = _missing(job, deaths, ledger)
     report = _report(job, choice, accounts, staging, started_ns)
@@ -179,6 +180,8 @@ def raise_failure(outcome: Outcome, grid: Grid, describe: Describe) -> None:
         # cycle would keep the run's shared memory until the next garbage collection.
         del first, error, others
         outcome.failures = []
+        for account in outcome.accounts:
+            account.failure = None
 
 
 def died_error(
@@ -242,7 +245,8 @@ def _run_here(
     else:
         ledger = watched = _WatchedLedger.local(1)
         watched.tick = tick
-    account = work(job, ledger, 0, deliver)
+    with limited.open():
+        account = work(job, ledger, 0, deliver)
     account.name = "caller"
     return [account], [], ledger
 

@@ -300,7 +300,10 @@ class Staging:
         self.nbytes = 0
 
     def share(self, arrays: Iterable[np.ndarray]) -> list[SharedView]:
-        """Descriptors of arrays: those in a segment cost nothing, others are copied."""
+        """Descriptors of arrays: those in a segment cost nothing, others are copied.
+
+        What is copied is all bytes from an array's first to its last: see `compact`.
+        """
         found = [(array, locate(array)) for array in arrays]
         self._prepare(sum(_footprint(array) for array, view in found if view is None))
         return [self._copy(array) if view is None else view for array, view in found]
@@ -337,23 +340,13 @@ class Staging:
         if array.nbytes == 0:
             return SharedView(None, 0, array.shape, array.strides, array.dtype)
         low, high = byte_bounds(array)
-        if high - low <= 2 * array.nbytes:
-            # The bytes as they lie, gaps and all: the strides stay the same, so the function
-            # adds up in the same order as it would on the original. Overlapping and repeated
-            # items (windows, zero strides) are not expanded.
-            segment, offset = self.place(high - low, low)
-            segment.write(offset, _bytes_at(low, high - low))
-            start = offset + _address(array) - low
-            return SharedView(segment, start, array.shape, array.strides, array.dtype)
-        # Mostly gaps: gathered, in the order and with the signs of the strides.
-        strides = dense_strides(array)
-        segment, offset = self.place(array.nbytes)
-        start = offset - sum(
-            (n - 1) * stride for n, stride in zip(array.shape, strides, strict=True) if stride < 0
-        )
-        view = SharedView(segment, start, array.shape, strides, array.dtype)
-        view.open("write")[...] = array
-        return view
+        # The bytes as they lie, gaps and all: the strides stay the same, so the function adds
+        # up in the same order as it would on the original. Overlapping and repeated items
+        # (windows, zero strides) are not expanded.
+        segment, offset = self.place(high - low, low)
+        segment.write(offset, _bytes_at(low, high - low))
+        start = offset + _address(array) - low
+        return SharedView(segment, start, array.shape, array.strides, array.dtype)
 
 
 def locate(array: np.ndarray) -> SharedView | None:
@@ -371,8 +364,28 @@ def locate(array: np.ndarray) -> SharedView | None:
     return SharedView(owner.segment, offset, array.shape, array.strides, array.dtype)
 
 
-def dense_strides(array: np.ndarray) -> tuple[int, ...]:
-    """Strides without gaps, in the order and with the signs of the array's own."""
+def compact(array: np.ndarray) -> np.ndarray:
+    """The array itself, or if it is mostly gaps, a copy without them.
+
+    Copied are views that spread over more than twice the bytes of their items, in the order and
+    with the signs of their strides. Workers of every backend see the copy, so that what a
+    function adds up over such a view does not depend on the backend.
+    """
+    if array.nbytes == 0 or array.dtype.hasobject:
+        return array
+    low, high = byte_bounds(array)
+    if high - low <= 2 * array.nbytes:
+        return array
+    strides = _dense_strides(array)
+    ends = [(n - 1) * stride for n, stride in zip(array.shape, strides, strict=True)]
+    memory = np.empty(sum(map(abs, ends)) + array.itemsize, np.uint8)
+    start = -sum(end for end in ends if end < 0)
+    copy: np.ndarray = np.ndarray(array.shape, array.dtype, memory, start, strides)
+    copy[...] = array
+    return copy
+
+
+def _dense_strides(array: np.ndarray) -> tuple[int, ...]:
     strides = [0] * array.ndim
     step = array.itemsize
     for axis in sorted(range(array.ndim), key=lambda axis: abs(array.strides[axis])):
@@ -398,8 +411,7 @@ def _footprint(array: np.ndarray) -> int:
     if array.nbytes == 0:
         return 0
     low, high = byte_bounds(array)
-    extent = high - low
-    return (extent if extent <= 2 * array.nbytes else array.nbytes) + 2 * ALIGNMENT
+    return high - low + 2 * ALIGNMENT
 
 
 def _address(array: np.ndarray) -> int:

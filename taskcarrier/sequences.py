@@ -40,10 +40,8 @@ def mapped(
     check_callable(func)
     items = _gathered(sequences)
     grid = list_grid(len(items), chunksize)
-    if items:
-        choice = decide(settings, func)
-    else:
-        choice = Choice("sequential", 1, "there is nothing to map", 1)
+    nothing = Choice("sequential", 1, "there is nothing to map")
+    choice = decide(settings, func) if items else nothing
     several = len(sequences) > 1
     staging = None
     task: _ItemTask | _PackedTask
@@ -66,8 +64,8 @@ def mapped(
     raise_failure(outcome, grid, _describe)
     if outcome.deaths:
         missing = [cell for cell in range(len(grid)) if cell not in done]
-        partial = _joined(done, grid)
-        raise died_error(outcome, grid, _describe, missing, partial)
+        if missing:
+            raise died_error(outcome, grid, _describe, missing, _joined(done, grid))
     return _joined(done, grid)
 
 
@@ -109,6 +107,10 @@ class _ItemTask:
     def facts(self) -> None:
         """Nothing."""
 
+    def signature(self) -> int:
+        """Nothing."""
+        return 0
+
 
 @dataclass(frozen=True)
 class _PackedTask:
@@ -141,6 +143,10 @@ class _PackedItems:
 
     def facts(self) -> None:
         """Nothing."""
+
+    def signature(self) -> int:
+        """Nothing."""
+        return 0
 
 
 def _packed_blocks(

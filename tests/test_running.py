@@ -40,6 +40,9 @@ class Calls:
     def __call__(self, start, stop):
         return self.call.func(start, stop)
 
+    def signature(self):
+        return 0
+
     def facts(self):
         return "facts"
 
@@ -72,7 +75,7 @@ def run(func, backend="sequential", *, grid=None, balance=None, n_jobs=None, **o
     outcome = execute(
         Calls(func),
         grid or Grid(20, 2),
-        Choice(backend, n_jobs or BACKENDS[backend], "a test", 2),
+        Choice(backend, n_jobs or BACKENDS[backend], "a test"),
         settings,
         started_ns=monotonic_ns(),
         staging=settings.staging() if backend == "loky" else None,

@@ -35,7 +35,7 @@ from taskcarrier.running import (
     execute,
     raise_failure,
 )
-from taskcarrier.segments import SharedView
+from taskcarrier.segments import SharedView, compact
 
 
 def map_array(
@@ -165,22 +165,23 @@ def mapped(
     started_ns = monotonic_ns()
     check_callable(func)
     inputs = check_inputs(arrays, axis)
+    mappable = [compact(array) for array in inputs.arrays]
     extra_args, extra_kwargs = check_extras(args, kwargs)
     where_out = check_out_axis(out_axis, axis)
     grid = chunk_grid(inputs.n_items, inputs.item_nbytes, check_chunksize(chunksize))
     if inputs.n_items == 0:
-        choice = Choice("sequential", 1, "there is nothing to map", 1)
+        choice = Choice("sequential", 1, "there is nothing to map")
     else:
         choice = decide(settings, func, inputs.needs_threads)
     allocation: LocalAllocation | SharedAllocation
     if choice.backend == "loky":
         staging = settings.staging()
-        shared: list[Any] = list(staging.share(inputs.arrays))
+        shared: list[Any] = list(staging.share(mappable))
         segment = settings.segment(inputs.nbytes)
         allocation = SharedAllocation(segment, inputs.n_items, inputs.order)
     else:
         staging = None
-        shared = inputs.arrays
+        shared = list(mappable)
         allocation = LocalAllocation(inputs.n_items, inputs.order)
     task = _ChunkTask(
         Call(func, extra_args, extra_kwargs),
@@ -195,7 +196,9 @@ def mapped(
     raise_failure(outcome, grid, inputs.describe)
     results = None if spec is None else _unwrapped(allocation.collect(spec), spec)
     if outcome.deaths:
-        raise died_error(outcome, grid, inputs.describe, outcome.missing, results)
+        results = _partial(outcome, spec, results, grid)
+        if outcome.missing:
+            raise died_error(outcome, grid, inputs.describe, outcome.missing, results)
     return results
 
 
@@ -251,6 +254,22 @@ class _Chunks:
     def facts(self) -> tuple[int, Spec] | None:
         """Where this worker's first result came from, and what it was like."""
         return self._sink.first
+
+    def signature(self) -> int:
+        """Tells workers with different results apart."""
+        return 0 if self._sink.first is None else self._sink.first[1].signature
+
+
+def _partial(outcome: Outcome, spec: Spec | None, results: Any, grid: Grid) -> Any:
+    """What is right in the results of a run with deaths; all else is missing.
+
+    A dead worker cannot say any more what its results were like, but it has left a number.
+    """
+    signatures = {death.signature for death in outcome.deaths} - {0}
+    if spec is None or signatures - {spec.signature}:
+        outcome.missing = list(range(len(grid)))
+        return None
+    return results
 
 
 def _agreed_spec(outcome: Outcome, inputs: Inputs, grid: Grid) -> Spec | None:

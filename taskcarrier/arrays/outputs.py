@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -46,6 +47,11 @@ class Spec:
             (*shape[:axis], length, *shape[axis:])
             for (_, shape), axis in zip(self.parts, self.axes, strict=True)
         ]
+
+    @property
+    def signature(self) -> int:
+        """A number that tells specs apart, and is not 0."""
+        return 1 + zlib.crc32(repr(self).encode())
 
     def describe(self, length: int) -> str:
         """The results of a cell of so many items, in words."""

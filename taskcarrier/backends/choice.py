@@ -64,14 +64,11 @@ class Choice:
         Workers, at least 1; 1 exactly for ``"sequential"``.
     reason : str
         Why this backend.
-    cores : int
-        Cores this process may use.
     """
 
     backend: str
     n_jobs: int
     reason: str
-    cores: int
 
 
 def check_backend(backend: object) -> str | None:
@@ -131,7 +128,7 @@ def choose(
         Why the data cannot go to processes; empty if it can.
 
     >>> choose(None, None, Facts(cores=4))
-    Choice(backend='loky', n_jobs=4, reason='the default', cores=4)
+    Choice(backend='loky', n_jobs=4, reason='the default')
     >>> choose(3, None, Facts(cores=4), releases_gil=True).reason
     'the function releases the GIL'
     """
@@ -144,7 +141,7 @@ def choose(
             raise OSError("worker processes need Linux; pass backend='threading'")
         if facts.daemonic:
             where, reason = "sequential", "a daemonic process may not start worker processes"
-    return Choice(where, 1 if where == "sequential" else workers, reason, facts.cores)
+    return Choice(where, 1 if where == "sequential" else workers, reason)
 
 
 def _where(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # As long as joblib keeps idle workers.
 IDLE_SECONDS = 300.0
 
-_Key = tuple[str, int, int]
+_Key = tuple[str, int]
 
 
 class _Crews:
@@ -116,28 +116,28 @@ class _Crews:
 
 
 def _new_crew(key: _Key) -> Crew:
-    backend, n_jobs, cores = key
+    backend, n_jobs = key
     if backend == "threading":
-        return ThreadCrew(n_jobs, cores)
+        return ThreadCrew(n_jobs)
     from taskcarrier.backends.processes import ProcessCrew  # noqa: PLC0415  # loads joblib
 
-    return ProcessCrew(n_jobs, cores)
+    return ProcessCrew(n_jobs)
 
 
 _crews = _Crews()
 
 
 @contextmanager
-def thread_crew(n: int, cores: int) -> Iterator[ThreadCrew]:
+def thread_crew(n: int) -> Iterator[ThreadCrew]:
     """A warm crew of `n` threads for the length of a ``with`` block."""
-    with _lent(("threading", n, cores)) as crew:
+    with _lent(("threading", n)) as crew:
         yield cast("ThreadCrew", crew)
 
 
 @contextmanager
-def process_crew(n: int, cores: int) -> Iterator[ProcessCrew]:
+def process_crew(n: int) -> Iterator[ProcessCrew]:
     """A warm crew of `n` worker processes for the length of a ``with`` block."""
-    with _lent(("loky", n, cores)) as crew:
+    with _lent(("loky", n)) as crew:
         yield cast("ProcessCrew", crew)
 
 

@@ -1,10 +1,10 @@
-"""Keeping workers times inner threads at or below the number of cores.
+"""One thread inside each worker, so that all together are no more than the workers.
 
-Worker processes are born with the usual environment variables set. Worker threads share one
-process, so there one counted guard limits BLAS while any run is open: the first caller saves
-and limits, the last one restores (each restoring its own would leave a limit behind when two
-overlap). OpenBLAS's limit holds for the whole process while it lasts, the caller's own
-threads included; a limit on OpenMP holds only in the thread that set it.
+Worker processes are born with the usual environment variables set. Threads, and the caller where
+it maps itself, share one process, so there one counted guard limits BLAS while any run is open:
+the first caller saves and limits, the last one restores (each restoring its own would leave a
+limit behind when two overlap). OpenBLAS's limit holds for the whole process while it lasts, the
+caller's own threads included; a limit on OpenMP holds only in the thread that set it.
 """
 
 from __future__ import annotations
@@ -27,18 +27,15 @@ _VARIABLES = (
 )
 
 
-def inner_threads(cores: int, n_workers: int) -> int:
-    """Threads each worker may use inside, so that all together are at most `cores`.
-
-    >>> inner_threads(16, 3), inner_threads(2, 8)
-    (5, 1)
-    """
-    return max(1, cores // n_workers)
+# Threads that libraries may use inside a worker, and in the caller while it maps. Not the cores'
+# share of each worker: BLAS sums up in another order with another number of threads, so results
+# would depend on n_jobs.
+INNER_THREADS = 1
 
 
-def inner_environment(n_threads: int) -> dict[str, str]:
+def inner_environment() -> dict[str, str]:
     """Environment of a worker process; what the user has set stays."""
-    return {name: os.environ.get(name, str(n_threads)) for name in _VARIABLES}
+    return {name: os.environ.get(name, str(INNER_THREADS)) for name in _VARIABLES}
 
 
 class _CountedLimit:
@@ -52,10 +49,10 @@ class _CountedLimit:
         self._n_modules = -1
 
     @contextmanager
-    def at_most(self, n_threads: int) -> Iterator[None]:
+    def open(self) -> Iterator[None]:
         with self._lock:
             if self._runs == 0:
-                self._limit = self._found().limit(limits=n_threads)
+                self._limit = self._found().limit(limits=INNER_THREADS)
                 _let_others_limit()
             self._runs += 1
         try:
@@ -92,7 +89,7 @@ def _let_others_limit() -> None:
 
 
 limited = _CountedLimit()
-"""The process's guard: ``with limited.at_most(n):``."""
+"""The process's guard: ``with limited.open():``."""
 
 
 def serial_joblib() -> None:

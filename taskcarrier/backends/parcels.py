@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import copyreg
 import errno
+import functools
 import io
 import os
 import pickle
 import socket
 import struct
+import sys
 import threading
 import traceback
 from collections import ChainMap
@@ -31,6 +33,8 @@ try:
     import cloudpickle
 except ImportError:  # joblib before 1.6 carries its own
     from joblib.externals import cloudpickle
+
+_cloudpickle_impl = sys.modules[cloudpickle.Pickler.__module__]
 
 # Arrays in arguments and closures from this size on go into shared memory.
 _SHARED_NBYTES = 1 << 14
@@ -181,7 +185,7 @@ def pack_error(error: BaseException) -> bytes:
 def unpack_error(packed: bytes) -> BaseException:
     """The exception of a worker, with the traceback it had there as its cause."""
     try:
-        error, text = pickle.loads(packed)
+        error, text = unpack_items(packed)
     except Exception as trouble:  # noqa: BLE001  # it survived in the worker, not here
         return TaskError(
             "an exception arrived from the worker that cannot be read here "
@@ -206,6 +210,42 @@ def pack_items(items: object) -> bytes:
     if b"__main__" in packed:
         return cloudpickle.dumps(items)  # type: ignore[no-any-return]  # untyped
     return packed
+
+
+def unpack_items(packed: bytes) -> Any:
+    """What `pack_items` or a worker's `pack_error` packed, read in the caller.
+
+    A class that the caller sent to a worker by value comes back by value with its instances.
+    cloudpickle then finds the caller's own class, but sets all its attributes anew, to functions
+    with the worker's globals; here a class that exists already is left as it is.
+    """
+    if b"cloudpickle" not in packed:
+        return pickle.loads(packed)
+    return _Unpickler(io.BytesIO(packed)).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self._existing: list[type] = []
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        if name in {"_make_skeleton_class", "_make_skeleton_enum"}:
+            return functools.partial(self._skeleton, found)
+        if name == "_class_setstate":
+            return functools.partial(self._set_state, found)
+        return found
+
+    def _skeleton(self, make: Any, *args: Any) -> Any:
+        before = set(getattr(_cloudpickle_impl, "_DYNAMIC_CLASS_TRACKER_BY_ID", {}).values())
+        made = make(*args)
+        if made in before:
+            self._existing.append(made)
+        return made
+
+    def _set_state(self, set_state: Any, kind: type, state: Any) -> type:
+        return kind if kind in self._existing else set_state(kind, state)
 
 
 class Channel:

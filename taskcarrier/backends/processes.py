@@ -35,7 +35,7 @@ from typing import Any
 
 from joblib.externals.loky.backend import get_context
 
-from taskcarrier.backends.inner import inner_environment, inner_threads, serial_joblib
+from taskcarrier.backends.inner import inner_environment, serial_joblib
 from taskcarrier.backends.parcels import (
     Channel,
     Parcel,
@@ -43,6 +43,7 @@ from taskcarrier.backends.parcels import (
     pack_items,
     unpack,
     unpack_error,
+    unpack_items,
 )
 from taskcarrier.backends.threads import TICK
 from taskcarrier.backends.work import (
@@ -134,16 +135,14 @@ class ProcessCrew:
     ----------
     n : int
         The number of workers.
-    cores : int
-        Cores of the process, for the threads that libraries may use inside a worker.
     """
 
     shares_memory = False
 
-    def __init__(self, n: int, cores: int) -> None:
+    def __init__(self, n: int) -> None:
         # What the user has set stays.
         allocator = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
-        self._environment = inner_environment(inner_threads(cores, n)) | allocator
+        self._environment = inner_environment() | allocator
         self._words_fd = os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC)
         self._cursor_fd = FileCursor.create()
         os.ftruncate(self._words_fd, ledger_nbytes(n))
@@ -151,15 +150,15 @@ class ProcessCrew:
         self._ledger = Ledger(memoryview(words).cast("q"), FileCursor(self._cursor_fd))
         self._workers: dict[int, _Worker] = {}
 
-    def _prepare(self, n: int) -> None:
-        """Have the first `n` workers: start those never needed before, replace the dead."""
-        for number in range(n):
-            worker = self._workers.get(number)
-            if worker is not None and worker.pidfd >= 0 and not worker.alive:
-                worker.reap()
-            if worker is None or worker.pidfd < 0:
-                fds = [self._words_fd, self._cursor_fd]
-                self._workers[number] = _Worker(number, self._environment, fds)
+    def _living(self, number: int) -> _Worker:
+        """A worker: the one there is, or a new one if none was needed yet or it is dead."""
+        worker = self._workers.get(number)
+        if worker is not None and worker.pidfd >= 0 and not worker.alive:
+            worker.reap()
+        if worker is None or worker.pidfd < 0:
+            fds = [self._words_fd, self._cursor_fd]
+            worker = self._workers[number] = _Worker(number, self._environment, fds)
+        return worker
 
     def run(
         self,
@@ -173,13 +172,13 @@ class ProcessCrew:
         A worker that dies leaves its cells; the others work on. When interrupted, workers
         stop at their next cell, and those that do not come to it soon are killed.
         """
-        self._prepare(job.n_workers)
+        workers = [self._living(number) for number in range(job.n_workers)]
         ledger = self._ledger
         ledger.reset(job.n_workers)
-        run = _Run(ledger, deliver)
+        run = _Run(ledger, deliver, parcel, self._living)
         try:
-            for number in range(job.n_workers):
-                run.start(number, self._workers[number], parcel)
+            for number, worker in enumerate(workers):
+                run.start(number, worker)
             while run.at_work:
                 run.step(None if tick is None else TICK)
                 if tick is not None:
@@ -223,9 +222,18 @@ class ProcessCrew:
 class _Run:
     """The caller's side of one run: who is at work, what has come back."""
 
-    def __init__(self, ledger: Ledger, deliver: Deliver) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        deliver: Deliver,
+        parcel: Parcel,
+        living: Callable[[int], _Worker],
+    ) -> None:
         self._ledger = ledger
         self._deliver = deliver
+        self._parcel = parcel
+        self._living = living
+        self._replaced: set[int] = set()
         self._poll = select.poll()
         self._by_fd: dict[int, tuple[int, _Worker]] = {}
         self.at_work: dict[int, _Worker] = {}
@@ -234,14 +242,14 @@ class _Run:
         self._unreadable: dict[int, Failure] = {}
         self.memory_kept = False
 
-    def start(self, number: int, worker: _Worker, parcel: Parcel) -> None:
+    def start(self, number: int, worker: _Worker) -> None:
         self.at_work[number] = worker
         for fd in (worker.channel.fileno(), worker.pidfd):
             self._by_fd[fd] = (number, worker)
             self._poll.register(fd, select.POLLIN)
         # A worker that is just dying is seen by its descriptor.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            worker.channel.send(parcel.data, parcel.fds)
+            worker.channel.send(self._parcel.data, self._parcel.fds)
 
     def step(self, seconds: float | None) -> None:
         """Wait for something to happen, and take it in."""
@@ -259,7 +267,13 @@ class _Run:
                 self._take_in(number, worker)  # what it sent before it died
             if number in self.at_work:
                 self._leave(number, worker)
-                self.died[number] = (worker, worker.reap())
+                exitcode = worker.reap()
+                if self._ledger.untouched(number) and number not in self._replaced:
+                    # It was dying when the run began, and the function has seen nothing of it.
+                    self._replaced.add(number)
+                    self.start(number, self._living(number))
+                else:
+                    self.died[number] = (worker, exitcode)
 
     def abort(self) -> None:
         """Stop: workers at their next cell, or soon by force."""
@@ -291,7 +305,7 @@ class _Run:
 
     def _unpack_result(self, number: int, worker: _Worker, cell: int, packed: bytes) -> None:
         try:
-            result = pickle.loads(packed)
+            result = unpack_items(packed)
         except Exception as error:  # noqa: BLE001  # whatever a user's object raises
             error.add_note("taskcarrier could not unpickle this result of a worker process")
             self._unreadable.setdefault(number, Failure(cell, error, worker.name))
@@ -314,7 +328,7 @@ def _death(number: int, ended: tuple[_Worker, int | None], job: Job, ledger: Led
     done = -(-ledger.items_of(number) // job.grid.chunksize)
     planned = job.balance.planned(number, job.n_workers, n_cells)[done:]
     unstarted = planned[1:] if cell is not None else planned
-    return Death(number, worker.name, exitcode, cell, unstarted)
+    return Death(number, worker.name, exitcode, cell, unstarted, ledger.signature(number))
 
 
 @contextlib.contextmanager
@@ -377,7 +391,9 @@ def _run_parcel(number: int, channel: Channel, ledger: Ledger, data: bytes, fds:
         del job
     outbox.flush()
     packed = _packed_account(account)
-    del account  # with an exception's traceback, which may refer to chunks
+    # An exception's traceback refers to chunks, and to the account through the loop's frame.
+    account.failure = None
+    del account
     # What the function still holds on to must not be overwritten by a later call's data.
     channel.send(_ACCOUNT + (_KEPT if mappings_alive() else _FREE) + packed)
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
-from taskcarrier.backends.inner import inner_threads, limited, serial_joblib
+from taskcarrier.backends.inner import limited, serial_joblib
 from taskcarrier.backends.work import Account, Death, Deliver, Job, work
 from taskcarrier.ledger import Ledger
 
@@ -43,14 +43,11 @@ class ThreadCrew:
     ----------
     n : int
         The number of threads.
-    cores : int
-        Cores of the process, for the threads that libraries may use inside.
     """
 
     shares_memory = True
 
-    def __init__(self, n: int, cores: int) -> None:
-        self._inner = inner_threads(cores, n)
+    def __init__(self, n: int) -> None:
         self._workers = [_Worker(number) for number in range(n)]
 
     def run(
@@ -70,7 +67,7 @@ class ThreadCrew:
 
         accounts: dict[int, Account] = {}
         try:
-            with limited.at_most(self._inner):
+            with limited.open():
                 for number in range(n):
                     self._workers[number].inbox.put(order(number))
                 while len(accounts) < n:

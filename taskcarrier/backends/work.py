@@ -39,6 +39,9 @@ class Cells(Protocol):
     def facts(self) -> Any:
         """Small, picklable things the caller must know when the worker is done."""
 
+    def signature(self) -> int:
+        """What the results so far are like, as a number that outlives the worker; 0 for nothing."""
+
 
 class Task(Protocol):
     """Work on ``range(n)``, in a form that can travel."""
@@ -91,6 +94,7 @@ class Death:
     exitcode: int | None
     cell: int | None
     unstarted: range = field(default_factory=lambda: range(0))
+    signature: int = 0
 
 
 def text_of(error: BaseException) -> str:
@@ -153,6 +157,8 @@ def work(job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> Account:
                     deliver(cell, result)
             finally:
                 busy_ns += monotonic_ns() - begin
+            if ranges == 0:
+                ledger.sign(worker, cells.signature())
             ledger.lay_down(worker, stop - start)
             ranges += 1
             items += stop - start

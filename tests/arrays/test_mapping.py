@@ -345,6 +345,14 @@ def test_neighbours_in_the_call_matter_alike_on_every_run(layout):
         np.testing.assert_allclose(result, np.concatenate(pieces), err_msg=kind, **tolerance)
 
 
+def test_products_large_enough_for_threads_of_blas_give_the_same_bits():
+    rng = np.random.default_rng(0)
+    X, W = rng.standard_normal((1000, 500)), rng.standard_normal((500, 500))
+    runs = [run for run in RUNS if run[2] in {1, 2}]
+    result = contract(lambda c, w: c @ w, X, args=(W,), chunksize=500, runs=runs)
+    np.testing.assert_allclose(result, X @ W, atol=1e-9)
+
+
 def test_one_range_is_the_plain_call():
     X = np.random.default_rng(1).standard_normal((300, 40))
     assert_same(contract(lambda c: c - c.sum(axis=0), X, chunksize=300), X - X.sum(axis=0))
@@ -493,27 +501,6 @@ def test_arrays_in_a_closure_may_be_changed_by_the_function_only_in_processes(ba
 # Threads of the caller
 
 
-def test_four_threads_map_at_once():
-    X = np.arange(3000.0).reshape(1000, 3)
-    wrong = []
-
-    def many(backend, balance):
-        for number in range(10):
-            Y = X + number
-            result = map_array(
-                lambda c: c * 3, Y, n_jobs=2, backend=backend, balance=balance, chunksize=50
-            )
-            if not same_bits(result, Y * 3):
-                wrong.append((backend, balance, number))
-
-    threads = [threading.Thread(target=many, args=run) for run in PARALLEL]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
 def test_a_report_belongs_to_the_thread_that_ran():
     map_array(np.sqrt, np.ones(10), n_jobs=1)
     seen = []
@@ -553,7 +540,7 @@ def test_arrays_of_objects_are_mapped_in_threads():
         assert result.tolist() == [[1], ["two"], [None]]
 
 
-# Last: it ends the workers that the others share
+# Last: these end the workers that the others share, or start more
 
 
 def test_results_are_right_after_the_workers_are_gone():
@@ -565,3 +552,24 @@ def test_results_are_right_after_the_workers_are_gone():
         assert_same(first, X, backend)
         del first
         assert_same(second, -X[::-1], backend)
+
+
+def test_four_threads_map_at_once():
+    X = np.arange(3000.0).reshape(1000, 3)
+    wrong = []
+
+    def many(backend, balance):
+        for number in range(10):
+            Y = X + number
+            result = map_array(
+                lambda c: c * 3, Y, n_jobs=2, backend=backend, balance=balance, chunksize=50
+            )
+            if not same_bits(result, Y * 3):
+                wrong.append((backend, balance, number))
+
+    threads = [threading.Thread(target=many, args=run) for run in PARALLEL]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

@@ -9,26 +9,15 @@ import joblib
 import numpy as np
 import pytest
 import threadpoolctl
-from hypothesis import given
-from hypothesis import strategies as st
 from threadpoolctl import ThreadpoolController
 
 from taskcarrier.backends.inner import (
     _VARIABLES,
     _CountedLimit,
     inner_environment,
-    inner_threads,
     limited,
     serial_joblib,
 )
-
-
-@given(st.integers(1, 300), st.integers(1, 300))
-def test_never_more_threads_than_cores(cores, n_workers):
-    inner = inner_threads(cores, n_workers)
-    assert inner >= 1
-    assert inner * n_workers <= max(cores, n_workers)
-    assert (inner + 1) * n_workers > cores
 
 
 class TestEnvironment:
@@ -38,19 +27,19 @@ class TestEnvironment:
             monkeypatch.delenv(name, raising=False)
 
     def test_everything_is_limited(self):
-        assert inner_environment(3) == dict.fromkeys(_VARIABLES, "3")
+        assert inner_environment() == dict.fromkeys(_VARIABLES, "1")
         assert {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"} <= set(_VARIABLES)
 
     def test_what_the_user_has_set_stays(self, monkeypatch):
         monkeypatch.setenv("OMP_NUM_THREADS", "7")
         monkeypatch.setenv("MKL_NUM_THREADS", "")
-        found = inner_environment(3)
+        found = inner_environment()
         assert (found["OMP_NUM_THREADS"], found["MKL_NUM_THREADS"]) == ("7", "")
-        assert found["OPENBLAS_NUM_THREADS"] == "3"
+        assert found["OPENBLAS_NUM_THREADS"] == "1"
 
     def test_the_caller_s_own_stays(self):
         before = dict(os.environ)
-        inner_environment(3)
+        inner_environment()
         assert dict(os.environ) == before
 
 
@@ -123,35 +112,33 @@ class TestCountedLimit:
 
     def test_the_process_has_one(self, several_threads):
         assert isinstance(limited, _CountedLimit)
-        with limited.at_most(1):
+        with limited.open():
             assert set(blas_threads()) == {1}
         assert blas_threads() == several_threads
 
     def test_limits_and_restores(self, limit, several_threads):
         for _ in range(2):
-            with limit.at_most(1):
+            with limit.open():
                 assert set(blas_threads()) == {1}
             assert blas_threads() == several_threads
 
     def test_restores_after_an_error(self, limit, several_threads):
-        with pytest.raises(KeyError), limit.at_most(1):
+        with pytest.raises(KeyError), limit.open():
             raise KeyError
         assert blas_threads() == several_threads
 
     def test_one_inside_the_other(self, limit, several_threads):
-        with limit.at_most(1):
-            with pytest.raises(KeyError), limit.at_most(1):
+        with limit.open():
+            with pytest.raises(KeyError), limit.open():
                 raise KeyError
             assert set(blas_threads()) == {1}
         assert blas_threads() == several_threads
 
-    @pytest.mark.parametrize(
-        "first_out", ["the first in", "the last in"]
-    )
+    @pytest.mark.parametrize("first_out", ["the first in", "the last in"])
     @pytest.mark.parametrize("error", [(None, None, None), (KeyError, KeyError("no"), None)])
     def test_overlapping_users(self, limit, several_threads, first_out, error):
         with User() as one, User() as other:
-            users = [(one, limit.at_most(1)), (other, limit.at_most(1))]
+            users = [(one, limit.open()), (other, limit.open())]
             for user, guard in users:
                 user(guard.__enter__)
             if first_out == "the last in":
@@ -165,14 +152,14 @@ class TestCountedLimit:
     def test_users_in_turn(self, limit, several_threads):
         with User() as one, User() as other:
             for user in (one, other):
-                guard = limit.at_most(1)
+                guard = limit.open()
                 user(guard.__enter__)
                 assert set(blas_threads()) == {1}
                 user(lambda guard=guard: guard.__exit__(None, None, None))
                 assert blas_threads() == several_threads
 
     def test_the_caller_s_own_limits_work_afterwards(self, limit, several_threads):
-        with limit.at_most(1):
+        with limit.open():
             pass
         with User() as other:
             own = other(lambda: threadpoolctl.threadpool_limits(1))
@@ -186,9 +173,9 @@ class TestCountedLimit:
 
         with monkeypatch.context() as patch:
             patch.setattr(limit, "_found", refuse)
-            with pytest.raises(OSError, match="no"), limit.at_most(1):
+            with pytest.raises(OSError, match="no"), limit.open():
                 pytest.fail("entered")
-        with limit.at_most(1):
+        with limit.open():
             assert set(blas_threads()) == {1}
         assert blas_threads() == several_threads
 

@@ -39,6 +39,9 @@ class Script:
             step()
         return self.result(start, stop)
 
+    def signature(self):
+        return 0
+
     def facts(self):
         return list(self.calls)
 
