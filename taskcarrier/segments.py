@@ -369,9 +369,10 @@ def compact(array: np.ndarray) -> np.ndarray:
 
     Copied are views that spread over more than twice the bytes of their items, in the order and
     with the signs of their strides. Workers of every backend see the copy, so that what a
-    function adds up over such a view does not depend on the backend.
+    function adds up over such a view does not depend on the backend. Views of what is shared
+    already stay as they are, in every backend too.
     """
-    if array.nbytes == 0 or array.dtype.hasobject:
+    if array.nbytes == 0 or array.dtype.hasobject or locate(array) is not None:
         return array
     low, high = byte_bounds(array)
     if high - low <= 2 * array.nbytes:

@@ -183,7 +183,7 @@ class TestGrid:
 
     def test_equal_by_value(self):
         assert chunk_grid(1000, 8) == Grid(1000, 31)
-        assert hash(chunk_grid(1000, 8)) == hash(Grid(1000, 15))
+        assert hash(chunk_grid(1000, 8)) == hash(Grid(1000, 31))
 
 
 class TestChunkGrid:
