@@ -119,11 +119,17 @@ class Ledger:
         Writable signed 64-bit words, at least ``ledger_nbytes(n_workers) / 8`` of them.
     cursor : Cursor
         Gives out the next cell.
+
+    Attributes
+    ----------
+    outlives_workers : bool
+        Whether workers are processes, which may die and leave the ledger behind.
     """
 
     def __init__(self, words: memoryview | list[int], cursor: Cursor) -> None:
         self._words = words
         self._cursor = cursor
+        self.outlives_workers = isinstance(words, memoryview)
 
     @classmethod
     def local(cls, n_workers: int) -> Self:

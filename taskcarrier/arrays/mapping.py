@@ -91,7 +91,7 @@ def map_array(
     chunksize : int, optional
         Items for each range, the last may be shorter. It is part of the computation where an
         item's arithmetic depends on its neighbours in the call. Default: about 1 MiB of input,
-        but 64 to 4096 ranges if there are so many items; it depends on the shape and dtype
+        but at least 32 to 128 (by size) and at most 4096 ranges; it depends on shape and dtype
         only.
     out_axis : int or tuple of int, optional
         Where the mapped axis stands in what `func` returns, and so in the result. Default:

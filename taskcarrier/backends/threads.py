@@ -1,7 +1,7 @@
 """Crews of threads.
 
-Who owns what. A `ThreadCrew` owns its threads; each waits at its own inbox for a run, and
-puts its account into that run's outbox. The threads are daemons of ours and not those of a
+Who owns what. A `ThreadCrew` owns its threads; each waits at its own inbox for a run, and the
+last of a run to end wakes the caller. The threads are daemons of ours and not those of a
 `ThreadPoolExecutor`, which joins its threads when the interpreter exits: a thread stuck in a
 kernel would hold up the exit after Ctrl-C. They are named like an executor's threads because
 libraries that ask whether they run inside a thread pool look for that name.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 from taskcarrier.backends.inner import limited, serial_joblib
 from taskcarrier.backends.work import Account, Death, Deliver, Job, work
@@ -60,24 +60,32 @@ class ThreadCrew:
         """
         n = job.n_workers
         ledger = Ledger.local(n)
-        outbox: SimpleQueue[Account] = SimpleQueue()
+        accounts: dict[int, Account] = {}
+        # The last worker opens this, so that the caller is woken once.
+        finished = threading.Lock()
+        finished.acquire()
+        last = threading.Lock()
 
         def order(number: int) -> Callable[[], None]:
-            return lambda: outbox.put(work(job, ledger, number, deliver))
+            def run() -> None:
+                account = work(job, ledger, number, deliver)
+                with last:
+                    accounts[number] = account
+                    if len(accounts) == n:
+                        finished.release()
 
-        accounts: dict[int, Account] = {}
+            return run
+
         try:
             with limited.open():
                 for number in range(n):
                     self._workers[number].inbox.put(order(number))
-                while len(accounts) < n:
-                    try:
-                        account = outbox.get(timeout=None if tick is None else TICK)
-                        accounts[account.worker] = account
-                    except Empty:
-                        pass  # time to show progress
-                    if tick is not None:
+                if tick is None:
+                    finished.acquire()
+                else:
+                    while not finished.acquire(timeout=TICK):
                         tick(ledger)
+                    tick(ledger)
         finally:
             if len(accounts) < n:
                 ledger.halt()

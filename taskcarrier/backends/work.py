@@ -157,7 +157,7 @@ def work(job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> Account:
                     deliver(cell, result)
             finally:
                 busy_ns += monotonic_ns() - begin
-            if ranges == 0:
+            if ranges == 0 and ledger.outlives_workers:
                 ledger.sign(worker, cells.signature())
             ledger.lay_down(worker, stop - start)
             ranges += 1
