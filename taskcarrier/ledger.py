@@ -3,18 +3,20 @@
 A ledger is a cursor and a few words per worker, whatever the number of cells. Workers only
 ever write their own words; nobody takes a lock that a dying worker could keep.
 
-Claiming a cell. Measured with two claimers contending on a two-core machine, microseconds a
-claim:
+Claiming a cell. Measured with two claimers contending on a two-core machine, as multiples of the
+first way, which took 0.5 µs on a quiet machine (`python -m bench claims`; medians, smallest to
+largest):
 
-=====================================================  =====  ===============================
-way                                                     cost  what speaks against it
-=====================================================  =====  ===============================
-``lseek(fd, 1, SEEK_CUR)``, memfd reopened by /proc      0.5  nothing: processes use it
-``lseek`` on the memfd as it was created                 0.4  0.5 % of the claims were double
-counter under a `threading.Lock`                         0.2  one process only: threads use it
-one byte with ``O_APPEND``, then the file position       1.8  position is not shared safely
-``flock``, open-file-description and record locks       5-11  kept or lost when claimers die
-=====================================================  =====  ===============================
+=================================================  ===============  ==============================
+way                                                          times  what speaks against it
+=================================================  ===============  ==============================
+``lseek(fd, 1, SEEK_CUR)``, memfd opened by /proc                1  nothing: processes use it
+``lseek`` on the memfd as it was created                       0.8  up to 0.6 % of claims double
+counter under a `threading.Lock`                               0.4  one process only: threads do
+one byte with ``O_APPEND``, then the position      3.1 (2.4 - 4.4)  a byte of memory for each cell
+``flock``                                          2.8 (2.0 - 4.0)  kept by a dead claimer's child
+POSIX record locks                                 3.8 (2.7 - 5.7)  lost when another fd is closed
+=================================================  ===============  ==============================
 
 A file from ``memfd_create`` itself does not ask the kernel to serialise its position; the
 same file opened again through ``/proc/self/fd`` does, so that is what is used (no double

@@ -316,3 +316,29 @@ def test_shutdown_twice_and_then_a_map():
     taskcarrier.shutdown()
     taskcarrier.shutdown()
     assert_same(map_array(lambda c: c, np.arange(4), n_jobs=2, backend="loky"), np.arange(4))
+
+
+def test_a_chunk_that_the_function_keeps_is_never_overwritten():
+    def keep(chunk):
+        import builtins
+
+        builtins.kept_chunk = chunk
+        return chunk
+
+    def look(chunk):
+        import builtins
+
+        return np.full(len(chunk), builtins.kept_chunk[0])
+
+    def forget(chunk):
+        import builtins
+
+        del builtins.kept_chunk
+        return chunk
+
+    X = np.zeros(1000)
+    with StaticParallelMapper(2, backend="loky", chunksize=500) as mapper:
+        mapper.map_array(keep, X)
+        found = [mapper.map_array(look, X + number) for number in range(1, 4)]
+        assert all((one == 0).all() for one in found)
+        mapper.map_array(forget, X)
