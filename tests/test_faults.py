@@ -469,8 +469,11 @@ def worker_pids():
 
 
 LONG = """
-import os, sys, time
+import os, signal, sys, time
 import numpy as np
+
+# A shell's background jobs, and all they start, are born deaf to it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from taskcarrier import map_array, DynamicParallelMapper
 
 where, what = sys.argv[1:3]
