@@ -84,6 +84,7 @@ def check_inputs(arrays: Sequence[object], axis: object) -> Inputs:
                 f"{length} (axis {one} of shape {array.shape})"
                 for length, one, array in zip(lengths, axes, checked, strict=True)
             )
+            + "; what every chunk is to get whole goes into args="
         )
     return Inputs(checked, axes, lengths[0])
 
@@ -113,7 +114,10 @@ def check_extras(args: object, kwargs: object) -> tuple[tuple[Any, ...], dict[st
 def check_callable(func: object) -> None:
     """An error if `func` cannot be called."""
     if not callable(func):
-        raise TypeError(f"func must be callable, got {func!r}")
+        raise TypeError(
+            f"func must be callable, got an object of type {type(func).__name__}; the function "
+            "comes first, then the data"
+        )
 
 
 def read_only(value: Any) -> Any:
@@ -143,6 +147,7 @@ def _as_array(value: object, number: int) -> np.ndarray:
     if array.ndim == 0:
         raise TypeError(
             f"{which} has no axis to map over: {type(value).__name__} is 0-dimensional as an "
-            "array; pass an array with at least one axis, or use a mapper for other sequences"
+            "array; pass an array with at least one axis, constants in args=, or use a mapper for "
+            "other sequences"
         )
     return array
