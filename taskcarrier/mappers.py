@@ -237,7 +237,7 @@ class DynamicParallelMapper(_Mapper):
 
 
 # The classes share one description of their parameters.
+_parameters = inspect.cleandoc(_Mapper.__doc__ or "").partition("Parameters\n")[2]
 for _kind in (SerialMapper, StaticParallelMapper, DynamicParallelMapper):
-    _summary, _, _examples = (_kind.__doc__ or "").partition("    Examples\n")
-    _parameters = (_Mapper.__doc__ or "").partition("    Parameters\n")[2]
-    _kind.__doc__ = f"{_summary}    Parameters\n{_parameters.rstrip()}\n\n    Examples\n{_examples}"
+    _summary, _, _examples = inspect.cleandoc(_kind.__doc__ or "").partition("Examples\n")
+    _kind.__doc__ = f"{_summary}Parameters\n{_parameters}\n\nExamples\n{_examples}"
