@@ -72,4 +72,4 @@ def test_public_names():
     assert taskcarrier.TaskError is TaskError
     assert taskcarrier.WorkerDiedError is WorkerDiedError
     with pytest.raises(AttributeError, match="no attribute 'NoSuchError'"):
-        taskcarrier.NoSuchError  # noqa: B018
+        taskcarrier.NoSuchError  # noqa: B018  # looking it up raises

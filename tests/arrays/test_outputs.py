@@ -306,7 +306,7 @@ def test_results_are_copied_out_when_descriptors_are_scarce():
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (160, hard))
         for number in range(60):
-            kept.append(map_array(lambda c: c, np.full(300, number), n_jobs=2, backend="loky"))  # noqa: PERF401
+            kept.append(map_array(lambda c: c, np.full(300, number), n_jobs=2, backend="loky"))  # noqa: PERF401  # each is made after the last
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert [result[0] for result in kept] == list(range(60))

@@ -72,7 +72,7 @@ class User:
         while (order := self._orders.get()) is not None:
             try:
                 self._answers.put(order())
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:  # noqa: BLE001  # whatever the user's object raises
                 self._answers.put(error)
 
     def __call__(self, order):

@@ -315,11 +315,11 @@ class TestDeaths:
     def test_no_descriptor_is_left(self, crew):
         run(crew, both)
         run(crew, both)
-        before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208  # names are compared, as strings
         for _ in range(2):
             run(crew, die, 6, 7)
             run(crew, both)
-        after = os.listdir("/proc/self/fd")  # noqa: PTH208
+        after = os.listdir("/proc/self/fd")  # noqa: PTH208  # names are compared, as strings
         assert len(after) == len(before)
 
 
