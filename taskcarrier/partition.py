@@ -168,12 +168,16 @@ def check_chunksize(chunksize: object) -> int | None:
     """`chunksize` as a positive int or None; anything else is an error naming it."""
     if chunksize is None:
         return None
-    try:
-        value = operator.index(chunksize)  # type: ignore[arg-type]  # whatever the user passed
-    except TypeError:
-        raise TypeError(
-            f"chunksize must be a positive integer or None, got {chunksize!r}"
-        ) from None
+    value = as_integer(chunksize, "chunksize", "a positive integer or None")
     if value < 1:
         raise ValueError(f"chunksize must be at least 1, got {value}")
     return value
+
+
+def as_integer(value: object, name: str, expected: str) -> int:
+    """`value` as an int; a `TypeError` says what the argument `name` is expected to be."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # whatever the user passed
+    except TypeError:
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be {expected}, got {value!r} ({kind})") from None

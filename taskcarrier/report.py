@@ -47,7 +47,7 @@ class Report:
     ranges, items : int
         Ranges and items of the whole run.
     bytes_copied : int
-        Bytes of arrays and arguments copied into shared memory for this run.
+        Bytes of arrays and arguments copied for worker processes in this run.
     seconds : float
         From the first step of the call to its last.
     workers : tuple of WorkerReport

@@ -30,6 +30,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from taskcarrier.layout import ALIGNMENT, address_of, aligned, byte_bounds, bytes_at, footprint
+from taskcarrier.limits import check_memory
+
 Mode = Literal["read", "write", "private"]
 
 _ACCESS = {
@@ -40,9 +43,6 @@ _ACCESS = {
 # Python 3.13 can map without keeping a duplicate of the descriptor.
 _MMAP_OPTIONS: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
-# Offsets agree with the original address modulo a cache line, so that loops which treat an
-# unaligned start specially do the same work on the copy.
-ALIGNMENT = 64
 # From this size on, memory is asked after before it is used (reading the limits costs 60 µs).
 _CHECKED_NBYTES = 64 << 20
 # One pwrite moves 2 GiB at most.
@@ -143,7 +143,7 @@ class Segment:
             self._reserve_on_disk(nbytes)
         else:
             if nbytes - self.nbytes >= _CHECKED_NBYTES:
-                _check_memory(nbytes - self.nbytes)
+                check_memory(nbytes - self.nbytes)
             # The seal refuses to shrink: another worker has reserved more meanwhile.
             with contextlib.suppress(PermissionError):
                 os.ftruncate(self.fd, nbytes)
@@ -289,7 +289,7 @@ class Staging:
     Attributes
     ----------
     nbytes : int
-        Bytes copied so far.
+        Bytes copied so far; who copies in another way for the run adds to it.
     """
 
     def __init__(self, folder: str | None = None, recycler: Recycler | None = None) -> None:
@@ -302,15 +302,15 @@ class Staging:
     def share(self, arrays: Iterable[np.ndarray]) -> list[SharedView]:
         """Descriptors of arrays: those in a segment cost nothing, others are copied.
 
-        What is copied is all bytes from an array's first to its last: see `compact`.
+        What is copied is all bytes from an array's first to its last, gaps and all.
         """
         found = [(array, locate(array)) for array in arrays]
-        self._prepare(sum(_footprint(array) for array, view in found if view is None))
+        self._prepare(sum(footprint(array) for array, view in found if view is None))
         return [self._copy(array) if view is None else view for array, view in found]
 
     def place(self, nbytes: int, low: int = 0) -> tuple[Segment, int]:
         """Room for `nbytes` whose original address is `low`: the segment and an offset."""
-        offset = _aligned(self._end) + low % ALIGNMENT
+        offset = aligned(self._end) + low % ALIGNMENT
         self._end = offset + nbytes
         if self._segment is None:
             self._prepare(self._end)
@@ -344,8 +344,8 @@ class Staging:
         # up in the same order as it would on the original. Overlapping and repeated items
         # (windows, zero strides) are not expanded.
         segment, offset = self.place(high - low, low)
-        segment.write(offset, _bytes_at(low, high - low))
-        start = offset + _address(array) - low
+        segment.write(offset, bytes_at(low, high - low))
+        start = offset + address_of(array) - low
         return SharedView(segment, start, array.shape, array.strides, array.dtype)
 
 
@@ -356,88 +356,12 @@ def locate(array: np.ndarray) -> SharedView | None:
         owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
     if owner is None or owner.private or array.nbytes == 0:
         return None
-    origin = _address(np.frombuffer(owner, np.uint8))
+    origin = address_of(np.frombuffer(owner, np.uint8))
     low, high = byte_bounds(array)
     if low < origin or high > origin + len(owner):
         return None
-    offset = _address(array) - origin
+    offset = address_of(array) - origin
     return SharedView(owner.segment, offset, array.shape, array.strides, array.dtype)
-
-
-def compact(array: np.ndarray) -> np.ndarray:
-    """The array itself, or if it is mostly gaps, a copy without them.
-
-    Copied are views that spread over more than twice the bytes of their items, in the order and
-    with the signs of their strides. Workers of every backend see the copy, so that what a
-    function adds up over such a view does not depend on the backend. Views of what is shared
-    already stay as they are, in every backend too.
-    """
-    if array.nbytes == 0 or array.dtype.hasobject or locate(array) is not None:
-        return array
-    low, high = byte_bounds(array)
-    if high - low <= 2 * array.nbytes:
-        return array
-    strides = _dense_strides(array)
-    ends = [(n - 1) * stride for n, stride in zip(array.shape, strides, strict=True)]
-    memory = np.empty(sum(map(abs, ends)) + array.itemsize, np.uint8)
-    start = -sum(end for end in ends if end < 0)
-    copy: np.ndarray = np.ndarray(array.shape, array.dtype, memory, start, strides)
-    copy[...] = array
-    return copy
-
-
-def _dense_strides(array: np.ndarray) -> tuple[int, ...]:
-    strides = [0] * array.ndim
-    step = array.itemsize
-    for axis in sorted(range(array.ndim), key=lambda axis: abs(array.strides[axis])):
-        if array.strides[axis]:
-            strides[axis] = step if array.strides[axis] > 0 else -step
-            step *= array.shape[axis]
-    return tuple(strides)
-
-
-def byte_bounds(array: np.ndarray) -> tuple[int, int]:
-    """Addresses of the first byte of a non-empty array and of the one after its last."""
-    low = high = _address(array)
-    for n, stride in zip(array.shape, array.strides, strict=True):
-        if stride < 0:
-            low += (n - 1) * stride
-        else:
-            high += (n - 1) * stride
-    return low, high + array.itemsize
-
-
-def _footprint(array: np.ndarray) -> int:
-    """Bytes that copying the array takes, with room for alignment."""
-    if array.nbytes == 0:
-        return 0
-    low, high = byte_bounds(array)
-    return high - low + 2 * ALIGNMENT
-
-
-def _address(array: np.ndarray) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
-class _Raw:
-    """Bytes at an address, as NumPy's array interface says it."""
-
-    def __init__(self, address: int, nbytes: int) -> None:
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": "|u1",
-            "shape": (nbytes,),
-            "data": (address, True),
-        }
-
-
-def _bytes_at(address: int, nbytes: int) -> memoryview:
-    return np.asarray(_Raw(address, nbytes)).data
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _nameless_file(folder: str) -> int:
@@ -457,41 +381,3 @@ def _nameless_file(folder: str) -> int:
     fd, path = tempfile.mkstemp(prefix="taskcarrier-", dir=folder)
     os.unlink(path)  # noqa: PTH108  # as above
     return fd
-
-
-def _check_memory(nbytes: int) -> None:
-    """An error with sizes beats the kernel ending the process for want of memory."""
-    available, source = _available_memory()
-    if nbytes > available:
-        raise MemoryError(
-            f"a shared array needs {nbytes:,} bytes more, but only {available:,} are available "
-            f"({source}); use smaller arrays, fewer at once, or temp_folder= on a disk"
-        )
-
-
-def _available_memory() -> tuple[int, str]:
-    """Bytes that can still be used, and what says so; unlimited where nothing tells."""
-    limits = [(sys.maxsize, "no limit known")]
-    with contextlib.suppress(OSError):
-        lines = _text_of("/proc/meminfo").splitlines()
-        found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")]
-        limits += [(value, "MemAvailable in /proc/meminfo") for value in found]
-    for folder, limit, used in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit there
-            left = int(_text_of(f"{folder}/{limit}")) - int(_text_of(f"{folder}/{used}"))
-            limits.append((left + _reclaimable(folder), f"{folder}/{limit}"))
-    return min(limits)
-
-
-def _reclaimable(folder: str) -> int:
-    """Bytes of a cgroup's use that are file cache, which the kernel gives back on demand."""
-    lines = [line.split() for line in _text_of(f"{folder}/memory.stat").splitlines()]
-    return sum(int(words[1]) for words in lines if words[0] == "inactive_file")
-
-
-def _text_of(path: str) -> str:
-    with open(path, encoding="ascii") as file:  # noqa: PTH123  # as above
-        return file.read()

@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "taskcarrier"
 # its modules.
 LAYERS = [
     ["errors"],
-    ["partition", "report"],
-    ["ledger", "segments"],
+    ["partition", "report", "layout", "limits"],
+    ["ledger", "segments", "caller_memory"],
     ["balance"],
     ["backends"],
     ["progress"],

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from taskcarrier.layout import is_mostly_gaps, without_gaps
+from taskcarrier.partition import as_integer
+from taskcarrier.segments import locate
 
 # Types that `numpy.asarray` would take, losing something; by the module that defines them.
 _LOSSY = {
@@ -86,15 +89,24 @@ def check_inputs(arrays: Sequence[object], axis: object) -> Inputs:
             )
             + "; what every chunk is to get whole goes into args="
         )
-    return Inputs(checked, axes, lengths[0])
+    return Inputs([_without_wide_gaps(array) for array in checked], axes, lengths[0])
+
+
+def _without_wide_gaps(array: np.ndarray) -> np.ndarray:
+    """The array itself, or if it is mostly gaps, a copy without them.
+
+    Workers of every backend see the copy, so that what a function adds up over such a view does
+    not depend on the backend. Views of what is shared already stay as they are, in every
+    backend too.
+    """
+    if array.dtype.hasobject or not is_mostly_gaps(array) or locate(array) is not None:
+        return array
+    return without_gaps(array)
 
 
 def normalize_axis(axis: object, ndim: int, name: str) -> int:
     """`axis` counted from the front; `numpy.exceptions.AxisError` if there is none such."""
-    try:
-        value = operator.index(axis)  # type: ignore[arg-type]  # whatever the user passed
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {axis!r}") from None
+    value = as_integer(axis, name, "an integer")
     if not -ndim <= value < ndim:
         raise np.exceptions.AxisError(value, ndim, name)
     return value % ndim

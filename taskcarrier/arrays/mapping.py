@@ -24,6 +24,7 @@ from taskcarrier.arrays.outputs import (
     Spec,
     check_out_axis,
 )
+from taskcarrier.arrays.sources import Source, sources_for_processes, sources_here
 from taskcarrier.backends.choice import Choice
 from taskcarrier.backends.work import NOTHING, Call, Failure
 from taskcarrier.partition import Grid, check_chunksize, chunk_grid
@@ -35,7 +36,6 @@ from taskcarrier.running import (
     execute,
     raise_failure,
 )
-from taskcarrier.segments import SharedView, compact
 
 
 def map_array(
@@ -70,9 +70,9 @@ def map_array(
         gives a tuple of results.
     *arrays : array_like
         One or several arrays of equal length along the mapped axis, of any layout and dtype.
-        Workers see them where they are: threads as views, processes through shared memory,
-        into which an array is copied once for the call unless it is the result of an earlier
-        map in processes. Subclasses are taken as base-class arrays.
+        Threads see views of them. Processes see views of what is shared already (results of
+        an earlier map in processes) and read other arrays range by range. Subclasses are taken
+        as base-class arrays.
     axis : int or tuple of int, default 0
         The mapped axis; a tuple has one for each array.
     balance : {"static", "dynamic"}, default "static"
@@ -165,7 +165,6 @@ def mapped(
     started_ns = monotonic_ns()
     check_callable(func)
     inputs = check_inputs(arrays, axis)
-    mappable = [compact(array) for array in inputs.arrays]
     extra_args, extra_kwargs = check_extras(args, kwargs)
     where_out = check_out_axis(out_axis, axis)
     grid = chunk_grid(inputs.n_items, inputs.item_nbytes, check_chunksize(chunksize))
@@ -176,17 +175,16 @@ def mapped(
     allocation: LocalAllocation | SharedAllocation
     if choice.backend == "loky":
         staging = settings.staging()
-        shared: list[Any] = list(staging.share(mappable))
+        sources = sources_for_processes(inputs, grid, staging)
         segment = settings.segment(inputs.nbytes)
         allocation = SharedAllocation(segment, inputs.n_items, inputs.order)
     else:
         staging = None
-        shared = list(mappable)
+        sources = sources_here(inputs)
         allocation = LocalAllocation(inputs.n_items, inputs.order)
     task = _ChunkTask(
         Call(func, extra_args, extra_kwargs),
-        shared,
-        inputs.axes,
+        sources,
         allocation,
         where_out,
         bool(writable),
@@ -207,8 +205,7 @@ class _ChunkTask:
     """`func` on a chunk of every array, as a task."""
 
     call: Call
-    arrays: list[np.ndarray | SharedView]
-    axes: list[int]
+    sources: list[Source]
     allocation: LocalAllocation | SharedAllocation
     out_axis: int | tuple[int, ...]
     writable: bool
@@ -227,19 +224,12 @@ class _Chunks:
             args = tuple(read_only(value) for value in call.args)
             kwargs = {name: read_only(value) for name, value in call.kwargs.items()}
             self._func = lambda *chunks: call.func(*chunks, *args, **kwargs)
-        self._arrays = [
-            (
-                array.open("read") if isinstance(array, SharedView) else read_only(array),
-                (slice(None),) * axis,
-            )
-            for array, axis in zip(task.arrays, task.axes, strict=True)
-        ]
+        self._readers = [source.open() for source in task.sources]
         self._writable = task.writable
         self._sink = Sink(task.allocation, task.out_axis)
 
     def __call__(self, start: int, stop: int) -> Any:
-        cell = slice(start, stop)
-        chunks = [array[(*before, cell)] for array, before in self._arrays]
+        chunks = [read(start, stop) for read in self._readers]
         if self._writable:
             chunks = [chunk.copy(order="K") for chunk in chunks]
         try:

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from taskcarrier.arrays.inputs import normalize_axis
-from taskcarrier.segments import ALIGNMENT, Segment, SharedView, descriptors_are_scarce
+from taskcarrier.layout import ALIGNMENT
+from taskcarrier.segments import Segment, SharedView, descriptors_are_scarce
 
 
 @dataclass(frozen=True)

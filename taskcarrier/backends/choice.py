@@ -6,7 +6,6 @@ facts into a `Choice`, and can be tested without any worker.
 
 from __future__ import annotations
 
-import operator
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from taskcarrier.backends.work import in_worker
+from taskcarrier.partition import as_integer
 
 BACKENDS = ("sequential", "threading", "loky", "multiprocessing")
 
@@ -85,13 +85,7 @@ def check_n_jobs(n_jobs: object) -> int | None:
     """`n_jobs` as the user may pass it: None or a non-zero integer."""
     if n_jobs is None:
         return None
-    try:
-        value = operator.index(n_jobs)  # type: ignore[arg-type]  # whatever the user passed
-    except TypeError:
-        raise TypeError(
-            f"n_jobs must be a non-zero integer or None, got {n_jobs!r} "
-            f"({type(n_jobs).__name__}); -1 means all cores"
-        ) from None
+    value = as_integer(n_jobs, "n_jobs", "a non-zero integer or None; -1 means all cores")
     if value == 0:
         raise ValueError("n_jobs must not be 0; -1 means all cores, 1 runs in the caller")
     return value

@@ -1,10 +1,10 @@
 """Crews of worker processes.
 
-Who owns what. A `ProcessCrew` owns its workers, the memory of their ledger and the file whose
-position is the ledger's cursor. A worker is a process of joblib's loky context (started
-without fork) with one socket of its own: runs and descriptors go down, batches of results and
-the account come up. Nothing is shared between workers but the ledger, which has no lock; so
-the death of one costs no other anything.
+Who owns what. A `ProcessCrew` owns its workers, the memory of their ledger, the file whose
+position is the ledger's cursor, and a descriptor of the caller's memory. A worker is a process
+of joblib's loky context (started without fork) with one socket of its own: runs and descriptors
+go down, batches of results and the account come up. Nothing is shared between workers but the
+ledger, which has no lock; so the death of one costs no other anything.
 
 How they end. An idle worker whose socket is closed ends by itself. A busy one, when the
 caller's process is gone however it went: each worker holds the reading end of a pipe whose
@@ -35,6 +35,7 @@ from typing import Any
 
 from joblib.externals.loky.backend import get_context
 
+from taskcarrier import caller_memory
 from taskcarrier.backends.inner import inner_environment, serial_joblib
 from taskcarrier.backends.parcels import (
     Channel,
@@ -80,7 +81,7 @@ _KEPT, _FREE = b"K", b"F"
 class _Worker:
     """A worker process as the caller sees it."""
 
-    def __init__(self, number: int, environment: dict[str, str], ledger_fds: list[int]) -> None:
+    def __init__(self, number: int, environment: dict[str, str], fds: list[int]) -> None:
         ours, theirs = socket.socketpair()
         life_end, self._life = os.pipe()
         down = Connection(theirs.detach())
@@ -102,7 +103,7 @@ class _Worker:
         self.pid: int = self.process.pid
         self.name = f"process {self.pid}"
         self.pidfd = os.pidfd_open(self.pid)
-        self.channel.send(b"", ledger_fds)
+        self.channel.send(b"", fds)
 
     @property
     def alive(self) -> bool:
@@ -145,6 +146,9 @@ class ProcessCrew:
         self._environment = inner_environment() | allocator
         self._words_fd = os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC)
         self._cursor_fd = FileCursor.create()
+        memory_fd = caller_memory.opened()
+        fds = [self._words_fd, self._cursor_fd, memory_fd]
+        self._fds = [fd for fd in fds if fd is not None]
         os.ftruncate(self._words_fd, ledger_nbytes(n))
         words = mmap.mmap(self._words_fd, ledger_nbytes(n))
         self._ledger = Ledger(memoryview(words).cast("q"), FileCursor(self._cursor_fd))
@@ -156,8 +160,7 @@ class ProcessCrew:
         if worker is not None and worker.pidfd >= 0 and not worker.alive:
             worker.reap()
         if worker is None or worker.pidfd < 0:
-            fds = [self._words_fd, self._cursor_fd]
-            worker = self._workers[number] = _Worker(number, self._environment, fds)
+            worker = self._workers[number] = _Worker(number, self._environment, self._fds)
         return worker
 
     def run(
@@ -205,17 +208,17 @@ class ProcessCrew:
             if not select.select([worker.pidfd], [], [], left)[0]:
                 worker.kill()
             worker.reap()
-        self._close_ledger()
+        self._close_files()
 
     def forget(self) -> None:
         """Drop everything in a forked child: the workers are its parent's."""
         for worker in self._workers.values():
             worker.forget()
         self._workers = {}
-        self._close_ledger()
+        self._close_files()
 
-    def _close_ledger(self) -> None:
-        for fd in (self._words_fd, self._cursor_fd):
+    def _close_files(self) -> None:
+        for fd in self._fds:
             os.close(fd)
 
 
@@ -356,7 +359,9 @@ def _worker_main(number: int, down: Connection, life: Connection) -> None:
     channel = Channel(socket.socket(fileno=os.dup(down.fileno())))
     down.close()
     with contextlib.suppress(EOFError, ConnectionResetError):
-        _, (words_fd, cursor_fd) = channel.receive()
+        _, (words_fd, cursor_fd, *memory_fd) = channel.receive()
+        for fd in memory_fd:
+            caller_memory.attach(fd)
         words = mmap.mmap(words_fd, 0)
         os.close(words_fd)
         ledger = Ledger(memoryview(words).cast("q"), FileCursor(cursor_fd))

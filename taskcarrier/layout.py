@@ -1,0 +1,85 @@
+"""How arrays lie in memory: arithmetic on addresses, shapes and strides."""
+
+from __future__ import annotations
+
+import numpy as np
+
+# Copies agree with the original address modulo a cache line, so that loops which treat an
+# unaligned start specially do the same work on the copy.
+ALIGNMENT = 64
+
+
+def is_mostly_gaps(array: np.ndarray) -> bool:
+    """Whether a view spreads over more than twice the bytes of its items."""
+    if array.nbytes == 0:
+        return False
+    low, high = byte_bounds(array)
+    return high - low > 2 * array.nbytes
+
+
+def without_gaps(array: np.ndarray) -> np.ndarray:
+    """A copy of a non-empty array without gaps, in the order and with the signs of its strides."""
+    strides = _dense_strides(array)
+    ends = [(n - 1) * stride for n, stride in zip(array.shape, strides, strict=True)]
+    memory = np.empty(sum(map(abs, ends)) + array.itemsize, np.uint8)
+    start = -sum(end for end in ends if end < 0)
+    copy: np.ndarray = np.ndarray(array.shape, array.dtype, memory, start, strides)
+    copy[...] = array
+    return copy
+
+
+def _dense_strides(array: np.ndarray) -> tuple[int, ...]:
+    strides = [0] * array.ndim
+    step = array.itemsize
+    for axis in sorted(range(array.ndim), key=lambda axis: abs(array.strides[axis])):
+        if array.strides[axis]:
+            strides[axis] = step if array.strides[axis] > 0 else -step
+            step *= array.shape[axis]
+    return tuple(strides)
+
+
+def byte_bounds(array: np.ndarray) -> tuple[int, int]:
+    """Addresses of the first byte of a non-empty array and of the one after its last."""
+    low = high = address_of(array)
+    for n, stride in zip(array.shape, array.strides, strict=True):
+        if stride < 0:
+            low += (n - 1) * stride
+        else:
+            high += (n - 1) * stride
+    return low, high + array.itemsize
+
+
+def footprint(array: np.ndarray) -> int:
+    """Bytes that copying the array takes, with room for alignment."""
+    if array.nbytes == 0:
+        return 0
+    low, high = byte_bounds(array)
+    return high - low + 2 * ALIGNMENT
+
+
+def address_of(array: np.ndarray) -> int:
+    """Address of an array's first item (not of its lowest byte, if strides are negative)."""
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+class _Raw:
+    """Bytes at an address, as NumPy's array interface says it."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (nbytes,),
+            "data": (address, True),
+        }
+
+
+def bytes_at(address: int, nbytes: int) -> memoryview:
+    """The memory at an address, which must stay alive meanwhile; read-only."""
+    return np.asarray(_Raw(address, nbytes)).data
+
+
+def aligned(nbytes: int) -> int:
+    """The next multiple of `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
