@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class WorkerDiedError(BrokenProcessPool):
@@ -44,6 +44,22 @@ class WorkerDiedError(BrokenProcessPool):
         self.in_hand = in_hand
         self.missing: list[tuple[int, int]] = []
         self.partial: Any = None
+
+
+class FailedRange(NamedTuple):
+    """A range whose results are missing, and why.
+
+    Attributes
+    ----------
+    start, stop : int
+        Its items along the mapped axis.
+    error : Exception
+        What the function raised.
+    """
+
+    start: int
+    stop: int
+    error: BaseException
 
 
 class TaskError(RuntimeError):

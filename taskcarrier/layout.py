@@ -38,6 +38,16 @@ def _dense_strides(array: np.ndarray) -> tuple[int, ...]:
     return tuple(strides)
 
 
+def contiguous_strides(shape: tuple[int, ...], itemsize: int, order: str) -> tuple[int, ...]:
+    """Strides of a contiguous array in C or Fortran order (``"C"``, ``"F"``)."""
+    strides = []
+    step = itemsize
+    for length in shape if order == "F" else reversed(shape):
+        strides.append(step)
+        step *= length
+    return tuple(strides) if order == "F" else tuple(reversed(strides))
+
+
 def byte_bounds(array: np.ndarray) -> tuple[int, int]:
     """Addresses of the first byte of a non-empty array and of the one after its last."""
     low = high = address_of(array)
@@ -83,3 +93,20 @@ def bytes_at(address: int, nbytes: int) -> memoryview:
 def aligned(nbytes: int) -> int:
     """The next multiple of `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def has_internal_overlap(array: np.ndarray) -> bool:
+    """Whether two items of an array may lie in the same memory.
+
+    Told from the strides: those of an array whose axes nest in each other do not overlap.
+    """
+    if array.size <= 1:
+        return False
+    reach = array.itemsize
+    for stride, n in sorted(
+        (abs(stride), n) for n, stride in zip(array.shape, array.strides, strict=True) if n > 1
+    ):
+        if stride < reach:
+            return True
+        reach = (n - 1) * stride + reach
+    return False

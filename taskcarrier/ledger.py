@@ -26,21 +26,28 @@ When a claimer dies. A worker says in its words that it is about to claim, claim
 down what it got. Killed between the last two, its cell is in nobody's hand; but every worker
 also keeps the sum of the cells it ever claimed, and all cells below the cursor sum up to a
 known number, so the lost one is the difference.
+
+Agreeing. Workers can settle on one value, whoever speaks first (`Ledger.agree`): the first
+record of a file opened for appending. The kernel puts appended records one after the other.
 """
 
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from typing import Protocol, Self
 
 # The words of a ledger (signed 64-bit): one for the run, then a row for each worker.
 _HALTED = 0
-_IN_HAND, _CLAIMED, _CLAIMED_SUM, _ITEMS, _SIGNATURE = range(5)
+_IN_HAND, _CLAIMED, _CLAIMED_SUM, _ITEMS = range(4)
 _ROW = 8  # 64 bytes: two workers never write one cache line
 
 _NOTHING = -1  # in hand: no cell
 _CLAIMING = -2  # in hand: about to get one from the cursor
+
+
+_LENGTH = struct.Struct("<Q")
 
 
 def ledger_nbytes(n_workers: int) -> int:
@@ -96,11 +103,7 @@ class FileCursor:
     @staticmethod
     def create() -> int:
         """A new descriptor fit to be a cursor; the caller owns it."""
-        raw = os.memfd_create("taskcarrier-cursor", os.MFD_CLOEXEC)
-        try:
-            return os.open(f"/proc/self/fd/{raw}", os.O_RDWR | os.O_CLOEXEC)
-        finally:
-            os.close(raw)
+        return _memory_file(0)
 
     def advance(self) -> int:  # noqa: D102  # as in Cursor
         return os.lseek(self.fd, 1, os.SEEK_CUR) - 1
@@ -112,6 +115,71 @@ class FileCursor:
         os.lseek(self.fd, 0, os.SEEK_SET)
 
 
+class Agreement(Protocol):
+    """One value, settled by whoever proposes first."""
+
+    def settle(self, proposal: bytes) -> bytes:
+        """The first proposal of all: this one, or an earlier one."""
+
+    def settled(self) -> bytes | None:
+        """The first proposal, None before there is one."""
+
+    def reset(self) -> None:
+        """Forget it; nobody may be proposing."""
+
+
+class ThreadAgreement:
+    """An agreement between the threads of one process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._first: bytes | None = None
+
+    def settle(self, proposal: bytes) -> bytes:  # noqa: D102  # as in Agreement
+        with self._lock:
+            if self._first is None:
+                self._first = proposal
+            return self._first
+
+    def settled(self) -> bytes | None:  # noqa: D102  # as in Agreement
+        return self._first
+
+    def reset(self) -> None:  # noqa: D102  # as in Agreement
+        self._first = None
+
+
+class FileAgreement:
+    """An agreement between processes: the first record of an append-only file.
+
+    Parameters
+    ----------
+    fd : int
+        A descriptor of the file. Owned by whoever made it.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    @staticmethod
+    def create() -> int:
+        """A new descriptor fit to be an agreement; the caller owns it."""
+        return _memory_file(os.O_APPEND)
+
+    def settle(self, proposal: bytes) -> bytes:  # noqa: D102  # as in Agreement
+        # One write, so a proposal is there whole or not at all.
+        os.write(self.fd, _LENGTH.pack(len(proposal)) + proposal)
+        first = self.settled()
+        assert first is not None  # for the type checker
+        return first
+
+    def settled(self) -> bytes | None:  # noqa: D102  # as in Agreement
+        head = os.pread(self.fd, _LENGTH.size, 0)
+        return os.pread(self.fd, _LENGTH.unpack(head)[0], _LENGTH.size) if head else None
+
+    def reset(self) -> None:  # noqa: D102  # as in Agreement
+        os.ftruncate(self.fd, 0)
+
+
 class Ledger:
     """What is taken and in hand, over words that all workers of a run can see.
 
@@ -121,22 +189,19 @@ class Ledger:
         Writable signed 64-bit words, at least ``ledger_nbytes(n_workers) / 8`` of them.
     cursor : Cursor
         Gives out the next cell.
-
-    Attributes
-    ----------
-    outlives_workers : bool
-        Whether workers are processes, which may die and leave the ledger behind.
+    agreement : Agreement
+        Where workers settle on a value.
     """
 
-    def __init__(self, words: memoryview | list[int], cursor: Cursor) -> None:
+    def __init__(self, words: memoryview | list[int], cursor: Cursor, agreement: Agreement) -> None:
         self._words = words
         self._cursor = cursor
-        self.outlives_workers = isinstance(words, memoryview)
+        self._agreement = agreement
 
     @classmethod
     def local(cls, n_workers: int) -> Self:
         """A fresh ledger for the workers of this process."""
-        ledger = cls([0] * (ledger_nbytes(n_workers) // 8), ThreadCursor())
+        ledger = cls([0] * (ledger_nbytes(n_workers) // 8), ThreadCursor(), ThreadAgreement())
         ledger.reset(n_workers)
         return ledger
 
@@ -147,9 +212,10 @@ class Ledger:
         for worker in range(n_workers):
             row = _row(worker)
             words[row + _IN_HAND] = _NOTHING
-            for word in (_CLAIMED, _CLAIMED_SUM, _ITEMS, _SIGNATURE):
+            for word in (_CLAIMED, _CLAIMED_SUM, _ITEMS):
                 words[row + word] = 0
         self._cursor.reset()
+        self._agreement.reset()
 
     # What workers do
 
@@ -176,9 +242,9 @@ class Ledger:
         self._words[row + _IN_HAND] = _NOTHING
         self._words[row + _ITEMS] += n_items
 
-    def sign(self, worker: int, signature: int) -> None:
-        """Leave a number that says what this worker's results are like."""
-        self._words[_row(worker) + _SIGNATURE] = signature
+    def agree(self, proposal: bytes) -> bytes:
+        """What the workers of this run have settled on: the first proposal of all."""
+        return self._agreement.settle(proposal)
 
     def halt(self) -> None:
         """Ask every worker to stop at its next cell."""
@@ -199,9 +265,9 @@ class Ledger:
         """Items finished so far by one worker."""
         return self._words[_row(worker) + _ITEMS]
 
-    def signature(self, worker: int) -> int:
-        """The number the worker has left, or 0."""
-        return self._words[_row(worker) + _SIGNATURE]
+    def agreed(self) -> bytes | None:
+        """What the workers have settled on; None if nobody has proposed anything."""
+        return self._agreement.settled()
 
     def untouched(self, worker: int) -> bool:
         """Whether the worker has taken no cell at all."""
@@ -238,3 +304,12 @@ class Ledger:
 
 def _row(worker: int) -> int:
     return _ROW * (1 + worker)
+
+
+def _memory_file(flags: int) -> int:
+    """A new memory file, opened through /proc: the kernel serialises the position of these."""
+    raw = os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC)
+    try:
+        return os.open(f"/proc/self/fd/{raw}", os.O_RDWR | os.O_CLOEXEC | flags)
+    finally:
+        os.close(raw)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, Self
 
 from taskcarrier import sequences
-from taskcarrier.arrays import mapping
+from taskcarrier.arrays.mapping import map_array, map_chunks, map_items
+from taskcarrier.arrays.options import DESCRIPTIONS
+from taskcarrier.arrays.reducing import reduce_array
 from taskcarrier.backends.choice import check_backend, check_n_jobs
 from taskcarrier.backends.crews import held_warm
 from taskcarrier.balance import Balance, Dynamic, Static
@@ -17,13 +20,42 @@ from taskcarrier.report import Report, keep_report
 from taskcarrier.running import Settings
 from taskcarrier.segments import Recycler
 
-# The options of `map_array` that a mapper does not decide itself, as that function says them.
-_MAP_ARRAY_SIGNATURE = inspect.signature(mapping.map_array)
-_MAP_ARRAY_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in _MAP_ARRAY_SIGNATURE.parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name not in {"balance", "n_jobs", "backend"}
-}
+# What a mapper decides itself, where functions are told.
+_DECIDED = {"balance", "n_jobs", "backend"}
+
+
+def _method(verb: Callable[..., Any]) -> Any:
+    """A function over arrays as a method: balance, workers and backend are the mapper's."""
+    signature = inspect.signature(verb)
+    parameters = [one for one in signature.parameters.values() if one.name not in _DECIDED]
+    options = {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}
+
+    @functools.wraps(verb)
+    def method(self: _Mapper, func: Callable[..., Any], *arrays: Any, **chosen: Any) -> Any:
+        for name in chosen:
+            if name not in options:
+                allowed = ", ".join(one.name for one in parameters if one.name in options)
+                raise TypeError(
+                    f"{verb.__name__} of a mapper has no option {name!r}; it has {allowed}"
+                )
+        if chosen.get("chunksize") is None:
+            chosen["chunksize"] = self.chunksize
+        return verb(func, *arrays, balance=self._settings(), **chosen)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    method.__signature__ = signature.replace(parameters=[own, *parameters])  # type: ignore[attr-defined]  # functions may have one
+    method.__qualname__ = f"_Mapper.{verb.__name__}"
+    method.__doc__ = _doc_of_method(verb)
+    return method
+
+
+def _doc_of_method(verb: Callable[..., Any]) -> str:
+    """The function's docstring without what a mapper decides, and the function's example."""
+    text = inspect.getdoc(verb) or ""
+    for name in _DECIDED:
+        text = text.replace(DESCRIPTIONS[name] + "\n", "")
+    head, _, _ = text.partition("Examples\n--------")
+    return f"{head}Examples\n--------\nSee `taskcarrier.{verb.__name__}`.\n"
 
 
 class _Mapper:
@@ -110,31 +142,10 @@ class _Mapper:
         """
         return sequences.mapped(self._settings(), func, (seq1, *seqs), self.chunksize)
 
-    def map_array(self, func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
-        """Map a function over chunks of arrays, as `taskcarrier.map_array` does.
-
-        Balance, workers and backend are the mapper's; every other option of that function
-        (``axis``, ``chunksize``, ``out_axis``, ``args``, ``kwargs``, ``writable``) means the
-        same here.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> from taskcarrier import StaticParallelMapper
-        >>> with StaticParallelMapper(n_jobs=2) as mapper:
-        ...     mapper.map_array(np.cumsum, np.ones((3, 4)), kwargs={"axis": 1})
-        array([[1., 2., 3., 4.],
-               [1., 2., 3., 4.],
-               [1., 2., 3., 4.]])
-        """
-        unknown = options.keys() - _MAP_ARRAY_DEFAULTS.keys()
-        if unknown:
-            allowed = ", ".join(_MAP_ARRAY_DEFAULTS)
-            raise TypeError(f"map_array of a mapper has no option {unknown.pop()!r}; has {allowed}")
-        chosen = {**_MAP_ARRAY_DEFAULTS, **options}
-        if chosen["chunksize"] is None:
-            chosen["chunksize"] = self.chunksize
-        return mapping.mapped(self._settings(), func, arrays, **chosen)
+    map_array = _method(map_array)
+    map_items = _method(map_items)
+    map_chunks = _method(map_chunks)
+    reduce_array = _method(reduce_array)
 
     @property
     def report(self) -> Report:

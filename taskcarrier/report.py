@@ -52,6 +52,8 @@ class Report:
         From the first step of the call to its last.
     workers : tuple of WorkerReport
         One for each worker.
+    notes : tuple of str
+        What else is worth knowing, such as inputs that had to be pickled.
     """
 
     backend: str
@@ -64,6 +66,7 @@ class Report:
     bytes_copied: int
     seconds: float
     workers: tuple[WorkerReport, ...]
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as plain dicts, lists, strings and numbers."""
@@ -82,7 +85,7 @@ class Report:
             f"{worker.busy:>8.4f}  {worker.idle:>8.4f}"
             for worker in self.workers
         ]
-        return "\n".join([head, *lines])
+        return "\n".join([head, *self.notes, *lines])
 
 
 _last = threading.local()

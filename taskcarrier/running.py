@@ -8,7 +8,7 @@ no result; raising is the face's decision, so that it can say it in the face's w
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,9 @@ class Settings:
 
     @classmethod
     def of_call(cls, balance: object, n_jobs: object, backend: object) -> Settings:
-        """From the arguments of a function."""
+        """From the arguments of a function; a mapper passes its own settings as `balance`."""
+        if isinstance(balance, Settings):
+            return balance
         return cls(
             get_balance(balance), choices.check_n_jobs(n_jobs), choices.check_backend(backend)
         )
@@ -82,6 +84,8 @@ class Outcome:
         Cells that no surviving worker has finished though nothing failed, ascending.
     report : Report
         For people.
+    agreed : bytes or None
+        What the workers have settled on, if anything.
     """
 
     accounts: list[Account]
@@ -89,16 +93,16 @@ class Outcome:
     deaths: list[Death]
     missing: list[int]
     report: Report
+    agreed: bytes | None = None
 
 
-def decide(settings: Settings, func: Callable[..., Any], needs_threads: str = "") -> Choice:
+def decide(settings: Settings, func: Callable[..., Any]) -> Choice:
     """Where this run takes place; an error if it cannot."""
     return choices.choose(
         settings.n_jobs,
         settings.backend,
         choices.facts_now(),
         releases_gil=choices.releases_gil(func),
-        needs_threads=needs_threads,
     )
 
 
@@ -110,6 +114,7 @@ def execute(
     *,
     started_ns: int,
     staging: Staging | None = None,
+    notes: Sequence[str] = (),
     deliver: Deliver = lambda cell, result: None,  # noqa: ARG005  # for tasks that put all in place
 ) -> Outcome:
     """Run a task over all cells of a grid.
@@ -128,6 +133,8 @@ def execute(
         When the call began, for the report.
     staging : Staging, optional
         Where this run's copies are; processes need it.
+    notes : sequence of str
+        What else the report should say.
     deliver : callable, optional
         Takes ``(cell, result)`` of every cell whose result is not put in place by the task;
         called from worker threads or from this one.
@@ -149,14 +156,15 @@ def execute(
             with process_crew(choice.n_jobs) as processes:
                 accounts, deaths, ledger = processes.run(job, parcel, deliver, tick)
     missing = _missing(job, deaths, ledger)
-    report = _report(job, choice, accounts, staging, started_ns)
+    report = _report(job, choice, accounts, staging, notes=notes, started_ns=started_ns)
     settings.keep_report(report)
     progress.log_report(settings.verbosity, report)
     failures = [account.failure for account in accounts if account.failure is not None]
     for account in accounts:
         if account.failure is not None:
             account.failure.worker = account.name
-    return Outcome(accounts, sorted(failures, key=_by_cell), deaths, missing, report)
+    failures.sort(key=_by_cell)
+    return Outcome(accounts, failures, deaths, missing, report, ledger.agreed())
 
 
 def raise_failure(outcome: Outcome, grid: Grid, describe: Describe) -> None:
@@ -263,7 +271,13 @@ def _missing(job: Job, deaths: list[Death], ledger: Ledger) -> list[int]:
 
 
 def _report(
-    job: Job, choice: Choice, accounts: list[Account], staging: Staging | None, started_ns: int
+    job: Job,
+    choice: Choice,
+    accounts: list[Account],
+    staging: Staging | None,
+    *,
+    notes: Sequence[str],
+    started_ns: int,
 ) -> Report:
     wall = (monotonic_ns() - started_ns) / 1e9
     workers = tuple(
@@ -287,6 +301,7 @@ def _report(
         bytes_copied=0 if staging is None else staging.nbytes,
         seconds=wall,
         workers=workers,
+        notes=tuple(notes),
     )
 
 

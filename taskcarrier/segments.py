@@ -366,7 +366,7 @@ def locate(array: np.ndarray) -> SharedView | None:
 
 def _nameless_file(folder: str) -> int:
     """A new file, readable by its owner alone, that has no name from the start or at once."""
-    if not os.path.isdir(folder):  # noqa: PTH112  # importing pathlib takes 4 ms
+    if not os.path.isdir(folder):
         raise FileNotFoundError(
             errno.ENOENT, "temp_folder must be an existing folder", os.fspath(folder)
         )
@@ -379,5 +379,5 @@ def _nameless_file(folder: str) -> int:
     import tempfile  # noqa: PLC0415  # only on file systems without O_TMPFILE
 
     fd, path = tempfile.mkstemp(prefix="taskcarrier-", dir=folder)
-    os.unlink(path)  # noqa: PTH108  # as above
+    os.unlink(path)
     return fd

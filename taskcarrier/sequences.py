@@ -1,23 +1,20 @@
 """Maps over Python sequences: items in, a list of results out, in order.
 
-A cell is a block of items. For processes every block is pickled once, into the run's shared
-segment, whoever comes to run it; so static and dynamic balance ship the same bytes, and
-taking a block costs no message. Results come back in batches.
+A cell is a block of items, which processes find pickled in shared memory. Results come back in
+batches.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from time import monotonic_ns
 from typing import Any
 
-import numpy as np
-
 from taskcarrier.arrays.inputs import check_callable
 from taskcarrier.backends.choice import Choice
-from taskcarrier.backends.work import Call
+from taskcarrier.backends.work import Agree, Call
+from taskcarrier.blocks import Blocks
 from taskcarrier.partition import Grid, list_grid
 from taskcarrier.running import (
     Settings,
@@ -26,7 +23,6 @@ from taskcarrier.running import (
     execute,
     raise_failure,
 )
-from taskcarrier.segments import SharedView, Staging
 
 
 def mapped(
@@ -47,8 +43,8 @@ def mapped(
     task: _ItemTask | _PackedTask
     if choice.backend == "loky":
         staging = settings.staging()
-        blocks, ends = _packed_blocks(items, grid, staging)
-        task = _PackedTask(Call(func), blocks, ends, grid.chunksize, several)
+        blocks = Blocks.pack(lambda start, stop: items[start:stop], grid, staging, _describe)
+        task = _PackedTask(Call(func), blocks, grid.chunksize, several)
     else:
         task = _ItemTask(func, items, several)
     done: dict[int, list[Any]] = {}
@@ -98,7 +94,7 @@ class _ItemTask:
     items: Sequence[Any]
     several: bool
 
-    def open(self) -> _ItemTask:
+    def open(self, agree: Agree) -> _ItemTask:  # noqa: ARG002  # nothing to agree on
         return self
 
     def __call__(self, start: int, stop: int) -> list[Any]:
@@ -107,22 +103,17 @@ class _ItemTask:
     def facts(self) -> None:
         """Nothing."""
 
-    def signature(self) -> int:
-        """Nothing."""
-        return 0
-
 
 @dataclass(frozen=True)
 class _PackedTask:
     """`func` on blocks of pickled items in shared memory."""
 
     call: Call
-    blocks: SharedView
-    ends: SharedView
+    blocks: Blocks
     chunksize: int
     several: bool
 
-    def open(self) -> _PackedItems:
+    def open(self, agree: Agree) -> _PackedItems:  # noqa: ARG002  # nothing to agree on
         return _PackedItems(self)
 
 
@@ -131,45 +122,14 @@ class _PackedItems:
 
     def __init__(self, task: _PackedTask) -> None:
         self._task = task
-        self._blocks: Any = memoryview(task.blocks.open("read").data)
-        self._ends = task.ends.open("read")
+        self._block = task.blocks.open()
 
     def __call__(self, start: int, stop: int) -> list[Any]:  # noqa: ARG002  # a cell is a block
         task = self._task
-        cell = start // task.chunksize
-        begin = int(self._ends[cell - 1]) if cell else 0
-        items = pickle.loads(self._blocks[begin : int(self._ends[cell])])
-        return _apply(task.call.func, items, start, task.several)
+        return _apply(task.call.func, self._block(start // task.chunksize), start, task.several)
 
     def facts(self) -> None:
         """Nothing."""
-
-    def signature(self) -> int:
-        """Nothing."""
-        return 0
-
-
-def _packed_blocks(
-    items: Sequence[Any], grid: Grid, staging: Staging
-) -> tuple[SharedView, SharedView]:
-    """All blocks, pickled one after the other, and where each ends."""
-    from taskcarrier.backends.parcels import pack_items  # noqa: PLC0415  # loads joblib
-
-    packed = bytearray()
-    ends = np.empty(len(grid), np.int64)
-    for cell in range(len(grid)):
-        start, stop = grid.bounds(cell)
-        try:
-            packed += pack_items(items[start:stop])
-        except Exception as error:
-            error.add_note(
-                f"taskcarrier could not pickle {_describe(start, stop)} for worker processes; use "
-                "backend='threading' if they cannot be pickled"
-            )
-            raise
-        ends[cell] = len(packed)
-    blocks, where = staging.share([np.frombuffer(packed, np.uint8), ends])
-    return blocks, where
 
 
 def _apply(func: Callable[..., Any], items: Sequence[Any], start: int, several: bool) -> list[Any]:

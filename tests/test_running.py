@@ -34,14 +34,11 @@ class Calls:
     def __init__(self, func):
         self.call = Call(func)
 
-    def open(self):
+    def open(self, agree):
         return self
 
     def __call__(self, start, stop):
         return self.call.func(start, stop)
-
-    def signature(self):
-        return 0
 
     def facts(self):
         return "facts"

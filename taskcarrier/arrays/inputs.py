@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from taskcarrier.arrays.files import load, located
 from taskcarrier.layout import is_mostly_gaps, without_gaps
 from taskcarrier.partition import as_integer
-from taskcarrier.segments import locate
 
 # Types that `numpy.asarray` would take, losing something; by the module that defines them.
 _LOSSY = {
     "scipy.sparse": "a sparse matrix: pass X.toarray(), or map over its index pointer",
     "dask": "a dask array: pass X.compute(), or use dask's own map_blocks",
 }
+# Types with a dtype and a shape whose values are in memory: they become their values.
+_IN_MEMORY = ("pandas", "xarray")
 
 
 @dataclass(frozen=True)
@@ -26,22 +29,27 @@ class Inputs:
 
     Attributes
     ----------
-    arrays : list of ndarray
-        Base-class arrays.
+    arrays : list of array
+        Base-class ndarrays; or array-likes (zarr arrays, for example) that are read by range.
     axes : list of int
         The mapped axis of each, not negative.
     n_items : int
         Their common length.
     """
 
-    arrays: list[np.ndarray]
+    arrays: list[Any]
     axes: list[int]
     n_items: int
 
     @property
+    def dtypes(self) -> list[np.dtype[Any]]:
+        """The dtype of each array."""
+        return [array.dtype for array in self.arrays]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all items."""
-        return sum(array.nbytes for array in self.arrays)
+        return sum(math.prod(array.shape) * array.dtype.itemsize for array in self.arrays)
 
     @property
     def item_nbytes(self) -> int:
@@ -51,16 +59,8 @@ class Inputs:
     @property
     def order(self) -> str:
         """Memory order for results: that of the first array, so that chunks stay contiguous."""
-        flags = self.arrays[0].flags
-        return "F" if flags.f_contiguous and not flags.c_contiguous else "C"
-
-    @property
-    def needs_threads(self) -> str:
-        """Why these arrays cannot go to processes; empty if they can."""
-        for array in self.arrays:
-            if array.dtype.hasobject:
-                return f"an array of dtype {array.dtype} cannot lie in shared memory"
-        return ""
+        flags = getattr(self.arrays[0], "flags", None)
+        return "F" if flags and flags.f_contiguous and not flags.c_contiguous else "C"
 
     def describe(self, start: int, stop: int) -> str:
         """A range in words."""
@@ -92,18 +92,6 @@ def check_inputs(arrays: Sequence[object], axis: object) -> Inputs:
     return Inputs([_without_wide_gaps(array) for array in checked], axes, lengths[0])
 
 
-def _without_wide_gaps(array: np.ndarray) -> np.ndarray:
-    """The array itself, or if it is mostly gaps, a copy without them.
-
-    Workers of every backend see the copy, so that what a function adds up over such a view does
-    not depend on the backend. Views of what is shared already stay as they are, in every
-    backend too.
-    """
-    if array.dtype.hasobject or not is_mostly_gaps(array) or locate(array) is not None:
-        return array
-    return without_gaps(array)
-
-
 def normalize_axis(axis: object, ndim: int, name: str) -> int:
     """`axis` counted from the front; `numpy.exceptions.AxisError` if there is none such."""
     value = as_integer(axis, name, "an integer")
@@ -123,12 +111,12 @@ def check_extras(args: object, kwargs: object) -> tuple[tuple[Any, ...], dict[st
     return tuple(args), dict(kwargs)
 
 
-def check_callable(func: object) -> None:
+def check_callable(func: object, name: str = "func") -> None:
     """An error if `func` cannot be called."""
     if not callable(func):
+        remedy = "; the function comes first, then the data" if name == "func" else ""
         raise TypeError(
-            f"func must be callable, got an object of type {type(func).__name__}; the function "
-            "comes first, then the data"
+            f"{name} must be callable, got an object of type {type(func).__name__}{remedy}"
         )
 
 
@@ -140,22 +128,29 @@ def read_only(value: Any) -> Any:
     return value
 
 
-def _as_array(value: object, number: int) -> np.ndarray:
+def _as_array(value: object, number: int) -> Any:
     which = f"array {number}"
+    if type(value) is np.ndarray and value.ndim:
+        return value
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{which} is a masked array, whose mask would be lost: pass X.filled(value), or map "
             "over X.data and numpy.ma.getmaskarray(X) together"
         )
-    module = type(value).__module__
     for prefix, remedy in _LOSSY.items():
-        if module == prefix or module.startswith(prefix + "."):
+        if _is_from(value, (prefix,)):
             raise TypeError(f"{which} is {remedy}")
     if isinstance(value, (str, bytes, os.PathLike)):
-        raise TypeError(
-            f"{which} is {value!r}: pass numpy.load(path, mmap_mode='r') for a file of an array"
-        )
-    array = np.asarray(value)
+        if isinstance(value, bytes) or not os.fspath(value).endswith(".npy"):
+            raise TypeError(
+                f"{which} is {value!r}: a path must end in .npy; open other files first, and pass "
+                "the array"
+            )
+        array: Any = load(value)
+    elif _is_read_by_range(value):
+        array = value
+    else:
+        array = _in_memory(value, which)
     if array.ndim == 0:
         raise TypeError(
             f"{which} has no axis to map over: {type(value).__name__} is 0-dimensional as an "
@@ -163,3 +158,45 @@ def _as_array(value: object, number: int) -> np.ndarray:
             "other sequences"
         )
     return array
+
+
+def _in_memory(value: object, which: str) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        if isinstance(value, Iterable):
+            error.add_note(
+                f"{which} could not become an array (its items have different lengths?); use "
+                "mapper(func, items) for sequences that are no array"
+            )
+        raise
+
+
+def _is_from(value: object, prefixes: Iterable[str]) -> bool:
+    module = type(value).__module__
+    return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _is_read_by_range(value: object) -> bool:
+    """Whether a value is like an array but not in memory: zarr, HDF5, and the like."""
+    return (
+        not isinstance(value, (np.ndarray, np.generic))
+        and isinstance(getattr(value, "dtype", None), np.dtype)
+        and isinstance(getattr(value, "shape", None), tuple)
+        and hasattr(value, "ndim")
+        and hasattr(value, "__getitem__")
+        and not hasattr(value, "__array_interface__")
+        and not _is_from(value, _IN_MEMORY)
+    )
+
+
+def _without_wide_gaps(array: Any) -> Any:
+    """The array itself, or if it is mostly gaps, a copy without them.
+
+    Workers of every backend see the copy, so that what a function adds up over such a view does
+    not depend on the backend. Views of what is shared already stay as they are, in every
+    backend too.
+    """
+    if not isinstance(array, np.ndarray) or array.dtype.hasobject or not is_mostly_gaps(array):
+        return array
+    return array if located(array) else without_gaps(array)

@@ -1,43 +1,30 @@
-"""`map_array`: chunks in, chunks out, results in place."""
+"""`map_array`, `map_items` and `map_chunks`: the verbs whose results stand item by item."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from time import monotonic_ns
 from typing import Any
 
-import numpy as np
-
-from taskcarrier.arrays.inputs import (
-    Inputs,
-    check_callable,
-    check_extras,
-    check_inputs,
-    read_only,
-)
-from taskcarrier.arrays.outputs import (
-    DisagreementError,
-    LocalAllocation,
-    SharedAllocation,
-    Sink,
-    Spec,
-    check_out_axis,
-)
-from taskcarrier.arrays.sources import Source, sources_for_processes, sources_here
-from taskcarrier.backends.choice import Choice
-from taskcarrier.backends.work import NOTHING, Call, Failure
-from taskcarrier.partition import Grid, check_chunksize, chunk_grid
-from taskcarrier.running import (
-    Outcome,
-    Settings,
-    decide,
-    died_error,
-    execute,
-    raise_failure,
-)
+from taskcarrier.arrays.calls import ArrayCall, check_on_error
+from taskcarrier.arrays.casting import Fill
+from taskcarrier.arrays.options import documented
+from taskcarrier.arrays.outputs import check_out_axis
+from taskcarrier.arrays.targets import Targets, check_targets
+from taskcarrier.arrays.tasks import Fault
+from taskcarrier.running import Settings
 
 
+class _Unset:
+    """Says in a signature that nothing was passed, where None would be a value."""
+
+    def __repr__(self) -> str:
+        return "<unset>"
+
+
+UNSET = _Unset()
+
+
+@documented
 def map_array(
     func: Callable[..., Any],
     *arrays: Any,
@@ -46,15 +33,23 @@ def map_array(
     n_jobs: int | None = None,
     backend: str | None = None,
     chunksize: int | None = None,
+    out: Any = None,
+    dtype: Any = None,
     out_axis: int | tuple[int, ...] | None = None,
+    depth: int = 0,
+    boundary: str = "reflect",
+    cval: Any = 0.0,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     writable: bool = False,
+    on_error: str = "raise",
+    fill_value: Any = UNSET,
 ) -> Any:
     """Map a function over chunks of arrays on every core, results in place.
 
     Equals ``func(*arrays, *args, **kwargs)`` for every function that treats the positions
-    along `axis` independently.
+    along `axis` independently; with `depth`, for every function that looks no further than so
+    many positions.
 
     What is demanded of `func`: it takes one chunk of each array (the axis kept, so a chunk
     has as many axes as its array), it returns an array of the same length along the mapped
@@ -68,47 +63,29 @@ def map_array(
     func : callable
         Called as ``func(chunk, ..., *args, **kwargs)``. It may return a tuple of arrays, which
         gives a tuple of results.
-    *arrays : array_like
-        One or several arrays of equal length along the mapped axis, of any layout and dtype.
-        Threads see views of them. Processes see views of what is shared already (results of
-        an earlier map in processes) and read other arrays range by range. Subclasses are taken
-        as base-class arrays.
-    axis : int or tuple of int, default 0
-        The mapped axis; a tuple has one for each array.
-    balance : {"static", "dynamic"}, default "static"
-        How ranges are shared out. Static: each worker has one contiguous run of them, best
-        when all take alike. Dynamic: the next range goes to whoever is free, best when times
-        differ; taking one costs about a microsecond. Results are the same.
-    n_jobs : int, optional
-        Workers. Default: what an active `joblib.parallel_config` says, else all cores this
-        process may use. Negative numbers count from all cores (-1) down, as in joblib. With 1
-        the function runs in the caller.
-    backend : {"sequential", "threading", "loky", "multiprocessing"}, optional
-        Where workers run: in the caller, in threads, or in processes (the last two words).
-        Default: what an active `joblib.parallel_config` says, else threads when `func` is
-        known to release the GIL (a ufunc, a numba function compiled with ``nogil=True``) or
-        the data cannot leave the process (Python objects), else processes.
-    chunksize : int, optional
-        Items for each range, the last may be shorter. It is part of the computation where an
-        item's arithmetic depends on its neighbours in the call. Default: about 1 MiB of input,
-        but at least 32 to 128 (by size) and at most 4096 ranges; it depends on shape and dtype
-        only.
-    out_axis : int or tuple of int, optional
-        Where the mapped axis stands in what `func` returns, and so in the result. Default:
-        `axis`. A tuple has one for each output.
-    args : tuple, optional
-        Further positional arguments, the same for every call; arrays in it are read-only.
-    kwargs : dict, optional
-        Keyword arguments, likewise.
-    writable : bool, default False
-        Whether `func` gets private copies of the chunks, which it may overwrite. The caller's
-        arrays never change.
+    {arrays}
+    {axis}
+    {balance}
+    {n_jobs}
+    {backend}
+    {chunksize}
+    {out}
+    {dtype}
+    {out_axis}
+    {depth}
+    {boundary}
+    {cval}
+    {args}
+    {kwargs}
+    {writable}
+    {on_error}
+    {fill_value}
 
     Returns
     -------
     ndarray or tuple of ndarray
-        Ordinary writable arrays. After a map in processes they lie in shared memory: another
-        map over them copies nothing.
+        `out` where it was given (for a path: the file, mapped), else ordinary writable arrays.
+        After a map in processes they lie in shared memory: another map over them copies nothing.
 
     Raises
     ------
@@ -136,169 +113,234 @@ def map_array(
            [-1.,  0.,  1.],
            [-1.,  0.,  1.]])
     """
-    return mapped(
-        Settings.of_call(balance, n_jobs, backend),
+    settings = Settings.of_call(balance, n_jobs, backend)
+    rule = check_on_error(on_error)
+    call = ArrayCall.checked(
+        settings,
         func,
         arrays,
         axis=axis,
         chunksize=chunksize,
-        out_axis=out_axis,
         args=args,
         kwargs=kwargs,
         writable=writable,
+        depth=depth,
+        boundary=boundary,
+        cval=cval,
+        collects=rule != "raise",
     )
+    where = check_out_axis(out_axis, axis)
+    targets = check_targets(out, dtype, where, call.inputs, call.extras)
+    return _in_place(call, where, targets, rule, fill_value, promotes=False)
 
 
-def mapped(
-    settings: Settings,
+@documented
+def map_items(
     func: Callable[..., Any],
-    arrays: tuple[Any, ...],
-    *,
-    axis: int | tuple[int, ...],
-    chunksize: int | None,
-    out_axis: int | tuple[int, ...] | None,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
-    writable: bool,
+    *arrays: Any,
+    axis: int | tuple[int, ...] = 0,
+    balance: str = "static",
+    n_jobs: int | None = None,
+    backend: str | None = None,
+    chunksize: int | None = None,
+    out: Any = None,
+    dtype: Any = None,
+    out_axis: int | tuple[int, ...] = 0,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    writable: bool = False,
+    on_error: str = "raise",
+    fill_value: Any = UNSET,
 ) -> Any:
-    """`map_array` with checked settings, for functions and mappers."""
-    started_ns = monotonic_ns()
-    check_callable(func)
-    inputs = check_inputs(arrays, axis)
-    extra_args, extra_kwargs = check_extras(args, kwargs)
-    where_out = check_out_axis(out_axis, axis)
-    grid = chunk_grid(inputs.n_items, inputs.item_nbytes, check_chunksize(chunksize))
-    if inputs.n_items == 0:
-        choice = Choice("sequential", 1, "there is nothing to map")
-    else:
-        choice = decide(settings, func, inputs.needs_threads)
-    allocation: LocalAllocation | SharedAllocation
-    if choice.backend == "loky":
-        staging = settings.staging()
-        sources = sources_for_processes(inputs, grid, staging)
-        segment = settings.segment(inputs.nbytes)
-        allocation = SharedAllocation(segment, inputs.n_items, inputs.order)
-    else:
-        staging = None
-        sources = sources_here(inputs)
-        allocation = LocalAllocation(inputs.n_items, inputs.order)
-    task = _ChunkTask(
-        Call(func, extra_args, extra_kwargs),
-        sources,
-        allocation,
-        where_out,
-        bool(writable),
+    """Map a function over the items of arrays on every core, results stacked.
+
+    Equals ``np.stack([func(x, ..., *args, **kwargs) for x, ... in zip(*arrays)], out_axis)``,
+    the items taken along `axis`.
+
+    What is demanded of `func`: it takes one item of each array (the axis removed: a scalar of
+    NumPy's for a one-dimensional array) and returns a number or an array, of the same shape for
+    every item. Values of different dtypes promote as `numpy.stack` promotes them. It is called
+    once for each item, in any order, in other threads or processes. Items and arrays in `args`
+    and `kwargs` are read-only. For processes it must be picklable; functions of ``__main__``,
+    lambdas and closures are.
+
+    Parameters
+    ----------
+    func : callable
+        Called as ``func(item, ..., *args, **kwargs)``. It may return a tuple of values, which
+        gives a tuple of results.
+    {arrays}
+    {axis}
+    {balance}
+    {n_jobs}
+    {backend}
+    {item_chunksize}
+    {out}
+    {dtype}
+    out_axis : int or tuple of int, default 0
+        The axis of the result along which items are stacked, as in `numpy.stack`. A tuple has
+        one for each output.
+    {args}
+    {kwargs}
+    {writable}
+    {on_error}
+    {fill_value}
+
+    Returns
+    -------
+    ndarray or tuple of ndarray
+        `out` where it was given (for a path: the file, mapped), else ordinary writable arrays.
+        Without items `func` is not called, and the result has shape ``(0,)``.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Bad arguments, before anything is started; values of different shapes, or that are no
+        arrays or numbers (``dtype=object`` collects any object).
+    WorkerDiedError
+        A worker process died; says which, how and on which range.
+    Exception
+        Whatever `func` raises, with a note that names the item.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from taskcarrier import map_items
+    >>> map_items(lambda row: row.max() - row.min(), np.arange(6).reshape(2, 3), n_jobs=2)
+    array([2, 2])
+    """
+    settings = Settings.of_call(balance, n_jobs, backend)
+    rule = check_on_error(on_error)
+    call = ArrayCall.checked(
+        settings,
+        func,
+        arrays,
+        axis=axis,
+        chunksize=chunksize,
+        args=args,
+        kwargs=kwargs,
+        writable=writable,
+        by_item=True,
+        collects=rule != "raise",
     )
-    outcome = execute(task, grid, choice, settings, started_ns=started_ns, staging=staging)
-    spec = _agreed_spec(outcome, inputs, grid)
-    raise_failure(outcome, grid, inputs.describe)
-    results = None if spec is None else _unwrapped(allocation.collect(spec), spec)
-    if outcome.deaths:
-        results = _partial(outcome, spec, results, grid)
-        if outcome.missing:
-            raise died_error(outcome, grid, inputs.describe, outcome.missing, results)
-    return results
+    where = check_out_axis(out_axis, 0)
+    targets = check_targets(out, dtype, where, call.inputs, call.extras)
+    if call.inputs.n_items == 0:
+        call = call.calling(lambda *_: targets.like_nothing())
+    return _in_place(call, where, targets, rule, fill_value, promotes=not targets.knows_dtypes)
 
 
-@dataclass(frozen=True)
-class _ChunkTask:
-    """`func` on a chunk of every array, as a task."""
+@documented
+def map_chunks(
+    func: Callable[..., Any],
+    *arrays: Any,
+    axis: int | tuple[int, ...] = 0,
+    balance: str = "static",
+    n_jobs: int | None = None,
+    backend: str | None = None,
+    chunksize: int | None = None,
+    depth: int = 0,
+    boundary: str = "reflect",
+    cval: Any = 0.0,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    writable: bool = False,
+    on_error: str = "raise",
+) -> Any:
+    """Call a function with every chunk of arrays, on every core; a list of what it returns.
 
-    call: Call
-    sources: list[Source]
-    allocation: LocalAllocation | SharedAllocation
-    out_axis: int | tuple[int, ...]
-    writable: bool
+    What is demanded of `func`: it takes one chunk of each array (the axis kept). It may return
+    anything; from processes what it returns comes pickled. It is called once for each range, in
+    any order, in other threads or processes. Chunks and arrays in `args` and `kwargs` are
+    read-only. For processes it must be picklable; functions of ``__main__``, lambdas and closures
+    are.
 
-    def open(self) -> _Chunks:
-        return _Chunks(self)
+    Parameters
+    ----------
+    func : callable
+        Called as ``func(chunk, ..., *args, **kwargs)``.
+    {arrays}
+    {axis}
+    {balance}
+    {n_jobs}
+    {backend}
+    {chunksize}
+    {depth_uncut}
+    {boundary}
+    {cval}
+    {args}
+    {kwargs}
+    {writable}
+    {collect_on_error}
 
+    Returns
+    -------
+    list
+        What `func` returned, in the order of the ranges. An array without items has one range,
+        the empty one.
 
-class _Chunks:
-    """A `_ChunkTask` opened in one worker."""
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Bad arguments, before anything is started.
+    WorkerDiedError
+        A worker process died; says which, how and on which range.
+    Exception
+        Whatever `func` raises, with a note that names the range.
 
-    def __init__(self, task: _ChunkTask) -> None:
-        call = task.call
-        self._func = call.func
-        if call.args or call.kwargs:
-            args = tuple(read_only(value) for value in call.args)
-            kwargs = {name: read_only(value) for name, value in call.kwargs.items()}
-            self._func = lambda *chunks: call.func(*chunks, *args, **kwargs)
-        self._readers = [source.open() for source in task.sources]
-        self._writable = task.writable
-        self._sink = Sink(task.allocation, task.out_axis)
-
-    def __call__(self, start: int, stop: int) -> Any:
-        chunks = [read(start, stop) for read in self._readers]
-        if self._writable:
-            chunks = [chunk.copy(order="K") for chunk in chunks]
-        try:
-            result = self._func(*chunks)
-        except ValueError as error:
-            if not self._writable and "read-only" in str(error):
-                error.add_note("chunks are read-only; pass writable=True for private copies")
-            raise
-        self._sink.place(start, stop, result)
-        return NOTHING
-
-    def facts(self) -> tuple[int, Spec] | None:
-        """Where this worker's first result came from, and what it was like."""
-        return self._sink.first
-
-    def signature(self) -> int:
-        """Tells workers with different results apart."""
-        return 0 if self._sink.first is None else self._sink.first[1].signature
-
-
-def _partial(outcome: Outcome, spec: Spec | None, results: Any, grid: Grid) -> Any:
-    """What is right in the results of a run with deaths; all else is missing.
-
-    A dead worker cannot say any more what its results were like, but it has left a number.
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from taskcarrier import map_chunks
+    >>> map_chunks(np.ndarray.tolist, np.arange(5), chunksize=2, n_jobs=2)
+    [[0, 1], [2, 3], [4]]
     """
-    signatures = {death.signature for death in outcome.deaths} - {0}
-    if spec is None or signatures - {spec.signature}:
-        outcome.missing = list(range(len(grid)))
-        return None
-    return results
+    settings = Settings.of_call(balance, n_jobs, backend)
+    rule = check_on_error(on_error, ("raise", "collect"))
+    call = ArrayCall.checked(
+        settings,
+        func,
+        arrays,
+        axis=axis,
+        chunksize=chunksize,
+        args=args,
+        kwargs=kwargs,
+        writable=writable,
+        depth=depth,
+        boundary=boundary,
+        cval=cval,
+        collects=rule == "collect",
+    )
+    results, faults = call.returned()
+    ordered = [results.get(call.grid.bounds(cell)[0]) for cell in range(len(call.grid))]
+    return (ordered, _failed_ranges(faults)) if rule == "collect" else ordered
 
 
-def _agreed_spec(outcome: Outcome, inputs: Inputs, grid: Grid) -> Spec | None:
-    """What all results are like; where they differ, a failure of the lowest cell that does.
-
-    The reference is the lowest cell that has a result. Under dynamic balance and in the
-    caller, both that cell and the lowest one that differs from it are the same on every run.
-    """
-    firsts = [
-        (*account.facts, account.name) for account in outcome.accounts if account.facts is not None
-    ]
-    if not firsts:
-        return None
-    reference: Spec
-    reference_start, reference, _ = min(firsts, key=lambda first: first[0])
-    failures = [
-        Failure(start // grid.chunksize, DisagreementError(spec), name)
-        for start, spec, name in firsts
-        if spec != reference
-    ]
-    failures += [
-        failure
-        for failure in outcome.failures
-        if not (isinstance(failure.error, DisagreementError) and failure.error.spec == reference)
-    ]
-    outcome.failures = sorted(failures, key=lambda failure: failure.cell)
-    for failure in outcome.failures:
-        if isinstance(failure.error, DisagreementError):
-            start, stop = grid.bounds(failure.cell)
-            first_start, first_stop = grid.bounds(reference_start // grid.chunksize)
-            failure.error = ValueError(
-                f"func returned {failure.error.spec.describe(stop - start)} for axis "
-                f"{inputs.axes[0]}, items {start}:{stop}, but "
-                f"{reference.describe(first_stop - first_start)} for items "
-                f"{first_start}:{first_stop}; it must return the same dtype and the same shape "
-                "but for the mapped axis for every chunk (for example with .astype)"
-            )
-    return reference
+def _in_place(
+    call: ArrayCall,
+    out_axis: int | tuple[int, ...],
+    targets: Targets,
+    rule: str,
+    fill_value: object,
+    *,
+    promotes: bool,
+) -> Any:
+    fill = Fill(fill_value is not UNSET, fill_value, rule == "fill")
+    if fill.is_given and rule == "raise":
+        raise ValueError("fill_value has no meaning unless on_error is 'fill' or 'collect'")
+    for dtype in targets.known_dtypes:
+        fill.of(dtype)
+    result, faults = call.in_place(out_axis, targets, promotes=promotes, fill=fill)
+    if rule == "collect":
+        return result, _failed_ranges(faults)
+    if result is None:
+        error = faults[0][2]
+        error.add_note("every item failed, so the shape of the result is not known")
+        raise error
+    return result
 
 
-def _unwrapped(arrays: list[np.ndarray], spec: Spec) -> Any:
-    return tuple(arrays) if spec.several else arrays[0]
+def _failed_ranges(faults: list[Fault]) -> list[Any]:
+    from taskcarrier.errors import FailedRange  # noqa: PLC0415  # slow, and rarely needed
+
+    return [FailedRange(*fault) for fault in faults]

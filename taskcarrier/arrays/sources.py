@@ -14,10 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from taskcarrier import caller_memory
+from taskcarrier.arrays.files import located
+from taskcarrier.arrays.halos import Halo
 from taskcarrier.arrays.inputs import Inputs, read_only
+from taskcarrier.blocks import Blocks
 from taskcarrier.layout import address_of, byte_bounds
 from taskcarrier.partition import Grid
-from taskcarrier.segments import SharedView, Staging, locate
+from taskcarrier.segments import SharedView, Staging
 
 Reader = Callable[[int, int], np.ndarray]
 """Takes ``(start, stop)``, returns those items, axis kept."""
@@ -86,11 +89,12 @@ class CallerSource:
         """Bytes from the first to the last of so many items."""
         return self.item_nbytes + (n_items - 1) * abs(self.strides[self.axis])
 
-    def is_worth_it(self, grid: Grid) -> bool:
-        """Whether reading it cell by cell reads little twice."""
+    def is_worth_it(self, grid: Grid, depth: int) -> bool:
+        """Whether reading it cell by cell, with so many neighbours, reads little twice."""
         whole = self.nbytes_of(grid.n_items)
         stride = abs(self.strides[self.axis])
-        in_cells = len(grid) * (self.item_nbytes - stride) + grid.n_items * stride
+        in_cells = len(grid) * (self.item_nbytes + (2 * depth - 1) * stride)
+        in_cells += grid.n_items * stride
         return whole <= _WHOLE_NBYTES or in_cells <= whole + whole // 4
 
     def open(self) -> Reader:  # noqa: D102  # as in Source
@@ -109,30 +113,116 @@ class CallerSource:
         return np.ndarray(shape, self.dtype, memory, begin + first - low, strides)
 
 
-def sources_here(inputs: Inputs) -> list[Source]:
+@dataclass(frozen=True)
+class ArrayLikeSource:
+    """Something like an array that is not in memory, read by range in every worker."""
+
+    array: Any
+    axis: int
+
+    def open(self) -> Reader:  # noqa: D102  # as in Source
+        before = (slice(None),) * self.axis
+        array = self.array
+        return lambda start, stop: read_only(np.asarray(array[(*before, slice(start, stop))]))
+
+
+@dataclass(frozen=True)
+class PickledSource:
+    """An array of Python objects, pickled by cells of the grid into shared memory."""
+
+    blocks: Blocks
+    chunksize: int
+    axis: int
+
+    def open(self) -> Reader:  # noqa: D102  # as in Source
+        block = self.blocks.open()
+
+        def read(start: int, stop: int) -> np.ndarray:
+            first, last = start // self.chunksize, -(-stop // self.chunksize)
+            cells = [block(cell) for cell in range(first, last)]
+            whole = cells[0] if len(cells) == 1 else np.concatenate(cells, axis=self.axis)
+            skip = first * self.chunksize
+            return LocalSource(whole, self.axis).open()(start - skip, stop - skip)
+
+        return read
+
+
+@dataclass(frozen=True)
+class HaloSource:
+    """Another source, read with neighbours."""
+
+    inner: Source
+    axis: int
+    halo: Halo
+
+    def open(self) -> Reader:  # noqa: D102  # as in Source
+        read, axis, halo = self.inner.open(), self.axis, self.halo
+        return lambda start, stop: halo.read(read, axis, start, stop)
+
+
+def sources_here(inputs: Inputs, halo: Halo | None) -> list[Source]:
     """Sources for workers in this process."""
-    return [LocalSource(*pair) for pair in zip(inputs.arrays, inputs.axes, strict=True)]
-
-
-def sources_for_processes(inputs: Inputs, grid: Grid, staging: Staging) -> list[Source]:
-    """Sources for worker processes: shared arrays as they are, others read or copied once.
-
-    `inputs` must live as long as the run: workers may read from its arrays.
-    """
-    sources: list[Source | None] = []
-    to_stage = []
-    for array, axis in zip(inputs.arrays, inputs.axes, strict=True):
-        read = CallerSource.of(array, axis)
-        if array.nbytes and locate(array) is None and read.is_worth_it(grid):
-            low, high = byte_bounds(array)
-            if caller_memory.readable(low, high):
-                staging.nbytes += high - low
-                sources.append(read)
-                continue
-        sources.append(None)
-        to_stage.append(array)
-    views = iter(staging.share(to_stage))
     return [
-        SharedSource(next(views), axis) if source is None else source
-        for source, axis in zip(sources, inputs.axes, strict=True)
+        _with_halo(
+            LocalSource(array, axis)
+            if isinstance(array, np.ndarray)
+            else ArrayLikeSource(array, axis),
+            axis,
+            halo,
+        )
+        for array, axis in zip(inputs.arrays, inputs.axes, strict=True)
     ]
+
+
+def sources_for_processes(
+    inputs: Inputs, grid: Grid, halo: Halo | None, staging: Staging
+) -> tuple[list[Source], list[str]]:
+    """Sources for worker processes, and what is worth saying about them.
+
+    What is shared already and what lies in a file is mapped, other arrays are read or copied
+    once. `inputs` must live as long as the run: workers may read from its arrays.
+    """
+    sources: dict[int, Source] = {}
+    to_stage: dict[int, np.ndarray] = {}
+    notes = []
+    depth = 0 if halo is None else halo.depth
+    for number, (array, axis) in enumerate(zip(inputs.arrays, inputs.axes, strict=True)):
+        if not isinstance(array, np.ndarray):
+            sources[number] = ArrayLikeSource(array, axis)
+            notes.append(f"array {number} is read by range in every worker")
+        elif array.dtype.hasobject:
+            sources[number] = _pickled(array, axis, grid, staging)
+            notes.append(f"array {number} has dtype {array.dtype}: it is pickled by range")
+        elif (view := located(array)) is not None:
+            sources[number] = SharedSource(view, axis)
+        elif _can_be_read(array, axis, grid, depth):
+            low, high = byte_bounds(array)
+            staging.nbytes += high - low
+            sources[number] = CallerSource.of(array, axis)
+        else:
+            to_stage[number] = array
+    views = staging.share(to_stage.values())
+    for number, view in zip(to_stage, views, strict=True):
+        sources[number] = SharedSource(view, inputs.axes[number])
+    return [_with_halo(sources[n], axis, halo) for n, axis in enumerate(inputs.axes)], notes
+
+
+def _with_halo(source: Source, axis: int, halo: Halo | None) -> Source:
+    return source if halo is None else HaloSource(source, axis, halo)
+
+
+def _can_be_read(array: np.ndarray, axis: int, grid: Grid, depth: int) -> bool:
+    return (
+        array.nbytes > 0
+        and CallerSource.of(array, axis).is_worth_it(grid, depth)
+        and caller_memory.readable(*byte_bounds(array))
+    )
+
+
+def _pickled(array: np.ndarray, axis: int, grid: Grid, staging: Staging) -> PickledSource:
+    read = LocalSource(array, axis).open()
+
+    def describe(start: int, stop: int) -> str:
+        return f"items {start}:{stop} of an array of dtype {array.dtype}"
+
+    return PickledSource(Blocks.pack(read, grid, staging, describe), grid.chunksize, axis)

@@ -106,7 +106,6 @@ def choose(
     facts: Facts,
     *,
     releases_gil: bool = False,
-    needs_threads: str = "",
 ) -> Choice:
     """Decide where a run takes place.
 
@@ -118,8 +117,6 @@ def choose(
         The state of the process.
     releases_gil : bool
         Whether the function is known to run without the interpreter's lock.
-    needs_threads : str
-        Why the data cannot go to processes; empty if it can.
 
     >>> choose(None, None, Facts(cores=4))
     Choice(backend='loky', n_jobs=4, reason='the default')
@@ -127,10 +124,8 @@ def choose(
     'the function releases the GIL'
     """
     workers = count_workers(n_jobs, facts)
-    where, reason = _where(backend, workers, facts, releases_gil, needs_threads)
+    where, reason = _where(backend, workers, facts, releases_gil)
     if where == "loky":
-        if needs_threads:
-            raise TypeError(f"{needs_threads}; pass backend='threading'")
         if not facts.has_processes:
             raise OSError("worker processes need Linux; pass backend='threading'")
         if facts.daemonic:
@@ -138,9 +133,7 @@ def choose(
     return Choice(where, 1 if where == "sequential" else workers, reason)
 
 
-def _where(
-    backend: str | None, workers: int, facts: Facts, releases_gil: bool, needs_threads: str
-) -> tuple[str, str]:
+def _where(backend: str | None, workers: int, facts: Facts, releases_gil: bool) -> tuple[str, str]:
     """The backend that is wanted, and why: what is asked for, else what suits best."""
     wanted = backend or _followed(facts)
     if facts.in_worker:
@@ -152,7 +145,6 @@ def _where(
     for applies, reason in (
         (releases_gil, "the function releases the GIL"),
         (not facts.has_gil, "the interpreter has no GIL"),
-        (bool(needs_threads), needs_threads),
         (not facts.has_processes, "worker processes need Linux"),
     ):
         if applies:
@@ -176,9 +168,8 @@ def _followed(facts: Facts) -> str | None:
 def releases_gil(func: Callable[..., Any]) -> bool:
     """Whether a function is known to run without the interpreter's lock.
 
-    True for ufuncs with loops over something else than Python objects (arrays of objects never
-    take them to processes anyway), and for numba functions compiled with ``nogil=True``. What a
-    Python function calls inside cannot be seen.
+    True for ufuncs with loops over something else than Python objects, and for numba functions
+    compiled with ``nogil=True``. What a Python function calls inside cannot be seen.
     """
     numpy: Any = sys.modules.get("numpy")
     if isinstance(func, numpy.ufunc):

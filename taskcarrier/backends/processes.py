@@ -56,7 +56,7 @@ from taskcarrier.backends.work import (
     mark_worker_process,
     work,
 )
-from taskcarrier.ledger import FileCursor, Ledger, ledger_nbytes
+from taskcarrier.ledger import FileAgreement, FileCursor, Ledger, ledger_nbytes
 from taskcarrier.segments import mappings_alive
 
 # Results that are not put in place travel in batches: when this many bytes or seconds have
@@ -144,14 +144,13 @@ class ProcessCrew:
         # What the user has set stays.
         allocator = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
         self._environment = inner_environment() | allocator
-        self._words_fd = os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC)
-        self._cursor_fd = FileCursor.create()
+        words_fd = os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC)
+        os.ftruncate(words_fd, ledger_nbytes(n))
+        self._fds = [words_fd, FileCursor.create(), FileAgreement.create()]
+        self._ledger = _ledger_over(*self._fds)
         memory_fd = caller_memory.opened()
-        fds = [self._words_fd, self._cursor_fd, memory_fd]
-        self._fds = [fd for fd in fds if fd is not None]
-        os.ftruncate(self._words_fd, ledger_nbytes(n))
-        words = mmap.mmap(self._words_fd, ledger_nbytes(n))
-        self._ledger = Ledger(memoryview(words).cast("q"), FileCursor(self._cursor_fd))
+        if memory_fd is not None:
+            self._fds.append(memory_fd)
         self._workers: dict[int, _Worker] = {}
 
     def _living(self, number: int) -> _Worker:
@@ -324,6 +323,11 @@ class _Run:
                 self._poll.unregister(fd)
 
 
+def _ledger_over(words_fd: int, cursor_fd: int, agreement_fd: int) -> Ledger:
+    words = memoryview(mmap.mmap(words_fd, 0)).cast("q")
+    return Ledger(words, FileCursor(cursor_fd), FileAgreement(agreement_fd))
+
+
 def _death(number: int, ended: tuple[_Worker, int | None], job: Job, ledger: Ledger) -> Death:
     worker, exitcode = ended
     n_cells = len(job.grid)
@@ -331,7 +335,7 @@ def _death(number: int, ended: tuple[_Worker, int | None], job: Job, ledger: Led
     done = -(-ledger.items_of(number) // job.grid.chunksize)
     planned = job.balance.planned(number, job.n_workers, n_cells)[done:]
     unstarted = planned[1:] if cell is not None else planned
-    return Death(number, worker.name, exitcode, cell, unstarted, ledger.signature(number))
+    return Death(number, worker.name, exitcode, cell, unstarted)
 
 
 @contextlib.contextmanager
@@ -359,12 +363,11 @@ def _worker_main(number: int, down: Connection, life: Connection) -> None:
     channel = Channel(socket.socket(fileno=os.dup(down.fileno())))
     down.close()
     with contextlib.suppress(EOFError, ConnectionResetError):
-        _, (words_fd, cursor_fd, *memory_fd) = channel.receive()
+        _, (words_fd, cursor_fd, agreement_fd, *memory_fd) = channel.receive()
         for fd in memory_fd:
             caller_memory.attach(fd)
-        words = mmap.mmap(words_fd, 0)
+        ledger = _ledger_over(words_fd, cursor_fd, agreement_fd)
         os.close(words_fd)
-        ledger = Ledger(memoryview(words).cast("q"), FileCursor(cursor_fd))
         while True:
             data, fds = channel.receive()
             _run_parcel(number, channel, ledger, data, fds)

@@ -39,15 +39,18 @@ class Cells(Protocol):
     def facts(self) -> Any:
         """Small, picklable things the caller must know when the worker is done."""
 
-    def signature(self) -> int:
-        """What the results so far are like, as a number that outlives the worker; 0 for nothing."""
+
+Agree = Callable[[bytes], bytes]
 
 
 class Task(Protocol):
     """Work on ``range(n)``, in a form that can travel."""
 
-    def open(self) -> Cells:
-        """Called once in each worker, before its first cell."""
+    def open(self, agree: Agree) -> Cells:
+        """Called once in each worker, before its first cell.
+
+        With `agree` workers settle on a value: it takes a proposal and returns the first of all.
+        """
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,6 @@ class Death:
     exitcode: int | None
     cell: int | None
     unstarted: range = field(default_factory=lambda: range(0))
-    signature: int = 0
 
 
 def text_of(error: BaseException) -> str:
@@ -145,7 +147,7 @@ def work(job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> Account:
     n_items, chunksize = job.grid.n_items, job.grid.chunksize
     ranges = items = busy_ns = 0
     try:
-        cells = job.task.open()
+        cells = job.task.open(ledger.agree)
         for cell in job.balance.cells(ledger, worker, job.n_workers, len(job.grid)):
             start = cell * chunksize
             stop = start + chunksize
@@ -157,8 +159,6 @@ def work(job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> Account:
                     deliver(cell, result)
             finally:
                 busy_ns += monotonic_ns() - begin
-            if ranges == 0 and ledger.outlives_workers:
-                ledger.sign(worker, cells.signature())
             ledger.lay_down(worker, stop - start)
             ranges += 1
             items += stop - start

@@ -24,14 +24,11 @@ class Calls:
     def __init__(self, call):
         self.call = call
 
-    def open(self):
+    def open(self, agree):
         return self
 
     def __call__(self, start, stop):
         return self.call.func()
-
-    def signature(self):
-        return 0
 
     def facts(self):
         return None

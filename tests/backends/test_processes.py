@@ -31,21 +31,18 @@ class Calls:
     def __init__(self, call):
         self.call = call
 
-    def open(self):
+    def open(self, agree):
         return self
 
     def __call__(self, start, stop):
         return self.call.func(start, stop, *self.call.args)
-
-    def signature(self):
-        return 0
 
     def facts(self):
         return os.getpid()
 
 
 class Unopenable(Calls):
-    def open(self):
+    def open(self, agree):
         raise OSError("cannot be opened")
 
 

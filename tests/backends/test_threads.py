@@ -30,14 +30,11 @@ class Calls:
     def __init__(self, func):
         self.func = func
 
-    def open(self):
+    def open(self, agree):
         return self
 
     def __call__(self, start, stop):
         return self.func(start, stop)
-
-    def signature(self):
-        return 0
 
     def facts(self):
         return threading.current_thread().name
@@ -144,7 +141,7 @@ class TestInside:
         seen = []
 
         class Guard:
-            def open(self):
+            def open(self, agree):
                 return self
 
             def __enter__(self):

@@ -26,7 +26,7 @@ class Script:
         self.calls = []
         self.opened = 0
 
-    def open(self):
+    def open(self, agree):
         self.opened += 1
         return self
 
@@ -39,15 +39,12 @@ class Script:
             step()
         return self.result(start, stop)
 
-    def signature(self):
-        return 0
-
     def facts(self):
         return list(self.calls)
 
 
 class Unopenable(Script):
-    def open(self):
+    def open(self, agree):
         raise self.steps["open"]
 
 
@@ -179,7 +176,7 @@ class TestInWorker:
         seen = []
 
         class Looking(Script):
-            def open(self):
+            def open(self, agree):
                 seen.append(in_worker())
                 return super().open()
 

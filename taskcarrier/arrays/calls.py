@@ -1,0 +1,270 @@
+"""One call over arrays, from its arguments to its results: what all verbs have in common."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from time import monotonic_ns
+from typing import Any
+
+from taskcarrier.arrays.casting import Fill
+from taskcarrier.arrays.halos import Halo, check_halo
+from taskcarrier.arrays.inputs import Inputs, check_callable, check_extras, check_inputs
+from taskcarrier.arrays.outputs import (
+    DisagreementError,
+    LocalAllocation,
+    Output,
+    Plan,
+    SharedAllocation,
+    Spec,
+)
+from taskcarrier.arrays.sources import sources_for_processes, sources_here
+from taskcarrier.arrays.targets import Targets
+from taskcarrier.arrays.tasks import ArrayTask, Fault, Parts
+from taskcarrier.backends.choice import Choice
+from taskcarrier.backends.work import Call, Failure
+from taskcarrier.partition import Grid, check_chunksize, chunk_grid, list_grid
+from taskcarrier.running import (
+    Outcome,
+    Settings,
+    decide,
+    died_error,
+    execute,
+    raise_failure,
+)
+
+ON_ERROR = ("raise", "collect", "fill")
+
+
+@dataclass
+class ArrayCall:
+    """A checked call: a function over ranges of arrays."""
+
+    settings: Settings
+    call: Call
+    inputs: Inputs
+    grid: Grid
+    halo: Halo | None
+    writable: bool
+    by_item: bool
+    collects: bool
+    started_ns: int
+
+    @classmethod
+    def checked(
+        cls,
+        settings: Settings,
+        func: Callable[..., Any],
+        arrays: tuple[Any, ...],
+        *,
+        axis: object,
+        chunksize: object,
+        args: object,
+        kwargs: object,
+        writable: object,
+        by_item: bool = False,
+        depth: object = 0,
+        boundary: object = "reflect",
+        cval: object = 0.0,
+        collects: bool = False,
+    ) -> ArrayCall:
+        """From the arguments of a verb, or an error that says what is wrong with them."""
+        started_ns = monotonic_ns()
+        check_callable(func)
+        inputs = check_inputs(arrays, axis)
+        extra_args, extra_kwargs = check_extras(args, kwargs)
+        size = check_chunksize(chunksize)
+        return cls(
+            settings,
+            Call(func, extra_args, extra_kwargs),
+            inputs,
+            list_grid(inputs.n_items, size)
+            if by_item
+            else chunk_grid(inputs.n_items, inputs.item_nbytes, size),
+            check_halo(depth, boundary, cval, inputs),
+            bool(writable),
+            by_item,
+            collects,
+            started_ns,
+        )
+
+    @property
+    def extras(self) -> tuple[Any, ...]:
+        """What else the function gets."""
+        return (*self.call.args, *self.call.kwargs.values())
+
+    def calling(self, func: Callable[..., Any]) -> ArrayCall:
+        """The same with a function of ours, which gets nothing but chunks."""
+        return replace(self, call=Call(func), by_item=False)
+
+    def in_place(
+        self,
+        out_axis: int | tuple[int, ...],
+        targets: Targets,
+        *,
+        promotes: bool,
+        fill: Fill,
+    ) -> tuple[Any, list[Fault]]:
+        """Run with results put in place; what the verb returns, and what failed."""
+        choice = self._choice()
+        is_shared = choice.backend == "loky"
+        try:
+            outputs = targets.outputs(shared=is_shared)
+            n_items, order = self.inputs.n_items, self.inputs.order
+            allocation: LocalAllocation | SharedAllocation
+            if is_shared:
+                segment = self.settings.segment(self.inputs.nbytes)
+                allocation = SharedAllocation(segment, n_items, order)
+            else:
+                allocation = LocalAllocation(n_items, order)
+            plan = Plan(allocation, n_items, out_axis, outputs, promotes, fill)
+            outcome, delivered = self._run(choice, plan)
+            spec = agreed_spec(outcome, self, promotes=promotes)
+            raise_failure(outcome, self.grid, self.inputs.describe)
+            return self._finished(outcome, delivered, plan, spec, targets)
+        finally:
+            targets.discard()
+
+    def _finished(
+        self,
+        outcome: Outcome,
+        delivered: list[Parts],
+        plan: Plan,
+        spec: Spec | None,
+        targets: Targets,
+    ) -> tuple[Any, list[Fault]]:
+        faults = self._faults(delivered)
+        strays = [result for parts in delivered for result in parts.results]
+        arrays = None
+        if spec is not None:
+            arrays = targets.filled(plan, spec, strays, [fault[:2] for fault in faults])
+        if outcome.deaths and outcome.missing:
+            partial = None
+            if arrays is not None and spec is not None:
+                partial = tuple(arrays) if spec.several else arrays[0]
+            raise died_error(outcome, self.grid, self.inputs.describe, outcome.missing, partial)
+        if arrays is None or spec is None:
+            return None, faults
+        return targets.finish(plan, spec, arrays), faults
+
+    def returned(self) -> tuple[dict[int, Any], list[Fault]]:
+        """Run with results for the caller: by the start of their range, and what failed."""
+        outcome, delivered = self._run(self._choice(), None)
+        raise_failure(outcome, self.grid, self.inputs.describe)
+        results = {start: result for parts in delivered for start, _, result in parts.results}
+        faults = self._faults(delivered)
+        done = results.keys() | {start for start, _, _ in faults}
+        cells = range(len(self.grid))
+        missing = [cell for cell in cells if self.grid.bounds(cell)[0] not in done]
+        if outcome.deaths and missing:
+            partial = [results.get(self.grid.bounds(cell)[0]) for cell in cells]
+            raise died_error(outcome, self.grid, self.inputs.describe, missing, partial)
+        return results, faults
+
+    def _choice(self) -> Choice:
+        if self.inputs.n_items == 0:
+            return Choice("sequential", 1, "there is nothing to map")
+        return decide(self.settings, self.call.func)
+
+    def _run(self, choice: Choice, plan: Plan | None) -> tuple[Outcome, list[Parts]]:
+        staging = None
+        notes: list[str] = []
+        if choice.backend == "loky":
+            staging = self.settings.staging()
+            sources, notes = sources_for_processes(self.inputs, self.grid, self.halo, staging)
+        else:
+            sources = sources_here(self.inputs, self.halo)
+        task = ArrayTask(
+            self.call,
+            sources,
+            self.inputs.axes,
+            self.by_item,
+            self.writable,
+            self.halo,
+            plan,
+            self.collects,
+            self._takes_objects(plan),
+        )
+        delivered: list[Parts] = []
+        outcome = execute(
+            task,
+            self.grid,
+            choice,
+            self.settings,
+            started_ns=self.started_ns,
+            staging=staging,
+            notes=notes,
+            deliver=lambda _, parts: delivered.append(parts),
+        )
+        return outcome, delivered
+
+    def _takes_objects(self, plan: Plan | None) -> bool:
+        """Whether items may give any object: those of object arrays, and where it is asked for."""
+        outputs = () if plan is None else plan.outputs
+        asked = (outputs,) if isinstance(outputs, Output) else outputs
+        dtypes = [*self.inputs.dtypes, *(output.dtype for output in asked)]
+        return any(dtype is not None and dtype.hasobject for dtype in dtypes)
+
+    def _faults(self, delivered: list[Parts]) -> list[Fault]:
+        faults = sorted(
+            (fault for parts in delivered for fault in parts.faults), key=lambda fault: fault[0]
+        )
+        for start, stop, error in faults:
+            error.add_note(f"while mapping {self.inputs.describe(start, stop)}")
+        return faults
+
+
+def agreed_spec(outcome: Outcome, call: ArrayCall, *, promotes: bool) -> Spec | None:
+    """What all results agree in; if some do not, the outcome has failures of those cells.
+
+    The reference is the lowest cell that has a result. Under dynamic balance and in the
+    caller, both that cell and the lowest one that differs from it are the same on every run.
+    """
+    firsts = [
+        (*account.facts, account.name) for account in outcome.accounts if account.facts is not None
+    ]
+    if not firsts:
+        return None
+    reference_start, reference, _ = min(firsts, key=lambda first: first[0])
+    failures = {
+        start // call.grid.chunksize: Failure(
+            start // call.grid.chunksize, DisagreementError(spec), name
+        )
+        for start, spec, name in firsts
+        if not reference.agrees(spec, promotes=promotes)
+    }
+    others = []
+    for failure in outcome.failures:
+        if isinstance(failure.error, DisagreementError):
+            if not reference.agrees(failure.error.spec, promotes=promotes):
+                failures.setdefault(failure.cell, failure)
+        else:
+            others.append(failure)
+    for failure in failures.values():
+        failure.error = _worded(failure, reference_start, reference, call)
+    outcome.failures = sorted([*failures.values(), *others], key=lambda failure: failure.cell)
+    return pickle.loads(outcome.agreed) if outcome.agreed else None
+
+
+def _worded(
+    failure: Failure, reference_start: int, reference: Spec, call: ArrayCall
+) -> BaseException:
+    assert isinstance(failure.error, DisagreementError)  # for the type checker
+    start, stop = call.grid.bounds(failure.cell)
+    first_start, first_stop = call.grid.bounds(reference_start // call.grid.chunksize)
+    return ValueError(
+        f"func returned {failure.error.spec.describe(stop - start)} for axis "
+        f"{call.inputs.axes[0]}, items {start}:{stop}, but "
+        f"{reference.describe(first_stop - first_start)} for items "
+        f"{first_start}:{first_stop}; it must return the same dtype and the same shape "
+        "but for the mapped axis for every chunk (for example with .astype, or pass dtype=)"
+    )
+
+
+def check_on_error(on_error: object, allowed: tuple[str, ...] = ON_ERROR) -> str:
+    """`on_error` as the user may pass it."""
+    if not isinstance(on_error, str) or on_error not in allowed:
+        words = ", ".join(map(repr, allowed))
+        raise ValueError(f"on_error must be one of {words}, got {on_error!r}")
+    return on_error

@@ -1,0 +1,124 @@
+"""The options that the verbs share, each described once, and put into their docstrings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DESCRIPTIONS = """
+*arrays : array_like
+    One or several arrays of equal length along the mapped axis, of any layout and dtype. Paths
+    that end in ``.npy`` and memmaps are mapped by the workers and never copied; arrays from
+    `share`, `empty` and `load`, results of earlier maps in processes, and views of all of these
+    neither. Other arrays are seen as views by threads, and read range by range by processes.
+    zarr arrays and the like (a ``dtype``, a ``shape``, slicing) are read by range in every
+    worker. pandas and xarray objects become their values, subclasses of ndarray base-class
+    arrays (a unit, for example, is lost). Arrays of Python objects are pickled by range for
+    processes.
+axis : int or tuple of int, default 0
+    The mapped axis; a tuple has one for each array.
+balance : {"static", "dynamic"}, default "static"
+    How ranges are shared out. Static: each worker has one contiguous run of them, best
+    when all take alike. Dynamic: the next range goes to whoever is free, best when times
+    differ; taking one costs about a microsecond. Results are the same.
+n_jobs : int, optional
+    Workers. Default: what an active `joblib.parallel_config` says, else all cores this
+    process may use. Negative numbers count from all cores (-1) down, as in joblib. With 1
+    the function runs in the caller.
+backend : {"sequential", "threading", "loky", "multiprocessing"}, optional
+    Where workers run: in the caller, in threads, or in processes (the last two words).
+    Default: what an active `joblib.parallel_config` says, else threads when `func` is
+    known to release the GIL (a ufunc, a numba function compiled with ``nogil=True``), else
+    processes.
+chunksize : int, optional
+    Items for each range, the last may be shorter. It is part of the computation where an
+    item's arithmetic depends on its neighbours in the call. Default: about 1 MiB of input,
+    but at least 32 to 128 (by size) and at most 4096 ranges; it depends on shape and dtype
+    only.
+item_chunksize : int, optional
+    Items for each range that a worker takes, the last may be shorter. Results do not depend
+    on it. Default: about a thousand ranges in all.
+out : ndarray, memmap, path or tuple, optional
+    Where results go: an array of the right shape (any strides; results are cast to its dtype),
+    a memmap, or a path that ends in ``.npy``. A file is filled beside its place, under a name
+    with ``.part`` added, and renamed when it is complete. A tuple has one for each result. It
+    must not overlap with an input. After an error its contents are arbitrary; a file is not
+    there, or is as it was. Default: a new array.
+dtype : dtype or tuple, optional
+    What results are cast to. Floats are cast within their kind, integers when every value fits,
+    strings and dates when it is safe; else an error tells the value. A tuple has one for each
+    result. Default: what `func` returns.
+out_axis : int or tuple of int, optional
+    Where the mapped axis stands in what `func` returns, and so in the result. Default:
+    `axis`. A tuple has one for each output.
+depth : int, default 0
+    Items of neighbours on each side that come with every chunk, along the mapped axis; what
+    they become is cut off the result. With a depth of at least its reach, a local filter gives
+    what it gives on the whole array.
+depth_uncut : int, default 0
+    Items of neighbours on each side that come with every chunk, along the mapped axis.
+boundary : {"reflect", "nearest", "mirror", "wrap", "constant", "none"}, default "reflect"
+    What stands for neighbours beyond the ends of the array, in the words of `scipy.ndimage`;
+    ``"none"`` gives the chunks at the ends fewer of them. Without effect if `depth` is 0.
+cval : scalar, default 0.0
+    The value beyond the ends where `boundary` is ``"constant"``; a value of the arrays' dtype.
+args : tuple, optional
+    Further positional arguments, the same for every call; arrays in it are read-only, and
+    large ones are shared with processes, not sent to each.
+kwargs : dict, optional
+    Keyword arguments, likewise.
+writable : bool, default False
+    Whether `func` gets private copies, which it may overwrite. The caller's arrays never
+    change.
+on_error : {"raise", "collect", "fill"}, default "raise"
+    What becomes of an exception in `func`. Raise: the run ends with it. Collect: the run goes
+    on, and ``(result, failures)`` is returned, where ``failures`` is a list of
+    `FailedRange` ``(start, stop, error)`` in ascending order, and the result holds `fill_value`
+    there. Fill: the result alone. A range that fails is narrowed down to its failing items (by
+    calling `func` on halves of it), so what is missing does not depend on `chunksize`. Results
+    of a wrong shape or dtype are errors still, and so is a call in which no item succeeds (with
+    ``"collect"`` its result is None).
+collect_on_error : {"raise", "collect"}, default "raise"
+    What becomes of an exception in `func`. Raise: the run ends with it. Collect: the run goes
+    on, and ``(results, failures)`` is returned, where ``failures`` is a list of
+    `FailedRange` ``(start, stop, error)`` in ascending order, and ``results`` has None there.
+fill_value : scalar, optional
+    What stands where `func` failed; must be a value of the result's dtype. Default: NaN, NaT or
+    None; for ``"fill"`` with a dtype that has none of these it must be given.
+"""
+
+
+def _parsed(text: str) -> dict[str, str]:
+    """Each parameter's paragraph, by the name of its first word."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in text.strip().splitlines():
+        if not line.startswith(" "):
+            name = line.split(" ", 1)[0].lstrip("*")
+            line = f"{_WORDS.get(name, name)} {line.split(' ', 1)[1]}"  # noqa: PLW2901  # renamed
+        found[name] = f"{found[name]}\n{line}" if name in found else line
+    return found
+
+
+# Descriptions that differ between verbs, by the name of the parameter that they describe.
+_WORDS = {
+    "arrays": "*arrays",
+    "item_chunksize": "chunksize",
+    "depth_uncut": "depth",
+    "collect_on_error": "on_error",
+}
+DESCRIPTIONS = _parsed(_DESCRIPTIONS)
+
+
+def documented(verb: F) -> F:
+    """Put the shared descriptions into a docstring, where it says ``{name}`` on a line alone."""
+    if verb.__doc__:
+        lines = inspect.cleandoc(verb.__doc__).splitlines()
+        verb.__doc__ = "\n".join(
+            DESCRIPTIONS[line[1:-1]] if line.startswith("{") and line.endswith("}") else line
+            for line in lines
+        )
+    return verb

@@ -1,0 +1,128 @@
+"""`reduce_array`: partial results of chunks, folded in the order of the ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import Any
+
+from taskcarrier.arrays.calls import ArrayCall
+from taskcarrier.arrays.inputs import check_callable
+from taskcarrier.arrays.mapping import UNSET
+from taskcarrier.arrays.options import documented
+from taskcarrier.running import Settings
+
+
+@documented
+def reduce_array(
+    func: Callable[..., Any],
+    *arrays: Any,
+    combine: Callable[[Any, Any], Any],
+    initial: Any = UNSET,
+    axis: int | tuple[int, ...] = 0,
+    balance: str = "static",
+    n_jobs: int | None = None,
+    backend: str | None = None,
+    chunksize: int | None = None,
+    depth: int = 0,
+    boundary: str = "reflect",
+    cval: Any = 0.0,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    writable: bool = False,
+) -> Any:
+    """Reduce arrays on every core: a partial result for every chunk, folded in order.
+
+    Equals ``functools.reduce(combine, [func(chunk) for chunk in chunks])``. The fold goes from
+    the first range to the last, whoever was ready first, so the same call gives the same bits
+    with every number of workers, backend and balance. (Another `chunksize` may round
+    differently.)
+
+    What is demanded of `func`: it takes one chunk of each array (the axis kept) and returns a
+    partial result: anything, best something small. Of `combine`: it is associative, or the result
+    depends on `chunksize`; it is called in the caller, with two partial results, and may change
+    the first in place unless that is `initial`. The partial results of all ranges are held until
+    the last has come.
+
+    Parameters
+    ----------
+    func : callable
+        Called as ``func(chunk, ..., *args, **kwargs)``.
+    {arrays}
+    combine : callable
+        Called as ``combine(left, right)``, for example `operator.add` or `numpy.maximum`.
+    initial : object, optional
+        What the fold begins with. Default: the first partial result.
+    {axis}
+    {balance}
+    {n_jobs}
+    {backend}
+    {chunksize}
+    {depth_uncut}
+    {boundary}
+    {cval}
+    {args}
+    {kwargs}
+    {writable}
+
+    Returns
+    -------
+    object
+        What the last call of `combine` returned; with one range and no `initial`, what `func`
+        returned; for arrays without items `initial`, and neither is called.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Bad arguments, before anything is started; arrays without items and no `initial`.
+    WorkerDiedError
+        A worker process died; says which, how and on which range.
+    Exception
+        Whatever `func` or `combine` raises, with a note that names the range.
+
+    Examples
+    --------
+    >>> import operator
+    >>> import numpy as np
+    >>> from taskcarrier import reduce_array
+    >>> X = np.arange(6.0).reshape(3, 2)
+    >>> reduce_array(lambda rows: (rows**2).sum(axis=0), X, combine=operator.add, n_jobs=2)
+    array([20., 35.])
+    """
+    settings = Settings.of_call(balance, n_jobs, backend)
+    check_callable(combine, "combine")
+    call = ArrayCall.checked(
+        settings,
+        func,
+        arrays,
+        axis=axis,
+        chunksize=chunksize,
+        args=args,
+        kwargs=kwargs,
+        writable=writable,
+        depth=depth,
+        boundary=boundary,
+        cval=cval,
+    )
+    if call.inputs.n_items == 0:
+        if initial is UNSET:
+            raise ValueError(
+                "reduce_array of arrays without items needs initial= (shape "
+                f"{call.inputs.arrays[0].shape}, axis {call.inputs.axes[0]})"
+            )
+        return initial
+    partials, _ = call.returned()
+    starts = sorted(partials)
+
+    def fold(left: Any, start: int) -> Any:
+        try:
+            return combine(left, partials.pop(start))
+        except Exception as error:
+            where = call.inputs.describe(
+                start, min(start + call.grid.chunksize, call.inputs.n_items)
+            )
+            error.add_note(f"while combining the result of {where}")
+            raise
+
+    first = partials.pop(starts.pop(0)) if initial is UNSET else initial
+    return reduce(fold, starts, first)

@@ -1,0 +1,242 @@
+"""What a cell of an array run is: read chunks, call the function, put results in place.
+
+Two ways to call it (with chunks, with items) and two ways for results (in place, handed to the
+caller) make the four verbs. Where errors are collected, a range that fails is narrowed down to the
+items that fail, so that what is missing in the end does not depend on how the array was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+
+from taskcarrier.arrays.halos import Halo
+from taskcarrier.arrays.inputs import read_only
+from taskcarrier.arrays.outputs import Plan, Sink, Spec
+from taskcarrier.arrays.sources import Source
+from taskcarrier.arrays.stacking import stacked
+from taskcarrier.backends.work import NOTHING, Agree, Call
+
+Fault = tuple[int, int, BaseException]
+"""``(start, stop, error)`` of a range that failed."""
+
+
+@dataclass
+class Parts:
+    """What of a cell is for the caller.
+
+    Attributes
+    ----------
+    results : list of (int, int, object)
+        ``(start, stop, result)`` of ranges whose results were not put in place.
+    faults : list of (int, int, Exception)
+        ``(start, stop, error)`` of ranges that failed.
+    """
+
+    results: list[tuple[int, int, Any]]
+    faults: list[Fault]
+
+    def __reduce__(self) -> Any:
+        # Exceptions need care on their way to the caller.
+        from taskcarrier.backends.parcels import pack_error  # noqa: PLC0415  # loads joblib
+
+        packed = [(start, stop, pack_error(error)) for start, stop, error in self.faults]
+        return _unpacked_parts, (self.results, packed)
+
+
+def _unpacked_parts(
+    results: list[tuple[int, int, Any]], packed: list[tuple[int, int, bytes]]
+) -> Parts:
+    from taskcarrier.backends.parcels import unpack_error  # noqa: PLC0415  # loads joblib
+
+    return Parts(results, [(start, stop, unpack_error(error)) for start, stop, error in packed])
+
+
+@dataclass(frozen=True)
+class ArrayTask:
+    """`func` over ranges of arrays, as a task.
+
+    Attributes
+    ----------
+    call : Call
+        The function, and what it gets besides.
+    sources : list of Source
+        Where the items are.
+    axes : list of int
+        The mapped axis of each.
+    by_item : bool
+        Whether it is called with items; else with chunks.
+    writable : bool
+        Whether it gets private copies.
+    halo : Halo or None
+        Neighbours that come with a chunk, and are cut off its result.
+    plan : Plan or None
+        Where results go; None if they are for the caller.
+    collects : bool
+        Whether errors are collected; else the first one ends the run.
+    takes_objects : bool
+        Whether items may give any Python object.
+    """
+
+    call: Call
+    sources: list[Source]
+    axes: list[int]
+    by_item: bool
+    writable: bool
+    halo: Halo | None
+    plan: Plan | None
+    collects: bool
+    takes_objects: bool
+
+    def open(self, agree: Agree) -> _Chunks | _Items:  # noqa: D102  # as in Task
+        return (_Items if self.by_item else _Chunks)(self, agree)
+
+
+class _Cells:
+    """An `ArrayTask` opened in one worker."""
+
+    def __init__(self, task: ArrayTask, agree: Agree) -> None:
+        self._task = task
+        self._func = task.call.func
+        self._args = tuple(read_only(value) for value in task.call.args)
+        self._kwargs = {name: read_only(value) for name, value in task.call.kwargs.items()}
+        self._readers = [source.open() for source in task.sources]
+        self._sink = None if task.plan is None else Sink(task.plan, agree)
+        self._collects = task.collects
+
+    def __call__(self, start: int, stop: int) -> Any:
+        parts = Parts([], [])
+        if self._collects:
+            self._collect(start, stop, parts)
+        else:
+            self._keep(start, stop, self._computed(start, stop), parts)
+        return parts if parts.results or parts.faults else NOTHING
+
+    def _computed(self, start: int, stop: int) -> Any:
+        """What the function makes of a range; its errors are the user's."""
+        raise NotImplementedError
+
+    def _collect(self, start: int, stop: int, parts: Parts) -> None:
+        """Compute and keep a range; errors go to `parts`."""
+        raise NotImplementedError
+
+    def _keep(self, start: int, stop: int, result: Any, parts: Parts) -> None:
+        """Put a result in place, or add it to `parts`."""
+        if self._sink is None:
+            parts.results.append((start, stop, result))
+            return
+        halo = self._task.halo
+        margins = (0, 0) if halo is None else halo.margins(start, stop)
+        left = self._sink.place(start, stop, result, margins)
+        if left is not None:
+            parts.results.append((start, stop, left))
+
+    def _chunks(self, start: int, stop: int) -> list[np.ndarray]:
+        chunks = [read(start, stop) for read in self._readers]
+        if self._task.writable:
+            chunks = [chunk.copy(order="K") for chunk in chunks]
+        return chunks
+
+    def _explained(self, error: BaseException) -> None:
+        """Add what the user may want to know about an error of the function."""
+        if not self._task.writable and isinstance(error, ValueError) and "read-only" in str(error):
+            error.add_note("chunks are read-only; pass writable=True for private copies")
+
+    def facts(self) -> tuple[int, Spec] | None:
+        """Where this worker's first result came from, and what it was like."""
+        return None if self._sink is None else self._sink.first
+
+
+class _Chunks(_Cells):
+    """The function is called with chunks."""
+
+    def _computed(self, start: int, stop: int) -> Any:
+        chunks = self._chunks(start, stop)
+        try:
+            return self._func(*chunks, *self._args, **self._kwargs)
+        except ValueError as error:
+            self._explained(error)
+            raise
+
+    def _collect(self, start: int, stop: int, parts: Parts) -> None:
+        try:
+            result = self._computed(start, stop)
+        except Exception as error:  # noqa: BLE001  # the user's, collected as asked for
+            middle = (start + stop) // 2
+            if middle == start or self._sink is None:
+                parts.faults.append((start, stop, error))
+            else:
+                self._collect(start, middle, parts)
+                self._collect(middle, stop, parts)
+        else:
+            self._keep(start, stop, result, parts)
+
+
+class _Items(_Cells):
+    """The function is called with items, whose values are stacked."""
+
+    def __init__(self, task: ArrayTask, agree: Agree) -> None:
+        super().__init__(task, agree)
+        if self._kwargs:
+            func, kwargs = self._func, self._kwargs
+            self._func = lambda *args: func(*args, **kwargs)
+
+    def _values(self, start: int, stop: int) -> Iterator[Any]:
+        items = [
+            iter(chunk) if axis == 0 else iter(chunk.transpose(_first(axis, chunk.ndim)))
+            for chunk, axis in zip(self._chunks(start, stop), self._task.axes, strict=True)
+        ]
+        return map(self._func, *items, *map(repeat, self._args))
+
+    def _computed(self, start: int, stop: int) -> Any:
+        values: list[Any] = []
+        calls = self._values(start, stop)
+        try:
+            # On an error the values so far stay, so their number tells the item.
+            values.extend(calls)
+            _check_complete(values, stop - start)
+        except BaseException as error:
+            self._explained(error)
+            error.add_note(f"func failed on item {start + len(values)}")
+            raise
+        return self._stacked(values, start)
+
+    def _collect(self, start: int, stop: int, parts: Parts) -> None:
+        calls = self._values(start, stop)
+        while start < stop:
+            values: list[Any] = []
+            fault: list[Fault] = []
+            try:
+                values.extend(calls)
+                _check_complete(values, stop - start)
+            except Exception as error:  # noqa: BLE001  # the user's, collected as asked for
+                self._explained(error)
+                failed = start + len(values)
+                fault.append((failed, failed + 1, error))
+            if values:
+                end = start + len(values)
+                self._keep(start, end, self._stacked(values, start), parts)
+            parts.faults += fault
+            start += len(values) + len(fault)
+
+    def _stacked(self, values: list[Any], start: int) -> Any:
+        plan = self._task.plan
+        assert plan is not None  # for the type checker: items are always put in place
+        return stacked(values, start, plan.out_axis, takes_objects=self._task.takes_objects)
+
+
+def _check_complete(values: list[Any], n_items: int) -> None:
+    if len(values) < n_items:  # `list.extend` takes it for the end of the items
+        raise StopIteration("raised by func")
+
+
+def _first(axis: int, ndim: int) -> list[int]:
+    """The order of axes that brings one of them to the front."""
+    return [axis, *(other for other in range(ndim) if other != axis)]
+
+
+Deliver = Callable[[int, Parts], None]
