@@ -112,7 +112,7 @@ class Targets:
             here = [replace(one, place=None) for one in outputs]
             arrays = LocalAllocation(plan.n_items, "C").arrays(spec, here)
         dtypes = [
-            np.result_type(dtype, *(results[number].dtype for _, _, results in strays))
+            _promoted_dtype({dtype, *(results[number].dtype for _, _, results in strays)})
             for number, (dtype, _) in enumerate(spec.parts)
         ]
         arrays = [
@@ -165,6 +165,11 @@ class Targets:
         """Remove unfinished files."""
         for writer in self._writers.values():
             writer.discard()
+
+
+def _promoted_dtype(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:
+    """What `numpy.stack` makes of several dtypes; one alone keeps its byte order."""
+    return dtypes.pop() if len(dtypes) == 1 else np.result_type(*dtypes)
 
 
 def check_targets(
