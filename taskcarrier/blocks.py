@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from taskcarrier.backends.work import add_note
 from taskcarrier.partition import Grid
 from taskcarrier.segments import SharedView, Staging
 
@@ -42,9 +43,10 @@ class Blocks:
             try:
                 packed += pack_items(read(start, stop))
             except Exception as error:
-                error.add_note(
+                add_note(
+                    error,
                     f"taskcarrier could not pickle {describe(start, stop)} for worker processes; "
-                    "use backend='threading' if they cannot be pickled"
+                    "use backend='threading' if they cannot be pickled",
                 )
                 raise
             ends[cell] = len(packed)

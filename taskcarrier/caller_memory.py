@@ -9,7 +9,7 @@ two workers that read 1 MiB at a time took 0.04 s where one `pwrite` into a fres
 The means is a descriptor of ``/proc/self/mem`` that the caller opens and sends to its own
 workers. The kernel checks who may look when the file is opened, so neither ptrace rules nor
 namespaces matter afterwards; it is opened for reading only. Memory that cannot be read so
-(device mappings, secret memory, no ``/proc``) is found out by reading its two ends first.
+(device mappings, secret memory) is found out by reading its two ends first.
 """
 
 from __future__ import annotations
@@ -36,6 +36,14 @@ def opened() -> int | None:
         return os.open(_PATH, os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, PermissionError):
         return None
+
+
+def available() -> bool:
+    """Whether this process's memory can be opened at all, now."""
+    fd = opened()
+    if fd is not None:
+        os.close(fd)
+    return fd is not None
 
 
 def readable(low: int, high: int) -> bool:
@@ -68,7 +76,11 @@ def read(low: int, nbytes: int) -> tuple[np.ndarray, int]:
     done = 0
     while done < nbytes:
         piece = block[done : done + _READ_NBYTES]
-        n_read = os.preadv(_fd, [piece], low + done)
+        try:
+            n_read = os.preadv(_fd, [piece], low + done)
+        except OSError as error:
+            error.add_note("an array of the caller cannot be read: was its file cut off meanwhile?")
+            raise
         if n_read == 0:
             raise OSError(f"the caller's memory ends at {low + done:#x}")
         done += n_read

@@ -35,7 +35,10 @@ def _available_memory() -> tuple[int, str]:
 
 def _reclaimable(folder: str) -> int:
     """Bytes of a cgroup's use that are file cache, which the kernel gives back on demand."""
-    lines = [line.split() for line in _text_of(f"{folder}/memory.stat").splitlines()]
+    try:
+        lines = [line.split() for line in _text_of(f"{folder}/memory.stat").splitlines()]
+    except OSError:
+        return 0
     return sum(int(words[1]) for words in lines if words[0] == "inactive_file")
 
 

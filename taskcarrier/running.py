@@ -18,7 +18,17 @@ from taskcarrier.backends import choice as choices
 from taskcarrier.backends.choice import Choice
 from taskcarrier.backends.crews import process_crew, thread_crew
 from taskcarrier.backends.inner import limited
-from taskcarrier.backends.work import Account, Death, Deliver, Failure, Job, Task, text_of, work
+from taskcarrier.backends.work import (
+    Account,
+    Death,
+    Deliver,
+    Failure,
+    Job,
+    Task,
+    add_note,
+    text_of,
+    work,
+)
 from taskcarrier.balance import Balance, Static, get_balance
 from taskcarrier.ledger import Ledger
 from taskcarrier.partition import Grid
@@ -164,6 +174,12 @@ def execute(
         if account.failure is not None:
             account.failure.worker = account.name
     failures.sort(key=_by_cell)
+    done = sum(account.items for account in accounts)
+    if done != grid.n_items and not failures and not deaths:
+        raise RuntimeError(
+            f"only {done} of {grid.n_items} items were run, though nothing failed; did the "
+            "function fork, or write to memory that is not its own?"
+        )
     return Outcome(accounts, failures, deaths, missing, report, ledger.agreed())
 
 
@@ -174,13 +190,13 @@ def raise_failure(outcome: Outcome, grid: Grid, describe: Describe) -> None:
     first, *others = outcome.failures
     error = first.error
     if first.cell >= 0:
-        error.add_note(f"while mapping {describe(*grid.bounds(first.cell))} ({first.worker})")
+        add_note(error, f"while mapping {describe(*grid.bounds(first.cell))} ({first.worker})")
     for other in others:
         where = describe(*grid.bounds(other.cell)) if other.cell >= 0 else f"all of {other.worker}"
         kind = type(other.error).__name__
-        error.add_note(f"also failed: {where}: {kind}: {text_of(other.error)}")
+        add_note(error, f"also failed: {where}: {kind}: {text_of(other.error)}")
     for death in outcome.deaths:
-        error.add_note(f"also, {_obituary(death, grid, describe)}")
+        add_note(error, f"also, {_obituary(death, grid, describe)}")
     try:
         raise error
     finally:
@@ -214,7 +230,7 @@ def died_error(
     error.missing = ranges
     error.partial = partial
     for other in others:
-        error.add_note(f"also, {_obituary(other, grid, describe)}")
+        add_note(error, f"also, {_obituary(other, grid, describe)}")
     return error
 
 

@@ -59,9 +59,30 @@ class Mapping(mmap.mmap):
 _live: weakref.WeakSet[Mapping] = weakref.WeakSet()
 
 
+def _retire_all() -> None:
+    """A forked child will share what is mapped now: it must not be recycled under its eyes."""
+    for mapping in list(_live):
+        mapping.segment.retire()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_retire_all)
+
+
 def mappings_alive() -> bool:
     """Whether anything of this process still refers to shared memory."""
     return bool(_live)
+
+
+def trim_files() -> None:
+    """Unmap the pages of files that this process has looked at; they stay in the page cache.
+
+    A worker that goes through a large file would otherwise hold as much memory as the file has, as
+    far as the kernel's accounts tell. Pages are mapped again when they are touched.
+    """
+    for mapping in list(_live):
+        if mapping.segment.on_disk and not mapping.private:
+            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def descriptors_are_scarce() -> bool:
@@ -225,12 +246,13 @@ class Recycler:
 
     def take_back(self, fd: int, nbytes: int, on_disk: bool) -> bool:
         """Keep the descriptor of a segment that is no longer used; False if it is not wanted."""
+        if self._pid != os.getpid():  # not even the lock is ours in a forked child
+            return False
         with self._lock:
             kept = sum(size for _, size, _ in self._free)
             wanted = (
                 self._open
                 and nbytes > 0
-                and self._pid == os.getpid()
                 and len(self._free) < self._max_segments
                 and kept + nbytes <= self._max_nbytes
             )
@@ -240,7 +262,7 @@ class Recycler:
 
     def close(self) -> None:
         """Let go of everything, now and from now on."""
-        with self._lock:
+        with self._lock if self._pid == os.getpid() else contextlib.nullcontext():
             self._open = False
             free, self._free = self._free, []
         for fd, _, _ in free:

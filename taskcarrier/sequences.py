@@ -13,7 +13,7 @@ from typing import Any
 
 from taskcarrier.arrays.inputs import check_callable
 from taskcarrier.backends.choice import Choice
-from taskcarrier.backends.work import Agree, Call
+from taskcarrier.backends.work import Agree, Call, add_note
 from taskcarrier.blocks import Blocks
 from taskcarrier.partition import Grid, list_grid
 from taskcarrier.running import (
@@ -142,6 +142,6 @@ def _apply(func: Callable[..., Any], items: Sequence[Any], start: int, several: 
             for item in items:
                 results.append(func(item))  # noqa: PERF401  # likewise
     except BaseException as error:
-        error.add_note(f"func failed on item {start + len(results)}")
+        add_note(error, f"func failed on item {start + len(results)}")
         raise
     return results

@@ -907,3 +907,210 @@ if __name__ == "__main__":
     assert "ValueError: as it was raised" in err
     assert "while mapping axis 0, items 2:3 of an array of shape (4,)" in err
     assert 'if chunk[0] == 2: raise ValueError("as it was raised")' in err
+
+
+class TestForks:
+    """Forks by the caller and by the function: nobody's data change under anybody's eyes."""
+
+    def test_a_forked_child_keeps_its_values_when_memory_is_recycled(self):
+        code = """
+import multiprocessing as mp
+import numpy as np
+from taskcarrier import DynamicParallelMapper
+
+def kid(end):
+    end.recv()
+    end.send((float(Y.min()), float(Y.max())))
+
+X = np.ones(1_000_000)
+context = mp.get_context("fork")
+with DynamicParallelMapper(2, backend="loky") as mapper:
+    Y = mapper.map_array(lambda chunk: chunk * 1, X)
+    ours, theirs = context.Pipe()
+    child = context.Process(target=kid, args=(theirs,))
+    child.start()
+    del Y
+    for factor in (97, 98, 99):
+        Z = mapper.map_array(lambda chunk: chunk * factor, X)
+    ours.send(0)
+    print(*ours.recv())
+    child.join()
+"""
+        assert output_of(code) == "1.0 1.0"
+
+    @pytest.mark.parametrize("how", ["returns", "raises"])
+    def test_a_function_that_forks_goes_on_once(self, how):
+        code = f"""
+import os
+import numpy as np
+from taskcarrier import map_array
+
+def func(chunk):
+    if chunk[0] == 0 and os.fork() == 0 and {how == "raises"}:
+        raise KeyError("in the copy")
+    return chunk + 1
+
+X = np.arange(100.0)
+Y = map_array(func, X, n_jobs=2, backend="loky", balance="dynamic", chunksize=1)
+assert np.array_equal(Y, X + 1)
+assert np.array_equal(map_array(np.sqrt, X, n_jobs=2, backend="loky"), np.sqrt(X))
+print("right")
+"""
+        assert output_of(code) == "right"
+
+    def test_a_fork_while_a_map_is_open_gives_the_child_its_blas_threads_back(self):
+        code = """
+import os, threading
+import numpy as np
+from threadpoolctl import threadpool_info
+from taskcarrier import map_array
+
+def counts():
+    return [one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"]
+
+before = counts()
+inside, go_on = threading.Event(), threading.Event()
+
+def func(chunk):
+    inside.set()
+    go_on.wait()
+    return chunk
+
+thread = threading.Thread(
+    target=map_array, args=(func, np.zeros(2)), kwargs={"n_jobs": 2, "backend": "threading"}
+)
+thread.start()
+inside.wait()
+pid = os.fork()
+if pid == 0:
+    right = counts() == before
+    right &= bool(np.array_equal(map_array(np.copy, np.ones(3), n_jobs=1), np.ones(3)))
+    os._exit(0 if right and counts() == before else 1)
+_, status = os.waitpid(pid, 0)
+go_on.set()
+thread.join()
+print(os.waitstatus_to_exitcode(status), counts() == before)
+"""
+        assert output_of(code) == "0 True"
+
+
+def output_of(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, **environment},
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_more_than_a_thousand_open_descriptors_do_not_matter():
+    code = """
+import os, resource
+import numpy as np
+from taskcarrier import map_array
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+kept = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+X = np.arange(10.0)
+print(np.array_equal(map_array(np.sqrt, X, backend="loky", n_jobs=2), np.sqrt(X)))
+"""
+    assert output_of(code) == "True"
+
+
+def test_a_crew_that_cannot_start_leaves_no_descriptor():
+    code = """
+import os, resource, warnings
+import numpy as np
+import taskcarrier
+X = np.arange(10.0)
+taskcarrier.map_array(np.sqrt, X, backend="loky", n_jobs=2)  # imports everything
+taskcarrier.shutdown()
+count = lambda: len(os.listdir("/proc/self/fd"))
+before = count()
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+for room in range(1, 11):  # with more, loky itself leaves a pipe of its own open
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + room, hard))
+    try:
+        taskcarrier.map_array(np.sqrt, X, backend="loky", n_jobs=2)
+    except OSError:
+        pass
+    else:
+        raise AssertionError("there was room")
+    taskcarrier.shutdown()
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
+print(count() - before)
+"""
+    assert output_of(code) == "0"
+
+
+@pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+@pytest.mark.parametrize("rule", ["raise", "ignore"])
+def test_floating_point_errors_are_treated_as_the_caller_says(backend, rule):
+    X = np.array([1.0, 0.0])
+    with np.errstate(all=rule):
+        if rule == "raise":
+            with pytest.raises(FloatingPointError):
+                map_array(lambda chunk: 1 / chunk, X, n_jobs=2, backend=backend)
+        else:
+            result = map_array(lambda chunk: 1 / chunk, X, n_jobs=2, backend=backend)
+            assert result.tolist() == [1.0, np.inf]
+
+
+def test_relative_paths_mean_what_they_mean_in_the_caller(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "word").write_text(name)
+    mapper = taskcarrier.StaticParallelMapper(2, backend="loky")
+    for name in ("a", "b", "a"):
+        monkeypatch.chdir(tmp_path / name)
+        assert mapper(lambda path: open(path).read(), ["word"] * 2) == [name] * 2  # noqa: PTH123, SIM115  # a relative path
+
+
+@pytest.mark.parametrize("order", ["half", "transposed", "reversed", "broadcast", "gaps"])
+def test_what_a_function_adds_up_over_an_argument_does_not_depend_on_the_backend(order):
+    W = np.random.default_rng(0).normal(size=(600, 401)).astype("f4")
+    W = {
+        "half": lambda: np.asfortranarray(W)[::2],
+        "transposed": lambda: W.reshape(200, 3, 401).transpose(2, 0, 1)[::2],
+        "reversed": lambda: W[::-1, ::-1],
+        "broadcast": lambda: np.broadcast_to(W[0], (300, 401)),
+        "gaps": lambda: W[::7, ::5],
+    }[order]()
+    X = np.ones(4)
+    results = [
+        map_array(lambda c, W: c * W.sum(), X, args=(W,), n_jobs=n, backend=backend)
+        for backend, n in (("sequential", 1), ("threading", 2), ("loky", 2))
+    ]
+    assert results[0].tobytes() == results[1].tobytes() == results[2].tobytes()
+
+
+def test_bits_do_not_depend_on_the_users_blas_threads():
+    code = """
+import numpy as np
+from taskcarrier import map_array
+X = np.random.default_rng(0).normal(size=(4, 1_000_000))
+func = lambda chunk: np.array([row @ row for row in chunk])
+runs = [("sequential", 1), ("threading", 2), ("loky", 2)]
+results = [map_array(func, X, chunksize=1, n_jobs=n, backend=b).tobytes() for b, n in runs]
+print(len(set(results)))
+"""
+    assert output_of(code, OPENBLAS_NUM_THREADS="2") == "1"
+
+
+class Stubborn(Exception):  # noqa: N818  # it is no error of ours
+    def add_note(self, note):
+        raise RuntimeError("no notes, please")
+
+
+@pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+def test_an_exception_that_refuses_notes_keeps_its_type(backend):
+    def func(chunk):
+        raise Stubborn("as I am")
+
+    with pytest.raises(Stubborn, match="as I am"):
+        map_array(func, np.zeros(4), n_jobs=2, backend=backend)

@@ -23,7 +23,7 @@ from taskcarrier.arrays.sources import sources_for_processes, sources_here
 from taskcarrier.arrays.targets import Targets
 from taskcarrier.arrays.tasks import ArrayTask, Fault, Parts
 from taskcarrier.backends.choice import Choice
-from taskcarrier.backends.work import Call, Failure
+from taskcarrier.backends.work import Call, Failure, add_note
 from taskcarrier.partition import Grid, check_chunksize, chunk_grid, list_grid
 from taskcarrier.running import (
     Outcome,
@@ -185,6 +185,7 @@ class ArrayCall:
             plan,
             self.collects,
             self._takes_objects(plan),
+            choice.backend == "loky",
         )
         delivered: list[Parts] = []
         outcome = execute(
@@ -211,7 +212,7 @@ class ArrayCall:
             (fault for parts in delivered for fault in parts.faults), key=lambda fault: fault[0]
         )
         for start, stop, error in faults:
-            error.add_note(f"while mapping {self.inputs.describe(start, stop)}")
+            add_note(error, f"while mapping {self.inputs.describe(start, stop)}")
         return faults
 
 
@@ -224,8 +225,9 @@ def agreed_spec(outcome: Outcome, call: ArrayCall, *, promotes: bool) -> Spec | 
     firsts = [
         (*account.facts, account.name) for account in outcome.accounts if account.facts is not None
     ]
+    agreed: Spec | None = pickle.loads(outcome.agreed) if outcome.agreed else None
     if not firsts:
-        return None
+        return agreed  # of workers that died since
     reference_start, reference, _ = min(firsts, key=lambda first: first[0])
     failures = {
         start // call.grid.chunksize: Failure(
@@ -244,7 +246,7 @@ def agreed_spec(outcome: Outcome, call: ArrayCall, *, promotes: bool) -> Spec | 
     for failure in failures.values():
         failure.error = _worded(failure, reference_start, reference, call)
     outcome.failures = sorted([*failures.values(), *others], key=lambda failure: failure.cell)
-    return pickle.loads(outcome.agreed) if outcome.agreed else None
+    return agreed
 
 
 def _worded(

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.arrays.files import load, located
+from taskcarrier.arrays.files import load
 from taskcarrier.layout import is_mostly_gaps, without_gaps
+from taskcarrier.mapped_files import located
 from taskcarrier.partition import as_integer
 
 # Types that `numpy.asarray` would take, losing something; by the module that defines them.
@@ -108,7 +109,9 @@ def check_extras(args: object, kwargs: object) -> tuple[tuple[Any, ...], dict[st
         kwargs = {}
     if not isinstance(kwargs, Mapping) or not all(isinstance(key, str) for key in kwargs):
         raise TypeError(f"kwargs must be a dict of keyword arguments or None, got {kwargs!r}")
-    return tuple(args), dict(kwargs)
+    # As for the mapped arrays: processes would get copies of other strides than threads see.
+    gathered = {name: _without_wide_gaps(value) for name, value in kwargs.items()}
+    return tuple(map(_without_wide_gaps, args)), gathered
 
 
 def check_callable(func: object, name: str = "func") -> None:

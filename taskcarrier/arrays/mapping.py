@@ -11,6 +11,7 @@ from taskcarrier.arrays.options import documented
 from taskcarrier.arrays.outputs import check_out_axis
 from taskcarrier.arrays.targets import Targets, check_targets
 from taskcarrier.arrays.tasks import Fault
+from taskcarrier.backends.work import add_note
 from taskcarrier.running import Settings
 
 
@@ -335,7 +336,7 @@ def _in_place(
         return result, _failed_ranges(faults)
     if result is None:
         error = faults[0][2]
-        error.add_note("every item failed, so the shape of the result is not known")
+        add_note(error, "every item failed, so the shape of the result is not known")
         raise error
     return result
 

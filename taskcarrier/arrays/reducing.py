@@ -10,6 +10,7 @@ from taskcarrier.arrays.calls import ArrayCall
 from taskcarrier.arrays.inputs import check_callable
 from taskcarrier.arrays.mapping import UNSET
 from taskcarrier.arrays.options import documented
+from taskcarrier.backends.work import add_note
 from taskcarrier.running import Settings
 
 
@@ -121,7 +122,7 @@ def reduce_array(
             where = call.inputs.describe(
                 start, min(start + call.grid.chunksize, call.inputs.n_items)
             )
-            error.add_note(f"while combining the result of {where}")
+            add_note(error, f"while combining the result of {where}")
             raise
 
     first = partials.pop(starts.pop(0)) if initial is UNSET else initial

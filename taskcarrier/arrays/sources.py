@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from taskcarrier import caller_memory
-from taskcarrier.arrays.files import located
 from taskcarrier.arrays.halos import Halo
 from taskcarrier.arrays.inputs import Inputs, read_only
 from taskcarrier.blocks import Blocks
 from taskcarrier.layout import address_of, byte_bounds
+from taskcarrier.mapped_files import located
 from taskcarrier.partition import Grid
 from taskcarrier.segments import SharedView, Staging
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from taskcarrier.arrays.casting import check_dtype
-from taskcarrier.arrays.files import NpyWriter, check_path, header_of, load, located, region
+from taskcarrier.arrays.files import NpyWriter, check_path, header_of, load
 from taskcarrier.arrays.inputs import Inputs, normalize_axis
 from taskcarrier.arrays.outputs import (
     ANY,
@@ -22,6 +22,7 @@ from taskcarrier.arrays.outputs import (
     Spec,
 )
 from taskcarrier.layout import has_internal_overlap
+from taskcarrier.mapped_files import located, region
 
 # How hard to look whether two interleaved views share an item; arbitrary.
 _MAX_WORK: Any = 10_000

@@ -19,7 +19,11 @@ from taskcarrier.arrays.inputs import read_only
 from taskcarrier.arrays.outputs import Plan, Sink, Spec
 from taskcarrier.arrays.sources import Source
 from taskcarrier.arrays.stacking import stacked
-from taskcarrier.backends.work import NOTHING, Agree, Call
+from taskcarrier.backends.work import NOTHING, Agree, Call, add_note
+from taskcarrier.segments import trim_files
+
+# After so many bytes of chunks a worker lets go of the files it has mapped; arbitrary.
+_TRIM_NBYTES = 32 << 20
 
 Fault = tuple[int, int, BaseException]
 """``(start, stop, error)`` of a range that failed."""
@@ -80,6 +84,8 @@ class ArrayTask:
         Whether errors are collected; else the first one ends the run.
     takes_objects : bool
         Whether items may give any Python object.
+    trims : bool
+        Whether workers are processes that let go of files they have gone through.
     """
 
     call: Call
@@ -91,6 +97,7 @@ class ArrayTask:
     plan: Plan | None
     collects: bool
     takes_objects: bool
+    trims: bool
 
     def open(self, agree: Agree) -> _Chunks | _Items:  # noqa: D102  # as in Task
         return (_Items if self.by_item else _Chunks)(self, agree)
@@ -107,6 +114,7 @@ class _Cells:
         self._readers = [source.open() for source in task.sources]
         self._sink = None if task.plan is None else Sink(task.plan, agree)
         self._collects = task.collects
+        self._seen_nbytes = 0
 
     def __call__(self, start: int, stop: int) -> Any:
         parts = Parts([], [])
@@ -139,12 +147,16 @@ class _Cells:
         chunks = [read(start, stop) for read in self._readers]
         if self._task.writable:
             chunks = [chunk.copy(order="K") for chunk in chunks]
+        self._seen_nbytes += sum(chunk.nbytes for chunk in chunks)
+        if self._seen_nbytes > _TRIM_NBYTES and self._task.trims:
+            self._seen_nbytes = 0
+            trim_files()
         return chunks
 
     def _explained(self, error: BaseException) -> None:
         """Add what the user may want to know about an error of the function."""
         if not self._task.writable and isinstance(error, ValueError) and "read-only" in str(error):
-            error.add_note("chunks are read-only; pass writable=True for private copies")
+            add_note(error, "chunks are read-only; pass writable=True for private copies")
 
     def facts(self) -> tuple[int, Spec] | None:
         """Where this worker's first result came from, and what it was like."""
@@ -201,7 +213,7 @@ class _Items(_Cells):
             _check_complete(values, stop - start)
         except BaseException as error:
             self._explained(error)
-            error.add_note(f"func failed on item {start + len(values)}")
+            add_note(error, f"func failed on item {start + len(values)}")
             raise
         return self._stacked(values, start)
 

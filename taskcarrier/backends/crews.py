@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, cast
 
+from taskcarrier import caller_memory
 from taskcarrier.backends.threads import ThreadCrew
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 # As long as joblib keeps idle workers.
 IDLE_SECONDS = 300.0
 
-_Key = tuple[str, int]
+# Backend, number of workers, and whether the workers can read the caller's memory.
+_Key = tuple[str, int, bool]
 
 
 class _Crews:
@@ -116,7 +118,7 @@ class _Crews:
 
 
 def _new_crew(key: _Key) -> Crew:
-    backend, n_jobs = key
+    backend, n_jobs, _ = key
     if backend == "threading":
         return ThreadCrew(n_jobs)
     from taskcarrier.backends.processes import ProcessCrew  # noqa: PLC0415  # loads joblib
@@ -130,14 +132,14 @@ _crews = _Crews()
 @contextmanager
 def thread_crew(n: int) -> Iterator[ThreadCrew]:
     """A warm crew of `n` threads for the length of a ``with`` block."""
-    with _lent(("threading", n)) as crew:
+    with _lent(("threading", n, True)) as crew:
         yield cast("ThreadCrew", crew)
 
 
 @contextmanager
 def process_crew(n: int) -> Iterator[ProcessCrew]:
     """A warm crew of `n` worker processes for the length of a ``with`` block."""
-    with _lent(("loky", n)) as crew:
+    with _lent(("loky", n, caller_memory.available())) as crew:
         yield cast("ProcessCrew", crew)
 
 

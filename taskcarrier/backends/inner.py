@@ -1,10 +1,11 @@
 """One thread inside each worker, so that all together are no more than the workers.
 
-Worker processes are born with the usual environment variables set. Threads, and the caller where
-it maps itself, share one process, so there one counted guard limits BLAS while any run is open:
-the first caller saves and limits, the last one restores (each restoring its own would leave a
-limit behind when two overlap). OpenBLAS's limit holds for the whole process while it lasts, the
-caller's own threads included; a limit on OpenMP holds only in the thread that set it.
+Worker processes are born with the usual environment variables set to one. Threads, and the
+caller where it maps itself, share one process, so there one counted guard limits BLAS while any
+run is open: the first caller saves and limits, the last one restores (each restoring its own
+would leave a limit behind when two overlap). OpenBLAS's limit holds for the whole process while
+it lasts, the caller's own threads included; a limit on OpenMP holds only in the thread that set
+it.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ INNER_THREADS = 1
 
 
 def inner_environment() -> dict[str, str]:
-    """Environment of a worker process; what the user has set stays."""
-    return {name: os.environ.get(name, str(INNER_THREADS)) for name in _VARIABLES}
+    """Environment of a worker process.
+
+    What the user has set for this process does not count there: results would depend on it.
+    """
+    return dict.fromkeys(_VARIABLES, str(INNER_THREADS))
 
 
 class _CountedLimit:
@@ -47,9 +51,11 @@ class _CountedLimit:
         self._limit: Any = None
         self._controller: Any = None
         self._n_modules = -1
+        self._generation = 0
 
     @contextmanager
     def open(self) -> Iterator[None]:
+        generation = self._generation
         with self._lock:
             if self._runs == 0:
                 self._limit = self._found().limit(limits=INNER_THREADS)
@@ -58,12 +64,24 @@ class _CountedLimit:
         try:
             yield
         finally:
-            with self._lock:
-                self._runs -= 1
-                if self._runs == 0:
-                    self._limit.restore_original_limits()
-                    self._limit = None
-                    _let_others_limit()
+            if generation == self._generation:  # else this is a forked child, see `restart`
+                with self._lock:
+                    self._runs -= 1
+                    if self._runs == 0:
+                        self._lift()
+
+    def _lift(self) -> None:
+        self._limit.restore_original_limits()
+        self._limit = None
+        _let_others_limit()
+
+    def restart(self) -> None:
+        """In a forked child: the runs, and whoever holds the lock, are its parent's."""
+        self._generation += 1
+        self._lock = threading.Lock()
+        self._runs = 0
+        if self._limit is not None:
+            self._lift()
 
     def _found(self) -> Any:
         # Looking for libraries takes 0.7 ms; again only when modules were loaded since.
@@ -90,6 +108,9 @@ def _let_others_limit() -> None:
 
 limited = _CountedLimit()
 """The process's guard: ``with limited.open():``."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=limited.restart)
 
 
 def serial_joblib() -> None:

@@ -25,9 +25,13 @@ import traceback
 from collections import ChainMap
 from typing import Any
 
-from taskcarrier.backends.work import Call, text_of
+import numpy as np
+
+from taskcarrier.backends.work import Call, add_note, text_of
 from taskcarrier.errors import TaskError, WorkerTracebackError
-from taskcarrier.segments import Segment, Staging
+from taskcarrier.layout import is_mostly_gaps
+from taskcarrier.mapped_files import located
+from taskcarrier.segments import Segment, SharedView, Staging
 
 try:
     import cloudpickle
@@ -73,9 +77,10 @@ def pack(task: object, staging: Staging) -> Parcel:
     try:
         pickled = packer.pickle(task)
     except Exception as error:
-        error.add_note(
+        add_note(
+            error,
             "taskcarrier could not pickle the function or its arguments for worker processes; "
-            "make them picklable, or use backend='threading'"
+            "make them picklable, or use backend='threading'",
         )
         raise
     if packer.buffers:
@@ -137,12 +142,32 @@ class _Packer:
     def _reduce_call(self, call: Call) -> tuple[Any, ...]:
         # Only what the user gave needs cloudpickle, which takes some 10 µs for each class it
         # meets; the rest of a task is the library's own.
-        user_part = (call.func, call.args, call.kwargs)
-        return _received_call, (
-            cloudpickle.dumps(user_part, protocol=5, buffer_callback=self._keep_in_band),
-        )
+        file = io.BytesIO()
+        pickler = _UserPickler(file, self)
+        pickler.dump((call.func, call.args, call.kwargs))
+        return _received_call, (file.getvalue(),)
 
-    def _keep_in_band(self, buffer: Any) -> bool:
+    def view(self, array: np.ndarray) -> SharedView | None:
+        """Where an array that the user gave goes as it lies; None to pickle it.
+
+        What is shared already or lies in a file is not copied. Of other arrays pickle keeps the
+        strides only if they are contiguous, and the function would add up in another order.
+        """
+        if array.dtype.hasobject or array.nbytes == 0:
+            return None
+        view = located(array)
+        if view is None and not (array.flags.forc or is_mostly_gaps(array)):
+            (view,) = self._staging.share([array])
+        return view
+
+    def describe(self, view: SharedView) -> tuple[Any, ...]:
+        """A view in terms that travel inside the user's pickle."""
+        segment = view.segment
+        assert segment is not None  # for the type checker
+        place = (view.offset, view.shape, view.strides, view.dtype)
+        return self.number(segment), segment.on_disk, place
+
+    def keep_in_band(self, buffer: Any) -> bool:
         try:
             block = buffer.raw()
         except BufferError:  # not contiguous: pickle copies it
@@ -152,6 +177,26 @@ class _Packer:
         segment, offset = self._staging.add(block)
         self.buffers.append((segment, offset, len(block)))
         return False
+
+
+class _UserPickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
+    """Pickles what the user gave; arrays go as descriptions where they can."""
+
+    def __init__(self, file: io.BytesIO, packer: _Packer) -> None:
+        super().__init__(file, protocol=5, buffer_callback=packer.keep_in_band)
+        self._packer = packer
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is np.ndarray or isinstance(obj, np.memmap):
+            view = self._packer.view(obj)
+            if view is not None:
+                return _received_view, self._packer.describe(view)
+        return super().reducer_override(obj)
+
+
+def _received_view(number: int, on_disk: bool, place: tuple[Any, ...]) -> np.ndarray:
+    """Private, as everything the user gave is: what is written to it stays in the worker."""
+    return SharedView(_received_segment(number, on_disk), *place).open("private")
 
 
 def _received_segment(number: int, on_disk: bool) -> Segment:

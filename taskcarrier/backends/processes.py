@@ -53,6 +53,7 @@ from taskcarrier.backends.work import (
     Deliver,
     Failure,
     Job,
+    add_note,
     mark_worker_process,
     work,
 )
@@ -82,32 +83,39 @@ class _Worker:
     """A worker process as the caller sees it."""
 
     def __init__(self, number: int, environment: dict[str, str], fds: list[int]) -> None:
-        ours, theirs = socket.socketpair()
-        life_end, self._life = os.pipe()
-        down = Connection(theirs.detach())
-        life = Connection(life_end, writable=False)
-        self.channel = Channel(ours)
-        self.process = get_context("loky").Process(
-            target=_worker_main,
-            name=f"taskcarrier-{number}",
-            args=(number, down, life),
-            env=environment,
-            daemon=False,
-        )
-        with _interrupts_held():
-            self.process.start()
-        # Its end is ours to see to: multiprocessing would join it when the program exits.
-        multiprocessing_process._children.discard(self.process)  # type: ignore[attr-defined]  # no public way
-        down.close()
-        life.close()
-        self.pid: int = self.process.pid
-        self.name = f"process {self.pid}"
-        self.pidfd = os.pidfd_open(self.pid)
-        self.channel.send(b"", fds)
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            our_end, their_end = socket.socketpair()
+            self.channel = Channel(our_end)
+            ours.callback(self.channel.close)
+            down = theirs.enter_context(Connection(their_end.detach()))
+            life_end, self._life = os.pipe()
+            ours.callback(os.close, self._life)
+            life = theirs.enter_context(Connection(life_end, writable=False))
+            self.process = get_context("loky").Process(
+                target=_worker_main,
+                name=f"taskcarrier-{number}",
+                args=(number, down, life),
+                env=environment,
+                daemon=False,
+            )
+            try:
+                with _interrupts_held():
+                    self.process.start()
+            except UnboundLocalError as error:  # how loky fails where it cannot open a pipe
+                raise error.__context__ or error from None
+            # Its end is ours to see to: multiprocessing would join it when the program exits.
+            multiprocessing_process._children.discard(self.process)  # type: ignore[attr-defined]  # no public way
+            # If anything fails from here on, the end of the pipe ends the process.
+            self.pid: int = self.process.pid
+            self.name = f"process {self.pid}"
+            self.pidfd = os.pidfd_open(self.pid)
+            ours.callback(os.close, self.pidfd)
+            self.channel.send(b"", fds)
+            ours.pop_all()
 
     @property
     def alive(self) -> bool:
-        return not select.select([self.pidfd], [], [], 0)[0]
+        return not _is_readable(self.pidfd)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -141,17 +149,23 @@ class ProcessCrew:
     shares_memory = False
 
     def __init__(self, n: int) -> None:
-        # What the user has set stays.
+        # What the user has set for the allocator stays.
         allocator = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
         self._environment = inner_environment() | allocator
-        words_fd = os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC)
-        os.ftruncate(words_fd, ledger_nbytes(n))
-        self._fds = [words_fd, FileCursor.create(), FileAgreement.create()]
-        self._ledger = _ledger_over(*self._fds)
-        memory_fd = caller_memory.opened()
+        self._workers: dict[int, _Worker] = {}
+        self._fds: list[int] = []
+        try:
+            self._fds.append(os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC))
+            os.ftruncate(self._fds[0], ledger_nbytes(n))
+            self._fds.append(FileCursor.create())
+            self._fds.append(FileAgreement.create())
+            self._ledger = _ledger_over(*self._fds)
+            memory_fd = caller_memory.opened()
+        except BaseException:
+            self._close_files()
+            raise
         if memory_fd is not None:
             self._fds.append(memory_fd)
-        self._workers: dict[int, _Worker] = {}
 
     def _living(self, number: int) -> _Worker:
         """A worker: the one there is, or a new one if none was needed yet or it is dead."""
@@ -204,7 +218,7 @@ class ProcessCrew:
         deadline = time.monotonic() + _EXIT_SECONDS
         for worker in workers:
             left = max(0.0, deadline - time.monotonic())
-            if not select.select([worker.pidfd], [], [], left)[0]:
+            if not _is_readable(worker.pidfd, left):
                 worker.kill()
             worker.reap()
         self._close_files()
@@ -309,7 +323,7 @@ class _Run:
         try:
             result = unpack_items(packed)
         except Exception as error:  # noqa: BLE001  # whatever a user's object raises
-            error.add_note("taskcarrier could not unpickle this result of a worker process")
+            add_note(error, "taskcarrier could not unpickle this result of a worker process")
             self._unreadable.setdefault(number, Failure(cell, error, worker.name))
             self._ledger.halt()
         else:
@@ -336,6 +350,13 @@ def _death(number: int, ended: tuple[_Worker, int | None], job: Job, ledger: Led
     planned = job.balance.planned(number, job.n_workers, n_cells)[done:]
     unstarted = planned[1:] if cell is not None else planned
     return Death(number, worker.name, exitcode, cell, unstarted)
+
+
+def _is_readable(fd: int, seconds: float = 0) -> bool:
+    """Whether there is something to read; not by `select`, which ends at descriptor 1023."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1e3))
 
 
 @contextlib.contextmanager
@@ -382,7 +403,7 @@ def _die_with(life: int) -> None:
     fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([life], [], [], 0)[0]:  # it was closed before we asked
+    if _is_readable(life):  # it was closed before we asked
         os._exit(1)
 
 
@@ -392,9 +413,10 @@ def _run_parcel(number: int, channel: Channel, ledger: Ledger, data: bytes, fds:
         job = unpack(data, fds)
     except BaseException as error:  # noqa: BLE001  # the caller raises it
         ledger.halt()
-        error.add_note("while a worker process unpickled the function or its arguments")
+        add_note(error, "while a worker process unpickled the function or its arguments")
         account = Account(number, failure=Failure(-1, error))
     else:
+        job.surroundings.take_on()
         account = work(job, ledger, number, outbox.deliver)
         del job
     outbox.flush()
@@ -419,7 +441,7 @@ class _Outbox:
         try:
             packed = pack_items(result)
         except Exception as error:
-            error.add_note("taskcarrier could not pickle the result for the caller")
+            add_note(error, "taskcarrier could not pickle the result for the caller")
             raise
         now = time.monotonic()
         if not self._batch:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextvars import copy_context
 from queue import SimpleQueue
 
 from taskcarrier.backends.inner import limited, serial_joblib
@@ -68,13 +69,15 @@ class ThreadCrew:
 
         def order(number: int) -> Callable[[], None]:
             def run() -> None:
+                job.surroundings.take_on()
                 account = work(job, ledger, number, deliver)
                 with last:
                     accounts[number] = account
                     if len(accounts) == n:
                         finished.release()
 
-            return run
+            context = copy_context()
+            return lambda: context.run(run)
 
         try:
             with limited.open():

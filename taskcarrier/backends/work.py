@@ -7,11 +7,15 @@ Arrays and lists are tasks; threads, processes and the caller itself run this lo
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic_ns
 from typing import Any, Protocol
+
+import numpy as np
 
 from taskcarrier.balance import Balance
 from taskcarrier.ledger import Ledger
@@ -54,6 +58,29 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
+class Surroundings:
+    """What of the caller's own state the function sees in every worker."""
+
+    folder: str | None
+    errstate: dict[str, Any]
+
+    @classmethod
+    def here(cls) -> Surroundings:
+        """Those of this thread."""
+        try:
+            folder = os.getcwd()
+        except FileNotFoundError:  # it was removed
+            folder = None
+        return cls(folder, dict(np.geterr()))
+
+    def take_on(self) -> None:
+        """Make them those of this thread."""
+        if self.folder is not None and _in_worker_process and os.getcwd() != self.folder:
+            os.chdir(self.folder)
+        np.seterr(**self.errstate)
+
+
+@dataclass(frozen=True)
 class Job:
     """What every worker of a run is given."""
 
@@ -61,6 +88,7 @@ class Job:
     balance: Balance
     grid: Grid
     n_workers: int
+    surroundings: Surroundings = field(default_factory=Surroundings.here)
 
 
 @dataclass
@@ -97,6 +125,12 @@ class Death:
     exitcode: int | None
     cell: int | None
     unstarted: range = field(default_factory=lambda: range(0))
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note to a user's exception; one that refuses notes stays what it is."""
+    with contextlib.suppress(Exception):
+        error.add_note(note)
 
 
 def text_of(error: BaseException) -> str:
@@ -146,6 +180,7 @@ def work(job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> Account:
     cells: Cells | None = None
     n_items, chunksize = job.grid.n_items, job.grid.chunksize
     ranges = items = busy_ns = 0
+    pid = os.getpid()
     try:
         cells = job.task.open(ledger.agree)
         for cell in job.balance.cells(ledger, worker, job.n_workers, len(job.grid)):
@@ -159,6 +194,9 @@ def work(job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> Account:
                     deliver(cell, result)
             finally:
                 busy_ns += monotonic_ns() - begin
+                if os.getpid() != pid:
+                    # The function has forked and both came back. Only one is the worker.
+                    os._exit(1)
             ledger.lay_down(worker, stop - start)
             ranges += 1
             items += stop - start

@@ -453,7 +453,7 @@ class TestInside:
             _, _, ((_, found),), _ = run(crew, environment, names, n_items=2, n_workers=1)
         finally:
             crew.close()
-        assert found == ["1", "3"]
+        assert found == ["1", "1"]
 
     def test_what_tasks_print_is_seen_at_once(self, crew, capfd):
         run(crew, say, n_items=2, n_workers=1)

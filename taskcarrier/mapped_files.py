@@ -1,0 +1,128 @@
+"""Memmaps: which file they really map, so that workers can map it too.
+
+A memmap is identified by its mapping, as the kernel tells it, and not by what the object says of
+itself: the attributes of a view are those of its base, and the file may have been replaced. What
+cannot be identified (private mappings, deleted or replaced files) is read like ordinary memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from taskcarrier.layout import address_of, byte_bounds
+from taskcarrier.segments import Mapping, Segment, SharedView, locate
+
+_MAPS = "/proc/self/maps"
+
+
+def located(array: np.ndarray, *, writable: bool = False) -> SharedView | None:
+    """Where workers can map an array: in a segment or a file; None if it is in neither."""
+    return locate(array) or _in_file(array, writable=writable)
+
+
+def region(array: np.ndarray) -> tuple[object, int, int]:
+    """Which memory a non-empty array covers: whose, from, to. Files and segments by their inode."""
+    low, high = byte_bounds(array)
+    view = located(array)
+    if view is None or view.segment is None:
+        return "memory", low, high
+    status = os.fstat(view.segment.fd)
+    shift = view.offset - address_of(array)
+    return (status.st_dev, status.st_ino), low + shift, high + shift
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """One line of ``/proc/self/maps``."""
+
+    low: int
+    high: int
+    permissions: str
+    offset: int
+    file: tuple[str, str]
+    path: str
+
+
+def _in_file(array: np.ndarray, *, writable: bool) -> SharedView | None:
+    if array.nbytes == 0 or not _is_over_mmap(array) or not os.path.exists(_MAPS):
+        return None
+    low, high = byte_bounds(array)
+    lines = _lines_over(low, high)
+    if not lines or lines[0].low > low or lines[-1].high < high:
+        return None
+    first = lines[0]
+    shift = first.offset - first.low
+    if not all(_goes_on(line, first, writable=writable) for line in lines):
+        return None
+    segment = _reopened(first, writable=writable)
+    if segment is None or segment.nbytes < shift + high:
+        return None
+    offset = shift + address_of(array)
+    return SharedView(segment, offset, array.shape, array.strides, array.dtype)
+
+
+def _goes_on(line: _Mapped, first: _Mapped, *, writable: bool) -> bool:
+    """Whether a mapping is shared, and of the same stretch of the same file as the first one."""
+    return (
+        (line.file, line.offset - line.low) == (first.file, first.offset - first.low)
+        and line.permissions[3] == "s"
+        and (not writable or line.permissions[1] == "w")
+    )
+
+
+def _reopened(line: _Mapped, *, writable: bool) -> Segment | None:
+    """The file of a mapping, opened again; None if it is no longer there."""
+    if line.path.endswith(" (deleted)") or not line.path.startswith("/"):
+        return None
+    try:
+        fd = os.open(line.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+    except OSError:
+        return None
+    segment = Segment(fd, on_disk=True, nbytes=os.fstat(fd).st_size)
+    return segment if segment.nbytes and _is_same(fd, line) else None
+
+
+def _is_over_mmap(array: np.ndarray) -> bool:
+    owner: Any = array
+    while owner is not None and not isinstance(owner, mmap.mmap):
+        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
+    return owner is not None and not isinstance(owner, Mapping)
+
+
+def _is_same(fd: int, line: _Mapped) -> bool:
+    """Whether a descriptor is of the file that is mapped there, by mapping it too.
+
+    Some file systems tell other device numbers for a file than for mappings of it, so two mappings
+    are compared.
+    """
+    with mmap.mmap(fd, 1, access=mmap.ACCESS_READ) as probe:
+        view = np.frombuffer(probe, np.uint8)
+        low = address_of(view)
+        del view
+        return [found.file for found in _lines_over(low, low + 1)] == [line.file]
+
+
+def _lines_over(low: int, high: int) -> list[_Mapped]:
+    """The mappings of this process that overlap with a range of addresses, in order."""
+    found = []
+    with open(_MAPS, encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            begin, _, end = line.partition(" ")[0].partition("-")
+            if int(begin, 16) < high and int(end, 16) > low:
+                found.append(_parsed(line))
+    return found
+
+
+def _parsed(line: str) -> _Mapped:
+    addresses, permissions, offset, device, inode, *rest = line.rstrip("\n").split(maxsplit=5)
+    begin, _, end = addresses.partition("-")
+    path = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), "".join(rest))
+    return _Mapped(
+        int(begin, 16), int(end, 16), permissions, int(offset, 16), (device, inode), path
+    )
