@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # A file of pip constraints, such as tests/oldest.txt.
 CONSTRAINTS ?=
+# What the tests have beside the package: with "test" alone, those of optional libraries are skipped.
+EXTRAS ?= test,optional
 # More words for pytest, such as -x or a file.
 PYTEST_ARGS ?=
 
@@ -36,11 +38,11 @@ $(stamp)-%: pyproject.toml $(CONSTRAINTS) | $(stamp)-venv
 demo: $(stamp)-demo
 	$(py) bench/demo.py
 
-test: $(stamp)-test
+test: $(stamp)-$(EXTRAS)
 	$(py) -m pytest -m "not slow" $(PYTEST_ARGS)
 
 # Slow tests are given fifteen minutes each, and faulthandler one more.
-test-slow: $(stamp)-test
+test-slow: $(stamp)-$(EXTRAS)
 	$(py) -m pytest -m slow --timeout=900 -o faulthandler_timeout=960 $(PYTEST_ARGS)
 
 check: $(stamp)-check

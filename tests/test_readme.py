@@ -1,4 +1,4 @@
-"""The Python examples of README.md run as they stand there, in order, as one program."""
+"""The Python examples of README.md and docs/ run as they stand there, each page as one program."""
 
 import re
 import traceback
@@ -34,6 +34,14 @@ def test_the_examples_run(tmp_path, monkeypatch):
     assert text.count("```python") == len(blocks(text)) > 0
     monkeypatch.chdir(tmp_path)  # an example may write a file
     run(text, str(README))
+
+
+def test_the_examples_about_filters_run():
+    pytest.importorskip("scipy", reason="the page is about filters of SciPy")
+    page = README.parent / "docs" / "filters.md"
+    text = page.read_text(encoding="utf-8")
+    assert blocks(text)
+    run(text, str(page))
 
 
 TWO = """\
