@@ -4,16 +4,19 @@ Data first, one call: ``map_array(func, X)`` cuts an array into ranges, has ever
 function on chunks of it through shared memory, and puts the results in place.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from taskcarrier.arrays.files import load
-from taskcarrier.arrays.mapping import map_array, map_chunks, map_items
-from taskcarrier.arrays.reducing import reduce_array
-from taskcarrier.arrays.sharing import empty, share
-from taskcarrier.backends.crews import shutdown
-from taskcarrier.mappers import DynamicParallelMapper, SerialMapper, StaticParallelMapper
-from taskcarrier.partition import Partition
-from taskcarrier.report import Report, last_report
+if TYPE_CHECKING:
+    from taskcarrier.arrays.files import load
+    from taskcarrier.arrays.mapping import map_array, map_chunks, map_items
+    from taskcarrier.arrays.reducing import reduce_array
+    from taskcarrier.arrays.sharing import empty, share
+    from taskcarrier.backends.crews import shutdown
+    from taskcarrier.errors import FailedRange, TaskError, WorkerDiedError
+    from taskcarrier.mappers import DynamicParallelMapper, SerialMapper, StaticParallelMapper
+    from taskcarrier.partition import Partition
+    from taskcarrier.report import Report, last_report
 
 __version__ = "0.1.0"
 
@@ -37,11 +40,36 @@ __all__ = [
     "shutdown",
 ]
 
+# Names are loaded when they are first used (Scientific Python SPEC 1): the exceptions alone derive
+# from one whose import takes a fifth of numpy's. tests/test_imports.py holds this table to the
+# imports above.
+_MODULES = {
+    "DynamicParallelMapper": "mappers",
+    "FailedRange": "errors",
+    "Partition": "partition",
+    "Report": "report",
+    "SerialMapper": "mappers",
+    "StaticParallelMapper": "mappers",
+    "TaskError": "errors",
+    "WorkerDiedError": "errors",
+    "empty": "arrays.sharing",
+    "last_report": "report",
+    "load": "arrays.files",
+    "map_array": "arrays.mapping",
+    "map_chunks": "arrays.mapping",
+    "map_items": "arrays.mapping",
+    "reduce_array": "arrays.reducing",
+    "share": "arrays.sharing",
+    "shutdown": "backends.crews",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # An exception among them derives from one whose import takes a fifth of numpy's; see errors.py.
-    if name in {"FailedRange", "TaskError", "WorkerDiedError"}:
-        from taskcarrier import errors  # noqa: PLC0415
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
 
-        return getattr(errors, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -34,9 +34,10 @@ record of a file opened for appending. The kernel puts appended records one afte
 from __future__ import annotations
 
 import os
+import pickle
 import struct
 import threading
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 # The words of a ledger (signed 64-bit): one for the run, then a row for each worker.
 _HALTED = 0
@@ -116,12 +117,12 @@ class FileCursor:
 
 
 class Agreement(Protocol):
-    """One value, settled by whoever proposes first."""
+    """One small value, settled by whoever proposes first; picklable, and not None."""
 
-    def settle(self, proposal: bytes) -> bytes:
+    def settle(self, proposal: Any) -> Any:
         """The first proposal of all: this one, or an earlier one."""
 
-    def settled(self) -> bytes | None:
+    def settled(self) -> Any:
         """The first proposal, None before there is one."""
 
     def reset(self) -> None:
@@ -133,15 +134,15 @@ class ThreadAgreement:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._first: bytes | None = None
+        self._first: Any = None
 
-    def settle(self, proposal: bytes) -> bytes:  # noqa: D102  # as in Agreement
+    def settle(self, proposal: Any) -> Any:  # noqa: D102  # as in Agreement
         with self._lock:
             if self._first is None:
                 self._first = proposal
             return self._first
 
-    def settled(self) -> bytes | None:  # noqa: D102  # as in Agreement
+    def settled(self) -> Any:  # noqa: D102  # as in Agreement
         return self._first
 
     def reset(self) -> None:  # noqa: D102  # as in Agreement
@@ -165,16 +166,17 @@ class FileAgreement:
         """A new descriptor fit to be an agreement; the caller owns it."""
         return _memory_file(os.O_APPEND)
 
-    def settle(self, proposal: bytes) -> bytes:  # noqa: D102  # as in Agreement
+    def settle(self, proposal: Any) -> Any:  # noqa: D102  # as in Agreement
+        packed = pickle.dumps(proposal)
         # One write, so a proposal is there whole or not at all.
-        os.write(self.fd, _LENGTH.pack(len(proposal)) + proposal)
-        first = self.settled()
-        assert first is not None  # for the type checker
-        return first
+        os.write(self.fd, _LENGTH.pack(len(packed)) + packed)
+        return self.settled()
 
-    def settled(self) -> bytes | None:  # noqa: D102  # as in Agreement
+    def settled(self) -> Any:  # noqa: D102  # as in Agreement
         head = os.pread(self.fd, _LENGTH.size, 0)
-        return os.pread(self.fd, _LENGTH.unpack(head)[0], _LENGTH.size) if head else None
+        if not head:
+            return None
+        return pickle.loads(os.pread(self.fd, _LENGTH.unpack(head)[0], _LENGTH.size))
 
     def reset(self) -> None:  # noqa: D102  # as in Agreement
         os.ftruncate(self.fd, 0)
@@ -242,7 +244,7 @@ class Ledger:
         self._words[row + _IN_HAND] = _NOTHING
         self._words[row + _ITEMS] += n_items
 
-    def agree(self, proposal: bytes) -> bytes:
+    def agree(self, proposal: Any) -> Any:
         """What the workers of this run have settled on: the first proposal of all."""
         return self._agreement.settle(proposal)
 
@@ -265,7 +267,7 @@ class Ledger:
         """Items finished so far by one worker."""
         return self._words[_row(worker) + _ITEMS]
 
-    def agreed(self) -> bytes | None:
+    def agreed(self) -> Any:
         """What the workers have settled on; None if nobody has proposed anything."""
         return self._agreement.settled()
 

@@ -94,8 +94,8 @@ class Outcome:
         Cells that no surviving worker has finished though nothing failed, ascending.
     report : Report
         For people.
-    agreed : bytes or None
-        What the workers have settled on, if anything.
+    agreed : object
+        What the workers have settled on; None if nothing.
     """
 
     accounts: list[Account]
@@ -103,7 +103,7 @@ class Outcome:
     deaths: list[Death]
     missing: list[int]
     report: Report
-    agreed: bytes | None = None
+    agreed: Any = None
 
 
 def decide(settings: Settings, func: Callable[..., Any]) -> Choice:

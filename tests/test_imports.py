@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import taskcarrier
+
 PACKAGE = Path(__file__).parents[1] / "taskcarrier"
 
 # Bottom first. A module imports only from layers before its own; inside one folder (`backends`,
@@ -48,11 +50,30 @@ HEAVY = [
 
 
 def test_import_is_light():
-    code = f"import sys, taskcarrier; print(*(m for m in {HEAVY} if m in sys.modules))"
+    code = (
+        f"import sys; from taskcarrier import *; print(*(m for m in {HEAVY} if m in sys.modules))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.split() == []
+
+
+def test_every_public_name_is_where_the_table_says():
+    assert sorted(taskcarrier._MODULES) == taskcarrier.__all__ == sorted(taskcarrier.__all__)
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    said = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("taskcarrier.")
+        for alias in node.names
+    }
+    assert said == {name: f"taskcarrier.{module}" for name, module in taskcarrier._MODULES.items()}
+    for name in taskcarrier.__all__:
+        assert getattr(taskcarrier, name).__name__ == name
+        assert name in dir(taskcarrier)
+    with pytest.raises(AttributeError, match="no attribute 'map_everything'"):
+        taskcarrier.map_everything  # noqa: B018  # asking is the test
 
 
 def test_imports_point_one_way():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import monotonic_ns
@@ -225,7 +224,7 @@ def agreed_spec(outcome: Outcome, call: ArrayCall, *, promotes: bool) -> Spec | 
     firsts = [
         (*account.facts, account.name) for account in outcome.accounts if account.facts is not None
     ]
-    agreed: Spec | None = pickle.loads(outcome.agreed) if outcome.agreed else None
+    agreed: Spec | None = outcome.agreed
     if not firsts:
         return agreed  # of workers that died since
     reference_start, reference, _ = min(firsts, key=lambda first: first[0])

@@ -13,7 +13,6 @@ processes, and, where dtypes promote, results of another dtype than the agreed o
 from __future__ import annotations
 
 import math
-import pickle
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -331,10 +330,11 @@ class Sink:
     def _settle(self, start: int, spec: Spec) -> None:
         self.first = (start, spec)
         self._plan.check(spec)
-        self._spec = pickle.loads(self._agree(pickle.dumps(spec)))
-        outputs = self._plan.outputs_for(len(self._spec.parts))
-        self._outputs = self._plan.allocation.arrays(self._spec, outputs)
-        self._before = [(slice(None),) * axis for axis in self._spec.axes]
+        settled: Spec = self._agree(spec)
+        self._spec = settled
+        outputs = self._plan.outputs_for(len(settled.parts))
+        self._outputs = self._plan.allocation.arrays(settled, outputs)
+        self._before = [(slice(None),) * axis for axis in settled.axes]
 
     def _axes_of(
         self, results: list[np.ndarray], length: int, margins: tuple[int, int]

@@ -44,7 +44,7 @@ class Cells(Protocol):
         """Small, picklable things the caller must know when the worker is done."""
 
 
-Agree = Callable[[bytes], bytes]
+Agree = Callable[[Any], Any]
 
 
 class Task(Protocol):
