@@ -14,7 +14,20 @@ from bench.machine import describe_machine, machine
 from bench.timing import Settings, WrongResultError
 
 # Those that run when none is named; the others take their time and are run by name or with --all.
-USUAL = ("sqrt_sin", "even", "triangular", "empty", "memory", "imports", "claims")
+USUAL = (
+    "sqrt_sin",
+    "chain",
+    "reducing",
+    "halo",
+    "items",
+    "files",
+    "even",
+    "triangular",
+    "empty",
+    "memory",
+    "imports",
+    "claims",
+)
 LONG = ("balancing",)
 
 

@@ -31,6 +31,11 @@ from bench.timing import (
 ROOT = Path(__file__).resolve().parent.parent
 PROMISES = {
     "sqrt_sin": 8,
+    "chain": 4,
+    "reducing": 4,
+    "halo": 4,
+    "items": 4,
+    "files": 4,
     "even": 1,
     "triangular": 1,
     "empty": 4,
@@ -66,6 +71,12 @@ def test_every_bench_runs_tiny(name, tmp_path):
     promises = sum(len(table["promises"]) for table in tables)
     if name == "sqrt_sin" and find_spec("dask") is None:
         assert "dask threads: not installed" in printed
+        promises += 4
+    if name == "halo" and find_spec("scipy") is None:
+        assert "scipy is not installed" in printed
+        promises += 4
+    elif name == "halo" and not (find_spec("skimage") and find_spec("dask")):
+        assert "skimage: not installed" in printed
         promises += 4
     assert promises == PROMISES[name]
     assert found["machine"]["versions"]["numpy"] == np.__version__

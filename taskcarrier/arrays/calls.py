@@ -7,18 +7,13 @@ from dataclasses import dataclass, replace
 from time import monotonic_ns
 from typing import Any
 
+from taskcarrier.arrays.allocations import LocalAllocation, Output, SharedAllocation
 from taskcarrier.arrays.casting import Fill
 from taskcarrier.arrays.halos import Halo, check_halo
 from taskcarrier.arrays.inputs import Inputs, check_callable, check_extras, check_inputs
-from taskcarrier.arrays.outputs import (
-    DisagreementError,
-    LocalAllocation,
-    Output,
-    Plan,
-    SharedAllocation,
-    Spec,
-)
+from taskcarrier.arrays.outputs import Plan
 from taskcarrier.arrays.sources import sources_for_processes, sources_here
+from taskcarrier.arrays.specs import DisagreementError, Spec
 from taskcarrier.arrays.targets import Targets
 from taskcarrier.arrays.tasks import ArrayTask, Fault, Parts
 from taskcarrier.backends.choice import Choice

@@ -1,10 +1,7 @@
 """Results in place: from what the function returns to one array over all cells.
 
 The first result of a run defines the `Spec` of all: number of outputs, dtypes, and shapes but for
-the mapped axis. Workers settle on it through the ledger (`Agree`): the first proposal counts. The
-layout of the output is a pure function of the spec and the number of items, and shared memory only
-grows, so a worker that knows the spec can make room for the whole output and write its part:
-nobody is elected to allocate, nobody waits, and nothing needs repair when a worker dies.
+the mapped axis. Workers settle on it through the ledger (`Agree`): the first proposal counts.
 
 What cannot be put in place is handed to the caller instead: results of Python objects in
 processes, and, where dtypes promote, results of another dtype than the agreed one.
@@ -12,210 +9,25 @@ processes, and, where dtypes promote, results of another dtype than the agreed o
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from taskcarrier.arrays.allocations import (
+    ANY,
+    LocalAllocation,
+    Output,
+    SharedAllocation,
+    Writer,
+)
 from taskcarrier.arrays.casting import Fill, checked_cast
-from taskcarrier.arrays.files import header_of
 from taskcarrier.arrays.inputs import normalize_axis
+from taskcarrier.arrays.specs import DisagreementError, Spec
 from taskcarrier.backends.work import Agree
-from taskcarrier.layout import ALIGNMENT, contiguous_strides
-from taskcarrier.segments import Segment, SharedView, descriptors_are_scarce
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What the results of all cells must agree in.
-
-    Attributes
-    ----------
-    parts : tuple of (dtype, shape)
-        For each output, its dtype and its shape without the mapped axis.
-    axes : tuple of int
-        For each output, where the mapped axis stands, not negative.
-    several : bool
-        Whether the function returns a tuple.
-    """
-
-    parts: tuple[tuple[np.dtype[Any], tuple[int, ...]], ...]
-    axes: tuple[int, ...]
-    several: bool
-
-    def shapes(self, length: int) -> list[tuple[int, ...]]:
-        """Whole shapes, for so many items along the mapped axis."""
-        return [
-            (*shape[:axis], length, *shape[axis:])
-            for (_, shape), axis in zip(self.parts, self.axes, strict=True)
-        ]
-
-    def agrees(self, other: Spec, *, promotes: bool) -> bool:
-        """Whether results of both can stand in one array; dtypes may differ where they promote."""
-        if not promotes:
-            return self == other
-        shapes = [shape for _, shape in self.parts] == [shape for _, shape in other.parts]
-        return shapes and (self.axes, self.several) == (other.axes, other.several)
-
-    def of_dtypes(self, dtypes: Sequence[np.dtype[Any]]) -> Spec:
-        """The same with other dtypes."""
-        parts = zip(dtypes, (shape for _, shape in self.parts), strict=True)
-        return replace(self, parts=tuple(parts))
-
-    def describe(self, length: int) -> str:
-        """The results of a cell of so many items, in words."""
-        parts = [
-            f"{dtype} {shape}"
-            for (dtype, _), shape in zip(self.parts, self.shapes(length), strict=True)
-        ]
-        if not self.several:
-            return f"an array {parts[0]}"
-        return f"a tuple of {len(parts)} ({'; '.join(parts)})"
-
-
-class DisagreementError(Exception):
-    """A cell's results differ from what the run has settled on; the face words the error."""
-
-    def __init__(self, spec: Spec) -> None:
-        super().__init__(spec)
-        self.spec = spec
-
-
-@dataclass(frozen=True)
-class NpyPlace:
-    """Output into a ``.npy`` file: its data begin where the header will end."""
-
-    segment: Segment
-
-    def open(self, dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> np.ndarray:
-        """The whole output, mapped into this process."""
-        view = self.view(dtype, shape, order)
-        if view.segment is not None:
-            view.segment.reserve(view.offset + math.prod(shape) * dtype.itemsize)
-        return view.open("write")
-
-    def view(self, dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> SharedView:
-        """Where the output lies in the file."""
-        offset = len(header_of(dtype, shape, order))
-        segment = self.segment if math.prod(shape) * dtype.itemsize else None
-        strides = contiguous_strides(shape, dtype.itemsize, order)
-        return SharedView(segment, offset, shape, strides, dtype)
-
-
-@dataclass(frozen=True)
-class Output:
-    """What the caller has asked of one output.
-
-    Attributes
-    ----------
-    dtype : dtype or None
-        What results are cast to.
-    shape : tuple of int or None
-        The shape that ``out=`` has.
-    place : ndarray, SharedView, NpyPlace or None
-        Where workers write; None for fresh memory.
-    """
-
-    dtype: np.dtype[Any] | None = None
-    shape: tuple[int, ...] | None = None
-    place: np.ndarray | SharedView | NpyPlace | None = None
-
-    def opened(self, dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> np.ndarray | None:
-        """The whole output in this process; None where it is to be in fresh memory."""
-        if isinstance(self.place, NpyPlace):
-            return self.place.open(dtype, shape, order)
-        return self.place.open("write") if isinstance(self.place, SharedView) else self.place
-
-
-ANY = Output()
-"""Nothing was asked."""
 
 NO_FILL = Fill()
-
-
-class Allocation(Protocol):
-    """Where the outputs of a run lie."""
-
-    def arrays(self, spec: Spec, outputs: Sequence[Output]) -> list[np.ndarray] | None:
-        """The whole outputs; None if they cannot lie there. Called in workers and the caller."""
-
-
-class LocalAllocation:
-    """Outputs in ordinary memory, shared by the threads of this process."""
-
-    def __init__(self, n_items: int, order: str) -> None:
-        self._n_items = n_items
-        self._order: Any = order
-        self._lock = threading.Lock()
-        self._made: list[np.ndarray] | None = None
-
-    def arrays(self, spec: Spec, outputs: Sequence[Output]) -> list[np.ndarray]:
-        """The whole outputs, the same for every thread that asks."""
-        with self._lock:
-            if self._made is None:
-                self._made = [
-                    self._array(dtype, shape, output)
-                    for (dtype, _), shape, output in zip(
-                        spec.parts, spec.shapes(self._n_items), outputs, strict=True
-                    )
-                ]
-            return self._made
-
-    def _array(self, dtype: np.dtype[Any], shape: tuple[int, ...], output: Output) -> np.ndarray:
-        array = output.opened(dtype, shape, self._order)
-        return np.empty(shape, dtype, self._order) if array is None else array
-
-
-class SharedAllocation:
-    """Outputs in one segment, one after the other, or where they were asked for."""
-
-    def __init__(self, segment: Segment, n_items: int, order: str) -> None:
-        self._segment = segment
-        self._n_items = n_items
-        self._order = order
-
-    def arrays(self, spec: Spec, outputs: Sequence[Output]) -> list[np.ndarray] | None:
-        """The whole outputs, mapped into this process; None for dtypes that hold objects."""
-        if any(dtype.hasobject for dtype, _ in spec.parts):
-            return None
-        views, end = self._layout(spec, outputs)
-        if end:
-            self._segment.reserve(end)
-            mapping = self._segment.map("write")
-        arrays = []
-        for view, (dtype, _), shape, output in zip(
-            views, spec.parts, spec.shapes(self._n_items), outputs, strict=True
-        ):
-            array = output.opened(dtype, shape, self._order)
-            if array is None:
-                array = view.over(mapping) if view.segment else view.open("write")
-            arrays.append(array)
-        return arrays
-
-    def is_wasteful(self, spec: Spec, outputs: Sequence[Output]) -> bool:
-        """Whether results should be copied out: much too large a segment, or scarce descriptors."""
-        _, end = self._layout(spec, outputs)
-        return descriptors_are_scarce() or self._segment.nbytes > 2 * end + _SLACK_NBYTES
-
-    def _layout(self, spec: Spec, outputs: Sequence[Output]) -> tuple[list[SharedView], int]:
-        views = []
-        end = 0
-        for (dtype, _), shape, output in zip(
-            spec.parts, spec.shapes(self._n_items), outputs, strict=True
-        ):
-            nbytes = 0 if output.place is not None else math.prod(shape) * dtype.itemsize
-            strides = contiguous_strides(shape, dtype.itemsize, self._order)
-            segment = self._segment if nbytes else None
-            views.append(SharedView(segment, end, shape, strides, dtype))
-            end += -(-nbytes // ALIGNMENT) * ALIGNMENT
-        return views, end
-
-
-# Segments up to this size are not worth copying out of; arbitrary.
-_SLACK_NBYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -281,8 +93,7 @@ class Sink:
         self._plan = plan
         self._agree = agree
         self._spec: Spec | None = None
-        self._outputs: list[np.ndarray] | None = None
-        self._before: list[tuple[slice, ...]] = []
+        self._writers: list[Writer] | None = None
         # What one plain array must look like, by the length of its cell (there are two: the
         # last may be shorter). Comparing with it takes 0.2 µs a cell, making a spec 4 µs.
         self._dtype: np.dtype[Any] | None = None
@@ -303,9 +114,9 @@ class Sink:
             and result.shape == self._shapes.get(length)
             and result.dtype == self._dtype
             and margins == (0, 0)
-            and self._outputs is not None
+            and self._writers is not None
         ):
-            self._outputs[0][(*self._before[0], slice(start, stop))] = result
+            self._writers[0].put(start, stop, result)
             return None
         several = isinstance(result, tuple)
         results = [_as_result(one) for one in (result if several else (result,))]
@@ -318,13 +129,13 @@ class Sink:
             if self._plan.promotes and spec.agrees(self._spec, promotes=True):
                 return results
             raise DisagreementError(spec)
-        if self._outputs is None:
+        if self._writers is None:
             return results
         if not several:
             self._dtype = results[0].dtype
             self._shapes[length] = results[0].shape
-        for output, before, one in zip(self._outputs, self._before, results, strict=True):
-            output[(*before, slice(start, stop))] = one
+        for writer, one in zip(self._writers, results, strict=True):
+            writer.put(start, stop, one)
         return None
 
     def _settle(self, start: int, spec: Spec) -> None:
@@ -333,8 +144,9 @@ class Sink:
         settled: Spec = self._agree(spec)
         self._spec = settled
         outputs = self._plan.outputs_for(len(settled.parts))
-        self._outputs = self._plan.allocation.arrays(settled, outputs)
-        self._before = [(slice(None),) * axis for axis in settled.axes]
+        places = self._plan.allocation.places(settled, outputs)
+        if places is not None:
+            self._writers = [Writer(*pair) for pair in zip(places, settled.axes, strict=True)]
 
     def _axes_of(
         self, results: list[np.ndarray], length: int, margins: tuple[int, int]

@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.arrays.casting import check_dtype
-from taskcarrier.arrays.files import NpyWriter, check_path, header_of, load
-from taskcarrier.arrays.inputs import Inputs, normalize_axis
-from taskcarrier.arrays.outputs import (
+from taskcarrier.arrays.allocations import (
     ANY,
     LocalAllocation,
     NpyPlace,
     Output,
-    Plan,
     SharedAllocation,
-    Spec,
+    opened,
 )
+from taskcarrier.arrays.casting import check_dtype
+from taskcarrier.arrays.files import NpyWriter, check_path, header_of, load
+from taskcarrier.arrays.inputs import Inputs, normalize_axis
+from taskcarrier.arrays.outputs import Plan
+from taskcarrier.arrays.specs import Spec
 from taskcarrier.layout import has_internal_overlap
 from taskcarrier.mapped_files import located, region
 
@@ -108,10 +109,11 @@ class Targets:
     ) -> list[np.ndarray]:
         """The whole outputs, with what workers could not put in place, and what fills the holes."""
         outputs = plan.outputs_for(len(spec.parts))
-        arrays = plan.allocation.arrays(spec, outputs)
-        if arrays is None:  # Python objects, which all came here
+        places = plan.allocation.places(spec, outputs)
+        if places is None:  # Python objects, which all came here
             here = [replace(one, place=None) for one in outputs]
-            arrays = LocalAllocation(plan.n_items, "C").arrays(spec, here)
+            places = LocalAllocation(plan.n_items, "C").places(spec, here)
+        arrays = list(map(opened, places))
         dtypes = [
             _promoted_dtype({dtype, *(results[number].dtype for _, _, results in strays)})
             for number, (dtype, _) in enumerate(spec.parts)
@@ -136,7 +138,7 @@ class Targets:
         if not isinstance(output.place, NpyPlace):
             return promoted
         order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-        file = output.place.open(dtype, array.shape, order)
+        file = opened(output.place.view(dtype, array.shape, order))
         file[...] = promoted
         return file
 

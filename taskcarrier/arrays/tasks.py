@@ -16,8 +16,9 @@ import numpy as np
 
 from taskcarrier.arrays.halos import Halo
 from taskcarrier.arrays.inputs import read_only
-from taskcarrier.arrays.outputs import Plan, Sink, Spec
+from taskcarrier.arrays.outputs import Plan, Sink
 from taskcarrier.arrays.sources import Source
+from taskcarrier.arrays.specs import Spec
 from taskcarrier.arrays.stacking import stacked
 from taskcarrier.backends.work import NOTHING, Agree, Call, add_note
 from taskcarrier.segments import trim_files

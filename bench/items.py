@@ -1,0 +1,61 @@
+"""A trivial Python function called once for each of many items: what one call costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import taskcarrier
+from bench import ours
+from bench.timing import Arm, Comparison, Measured, Promise, Settings, compare
+
+N_JOBS = 2
+SERIAL = "serial, [f(x) for x in X]"
+BEST_OF_OURS = "ours dynamic, mapper"
+
+
+def increased(x: Any) -> Any:
+    """One addition, as little as a function can do."""
+    return x + 1.0
+
+
+def run(settings: Settings) -> list[Comparison]:
+    """Measure `map_items` in processes against list comprehensions."""
+    X = np.random.default_rng(0).random(settings.pick(full=10**7, quick=10**6, tiny=10**3))
+    with ExitStack() as stack:
+        arms = [
+            Arm(SERIAL, partial(_serial, lambda: X)),
+            Arm("serial, [f(x) for x in X.tolist()]", partial(_serial, X.tolist)),
+        ]
+        promises = []
+        for balance in ours.BALANCES:
+            function = partial(
+                taskcarrier.map_items, balance=balance, n_jobs=N_JOBS, backend="loky"
+            )
+            mapper = ours.warm_mapper(stack, balance, N_JOBS, "loky")
+            for how, verb in (("function", function), ("mapper", mapper.map_items)):
+                name = f"ours {balance}, {how}"
+                arms.append(Arm(name, partial(verb, increased, X)))
+                promises.append(Promise(SERIAL, name, required=1.7, aim=1.9))
+        return [
+            compare(
+                f"items: {len(X):,} calls of a function that adds 1.0, loky, {N_JOBS} jobs",
+                arms,
+                rounds=settings.turns(full=5, quick=3),
+                reference=BEST_OF_OURS,
+                promises=promises,
+                notes=["serial arms end with a list; making an array of it is not in their time"],
+            )
+        ]
+
+
+def _serial(items: Callable[[], Iterable[Any]]) -> Measured:
+    begin = time.perf_counter()
+    values = [increased(x) for x in items()]
+    seconds = time.perf_counter() - begin
+    return Measured(seconds, np.array(values))
