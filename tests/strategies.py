@@ -47,6 +47,9 @@ PARALLEL = [
     (backend, balance) for backend in ("threading", "loky") for balance in ("static", "dynamic")
 ]
 BACKENDS = ["sequential", "threading", "loky"]
+# One run of each sort, for what does not depend on the number of workers.
+EVERYWHERE = [("sequential", "static"), *PARALLEL]
+PAIRS = [(backend, balance, 2) for backend, balance in EVERYWHERE]
 
 
 def warm_crews(*n_jobs: int) -> None:
@@ -89,12 +92,18 @@ def assert_same(result: Any, expected: Any, what: object = "") -> None:
         assert result.flags.writeable, what
 
 
-def contract(func: Callable[..., Any], *arrays: Any, runs: Any = RUNS, **options: Any) -> Any:
+def contract(
+    func: Callable[..., Any],
+    *arrays: Any,
+    runs: Any = RUNS,
+    verb: Callable[..., Any] = map_array,
+    **options: Any,
+) -> Any:
     """The result of a map, after every run was seen to give the same bits."""
     reference: Any = None
     for backend, balance, n_jobs in runs:
         run = dict(backend=backend, balance=balance, n_jobs=n_jobs)  # noqa: C408  # names of options
-        result = map_array(func, *arrays, **run, **options)
+        result = verb(func, *arrays, **run, **options)
         if reference is None:
             reference = result
         assert_same(result, reference, run)

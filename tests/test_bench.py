@@ -40,7 +40,7 @@ PROMISES = {
     "triangular": 1,
     "empty": 4,
     "memory": 4,
-    "imports": 1,
+    "imports": 2,
     "claims": 0,
 }
 

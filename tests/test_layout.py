@@ -14,7 +14,9 @@ from taskcarrier.layout import (
     aligned,
     byte_bounds,
     bytes_at,
+    contiguous_strides,
     footprint,
+    has_internal_overlap,
     is_mostly_gaps,
     without_gaps,
 )
@@ -118,3 +120,51 @@ class TestBytesAt:
 def test_aligned_is_the_next_multiple(nbytes):
     assert aligned(nbytes) % CACHE_LINE == 0
     assert nbytes <= aligned(nbytes) < nbytes + CACHE_LINE
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@given(st.lists(st.integers(1, 4), max_size=5), st.integers(1, 20))
+def test_contiguous_strides_are_numpy_s(order, shape, itemsize):
+    array = np.empty(shape, f"V{itemsize}", order)
+    found = contiguous_strides(array.shape, itemsize, order)
+    apart = [axis for axis, n in enumerate(shape) if n > 1]
+    assert [found[axis] for axis in apart] == [array.strides[axis] for axis in apart]
+    # Of axes of length one and empty arrays NumPy says the same or nothing: both are contiguous.
+    made = np.ndarray(array.shape, array.dtype, bytearray(array.nbytes), 0, found)
+    assert made.flags.c_contiguous if order == "C" else made.flags.f_contiguous
+
+
+class TestInternalOverlap:
+    @given(samples())
+    def test_of_any_array(self, sample):
+        with sample.array() as array:
+            repeats = array.size > 1 and any(
+                n > 1 and stride == 0 for n, stride in zip(array.shape, array.strides, strict=True)
+            )
+            if repeats and array.itemsize:
+                assert has_internal_overlap(array)
+            if not {"repeated", "windows"} & set(sample.layouts):
+                assert not has_internal_overlap(array)
+
+    @given(
+        st.lists(st.tuples(st.integers(1, 4), st.integers(-12, 12)), min_size=1, max_size=3),
+        st.integers(1, 4),
+    )
+    def test_is_never_missed(self, axes, itemsize):
+        offsets = [0]
+        for n, stride in axes:
+            offsets = [start + i * stride for start in offsets for i in range(n)]
+        touched = [byte for start in offsets for byte in range(start, start + itemsize)]
+        shape, strides = zip(*axes, strict=True)
+        memory = np.zeros(400, np.uint8)
+        array = np.ndarray(shape, f"V{itemsize}", memory, 200, strides)
+        if len(set(touched)) < len(touched):
+            assert has_internal_overlap(array)
+
+    @pytest.mark.parametrize("layout", ["windows", "reversed windows", "zero stride"])
+    def test_of_layouts_that_repeat(self, layout):
+        assert has_internal_overlap(KEPT[layout]())
+
+    @pytest.mark.parametrize("layout", EMPTY)
+    def test_nothing_does_not(self, layout):
+        assert not has_internal_overlap(EMPTY[layout]())

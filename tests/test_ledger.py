@@ -7,11 +7,19 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import pytest
 
-from taskcarrier.ledger import FileCursor, Ledger, ThreadCursor, ledger_nbytes
+from taskcarrier.ledger import (
+    FileAgreement,
+    FileCursor,
+    Ledger,
+    ThreadAgreement,
+    ThreadCursor,
+    ledger_nbytes,
+)
 
 N_WORKERS = 3
 N_CELLS = 100
@@ -28,17 +36,28 @@ print(*(cursor.advance() for _ in range(int(sys.argv[2]))))
 CLAIMER = """
 import json, mmap, sys
 from taskcarrier.balance import Dynamic
-from taskcarrier.ledger import FileCursor, Ledger
-words_fd, cursor_fd, worker, n_workers, n_cells = map(int, sys.argv[1:])
+from taskcarrier.ledger import FileAgreement, FileCursor, Ledger
+words_fd, cursor_fd, agreement_fd, worker, n_workers, n_cells = map(int, sys.argv[1:])
 words = memoryview(mmap.mmap(words_fd, 0)).cast("q")
-ledger = Ledger(words, FileCursor(cursor_fd))
+ledger = Ledger(words, FileCursor(cursor_fd), FileAgreement(agreement_fd))
 print("ready", flush=True)
 sys.stdin.readline()
+settled = ledger.agree(f"worker {worker}".encode()).decode()
 taken = []
 for cell in Dynamic().cells(ledger, worker, n_workers, n_cells):
     taken.append(cell)
     ledger.lay_down(worker, 2)
-print(json.dumps(taken))
+print(json.dumps([settled, taken]))
+"""
+
+PROPOSER = """
+import sys
+from taskcarrier.ledger import FileAgreement
+fds = [int(word) for word in sys.argv[2:]]
+print("ready", flush=True)
+sys.stdin.readline()
+own = sys.argv[1].encode() * 50_000
+print(*(chr(FileAgreement(fd).settle(own + b"." * at)[0]) for at, fd in enumerate(fds)))
 """
 
 
@@ -55,9 +74,21 @@ def cursor(request, cursor_fd):
 
 
 @pytest.fixture
+def agreement_fd():
+    fd = FileAgreement.create()
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture(params=["threads", "processes"])
+def agreement(request, agreement_fd):
+    return ThreadAgreement() if request.param == "threads" else FileAgreement(agreement_fd)
+
+
+@pytest.fixture
 def ledger(cursor):
     words = memoryview(bytearray(ledger_nbytes(N_WORKERS))).cast("q")
-    made = Ledger(words, cursor)
+    made = Ledger(words, cursor, ThreadAgreement())
     made.reset(N_WORKERS)
     return made
 
@@ -135,7 +166,69 @@ class TestCursor:
         assert not os.get_inheritable(cursor_fd)
 
 
+class TestAgreement:
+    @pytest.mark.parametrize("proposal", [b"", b"one", bytes(range(256)) * 4000])
+    def test_the_first_proposal_counts(self, agreement, proposal):
+        assert agreement.settled() is None
+        assert agreement.settle(proposal) == proposal
+        assert agreement.settle(b"another") == proposal
+        assert agreement.settled() == proposal
+
+    def test_starts_again(self, agreement):
+        agreement.settle(b"something long")
+        agreement.reset()
+        assert agreement.settled() is None
+        assert agreement.settle(b"short") == b"short"
+        assert agreement.settled() == b"short"
+
+    def test_threads_that_propose_at_once_settle_on_one(self, agreement):
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        settled = []
+        begin = threading.Barrier(8, timeout=30)
+
+        def run(number):
+            for _ in range(50):
+                begin.wait()
+                settled.append(agreement.settle(bytes([number]) * 100))
+                if begin.wait() == 0:
+                    assert len(set(settled)) == 1
+                    settled.clear()
+                    agreement.reset()
+                begin.wait()
+
+        with ThreadPoolExecutor(8) as threads:
+            try:
+                list(threads.map(run, range(8)))
+            finally:
+                sys.setswitchinterval(before)
+
+    def test_processes_that_propose_at_once_settle_on_one(self):
+        fds = [FileAgreement.create() for _ in range(40)]
+        try:
+            with contenders(PROPOSER, [(name, *fds) for name in "abc"], fds) as programs:
+                answers = {tuple(out.split()) for out in all_go(programs)}
+            (agreed,) = answers
+            assert len(agreed) == len(fds)
+            for at, (name, fd) in enumerate(zip(agreed, fds, strict=True)):
+                assert FileAgreement(fd).settled() == name.encode() * 50_000 + b"." * at
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def test_file_is_not_inherited_by_accident(self, agreement_fd):
+        assert not os.get_inheritable(agreement_fd)
+
+
 class TestLedger:
+    def test_workers_agree(self, ledger):
+        assert ledger.agreed() is None
+        assert ledger.agree(b"mine") == b"mine"
+        assert ledger.agree(b"yours") == b"mine"
+        assert ledger.agreed() == b"mine"
+        ledger.reset(N_WORKERS)
+        assert ledger.agreed() is None
+
     def test_a_claim_is_in_hand_until_laid_down(self, ledger):
         assert ledger.claim(1) == 0
         assert ledger.in_hand(1, N_WORKERS, N_CELLS) == 0
@@ -182,7 +275,7 @@ class TestLedger:
 
     def test_workers_do_not_write_each_other_s_words(self):
         buffer = bytearray(ledger_nbytes(N_WORKERS))
-        ledger = Ledger(memoryview(buffer).cast("q"), ThreadCursor())
+        ledger = Ledger(memoryview(buffer).cast("q"), ThreadCursor(), ThreadAgreement())
         ledger.reset(N_WORKERS)
         before = bytes(buffer)
         ledger.claim(1)
@@ -196,23 +289,26 @@ class TestLedger:
         for n_workers in (1, 2, 50):
             assert ledger_nbytes(n_workers) % 8 == 0
             words = memoryview(bytearray(ledger_nbytes(n_workers))).cast("q")
-            ledger = Ledger(words, ThreadCursor())
+            ledger = Ledger(words, ThreadCursor(), ThreadAgreement())
             ledger.reset(n_workers)
             ledger.claim(n_workers - 1)
             ledger.lay_down(n_workers - 1, 7)
             assert ledger.items_done(n_workers) == 7
 
-    def test_processes_share_it(self, cursor_fd):
+    def test_processes_share_it(self, cursor_fd, agreement_fd):
         n_workers, n_cells = 3, 5_000
         words_fd = os.memfd_create("words")
         try:
             os.ftruncate(words_fd, ledger_nbytes(n_workers))
             with mmap.mmap(words_fd, 0) as memory, memoryview(memory).cast("q") as words:
-                ledger = Ledger(words, FileCursor(cursor_fd))
+                ledger = Ledger(words, FileCursor(cursor_fd), FileAgreement(agreement_fd))
                 ledger.reset(n_workers)
-                arguments = [(words_fd, cursor_fd, w, n_workers, n_cells) for w in range(3)]
-                with contenders(CLAIMER, arguments, [words_fd, cursor_fd]) as programs:
-                    taken = [json.loads(out) for out in all_go(programs)]
+                fds = [words_fd, cursor_fd, agreement_fd]
+                arguments = [(*fds, w, n_workers, n_cells) for w in range(3)]
+                with contenders(CLAIMER, arguments, fds) as programs:
+                    told = [json.loads(out) for out in all_go(programs)]
+                taken = [cells for _, cells in told]
+                assert {settled for settled, _ in told} == {ledger.agreed().decode()}
                 assert sorted(chain(*taken)) == list(range(n_cells))
                 assert [ledger.items_of(w) for w in range(3)] == [2 * len(t) for t in taken]
                 assert ledger.given_out() == n_cells + n_workers
@@ -280,7 +376,7 @@ class TestDeathInsideAClaim:
 
     @pytest.fixture
     def ledger(self, words, deadly):
-        made = Ledger(words, deadly)
+        made = Ledger(words, deadly, ThreadAgreement())
         made.reset(N_WORKERS)
         for worker in (0, 1, 2, 1, 0):  # cells 0 to 4
             made.claim(worker)

@@ -1,5 +1,6 @@
 """The mappers: one interface, and everything that `map_array` can."""
 
+import inspect
 import operator
 import os
 import pickle
@@ -19,6 +20,9 @@ from taskcarrier import (
     StaticParallelMapper,
     last_report,
     map_array,
+    map_chunks,
+    map_items,
+    reduce_array,
 )
 from tests.strategies import (
     PARALLEL,
@@ -120,6 +124,100 @@ class _Quiet:
     def __call__(self, *args, **kwargs):
         with np.errstate(all="ignore"):
             return self.func(*args, **kwargs)
+
+
+VERBS = [map_array, map_items, map_chunks, reduce_array]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_methods_have_the_signature_of_the_function_but_for_what_a_mapper_decides(kind, verb):
+    decided = {"balance", "n_jobs", "backend"}
+    expected = inspect.signature(verb).parameters
+    assert decided < expected.keys()
+    method = getattr(kind, verb.__name__)
+    own, *found = inspect.signature(method).parameters.values()
+    assert (own.name, own.kind) == ("self", own.POSITIONAL_OR_KEYWORD)
+    assert found == [one for name, one in expected.items() if name not in decided]
+    bound = inspect.signature(getattr(kind(), verb.__name__)).parameters.values()
+    assert list(bound) == found
+    # The description has a paragraph for each of them, and none for the others.
+    described = {line.split(" : ")[0] for line in inspect.getdoc(method).splitlines()}
+    for one in found:
+        name = f"*{one.name}" if one.kind is one.VAR_POSITIONAL else one.name
+        assert name in described
+    assert not decided & described
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unknown_option_of_a_method_is_refused_with_the_known_ones(kind, verb):
+    with pytest.raises(TypeError, match="no option 'colour'") as caught:
+        getattr(kind(), verb.__name__)(np.sum, np.arange(3), colour="red")
+    assert "chunksize, " in str(caught.value)
+    assert "balance" not in str(caught.value)
+
+
+def test_a_method_needs_what_the_function_needs():
+    with pytest.raises(TypeError, match="combine"):
+        SerialMapper().reduce_array(np.sum, np.arange(3))
+    with pytest.raises(TypeError, match="func"):
+        SerialMapper().map_items()
+
+
+def all_mappers():
+    yield SerialMapper()
+    for backend, balance in PARALLEL:
+        yield OF_BALANCE[balance](n_jobs=2, backend=backend)
+
+
+def test_map_items_of_a_mapper_is_map_items():
+    X, Y = np.arange(24.0).reshape(4, 6), np.arange(12).reshape(6, 2)
+    options = {"axis": (1, 0), "out_axis": -1, "dtype": "f4", "args": (2,), "kwargs": {"c": 3}}
+
+    def func(x, y, b, c):
+        return np.stack([x * b, x + y.sum() * c])
+
+    expected = map_items(func, X, Y, n_jobs=1, **options)
+    assert expected.shape == (2, 4, 6)
+    for mapper in all_mappers():
+        assert_same(mapper.map_items(func, X, Y, **options), expected, mapper)
+        assert last_report() is mapper.report
+
+
+def test_map_chunks_of_a_mapper_is_map_chunks():
+    X = np.arange(20)
+    options = {"chunksize": 6, "depth": 1, "boundary": "constant", "cval": -1, "args": ("x",)}
+
+    def func(chunk, word):
+        return [word, *chunk.tolist()]
+
+    expected = map_chunks(func, X, n_jobs=1, **options)
+    assert expected[0] == ["x", -1, *range(7)]
+    for mapper in all_mappers():
+        assert mapper.map_chunks(func, X, **options) == expected, mapper
+        assert last_report() is mapper.report
+
+
+def test_reduce_array_of_a_mapper_is_reduce_array():
+    X = np.random.default_rng(5).standard_normal(1000)
+    options = {"combine": lambda a, b: a / 3 + b, "initial": 0.1, "chunksize": 7}
+    expected = reduce_array(np.sum, X, n_jobs=1, **options)
+    for mapper in all_mappers():
+        assert mapper.reduce_array(np.sum, X, **options) == expected, mapper
+        assert last_report() is mapper.report
+
+
+@pytest.mark.parametrize("verb", ["map_items", "map_chunks", "reduce_array"])
+def test_the_chunksize_of_a_mapper_holds_for_every_verb(verb):
+    mapper = SerialMapper(chunksize=4)
+    options = {"combine": operator.add} if verb == "reduce_array" else {}
+    getattr(mapper, verb)(np.sum, np.arange(10), **options)
+    assert (mapper.report.chunksize, mapper.report.ranges) == (4, 3)
+    getattr(mapper, verb)(np.sum, np.arange(10), chunksize=None, **options)
+    assert mapper.report.chunksize == 4
+    getattr(mapper, verb)(np.sum, np.arange(10), chunksize=1, **options)
+    assert mapper.report.ranges == 10
 
 
 def test_a_chunksize_of_the_call_is_before_that_of_the_mapper():

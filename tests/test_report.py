@@ -2,7 +2,7 @@
 
 import json
 import threading
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
@@ -56,6 +56,13 @@ def test_text(report):
     assert lines[3].split() == ["process", "4711", "1,000", "1,000,000", "1.0000", "0.2500"]
     assert lines[4].split() == ["process", "12", "235", "234,567", "0.5000", "0.7500"]
     assert len({len(line) for line in lines[2:]}) == 1  # the columns stand under their heads
+
+
+def test_notes_stand_below_the_head(report):
+    noted = replace(report, notes=("array 0 is pickled", "array 1 too"))
+    plain, lines = str(report).splitlines(), str(noted).splitlines()
+    assert lines == [*plain[:2], "array 0 is pickled", "array 1 too", *plain[2:]]
+    assert json.loads(json.dumps(noted.as_dict()))["notes"] == list(noted.notes)
 
 
 def test_text_without_workers(report):

@@ -31,10 +31,13 @@ BACKENDS = {"sequential": 1, "threading": 2, "loky": 2}
 
 
 class Calls:
-    def __init__(self, func):
+    def __init__(self, func, proposal=None):
         self.call = Call(func)
+        self.proposal = proposal
 
     def open(self, agree):
+        if self.proposal is not None:
+            agree(self.proposal)
         return self
 
     def __call__(self, start, stop):
@@ -66,16 +69,27 @@ def describe(start, stop):
     return f"<{start}:{stop}>"
 
 
-def run(func, backend="sequential", *, grid=None, balance=None, n_jobs=None, **others):
+def run(
+    func,
+    backend="sequential",
+    *,
+    grid=None,
+    balance=None,
+    n_jobs=None,
+    notes=(),
+    proposal=None,
+    **others,
+):
     settings = Settings(balance or Dynamic(), **others)
     delivered = {}
     outcome = execute(
-        Calls(func),
+        Calls(func, proposal),
         grid or Grid(20, 2),
         Choice(backend, n_jobs or BACKENDS[backend], "a test"),
         settings,
         started_ns=monotonic_ns(),
         staging=settings.staging() if backend == "loky" else None,
+        notes=notes,
         deliver=delivered.__setitem__,
     )
     return outcome, delivered
@@ -146,10 +160,6 @@ class TestDecide:
         assert decide(Settings(Static(), n_jobs=3), np.isnan).backend == "threading"
         assert decide(Settings(Static(), n_jobs=3), len).backend == "loky"
 
-    def test_data_are_looked_at(self):
-        choice = decide(Settings(Static(), n_jobs=3), len, needs_threads="objects")
-        assert (choice.backend, choice.reason) == ("threading", "objects")
-
 
 @pytest.mark.parametrize("balance", [Static(), Dynamic()], ids=lambda rule: rule.name)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -179,6 +189,17 @@ class TestExecute:
             assert worker.idle == pytest.approx(max(0.0, report.seconds - worker.busy))
         names = {"sequential": "caller", "threading": "thread ", "loky": "process "}
         assert all(worker.name.startswith(names[backend]) for worker in report.workers)
+
+    def test_notes_are_in_the_report(self, backend, balance):
+        outcome, _ = run(in_place, backend, balance=balance, notes=["one", "two"])
+        assert outcome.report.notes == ("one", "two")
+        assert run(in_place, backend, balance=balance)[0].report.notes == ()
+
+    def test_what_workers_settled_on_is_told(self, backend, balance):
+        outcome, _ = run(both, backend, balance=balance, proposal=b"settled")
+        assert outcome.agreed == b"settled"
+        # The next run of the same crew begins anew.
+        assert run(both, backend, balance=balance)[0].agreed is None
 
     def test_never_more_workers_than_cells(self, backend, balance):
         outcome, delivered = run(both, backend, balance=balance, grid=Grid(3, 5))

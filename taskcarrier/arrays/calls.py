@@ -146,7 +146,12 @@ class ArrayCall:
         """Run with results for the caller: by the start of their range, and what failed."""
         outcome, delivered = self._run(self._choice(), None)
         raise_failure(outcome, self.grid, self.inputs.describe)
-        results = {start: result for parts in delivered for start, _, result in parts.results}
+        results = {
+            where.start: result
+            for parts in delivered
+            for where, result in parts.results
+            if isinstance(where, slice)
+        }
         faults = self._faults(delivered)
         done = results.keys() | {start for start, _, _ in faults}
         cells = range(len(self.grid))

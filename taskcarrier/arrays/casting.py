@@ -71,6 +71,8 @@ def checked_scalar(value: object, dtype: np.dtype[Any], name: str) -> np.ndarray
         return made
     try:
         given = np.asarray(value)
+        if given.dtype.kind == "c" and dtype.kind != "c":
+            raise TypeError("a complex value")  # noqa: TRY301  # worded below
         with np.errstate(all="ignore"):  # what does not survive is found below
             made = given.astype(dtype)
         kept = given.ndim == 0 and _is_kept(given, made)

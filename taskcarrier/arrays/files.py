@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -10,8 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from taskcarrier.layout import contiguous_strides
+from taskcarrier.layout import ALIGNMENT, contiguous_strides
 from taskcarrier.segments import Segment, SharedView
+
+# Headers are as long as a dtype has fields; NumPy's own limit is 10,000 characters.
+_MAX_HEADER = 1 << 20
 
 
 def check_path(path: object) -> str:
@@ -95,11 +99,11 @@ def load(path: str | os.PathLike[str], mode: str = "r") -> np.ndarray:
 
 def _read_header(file: Any, version: tuple[int, int]) -> Any:
     if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
+        return np.lib.format.read_array_header_1_0(file, _MAX_HEADER)
     if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(file)
+        return np.lib.format.read_array_header_2_0(file, _MAX_HEADER)
     # Field names in UTF-8: NumPy has no public function for the header of this version.
-    mapped = np.load(file.name, mmap_mode="r", allow_pickle=False)
+    mapped = np.load(file.name, mmap_mode="r", allow_pickle=False, max_header_size=_MAX_HEADER)
     file.seek(mapped.offset)
     return mapped.shape, mapped.flags.f_contiguous and not mapped.flags.c_contiguous, mapped.dtype
 
@@ -114,9 +118,21 @@ def header_of(dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> bytes
     }
     try:
         np.lib.format.write_array_header_1_0(file, facts)
+    except UnicodeEncodeError:
+        return _header_3(repr(facts))
     except ValueError:  # a header above 64 KiB
         np.lib.format.write_array_header_2_0(file, facts)
     return file.getvalue()
+
+
+def _header_3(facts: str) -> bytes:
+    """Version 3, whose field names may have any letters; NumPy has no public function for it."""
+    magic = np.lib.format.magic(3, 0)
+    text = facts.encode()
+    n_before = len(magic) + 4
+    padding = -(n_before + len(text) + 1) % ALIGNMENT
+    text += b" " * padding + b"\n"
+    return magic + len(text).to_bytes(4, "little") + text
 
 
 class NpyWriter:
@@ -158,5 +174,6 @@ class NpyWriter:
     def discard(self) -> None:
         """Remove what is there, unless it was finished."""
         if self.part:
-            os.unlink(self.part)
+            with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+                os.unlink(self.part)
             self.part = ""

@@ -228,6 +228,7 @@ def map_items(
     targets = check_targets(out, dtype, where, call.inputs, call.extras)
     if call.inputs.n_items == 0:
         call = call.calling(lambda *_: targets.like_nothing())
+        where = where if targets.entries else 0
     return _in_place(call, where, targets, rule, fill_value, promotes=not targets.knows_dtypes)
 
 

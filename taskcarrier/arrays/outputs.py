@@ -18,6 +18,7 @@ import numpy as np
 from taskcarrier.arrays.allocations import (
     ANY,
     LocalAllocation,
+    NpyPlace,
     Output,
     SharedAllocation,
     Writer,
@@ -57,6 +58,12 @@ class Plan:
     promotes: bool = False
     fill: Fill = NO_FILL
 
+    @property
+    def asks_for_objects(self) -> bool:
+        """Whether results are to be Python objects."""
+        outputs = (self.outputs,) if isinstance(self.outputs, Output) else self.outputs
+        return any(output.dtype is not None and output.dtype.hasobject for output in outputs)
+
     def outputs_for(self, n_results: int) -> tuple[Output, ...]:
         """What was asked of each of so many results."""
         if isinstance(self.outputs, Output):
@@ -74,6 +81,8 @@ class Plan:
         for output, shape in zip(outputs, spec.shapes(self.n_items), strict=True):
             if output.shape is not None and output.shape != shape:
                 raise ValueError(f"out has shape {output.shape}, but the results need {shape}")
+            if isinstance(output.place, NpyPlace) and any(d.hasobject for d, _ in spec.parts):
+                raise TypeError("Python objects cannot be mapped in a .npy file; out= an array")
         for dtype, _ in spec.parts:
             self.fill.of(dtype)
 
@@ -93,6 +102,7 @@ class Sink:
         self._plan = plan
         self._agree = agree
         self._spec: Spec | None = None
+        self._dtypes: list[np.dtype[Any]] = []
         self._writers: list[Writer] | None = None
         # What one plain array must look like, by the length of its cell (there are two: the
         # last may be shorter). Comparing with it takes 0.2 µs a cell, making a spec 4 µs.
@@ -118,6 +128,21 @@ class Sink:
         ):
             self._writers[0].put(start, stop, result)
             return None
+        results = self.checked(start, length, result, margins)
+        dtypes = [one.dtype for one in results]
+        if self._writers is None or dtypes != self._dtypes:
+            return results
+        if type(result) is np.ndarray and margins == (0, 0):
+            self._dtype = results[0].dtype
+            self._shapes[length] = results[0].shape
+        for writer, one in zip(self._writers, results, strict=True):
+            writer.put(start, stop, one)
+        return None
+
+    def checked(
+        self, start: int, length: int, result: Any, margins: tuple[int, int] = (0, 0)
+    ) -> list[np.ndarray]:
+        """The results of so many items, trimmed and cast, if they agree with the others."""
         several = isinstance(result, tuple)
         results = [_as_result(one) for one in (result if several else (result,))]
         axes = self._axes_of(results, length, margins)
@@ -125,24 +150,16 @@ class Sink:
         if self._spec is None:
             self._settle(start, spec)
         assert self._spec is not None  # for the type checker
-        if spec != self._spec:
-            if self._plan.promotes and spec.agrees(self._spec, promotes=True):
-                return results
+        if not spec.agrees(self._spec, promotes=self._plan.promotes):
             raise DisagreementError(spec)
-        if self._writers is None:
-            return results
-        if not several:
-            self._dtype = results[0].dtype
-            self._shapes[length] = results[0].shape
-        for writer, one in zip(self._writers, results, strict=True):
-            writer.put(start, stop, one)
-        return None
+        return results
 
     def _settle(self, start: int, spec: Spec) -> None:
         self.first = (start, spec)
         self._plan.check(spec)
         settled: Spec = self._agree(spec)
         self._spec = settled
+        self._dtypes = [dtype for dtype, _ in settled.parts]
         outputs = self._plan.outputs_for(len(settled.parts))
         places = self._plan.allocation.places(settled, outputs)
         if places is not None:

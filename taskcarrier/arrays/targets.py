@@ -22,14 +22,18 @@ from taskcarrier.arrays.files import NpyWriter, check_path, header_of, load
 from taskcarrier.arrays.inputs import Inputs, normalize_axis
 from taskcarrier.arrays.outputs import Plan
 from taskcarrier.arrays.specs import Spec
+from taskcarrier.backends.work import add_note
 from taskcarrier.layout import has_internal_overlap
 from taskcarrier.mapped_files import located, region
 
 # How hard to look whether two interleaved views share an item; arbitrary.
 _MAX_WORK: Any = 10_000
 
-Stray = tuple[int, int, list[np.ndarray]]
-"""``(start, stop, results)`` of a range whose results could not be put in place by the worker."""
+Where = slice | np.ndarray
+"""Items along the mapped axis."""
+
+Stray = tuple[Where, list[np.ndarray]]
+"""Results that could not be put in place by the worker."""
 
 
 @dataclass
@@ -70,8 +74,8 @@ class Targets:
 
     def like_nothing(self) -> Any:
         """What a function of no items would return, to satisfy this."""
-        entries: tuple[Any, ...] = self.entries or (None,) * len(self.dtypes or (None,))
         dtypes = self.dtypes or (None,)
+        entries: tuple[Any, ...] = self.entries or (None,) * len(dtypes)
         dtypes = dtypes if self.several_dtypes else dtypes * len(entries)
         made = tuple(
             np.empty_like(entry) if isinstance(entry, np.ndarray) else np.empty(0, dtype)
@@ -115,7 +119,7 @@ class Targets:
             places = LocalAllocation(plan.n_items, "C").places(spec, here)
         arrays = list(map(opened, places))
         dtypes = [
-            _promoted_dtype({dtype, *(results[number].dtype for _, _, results in strays)})
+            _promoted_dtype({dtype, *(results[number].dtype for _, results in strays)})
             for number, (dtype, _) in enumerate(spec.parts)
         ]
         arrays = [
@@ -123,9 +127,9 @@ class Targets:
             for array, dtype, output in zip(arrays, dtypes, outputs, strict=True)
         ]
         before = [(slice(None),) * axis for axis in spec.axes]
-        for start, stop, results in strays:
+        for where, results in strays:
             for array, index, result in zip(arrays, before, results, strict=True):
-                array[(*index, slice(start, stop))] = result
+                array[(*index, where)] = result
         values = [plan.fill.of(array.dtype) for array in arrays]
         for start, stop in holes:
             for array, index, value in zip(arrays, before, values, strict=True):
@@ -172,7 +176,14 @@ class Targets:
 
 def _promoted_dtype(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:
     """What `numpy.stack` makes of several dtypes; one alone keeps its byte order."""
-    return dtypes.pop() if len(dtypes) == 1 else np.result_type(*dtypes)
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    try:
+        return np.result_type(*dtypes)
+    except TypeError as error:
+        names = ", ".join(sorted(map(str, dtypes)))
+        add_note(error, f"func returned values of dtypes {names}, which have none in common")
+        raise
 
 
 def check_targets(
@@ -207,8 +218,11 @@ def check_targets(
             _check_array(entry, axis, kind, inputs.n_items)
             _check_apart(entry, seen)
             seen.append(entry)
-        else:
-            _check_not_read(entry, seen)
+    paths = [os.path.realpath(entry) for entry in entries if isinstance(entry, str)]
+    for path in paths:
+        _check_file(path, seen)
+        if paths.count(path) > 1:
+            raise ValueError(f"out names {path!r} twice")
     return Targets(entries, dtypes, several, several or isinstance(out, tuple))
 
 
@@ -249,7 +263,7 @@ def _check_apart(out: np.ndarray, others: Iterable[np.ndarray]) -> None:
             )
 
 
-def _check_not_read(path: str, others: Iterable[np.ndarray]) -> None:
+def _check_file(path: str, others: Iterable[np.ndarray]) -> None:
     try:
         status = os.stat(path)
     except OSError:
@@ -257,7 +271,9 @@ def _check_not_read(path: str, others: Iterable[np.ndarray]) -> None:
     file = (status.st_dev, status.st_ino)
     for other in others:
         if other.nbytes and region(other)[0] == file:
-            raise ValueError(f"out={path!r} is the file of an input; choose another one")
+            raise ValueError(
+                f"out={path!r} is the file that an input or another out maps; choose another one"
+            )
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> bool:

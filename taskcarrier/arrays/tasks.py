@@ -19,7 +19,8 @@ from taskcarrier.arrays.inputs import read_only
 from taskcarrier.arrays.outputs import Plan, Sink
 from taskcarrier.arrays.sources import Source
 from taskcarrier.arrays.specs import Spec
-from taskcarrier.arrays.stacking import stacked
+from taskcarrier.arrays.stacking import Mixed, stacked
+from taskcarrier.arrays.targets import Where
 from taskcarrier.backends.work import NOTHING, Agree, Call, add_note
 from taskcarrier.segments import trim_files
 
@@ -36,13 +37,13 @@ class Parts:
 
     Attributes
     ----------
-    results : list of (int, int, object)
-        ``(start, stop, result)`` of ranges whose results were not put in place.
+    results : list of (slice or ndarray of int, object)
+        Items whose results were not put in place, and the results.
     faults : list of (int, int, Exception)
         ``(start, stop, error)`` of ranges that failed.
     """
 
-    results: list[tuple[int, int, Any]]
+    results: list[tuple[Where, Any]]
     faults: list[Fault]
 
     def __reduce__(self) -> Any:
@@ -54,7 +55,7 @@ class Parts:
 
 
 def _unpacked_parts(
-    results: list[tuple[int, int, Any]], packed: list[tuple[int, int, bytes]]
+    results: list[tuple[Where, Any]], packed: list[tuple[int, int, bytes]]
 ) -> Parts:
     from taskcarrier.backends.parcels import unpack_error  # noqa: PLC0415  # loads joblib
 
@@ -136,13 +137,13 @@ class _Cells:
     def _keep(self, start: int, stop: int, result: Any, parts: Parts) -> None:
         """Put a result in place, or add it to `parts`."""
         if self._sink is None:
-            parts.results.append((start, stop, result))
+            parts.results.append((slice(start, stop), result))
             return
         halo = self._task.halo
         margins = (0, 0) if halo is None else halo.margins(start, stop)
         left = self._sink.place(start, stop, result, margins)
         if left is not None:
-            parts.results.append((start, stop, left))
+            parts.results.append((slice(start, stop), left))
 
     def _chunks(self, start: int, stop: int) -> list[np.ndarray]:
         chunks = [read(start, stop) for read in self._readers]
@@ -239,7 +240,22 @@ class _Items(_Cells):
     def _stacked(self, values: list[Any], start: int) -> Any:
         plan = self._task.plan
         assert plan is not None  # for the type checker: items are always put in place
-        return stacked(values, start, plan.out_axis, takes_objects=self._task.takes_objects)
+        return stacked(
+            values,
+            start,
+            plan.out_axis,
+            takes_objects=self._task.takes_objects,
+            as_objects=plan.asks_for_objects,
+        )
+
+    def _keep(self, start: int, stop: int, result: Any, parts: Parts) -> None:
+        if not isinstance(result, Mixed):
+            super()._keep(start, stop, result, parts)
+            return
+        assert self._sink is not None  # for the type checker: as above
+        for positions, group in result.groups:
+            left = self._sink.checked(start, len(positions), group)
+            parts.results.append((start + positions, left))
 
 
 def _check_complete(values: list[Any], n_items: int) -> None:

@@ -11,7 +11,11 @@ from taskcarrier import (
     DynamicParallelMapper,
     SerialMapper,
     StaticParallelMapper,
+    last_report,
     map_array,
+    map_chunks,
+    map_items,
+    reduce_array,
 )
 from taskcarrier.arrays.inputs import check_extras, check_inputs, read_only
 from tests.strategies import BACKENDS, assert_same
@@ -77,9 +81,36 @@ BAD = {
     "kwargs no dict": ({"kwargs": [1]}, TypeError, ["kwargs", "[1]"]),
     "kwargs no names": ({"kwargs": {1: 2}}, TypeError, ["kwargs", "{1: 2}"]),
     "unknown": ({"colour": "red"}, TypeError, ["colour"]),
-    "out, later": ({"out": np.zeros((4, 3))}, TypeError, ["out"]),
-    "depth, later": ({"depth": 1}, TypeError, ["depth"]),
-    "dtype, later": ({"dtype": "f4"}, TypeError, ["dtype"]),
+    "out no array": ({"out": [1, 2]}, TypeError, ["out", "[1, 2]", ".npy"]),
+    "out too short": ({"out": np.zeros((3, 3))}, ValueError, ["out", "length 3", "4 items"]),
+    "out of another dtype": (
+        {"out": np.zeros((4, 3)), "dtype": "f4"},
+        ValueError,
+        ["float64", "float32"],
+    ),
+    "out another sort of file": ({"out": "Y.csv"}, ValueError, [".npy", "'Y.csv'"]),
+    "out, the input": ({"out": X}, ValueError, ["out", "overlaps"]),
+    "dtype unknown": ({"dtype": "colour"}, TypeError, ["dtype", "'colour'"]),
+    "depth -1": ({"depth": -1}, ValueError, ["depth", "-1"]),
+    "depth float": ({"depth": 1.5}, TypeError, ["depth", "1.5"]),
+    "depth too much": ({"depth": 5}, ValueError, ["depth=5", "4 items"]),
+    "boundary unknown": (
+        {"depth": 1, "boundary": "edge"},
+        ValueError,
+        ["boundary", "'edge'", "'nearest'"],
+    ),
+    "cval no number": (
+        {"depth": 1, "boundary": "constant", "cval": "a"},
+        TypeError,
+        ["cval", "'a'", "float64"],
+    ),
+    "on_error unknown": ({"on_error": "ignore"}, ValueError, ["on_error", "'ignore'", "'fill'"]),
+    "fill_value alone": ({"fill_value": 0}, ValueError, ["fill_value", "on_error"]),
+    "fill_value of another dtype": (
+        {"fill_value": 1.5, "on_error": "fill", "dtype": "i4"},
+        TypeError,
+        ["fill_value=1.5", "int32"],
+    ),
     "rng, later": ({"rng": 0}, TypeError, ["rng"]),
     "timeout, later": ({"timeout": 1}, TypeError, ["timeout"]),
     "retries, later": ({"retries": 1}, TypeError, ["retries"]),
@@ -98,12 +129,35 @@ def test_a_bad_option_is_an_error_before_anything_starts(case, nothing_starts):
 
 
 @pytest.mark.parametrize("mapper", [SerialMapper, StaticParallelMapper, DynamicParallelMapper])
-@pytest.mark.parametrize("option", ["balance", "n_jobs", "backend", "out", "depth", "colour"])
+@pytest.mark.parametrize("option", ["balance", "n_jobs", "backend", "resume", "colour"])
 def test_mappers_refuse_options_that_they_decide_or_that_do_not_exist(
     mapper, option, nothing_starts
 ):
+    for verb in ("map_array", "map_items", "map_chunks", "reduce_array"):
+        with pytest.raises(TypeError, match=f"{verb} of a mapper has no option '{option}'"):
+            getattr(mapper(n_jobs=2), verb)(np.sqrt, X, **{option: "static"})
+
+
+# What one verb has, and another has not.
+ELSEWHERE = [
+    (map_array, "combine"),
+    (map_items, "depth"),
+    (map_chunks, "out"),
+    (map_chunks, "dtype"),
+    (map_chunks, "fill_value"),
+    (map_chunks, "out_axis"),
+    (reduce_array, "on_error"),
+    (reduce_array, "out"),
+]
+
+
+@pytest.mark.parametrize(("verb", "option"), ELSEWHERE)
+def test_options_without_a_meaning_are_refused(verb, option, nothing_starts):
+    combine = {"combine": np.add} if verb is reduce_array else {}
     with pytest.raises(TypeError, match=option):
-        mapper(n_jobs=2).map_array(np.sqrt, X, **{option: "static"})
+        verb(np.sqrt, X, n_jobs=2, **combine, **{option: 1})
+    with pytest.raises(TypeError, match=option):
+        getattr(SerialMapper(), verb.__name__)(np.sqrt, X, **combine, **{option: 1})
 
 
 @pytest.mark.parametrize("func", [None, 3, "sqrt", X], ids=type)
@@ -126,8 +180,8 @@ REFUSED = {
     "None": (None, TypeError, ["0-dimensional", "NoneType"]),
     "generator": ((i for i in range(3)), TypeError, ["0-dimensional", "generator"]),
     "dict": ({"a": X}, TypeError, ["0-dimensional", "dict"]),
-    "path": ("data/X.npy", TypeError, ["data/X.npy", "numpy.load"]),
-    "bytes": (b"X.npy", TypeError, ["X.npy", "numpy.load"]),
+    "path": ("data/X.csv", TypeError, ["data/X.csv", ".npy"]),
+    "bytes": (b"X.npy", TypeError, ["X.npy", "pass the array"]),
     "ragged": ([[1, 2], [3]], ValueError, ["inhomogeneous"]),
 }
 
@@ -146,8 +200,17 @@ def test_what_would_lose_something_is_refused_by_name(case, place, nothing_start
         assert f"array {place}" in text
 
 
-def test_paths_are_refused_by_name(tmp_path, nothing_starts):
-    with pytest.raises(TypeError, match="mmap_mode"):
+def test_paths_of_npy_files_are_arrays(tmp_path):
+    path = tmp_path / "X.npy"
+    np.save(path, X)
+    for backend in BACKENDS:
+        for name in (path, str(path)):
+            assert_same(map_array(np.sqrt, name, n_jobs=2, backend=backend), np.sqrt(X))
+            assert last_report().bytes_copied == 0
+
+
+def test_a_path_without_a_file_is_its_own_error(tmp_path, nothing_starts):
+    with pytest.raises(FileNotFoundError, match=r"X\.npy"):
         map_array(np.sqrt, tmp_path / "X.npy", n_jobs=2)
 
 
@@ -205,14 +268,16 @@ def test_objects_with_the_array_interface_are_their_values():
     assert_same(map_array(lambda c: c * 2, frame, n_jobs=1), frame.to_numpy() * 2)
 
 
-def test_arrays_of_objects_cannot_be_sent_to_processes(nothing_starts):
-    with pytest.raises(TypeError, match=r"object.*threading"):
-        map_array(lambda c: c, np.array([{}, []], object), n_jobs=2, backend="loky")
-
-
-def test_results_of_objects_cannot_come_from_processes():
-    with pytest.raises(TypeError, match=r"object.*threading"):
-        map_array(lambda c: c.astype(object), X, n_jobs=2, backend="loky")
+def test_an_object_that_cannot_be_pickled_is_named_before_anything_starts(nothing_starts):
+    with pytest.raises(TypeError, match="lock") as caught:
+        map_array(
+            lambda c: c,
+            np.array([{}, threading.Lock(), []], object),
+            n_jobs=2,
+            backend="loky",
+            chunksize=1,
+        )
+    assert any("items 1:2" in note and "threading" in note for note in caught.value.__notes__)
 
 
 # The parts

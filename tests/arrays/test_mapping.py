@@ -12,6 +12,8 @@ from taskcarrier import map_array
 from tests.strategies import (
     BACKENDS,
     DTYPES,
+    EVERYWHERE,
+    PAIRS,
     PARALLEL,
     REALS,
     RUNS,
@@ -523,21 +525,114 @@ def test_a_report_belongs_to_the_thread_that_ran():
 # Objects
 
 
-def test_arrays_of_objects_are_mapped_in_threads():
-    X = np.array([1, "two", None, (4,)], object)
-    result = map_array(lambda c: c, X, n_jobs=2)
-    assert taskcarrier.last_report().backend == "threading"
-    assert result.tolist() == X.tolist()
-    runs = [run for run in RUNS if run[0] != "loky"]
-    for backend, balance, n_jobs in runs:
+THINGS = np.array([1, "two", None, (4,), {5: 6}, 7.5, b"8"], object)
+
+
+@pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_arrays_of_objects_are_mapped_and_come_back_as_objects(backend, balance, axis):
+    X = np.stack([THINGS, THINGS[::-1]], axis=1 - axis)
+    for view in (X, X[:, ::-1], X[::-1]):
         result = map_array(
-            lambda c: np.array([[x] for x in c], object),
-            X[:3],
-            n_jobs=n_jobs,
+            lambda c: c, view, axis=axis, chunksize=2, n_jobs=2, backend=backend, balance=balance
+        )
+        assert result.dtype == object
+        assert result.tolist() == view.tolist()
+        assert result.flags.writeable
+
+
+@pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
+def test_the_report_says_that_objects_are_pickled_for_processes(backend, balance):
+    numbers = np.arange(7)
+    options = {"n_jobs": 2, "backend": backend, "balance": balance}
+    result = map_array(lambda n, c: n + [len(str(x)) for x in c], numbers, THINGS, **options)
+    assert_same(result, numbers + [len(str(x)) for x in THINGS])
+    notes = taskcarrier.last_report().notes
+    if backend == "loky":
+        (note,) = notes
+        assert "array 1 has dtype object" in note
+        assert "pickled" in note
+        assert note in str(taskcarrier.last_report())
+    else:
+        assert notes == ()
+    map_array(lambda c: c, numbers, **options)
+    assert taskcarrier.last_report().notes == ()
+
+
+def test_arrays_of_objects_go_to_processes_by_default():
+    map_array(lambda c: c, THINGS, n_jobs=2)
+    assert taskcarrier.last_report().backend == "loky"
+
+
+@pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
+def test_objects_from_numbers(backend, balance):
+    X = np.arange(9)
+    objects, doubled = map_array(
+        lambda c: (np.array([{int(x)} for x in c], object), c * 2),
+        X,
+        chunksize=2,
+        n_jobs=2,
+        backend=backend,
+        balance=balance,
+    )
+    assert objects.tolist() == [{x} for x in range(9)]
+    assert_same(doubled, X * 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_of_objects_are_read_only(backend):
+    def func(chunk):
+        chunk[0] = None
+        return chunk
+
+    with pytest.raises(ValueError, match="read-only"):
+        map_array(func, THINGS, n_jobs=2, backend=backend)
+    result = map_array(func, THINGS, n_jobs=2, backend=backend, writable=True, chunksize=1)
+    assert result.tolist() == [None] * 7
+    assert THINGS[1] == "two"
+
+
+# Casts
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"), [("f8", "f4"), ("f8", ">f8"), ("i8", "u1"), ("f4", "c16"), ("U2", "U5")]
+)
+def test_results_are_cast_to_the_dtype_that_is_asked_for(given, dtype):
+    X = np.arange(40).astype(given)
+    result = contract(lambda c: c, X, dtype=dtype, chunksize=7, runs=PAIRS)
+    assert_same(result, X.astype(dtype))
+
+
+@pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
+def test_a_value_that_does_not_fit_is_named_with_its_range(backend, balance):
+    with pytest.raises(ValueError, match="the result 300 does not fit into uint8") as caught:
+        map_array(
+            lambda c: c + 270 * (c == 30),
+            np.arange(40),
+            dtype="u1",
+            chunksize=10,
+            n_jobs=2,
             backend=backend,
             balance=balance,
         )
-        assert result.tolist() == [[1], ["two"], [None]]
+    assert any("items 30:40" in note for note in caught.value.__notes__)
+    with pytest.raises(TypeError, match="float64 cannot become int32"):
+        map_array(np.sqrt, np.arange(4.0), dtype="i4", n_jobs=2, backend=backend, balance=balance)
+
+
+def test_a_dtype_for_each_of_several_results():
+    X = np.arange(20.0)
+    result = contract(lambda c: (c, c, c > 3), X, dtype=("f4", None, "i1"), runs=PAIRS)
+    assert_same(result, (X.astype("f4"), X, (X > 3).astype("i1")))
+
+
+def test_a_dtype_makes_one_of_results_that_differ():
+    X = np.arange(20)
+    result = contract(
+        lambda c: c.astype("f4") if c[0] == 4 else c * 1.0, X, dtype="f8", chunksize=4, runs=PAIRS
+    )
+    assert_same(result, X * 1.0)
 
 
 # Last: these end the workers that the others share, or start more

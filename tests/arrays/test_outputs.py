@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 
 from taskcarrier import map_array
-from taskcarrier.arrays.outputs import (
-    DisagreementError,
+from taskcarrier.arrays.allocations import (
+    ANY,
     LocalAllocation,
+    Output,
     SharedAllocation,
-    Sink,
-    Spec,
-    check_out_axis,
+    Writer,
+    opened,
 )
+from taskcarrier.arrays.casting import Fill
+from taskcarrier.arrays.outputs import Plan, Sink, check_out_axis
+from taskcarrier.arrays.specs import DisagreementError, Spec
 from taskcarrier.segments import Segment
 from tests.strategies import PARALLEL, assert_same, cooled_crews, warm_crews
 
@@ -220,13 +223,54 @@ def test_a_spec_gives_shapes_and_words():
     assert PAIR.describe(4) == "a tuple of 2 (int16 (3, 4); datetime64[s] (4, 2, 5))"
 
 
+def arrays_of(allocation, spec, outputs=(ANY,)):
+    return [opened(place) for place in allocation.places(spec, outputs)]
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(12,), (12, 3), (1, 12, 3), (3, 12), (2, 3, 12), (12, 0)])
+def test_writers_put_ranges_where_they_belong(shape, axis, order):
+    if axis >= len(shape):
+        axis = len(shape) - 1
+    n_items = shape[axis]
+    values = np.arange(math.prod(shape), dtype=">i4").reshape(shape)
+    spec = Spec(((values.dtype, shape[:axis] + shape[axis + 1 :]),), (axis,), several=False)
+    for allocation in (
+        LocalAllocation(n_items, order),
+        SharedAllocation(Segment.create(), n_items, order),
+    ):
+        (place,) = allocation.places(spec, [ANY])
+        writer = Writer(place, axis)
+        for start in reversed(range(0, n_items, 5)):
+            stop = min(start + 5, n_items)
+            part = values[(slice(None),) * axis + (slice(start, stop),)]
+            writer.put(start, stop, part if start else np.asfortranarray(part))
+        assert_same(opened(place), values)
+
+
+def test_specs_agree_if_all_is_equal_or_only_dtypes_differ_that_promote():
+    single = FLAT.of_dtypes([np.dtype("f4")])
+    assert single.parts == ((np.dtype("f4"), ()),)
+    assert FLAT.agrees(FLAT, promotes=False)
+    assert not FLAT.agrees(single, promotes=False)
+    assert FLAT.agrees(single, promotes=True)
+    for other in (
+        Spec(((np.dtype("f8"), (1,)),), (0,), several=False),
+        Spec(((np.dtype("f8"), ()),), (0,), several=True),
+        Spec(((np.dtype("f8"), ()),) * 2, (0, 0), several=False),
+    ):
+        assert not FLAT.agrees(other, promotes=True)
+
+
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("spec", [FLAT, PAIR], ids=["flat", "pair"])
 def test_both_allocations_lay_out_alike(order, spec):
     segment = Segment.create()
     shared, local = SharedAllocation(segment, 7, order), LocalAllocation(7, order)
+    outputs = (ANY,) * len(spec.parts)
     for number, (one, other) in enumerate(
-        zip(shared.arrays(spec), local.arrays(spec), strict=True)
+        zip(arrays_of(shared, spec, outputs), arrays_of(local, spec, outputs), strict=True)
     ):
         assert (one.shape, one.dtype, one.strides) == (other.shape, other.dtype, other.strides)
         one[...] = number
@@ -236,58 +280,116 @@ def test_both_allocations_lay_out_alike(order, spec):
         for (dtype, _), shape in zip(spec.parts, spec.shapes(7), strict=True)
     )
     # Whoever asks later sees what the first has written.
-    for number, again in enumerate(SharedAllocation(segment, 7, order).arrays(spec)):
+    for number, again in enumerate(arrays_of(SharedAllocation(segment, 7, order), spec, outputs)):
         assert (again == np.array(number).astype(again.dtype)).all()
+
+
+@pytest.mark.parametrize("kind", ["local", "shared"])
+def test_an_output_with_a_place_lies_there_and_takes_no_other_room(kind):
+    segment = Segment.create()
+    allocation = SharedAllocation(segment, 5, "C") if kind == "shared" else LocalAllocation(5, "C")
+    mine = np.zeros(10)[::2]
+    (array,) = arrays_of(allocation, FLAT, [Output(mine.dtype, mine.shape, mine)])
+    assert array is mine
+    assert segment.nbytes == 0
 
 
 def test_results_stay_shared_unless_their_segment_is_much_too_large():
     segment = Segment.create()
-    fits = SharedAllocation(segment, 1000, "C")
-    fits.arrays(FLAT)[0][...] = 3
-    assert not fits.collect(FLAT)[0].flags.owndata
+    shared = SharedAllocation(segment, 1000, "C")
+    shared.places(FLAT, [ANY])
+    assert not shared.is_wasteful(FLAT, [ANY])
     segment.reserve(1 << 20)
-    copied = fits.collect(FLAT)[0]
-    assert copied.flags.owndata
-    assert (copied == 3).all()
+    assert shared.is_wasteful(FLAT, [ANY])
 
 
 def test_results_without_bytes_need_no_segment():
     segment = Segment.create()
-    (array,) = SharedAllocation(segment, 0, "C").collect(FLAT)
+    (array,) = arrays_of(SharedAllocation(segment, 0, "C"), FLAT)
     assert array.shape == (0,)
     assert segment.nbytes == 0
 
 
 def test_objects_have_no_place_in_a_segment():
-    with pytest.raises(TypeError, match=r"object.*threading"):
-        SharedAllocation(Segment.create(), 3, "C").arrays(
-            Spec(((np.dtype(object), ()),), (0,), False)
-        )
+    segment = Segment.create()
+    spec = FLAT.of_dtypes([np.dtype(object)])
+    assert SharedAllocation(segment, 3, "C").places(spec, [ANY]) is None
+    assert segment.nbytes == 0
 
 
 def test_threads_get_the_same_outputs():
     local = LocalAllocation(5, "C")
     found = []
     threads = [
-        threading.Thread(target=lambda: found.append(local.arrays(FLAT)[0])) for _ in range(4)
+        threading.Thread(target=lambda: found.append(local.places(FLAT, [ANY])[0]))
+        for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(found) == 4
     assert len({id(array) for array in found}) == 1
 
 
+def sink_of(n_items=6, agree=lambda proposal: proposal, **options):
+    plan = Plan(LocalAllocation(n_items, "C"), n_items, 0, **options)
+    return Sink(plan, agree), plan
+
+
 def test_a_sink_remembers_its_first_result_and_refuses_others():
-    local = LocalAllocation(6, "C")
-    sink = Sink(local, 0)
-    sink.place(2, 4, np.array([2.0, 3.0]))
+    sink, plan = sink_of()
+    assert sink.place(2, 4, np.array([2.0, 3.0])) is None
     assert sink.first == (2, FLAT)
     with pytest.raises(DisagreementError) as caught:
         sink.place(4, 6, np.array([4, 5]))
     assert caught.value.spec.parts == ((np.dtype(int), ()),)
-    sink.place(0, 2, [0.0, 1.0])
-    assert local.collect(FLAT)[0][:4].tolist() == [0, 1, 2, 3]
+    assert sink.place(0, 2, [0.0, 1.0]) is None
+    assert arrays_of(plan.allocation, FLAT)[0][:4].tolist() == [0, 1, 2, 3]
+
+
+def test_a_sink_keeps_to_what_others_have_settled_on():
+    proposals = []
+
+    def settled(proposal):
+        proposals.append(proposal)
+        return FLAT
+
+    sink, _ = sink_of(agree=settled)
+    with pytest.raises(DisagreementError):
+        sink.place(0, 2, np.array([4, 5]))
+    assert sink.place(2, 4, np.array([4.0, 5.0])) is None
+    assert proposals == [FLAT.of_dtypes([np.dtype(int)])]
+
+
+def test_a_sink_whose_results_promote_hands_others_to_the_caller():
+    sink, plan = sink_of(promotes=True, agree=lambda proposal: FLAT)
+    (left,) = sink.place(0, 2, np.array([4, 5]))
+    assert_same(left, np.array([4, 5]))
+    assert sink.place(2, 4, np.array([4.0, 5.0])) is None
+    with pytest.raises(DisagreementError):  # shapes do not promote
+        sink.place(4, 6, np.ones((2, 1)))
+    assert arrays_of(plan.allocation, FLAT)[0][2:4].tolist() == [4, 5]
+
+
+def test_a_sink_trims_margins_and_casts():
+    sink, plan = sink_of(outputs=Output(np.dtype("f4")))
+    sink.place(0, 2, np.arange(3.0), (0, 1))
+    sink.place(2, 6, np.arange(1.0, 7.0), (1, 1))
+    assert arrays_of(plan.allocation, FLAT)[0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert sink.first == (0, FLAT.of_dtypes([np.dtype("f4")]))
+    with pytest.raises(TypeError, match="complex128 cannot become float32"):
+        sink.place(0, 2, np.ones(2, complex))
+
+
+def test_what_was_asked_for_is_checked_against_the_first_result():
+    asked = Output(np.dtype("f8"), (6, 1))
+    with pytest.raises(ValueError, match=r"out has shape \(6, 1\), but the results need \(6,\)"):
+        sink_of(outputs=asked)[0].place(0, 2, np.ones(2))
+    with pytest.raises(ValueError, match="has 2 entries, but func returned 1"):
+        sink_of(outputs=(ANY, ANY))[0].place(0, 2, np.ones(2))
+    with pytest.raises(TypeError, match="int64 have no NaN: pass fill_value="):
+        sink_of(fill=Fill(is_needed=True))[0].place(0, 2, np.ones(2, "i8"))
 
 
 def test_out_axis_is_the_axis_of_the_first_array_unless_given():

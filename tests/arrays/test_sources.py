@@ -12,10 +12,14 @@ from numpy.lib.stride_tricks import sliding_window_view
 import taskcarrier
 from taskcarrier import StaticParallelMapper, caller_memory, last_report, map_array
 from taskcarrier.arrays import sources
+from taskcarrier.arrays.halos import Halo
 from taskcarrier.arrays.inputs import check_inputs
 from taskcarrier.arrays.sources import (
+    ArrayLikeSource,
     CallerSource,
+    HaloSource,
     LocalSource,
+    PickledSource,
     SharedSource,
     sources_for_processes,
     sources_here,
@@ -479,6 +483,87 @@ class TestBytesCopied:
             again = map_array(np.copy, view, axis=axis, **LOKY)
             assert last_report().bytes_copied == 0
             assert np.array_equal(again, view)
+
+
+class Sliced:
+    """Like an array, but in no memory."""
+
+    def __init__(self, values):
+        self._values = values
+        self.shape, self.dtype, self.ndim = values.shape, values.dtype, values.ndim
+
+    def __getitem__(self, index):
+        return self._values[index].copy()
+
+
+class TestOtherSources:
+    """What is neither in memory nor made of plain bytes, and chunks with neighbours."""
+
+    @staticmethod
+    def opened(array, axis=0, chunksize=3, halo=None):
+        inputs = check_inputs([array], axis)
+        grid = Grid(inputs.n_items, chunksize)
+        (source,), notes = sources_for_processes(inputs, grid, halo, Staging())
+        return source, notes
+
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_array_likes_are_sliced(self, axis):
+        X = np.arange(90_000.0).reshape(300, 300)
+        source, notes = self.opened(Sliced(X), axis)
+        assert isinstance(source, ArrayLikeSource)
+        assert notes == ["array 0 is read by range in every worker"]
+        chunk = source.open()(20, 50)
+        assert np.array_equal(chunk, X[20:50] if axis == 0 else X[:, 20:50])
+        assert not chunk.flags.writeable
+
+    @pytest.mark.parametrize("axis", [0, 1])
+    @pytest.mark.parametrize("chunksize", [1, 3, 10, 100])
+    def test_objects_are_read_across_their_cells(self, chunksize, axis):
+        X = np.array([str(number) for number in range(99)], object).reshape(9, 11)
+        source, notes = self.opened(X, axis, chunksize)
+        assert isinstance(source, PickledSource)
+        assert notes == ["array 0 has dtype object: it is pickled by range"]
+        read = source.open()
+        n_items = X.shape[axis]
+        for start in range(n_items):
+            for stop in range(start + 1, n_items + 1):
+                chunk = read(start, stop)
+                expected = X[start:stop] if axis == 0 else X[:, start:stop]
+                assert chunk.tolist() == expected.tolist()
+                assert not chunk.flags.writeable
+
+    @pytest.mark.parametrize("axis", [0, 1])
+    @pytest.mark.parametrize("boundary", ["reflect", "nearest", "mirror", "wrap", "none"])
+    @pytest.mark.parametrize("kind", ["read", "shared", "sliced", "objects"])
+    def test_neighbours_come_from_any(self, kind, boundary, axis):
+        X = values((12, 9), "i4")
+        array = {
+            "read": lambda: X,
+            "shared": lambda: shared(X),
+            "sliced": lambda: Sliced(X),
+            "objects": lambda: X.astype(object),
+        }[kind]()
+        n_items = X.shape[axis]
+        halo = Halo(4, boundary, 0, n_items)
+        source, _ = self.opened(array, axis, 3, halo)
+        assert isinstance(source, HaloSource)
+        with as_worker():
+            read = source.open()
+            chunks = [read(start, min(start + 3, n_items)) for start in range(0, n_items, 3)]
+        local = LocalSource(X, axis).open()
+        for start, chunk in zip(range(0, n_items, 3), chunks, strict=True):
+            expected = halo.read(local, axis, start, min(start + 3, n_items))
+            assert chunk.tolist() == expected.tolist()
+            assert not chunk.flags.writeable
+
+    def test_with_deep_neighbours_small_cells_are_staged(self):
+        array = square()
+        assert isinstance(self.opened(array, 0, 3, None)[0], CallerSource)
+        deep, _ = self.opened(array, 0, 3, Halo(100, "none", 0, 300))
+        assert isinstance(deep, HaloSource)
+        assert isinstance(deep.inner, SharedSource)
+        shallow, _ = self.opened(array, 0, 100, Halo(1, "none", 0, 300))
+        assert isinstance(shallow.inner, CallerSource)
 
 
 class TestMemoryThatCannotBeOpened:

@@ -24,8 +24,6 @@ from taskcarrier.backends.choice import (
     releases_gil,
 )
 
-OBJECTS = "an array of dtype object cannot lie in shared memory"
-
 
 def facts(**others):
     return Facts(**{"cores": 4, **others})
@@ -39,10 +37,9 @@ class TestChoose:
             ({}, {}, ("loky", 4, "the default")),
             ({"releases_gil": True}, {}, ("threading", 4, "the function releases the GIL")),
             ({}, {"has_gil": False}, ("threading", 4, "the interpreter has no GIL")),
-            ({"needs_threads": OBJECTS}, {}, ("threading", 4, OBJECTS)),
             ({}, {"has_processes": False}, ("threading", 4, "worker processes need Linux")),
             (
-                {"releases_gil": True, "needs_threads": OBJECTS},
+                {"releases_gil": True},
                 {"has_gil": False, "has_processes": False},
                 ("threading", 4, "the function releases the GIL"),
             ),
@@ -60,7 +57,6 @@ class TestChoose:
             ({"n_jobs": 1, "backend": "threading"}, {}, ("sequential", 1, "n_jobs is 1")),
             ({"n_jobs": 1, "backend": "sequential"}, {}, ("sequential", 1, "asked for")),
             ({}, {"cores": 1}, ("sequential", 1, "n_jobs is 1")),
-            ({"n_jobs": 1, "needs_threads": OBJECTS}, {}, ("sequential", 1, "n_jobs is 1")),
             ({"n_jobs": 7}, {}, ("loky", 7, "the default")),
             # inside a worker
             ({}, {"in_worker": True}, ("sequential", 1, "called inside a worker")),
@@ -117,13 +113,6 @@ class TestChoose:
     def test_table(self, call, found, expected):
         wishes = {"n_jobs": None, "backend": None, **call}
         assert choose(facts=facts(**found), **wishes) == Choice(*expected)
-
-    @pytest.mark.parametrize(
-        ("backend", "active"), [("loky", None), (None, "loky"), (None, "multiprocessing")]
-    )
-    def test_objects_cannot_go_to_processes(self, backend, active):
-        with pytest.raises(TypeError, match=f"{OBJECTS}; pass backend='threading'"):
-            choose(None, backend, facts(active_backend=active), needs_threads=OBJECTS)
 
     @pytest.mark.parametrize(("backend", "active"), [("loky", None), (None, "loky")])
     def test_processes_need_linux(self, backend, active):

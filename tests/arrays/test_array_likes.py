@@ -1,0 +1,344 @@
+"""What is like an array: read where it is, turned into its values, or refused by name."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from taskcarrier import last_report, map_array, map_chunks, map_items, reduce_array, share
+from tests.strategies import PARALLEL, assert_same, cooled_crews, run_script, warm_crews
+
+RUNS = [("sequential", "static"), *PARALLEL]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def crews():
+    warm_crews(2)
+    yield
+    cooled_crews()
+
+
+@pytest.fixture(params=RUNS, ids=" ".join)
+def run(request):
+    backend, balance = request.param
+    return {"backend": backend, "balance": balance, "n_jobs": 2}
+
+
+def never(*chunks):
+    raise AssertionError("called")
+
+
+class OnDisk:
+    """As arrays in files of other formats show themselves: sliced, and nothing else."""
+
+    def __init__(self, values):
+        self._values = values
+        self.shape, self.dtype, self.ndim = values.shape, values.dtype, values.ndim
+
+    def __getitem__(self, index):
+        if not isinstance(index, tuple):
+            index = (index,)
+        assert all(isinstance(one, slice) for one in index)
+        return self._values[index].copy()
+
+    def __array__(self, *_, **__):
+        raise AssertionError("read as a whole")
+
+
+class TestReadByRange:
+    @pytest.mark.parametrize("axis", [0, 1, -1])
+    @pytest.mark.parametrize("chunksize", [1, 7, None, 100])
+    def test_along_every_axis(self, chunksize, axis, run):
+        X = np.random.default_rng(0).normal(size=(20, 13))
+        result = map_array(np.square, OnDisk(X), axis=axis, chunksize=chunksize, **run)
+        assert_same(result, X**2)
+
+    def test_in_every_verb(self, run):
+        X = np.arange(60).reshape(20, 3)
+        disk = OnDisk(X)
+        assert_same(map_items(lambda x, y: x + y, disk, X, **run), X * 2)
+        chunks = map_chunks(lambda c: (c.tolist(), c.flags.writeable), disk, chunksize=8, **run)
+        assert chunks == [(X[i : i + 8].tolist(), False) for i in (0, 8, 16)]
+        assert reduce_array(np.sum, disk, combine=lambda a, b: a + b, **run) == X.sum()
+
+    @pytest.mark.parametrize("boundary", ["reflect", "wrap", "none"])
+    def test_with_neighbours(self, boundary, run):
+        X = np.arange(20) ** 2
+        options = {"depth": 3, "boundary": boundary, "chunksize": 6, **run}
+        found = map_chunks(np.copy, OnDisk(X), **options)
+        expected = map_chunks(np.copy, X, **options)
+        assert [one.tolist() for one in found] == [one.tolist() for one in expected]
+
+    def test_that_fails_is_an_error_like_the_function_s(self, run):
+        class Broken(OnDisk):
+            def __getitem__(self, index):
+                first, *_ = index if isinstance(index, tuple) else (index,)
+                if first.stop > 10:
+                    raise OSError("no longer there")
+                return super().__getitem__(index)
+
+        with pytest.raises(OSError, match="no longer there"):
+            map_array(np.square, Broken(np.arange(20.0)), chunksize=5, **run)
+
+    def test_says_so_in_the_report(self):
+        map_array(np.square, OnDisk(np.arange(20.0)), backend="loky", n_jobs=2)
+        assert last_report().bytes_copied == 0
+        assert any("read by range" in note for note in last_report().notes)
+
+    def test_can_be_shared(self):
+        X = np.arange(20.0).reshape(5, 4)
+
+        class Whole(OnDisk):
+            def __getitem__(self, index):
+                return self._values[index]
+
+        assert_same(share(Whole(X)), X)
+
+
+class TestZarr:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def stored(tmp_path_factory):
+        zarr = pytest.importorskip("zarr", reason="zarr arrays are what this is about")
+        folder = tmp_path_factory.mktemp("zarr")
+        X = np.random.default_rng(0).normal(size=(50, 30))
+        array = zarr.open(
+            str(folder / "X.zarr"), mode="w", shape=X.shape, chunks=(7, 11), dtype=X.dtype
+        )
+        array[...] = X
+        return array, X
+
+    @pytest.fixture(autouse=True)
+    def _threads_of_zarr(self, stored):
+        """Its threads are there before the leak check of a test looks."""
+        array, _ = stored
+        array[:1]
+
+    @pytest.mark.parametrize("axis", [0, 1])
+    @pytest.mark.parametrize("chunksize", [3, None])
+    def test_arrays_on_disk(self, chunksize, axis, stored, run):
+        array, X = stored
+        result = map_array(np.square, array, axis=axis, chunksize=chunksize, **run)
+        assert_same(result, X**2)
+
+    def test_into_a_file(self, stored, run, tmp_path):
+        array, X = stored
+        map_array(np.abs, array, out=tmp_path / "Y.npy", dtype="f4", **run)
+        assert np.array_equal(np.load(tmp_path / "Y.npy"), np.abs(X).astype("f4"))
+
+
+class TestPandas:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def pd():
+        return pytest.importorskip("pandas", reason="its objects are what this is about")
+
+    def test_series_become_their_values(self, pd, run):
+        values = np.arange(20.0)
+        for index in (None, range(20, 0, -1), np.arange(20) / 2, list("abcdefghijklmnopqrst")):
+            series = pd.Series(values, index=index)
+            assert_same(map_array(np.sqrt, series, chunksize=3, **run), np.sqrt(values))
+
+    def test_frames_become_their_values(self, pd, run):
+        X = np.arange(60.0).reshape(20, 3)
+        frame = pd.DataFrame(X, columns=list("abc"))
+        for axis in (0, 1):
+            assert_same(map_array(np.sqrt, frame, axis=axis, chunksize=2, **run), np.sqrt(X))
+        assert_same(map_array(np.add, frame["a"], frame["c"], **run), X[:, 0] + X[:, 2])
+
+    def test_columns_of_dates_and_words(self, pd, run):
+        dates = pd.Series(np.arange(5).astype("M8[ns]"))
+        assert_same(map_array(np.copy, dates, **run), np.arange(5).astype("M8[ns]"))
+        words = pd.Series(["a", "bc", "d"], dtype=object)
+        assert map_array(np.copy, words, **run).tolist() == ["a", "bc", "d"]
+        categories = pd.Series(["a", "b", "a"], dtype="category")
+        assert map_array(np.copy, categories, **run).tolist() == ["a", "b", "a"]
+
+    def test_subclasses_too(self, pd):
+        class Mine(pd.Series):
+            pass
+
+        series = Mine([1.0, 2.0, 3.0], index=[10.0, 20.0, 30.0])
+        result = map_array(np.negative, series, chunksize=2, backend="sequential")
+        assert_same(result, -np.arange(1.0, 4.0))
+
+
+class TestXarray:
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_arrays_become_their_values(self, axis, run):
+        xarray = pytest.importorskip("xarray", reason="its objects are what this is about")
+        X = np.arange(60.0).reshape(20, 3)
+        array = xarray.DataArray(X, dims=("time", "place"), coords={"place": list("abc")})
+        assert_same(map_array(np.sqrt, array, axis=axis, chunksize=2, **run), np.sqrt(X))
+
+
+class TestSequences:
+    @pytest.mark.parametrize(
+        "values", [[1, 2, 3], (1.5, 2.5), range(5), [[1, 2], [3, 4]], [True, False], ["a", "bc"]]
+    )
+    def test_of_numbers_and_words(self, values, run):
+        assert_same(map_array(np.copy, values, **run), np.array(values))
+
+    def test_that_are_ragged(self):
+        for verb in (map_array, map_items, map_chunks):
+            with pytest.raises(ValueError, match="inhomogeneous") as caught:
+                verb(never, [[1, 2], [3]])
+            assert "array 0 could not become an array" in "\n".join(caught.value.__notes__)
+        with pytest.raises(ValueError, match="inhomogeneous") as caught:
+            map_array(never, np.zeros(2), [[1, 2], [3]])
+        assert "array 1" in "\n".join(caught.value.__notes__)
+
+
+class TestRefused:
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_masked_arrays(self, number):
+        arrays = [np.zeros(3), np.zeros(3)]
+        arrays[number] = np.ma.masked_array(np.zeros(3), [0, 1, 0])
+        with pytest.raises(TypeError, match=rf"array {number} is a masked array.*X\.filled"):
+            map_array(never, *arrays)
+
+    @pytest.mark.parametrize("kind", ["csr_array", "coo_matrix", "lil_array", "csc_matrix"])
+    def test_sparse_arrays(self, kind):
+        sparse = pytest.importorskip("scipy.sparse", reason="its arrays are what this is about")
+        with pytest.raises(TypeError, match=r"array 0 is a sparse matrix: pass X\.toarray\(\)"):
+            map_array(never, getattr(sparse, kind)(np.eye(3)))
+
+    def test_subclasses_of_sparse_arrays(self):
+        sparse = pytest.importorskip("scipy.sparse", reason="its arrays are what this is about")
+
+        class Mine(sparse.csr_array):
+            pass
+
+        with pytest.raises(TypeError, match="array 0 is a sparse matrix"):
+            map_array(never, Mine(np.eye(3)))
+
+    def test_dask_arrays(self):
+        dask = pytest.importorskip("dask.array", reason="its arrays are what this is about")
+        with pytest.raises(TypeError, match=r"array 0 is a dask array: pass X\.compute\(\)"):
+            map_array(never, dask.zeros((4, 3)))
+
+    @pytest.mark.parametrize("value", [3, 2.5, np.float64(1), np.array(1), None, {"a": 1}, {1}])
+    def test_what_has_no_axis(self, value):
+        with pytest.raises(TypeError, match="array 0 has no axis to map over"):
+            map_array(never, value)
+
+    @pytest.mark.parametrize("value", ["text", b"text", b"X.npy", "X.csv"])
+    def test_text(self, value):
+        with pytest.raises(TypeError, match=r"a path must end in \.npy"):
+            map_array(never, value)
+
+
+class Point:
+    def __init__(self, x):
+        self.x = x
+
+    def __eq__(self, other):
+        return type(other) is Point and self.x == other.x
+
+    __hash__ = None
+
+
+class TestObjects:
+    def test_in_and_out(self, run):
+        X = np.array([Point(i) for i in range(23)] + [None, "text", {"a": [1, 2]}], object)
+        for chunksize in (1, 4, None):
+            assert map_array(np.copy, X, chunksize=chunksize, **run).tolist() == X.tolist()
+
+    def test_become_numbers_and_back(self, run):
+        X = np.array([Point(i) for i in range(20)], object).reshape(5, 4)
+        numbers = map_array(
+            lambda c: np.array([p.x for p in c.flat]).reshape(c.shape), X, axis=1, **run
+        )
+        assert_same(numbers, np.arange(20).reshape(5, 4))
+        points = map_items(lambda x: Point(int(x)), np.arange(20), dtype=object, **run)
+        assert points.tolist() == X.ravel().tolist()
+
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_of_any_layout(self, axis, run):
+        X = np.array([str(i) * i for i in range(30)], object).reshape(6, 5)
+        for view in (X, X.T, X[::-1, ::-1], X[::3, 1:], np.asfortranarray(X)):
+            result = map_array(np.copy, view, axis=axis, chunksize=2, **run)
+            assert result.tolist() == view.tolist()
+
+    def test_with_neighbours(self, run):
+        X = np.array([Point(i) for i in range(11)], object)
+        found = map_chunks(lambda c: [p.x for p in c], X, depth=3, chunksize=2, **run)
+        padded = np.pad(np.arange(11), 3, "symmetric").tolist()
+        assert found == [padded[i : i + 6 + min(2, 11 - i)] for i in range(0, 11, 2)]
+
+    def test_beside_numbers(self, run):
+        X = np.array([Point(i) for i in range(11)], object)
+        result = map_items(lambda p, y: p.x * y, X, np.arange(11.0), chunksize=3, **run)
+        assert_same(result, np.arange(11.0) ** 2)
+
+    def test_without_items(self, run):
+        result = map_array(np.copy, np.empty((0, 3), object), **run)
+        assert (result.shape, result.dtype) == ((0, 3), np.dtype(object))
+
+    def test_say_in_the_report_that_they_are_pickled(self):
+        map_array(np.copy, np.array([1, {}], object), backend="loky", n_jobs=2)
+        assert any("pickled by range" in note for note in last_report().notes)
+
+    def test_that_cannot_be_pickled(self):
+        X = np.array([1, 2, threading.Lock(), 4], object)
+        with pytest.raises(TypeError, match="pickle") as caught:
+            map_array(never, X, chunksize=2, backend="loky", n_jobs=2)
+        assert "items 2:4" in "\n".join(caught.value.__notes__)
+        result = map_array(np.copy, X, backend="threading", n_jobs=2)
+        assert result[2] is X[2]
+
+    def test_of_the_main_program(self, tmp_path):
+        code = (
+            "import numpy as np\n"
+            "from taskcarrier import map_array, map_items\n"
+            "class Thing:\n"
+            "    def __init__(self, x):\n"
+            "        self.x = x\n"
+            "    def doubled(self):\n"
+            "        return Thing(self.x * 2)\n"
+            "if __name__ == '__main__':\n"
+            "    X = np.array([Thing(i) for i in range(5)], object)\n"
+            "    options = dict(backend='loky', n_jobs=2)\n"
+            "    Y = map_items(Thing.doubled, X, **options)\n"
+            "    Z = map_array(np.copy, Y, **options)\n"
+            "    assert all(type(one) is Thing for one in Z)\n"
+            "    print([one.x for one in Z])\n"
+        )
+        assert run_script(tmp_path, code).strip() == "[0, 2, 4, 6, 8]"
+
+
+class TestStringsOfAnyLength:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def words():
+        if not hasattr(np.dtypes, "StringDType"):
+            pytest.skip("NumPy 1 has no StringDType")
+        words = ["", "a", "λ" * 40, "word " * 300] * 6
+        return np.array(words, np.dtypes.StringDType())
+
+    @pytest.mark.parametrize("chunksize", [1, 5, None])
+    def test_in_and_out(self, chunksize, words, run):
+        result = map_array(np.copy, words, chunksize=chunksize, **run)
+        assert result.dtype == words.dtype
+        assert result.tolist() == words.tolist()
+        result = map_array(np.strings.str_len, words[::-1], chunksize=chunksize, **run)
+        assert result.tolist() == [len(word) for word in words.tolist()[::-1]]
+
+    def test_from_numbers(self, words, run):
+        kind = words.dtype
+        result = map_array(lambda c: c.astype(kind), np.arange(20), chunksize=3, **run)
+        assert result.dtype == kind
+        assert result.tolist() == [str(i) for i in range(20)]
+
+    def test_with_errors_filled(self, words, run):
+        def func(chunk):
+            if (chunk == "a").any():
+                raise ValueError("a")
+            return chunk
+
+        result, failures = map_array(
+            func, words, on_error="collect", fill_value="none", chunksize=5, **run
+        )
+        assert [failure.start for failure in failures] == list(range(1, 24, 4))
+        expected = ["none" if word == "a" else word for word in words.tolist()]
+        assert result.tolist() == expected

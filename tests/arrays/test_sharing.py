@@ -1,0 +1,225 @@
+"""Arrays that workers see where they are."""
+
+import gc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from taskcarrier import (
+    StaticParallelMapper,
+    empty,
+    last_report,
+    map_array,
+    map_chunks,
+    map_items,
+    share,
+)
+from tests.layouts import EMPTY, GATHERED, KEPT
+from tests.strategies import PARALLEL, assert_same, cooled_crews, same_bits, warm_crews
+
+LAYOUTS = {**KEPT, **GATHERED, **EMPTY}
+LOKY = {"backend": "loky", "n_jobs": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def crews():
+    warm_crews(2)
+    yield
+    cooled_crews()
+
+
+def held():
+    """Descriptors and shared maps of this process."""
+    gc.collect()
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    return len(list(Path("/proc/self/fd").iterdir())), maps.count("memfd:taskcarrier ")
+
+
+class TestShare:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_is_an_ordinary_copy(self, layout):
+        X = LAYOUTS[layout]()
+        shared = share(X)
+        assert type(shared) is np.ndarray
+        assert same_bits(shared, np.ascontiguousarray(X))
+        assert shared.flags.writeable
+        assert shared.flags.aligned
+        assert not np.shares_memory(shared, X)
+        assert shared.flags.forc
+        if X.flags.forc and X.size:
+            assert shared.strides == X.strides
+
+    @pytest.mark.parametrize("layout", sorted(KEPT.keys() | GATHERED.keys()))
+    @pytest.mark.parametrize("balance", ["static", "dynamic"])
+    def test_is_seen_without_a_copy(self, layout, balance):
+        shared = share(LAYOUTS[layout]())
+        views = [shared, shared.T, shared[::-1], shared[: max(1, len(shared) // 2) : 2]]
+        for view in views:
+            for axis in range(view.ndim):
+                result = map_array(np.copy, view, axis=axis, balance=balance, **LOKY)
+                assert last_report().bytes_copied == 0
+                assert same_bits(result, np.ascontiguousarray(view))
+
+    def test_of_a_file_a_list_and_a_share(self, tmp_path):
+        np.save(tmp_path / "X.npy", np.arange(6.0))
+        for X in (tmp_path / "X.npy", [0.0, 1, 2, 3, 4, 5], share(np.arange(6.0))):
+            shared = share(X)
+            assert_same(shared, np.arange(6.0))
+            map_array(np.copy, shared, **LOKY)
+            assert last_report().bytes_copied == 0
+
+    @pytest.mark.parametrize(
+        "X", [np.array([{}], object), np.ma.zeros(3), np.float64(3), "X.dat"], ids=repr
+    )
+    def test_of_what_cannot_be_is_refused(self, X):
+        with pytest.raises(TypeError, match=r"object|masked|0-dimensional|must end in"):
+            share(X)
+
+
+class TestEmpty:
+    @pytest.mark.parametrize("shape", [5, (5,), (3, 4), (), (0, 3), (2, 0), np.int64(4)])
+    @pytest.mark.parametrize("order", ["C", "F"])
+    @pytest.mark.parametrize("dtype", ["f8", ">i4", "U3", "M8[s]", "i1, f8"])
+    def test_is_like_numpy_s(self, dtype, order, shape):
+        made, expected = empty(shape, dtype, order), np.empty(shape, dtype, order)
+        assert (made.shape, made.dtype) == (expected.shape, expected.dtype)
+        assert made.flags.writeable
+        assert made.size == 0 or made.strides == expected.strides
+        made[...] = np.zeros((), dtype)
+        assert same_bits(made, np.zeros(shape, dtype))
+
+    def test_is_of_floats_in_c_order_by_default(self):
+        made = empty((3, 4))
+        assert made.dtype == np.float64
+        assert made.flags.c_contiguous
+
+    def test_is_seen_and_filled_without_a_copy(self):
+        X, out = empty((100, 3)), empty((100, 3), order="F")
+        X[...] = np.arange(300.0).reshape(100, 3)
+        for _ in range(2):
+            assert map_array(np.sqrt, X, out=out, **LOKY) is out
+            assert last_report().bytes_copied == 0
+            assert np.array_equal(out, np.sqrt(X))
+            X += 1
+
+    @pytest.mark.parametrize("dtype", [object, "O", [("a", "O")]])
+    def test_of_objects_is_refused(self, dtype):
+        with pytest.raises(TypeError, match="cannot lie in shared memory"):
+            empty(3, dtype)
+
+    def test_of_strings_of_any_length_is_refused(self):
+        if not hasattr(np.dtypes, "StringDType"):
+            pytest.skip("NumPy 1 has none")
+        with pytest.raises(TypeError, match="cannot lie in shared memory"):
+            empty(3, np.dtypes.StringDType())
+
+    @pytest.mark.parametrize("shape", [-1, (3, -2), (-1, 0)])
+    def test_negative_lengths(self, shape):
+        with pytest.raises(ValueError, match="must not be negative"):
+            empty(shape)
+
+    @pytest.mark.parametrize("shape", [2.0, "3", (2, 2.5), None])
+    def test_lengths_that_are_no_integers(self, shape):
+        with pytest.raises(TypeError):
+            empty(shape)
+
+    @pytest.mark.parametrize("order", ["K", "A", None, "c"])
+    def test_other_orders(self, order):
+        with pytest.raises(ValueError, match="order must be 'C' or 'F'"):
+            empty(3, order=order)
+
+    def test_more_than_there_is(self):
+        before = held()
+        with pytest.raises(MemoryError, match="bytes"):
+            empty((1 << 50,))
+        assert held() == before
+
+
+class TestLife:
+    @pytest.mark.parametrize(
+        "make", [lambda: share(np.zeros((300, 300))), lambda: empty((300, 300))]
+    )
+    def test_ends_with_the_last_view(self, make):
+        before = held()
+        X = make()
+        view = X.T[::2, 5:]
+        assert held()[1] == before[1] + 1
+        map_array(np.copy, X, **LOKY)
+        del X
+        gc.collect()
+        assert held()[1] == before[1] + 1
+        view[...] = 3
+        assert_same(map_array(np.copy, view, **LOKY), np.full(view.shape, 3.0))
+        del view
+        assert held() == before
+
+    def test_ends_in_workers_too(self):
+        def maps_of_workers():
+            def n_maps(chunk):
+                maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+                return maps.count("memfd:taskcarrier ")
+
+            return map_chunks(n_maps, np.zeros(2), chunksize=1, **LOKY)
+
+        before = maps_of_workers()
+        X = share(np.zeros((300, 300)))
+        for _ in range(3):
+            map_array(np.copy, X, **LOKY)
+            map_items(np.sum, X, **LOKY)
+        assert maps_of_workers() == before
+
+    def test_a_hundred_of_them(self):
+        before = held()
+        for _ in range(100):
+            X = share(np.arange(100.0))
+            map_array(np.copy, X, **LOKY)
+        del X
+        assert held() == before
+
+
+class TestChanges:
+    @pytest.mark.parametrize("in_a_block", [False, True])
+    def test_are_seen_by_the_next_call(self, in_a_block):
+        X = share(np.zeros((50, 4)))
+        mapper = StaticParallelMapper(**LOKY)
+        if in_a_block:
+            mapper.__enter__()
+        try:
+            for change in range(4):
+                X[change::5, change] = change + 1
+                result = mapper.map_array(np.copy, X)
+                assert_same(result, X.copy())
+                assert mapper.report.bytes_copied == 0
+        finally:
+            if in_a_block:
+                mapper.__exit__(None, None, None)
+
+    def test_workers_cannot_make_them(self):
+        def spoil(chunk):
+            chunk.flags.writeable = True
+
+        X = share(np.zeros(50))
+        with pytest.raises(ValueError, match=r"WRITEABLE|writeable"):
+            map_array(spoil, X, **LOKY)
+        assert not X.any()
+
+
+@pytest.mark.parametrize(("backend", "balance"), PARALLEL)
+def test_a_chain_of_maps_copies_nothing(backend, balance):
+    run = {"backend": backend, "balance": balance, "n_jobs": 2}
+    X = np.random.default_rng(0).normal(size=(200, 30))
+    step = share(X)
+    expected = X
+    for axis in (0, 1, 0, 1):
+        step = map_array(np.cos, step[::-1].T, axis=axis, **run)
+        expected = np.cos(expected[::-1].T)
+        assert last_report().bytes_copied == 0
+    items = map_items(lambda x: x * 2, step, **run)
+    assert last_report().bytes_copied == 0
+    assert_same(items, expected * 2)
+    both = map_array(lambda a, b: (a + b, a - b), items, step, **run)
+    assert last_report().bytes_copied == 0
+    total = map_chunks(np.sum, both[0][:, ::-1], **run)
+    assert last_report().bytes_copied == 0
+    assert np.isclose(sum(total), (expected * 3).sum())
