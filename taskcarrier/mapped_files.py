@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +26,29 @@ def located(array: np.ndarray, *, writable: bool = False) -> SharedView | None:
 
 
 def region(array: np.ndarray) -> tuple[object, int, int]:
-    """Which memory a non-empty array covers: whose, from, to. Files and segments by their inode."""
+    """Which memory a non-empty array covers: whose, from, to.
+
+    Files and segments have device and inode; also where the mapping is private (pages that were not
+    written to are those of the file), or the file was deleted since.
+    """
     low, high = byte_bounds(array)
-    view = located(array)
-    if view is None or view.segment is None:
+    if _owner(array) is None or not os.path.exists(_MAPS):
         return "memory", low, high
-    status = os.fstat(view.segment.fd)
-    shift = view.offset - address_of(array)
-    return (status.st_dev, status.st_ino), low + shift, high + shift
+    line = _lines_over(low, low + 1)[0]
+    shift = line.offset - line.low
+    return line.file, low + shift, high + shift
+
+
+def file_of(path: str) -> tuple[str, str] | None:
+    """Device and inode of a file as mappings of it have them; None if it cannot be mapped."""
+    try:
+        with (
+            open(path, "rb") as file,
+            mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ) as probe,
+        ):
+            return _file_at(probe)
+    except (OSError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,10 @@ class _Mapped:
 
 
 def _in_file(array: np.ndarray, *, writable: bool) -> SharedView | None:
-    if array.nbytes == 0 or not _is_over_mmap(array) or not os.path.exists(_MAPS):
+    owner = _owner(array)
+    if owner is None or isinstance(owner, Mapping) or array.nbytes == 0:
+        return None
+    if not os.path.exists(_MAPS):
         return None
     low, high = byte_bounds(array)
     lines = _lines_over(low, high)
@@ -88,11 +105,12 @@ def _reopened(line: _Mapped, *, writable: bool) -> Segment | None:
     return segment if segment.nbytes and _is_same(fd, line) else None
 
 
-def _is_over_mmap(array: np.ndarray) -> bool:
+def _owner(array: np.ndarray) -> mmap.mmap | None:
+    """The mapping that an array is a view of."""
     owner: Any = array
     while owner is not None and not isinstance(owner, mmap.mmap):
         owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
-    return owner is not None and not isinstance(owner, Mapping)
+    return owner
 
 
 def _is_same(fd: int, line: _Mapped) -> bool:
@@ -102,16 +120,21 @@ def _is_same(fd: int, line: _Mapped) -> bool:
     are compared.
     """
     with mmap.mmap(fd, 1, access=mmap.ACCESS_READ) as probe:
-        view = np.frombuffer(probe, np.uint8)
-        low = address_of(view)
-        del view
-        return [found.file for found in _lines_over(low, low + 1)] == [line.file]
+        return _file_at(probe) == line.file
+
+
+def _file_at(probe: mmap.mmap) -> tuple[str, str]:
+    view = np.frombuffer(probe, np.uint8)
+    low = address_of(view)
+    del view
+    return _lines_over(low, low + 1)[0].file
 
 
 def _lines_over(low: int, high: int) -> list[_Mapped]:
     """The mappings of this process that overlap with a range of addresses, in order."""
     found = []
-    with open(_MAPS, encoding="utf-8", errors="surrogateescape") as file:
+    # Paths may have any bytes; the kernel escapes line feeds only.
+    with open(_MAPS, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for line in file:
             begin, _, end = line.partition(" ")[0].partition("-")
             if int(begin, 16) < high and int(end, 16) > low:
@@ -122,7 +145,7 @@ def _lines_over(low: int, high: int) -> list[_Mapped]:
 def _parsed(line: str) -> _Mapped:
     addresses, permissions, offset, device, inode, *rest = line.rstrip("\n").split(maxsplit=5)
     begin, _, end = addresses.partition("-")
-    path = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), "".join(rest))
+    path = "".join(rest).replace("\\012", "\n")
     return _Mapped(
         int(begin, 16), int(end, 16), permissions, int(offset, 16), (device, inode), path
     )

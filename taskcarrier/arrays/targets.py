@@ -24,7 +24,7 @@ from taskcarrier.arrays.outputs import Plan
 from taskcarrier.arrays.specs import Spec
 from taskcarrier.backends.work import add_note
 from taskcarrier.layout import has_internal_overlap
-from taskcarrier.mapped_files import located, region
+from taskcarrier.mapped_files import file_of, located, region
 
 # How hard to look whether two interleaved views share an item; arbitrary.
 _MAX_WORK: Any = 10_000
@@ -264,13 +264,9 @@ def _check_apart(out: np.ndarray, others: Iterable[np.ndarray]) -> None:
 
 
 def _check_file(path: str, others: Iterable[np.ndarray]) -> None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return
-    file = (status.st_dev, status.st_ino)
+    file = file_of(path)
     for other in others:
-        if other.nbytes and region(other)[0] == file:
+        if file is not None and other.nbytes and region(other)[0] == file:
             raise ValueError(
                 f"out={path!r} is the file that an input or another out maps; choose another one"
             )

@@ -45,6 +45,14 @@ class OnDisk:
         raise AssertionError("read as a whole")
 
 
+class Broken(OnDisk):
+    def __getitem__(self, index):
+        first, *_ = index if isinstance(index, tuple) else (index,)
+        if first.stop > 10:
+            raise OSError("no longer there")
+        return super().__getitem__(index)
+
+
 class TestReadByRange:
     @pytest.mark.parametrize("axis", [0, 1, -1])
     @pytest.mark.parametrize("chunksize", [1, 7, None, 100])
@@ -70,13 +78,6 @@ class TestReadByRange:
         assert [one.tolist() for one in found] == [one.tolist() for one in expected]
 
     def test_that_fails_is_an_error_like_the_function_s(self, run):
-        class Broken(OnDisk):
-            def __getitem__(self, index):
-                first, *_ = index if isinstance(index, tuple) else (index,)
-                if first.stop > 10:
-                    raise OSError("no longer there")
-                return super().__getitem__(index)
-
         with pytest.raises(OSError, match="no longer there"):
             map_array(np.square, Broken(np.arange(20.0)), chunksize=5, **run)
 
@@ -84,6 +85,21 @@ class TestReadByRange:
         map_array(np.square, OnDisk(np.arange(20.0)), backend="loky", n_jobs=2)
         assert last_report().bytes_copied == 0
         assert any("read by range" in note for note in last_report().notes)
+
+    def test_of_the_main_program(self, tmp_path):
+        code = (
+            "import numpy as np\n"
+            "from taskcarrier import map_array\n"
+            "class Ramp:\n"
+            "    shape, dtype, ndim = (20,), np.dtype('f8'), 1\n"
+            "    def __getitem__(self, index):\n"
+            "        (index,) = index if isinstance(index, tuple) else (index,)\n"
+            "        return np.arange(20.0)[index]\n"
+            "if __name__ == '__main__':\n"
+            "    Y = map_array(np.sqrt, Ramp(), backend='loky', n_jobs=2)\n"
+            "    print(np.array_equal(Y, np.sqrt(np.arange(20.0))))\n"
+        )
+        assert run_script(tmp_path, code).strip() == "True"
 
     def test_can_be_shared(self):
         X = np.arange(20.0).reshape(5, 4)
@@ -95,36 +111,32 @@ class TestReadByRange:
         assert_same(share(Whole(X)), X)
 
 
-class TestZarr:
-    @pytest.fixture(scope="class")
-    @staticmethod
-    def stored(tmp_path_factory):
-        zarr = pytest.importorskip("zarr", reason="zarr arrays are what this is about")
-        folder = tmp_path_factory.mktemp("zarr")
-        X = np.random.default_rng(0).normal(size=(50, 30))
-        array = zarr.open(
-            str(folder / "X.zarr"), mode="w", shape=X.shape, chunks=(7, 11), dtype=X.dtype
-        )
-        array[...] = X
-        return array, X
-
-    @pytest.fixture(autouse=True)
-    def _threads_of_zarr(self, stored):
-        """Its threads are there before the leak check of a test looks."""
-        array, _ = stored
-        array[:1]
-
-    @pytest.mark.parametrize("axis", [0, 1])
-    @pytest.mark.parametrize("chunksize", [3, None])
-    def test_arrays_on_disk(self, chunksize, axis, stored, run):
-        array, X = stored
-        result = map_array(np.square, array, axis=axis, chunksize=chunksize, **run)
-        assert_same(result, X**2)
-
-    def test_into_a_file(self, stored, run, tmp_path):
-        array, X = stored
-        map_array(np.abs, array, out=tmp_path / "Y.npy", dtype="f4", **run)
-        assert np.array_equal(np.load(tmp_path / "Y.npy"), np.abs(X).astype("f4"))
+@pytest.mark.parametrize(("backend", "balance"), RUNS)
+def test_zarr_arrays_on_disk(backend, balance, tmp_path):
+    pytest.importorskip("zarr", reason="zarr arrays are what this is about")
+    # In a program of its own: zarr leaves threads behind.
+    code = (
+        "import sys\n"
+        "import numpy as np\n"
+        "import zarr\n"
+        "from taskcarrier import last_report, map_array, map_items\n"
+        "folder, backend, balance = sys.argv[1:]\n"
+        "run = dict(backend=backend, balance=balance, n_jobs=2)\n"
+        "if __name__ == '__main__':\n"
+        "    X = np.random.default_rng(0).normal(size=(50, 30))\n"
+        "    stored = zarr.open(folder + '/X.zarr', mode='w', shape=X.shape, chunks=(7, 11),\n"
+        "        dtype=X.dtype)\n"
+        "    stored[...] = X\n"
+        "    for axis in (0, 1):\n"
+        "        for chunksize in (3, None):\n"
+        "            Y = map_array(np.square, stored, axis=axis, chunksize=chunksize, **run)\n"
+        "            assert last_report().backend == backend\n"
+        "            assert Y.tobytes() == (X ** 2).tobytes()\n"
+        "    Y = map_items(np.sort, stored, out=folder + '/Y.npy', dtype='f4', **run)\n"
+        "    assert np.array_equal(np.load(folder + '/Y.npy'), np.sort(X, 1).astype('f4'))\n"
+        "    print('right')\n"
+    )
+    assert run_script(tmp_path, code, str(tmp_path), backend, balance).strip() == "right"
 
 
 class TestPandas:

@@ -31,6 +31,7 @@ def crews():
 
 def held():
     """Descriptors and shared maps of this process."""
+    warm_crews(2)  # their descriptors count, so they must be there
     gc.collect()
     maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     return len(list(Path("/proc/self/fd").iterdir())), maps.count("memfd:taskcarrier ")
@@ -48,7 +49,9 @@ class TestShare:
         assert not np.shares_memory(shared, X)
         assert shared.flags.forc
         if X.flags.forc and X.size:
-            assert shared.strides == X.strides
+            assert [s for s, n in zip(shared.strides, X.shape, strict=True) if n > 1] == [
+                s for s, n in zip(X.strides, X.shape, strict=True) if n > 1
+            ]
 
     @pytest.mark.parametrize("layout", sorted(KEPT.keys() | GATHERED.keys()))
     @pytest.mark.parametrize("balance", ["static", "dynamic"])

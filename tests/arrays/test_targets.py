@@ -385,7 +385,7 @@ class TestRefusals:
                 np.load(path, mmap_mode="r"),
                 np.load(path, mmap_mode="r+"),
             ):
-                self.refused(out, "the file of an input", X)
+                self.refused(out, r"file (of|that) an input", X)
         for mapped in (load(path, "r+"), np.load(path, mmap_mode="r+")):
             for X in (path, load(path), np.load(path, mmap_mode="r")[::-1]):
                 self.refused(mapped, "overlaps with an input", X)
@@ -465,7 +465,7 @@ class TestNeighbouringMemory:
 @given(st.data())
 @settings(max_examples=200)
 def test_overlap_is_what_numpy_says(data):
-    memory = np.zeros(60, np.uint8)
+    memory = np.zeros(100, np.uint8)
 
     def view():
         start, step = data.draw(st.integers(0, 40)), data.draw(st.integers(1, 5))
@@ -655,6 +655,7 @@ class TestFiles:
 
     def test_leave_no_descriptors_or_maps(self, some_run, X, tmp_path):
         def held():
+            warm_crews(2)  # their descriptors count, so they must be there
             maps = Path("/proc/self/maps").read_text(encoding="utf-8")
             return maps.count(str(tmp_path)), len(list(Path("/proc/self/fd").iterdir()))
 

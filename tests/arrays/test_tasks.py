@@ -1,5 +1,6 @@
 """What a range does with what the function returns."""
 
+import re
 import threading
 
 import numpy as np
@@ -115,9 +116,7 @@ class TestResultsThatAreNone:
         with pytest.raises(TypeError, match="needs an array with the chunk's length") as caught:
             map_array(func, np.arange(10.0), chunksize=4, **run)
         assert said in str(caught.value)
-        assert "items 0:4" in "\n".join(caught.value.__notes__) or "items 4:8" in "\n".join(
-            caught.value.__notes__
-        )
+        assert re.search(r"items \d+:\d+ of an array", "\n".join(caught.value.__notes__))
 
     @pytest.mark.parametrize(
         ("func", "said"),
