@@ -148,8 +148,8 @@ class NpyWriter:
     """
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self.part = path + ".part"
+        self.path = os.path.realpath(path)  # the target of a link, not the link
+        self.part = self.path + ".part"
         if os.path.isdir(path):
             raise IsADirectoryError(f"out={path!r} is a folder")
         # What an earlier, killed run has left is of no use; a link or device is not ours to remove.

@@ -61,7 +61,7 @@ class Halo:
             parts.insert(0, self._beyond(read, axis, np.arange(low, 0), inside))
         if high > self.n_items:
             parts.append(self._beyond(read, axis, np.arange(self.n_items, high), inside))
-        chunk = np.concatenate(parts, axis=axis)
+        chunk = np.concatenate(parts, axis=axis, dtype=inside.dtype)  # keeps the byte order
         chunk.flags.writeable = False
         return chunk
 

@@ -176,8 +176,8 @@ def _in_memory(value: object, which: str) -> np.ndarray:
 
 
 def _is_from(value: object, prefixes: Iterable[str]) -> bool:
-    module = type(value).__module__
-    return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
+    modules = [f"{kind.__module__}." for kind in type(value).__mro__]
+    return any(module.startswith(f"{prefix}.") for prefix in prefixes for module in modules)
 
 
 def _is_read_by_range(value: object) -> bool:

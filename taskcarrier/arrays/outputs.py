@@ -83,8 +83,9 @@ class Plan:
                 raise ValueError(f"out has shape {output.shape}, but the results need {shape}")
             if isinstance(output.place, NpyPlace) and any(d.hasobject for d, _ in spec.parts):
                 raise TypeError("Python objects cannot be mapped in a .npy file; out= an array")
-        for dtype, _ in spec.parts:
-            self.fill.of(dtype)
+        if not self.promotes:  # else the dtype may still change
+            for dtype, _ in spec.parts:
+                self.fill.of(dtype)
 
 
 class Sink:

@@ -16,6 +16,7 @@ import numpy as np
 from taskcarrier import caller_memory
 from taskcarrier.arrays.halos import Halo
 from taskcarrier.arrays.inputs import Inputs, read_only
+from taskcarrier.backends.work import Call
 from taskcarrier.blocks import Blocks
 from taskcarrier.layout import address_of, byte_bounds
 from taskcarrier.mapped_files import located
@@ -115,14 +116,17 @@ class CallerSource:
 
 @dataclass(frozen=True)
 class ArrayLikeSource:
-    """Something like an array that is not in memory, read by range in every worker."""
+    """Something like an array that is not in memory, read by range in every worker.
 
-    array: Any
+    It stands in a `Call` because it travels as functions of the user do.
+    """
+
+    given: Call
     axis: int
 
     def open(self) -> Reader:  # noqa: D102  # as in Source
         before = (slice(None),) * self.axis
-        array = self.array
+        array: Any = self.given.func
         return lambda start, stop: read_only(np.asarray(array[(*before, slice(start, stop))]))
 
 
@@ -166,7 +170,7 @@ def sources_here(inputs: Inputs, halo: Halo | None) -> list[Source]:
         _with_halo(
             LocalSource(array, axis)
             if isinstance(array, np.ndarray)
-            else ArrayLikeSource(array, axis),
+            else ArrayLikeSource(Call(array), axis),
             axis,
             halo,
         )
@@ -188,7 +192,7 @@ def sources_for_processes(
     depth = 0 if halo is None else halo.depth
     for number, (array, axis) in enumerate(zip(inputs.arrays, inputs.axes, strict=True)):
         if not isinstance(array, np.ndarray):
-            sources[number] = ArrayLikeSource(array, axis)
+            sources[number] = ArrayLikeSource(Call(array), axis)
             notes.append(f"array {number} is read by range in every worker")
         elif array.dtype.hasobject:
             sources[number] = _pickled(array, axis, grid, staging)

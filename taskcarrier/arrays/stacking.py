@@ -142,7 +142,7 @@ def _numbers(values: Sequence[Any]) -> np.ndarray | None:
         return None
     if kind in _PYTHON_NUMBERS:
         return np.fromiter(values, _PYTHON_NUMBERS[kind], len(values))
-    if issubclass(kind, (np.number, np.bool_)) and not issubclass(kind, np.timedelta64):
+    if kind is not np.timedelta64 and issubclass(kind, (np.number, np.bool_)):
         return np.fromiter(values, kind, len(values))
     if kind is int:
         made = np.array(values)

@@ -62,7 +62,9 @@ class Targets:
     def known_dtypes(self) -> list[np.dtype[Any]]:
         """The dtypes of results that are asked for."""
         arrays = [entry for entry in self.entries or () if isinstance(entry, np.ndarray)]
-        return [array.dtype for array in arrays] or [one for one in self.dtypes or () if one]
+        return [array.dtype for array in arrays] or [
+            one for one in self.dtypes or () if one is not None
+        ]
 
     @property
     def knows_dtypes(self) -> bool:
@@ -70,7 +72,8 @@ class Targets:
         arrays = [entry for entry in self.entries or () if isinstance(entry, np.ndarray)]
         if self.entries and len(arrays) == len(self.entries):
             return True
-        return self.dtypes is not None and None not in self.dtypes
+        # Not `None in`: a dtype takes None for float64.
+        return self.dtypes is not None and all(one is not None for one in self.dtypes)
 
     def like_nothing(self) -> Any:
         """What a function of no items would return, to satisfy this."""

@@ -7,7 +7,8 @@ items that fail, so that what is missing in the end does not depend on how the a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -51,6 +52,10 @@ class Parts:
         from taskcarrier.backends.parcels import pack_error  # noqa: PLC0415  # loads joblib
 
         packed = [(start, stop, pack_error(error)) for start, stop, error in self.faults]
+        for _, _, error in self.faults:
+            # Its traceback refers to frames that refer to it, and to chunks: without this the
+            # worker would hold on to shared memory until the next garbage collection.
+            traceback.clear_frames(error.__traceback__)
         return _unpacked_parts, (self.results, packed)
 
 
@@ -137,7 +142,7 @@ class _Cells:
     def _keep(self, start: int, stop: int, result: Any, parts: Parts) -> None:
         """Put a result in place, or add it to `parts`."""
         if self._sink is None:
-            parts.results.append((slice(start, stop), result))
+            parts.results.append((slice(start, stop), _owned(result)))
             return
         halo = self._task.halo
         margins = (0, 0) if halo is None else halo.margins(start, stop)
@@ -177,17 +182,19 @@ class _Chunks(_Cells):
             raise
 
     def _collect(self, start: int, stop: int, parts: Parts) -> None:
+        middle = (start + stop) // 2
+        narrows = middle > start and self._sink is not None
         try:
             result = self._computed(start, stop)
         except Exception as error:  # noqa: BLE001  # the user's, collected as asked for
-            middle = (start + stop) // 2
-            if middle == start or self._sink is None:
+            if not narrows:
                 parts.faults.append((start, stop, error))
-            else:
-                self._collect(start, middle, parts)
-                self._collect(middle, stop, parts)
         else:
             self._keep(start, stop, result, parts)
+            return
+        if narrows:  # not while the error is handled: it would be the context of the next ones
+            self._collect(start, middle, parts)
+            self._collect(middle, stop, parts)
 
 
 class _Items(_Cells):
@@ -258,6 +265,15 @@ class _Items(_Cells):
             parts.results.append((start + positions, left))
 
 
+def _owned(result: Any) -> Any:
+    """The result, or copies of arrays in it that are chunks, or views of chunks."""
+    if type(result) in {tuple, list}:
+        return type(result)(map(_owned, result))
+    if isinstance(result, np.ndarray) and not result.flags.writeable:
+        return result.copy(order="K")
+    return result
+
+
 def _check_complete(values: list[Any], n_items: int) -> None:
     if len(values) < n_items:  # `list.extend` takes it for the end of the items
         raise StopIteration("raised by func")
@@ -266,6 +282,3 @@ def _check_complete(values: list[Any], n_items: int) -> None:
 def _first(axis: int, ndim: int) -> list[int]:
     """The order of axes that brings one of them to the front."""
     return [axis, *(other for other in range(ndim) if other != axis)]
-
-
-Deliver = Callable[[int, Parts], None]
