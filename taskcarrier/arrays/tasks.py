@@ -7,7 +7,6 @@ items that fail, so that what is missing in the end does not depend on how the a
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
@@ -46,17 +45,25 @@ class Parts:
 
     results: list[tuple[Where, Any]]
     faults: list[Fault]
+    _packed: list[tuple[int, int, bytes]] | None = None
 
     def __reduce__(self) -> Any:
         # Exceptions need care on their way to the caller.
         from taskcarrier.backends.parcels import pack_error  # noqa: PLC0415  # loads joblib
 
-        packed = [(start, stop, pack_error(error)) for start, stop, error in self.faults]
-        for _, _, error in self.faults:
-            # Its traceback refers to frames that refer to it, and to chunks: without this the
-            # worker would hold on to shared memory until the next garbage collection.
-            traceback.clear_frames(error.__traceback__)
-        return _unpacked_parts, (self.results, packed)
+        if self._packed is None:  # pickling may be tried twice
+            self._packed = [(start, stop, pack_error(error)) for start, stop, error in self.faults]
+            # Tracebacks refer to frames, frames to their callers, and these to the errors and to
+            # chunks: the worker would hold on to shared memory until the next garbage collection.
+            for _, _, error in self.faults:
+                _forget_tracebacks(error)
+        return _unpacked_parts, (self.results, self._packed)
+
+
+def _forget_tracebacks(error: BaseException | None) -> None:
+    while error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _unpacked_parts(
