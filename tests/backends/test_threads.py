@@ -141,7 +141,7 @@ class TestInside:
         seen = []
 
         class Guard:
-            def open(self, agree):
+            def open(self):
                 return self
 
             def __enter__(self):
