@@ -112,7 +112,7 @@ class Targets:
         return Output(entry.dtype, entry.shape, place)
 
     def filled(
-        self, plan: Plan, spec: Spec, strays: Sequence[Stray], holes: Iterable[tuple[int, int]]
+        self, plan: Plan, spec: Spec, strays: Sequence[Stray], holes: Sequence[tuple[int, int]]
     ) -> list[np.ndarray]:
         """The whole outputs, with what workers could not put in place, and what fills the holes."""
         outputs = plan.outputs_for(len(spec.parts))
@@ -125,18 +125,21 @@ class Targets:
             _promoted_dtype({dtype, *(results[number].dtype for _, results in strays)})
             for number, (dtype, _) in enumerate(spec.parts)
         ]
-        arrays = [
-            array if array.dtype == dtype else self._promoted(array, dtype, output)
-            for array, dtype, output in zip(arrays, dtypes, outputs, strict=True)
-        ]
         before = [(slice(None),) * axis for axis in spec.axes]
+        missing: list[Where] = [where for where, _ in strays]
+        missing += [slice(*hole) for hole in holes]
+        for number, (dtype, index) in enumerate(zip(dtypes, before, strict=True)):
+            if arrays[number].dtype != dtype:
+                for where in missing:  # what was never written may not survive a cast
+                    arrays[number][(*index, where)] = np.zeros((), arrays[number].dtype)
+                arrays[number] = self._promoted(arrays[number], dtype, outputs[number])
         for where, results in strays:
             for array, index, result in zip(arrays, before, results, strict=True):
                 array[(*index, where)] = result
         values = [plan.fill.of(array.dtype) for array in arrays]
-        for start, stop in holes:
+        for hole in holes:
             for array, index, value in zip(arrays, before, values, strict=True):
-                array[(*index, slice(start, stop))] = value
+                array[(*index, slice(*hole))] = value
         return arrays
 
     @staticmethod

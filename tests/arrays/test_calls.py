@@ -234,8 +234,8 @@ class TestFill:
 
     @pytest.mark.parametrize(
         ("dtype", "value"),
-        [("f4", np.nan), ("c8", np.nan), ("M8[s]", np.datetime64("NaT")),
-         ("m8[D]", np.timedelta64("NaT"))],
+        [("f4", np.nan), ("c8", np.nan), ("M8[s]", np.datetime64("NaT", "D")),
+         ("m8[D]", np.timedelta64("NaT", "D"))],
     )  # fmt: skip
     def test_by_default_with_the_missing_value_of_the_dtype(self, dtype, value, run):
         def func(chunk):

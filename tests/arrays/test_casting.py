@@ -117,9 +117,9 @@ KEPT = [
     (1.5, "f4"), (0.1, "f4"), (2**53 + 1, "f8"), (np.nan, "f4"), (-np.inf, "f2"), (True, "f8"),
     (1, "c8"), (1j, "c16"), (np.float32(0.1), "f8"),
     ("ab", "U2"), ("ab", ">U5"), ("", "U1"), (b"ab", "S3"),
-    (np.datetime64("2020-01-01"), "M8[s]"), (np.datetime64("NaT"), "M8[ns]"),
+    (np.datetime64("2020-01-01"), "M8[s]"), (np.datetime64("NaT", "D"), "M8[ns]"),
     (np.datetime64("2020-01-01T00:00:00"), "M8[D]"), (np.timedelta64(2, "s"), "m8[ms]"),
-    (np.timedelta64("NaT"), "m8[s]"), (np.array(3), "i1"),
+    (np.timedelta64("NaT", "s"), "m8[s]"), (np.array(3), "i1"),
 ]  # fmt: skip
 
 LOST = [
@@ -130,7 +130,7 @@ LOST = [
     ("abc", "U2"), (1, "U2"), (b"ab", "U2"), ("ab", "S2"), (b"abc", "S2"),
     (np.datetime64("2020-01-01T00:00:01"), "M8[D]"), ("2020-01-01", "M8[D]"), (5, "M8[D]"),
     (np.timedelta64(1500, "ms"), "m8[s]"), (np.timedelta64(2, "s"), "M8[s]"),
-    (np.datetime64("NaT"), "m8[s]"), (np.nan, "m8[s]"),
+    (np.datetime64("NaT", "D"), "m8[s]"), (np.nan, "m8[s]"),
     ([1, 2], "i4"), ([1], "i4"), ({}, "f8"), (object(), "f8"), ([[1], [2, 3]], "f8"),
 ]  # fmt: skip
 

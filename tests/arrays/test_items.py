@@ -187,7 +187,7 @@ def test_the_one_value_of_a_wider_dtype_may_stand_anywhere(chunksize):
         ["a", "bcd", "", "ef"],
         [b"a", b"bcd", b"", b"ef"],
         [np.datetime64("2020"), np.datetime64("2020-01-01T00:00:01"), np.datetime64("NaT", "D")],
-        [np.timedelta64(1, "s"), np.timedelta64(1, "ns"), np.timedelta64("NaT")],
+        [np.timedelta64(1, "s"), np.timedelta64(1, "ns"), np.timedelta64("NaT", "s")],
         [np.array((1, 2.5), "i1,>f8")[()], np.array((3, 4.5), "i1,>f8")[()]],
         [np.array((1, 2.5), "i1,f4")[()], np.array((300, 4.5), "i4,f8")[()]],
     ],
