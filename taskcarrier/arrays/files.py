@@ -111,6 +111,8 @@ def _read_header(file: Any, version: tuple[int, int]) -> Any:
 def header_of(dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> bytes:
     """The bytes before the data of a ``.npy`` file; a pure function, so that all workers agree."""
     file = io.BytesIO()
+    if dtype.names is None:
+        dtype = np.dtype(dtype.str)  # without metadata, which dtypes of dates get on their way
     facts = {
         "descr": np.lib.format.dtype_to_descr(dtype),
         "fortran_order": order == "F",

@@ -431,8 +431,8 @@ class TestArguments:
 
     @pytest.mark.parametrize(
         ("dtype", "cval"),
-        [("i4", 7.0), ("f4", np.nan), ("U2", "ab"), ("M8[D]", np.datetime64("NaT", "D")), ("?", True),
-         ("c8", 1j), ("O", "anything"), ("f8", np.inf)],
+        [("i4", 7.0), ("f4", np.nan), ("U2", "ab"), ("M8[D]", np.datetime64("NaT", "D")),
+         ("?", True), ("c8", 1j), ("O", "anything"), ("f8", np.inf)],
     )  # fmt: skip
     def test_cvals(self, dtype, cval, run):
         X = np.zeros(3, dtype)
