@@ -7,6 +7,7 @@ items that fail, so that what is missing in the end does not depend on how the a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
@@ -117,7 +118,7 @@ class ArrayTask:
         return (_Items if self.by_item else _Chunks)(self, agree)
 
 
-class _Cells:
+class _Cells(ABC):
     """An `ArrayTask` opened in one worker."""
 
     def __init__(self, task: ArrayTask, agree: Agree) -> None:
@@ -138,13 +139,13 @@ class _Cells:
             self._keep(start, stop, self._computed(start, stop), parts)
         return parts if parts.results or parts.faults else NOTHING
 
+    @abstractmethod
     def _computed(self, start: int, stop: int) -> Any:
         """What the function makes of a range; its errors are the user's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _collect(self, start: int, stop: int, parts: Parts) -> None:
         """Compute and keep a range; errors go to `parts`."""
-        raise NotImplementedError
 
     def _keep(self, start: int, stop: int, result: Any, parts: Parts) -> None:
         """Put a result in place, or add it to `parts`."""

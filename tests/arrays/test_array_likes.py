@@ -324,7 +324,7 @@ class TestStringsOfAnyLength:
     @staticmethod
     def words():
         if not hasattr(np.dtypes, "StringDType"):
-            pytest.skip("NumPy 1 has no StringDType")
+            pytest.skip("NumPy 1 has no StringDType")  # its oldest version runs in CI
         words = ["", "a", "λ" * 40, "word " * 300] * 6
         return np.array(words, np.dtypes.StringDType())
 

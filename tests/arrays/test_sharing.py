@@ -113,7 +113,7 @@ class TestEmpty:
 
     def test_of_strings_of_any_length_is_refused(self):
         if not hasattr(np.dtypes, "StringDType"):
-            pytest.skip("NumPy 1 has none")
+            pytest.skip("NumPy 1 has no StringDType")  # its oldest version runs in CI
         with pytest.raises(TypeError, match="cannot lie in shared memory"):
             empty(3, np.dtypes.StringDType())
 
