@@ -220,14 +220,18 @@ def agreed_spec(outcome: Outcome, call: ArrayCall, *, promotes: bool) -> Spec | 
 
     The reference is the lowest cell that has a result. Under dynamic balance and in the
     caller, both that cell and the lowest one that differs from it are the same on every run.
+    Where only a worker that has died since gave results such as are in place, it is these.
     """
     firsts = [
         (*account.facts, account.name) for account in outcome.accounts if account.facts is not None
     ]
     agreed: Spec | None = outcome.agreed
-    if not firsts:
+    if not firsts or agreed is None:
         return agreed  # of workers that died since
-    reference_start, reference, _ = min(firsts, key=lambda first: first[0])
+    if any(agreed.agrees(spec, promotes=promotes) for _, spec, _ in firsts):
+        reference_start, reference, _ = min(firsts, key=lambda first: first[0])
+    else:
+        reference_start, reference = None, agreed
     failures = {
         start // call.grid.chunksize: Failure(
             start // call.grid.chunksize, DisagreementError(spec), name
@@ -249,17 +253,20 @@ def agreed_spec(outcome: Outcome, call: ArrayCall, *, promotes: bool) -> Spec | 
 
 
 def _worded(
-    failure: Failure, reference_start: int, reference: Spec, call: ArrayCall
+    failure: Failure, reference_start: int | None, reference: Spec, call: ArrayCall
 ) -> BaseException:
     assert isinstance(failure.error, DisagreementError)  # for the type checker
     start, stop = call.grid.bounds(failure.cell)
-    first_start, first_stop = call.grid.bounds(reference_start // call.grid.chunksize)
+    if reference_start is None:
+        expected = f"{reference.describe(stop - start)} in a worker that has died since"
+    else:
+        first, last = call.grid.bounds(reference_start // call.grid.chunksize)
+        expected = f"{reference.describe(last - first)} for items {first}:{last}"
     return ValueError(
         f"func returned {failure.error.spec.describe(stop - start)} for axis "
-        f"{call.inputs.axes[0]}, items {start}:{stop}, but "
-        f"{reference.describe(first_stop - first_start)} for items "
-        f"{first_start}:{first_stop}; it must return the same dtype and the same shape "
-        "but for the mapped axis for every chunk (for example with .astype, or pass dtype=)"
+        f"{call.inputs.axes[0]}, items {start}:{stop}, but {expected}; it must return the same "
+        "dtype and the same shape but for the mapped axis for every chunk (for example with "
+        ".astype, or pass dtype=)"
     )
 
 
