@@ -12,6 +12,11 @@ it, see `taskcarrier.backends.parcels`); `SharedView.open` maps it on the other 
 
 Segments only ever grow, by the kernel's own rule (a seal; `posix_fallocate` on disk), so no
 worker can cut away pages that another has mapped.
+
+When memory is given back. Workers keep segments mapped from one call to the next
+(`taskcarrier.kept_mappings`), so closing the caller's descriptor would free nothing. Its pages are
+taken out of the memory file instead, for everybody, as soon as nothing of the caller refers to it:
+what workers keep then are addresses without memory.
 """
 
 from __future__ import annotations
@@ -26,7 +31,8 @@ import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import count
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -69,9 +75,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_retire_all)
 
 
-def mappings_alive() -> bool:
-    """Whether anything of this process still refers to shared memory."""
-    return bool(_live)
+def live_mappings() -> list[Mapping]:
+    """The mappings of this process that something refers to."""
+    return list(_live)
 
 
 def trim_files() -> None:
@@ -96,6 +102,25 @@ def descriptors_are_scarce() -> bool:
     return soft != resource.RLIM_INFINITY and 2 * len(_live) > soft // 4
 
 
+_labels = count(1)
+
+
+class _Memory(NamedTuple):
+    """What a segment owns: a descriptor, and what has to be known to let go of it."""
+
+    fd: int
+    nbytes: int
+    on_disk: bool
+    label: int
+
+    def let_go(self) -> None:
+        """Close the descriptor; of memory that others may have mapped, take the pages out."""
+        if self.label and (nbytes := os.fstat(self.fd).st_size):
+            with mmap.mmap(self.fd, nbytes) as mapping:
+                mapping.madvise(mmap.MADV_REMOVE)
+        os.close(self.fd)
+
+
 class Segment:
     """A piece of shared memory.
 
@@ -109,17 +134,26 @@ class Segment:
         Bytes known to be reserved.
     recycler : Recycler, optional
         Where the descriptor goes when the segment is no longer used, instead of being closed.
+    label : int, optional
+        In a worker: what the caller calls this segment; 0 if it is not to be kept mapped.
     """
 
-    __slots__ = ("_recycler", "fd", "nbytes", "on_disk")
+    __slots__ = ("_maker", "_recycler", "fd", "label", "nbytes", "on_disk")
 
     def __init__(
-        self, fd: int, on_disk: bool, nbytes: int = 0, recycler: Recycler | None = None
+        self,
+        fd: int,
+        on_disk: bool,
+        nbytes: int = 0,
+        recycler: Recycler | None = None,
+        label: int = 0,
     ) -> None:
         self.fd = fd
         self.on_disk = on_disk
         self.nbytes = nbytes
+        self.label = label
         self._recycler = recycler
+        self._maker = 0  # the process that may take the pages out, if any
 
     @classmethod
     def create(cls, folder: str | None = None, recycler: Recycler | None = None) -> Segment:
@@ -130,20 +164,39 @@ class Segment:
 
         fd = os.memfd_create("taskcarrier", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        return cls(fd, on_disk=False, recycler=recycler)
+        return cls._owned(_Memory(fd, 0, on_disk=False, label=0), recycler)
 
-    def __del__(self, _close: Any = os.close) -> None:
-        recycler = self._recycler
-        if recycler is None or not recycler.take_back(self.fd, self.nbytes, self.on_disk):
-            _close(self.fd)
+    @classmethod
+    def _owned(cls, memory: _Memory, recycler: Recycler | None) -> Segment:
+        fd, nbytes, on_disk, label = memory
+        segment = cls(fd, on_disk, nbytes, recycler, label)
+        segment._maker = os.getpid()
+        return segment
+
+    def labelled(self) -> int:
+        """What workers are to call this segment, so that they may keep it mapped; 0 if not.
+
+        Only memory that is this process's own to take back: files are let go of at once.
+        """
+        if self._maker == os.getpid() and not self.on_disk and not self.label:
+            self.label = next(_labels)
+        return self.label
+
+    def __del__(self) -> None:
+        label = self.label if self._maker == os.getpid() else 0
+        memory = _Memory(self.fd, self.nbytes, self.on_disk, label)
+        if self._recycler is None or not self._recycler.take_back(memory):
+            memory.let_go()
 
     def __reduce__(self) -> Any:
         # Whoever packs a run knows how to send a descriptor; nobody else can.
         raise TypeError("a segment can only be pickled as part of a run")
 
     def retire(self) -> None:
-        """Never recycle this segment: somebody still looks at it."""
+        """Never recycle this segment or its pages: somebody else still looks at it."""
         self._recycler = None
+        self._maker = 0
+        self.label = 0
 
     def reserve(self, nbytes: int) -> None:
         """Make room for `nbytes`; several processes may do so at once.
@@ -222,7 +275,7 @@ class Recycler:
     def __init__(self, max_segments: int = 4, max_nbytes: int = 4 << 30) -> None:
         self._max_segments = max_segments
         self._max_nbytes = max_nbytes
-        self._free: list[tuple[int, int, bool]] = []
+        self._free: list[_Memory] = []
         self._open = True
         self._pid = os.getpid()
         # Reentrant: a segment may be freed by the garbage collector inside `segment`.
@@ -236,37 +289,38 @@ class Recycler:
                 fits = [
                     kept
                     for kept in self._free
-                    if kept[2] == on_disk and nbytes <= kept[1] <= 2 * nbytes
+                    if kept.on_disk == on_disk and nbytes <= kept.nbytes <= 2 * nbytes
                 ]
                 if fits:
-                    chosen = min(fits, key=lambda kept: kept[1])
+                    chosen = min(fits, key=lambda kept: kept.nbytes)
                     self._free.remove(chosen)
-                    return Segment(chosen[0], chosen[2], chosen[1], recycler=self)
+                    return Segment._owned(chosen, recycler=self)
         return Segment.create(folder, recycler=self)
 
-    def take_back(self, fd: int, nbytes: int, on_disk: bool) -> bool:
-        """Keep the descriptor of a segment that is no longer used; False if it is not wanted."""
+    def take_back(self, memory: _Memory) -> bool:
+        """Keep the memory of a segment that is no longer used; False if it is not wanted."""
         if self._pid != os.getpid():  # not even the lock is ours in a forked child
             return False
         with self._lock:
-            kept = sum(size for _, size, _ in self._free)
+            kept = sum(other.nbytes for other in self._free)
             wanted = (
                 self._open
-                and nbytes > 0
+                and memory.nbytes > 0
                 and len(self._free) < self._max_segments
-                and kept + nbytes <= self._max_nbytes
+                and kept + memory.nbytes <= self._max_nbytes
             )
             if wanted:
-                self._free.append((fd, nbytes, on_disk))
+                self._free.append(memory)
             return wanted
 
     def close(self) -> None:
         """Let go of everything, now and from now on."""
-        with self._lock if self._pid == os.getpid() else contextlib.nullcontext():
+        ours = self._pid == os.getpid()
+        with self._lock if ours else contextlib.nullcontext():
             self._open = False
             free, self._free = self._free, []
-        for fd, _, _ in free:
-            os.close(fd)
+        for memory in free:
+            (memory if ours else memory._replace(label=0)).let_go()
 
     def __del__(self) -> None:
         self.close()

@@ -410,21 +410,6 @@ def test_results_unlike_those_of_a_worker_that_died_are_refused(tmp_path):
     assert any("exited with code 3" in note for note in caught.value.__notes__)
 
 
-def test_a_partial_result_is_right_though_the_dead_worker_gave_something_else(tmp_path):
-    def func(chunk):
-        if chunk[0] >= 10:  # the second worker, by static balance
-            while not (tmp_path / "1").exists():
-                time.sleep(0.001)
-            if chunk[0] == 11:
-                os._exit(3)
-            return np.full((1, 4), -1, "i2")
-        (tmp_path / str(chunk[0])).touch()
-        return chunk * 2.0
-
-    with pytest.raises((WorkerDiedError, ValueError)) as caught:
-        map_array(func, np.arange(20), chunksize=1, n_jobs=2, backend="loky")
-
-
 @pytest.mark.parametrize("balance", BALANCES)
 @pytest.mark.parametrize("at_once", [False, True], ids=["long before", "just before"])
 def test_an_idle_worker_that_was_killed_is_replaced(balance, at_once):

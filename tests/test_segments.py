@@ -585,6 +585,80 @@ class TestRecycler:
         assert n_descriptors() == before
 
 
+class TestPages:
+    """Pages go when the caller lets go of a segment, even if a worker has it mapped."""
+
+    @staticmethod
+    def made(*, labelled=True, recycler=None):
+        segment = Segment.create(recycler=recycler)
+        segment.reserve(10_000)
+        segment.write(0, memoryview(b"abc"))
+        if labelled:
+            assert segment.labelled() > 0
+        # As a worker would have it.
+        other = mmap.mmap(segment.fd, 10_000, access=mmap.ACCESS_READ)
+        assert other[:3] == b"abc"
+        return segment, other
+
+    def test_go_with_the_segment(self):
+        segment, other = self.made()
+        fd = os.dup(segment.fd)
+        assert os.fstat(fd).st_blocks > 0
+        del segment
+        assert os.fstat(fd).st_blocks == 0
+        assert other[:3] == bytes(3)
+        os.close(fd)
+
+    def test_stay_while_an_array_refers_to_them(self):
+        segment, other = self.made()
+        array = SharedView(segment, 0, (10_000,), (1,), np.dtype("u1")).open("read")[::2]
+        del segment
+        assert other[:3] == b"abc"
+        del array
+        assert other[:3] == bytes(3)
+
+    def test_stay_where_no_worker_was_told_of_them(self):
+        segment, other = self.made(labelled=False)
+        del segment
+        assert other[:3] == b"abc"
+
+    def test_stay_once_retired(self):
+        segment, other = self.made()
+        segment.retire()
+        assert segment.labelled() == 0
+        del segment
+        assert other[:3] == b"abc"
+
+    def test_stay_for_the_parent_of_a_forked_child(self):
+        segment, other = self.made()
+        pid = os.fork()
+        if pid == 0:
+            del segment
+            os._exit(0 if other[:3] == b"abc" else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert other[:3] == b"abc"
+        assert segment.labelled() > 0
+
+    def test_stay_in_a_recycler_until_it_closes(self):
+        recycler = Recycler()
+        segment, other = self.made(recycler=recycler)
+        label = segment.label
+        del segment
+        assert other[:3] == b"abc"
+        again = recycler.segment(10_000, None)
+        assert again.labelled() == label
+        del again
+        recycler.close()
+        assert other[:3] == bytes(3)
+
+    def test_of_files_are_not_ours_to_take(self, tmp_path):
+        assert Segment.create(str(tmp_path)).labelled() == 0
+
+    def test_labels_differ(self):
+        labels = {self.made()[0].label for _ in range(5)}
+        assert len(labels) == 5
+
+
 class TestScarceDescriptors:
     @pytest.fixture
     def soft_limit(self):

@@ -18,6 +18,7 @@ from taskcarrier.arrays.halos import Halo
 from taskcarrier.arrays.inputs import Inputs, read_only
 from taskcarrier.backends.work import Call
 from taskcarrier.blocks import Blocks
+from taskcarrier.kept_mappings import open_for_reading
 from taskcarrier.layout import address_of, byte_bounds
 from taskcarrier.mapped_files import located
 from taskcarrier.partition import Grid
@@ -58,7 +59,7 @@ class SharedSource:
     axis: int
 
     def open(self) -> Reader:  # noqa: D102  # as in Source
-        return LocalSource(self.view.open("read"), self.axis).open()
+        return LocalSource(open_for_reading(self.view), self.axis).open()
 
 
 @dataclass(frozen=True)

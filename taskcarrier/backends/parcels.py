@@ -137,7 +137,10 @@ class _Packer:
         return len(self.segments) - 1
 
     def _reduce_segment(self, segment: Segment) -> tuple[Any, ...]:
-        return _received_segment, (self.number(segment), segment.on_disk)
+        return _received_segment, self._terms(segment)
+
+    def _terms(self, segment: Segment) -> tuple[int, bool, int]:
+        return self.number(segment), segment.on_disk, segment.labelled()
 
     def _reduce_call(self, call: Call) -> tuple[Any, ...]:
         # Only what the user gave needs cloudpickle, which takes some 10 µs for each class it
@@ -165,7 +168,7 @@ class _Packer:
         segment = view.segment
         assert segment is not None  # for the type checker
         place = (view.offset, view.shape, view.strides, view.dtype)
-        return self.number(segment), segment.on_disk, place
+        return self._terms(segment), place
 
     def keep_in_band(self, buffer: Any) -> bool:
         try:
@@ -194,14 +197,15 @@ class _UserPickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         return super().reducer_override(obj)
 
 
-def _received_view(number: int, on_disk: bool, place: tuple[Any, ...]) -> np.ndarray:
+def _received_view(segment: tuple[Any, ...], place: tuple[Any, ...]) -> np.ndarray:
     """Private, as everything the user gave is: what is written to it stays in the worker."""
-    return SharedView(_received_segment(number, on_disk), *place).open("private")
+    return SharedView(_received_segment(*segment), *place).open("private")
 
 
-def _received_segment(number: int, on_disk: bool) -> Segment:
+def _received_segment(number: int, on_disk: bool, label: int) -> Segment:
     segment: Segment = _unpacking.segments[number]
     segment.on_disk = on_disk
+    segment.label = label
     return segment
 
 

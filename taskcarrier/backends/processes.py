@@ -35,7 +35,7 @@ from typing import Any
 
 from joblib.externals.loky.backend import get_context
 
-from taskcarrier import caller_memory
+from taskcarrier import caller_memory, kept_mappings
 from taskcarrier.backends.inner import inner_environment, serial_joblib
 from taskcarrier.backends.parcels import (
     Channel,
@@ -58,7 +58,6 @@ from taskcarrier.backends.work import (
     work,
 )
 from taskcarrier.ledger import FileAgreement, FileCursor, Ledger, ledger_nbytes
-from taskcarrier.segments import mappings_alive
 
 # Results that are not put in place travel in batches: when this many bytes or seconds have
 # come together. Both are arbitrary within an order of magnitude.
@@ -202,9 +201,9 @@ class ProcessCrew:
         finally:
             if run.at_work:
                 run.abort()
-        if run.memory_kept:
-            for segment in parcel.segments:
-                segment.retire()
+            if run.memory_kept:
+                for segment in parcel.segments:
+                    segment.retire()
         deaths = [_death(number, run.died[number], job, ledger) for number in sorted(run.died)]
         return [run.accounts[number] for number in sorted(run.accounts)], deaths, ledger
 
@@ -381,6 +380,7 @@ def _worker_main(number: int, down: Connection, life: Connection) -> None:
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     serial_joblib()
+    kept_mappings.keep()
     channel = Channel(socket.socket(fileno=os.dup(down.fileno())))
     down.close()
     with contextlib.suppress(EOFError, ConnectionResetError):
@@ -425,7 +425,7 @@ def _run_parcel(number: int, channel: Channel, ledger: Ledger, data: bytes, fds:
     account.failure = None
     del account
     # What the function still holds on to must not be overwritten by a later call's data.
-    channel.send(_ACCOUNT + (_KEPT if mappings_alive() else _FREE) + packed)
+    channel.send(_ACCOUNT + (_KEPT if kept_mappings.anything_in_use() else _FREE) + packed)
 
 
 class _Outbox:

@@ -1,6 +1,9 @@
 """Arrays that workers see where they are."""
 
 import gc
+import operator
+import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,10 @@ from taskcarrier import (
     map_array,
     map_chunks,
     map_items,
+    reduce_array,
     share,
 )
+from taskcarrier.segments import locate
 from tests.layouts import EMPTY, GATHERED, KEPT
 from tests.strategies import PARALLEL, assert_same, cooled_crews, same_bits, warm_crews
 
@@ -35,6 +40,17 @@ def held():
     gc.collect()
     maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     return len(list(Path("/proc/self/fd").iterdir())), maps.count("memfd:taskcarrier ")
+
+
+@contextmanager
+def descriptor_of(array):
+    """A descriptor of the memory that an array lies in, which keeps no page of it."""
+    fd = os.dup(locate(array).segment.fd)
+    del array
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 class TestShare:
@@ -157,7 +173,23 @@ class TestLife:
         del view
         assert held() == before
 
-    def test_ends_in_workers_too(self):
+    def test_memory_ends_though_workers_keep_it_mapped(self):
+        X = share(np.ones((300, 300)))
+        with descriptor_of(X) as fd:
+            for _ in range(2):
+                assert reduce_array(np.sum, X, combine=operator.add, **LOKY) == 90_000
+            assert os.fstat(fd).st_blocks > 0
+            del X
+            assert os.fstat(fd).st_blocks == 0
+
+    def test_so_does_that_of_results(self):
+        result = map_array(np.copy, np.ones((300, 300)), **LOKY)
+        with descriptor_of(result) as fd:
+            map_array(np.copy, result, **LOKY)
+            del result
+            assert os.fstat(fd).st_blocks == 0
+
+    def test_workers_keep_few_segments_mapped(self):
         def maps_of_workers():
             def n_maps(chunk):
                 maps = Path("/proc/self/maps").read_text(encoding="utf-8")
@@ -165,12 +197,43 @@ class TestLife:
 
             return map_chunks(n_maps, np.zeros(2), chunksize=1, **LOKY)
 
-        before = maps_of_workers()
-        X = share(np.zeros((300, 300)))
-        for _ in range(3):
+        for n in range(30):
+            X = share(np.zeros((300, 300)))
             map_array(np.copy, X, **LOKY)
             map_items(np.sum, X, **LOKY)
+            if n == 15:
+                before = maps_of_workers()
         assert maps_of_workers() == before
+        assert max(before) <= 10
+
+    def test_what_a_function_keeps_of_it_stays_in_the_worker(self):
+        def keep(chunk):
+            import operator as anything  # a module outlives the call
+
+            anything.kept = chunk[1:]
+            return chunk.sum()
+
+        def kept(chunk):
+            import operator as anything  # as above
+
+            return anything.kept.tolist()
+
+        def drop(chunk):
+            import operator as anything  # as above
+
+            del anything.kept
+
+        X = share(np.arange(6.0))
+        one = np.zeros(2)
+        try:
+            map_chunks(np.sum, X, chunksize=3, **LOKY)  # now it is kept mapped
+            map_chunks(keep, X, chunksize=3, **LOKY)
+            del X
+            others = [share(np.full(6, -1.0)) for _ in range(3)]
+            map_chunks(np.sum, others[0], chunksize=3, **LOKY)
+            assert map_chunks(kept, one, chunksize=1, **LOKY) == [[1, 2], [4, 5]]
+        finally:
+            map_chunks(drop, one, chunksize=1, **LOKY)
 
     def test_a_hundred_of_them(self):
         before = held()

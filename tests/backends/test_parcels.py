@@ -27,10 +27,20 @@ SMALL = parcels._SHARED_NBYTES // 8 - 1
 LARGE = parcels._SHARED_NBYTES // 8
 
 
+sent = []
+
+
+@pytest.fixture(autouse=True)
+def _parcels_live_as_long_as_the_run():
+    yield
+    sent.clear()
+
+
 def travelled(task):
     """A task as it arrives, and the bytes that were copied beside the pickle."""
     staging = Staging()
     parcel = pack(task, staging)
+    sent.append(parcel)
     return unpack(parcel.data, [os.dup(fd) for fd in parcel.fds]), staging.nbytes
 
 
