@@ -20,8 +20,8 @@ def empty(
 
     It is an ordinary, writable array. Any view of it goes to worker processes as a description
     of where it lies: nothing is copied, and what is written into it is seen by the next call.
-    The memory has no name and is freed when the last view dies, whatever workers have seen of it; only
-    if this process was forked meanwhile, not before that child and the workers have ended.
+    The memory has no name and is freed when the last view dies, whatever workers have seen of it;
+    only if this process was forked meanwhile, not before that child and the workers have ended.
 
     Parameters
     ----------

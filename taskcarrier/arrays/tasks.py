@@ -7,6 +7,7 @@ items that fail, so that what is missing in the end does not depend on how the a
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -214,32 +215,40 @@ class _Items(_Cells):
             func, kwargs = self._func, self._kwargs
             self._func = lambda *args: func(*args, **kwargs)
 
-    def _values(self, start: int, stop: int) -> Iterator[Any]:
-        items = [
+    def _items(self, start: int, stop: int) -> list[Iterator[Any]]:
+        """One iterator for each array."""
+        return [
             iter(chunk) if axis == 0 else iter(chunk.transpose(_first(axis, chunk.ndim)))
             for chunk, axis in zip(self._chunks(start, stop), self._task.axes, strict=True)
         ]
+
+    def _calls(self, items: list[Iterator[Any]]) -> Iterator[Any]:
         return map(self._func, *items, *map(repeat, self._args))
 
     def _computed(self, start: int, stop: int) -> Any:
-        values: list[Any] = []
-        calls = self._values(start, stop)
+        items = self._items(start, stop)
         try:
-            # On an error the values so far stay, so their number tells the item.
-            values.extend(calls)
-            _check_complete(values, stop - start)
+            if len(items) == 1 and not self._args:
+                # 4 to 10 % faster than `map`: the interpreter calls Python functions directly.
+                func = self._func
+                values = [func(item) for item in items[0]]
+            else:
+                values = list(self._calls(items))
+                _check_complete(values, stop - start)
         except BaseException as error:
             self._explained(error)
-            add_note(error, f"func failed on item {start + len(values)}")
+            # The item that func was called with is no longer to come.
+            add_note(error, f"func failed on item {stop - operator.length_hint(items[0]) - 1}")
             raise
         return self._stacked(values, start)
 
     def _collect(self, start: int, stop: int, parts: Parts) -> None:
-        calls = self._values(start, stop)
+        calls = self._calls(self._items(start, stop))
         while start < stop:
             values: list[Any] = []
             fault: list[Fault] = []
             try:
+                # On an error the values so far stay, so their number tells the item.
                 values.extend(calls)
                 _check_complete(values, stop - start)
             except Exception as error:  # noqa: BLE001  # the user's, collected as asked for
@@ -283,7 +292,7 @@ def _owned(result: Any) -> Any:
 
 
 def _check_complete(values: list[Any], n_items: int) -> None:
-    if len(values) < n_items:  # `list.extend` takes it for the end of the items
+    if len(values) < n_items:  # a list takes it for the end of the items
         raise StopIteration("raised by func")
 
 
