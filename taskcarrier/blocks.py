@@ -18,7 +18,7 @@ from taskcarrier.partition import Grid
 from taskcarrier.segments import SharedView, Staging
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blocks:
     """One pickle for each cell of a grid, one after the other, and where each ends."""
 

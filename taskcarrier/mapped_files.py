@@ -51,7 +51,7 @@ def file_of(path: str) -> tuple[str, str] | None:
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Mapped:
     """One line of ``/proc/self/maps``."""
 

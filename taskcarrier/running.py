@@ -78,7 +78,7 @@ class Settings:
         return self.recycler.segment(nbytes, self.folder)
 
 
-@dataclass
+@dataclass(eq=False)
 class Outcome:
     """How a run ended.
 

@@ -86,7 +86,7 @@ def _describe(start: int, stop: int) -> str:
     return f"item {start}" if stop == start + 1 else f"items {start}:{stop}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _ItemTask:
     """`func` on items of this process; open already, for it keeps nothing."""
 
@@ -104,7 +104,7 @@ class _ItemTask:
         """Nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _PackedTask:
     """`func` on blocks of pickled items in shared memory."""
 

@@ -97,6 +97,7 @@ class HoldingError(Exception):
         self.lock = threading.Lock()
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize(("backend", "balance"), RUNS)
 def test_an_error_keeps_its_type_and_arguments_and_names_axis_and_range(backend, balance):
     def func(chunk):
@@ -114,6 +115,7 @@ def test_an_error_keeps_its_type_and_arguments_and_names_axis_and_range(backend,
         assert 'raise ValueError("odd", 6)' in str(caught.value.__cause__)
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize(("backend", "balance"), ORDERED)
 def test_of_several_errors_the_lowest_is_raised_on_every_run(backend, balance):
     def func(chunk):
@@ -127,6 +129,7 @@ def test_of_several_errors_the_lowest_is_raised_on_every_run(backend, balance):
         assert caught.value.args == (9,)
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize(("backend", "balance"), PARALLEL)
 def test_of_two_errors_at_once_the_other_is_in_the_notes(backend, balance, tmp_path):
     def func(chunk):
@@ -141,6 +144,7 @@ def test_of_two_errors_at_once_the_other_is_in_the_notes(backend, balance, tmp_p
     assert "also failed: axis 0, items 1:2 of an array of shape (2,): LookupError: here 1" in notes
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize("balance", BALANCES)
 def test_workers_stop_at_their_next_range_after_an_error(balance):
     def func(chunk):
@@ -155,6 +159,7 @@ def test_workers_stop_at_their_next_range_after_an_error(balance):
     assert time.monotonic() - began < 2  # all of it takes four seconds
 
 
+@pytest.mark.fault(3)
 @pytest.mark.parametrize(("backend", "balance"), RUNS)
 @pytest.mark.parametrize("kind", [TwoWordsError, HoldingError])
 def test_errors_that_do_not_travel_well(backend, balance, kind):
@@ -196,6 +201,7 @@ def _raise(error):
     raise error
 
 
+@pytest.mark.fault(4)
 @pytest.mark.parametrize("case", sorted(ESCAPES))
 def test_exits_and_interrupts_of_the_task_arrive_as_themselves(case):
     func, kind, arguments = ESCAPES[case]
@@ -208,6 +214,7 @@ def test_exits_and_interrupts_of_the_task_arrive_as_themselves(case):
         assert map_array(np.sign, np.arange(2), n_jobs=2, backend=backend).tolist() == [0, 1]
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize("balance", BALANCES)
 def test_a_function_that_cannot_be_pickled_fails_before_anything_runs(balance, tmp_path):
     lock = threading.Lock()
@@ -287,6 +294,7 @@ KILLS = {
 }
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize(
     ("way", "balance"),
     [("SIGKILL", "static"), ("SIGKILL", "dynamic"), ("exit", "static"), ("exit", "dynamic")],
@@ -331,6 +339,7 @@ def test_a_worker_that_dies_costs_its_ranges_and_no_other_worker(balance, way):
     assert_same(map_array(lambda c: c * 2, X, n_jobs=2, backend="loky", balance=balance), X * 2)
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize(("way", "balance"), [("SIGKILL", "static"), ("exit", "dynamic")])
 def test_a_worker_that_dies_on_a_list(balance, way):
     die, exitcode, words = KILLS[way]
@@ -392,6 +401,7 @@ def test_a_worker_that_dies_and_another_that_fails(balance, tmp_path):
     assert any("exited with code 3" in note for note in caught.value.__notes__)
 
 
+@pytest.mark.fault(11)
 def test_results_unlike_those_of_a_worker_that_died_are_refused(tmp_path):
     def func(chunk):
         if chunk[0] >= 10:  # the second worker, by static balance
@@ -424,6 +434,7 @@ def test_an_idle_worker_that_was_killed_is_replaced(balance, at_once):
             assert mapper(str, range(5)) == ["0", "1", "2", "3", "4"]
 
 
+@pytest.mark.fault(12)
 def test_workers_killed_at_any_moment_give_right_results_or_the_error():
     rng = np.random.default_rng(5)
     X = np.arange(4000.0)
@@ -502,6 +513,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.fault(17)
 @pytest.mark.parametrize(
     ("where", "what", "whole_group"),
     [
@@ -533,6 +545,7 @@ def test_ctrl_c_ends_the_map_soon_and_leaves_nothing(where, what, whole_group, t
     assert set(SHM.iterdir()) <= in_memory
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize(
     ("how", "what"),
     [("SIGKILL", "idle"), ("SIGKILL", "static"), ("SIGTERM", "idle"), ("SIGTERM", "dynamic")],
@@ -613,6 +626,7 @@ def unshared(*mounts):
     return prefix if tried.returncode == 0 else None
 
 
+@pytest.mark.fault(23)
 def test_a_small_shared_memory_file_system_is_no_limit(tmp_path):
     prefix = unshared("mount -t tmpfs -o size=64m tmpfs /dev/shm")
     if prefix is None:
@@ -633,6 +647,7 @@ if __name__ == "__main__":
     assert run_script(tmp_path, code, prefix=prefix) == "fine\n"
 
 
+@pytest.mark.fault(23)
 def test_a_full_disk_is_an_error_with_sizes_and_leaves_nothing(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -679,6 +694,7 @@ if __name__ == "__main__":
     assert run_script(tmp_path, code, str(disk), prefix=prefix) == "fine\n"
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("balance", BALANCES)
 def test_a_temporary_folder_with_spaces_shows_no_files(balance, tmp_path):
     folder = tmp_path / "a folder with spaces, ünd mehr"
@@ -708,6 +724,7 @@ def _links():
             yield link
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("by", ["argument", "environment"])
 def test_a_missing_temporary_folder_is_named(by, tmp_path, monkeypatch):
     missing = str(tmp_path / "not there")
@@ -737,6 +754,7 @@ def deeper(chunk, depth, backend):
     return inner + 1
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("backend", ["threading", "loky"])
 def test_maps_inside_workers_are_serial_three_deep(backend):
     X = np.arange(6)
@@ -793,6 +811,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("where", [("loky", ""), ("threading", ""), ("pool", "fork")], ids="-".join)
 def test_maps_inside_workers_of_others_are_right(where, tmp_path):
     assert run_script(tmp_path, INSIDE, *where, OMP_NUM_THREADS="1") == "fine\n"
@@ -801,6 +820,7 @@ def test_maps_inside_workers_of_others_are_right(where, tmp_path):
 # As it was before
 
 
+@pytest.mark.fault(20)
 def test_many_small_calls_leave_descriptors_and_threads_flat():
     def round_of_calls():
         for backend, balance in RUNS:
@@ -833,6 +853,7 @@ def test_many_small_calls_leave_descriptors_and_threads_flat():
         assert fds <= fds_before + 60  # what a failed run held goes with the next collection there
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize(
     ("backend", "balance", "ending"),
     [(*run, ending) for run in RUNS for ending in ("well", "error")]
@@ -865,6 +886,7 @@ def test_the_state_of_the_program_is_as_before(backend, balance, ending):
     assert state() == before
 
 
+@pytest.mark.fault(21)
 def test_limits_on_the_threads_of_libraries_are_as_before():
     from threadpoolctl import threadpool_info
 

@@ -18,7 +18,7 @@ LAYERS = [
     ["errors"],
     ["partition", "report", "layout", "limits"],
     ["ledger", "segments", "caller_memory"],
-    ["balance", "mapped_files"],
+    ["balance", "mapped_files", "kept_mappings"],
     ["backends"],
     ["blocks"],
     ["progress"],

@@ -47,6 +47,7 @@ def available(files):
         return _available_memory()
 
 
+@pytest.mark.fault(23)
 class TestAvailableMemory:
     def test_of_this_machine(self):
         nbytes, source = _available_memory()

@@ -1,4 +1,4 @@
-"""The Python examples of README.md and docs/ run as they stand there, each page as one program."""
+"""The examples of README.md and docs/ run as they stand there, and what pages promise is tested."""
 
 import re
 import traceback
@@ -42,6 +42,20 @@ def test_the_examples_about_filters_run():
     text = page.read_text(encoding="utf-8")
     assert blocks(text)
     run(text, str(page))
+
+
+def test_every_row_of_the_page_about_faults_is_named_by_tests():
+    page = README.parent / "docs" / "faults.md"
+    rows = {
+        int(n) for n in re.findall(r"^\| (\d+) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    named = set()
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        for numbers in re.findall(
+            r"^@pytest\.mark\.fault\(([\d, ]+)\)$", path.read_text(encoding="utf-8"), re.MULTILINE
+        ):
+            named |= {int(n) for n in numbers.split(",")}
+    assert named == rows
 
 
 TWO = """\

@@ -370,6 +370,7 @@ class TestOwnership:
         assert not os.get_inheritable(Segment.create(folder).fd)
 
 
+@pytest.mark.fault(24)
 class TestFolder:
     @pytest.fixture(params=["O_TMPFILE", "named for a moment"])
     def way(self, request, monkeypatch):
@@ -438,6 +439,7 @@ class TestFolder:
         assert info.value.errno in {errno.ENOSPC, errno.EFBIG}
 
 
+@pytest.mark.fault(23)
 class TestMemoryCheck:
     def test_refused_with_sizes(self, monkeypatch):
         monkeypatch.setattr(limits, "_available_memory", lambda: (100 << 20, "a test"))

@@ -159,6 +159,7 @@ class Adder:
         return self.n - i
 
 
+@pytest.mark.fault(9)
 def test_every_sort_of_function(mapper):
     n = 10
 

@@ -24,7 +24,7 @@ Place = np.ndarray | SharedView
 """An array of this process, or where an array lies that every process can open."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NpyPlace:
     """Output into a ``.npy`` file: its data begin where the header will end."""
 
@@ -40,7 +40,7 @@ class NpyPlace:
         return SharedView(self.segment if nbytes else None, offset, shape, strides, dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Output:
     """What the caller has asked of one output.
 

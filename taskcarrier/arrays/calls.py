@@ -31,7 +31,7 @@ from taskcarrier.running import (
 ON_ERROR = ("raise", "collect", "fill")
 
 
-@dataclass
+@dataclass(eq=False)
 class ArrayCall:
     """A checked call: a function over ranges of arrays."""
 

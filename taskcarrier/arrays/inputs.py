@@ -24,7 +24,7 @@ _LOSSY = {
 _IN_MEMORY = ("pandas", "xarray")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inputs:
     """Arrays of equal length along their mapped axes.
 

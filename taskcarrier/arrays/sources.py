@@ -38,7 +38,7 @@ class Source(Protocol):
         """Called once in each worker, before its first cell."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LocalSource:
     """An array of this process."""
 
@@ -51,7 +51,7 @@ class LocalSource:
         return lambda start, stop: array[(*before, slice(start, stop))]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SharedSource:
     """An array in a segment."""
 
@@ -62,7 +62,7 @@ class SharedSource:
         return LocalSource(open_for_reading(self.view), self.axis).open()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CallerSource:
     """An array in the ordinary memory of the caller, read cell by cell."""
 
@@ -115,7 +115,7 @@ class CallerSource:
         return np.ndarray(shape, self.dtype, memory, begin + first - low, strides)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ArrayLikeSource:
     """Something like an array that is not in memory, read by range in every worker.
 
@@ -131,7 +131,7 @@ class ArrayLikeSource:
         return lambda start, stop: read_only(np.asarray(array[(*before, slice(start, stop))]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PickledSource:
     """An array of Python objects, pickled by cells of the grid into shared memory."""
 
@@ -152,7 +152,7 @@ class PickledSource:
         return read
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HaloSource:
     """Another source, read with neighbours."""
 

@@ -20,7 +20,7 @@ from taskcarrier.arrays.inputs import normalize_axis
 _PYTHON_NUMBERS = {bool: np.bool_, float: np.float64, complex: np.complex128}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mixed:
     """Values of different dtypes, sorted by these.
 

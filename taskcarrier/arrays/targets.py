@@ -36,7 +36,7 @@ Stray = tuple[Where, list[np.ndarray]]
 """Results that could not be put in place by the worker."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Targets:
     """What a call asks of its results, from the check of its arguments to the end of the run.
 

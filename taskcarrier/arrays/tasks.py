@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -33,7 +33,7 @@ Fault = tuple[int, int, BaseException]
 """``(start, stop, error)`` of a range that failed."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Parts:
     """What of a cell is for the caller.
 
@@ -76,7 +76,7 @@ def _unpacked_parts(
     return Parts(results, [(start, stop, unpack_error(error)) for start, stop, error in packed])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ArrayTask:
     """`func` over ranges of arrays, as a task.
 
@@ -130,14 +130,17 @@ class _Cells(ABC):
         self._readers = [source.open() for source in task.sources]
         self._sink = None if task.plan is None else Sink(task.plan, agree)
         self._collects = task.collects
+        self._writable = task.writable
+        self._halo = task.halo
+        self._trims = task.trims
         self._seen_nbytes = 0
 
     def __call__(self, start: int, stop: int) -> Any:
+        if not self._collects:
+            left = self._keep(start, stop, self._computed(start, stop))
+            return Parts(list(left), []) if left else NOTHING
         parts = Parts([], [])
-        if self._collects:
-            self._collect(start, stop, parts)
-        else:
-            self._keep(start, stop, self._computed(start, stop), parts)
+        self._collect(start, stop, parts)
         return parts if parts.results or parts.faults else NOTHING
 
     @abstractmethod
@@ -148,30 +151,28 @@ class _Cells(ABC):
     def _collect(self, start: int, stop: int, parts: Parts) -> None:
         """Compute and keep a range; errors go to `parts`."""
 
-    def _keep(self, start: int, stop: int, result: Any, parts: Parts) -> None:
-        """Put a result in place, or add it to `parts`."""
+    def _keep(self, start: int, stop: int, result: Any) -> Sequence[tuple[Where, Any]]:
+        """Put a result in place; what cannot be is returned, for the caller."""
         if self._sink is None:
-            parts.results.append((slice(start, stop), _owned(result)))
-            return
-        halo = self._task.halo
-        margins = (0, 0) if halo is None else halo.margins(start, stop)
+            return ((slice(start, stop), _owned(result)),)
+        margins = (0, 0) if self._halo is None else self._halo.margins(start, stop)
         left = self._sink.place(start, stop, result, margins)
-        if left is not None:
-            parts.results.append((slice(start, stop), left))
+        return () if left is None else ((slice(start, stop), left),)
 
     def _chunks(self, start: int, stop: int) -> list[np.ndarray]:
         chunks = [read(start, stop) for read in self._readers]
-        if self._task.writable:
+        if self._writable:
             chunks = [chunk.copy(order="K") for chunk in chunks]
-        self._seen_nbytes += sum(chunk.nbytes for chunk in chunks)
-        if self._seen_nbytes > _TRIM_NBYTES and self._task.trims:
-            self._seen_nbytes = 0
-            trim_files()
+        if self._trims:
+            self._seen_nbytes += sum(chunk.nbytes for chunk in chunks)
+            if self._seen_nbytes > _TRIM_NBYTES:
+                self._seen_nbytes = 0
+                trim_files()
         return chunks
 
     def _explained(self, error: BaseException) -> None:
         """Add what the user may want to know about an error of the function."""
-        if not self._task.writable and isinstance(error, ValueError) and "read-only" in str(error):
+        if not self._writable and isinstance(error, ValueError) and "read-only" in str(error):
             add_note(error, "chunks are read-only; pass writable=True for private copies")
 
     def facts(self) -> tuple[int, Spec] | None:
@@ -199,7 +200,7 @@ class _Chunks(_Cells):
             if not narrows:
                 parts.faults.append((start, stop, error))
         else:
-            self._keep(start, stop, result, parts)
+            parts.results += self._keep(start, stop, result)
             return
         if narrows:  # not while the error is handled: it would be the context of the next ones
             self._collect(start, middle, parts)
@@ -257,7 +258,7 @@ class _Items(_Cells):
                 fault.append((failed, failed + 1, error))
             if values:
                 end = start + len(values)
-                self._keep(start, end, self._stacked(values, start), parts)
+                parts.results += self._keep(start, end, self._stacked(values, start))
             parts.faults += fault
             start += len(values) + len(fault)
 
@@ -272,14 +273,14 @@ class _Items(_Cells):
             as_objects=plan.asks_for_objects,
         )
 
-    def _keep(self, start: int, stop: int, result: Any, parts: Parts) -> None:
+    def _keep(self, start: int, stop: int, result: Any) -> Sequence[tuple[Where, Any]]:
         if not isinstance(result, Mixed):
-            super()._keep(start, stop, result, parts)
-            return
+            return super()._keep(start, stop, result)
         assert self._sink is not None  # for the type checker: as above
-        for positions, group in result.groups:
-            left = self._sink.checked(start, len(positions), group)
-            parts.results.append((start + positions, left))
+        return [
+            (start + positions, self._sink.checked(start, len(positions), group))
+            for positions, group in result.groups
+        ]
 
 
 def _owned(result: Any) -> Any:

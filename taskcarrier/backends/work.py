@@ -57,7 +57,7 @@ class Task(Protocol):
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Surroundings:
     """What of the caller's own state the function sees in every worker."""
 
@@ -80,7 +80,7 @@ class Surroundings:
         np.seterr(**self.errstate)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """What every worker of a run is given."""
 
@@ -91,7 +91,7 @@ class Job:
     surroundings: Surroundings = field(default_factory=Surroundings.here)
 
 
-@dataclass
+@dataclass(eq=False)
 class Failure:
     """An exception in one cell."""
 
@@ -100,7 +100,7 @@ class Failure:
     worker: str = ""
 
 
-@dataclass
+@dataclass(eq=False)
 class Account:
     """What one worker did in a run.
 
@@ -116,7 +116,7 @@ class Account:
     failure: Failure | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Death:
     """A worker process that ended by itself."""
 

@@ -201,6 +201,7 @@ class TestSequences:
         assert "array 1" in "\n".join(caught.value.__notes__)
 
 
+@pytest.mark.fault(31)
 class TestRefused:
     @pytest.mark.parametrize("number", [0, 1])
     def test_masked_arrays(self, number):
@@ -250,6 +251,7 @@ class Point:
     __hash__ = None
 
 
+@pytest.mark.fault(30)
 class TestObjects:
     def test_in_and_out(self, run):
         X = np.array([Point(i) for i in range(23)] + [None, "text", {"a": [1, 2]}], object)
@@ -319,6 +321,7 @@ class TestObjects:
         assert run_script(tmp_path, code).strip() == "[0, 2, 4, 6, 8]"
 
 
+@pytest.mark.fault(30)
 class TestStringsOfAnyLength:
     @pytest.fixture(scope="class")
     @staticmethod

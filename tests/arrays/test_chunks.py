@@ -65,6 +65,7 @@ def test_a_tuple_stays_one_result_and_large_results_come_whole(run):
         assert np.array_equal(rows, np.repeat([first, first + 1], 100_000))
 
 
+@pytest.mark.fault(28)
 def test_an_array_without_items_has_one_empty_range(run):
     assert map_chunks(np.shape, np.zeros((3, 0)), axis=1, **run) == [(3, 0)]
 
@@ -82,6 +83,7 @@ def test_several_arrays_arguments_and_neighbours(run):
     assert result == [(whole[0][a:b], whole[1][a:b], 1, "n") for a, b in bounds]
 
 
+@pytest.mark.fault(6)
 def test_chunks_are_read_only_unless_private(run):
     def overwrite(chunk):
         chunk[0] = -1
@@ -95,6 +97,7 @@ def test_chunks_are_read_only_unless_private(run):
     assert X.tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.fault(8)
 @pytest.mark.parametrize("balance", ["static", "dynamic"])
 def test_what_cannot_be_pickled_is_an_error_with_its_range(balance):
     run = {"balance": balance, "n_jobs": 2}

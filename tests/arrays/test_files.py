@@ -55,6 +55,7 @@ def assert_mapped(view, expected, *, copied=False):
             assert same_bits(result, np.ascontiguousarray(expected))
 
 
+@pytest.mark.fault(29)
 class TestMemmaps:
     @pytest.mark.parametrize("mode", ["r", "r+", "w+"])
     @pytest.mark.parametrize("view", VIEWS)
@@ -184,6 +185,7 @@ EMPTY = {
 }
 
 
+@pytest.mark.fault(29)
 class TestLoad:
     @pytest.mark.parametrize("version", [None, (1, 0), (2, 0), (3, 0)])
     @pytest.mark.parametrize("layout", LAYOUTS)

@@ -118,6 +118,7 @@ BAD = {
 }
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("case", sorted(BAD))
 def test_a_bad_option_is_an_error_before_anything_starts(case, nothing_starts):
     options, kind, words = BAD[case]
@@ -160,6 +161,7 @@ def test_options_without_a_meaning_are_refused(verb, option, nothing_starts):
         getattr(SerialMapper(), verb.__name__)(np.sqrt, X, **combine, **{option: 1})
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("func", [None, 3, "sqrt", X], ids=type)
 def test_a_function_that_cannot_be_called_is_refused(func, nothing_starts):
     with pytest.raises(TypeError, match="func must be callable"):
@@ -186,6 +188,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("case", sorted(REFUSED))
 @pytest.mark.parametrize("place", [0, 1])
 def test_what_would_lose_something_is_refused_by_name(case, place, nothing_starts):
@@ -228,6 +231,7 @@ def test_arrays_of_unequal_length_are_refused_with_all_lengths(nothing_starts):
     assert "6 (axis 1 of shape (4, 6))" in str(caught.value)
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize(("n_jobs", "at_least"), [(-1, 1), (-1000, 1), (np.int64(2), 2), (20, 20)])
 def test_n_jobs_follow_the_rule_of_joblib(n_jobs, at_least):
     import joblib
@@ -240,6 +244,7 @@ def test_n_jobs_follow_the_rule_of_joblib(n_jobs, at_least):
     assert taskcarrier.last_report().n_jobs == joblib.effective_n_jobs(int(n_jobs)) >= at_least
 
 
+@pytest.mark.fault(31)
 def test_whatever_numpy_takes_is_mapped_as_a_base_class_array():
     def func(chunk):
         assert type(chunk) is np.ndarray

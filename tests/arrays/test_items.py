@@ -63,6 +63,7 @@ def said(error):
 # Layouts, dtypes and axes
 
 
+@pytest.mark.fault(29)
 @settings(max_examples=120)
 @given(st.data())
 def test_any_layout_dtype_axis_and_out_axis_is_stacked_bit_for_bit(data):
@@ -107,6 +108,7 @@ def test_ranges_are_about_a_thousand_and_change_nothing():
 # What the function gets
 
 
+@pytest.mark.fault(6)
 def test_items_are_read_only_arrays_or_scalars_of_numpy(run):
     kinds = map_items(
         lambda x, y: np.array([type(x).__name__, type(y).__name__, str(y.flags.writeable)]),
@@ -154,6 +156,7 @@ VALUES = st.one_of(
 )
 
 
+@pytest.mark.fault(5)
 @settings(max_examples=30)
 @given(st.lists(VALUES, min_size=1, max_size=9))
 def test_mixed_dtypes_promote_as_numpy_stack_promotes_them_whatever_the_cut(values):
@@ -181,6 +184,7 @@ def test_the_one_value_of_a_wider_dtype_may_stand_anywhere(chunksize):
         assert_same(result, (numbers, rows), place)
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize(
     "values",
     [
@@ -252,6 +256,7 @@ def test_out_may_be_a_file_even_where_dtypes_promote(run, tmp_path):
 # No items
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)])
 def test_without_items_the_function_is_not_called(run, shape):
     called = []
@@ -277,6 +282,7 @@ def test_without_items_any_out_axis_will_do(run, out_axis):
 # Errors
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize("chunksize", [1, 2, 3, 100])
 @pytest.mark.parametrize("shape", [(3,), (), (2, 1)])
 def test_shapes_that_differ_name_the_item_or_its_range(run, chunksize, shape):

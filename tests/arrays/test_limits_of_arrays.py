@@ -33,6 +33,7 @@ def of_many_axes(longest):
     return np.random.default_rng(0).normal(size=shape)
 
 
+@pytest.mark.fault(32)
 class TestManyAxes:
     @pytest.mark.parametrize("longest", [0, 1, MAX_AXES // 2, MAX_AXES - 1])
     def test_every_one_of_them_can_be_mapped(self, longest):
@@ -97,6 +98,7 @@ class TestManyAxes:
 SOME = [("sequential", "static", 1), ("threading", "dynamic", 2), ("loky", "static", 2)]
 
 
+@pytest.mark.fault(32)
 class TestManyRanges:
     @pytest.mark.parametrize(("backend", "balance"), RUNS)
     def test_a_hundred_thousand(self, backend, balance):
@@ -135,6 +137,15 @@ class TestManyRanges:
         options = {"backend": backend, "balance": balance, "n_jobs": 2}
         assert_same(map_array(np.negative, X, chunksize=10**30, **options), -X)
         assert last_report().ranges == 1
+
+
+@pytest.mark.fault(32)
+@pytest.mark.parametrize(("backend", "balance"), PARALLEL)
+def test_a_hundred_million_items(backend, balance):
+    X = np.arange(10**8, dtype=np.uint8)  # begins anew every 256
+    result = map_array(np.invert, X, backend=backend, balance=balance, n_jobs=2)
+    assert_same(result, ~X)
+    assert last_report().items == 10**8
 
 
 def _first(chunk):
@@ -199,6 +210,7 @@ def _twice_plus_one(chunk):
     return chunk * 2 + 1
 
 
+@pytest.mark.fault(32)
 @pytest.mark.slow
 @pytest.mark.parametrize("balance", ["static", "dynamic"])
 def test_five_gibibytes_through_files_in_little_memory(balance, tmp_path):

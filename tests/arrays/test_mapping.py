@@ -49,6 +49,7 @@ def quiet(func):
 # Layouts, dtypes and axes
 
 
+@pytest.mark.fault(29, 30)
 @settings(max_examples=120)
 @given(st.data())
 def test_any_layout_dtype_axis_and_place_is_mapped_bit_for_bit(data):
@@ -102,6 +103,7 @@ def test_functions_along_another_axis_give_the_bits_of_the_plain_call(data):
         assert_same(result, func(np.asarray(X)), (along, sample))
 
 
+@pytest.mark.fault(29)
 @settings(max_examples=60)
 @given(st.data())
 def test_ufuncs_give_the_bits_of_the_plain_call_on_any_layout(data):
@@ -117,6 +119,7 @@ def test_ufuncs_give_the_bits_of_the_plain_call_on_any_layout(data):
         assert_same(result, func(np.asarray(X)), (ufunc, sample))
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("tail", [(), (3,), (0,), (2, 0, 2)])
 def test_few_items_and_empty_axes(tail):
     for n_items in (0, 1, 2, 3, 7, 8, 9, 100):
@@ -124,6 +127,7 @@ def test_few_items_and_empty_axes(tail):
         assert_same(contract(np.sqrt, X), np.sqrt(X), n_items)
 
 
+@pytest.mark.fault(28)
 def test_without_items_the_function_is_called_once_on_the_real_array():
     seen = []
 
@@ -137,6 +141,7 @@ def test_without_items_the_function_is_called_once_on_the_real_array():
     assert seen == [((3, 0), threading.current_thread())] * 3
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_of_every_dtype(dtype):
     X = np.arange(40)
@@ -239,6 +244,7 @@ def test_arguments_reach_the_function_and_arrays_in_them_are_read_only(n_extra):
     assert extra.flags.writeable
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize("n_items", [4, 40_000])
 @pytest.mark.parametrize(("backend", "balance"), [("sequential", "static"), *PARALLEL])
 def test_a_function_that_writes_to_its_chunk_is_told_the_remedy(backend, balance, n_items):
@@ -442,6 +448,7 @@ def test_a_result_changed_in_place_is_mapped_as_it_is_now():
     assert_same(result, Y + 1)
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize(("backend", "balance"), PARALLEL)
 @pytest.mark.parametrize("mapped", [False, True], ids=["ndarray", "memmap"])
 def test_an_array_changed_in_place_is_seen_by_the_next_call(backend, balance, mapped, tmp_path):
@@ -452,6 +459,7 @@ def test_an_array_changed_in_place_is_seen_by_the_next_call(backend, balance, ma
         assert_same(result, np.asarray(X.T * 2))
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_arguments_and_closures_changed_in_place_are_seen_by_the_next_call(backend):
     X, captured, extra = np.arange(10.0), np.zeros(5000), np.zeros(5000)
@@ -471,6 +479,7 @@ def test_arguments_and_closures_changed_in_place_are_seen_by_the_next_call(backe
 FACTOR = 1
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_globals_of_a_lambda_are_seen_as_they_are_now(backend, monkeypatch):
     X = np.arange(10.0)
@@ -479,6 +488,7 @@ def test_globals_of_a_lambda_are_seen_as_they_are_now(backend, monkeypatch):
         assert_same(map_array(lambda c: c * FACTOR, X, n_jobs=2, backend=backend), X * number)
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_redefined_function_is_seen_by_the_next_call(backend):
     X = np.arange(10.0)
@@ -604,6 +614,7 @@ def test_results_are_cast_to_the_dtype_that_is_asked_for(given, dtype):
     assert_same(result, X.astype(dtype))
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
 def test_a_value_that_does_not_fit_is_named_with_its_range(backend, balance):
     with pytest.raises(ValueError, match="the result 300 does not fit into uint8") as caught:
@@ -638,6 +649,7 @@ def test_a_dtype_makes_one_of_results_that_differ():
 # Last: these end the workers that the others share, or start more
 
 
+@pytest.mark.fault(7)
 def test_results_are_right_after_the_workers_are_gone():
     X = np.arange(50_000.0)
     for backend in BACKENDS:
@@ -649,6 +661,7 @@ def test_results_are_right_after_the_workers_are_gone():
         assert_same(second, -X[::-1], backend)
 
 
+@pytest.mark.fault(19)
 def test_four_threads_map_at_once():
     X = np.arange(3000.0).reshape(1000, 3)
     wrong = []

@@ -94,6 +94,7 @@ ODD = {
 }
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize("case", sorted(ODD))
 def test_results_that_differ_are_an_error_with_both_and_the_ranges(case):
     usual, odd, words = ODD[case]
@@ -156,6 +157,7 @@ WRONG = {
 }
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize("case", sorted(WRONG))
 def test_results_that_are_no_arrays_of_the_right_length_name_the_range(case):
     func, kind, words = WRONG[case]
@@ -400,6 +402,7 @@ def test_out_axis_is_the_axis_of_the_first_array_unless_given():
         check_out_axis((0, 1.5), 0)
 
 
+@pytest.mark.fault(26)
 def test_results_are_copied_out_when_descriptors_are_scarce():
     import resource
 

@@ -59,6 +59,7 @@ def test_sums_have_the_same_bits_on_every_run(chunksize):
         assert same_bits(first, reduce(operator.add, cut))
 
 
+@pytest.mark.fault(29)
 @settings(max_examples=30)
 @given(st.data())
 def test_any_layout_and_axis_is_folded_from_left_to_right(data):
@@ -140,6 +141,7 @@ def test_the_first_partial_result_may_be_changed_in_place(run):
     assert found.tolist() == [500]
 
 
+@pytest.mark.fault(28)
 def test_without_items_only_an_initial_value_is_a_result(run):
     called = []
     options = {"combine": lambda *both: called.append(both), **run}

@@ -244,6 +244,7 @@ class TestLife:
         assert held() == before
 
 
+@pytest.mark.fault(25)
 class TestChanges:
     @pytest.mark.parametrize("in_a_block", [False, True])
     def test_are_seen_by_the_next_call(self, in_a_block):

@@ -307,6 +307,7 @@ class TestReaders:
         assert not chunk.any()
 
 
+@pytest.mark.fault(29)
 class TestWorkers:
     """Chunks as worker processes see them, against the slices of the array."""
 
@@ -422,6 +423,7 @@ class TestWorkers:
             assert np.array_equal(found, np.full(300, expected))
 
 
+@pytest.mark.fault(25)
 class TestChanges:
     @pytest.mark.parametrize("axis", [0, 1])
     @pytest.mark.parametrize("side", [20, 300])

@@ -256,6 +256,7 @@ def _never(x):
     raise AssertionError("called")
 
 
+@pytest.mark.fault(5)
 class TestCasts:
     @pytest.mark.parametrize(
         ("given_", "into"),

@@ -38,6 +38,7 @@ VIEWS = {
 }
 
 
+@pytest.mark.fault(7)
 class TestResultsThatAreTheChunk:
     @pytest.mark.parametrize("case", VIEWS)
     def test_own_their_memory(self, case, run):
@@ -97,6 +98,7 @@ class TestResultsThatAreTheChunk:
         assert np.array_equal(X, np.arange(20.0))
 
 
+@pytest.mark.fault(5)
 class TestResultsThatAreNone:
     """Of no use to an array: errors that say what and where."""
 
@@ -183,6 +185,7 @@ def _fail_to_load():
     raise RuntimeError("cannot be read again")
 
 
+@pytest.mark.fault(8)
 class TestResultsThatCannotTravel:
     @pytest.mark.parametrize("balance", ["static", "dynamic"])
     @pytest.mark.parametrize("verb", ["chunks", "reduce"])
@@ -252,6 +255,7 @@ class TestOrder:
         assert found == list(range(103))
 
 
+@pytest.mark.fault(5)
 class TestItemsAgainstStack:
     @pytest.mark.parametrize(
         "dtype", ["f8", ">f8", "f4", "?", "i1", ">u2", "c8", "U2", "M8[s]", "g"]
