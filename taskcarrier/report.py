@@ -49,11 +49,13 @@ class Report:
     bytes_copied : int
         Bytes of arrays and arguments copied for worker processes in this run.
     seconds : float
-        From the first step of the call to its last.
+        From the first step of the call to its last, without `compiling`.
     workers : tuple of WorkerReport
         One for each worker.
     notes : tuple of str
         What else is worth knowing, such as inputs that had to be pickled.
+    compiling : float
+        Seconds that went into compiling the function, before anything ran.
     """
 
     backend: str
@@ -67,6 +69,7 @@ class Report:
     seconds: float
     workers: tuple[WorkerReport, ...]
     notes: tuple[str, ...] = ()
+    compiling: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as plain dicts, lists, strings and numbers."""
@@ -78,6 +81,8 @@ class Report:
             f"{self.balance} balance, backend {self.backend} ({self.reason})\n"
             f"{self.seconds:.4g} s in all, {self.bytes_copied:,} bytes copied"
         )
+        if self.compiling:
+            head += f", after {self.compiling:.3g} s of compiling"
         name = max([6, *(len(worker.name) for worker in self.workers)])
         lines = [f"{'worker':<{name}}  {'ranges':>8}  {'items':>12}  {'busy s':>8}  {'idle s':>8}"]
         lines += [

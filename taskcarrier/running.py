@@ -17,6 +17,7 @@ from taskcarrier import progress
 from taskcarrier.backends import choice as choices
 from taskcarrier.backends.choice import Choice
 from taskcarrier.backends.crews import process_crew, thread_crew
+from taskcarrier.backends.functions import has_own_threads, releases_gil
 from taskcarrier.backends.inner import limited
 from taskcarrier.backends.work import (
     Account,
@@ -112,7 +113,8 @@ def decide(settings: Settings, func: Callable[..., Any]) -> Choice:
         settings.n_jobs,
         settings.backend,
         choices.facts_now(),
-        releases_gil=choices.releases_gil(func),
+        releases_gil=releases_gil(func),
+        own_threads=has_own_threads(func),
     )
 
 
@@ -125,6 +127,8 @@ def execute(
     started_ns: int,
     staging: Staging | None = None,
     notes: Sequence[str] = (),
+    compiling: float = 0.0,
+    sweeps: bool = False,
     deliver: Deliver = lambda cell, result: None,  # noqa: ARG005  # for tasks that put all in place
 ) -> Outcome:
     """Run a task over all cells of a grid.
@@ -145,13 +149,17 @@ def execute(
         Where this run's copies are; processes need it.
     notes : sequence of str
         What else the report should say.
+    compiling : float
+        Seconds since then that went into compiling the function.
+    sweeps : bool
+        Whether the task is compiled and claims by itself, where it runs in threads.
     deliver : callable, optional
         Takes ``(cell, result)`` of every cell whose result is not put in place by the task;
         called from worker threads or from this one.
     """
     n_workers = min(choice.n_jobs, len(grid))
     balance: Balance = Static() if choice.backend == "sequential" else settings.balance
-    job = Job(task, balance, grid, n_workers)
+    job = Job(task, balance, grid, n_workers, sweeps=sweeps and choice.backend == "threading")
     with progress.shown(settings.verbosity, grid.n_items, n_workers) as tick:
         if choice.backend == "sequential":
             accounts, deaths, ledger = _run_here(job, deliver, tick)
@@ -166,7 +174,9 @@ def execute(
             with process_crew(choice.n_jobs) as processes:
                 accounts, deaths, ledger = processes.run(job, parcel, deliver, tick)
     missing = _missing(job, deaths, ledger)
-    report = _report(job, choice, accounts, staging, notes=notes, started_ns=started_ns)
+    report = _report(
+        job, choice, accounts, staging, notes=notes, compiling=compiling, started_ns=started_ns
+    )
     settings.keep_report(report)
     progress.log_report(settings.verbosity, report)
     failures = [account.failure for account in accounts if account.failure is not None]
@@ -293,9 +303,10 @@ def _report(
     staging: Staging | None,
     *,
     notes: Sequence[str],
+    compiling: float,
     started_ns: int,
 ) -> Report:
-    wall = (monotonic_ns() - started_ns) / 1e9
+    wall = (monotonic_ns() - started_ns) / 1e9 - compiling
     workers = tuple(
         WorkerReport(
             account.name,
@@ -318,6 +329,7 @@ def _report(
         seconds=wall,
         workers=workers,
         notes=tuple(notes),
+        compiling=compiling,
     )
 
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from time import monotonic_ns
 from typing import Any
 
+import numpy as np
+
 from taskcarrier.arrays.allocations import LocalAllocation, Output, SharedAllocation
 from taskcarrier.arrays.casting import Fill
+from taskcarrier.arrays.compiled import Fusion, Row, fused, ready
 from taskcarrier.arrays.halos import Halo, check_halo
 from taskcarrier.arrays.inputs import Inputs, check_callable, check_extras, check_inputs
 from taskcarrier.arrays.outputs import Plan
@@ -17,7 +20,7 @@ from taskcarrier.arrays.specs import DisagreementError, Spec
 from taskcarrier.arrays.targets import Targets
 from taskcarrier.arrays.tasks import ArrayTask, Fault, Parts
 from taskcarrier.backends.choice import Choice
-from taskcarrier.backends.work import Call, Failure, add_note
+from taskcarrier.backends.work import Call, Failure, Task, add_note
 from taskcarrier.partition import Grid, check_chunksize, chunk_grid, list_grid
 from taskcarrier.running import (
     Outcome,
@@ -27,6 +30,7 @@ from taskcarrier.running import (
     execute,
     raise_failure,
 )
+from taskcarrier.segments import Staging
 
 ON_ERROR = ("raise", "collect", "fill")
 
@@ -44,6 +48,7 @@ class ArrayCall:
     by_item: bool
     collects: bool
     started_ns: int
+    row: Row | None = None
 
     @classmethod
     def checked(
@@ -62,6 +67,7 @@ class ArrayCall:
         boundary: object = "reflect",
         cval: object = 0.0,
         collects: bool = False,
+        row: Row | None = None,
     ) -> ArrayCall:
         """From the arguments of a verb, or an error that says what is wrong with them."""
         started_ns = monotonic_ns()
@@ -81,6 +87,7 @@ class ArrayCall:
             by_item,
             collects,
             started_ns,
+            row,
         )
 
     @property
@@ -90,7 +97,7 @@ class ArrayCall:
 
     def calling(self, func: Callable[..., Any]) -> ArrayCall:
         """The same with a function of ours, which gets nothing but chunks."""
-        return replace(self, call=Call(func), by_item=False)
+        return replace(self, call=Call(func), by_item=False, row=None)
 
     def in_place(
         self,
@@ -113,34 +120,42 @@ class ArrayCall:
             else:
                 allocation = LocalAllocation(n_items, order)
             plan = Plan(allocation, n_items, out_axis, outputs, promotes, fill)
-            outcome, delivered = self._run(choice, plan)
-            spec = agreed_spec(outcome, self, promotes=promotes)
+            fusion, fusing_ns = self._fused(choice, plan)
+            if fusion is None:
+                outcome, delivered = self._run(choice, plan)
+                spec = agreed_spec(outcome, self, promotes=promotes)
+            else:
+                outcome, delivered = self._execute(
+                    choice,
+                    fusion.task,
+                    notes=fusion.notes,
+                    compiling_ns=fusing_ns,
+                    sweeps=fusion.sweeps,
+                )
+                spec = fusion.spec
             raise_failure(outcome, self.grid, self.inputs.describe)
-            return self._finished(outcome, delivered, plan, spec, targets)
+            faults = self._faults(delivered)
+            strays = [result for parts in delivered for result in parts.results]
+            if fusion is not None:
+                strays += fusion.strays(faults)
+            arrays = None
+            if spec is not None:
+                arrays = targets.filled(plan, spec, strays, [fault[:2] for fault in faults])
+            self._check_alive(outcome, spec, arrays)
+            if arrays is None or spec is None:
+                return None, faults
+            return targets.finish(plan, spec, arrays), faults
         finally:
             targets.discard()
 
-    def _finished(
-        self,
-        outcome: Outcome,
-        delivered: list[Parts],
-        plan: Plan,
-        spec: Spec | None,
-        targets: Targets,
-    ) -> tuple[Any, list[Fault]]:
-        faults = self._faults(delivered)
-        strays = [result for parts in delivered for result in parts.results]
-        arrays = None
-        if spec is not None:
-            arrays = targets.filled(plan, spec, strays, [fault[:2] for fault in faults])
+    def _check_alive(
+        self, outcome: Outcome, spec: Spec | None, arrays: list[np.ndarray] | None
+    ) -> None:
         if outcome.deaths and outcome.missing:
             partial = None
             if arrays is not None and spec is not None:
                 partial = tuple(arrays) if spec.several else arrays[0]
             raise died_error(outcome, self.grid, self.inputs.describe, outcome.missing, partial)
-        if arrays is None or spec is None:
-            return None, faults
-        return targets.finish(plan, spec, arrays), faults
 
     def returned(self) -> tuple[dict[int, Any], list[Fault]]:
         """Run with results for the caller: by the start of their range, and what failed."""
@@ -166,26 +181,72 @@ class ArrayCall:
             return Choice("sequential", 1, "there is nothing to map")
         return decide(self.settings, self.call.func)
 
+    def _fused(self, choice: Choice, plan: Plan) -> tuple[Fusion | None, int]:
+        """A compiled loop over the items, if there can be one, and how long that took."""
+        if not self.by_item or choice.backend == "loky" or self.inputs.n_items == 0:
+            return None, 0
+        begin = monotonic_ns()
+        fusion = fused(
+            self.call,
+            self.inputs,
+            plan,
+            self.row,
+            writable=self.writable,
+            collects=self.collects,
+        )
+        return fusion, monotonic_ns() - begin
+
     def _run(self, choice: Choice, plan: Plan | None) -> tuple[Outcome, list[Parts]]:
+        in_processes = choice.backend == "loky"
+        begin = monotonic_ns()
+        func = self.call.func if self.row is None else self.row.returned_by(self.call.func)
+        prepared = ready(
+            replace(self.call, func=func),
+            self.inputs,
+            self.grid.bounds(0),
+            self.halo,
+            by_item=self.by_item,
+            writable=self.writable,
+            in_processes=in_processes,
+        )
+        compiling_ns = monotonic_ns() - begin if prepared.call.func is not func else 0
         staging = None
         notes: list[str] = []
-        if choice.backend == "loky":
+        if in_processes:
             staging = self.settings.staging()
             sources, notes = sources_for_processes(self.inputs, self.grid, self.halo, staging)
         else:
             sources = sources_here(self.inputs, self.halo)
         task = ArrayTask(
-            self.call,
+            prepared.call,
             sources,
             self.inputs.axes,
             self.by_item,
-            self.writable,
+            prepared.writable,
             self.halo,
             plan,
             self.collects,
             self._takes_objects(plan),
-            choice.backend == "loky",
+            in_processes,
         )
+        return self._execute(
+            choice,
+            task,
+            notes=notes + prepared.notes,
+            compiling_ns=compiling_ns,
+            staging=staging,
+        )
+
+    def _execute(
+        self,
+        choice: Choice,
+        task: Task,
+        *,
+        notes: list[str],
+        compiling_ns: int,
+        staging: Staging | None = None,
+        sweeps: bool = False,
+    ) -> tuple[Outcome, list[Parts]]:
         delivered: list[Parts] = []
         outcome = execute(
             task,
@@ -195,6 +256,8 @@ class ArrayCall:
             started_ns=self.started_ns,
             staging=staging,
             notes=notes,
+            compiling=compiling_ns / 1e9,
+            sweeps=sweeps,
             deliver=lambda _, parts: delivered.append(parts),
         )
         return outcome, delivered

@@ -7,6 +7,7 @@ from typing import Any
 
 from taskcarrier.arrays.calls import ArrayCall, check_on_error
 from taskcarrier.arrays.casting import Fill
+from taskcarrier.arrays.compiled import check_row
 from taskcarrier.arrays.options import documented
 from taskcarrier.arrays.outputs import check_out_axis
 from taskcarrier.arrays.targets import Targets, check_targets
@@ -147,6 +148,7 @@ def map_items(
     out: Any = None,
     dtype: Any = None,
     out_axis: int | tuple[int, ...] = 0,
+    out_shape: int | tuple[int, ...] | None = None,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     writable: bool = False,
@@ -181,6 +183,10 @@ def map_items(
     out_axis : int or tuple of int, default 0
         The axis of the result along which items are stacked, as in `numpy.stack`. A tuple has
         one for each output.
+    out_shape : int or tuple of int, optional
+        The shape of one item's result. `func` then gets an array of this shape and of `dtype`
+        (default: that of an `out` array, else float64) as its last positional argument, and
+        must fill all of it; what it returns does not matter.
     {args}
     {kwargs}
     {writable}
@@ -212,6 +218,7 @@ def map_items(
     """
     settings = Settings.of_call(balance, n_jobs, backend)
     rule = check_on_error(on_error)
+    row = check_row(out_shape, dtype, out)
     call = ArrayCall.checked(
         settings,
         func,
@@ -223,12 +230,14 @@ def map_items(
         writable=writable,
         by_item=True,
         collects=rule != "raise",
+        row=row,
     )
     where = check_out_axis(out_axis, 0)
     targets = check_targets(out, dtype, where, call.inputs, call.extras)
     if call.inputs.n_items == 0:
-        call = call.calling(lambda *_: targets.like_nothing())
-        where = where if targets.entries else 0
+        nothing = targets.like_nothing() if row is None else row.none(where)
+        call = call.calling(lambda *_: nothing)
+        where = where if targets.entries or row else 0
     return _in_place(call, where, targets, rule, fill_value, promotes=not targets.knows_dtypes)
 
 

@@ -76,6 +76,16 @@ class Plan:
             )
         return self.outputs
 
+    def axes_for(self, n_results: int) -> tuple[int, ...]:
+        """Where the mapped axis stands in each of so many results."""
+        if not isinstance(self.out_axis, tuple):
+            return (self.out_axis,) * n_results
+        if len(self.out_axis) != n_results:
+            raise ValueError(
+                f"out_axis has {len(self.out_axis)} entries, func returned {n_results}"
+            )
+        return self.out_axis
+
     def check(self, spec: Spec) -> None:
         """An error if what was asked for cannot be had with results like these."""
         outputs = self.outputs_for(len(spec.parts))
@@ -171,11 +181,7 @@ class Sink:
     def _axes_of(
         self, results: list[np.ndarray], length: int, margins: tuple[int, int]
     ) -> tuple[int, ...]:
-        wanted = self._plan.out_axis
-        if not isinstance(wanted, tuple):
-            wanted = (wanted,) * len(results)
-        elif len(wanted) != len(results):
-            raise ValueError(f"out_axis has {len(wanted)} entries, func returned {len(results)}")
+        wanted = self._plan.axes_for(len(results))
         length += sum(margins)
         return tuple(_axis_of(one, axis, length) for one, axis in zip(results, wanted, strict=True))
 

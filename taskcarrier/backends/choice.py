@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from taskcarrier.backends.work import in_worker
 from taskcarrier.partition import as_integer
@@ -106,6 +104,7 @@ def choose(
     facts: Facts,
     *,
     releases_gil: bool = False,
+    own_threads: bool = False,
 ) -> Choice:
     """Decide where a run takes place.
 
@@ -117,6 +116,8 @@ def choose(
         The state of the process.
     releases_gil : bool
         Whether the function is known to run without the interpreter's lock.
+    own_threads : bool
+        Whether it is known to start threads of its own (numba's ``parallel=True``).
 
     >>> choose(None, None, Facts(cores=4))
     Choice(backend='loky', n_jobs=4, reason='the default')
@@ -124,7 +125,7 @@ def choose(
     'the function releases the GIL'
     """
     workers = count_workers(n_jobs, facts)
-    where, reason = _where(backend, workers, facts, releases_gil)
+    where, reason = _where(backend, workers, facts, releases_gil, own_threads)
     if where == "loky":
         if not facts.has_processes:
             raise OSError("worker processes need Linux; pass backend='threading'")
@@ -133,11 +134,16 @@ def choose(
     return Choice(where, 1 if where == "sequential" else workers, reason)
 
 
-def _where(backend: str | None, workers: int, facts: Facts, releases_gil: bool) -> tuple[str, str]:
+def _where(
+    backend: str | None, workers: int, facts: Facts, releases_gil: bool, own_threads: bool
+) -> tuple[str, str]:
     """The backend that is wanted, and why: what is asked for, else what suits best."""
     wanted = backend or _followed(facts)
     if facts.in_worker:
         return "sequential", "called inside a worker"
+    if own_threads and wanted != "loky":
+        # Under numba's workqueue layer a second thread that enters one aborts the process.
+        return "sequential", "parallel=True: one range at a time, on numba's own threads"
     if workers == 1 and wanted != "sequential":
         return "sequential", "n_jobs is 1"
     if wanted is not None:
@@ -163,20 +169,6 @@ def _followed(facts: Facts) -> str | None:
         f"joblib's active configuration asks for backend={active!r}, which maps over arrays "
         f"cannot use; pass backend= as one of {', '.join(map(repr, BACKENDS))}"
     )
-
-
-def releases_gil(func: Callable[..., Any]) -> bool:
-    """Whether a function is known to run without the interpreter's lock.
-
-    True for ufuncs with loops over something else than Python objects, and for numba functions
-    compiled with ``nogil=True``. What a Python function calls inside cannot be seen.
-    """
-    numpy: Any = sys.modules.get("numpy")
-    if isinstance(func, numpy.ufunc):
-        return any("O" not in loop for loop in func.types)
-    if "numba" in sys.modules and type(func).__module__.startswith("numba."):
-        return bool(getattr(func, "targetoptions", {}).get("nogil", False))
-    return False
 
 
 def facts_now() -> Facts:

@@ -60,7 +60,7 @@ class ThreadCrew:
         finish it on their own and do not come back to the crew.
         """
         n = job.n_workers
-        ledger = Ledger.local(n)
+        ledger = (Ledger.addressed if job.sweeps else Ledger.local)(n)
         accounts: dict[int, Account] = {}
         # The last worker opens this, so that the caller is woken once.
         finished = threading.Lock()

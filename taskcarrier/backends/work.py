@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic_ns
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -57,6 +57,13 @@ class Task(Protocol):
         """
 
 
+class Sweep(Protocol):
+    """Cells that need no loop around them, in a thread of the caller."""
+
+    def sweep(self, job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> None:
+        """Run cells until there are none or the run is halted; the ledger knows how far it came."""
+
+
 @dataclass(frozen=True, eq=False)
 class Surroundings:
     """What of the caller's own state the function sees in every worker."""
@@ -82,13 +89,17 @@ class Surroundings:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What every worker of a run is given."""
+    """What every worker of a run is given.
+
+    Where it `sweeps`, what the task opens into is a `Sweep`.
+    """
 
     task: Task
     balance: Balance
     grid: Grid
     n_workers: int
     surroundings: Surroundings = field(default_factory=Surroundings.here)
+    sweeps: bool = False
 
 
 @dataclass(eq=False)
@@ -183,6 +194,15 @@ def work(job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> Account:
     pid = os.getpid()
     try:
         cells = job.task.open(ledger.agree)
+        if job.sweeps:
+            begin = monotonic_ns()
+            try:
+                cast("Sweep", cells).sweep(job, ledger, worker, deliver)
+            finally:
+                busy_ns = monotonic_ns() - begin
+                ranges, items = ledger.ranges_of(worker), ledger.items_of(worker)
+                cell, _ = ledger.held(worker)
+            return account
         for cell in job.balance.cells(ledger, worker, job.n_workers, len(job.grid)):
             start = cell * chunksize
             stop = start + chunksize

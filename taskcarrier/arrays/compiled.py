@@ -1,0 +1,234 @@
+"""What is compiled before a call runs, for functions that numba has compiled.
+
+Decides between a fused loop and calls of the kernel from outside, and whether a kernel must get
+private copies. Numba itself is met in `taskcarrier.arrays.kernels` alone, which is imported only
+here, and only for such functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from taskcarrier.arrays.allocations import opened
+from taskcarrier.arrays.casting import checked_cast
+from taskcarrier.arrays.fused import FusedTask
+from taskcarrier.arrays.halos import Halo
+from taskcarrier.arrays.inputs import Inputs, normalize_axis
+from taskcarrier.arrays.outputs import Plan
+from taskcarrier.arrays.sources import sources_here
+from taskcarrier.arrays.specs import Spec
+from taskcarrier.arrays.targets import Stray
+from taskcarrier.arrays.tasks import Fault
+from taskcarrier.backends.functions import is_jitted, is_numba_ufunc
+from taskcarrier.backends.work import Call
+
+_COPIES = "the kernel's signature takes arrays that it may write to: it gets private copies"
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Where a function of items writes its result: into a row of the output, its last argument.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Its shape.
+    dtype : dtype
+        Its dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def none(self, out_axis: int | tuple[int, ...]) -> np.ndarray:
+        """The result of no items."""
+        axis = out_axis[0] if isinstance(out_axis, tuple) else out_axis
+        axis = normalize_axis(axis, len(self.shape) + 1, "out_axis")
+        return np.empty((*self.shape[:axis], 0, *self.shape[axis:]), self.dtype)
+
+    def returned_by(self, func: Any) -> Any:
+        """A function that returns what `func` writes."""
+        return _Filled(func, self)
+
+
+@dataclass(frozen=True, eq=False)
+class _Filled:
+    func: Any
+    row: Row
+
+    def __call__(self, *given: Any, **options: Any) -> np.ndarray:
+        row = np.empty(self.row.shape, self.row.dtype)
+        self.func(*given, row, **options)
+        return row
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A function as it is called, with what it needs.
+
+    Attributes
+    ----------
+    call : Call
+        What to call.
+    writable : bool
+        Whether it gets private copies.
+    notes : list of str
+        What the report should say.
+    """
+
+    call: Call
+    writable: bool
+    notes: list[str]
+
+
+def ready(
+    call: Call,
+    inputs: Inputs,
+    first: tuple[int, int],
+    halo: Halo | None,
+    *,
+    by_item: bool,
+    writable: bool,
+    in_processes: bool,
+) -> Ready:
+    """A function compiled for chunks (or items) like those of the first range."""
+    func = call.func
+    if not (is_jitted(func) or is_numba_ufunc(func)) or inputs.n_items == 0:
+        return Ready(call, writable, [])
+    chunks = [source.open()(*first) for source in sources_here(inputs, halo)]
+    if is_numba_ufunc(func):
+        if not by_item and not in_processes:
+            # Of no items it computes nothing, but is compiled for their types.
+            none = [
+                chunk[(slice(None),) * axis + (slice(0, 0),)]
+                for chunk, axis in zip(chunks, inputs.axes, strict=True)
+            ]
+            func(*none, *call.args, **call.kwargs)
+        return Ready(call, writable, [])
+    from taskcarrier.arrays import kernels  # noqa: PLC0415  # loads numba
+
+    extras = kernels.bound(func, len(chunks), call.args, call.kwargs)
+    if by_item:
+        chunks = [
+            np.moveaxis(chunk, axis, 0)[0] for chunk, axis in zip(chunks, inputs.axes, strict=True)
+        ]
+    called, copies = kernels.compiled_for(func, chunks, extras, writable=writable)
+    notes = [_COPIES] if copies and not writable else []
+    return Ready(Call(func if in_processes else called, extras), copies, notes)
+
+
+@dataclass(frozen=True, eq=False)
+class Fusion:
+    """A call whose items are run by a compiled loop.
+
+    Attributes
+    ----------
+    task : FusedTask
+        The loop and what it needs.
+    spec : Spec
+        What the results are like.
+    notes : list of str
+        What the report should say.
+    sweeps : bool
+        Whether threads may leave claiming to the loop: not if rows must be copied before.
+    """
+
+    task: FusedTask
+    spec: Spec
+    notes: list[str]
+    sweeps: bool
+    _results: list[np.ndarray]
+    _casts: bool
+
+    def strays(self, faults: list[Fault]) -> list[Stray]:
+        """Results that are not where they belong yet, because they must be cast."""
+        if not self._casts:
+            return []
+        for start, stop, _ in faults:  # what was never written may not survive a cast
+            for out in self.task.outs:
+                out[start:stop] = np.zeros((), out.dtype)
+        cast = [
+            checked_cast(result, dtype)
+            for result, (dtype, _) in zip(self._results, self.spec.parts, strict=True)
+        ]
+        return [(slice(0, self.task.n_items), cast)]
+
+
+def fused(
+    call: Call, inputs: Inputs, plan: Plan, row: Row | None, *, writable: bool, collects: bool
+) -> Fusion | None:
+    """A fused loop for a function of items, or None if it cannot be had."""
+    if not is_jitted(call.func) or not all(type(a) is np.ndarray for a in inputs.arrays):
+        return None
+    from taskcarrier.arrays import kernels  # noqa: PLC0415  # loads numba
+
+    n_after = 0 if row is None else 1
+    extras = kernels.bound(call.func, len(inputs.arrays), call.args, call.kwargs, n_after)
+    lies = [kernels.Lie.of(*pair) for pair in zip(inputs.arrays, inputs.axes, strict=True)]
+    out = None
+    if row is not None:
+        place = np.empty((1, *row.shape), row.dtype)
+        out = kernels.Lie.of(place, 0)
+    found = kernels.returns(call.func, lies, extras, out, writable=writable)
+    if found is None:
+        return None
+    shape = () if row is None else row.shape
+    wanted = plan.axes_for(len(found.dtypes))
+    axes = tuple(normalize_axis(axis, len(shape) + 1, "out_axis") for axis in wanted)
+    native = Spec(tuple((dtype, shape) for dtype in found.dtypes), axes, found.several)
+    outputs = plan.outputs_for(len(found.dtypes))
+    dtypes = [o.dtype or d for o, d in zip(outputs, found.dtypes, strict=True)]
+    spec = native.of_dtypes(dtypes)
+    plan.check(spec)
+    casts = spec.parts != native.parts
+    if casts:
+        shapes = native.shapes(inputs.n_items)
+        results = [np.empty(*pair) for pair in zip(shapes, found.dtypes, strict=True)]
+    else:
+        places = plan.allocation.places(spec, outputs)
+        assert places is not None  # for the type checker: kernels return no objects
+        results = [opened(place) for place in places]
+    outs = [np.moveaxis(result, axis, 0) for result, axis in zip(results, axes, strict=True)]
+    loop = kernels.fused_loop(
+        call.func,
+        lies,
+        extras,
+        [kernels.Lie.of(one, 0) for one in outs],
+        found,
+        rows_out=row is not None,
+    )
+    task = FusedTask(
+        loop,
+        inputs.arrays,
+        inputs.axes,
+        outs,
+        extras,
+        inputs.n_items,
+        found.takes_copies,
+        collects,
+    )
+    notes = [_COPIES] if found.takes_copies and not writable else []
+    sweeps = not found.takes_copies or not any(lie.ndim for lie in lies)
+    return Fusion(task, spec, notes, sweeps, results, casts)
+
+
+def check_row(out_shape: object, dtype: Any, out: Any) -> Row | None:
+    """`out_shape` as the user may pass it, with the dtype that results are to have."""
+    if out_shape is None:
+        return None
+    lengths = out_shape if isinstance(out_shape, (tuple, list)) else (out_shape,)
+    shape = tuple(_length(one, out_shape) for one in lengths)
+    if isinstance(dtype, tuple) or isinstance(out, tuple):
+        raise TypeError("with out_shape= there is one result; dtype= and out= must not be tuples")
+    if dtype is None:
+        dtype = out.dtype if isinstance(out, np.ndarray) else np.float64
+    return Row(shape, np.dtype(dtype))
+
+
+def _length(value: Any, out_shape: object) -> int:
+    if not hasattr(value, "__index__") or (length := value.__index__()) < 0:
+        raise TypeError(f"out_shape must be a tuple of lengths, got {out_shape!r}")
+    return int(length)

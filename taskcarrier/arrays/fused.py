@@ -1,0 +1,172 @@
+"""Fused loops as tasks: what a compiled loop over items needs to know, and what becomes of errors.
+
+The loop itself is compiled in `taskcarrier.arrays.kernels`. In threads it claims ranges by itself
+(`sweep`); in the caller, and where the kernel must get private copies, it is called range by range
+as any other function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from taskcarrier.arrays.inputs import read_only
+from taskcarrier.arrays.sources import LocalSource
+from taskcarrier.arrays.specs import Spec
+from taskcarrier.arrays.tasks import Parts
+from taskcarrier.backends.work import NOTHING, Agree, Deliver, Job, add_note
+from taskcarrier.layout import address_of
+from taskcarrier.ledger import Ledger
+
+
+@dataclass(frozen=True, eq=False)
+class FusedTask:
+    """A compiled loop over the items of arrays of this process.
+
+    Attributes
+    ----------
+    loop : callable
+        The loop (`taskcarrier.arrays.kernels.fused_loop`).
+    arrays, axes : list of ndarray, list of int
+        The mapped arrays, and the mapped axis of each.
+    outs : list of ndarray
+        The outputs, their mapped axis first.
+    extras : tuple
+        What else the kernel gets.
+    n_items : int
+        Items along the mapped axis.
+    takes_copies : bool
+        Whether it gets private, writable copies.
+    collects : bool
+        Whether errors are collected; else the first one ends the run.
+    """
+
+    loop: Callable[..., None]
+    arrays: list[np.ndarray]
+    axes: list[int]
+    outs: list[np.ndarray]
+    extras: tuple[Any, ...]
+    n_items: int
+    takes_copies: bool
+    collects: bool
+
+    def open(self, agree: Agree) -> FusedCells:  # noqa: ARG002, D102  # all is known; as in Task
+        return FusedCells(self)
+
+
+class FusedCells:
+    """A `FusedTask` opened in one worker."""
+
+    def __init__(self, task: FusedTask) -> None:
+        self._task = task
+        self._readers = [
+            LocalSource(array, axis).open()
+            for array, axis in zip(task.arrays, task.axes, strict=True)
+        ]
+        # What is passed by address must live as long as this.
+        self._extras = [
+            np.array(value) if isinstance(value, np.ndarray) and task.takes_copies else value
+            for value in map(read_only, task.extras)
+        ]
+        self._outs = [part for out in task.outs for part in _as_arguments(out, 0)]
+        self._after: list[Any] = []
+        for value in self._extras:
+            if isinstance(value, np.ndarray):
+                self._after += [address_of(value), value.shape, value.strides]
+            else:
+                self._after.append(value)
+
+    def sweep(self, job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> None:
+        """Claim ranges and run them until there are none; without the GIL, but for errors."""
+        planned = job.balance.planned(worker, job.n_workers, len(job.grid))
+        first, last = (planned.start, planned.stop) if job.balance.name == "static" else (0, -1)
+        chunksize = job.grid.chunksize
+        parts = Parts([], [])
+        arrays = [
+            part
+            for array, axis in zip(self._task.arrays, self._task.axes, strict=True)
+            for part in _as_arguments(array, axis)
+        ]
+        begin = end = 0
+        while True:
+            try:
+                claims = (first, last, len(job.grid), chunksize)
+                self._run(ledger, worker, (begin, end, *claims), arrays)
+                break
+            except Exception as error:
+                cell, item = ledger.held(worker)
+                if not self._task.collects:
+                    add_note(error, f"func failed on item {item}")
+                    raise
+                parts.faults.append((item, item + 1, error))
+                start = begin if begin < end and begin // chunksize == cell else cell * chunksize
+                begin, end = item + 1, job.grid.bounds(cell)[1]
+                ledger.count(worker, begin - start, finished=begin == end)
+                first = max(first, cell + 1)
+        if parts.faults:
+            deliver(parts.faults[0][0] // chunksize, parts)
+
+    def __call__(self, start: int, stop: int) -> Any:
+        """Run one range, with private copies if the kernel wants them."""
+        ledger = Ledger.addressed(1)
+        parts = Parts([], [])
+        arrays: list[Any] = []
+        kept = []
+        for read, axis in zip(self._readers, self._task.axes, strict=True):
+            chunk = read(start, stop)
+            if self._task.takes_copies:
+                chunk = chunk.copy(order="K")
+            kept.append(chunk)
+            address, step, shape, steps = _as_arguments(chunk, axis)
+            arrays += [address - start * step, step, shape, steps]
+        begin = start
+        while begin < stop:
+            try:
+                self._run(ledger, 0, (begin, stop, 0, 0, 0, 1), arrays)  # claims nothing
+                break
+            except Exception as error:
+                _, item = ledger.held(0)
+                if not self._task.collects:
+                    add_note(error, f"func failed on item {item}")
+                    raise
+                parts.faults.append((item, item + 1, error))
+                begin = item + 1
+        del kept
+        return parts if parts.faults else NOTHING
+
+    def _run(
+        self,
+        ledger: Ledger,
+        worker: int,
+        ranges: tuple[int, ...],
+        arrays: list[Any],
+    ) -> None:
+        self._task.loop(
+            ledger.address,
+            ledger.address_of_row(worker),
+            *ranges,
+            self._task.n_items,
+            *arrays,
+            *self._outs,
+            *self._after,
+        )
+
+    def facts(self) -> tuple[int, Spec] | None:
+        """Nothing: what results are like is known before."""
+        return None
+
+
+def _as_arguments(
+    array: np.ndarray, axis: int
+) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """An array as fused loops take it: address, then of an item its stride, shape and strides."""
+    shape, strides = array.shape, array.strides
+    return (
+        address_of(array),
+        strides[axis],
+        shape[:axis] + shape[axis + 1 :],
+        strides[:axis] + strides[axis + 1 :],
+    )
