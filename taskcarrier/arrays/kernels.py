@@ -427,23 +427,21 @@ def loop({parameters}):
 """
 
 
-_without_gil: weakref.WeakKeyDictionary[Any, Callable[..., Any]] = weakref.WeakKeyDictionary()
+_without_gil: weakref.WeakKeyDictionary[Any, dict[int, Any]] = weakref.WeakKeyDictionary()
 
 
-def without_gil(kernel: Any) -> Callable[..., Any]:
+def without_gil(kernel: Any, n_arguments: int) -> Any:
     """The kernel itself, called from compiled code that has let go of the GIL."""
-    if kernel.targetoptions.get("nogil", False) and kernel._can_compile:
-        func: Callable[..., Any] = kernel
-        return func
     with _compiling:
-        if kernel not in _without_gil:
-
-            @numba.njit(nogil=True)
-            def called(*args: Any) -> Any:
-                return kernel(*args)
-
-            _without_gil[kernel] = called
-        return _without_gil[kernel]
+        made = _without_gil.setdefault(kernel, {})
+        if n_arguments not in made:
+            # Not `*args`: compiled beforehand for these, it is compiled again when called.
+            names = ", ".join(f"a{n}" for n in range(n_arguments))
+            source = f"def called({names}):\n    return kernel({names})\n"
+            namespace: dict[str, Any] = {"kernel": kernel}
+            exec(compile(source, f"<call of {kernel.__name__}>", "exec"), namespace)
+            made[n_arguments] = numba.njit(nogil=True)(namespace["called"])
+        return made[n_arguments]
 
 
 def compiled_for(
@@ -455,6 +453,6 @@ def compiled_for(
         return (*typed(chunks, writable=copies), *typed(extras, writable=copies))
 
     _, copies = _resolved_either_way(kernel, arguments, writable)
-    called = without_gil(kernel)
-    resolved(called, arguments(copies))
+    called: Any = without_gil(kernel, len(chunks) + len(extras))
+    called.compile(arguments(copies))
     return called, copies

@@ -172,7 +172,12 @@ class _Cells(ABC):
 
     def _explained(self, error: BaseException) -> None:
         """Add what the user may want to know about an error of the function."""
-        if not self._writable and isinstance(error, ValueError) and "read-only" in str(error):
+        words = "read-only" if isinstance(error, ValueError) else "readonly array"  # as numba says
+        if (
+            not self._writable
+            and isinstance(error, (ValueError, TypeError))
+            and words in str(error)
+        ):
             add_note(error, "chunks are read-only; pass writable=True for private copies")
 
     def facts(self) -> tuple[int, Spec] | None:
@@ -187,7 +192,7 @@ class _Chunks(_Cells):
         chunks = self._chunks(start, stop)
         try:
             return self._func(*chunks, *self._args, **self._kwargs)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             self._explained(error)
             raise
 
