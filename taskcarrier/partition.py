@@ -22,6 +22,10 @@ MIN_CELLS = 128
 MIN_CELLS_SMALL = 32
 # As long as a cell has fewer bytes than this, there are no more cells than `MIN_CELLS_SMALL`.
 SMALL_CELL_NBYTES = 16 << 10
+# With neighbours, a cell is this many times their depth, so that they cost a quarter of it at most;
+# but there are at least so many cells. Both arbitrary.
+DEPTHS = 8
+MIN_CELLS_DEEP = 8
 # At most this many, so that a run's fixed costs per cell stay far below a second.
 MAX_CELLS = 4096
 # A list has about this many cells at most.
@@ -136,11 +140,14 @@ class Grid:
         return start, min(start + self.chunksize, self.n_items)
 
 
-def chunk_grid(n_items: int, item_nbytes: int, chunksize: int | None = None) -> Grid:
-    """The grid of an array call: by `chunksize`, else by the bytes of one item.
+def chunk_grid(
+    n_items: int, item_nbytes: int, chunksize: int | None = None, depth: int = 0
+) -> Grid:
+    """The grid of an array call: by `chunksize`, else by the bytes of one item and `depth`.
 
     It depends on nothing else, so that the same call is cut alike on every machine, backend
-    and number of workers.
+    and number of workers. Neighbours are computed with every cell, so cells are as long as
+    `DEPTHS` of them, as far as that leaves `MIN_CELLS_DEEP` cells.
 
     >>> chunk_grid(64, 32), len(chunk_grid(1 << 20, 256))
     (Grid(n_items=64, chunksize=2), 256)
@@ -152,6 +159,7 @@ def chunk_grid(n_items: int, item_nbytes: int, chunksize: int | None = None) -> 
         at_most = max(1, n_items // n_cells)
         at_least = -(-n_items // MAX_CELLS)
         chunksize = max(1, at_least, min(by_bytes, at_most))
+        chunksize = max(chunksize, min(DEPTHS * depth, n_items // MIN_CELLS_DEEP))
     return Grid(n_items, chunksize)
 
 

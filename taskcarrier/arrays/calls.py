@@ -75,14 +75,16 @@ class ArrayCall:
         inputs = check_inputs(arrays, axis)
         extra_args, extra_kwargs = check_extras(args, kwargs)
         size = check_chunksize(chunksize)
+        halo = check_halo(depth, boundary, cval, inputs)
+        n_deep = 0 if halo is None else halo.depth
         return cls(
             settings,
             Call(func, extra_args, extra_kwargs),
             inputs,
             list_grid(inputs.n_items, size)
             if by_item
-            else chunk_grid(inputs.n_items, inputs.item_nbytes, size),
-            check_halo(depth, boundary, cval, inputs),
+            else chunk_grid(inputs.n_items, inputs.item_nbytes, size, n_deep),
+            halo,
             bool(writable),
             by_item,
             collects,

@@ -7,7 +7,7 @@ here, and only for such functions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -182,7 +182,7 @@ def fused(
     outputs = plan.outputs_for(len(found.dtypes))
     dtypes = [o.dtype or d for o, d in zip(outputs, found.dtypes, strict=True)]
     spec = native.of_dtypes(dtypes)
-    plan.check(spec)
+    replace(plan, promotes=False).check(spec)  # the dtypes are known
     casts = spec.parts != native.parts
     if casts:
         shapes = native.shapes(inputs.n_items)

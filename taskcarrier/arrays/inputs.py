@@ -169,8 +169,8 @@ def _in_memory(value: object, which: str) -> np.ndarray:
     except ValueError as error:
         if isinstance(value, Iterable):
             error.add_note(
-                f"{which} could not become an array (its items have different lengths?); use "
-                "mapper(func, items) for sequences that are no array"
+                f"{which} could not become an array (its items have different lengths?); for "
+                "sequences that are no array there are mappers: StaticParallelMapper()(func, items)"
             )
         raise
 

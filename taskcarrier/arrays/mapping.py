@@ -55,10 +55,11 @@ def map_array(
 
     What is demanded of `func`: it takes one chunk of each array (the axis kept, so a chunk
     has as many axes as its array), it returns an array of the same length along the mapped
-    axis, and the same dtype and other lengths for every chunk. It is called once for each
-    range, in any order, in other threads or processes, so it should not depend on what it did
-    before. Chunks and arrays in `args` and `kwargs` are read-only. For processes it must be
-    picklable; functions of ``__main__``, lambdas and closures are.
+    axis, and for every chunk the same dtype and the same lengths of other axes. (A function of
+    one item is for `map_items`.) It is called once for each range, in any order, in other threads
+    or processes, so it should not depend on what it did before. Chunks and arrays in `args` and
+    `kwargs` are read-only. For processes it must be picklable; functions of ``__main__``, lambdas
+    and closures are.
 
     Parameters
     ----------

@@ -14,10 +14,11 @@ _DESCRIPTIONS = """
     that end in ``.npy`` and memmaps are mapped by the workers and never copied; arrays from
     `share`, `empty` and `load`, results of earlier maps in processes, and views of all of these
     neither. Other arrays are seen as views by threads, and read range by range by processes.
-    zarr arrays and the like (a ``dtype``, a ``shape``, slicing) are read by range in every
-    worker. pandas and xarray objects become their values, subclasses of ndarray base-class
-    arrays (a unit, for example, is lost). Arrays of Python objects are pickled by range for
-    processes.
+    Where ranges are no single piece of memory (columns of an array in C order), processes need
+    one copy of the array. zarr arrays and the like (a ``dtype``, a ``shape``, slicing) are read
+    by range in every worker. pandas and xarray objects become their values, subclasses of
+    ndarray base-class arrays (a unit, for example, is lost). Arrays of Python objects are
+    pickled by range for processes.
 axis : int or tuple of int, default 0
     The mapped axis; a tuple has one for each array.
 balance : {"static", "dynamic"}, default "static"
@@ -31,20 +32,20 @@ n_jobs : int, optional
 backend : {"sequential", "threading", "loky", "multiprocessing"}, optional
     Where workers run: in the caller, in threads, or in processes (the last two words).
     Default: what an active `joblib.parallel_config` says, else threads when `func` is
-    known to release the GIL (a ufunc, a numba function compiled with ``nogil=True``), else
-    processes.
+    known to release the GIL (a ufunc, a function that numba has compiled), else processes.
 chunksize : int, optional
     Items for each range, the last may be shorter. It is part of the computation where an
     item's arithmetic depends on its neighbours in the call. Default: about 1 MiB of input,
-    but at least 32 to 128 (by size) and at most 4096 ranges; it depends on shape and dtype
-    only.
+    but at least 32 to 128 (by size) and at most 4096 ranges; with `depth` eight times that, if
+    it leaves eight ranges. It depends on shape, dtype and `depth` only.
 item_chunksize : int, optional
     Items for each range that a worker takes, the last may be shorter. Results do not depend
     on it. Default: about a thousand ranges in all.
 out : ndarray, memmap, path or tuple, optional
     Where results go: an array of the right shape (any strides; results are cast to its dtype),
     a memmap, or a path that ends in ``.npy``. A file is filled beside its place, under a name
-    with ``.part`` added, and renamed when it is complete. A tuple has one for each result. It
+    with ``.part`` added, and renamed when it is complete, over what was there; the result is the
+    file, mapped: what you write into it goes to the file. A tuple has one for each result. It
     must not overlap with an input. After an error its contents are arbitrary; a file is not
     there, or is as it was. Default: a new array.
 dtype : dtype or tuple, optional
@@ -56,8 +57,8 @@ out_axis : int or tuple of int, optional
     `axis`. A tuple has one for each output.
 depth : int, default 0
     Items of neighbours on each side that come with every chunk, along the mapped axis; what
-    they become is cut off the result. With a depth of at least its reach, a local filter gives
-    what it gives on the whole array.
+    they become is cut off the result, so each range computes ``chunksize + 2 * depth`` items.
+    With a depth of at least its reach, a local filter gives what it gives on the whole array.
 depth_uncut : int, default 0
     Items of neighbours on each side that come with every chunk, along the mapped axis.
 boundary : {"reflect", "nearest", "mirror", "wrap", "constant", "none"}, default "reflect"
@@ -78,9 +79,9 @@ on_error : {"raise", "collect", "fill"}, default "raise"
     on, and ``(result, failures)`` is returned, where ``failures`` is a list of
     `FailedRange` ``(start, stop, error)`` in ascending order, and the result holds `fill_value`
     there. Fill: the result alone. A range that fails is narrowed down to its failing items (by
-    calling `func` on halves of it), so what is missing does not depend on `chunksize`. Results
-    of a wrong shape or dtype are errors still, and so is a call in which no item succeeds (with
-    ``"collect"`` its result is None).
+    calling `func` on halves of it, in `map_items` item by item), so what is missing does not
+    depend on `chunksize`. Results of a wrong shape or dtype are errors still, and so is a call in
+    which no item succeeds (with ``"collect"`` its result is None).
 collect_on_error : {"raise", "collect"}, default "raise"
     What becomes of an exception in `func`. Raise: the run ends with it. Collect: the run goes
     on, and ``(results, failures)`` is returned, where ``failures`` is a list of

@@ -224,7 +224,9 @@ def _as_result(value: Any) -> np.ndarray:
     if array.ndim == 0:
         raise TypeError(
             f"func returned {_short(value)} ({type(value).__name__}) for a chunk; map_array needs "
-            "an array with the chunk's length along the mapped axis (or a tuple of such arrays)"
+            "an array with the chunk's length along the mapped axis (or a tuple of such arrays). "
+            "Functions of one item go to map_items; for one value from each chunk there are "
+            "map_chunks and reduce_array"
         )
     return array
 
@@ -242,7 +244,9 @@ def _axis_of(result: np.ndarray, wanted: int, length: int) -> int:
         raise ValueError(
             f"func returned an array of shape {result.shape}, length {result.shape[axis]} along "
             f"axis {axis}, for a chunk of length {length}; it must keep the length of the mapped "
-            "axis, or say with out_axis where it stands in the result"
+            "axis (with depth, that of the neighbours too: they are cut off afterwards), or say "
+            "with out_axis where it stands in the result. To reduce over the axis there is "
+            "reduce_array, for results of any length map_chunks"
         )
     return axis
 

@@ -116,13 +116,16 @@ def reduce_array(
     starts = sorted(partials)
 
     def fold(left: Any, start: int) -> Any:
+        part = partials.pop(start)
         try:
-            return combine(left, partials.pop(start))
+            return combine(left, part)
         except Exception as error:
             where = call.inputs.describe(
                 start, min(start + call.grid.chunksize, call.inputs.n_items)
             )
             add_note(error, f"while combining the result of {where}")
+            if part is None:
+                add_note(error, "func returned None for it: does it lack a return?")
             raise
 
     first = partials.pop(starts.pop(0)) if initial is UNSET else initial
