@@ -16,6 +16,7 @@ from collections import OrderedDict
 
 import numpy as np
 
+from taskcarrier import segments
 from taskcarrier.segments import Mapping, SharedView, live_mappings
 
 # A chain of calls reads three; arbitrary beyond that. Each holds up to two descriptors.
@@ -23,6 +24,7 @@ _MAX_KEPT = 8
 
 _mappings: OrderedDict[int, Mapping] | None = None  # by label, last used last
 _arrays: list[weakref.ref[np.ndarray]] = []  # over them; views of an array refer to it
+_n_forks = 0  # as far as is known here
 
 
 def keep() -> None:
@@ -51,11 +53,14 @@ def anything_in_use() -> bool:
     """Whether anything but this module still refers to shared memory; then nothing is kept.
 
     The caller will not touch the pages of a segment again that is in use here, so that memory has
-    to go with the last that refers to it.
+    to go with the last that refers to it. A child that the function has forked refers to all.
     """
+    global _n_forks  # noqa: PLW0603  # what was last seen of a counter
+    forked = segments.n_forks != _n_forks
+    _n_forks = segments.n_forks
     kept = set() if _mappings is None else {id(mapping) for mapping in _mappings.values()}
     _arrays[:] = [array for array in _arrays if array() is not None]
-    if not _arrays and all(id(mapping) in kept for mapping in live_mappings()):
+    if not forked and not _arrays and all(id(mapping) in kept for mapping in live_mappings()):
         return False
     if _mappings is not None:
         _mappings.clear()

@@ -25,6 +25,7 @@ from taskcarrier.backends.work import (
     Deliver,
     Failure,
     Job,
+    Ran,
     Task,
     add_note,
     text_of,
@@ -162,18 +163,20 @@ def execute(
     job = Job(task, balance, grid, n_workers, sweeps=sweeps and choice.backend == "threading")
     with progress.shown(settings.verbosity, grid.n_items, n_workers) as tick:
         if choice.backend == "sequential":
-            accounts, deaths, ledger = _run_here(job, deliver, tick)
+            ran = _run_here(job, deliver, tick)
         elif choice.backend == "threading":
             with thread_crew(choice.n_jobs) as threads:
-                accounts, deaths, ledger = threads.run(job, deliver, tick)
+                ran = threads.run(job, deliver, tick)
         else:
+            choices.load_processes()
             from taskcarrier.backends.parcels import pack  # noqa: PLC0415  # loads joblib
 
             assert staging is not None  # for the type checker
             parcel = pack(job, staging)
             with process_crew(choice.n_jobs) as processes:
-                accounts, deaths, ledger = processes.run(job, parcel, deliver, tick)
-    missing = _missing(job, deaths, ledger)
+                ran = processes.run(job, parcel, deliver, tick)
+    accounts, deaths = ran.accounts, ran.deaths
+    missing = _missing(job, deaths, ran.given_out)
     report = _report(
         job, choice, accounts, staging, notes=notes, compiling=compiling, started_ns=started_ns
     )
@@ -190,7 +193,7 @@ def execute(
             f"only {done} of {grid.n_items} items were run, though nothing failed; did the "
             "function fork, or write to memory that is not its own?"
         )
-    return Outcome(accounts, failures, deaths, missing, report, ledger.agreed())
+    return Outcome(accounts, failures, deaths, missing, report, ran.agreed)
 
 
 def raise_failure(outcome: Outcome, grid: Grid, describe: Describe) -> None:
@@ -270,9 +273,7 @@ class _WatchedLedger(Ledger):
         self.tick(self)
 
 
-def _run_here(
-    job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None
-) -> tuple[list[Account], list[Death], Ledger]:
+def _run_here(job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None) -> Ran:
     ledger: Ledger
     if tick is None:
         ledger = Ledger.local(1)
@@ -282,17 +283,17 @@ def _run_here(
     with limited.open():
         account = work(job, ledger, 0, deliver)
     account.name = "caller"
-    return [account], [], ledger
+    return Ran.read([account], [], ledger)
 
 
-def _missing(job: Job, deaths: list[Death], ledger: Ledger) -> list[int]:
+def _missing(job: Job, deaths: list[Death], given_out: int) -> list[int]:
     if not deaths:
         return []
     cells = {death.cell for death in deaths if death.cell is not None}
     for death in deaths:
         cells.update(death.unstarted)
     if job.balance.name == "dynamic":
-        cells.update(range(min(ledger.given_out(), len(job.grid)), len(job.grid)))
+        cells.update(range(min(given_out, len(job.grid)), len(job.grid)))
     return sorted(cells)
 
 

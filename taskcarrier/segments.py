@@ -65,9 +65,15 @@ class Mapping(mmap.mmap):
 _live: weakref.WeakSet[Mapping] = weakref.WeakSet()
 
 
+n_forks = 0
+"""How often this process has been forked: children see what was mapped then."""
+
+
 def _retire_all() -> None:
     """A forked child will share what is mapped now: it must not be recycled under its eyes."""
-    for mapping in list(_live):
+    global n_forks  # noqa: PLW0603  # a fact about the process
+    n_forks += 1
+    for mapping in live_mappings():
         mapping.segment.retire()
 
 
@@ -77,7 +83,11 @@ if hasattr(os, "register_at_fork"):
 
 def live_mappings() -> list[Mapping]:
     """The mappings of this process that something refers to."""
-    return list(_live)
+    while True:
+        try:
+            return list(_live)
+        except RuntimeError:  # another thread has mapped something meanwhile
+            continue
 
 
 def trim_files() -> None:
@@ -86,7 +96,7 @@ def trim_files() -> None:
     A worker that goes through a large file would otherwise hold as much memory as the file has, as
     far as the kernel's accounts tell. Pages are mapped again when they are touched.
     """
-    for mapping in list(_live):
+    for mapping in live_mappings():
         if mapping.segment.on_disk and not mapping.private:
             mapping.madvise(mmap.MADV_DONTNEED)
 
@@ -104,6 +114,20 @@ def descriptors_are_scarce() -> bool:
 
 _labels = count(1)
 
+# The kernel's words for taking pages out of a file.
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+# `fallocate`, which needs neither a mapping nor a descriptor more; loaded with the first label.
+_punch: Any = None
+
+
+def _load_punch() -> None:
+    global _punch  # noqa: PLW0603  # once
+    if _punch is None:
+        import ctypes  # noqa: PLC0415  # takes 3 ms, and only runs need it
+
+        _punch = ctypes.CDLL(None).fallocate
+        _punch.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
 
 class _Memory(NamedTuple):
     """What a segment owns: a descriptor, and what has to be known to let go of it."""
@@ -113,12 +137,15 @@ class _Memory(NamedTuple):
     on_disk: bool
     label: int
 
-    def let_go(self) -> None:
+    # What is called when the interpreter ends is bound here: names of the module are gone then.
+    def let_go(
+        self, _close: Any = os.close, _size: Any = os.fstat, _ending: Any = sys.is_finalizing
+    ) -> None:
         """Close the descriptor; of memory that others may have mapped, take the pages out."""
-        if self.label and (nbytes := os.fstat(self.fd).st_size):
-            with mmap.mmap(self.fd, nbytes) as mapping:
-                mapping.madvise(mmap.MADV_REMOVE)
-        os.close(self.fd)
+        if self.label and _punch is not None and not _ending():
+            whole_pages = -(-_size(self.fd).st_size // mmap.PAGESIZE) * mmap.PAGESIZE
+            _punch(self.fd, _KEEP_SIZE | _PUNCH_HOLE, 0, whole_pages)
+        _close(self.fd)
 
 
 class Segment:
@@ -179,12 +206,18 @@ class Segment:
         Only memory that is this process's own to take back: files are let go of at once.
         """
         if self._maker == os.getpid() and not self.on_disk and not self.label:
+            _load_punch()
             self.label = next(_labels)
         return self.label
 
-    def __del__(self) -> None:
-        label = self.label if self._maker == os.getpid() else 0
-        memory = _Memory(self.fd, self.nbytes, self.on_disk, label)
+    def __del__(
+        self, _getpid: Any = os.getpid, _memory: Any = _Memory, _ending: Any = sys.is_finalizing
+    ) -> None:
+        label = self.label if self._maker == _getpid() else 0
+        memory = _memory(self.fd, self.nbytes, self.on_disk, label)
+        if _ending():
+            memory.let_go()
+            return
         if self._recycler is None or not self._recycler.take_back(memory):
             memory.let_go()
 
@@ -322,8 +355,12 @@ class Recycler:
         for memory in free:
             (memory if ours else memory._replace(label=0)).let_go()
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, _ending: Any = sys.is_finalizing) -> None:
+        if _ending():
+            for memory in self._free:
+                memory.let_go()
+        else:
+            self.close()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -23,7 +24,12 @@ from taskcarrier import (
     StaticParallelMapper,
     TaskError,
     WorkerDiedError,
+    empty,
     map_array,
+    map_chunks,
+    map_items,
+    segments,
+    share,
 )
 from tests.strategies import (
     PARALLEL,
@@ -1132,3 +1138,143 @@ def test_an_exception_that_refuses_notes_keeps_its_type(backend):
 
     with pytest.raises(Stubborn, match="as I am"):
         map_array(func, np.zeros(4), n_jobs=2, backend=backend)
+
+
+@pytest.mark.fault(19)
+def test_a_run_reads_its_own_ledger_though_its_crew_is_lent_again(monkeypatch):
+    X = np.arange(64.0)
+
+    def halved(x):
+        return x * 0.5
+
+    def tripled(x):
+        return int(x) * 3
+
+    report, others = taskcarrier.running._report, []
+
+    def interrupted(*args, **options):
+        # Another thread's turn, when the crew of this run has been given back.
+        if not others:
+            others.append(
+                threading.Thread(
+                    target=map_items, args=(tripled, X), kwargs={"backend": "loky", "n_jobs": 2}
+                )
+            )
+            others[0].start()
+            others[0].join()
+        return report(*args, **options)
+
+    monkeypatch.setattr(taskcarrier.running, "_report", interrupted)
+    assert_same(map_items(halved, X, backend="loky", n_jobs=2), X * 0.5)
+    assert others
+
+
+@pytest.mark.fault(19)
+@pytest.mark.parametrize("backend", ["loky", "threading"])
+def test_the_first_calls_may_come_from_several_threads(backend, tmp_path):
+    code = """
+    import sys, threading
+    import numpy as np
+    from taskcarrier import map_array
+    X, barrier, right = np.arange(64.0), threading.Barrier(3), []
+    def go():
+        barrier.wait()
+        right.append(np.array_equal(map_array(np.sqrt, X, backend=sys.argv[1], n_jobs=2), X**0.5))
+    threads = [threading.Thread(target=go) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(right)
+    """
+    for _ in range(3):
+        assert run_script(tmp_path, textwrap.dedent(code), backend).strip() == "[True, True, True]"
+
+
+class TestPagesThatAreTakenOut:
+    """Nobody who still looks at shared memory sees zeros, and nothing is kept."""
+
+    @pytest.mark.parametrize("argument", [False, True])
+    def test_a_child_that_a_worker_s_function_has_forked_keeps_its_values(self, argument, tmp_path):
+        def spawn(chunk, *arrays):
+            seen = arrays[0] if arrays else chunk
+            if os.fork() == 0:
+                while not (tmp_path / "freed").exists():
+                    time.sleep(0.01)
+                part = tmp_path / f"part-{os.getpid()}"
+                part.write_text(f"{seen.min()} {seen.max()}", encoding="utf-8")
+                part.rename(tmp_path / f"child-{os.getpid()}")
+                os._exit(0)
+
+        X = share(np.arange(1.0, 300_001.0))
+        args = (share(X),) if argument else ()
+        map_chunks(spawn, X, args=args, chunksize=150_000, backend="loky", n_jobs=2)
+        del X, args
+        gc.collect()
+        (tmp_path / "freed").touch()
+        deadline = time.monotonic() + 20
+        while len(found := list(tmp_path.glob("child-*"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        texts = sorted(path.read_text(encoding="utf-8") for path in found)
+        whole = ["1.0 300000.0"] * 2
+        assert texts == (whole if argument else ["1.0 150000.0", "150001.0 300000.0"])
+
+    def test_forks_while_other_threads_share(self):
+        stop = threading.Event()
+
+        def sharing():
+            while not stop.is_set():
+                empty(10)
+
+        threads = [threading.Thread(target=sharing) for _ in range(3)]
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(300):
+                segments._retire_all()
+                segments.live_mappings()
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+            sys.setswitchinterval(interval)
+
+    def test_memory_is_free_again_though_no_descriptor_is_left(self, tmp_path):
+        code = """
+        import os, resource
+        import numpy as np
+        from taskcarrier import empty, map_chunks
+        from taskcarrier.segments import locate
+        X = empty(1 << 20)
+        X[:] = 1
+        map_chunks(len, X, backend="loky", n_jobs=2)
+        fd = os.dup(locate(X).segment.fd)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+        held = []
+        try:
+            while True:
+                held.append(open("/dev/null"))
+        except OSError:
+            pass
+        del X
+        print(os.fstat(fd).st_blocks)
+        """
+        assert run_script(tmp_path, textwrap.dedent(code)).strip() == "0"
+
+    def test_the_end_of_a_program_is_silent(self, tmp_path):
+        code = """
+        import builtins, collections
+        import numpy as np
+        from taskcarrier import StaticParallelMapper, map_array, share
+        X = share(np.arange(1e5))
+        np.kept = X, map_array(np.sqrt, X, backend="loky", n_jobs=2)
+        mapper = StaticParallelMapper(n_jobs=2, backend="loky").__enter__()
+        builtins.kept = mapper, mapper.map_array(np.sqrt, X)
+        collections.kept = X.base
+        """
+        process = start_script(tmp_path, textwrap.dedent(code))
+        assert process.communicate(timeout=60) == ("", "")
+        assert process.returncode == 0

@@ -266,7 +266,7 @@ class Watch:
 
 
 def ledger_workers(ledger):
-    return len(ledger._words) // 8 - 1
+    return len(ledger._words) // 8 - 2
 
 
 class TestDeaths:

@@ -100,8 +100,9 @@ def ready(
         return Ready(call, writable, [])
     chunks = [source.open()(*first) for source in sources_here(inputs, halo)]
     if is_numba_ufunc(func):
-        if not by_item and not in_processes:
-            # Of no items it computes nothing, but is compiled for their types.
+        if not in_processes:
+            # It is compiled when it is called, but not safely by several threads at once. Of no
+            # items it computes nothing.
             none = [
                 chunk[(slice(None),) * axis + (slice(0, 0),)]
                 for chunk, axis in zip(chunks, inputs.axes, strict=True)

@@ -179,10 +179,11 @@ def bound(
         return args
     signature = inspect.signature(kernel.py_func)
     names = list(signature.parameters)
-    found = signature.bind(*[None] * n_items, *args, **kwargs)
+    given = names[: len(names) - n_after]
+    after = dict.fromkeys(names[len(given) :])
+    found = signature.bind(*[None] * n_items, *args, **kwargs, **after)
     found.apply_defaults()
-    values = [found.arguments[name] for name in names]
-    return tuple(values[n_items : len(values) - n_after] if n_after else values[n_items:])
+    return tuple(found.arguments[name] for name in given[n_items:])
 
 
 def typed(extras: Sequence[Any], *, writable: bool) -> tuple[types.Type, ...]:
@@ -255,6 +256,8 @@ def returns(
     writable : bool
         Whether it is to get private copies.
     """
+    if any(lie.dtype.hasobject for lie in lies):
+        return None
     try:
         for lie in lies:
             lie.item(writable=False)

@@ -49,7 +49,7 @@ class Spec:
     def describe(self, length: int) -> str:
         """The results of a cell of so many items, in words."""
         parts = [
-            f"of dtype {dtype} and shape {shape}"
+            f"{dtype} {shape}"
             for (dtype, _), shape in zip(self.parts, self.shapes(length), strict=True)
         ]
         if not self.several:

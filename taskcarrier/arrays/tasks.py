@@ -292,6 +292,8 @@ def _owned(result: Any) -> Any:
     """The result, or copies of arrays in it that are chunks, or views of chunks."""
     if type(result) in {tuple, list}:
         return type(result)(map(_owned, result))
+    if type(result) is dict:
+        return {key: _owned(value) for key, value in result.items()}
     if isinstance(result, np.ndarray) and not result.flags.writeable:
         return result.copy(order="K")
     return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from dataclasses import dataclass
 
 from taskcarrier.backends.work import in_worker
@@ -175,6 +176,7 @@ def facts_now() -> Facts:
     """The state of this process."""
     if in_worker():
         return Facts(cores=1, in_worker=True)
+    load_joblib()
     active_backend, active_n_jobs, nested = _joblib_config()
     multiprocessing = sys.modules.get("multiprocessing")
     return Facts(
@@ -186,6 +188,22 @@ def facts_now() -> Facts:
         has_gil=getattr(sys, "_is_gil_enabled", lambda: True)(),
         has_processes=sys.platform == "linux",
     )
+
+
+_loading = threading.RLock()
+
+
+def load_joblib() -> None:
+    """Import joblib, one thread at a time: its modules import each other in circles."""
+    with _loading:
+        import joblib.parallel  # noqa: PLC0415, F401  # takes 140 ms, and only runs need it
+
+
+def load_processes() -> None:
+    """Import what worker processes need, likewise."""
+    with _loading:
+        import taskcarrier.backends.parcels  # noqa: PLC0415  # loads joblib
+        import taskcarrier.backends.processes  # noqa: PLC0415, F401  # likewise
 
 
 _cores: dict[object, int] = {}

@@ -4,8 +4,8 @@ Worker processes are born with the usual environment variables set to one. Threa
 caller where it maps itself, share one process, so there one counted guard limits BLAS while any
 run is open: the first caller saves and limits, the last one restores (each restoring its own
 would leave a limit behind when two overlap). OpenBLAS's limit holds for the whole process while
-it lasts, the caller's own threads included; a limit on OpenMP holds only in the thread that set
-it.
+it lasts, the caller's own threads included. Limits on OpenMP and on numba's threads hold only in
+the thread that sets them: workers that are threads do so for themselves, for good.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _CountedLimit:
         generation = self._generation
         with self._lock:
             if self._runs == 0:
-                self._limit = self._found().limit(limits=INNER_THREADS)
+                self._limit = self.found().limit(limits=INNER_THREADS, user_api="blas")
                 _let_others_limit()
             self._runs += 1
         try:
@@ -83,7 +83,8 @@ class _CountedLimit:
         if self._limit is not None:
             self._lift()
 
-    def _found(self) -> Any:
+    def found(self) -> Any:
+        """The libraries with threads of their own that are loaded now."""
         # Looking for libraries takes 0.7 ms; again only when modules were loaded since.
         if self._n_modules != len(sys.modules):
             from threadpoolctl import ThreadpoolController  # noqa: PLC0415  # runs only
@@ -111,6 +112,32 @@ limited = _CountedLimit()
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=limited.restart)
+
+
+class _OwnLimits(threading.local):
+    """What a worker that is a thread has limited for itself."""
+
+    n_modules = -1
+
+
+_own = _OwnLimits()
+
+
+def limit_this_thread() -> None:
+    """One thread of OpenMP and of numba for what this thread, a worker, calls from now on.
+
+    Both count for the thread that says so. Asked again when modules were loaded since.
+    """
+    if _own.n_modules == len(sys.modules):
+        return
+    _own.n_modules = len(sys.modules)
+    for library in limited.found().lib_controllers:
+        if library.user_api == "openmp":
+            library.set_num_threads(INNER_THREADS)
+    parallel: Any = sys.modules.get("numba.np.ufunc.parallel")
+    # Before it has started its threads, to ask numba about them would start them.
+    if parallel is not None and parallel._is_initialized:
+        parallel.set_num_threads(INNER_THREADS)
 
 
 def serial_joblib() -> None:

@@ -53,6 +53,7 @@ from taskcarrier.backends.work import (
     Deliver,
     Failure,
     Job,
+    Ran,
     add_note,
     mark_worker_process,
     work,
@@ -181,7 +182,7 @@ class ProcessCrew:
         parcel: Parcel,
         deliver: Deliver,
         tick: Callable[[Ledger], None] | None,
-    ) -> tuple[list[Account], list[Death], Ledger]:
+    ) -> Ran:
         """Run a packed job to its end; accounts in the order of the workers.
 
         A worker that dies leaves its cells; the others work on. When interrupted, workers
@@ -205,7 +206,8 @@ class ProcessCrew:
                 for segment in parcel.segments:
                     segment.retire()
         deaths = [_death(number, run.died[number], job, ledger) for number in sorted(run.died)]
-        return [run.accounts[number] for number in sorted(run.accounts)], deaths, ledger
+        accounts = [run.accounts[number] for number in sorted(run.accounts)]
+        return Ran.read(accounts, deaths, ledger)
 
     def close(self, *, wait: bool = True) -> None:
         """End the workers; they are idle."""

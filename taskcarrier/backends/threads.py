@@ -14,8 +14,8 @@ from collections.abc import Callable
 from contextvars import copy_context
 from queue import SimpleQueue
 
-from taskcarrier.backends.inner import limited, serial_joblib
-from taskcarrier.backends.work import Account, Death, Deliver, Job, work
+from taskcarrier.backends.inner import limit_this_thread, limited, serial_joblib
+from taskcarrier.backends.work import Account, Deliver, Job, Ran, work
 from taskcarrier.ledger import Ledger
 
 # Seconds between two looks at a run whose progress is shown.
@@ -51,9 +51,7 @@ class ThreadCrew:
     def __init__(self, n: int) -> None:
         self._workers = [_Worker(number) for number in range(n)]
 
-    def run(
-        self, job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None
-    ) -> tuple[list[Account], list[Death], Ledger]:
+    def run(self, job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None) -> Ran:
         """Run a job to its end; accounts in the order of the workers.
 
         When interrupted, workers stop at their next cell; those still in one are left to
@@ -70,6 +68,7 @@ class ThreadCrew:
         def order(number: int) -> Callable[[], None]:
             def run() -> None:
                 job.surroundings.take_on()
+                limit_this_thread()
                 account = work(job, ledger, number, deliver)
                 with last:
                     accounts[number] = account
@@ -95,7 +94,7 @@ class ThreadCrew:
                 self._replace(set(range(n)) - set(accounts))
         for number, account in accounts.items():
             account.name = f"thread {number}"
-        return [accounts[number] for number in range(n)], [], ledger
+        return Ran.read([accounts[number] for number in range(n)], [], ledger)
 
     def _replace(self, stuck: set[int]) -> None:
         for number in stuck:

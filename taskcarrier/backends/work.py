@@ -138,6 +138,36 @@ class Death:
     unstarted: range = field(default_factory=lambda: range(0))
 
 
+@dataclass
+class Ran:
+    """How a run ended, read while its ledger was its own.
+
+    Attributes
+    ----------
+    accounts : list of Account
+        Of every worker that reported back, in order.
+    deaths : list of Death
+        Workers that ended by themselves.
+    given_out : int
+        Cells below this number were claimed.
+    agreed : object
+        What the workers have settled on; None if nothing.
+    halted : bool
+        Whether workers were asked to stop.
+    """
+
+    accounts: list[Account]
+    deaths: list[Death]
+    given_out: int
+    agreed: Any
+    halted: bool
+
+    @classmethod
+    def read(cls, accounts: list[Account], deaths: list[Death], ledger: Ledger) -> Ran:
+        """From the ledger of a run that is over, before the crew is lent to another."""
+        return cls(accounts, deaths, ledger.given_out(), ledger.agreed(), ledger.halted)
+
+
 def add_note(error: BaseException, note: str) -> None:
     """Add a note to a user's exception; one that refuses notes stays what it is."""
     with contextlib.suppress(Exception):

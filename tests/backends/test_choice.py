@@ -22,6 +22,8 @@ from taskcarrier.backends.choice import (
     facts_now,
 )
 
+OWN = "parallel=True: one range at a time, on numba's own threads"
+
 
 def facts(**others):
     return Facts(**{"cores": 4, **others})
@@ -49,6 +51,12 @@ class TestChoose:
             ({"backend": "loky"}, {"has_gil": False}, ("loky", 4, "asked for")),
             ({"backend": "threading"}, {"has_processes": False}, ("threading", 4, "asked for")),
             ({"backend": "sequential", "n_jobs": 3}, {}, ("sequential", 1, "asked for")),
+            # threads of its own
+            ({"own_threads": True, "releases_gil": True}, {}, ("sequential", 1, OWN)),
+            ({"own_threads": True, "backend": "threading"}, {}, ("sequential", 1, OWN)),
+            ({"own_threads": True, "n_jobs": 1}, {}, ("sequential", 1, OWN)),
+            ({"own_threads": True, "backend": "loky"}, {}, ("loky", 4, "asked for")),
+            ({"own_threads": True}, {"has_gil": False}, ("sequential", 1, OWN)),
             # one worker
             ({"n_jobs": 1}, {}, ("sequential", 1, "n_jobs is 1")),
             ({"n_jobs": 1, "backend": "loky"}, {}, ("sequential", 1, "n_jobs is 1")),

@@ -169,7 +169,7 @@ class TestCountedLimit:
             raise OSError("no")
 
         with monkeypatch.context() as patch:
-            patch.setattr(limit, "_found", refuse)
+            patch.setattr(limit, "found", refuse)
             with pytest.raises(OSError, match="no"), limit.open():
                 pytest.fail("entered")
         with limit.open():

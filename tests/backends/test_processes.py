@@ -68,8 +68,8 @@ def run(crew, func, *args, kind=Calls, balance=None, n_items=20, n_workers=2, ti
     delivered = []
     job = Job(kind(Call(func, args)), balance or Dynamic(), Grid(n_items, 2), n_workers)
     parcel = pack(job, Staging())
-    accounts, deaths, ledger = crew.run(job, parcel, lambda *one: delivered.append(one), tick)
-    return accounts, deaths, delivered, ledger
+    ran = crew.run(job, parcel, lambda *one: delivered.append(one), tick)
+    return ran.accounts, ran.deaths, delivered, ran
 
 
 def pids(crew):
@@ -115,10 +115,10 @@ def stuck(start, stop, marks):
 @pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.name)
 class TestRun:
     def test_every_cell_is_delivered_once(self, warm, balance):
-        accounts, deaths, delivered, ledger = run(warm, both, balance=balance)
+        accounts, deaths, delivered, _ = run(warm, both, balance=balance)
         assert sorted(delivered) == [(cell, (2 * cell, 2 * cell + 2)) for cell in range(10)]
         assert deaths == []
-        assert sum(account.items for account in accounts) == ledger.items_done(2) == 20
+        assert sum(account.items for account in accounts) == 20
         assert sum(account.ranges for account in accounts) == 10
         assert all(account.failure is None for account in accounts)
 
@@ -155,13 +155,13 @@ class TestRun:
     @pytest.mark.parametrize("error", [ValueError("no", 3), SystemExit(3), KeyboardInterrupt()])
     def test_failures_arrive(self, warm, balance, error):
         before = pids(warm)
-        accounts, deaths, _, ledger = run(warm, fail_first, error, balance=balance)
+        accounts, deaths, _, ran = run(warm, fail_first, error, balance=balance)
         (failure,) = [account.failure for account in accounts if account.failure is not None]
         assert failure.cell == 0
         assert repr(failure.error) == repr(error)
         assert "in fail_first" in str(failure.error.__cause__)
         assert deaths == []
-        assert ledger.halted
+        assert ran.halted
         assert pids(warm) == before
 
 
@@ -209,12 +209,12 @@ class TestTrouble:
         assert any("could not pickle the result" in note for note in failure.error.__notes__)
 
     def test_a_result_that_cannot_be_unpickled(self, warm):
-        accounts, _, delivered, ledger = run(warm, unreadable_at_four)
+        accounts, _, delivered, ran = run(warm, unreadable_at_four)
         (failure,) = [account.failure for account in accounts if account.failure is not None]
         assert failure.cell == 2
         assert isinstance(failure.error, EOFError)
         assert any("could not unpickle this result" in note for note in failure.error.__notes__)
-        assert ledger.halted
+        assert ran.halted
         assert all(result == "good" for _, result in delivered)
         assert 2 not in [cell for cell, _ in delivered]
 
@@ -257,9 +257,9 @@ class TestDeaths:
         assert 3 not in got
 
     def test_the_other_works_on(self, crew):
-        accounts, (death,), delivered, ledger = run(crew, die, 6, 7, n_items=200)
-        assert ledger.given_out() >= 100
-        assert not ledger.halted
+        accounts, (death,), delivered, ran = run(crew, die, 6, 7, n_items=200)
+        assert ran.given_out >= 100
+        assert not ran.halted
         mine = {cell for cell, _ in delivered}
         # What the dead one had not sent yet is lost with it; all else is there.
         assert len(mine) >= accounts[0].ranges
@@ -374,7 +374,7 @@ class TestWatching:
         job = Job(Calls(Call(slow_then_wait, (str(gate),))), Dynamic(), Grid(6, 2), 1)
         crew_run = warm.run(job, pack(job, Staging()), lambda cell, _: delivered.append(cell), tick)
         assert delivered == [0, 1, 2]
-        assert crew_run[0][0].items == 6
+        assert crew_run.accounts[0].items == 6
 
     def test_an_interrupted_run_kills_the_stuck(self, crew, monkeypatch, tmp_path):
         monkeypatch.setattr(module, "TICK", 0.01)
