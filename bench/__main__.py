@@ -21,6 +21,7 @@ USUAL = (
     "halo",
     "items",
     "files",
+    "kernels",
     "even",
     "triangular",
     "empty",

@@ -44,6 +44,13 @@ def test_the_examples_about_filters_run():
     run(text, str(page))
 
 
+def test_the_examples_about_numba_run():
+    page = README.parent / "docs" / "numba.md"
+    text = page.read_text(encoding="utf-8")
+    assert blocks(text)
+    run(text, str(page))
+
+
 def test_every_row_of_the_page_about_faults_is_named_by_tests():
     page = README.parent / "docs" / "faults.md"
     rows = {

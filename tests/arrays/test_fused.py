@@ -345,10 +345,15 @@ class TestKernels:
             assert_same(result, X * 6)
         assert len(kernel.signatures) == 1
 
-    def test_of_what_numba_does_not_know(self, run):
-        objects = np.array([1, None, "a"], dtype=object)
-        with pytest.raises(numba.TypingError):
-            map_items(same, objects, **run)
+    def test_of_objects_are_called_one_by_one(self, run):
+        objects = np.array([1, None, "a", 2.5], dtype=object)
+        assert map_items(same, objects, **run).tolist() == [1, None, "a", 2.5]
+
+    @pytest.mark.parametrize("dtype", [">f8", "g"])
+    def test_of_dtypes_that_numba_does_not_know(self, dtype, run):
+        # A scalar of these is a float for numba, an array is not.
+        with pytest.raises((TypeError, numba.TypingError)):
+            map_items(total, R.astype(dtype), **run)
 
 
 def _plain(x):
@@ -463,8 +468,12 @@ class TestTogether:
 
         map_items(long, X[:2], n_jobs=2)  # compiled
         interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-        interrupt.start()
-        with pytest.raises(KeyboardInterrupt):
-            map_items(long, np.ones(100_000), n_jobs=2)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored
+        try:
+            interrupt.start()
+            with pytest.raises(KeyboardInterrupt):
+                map_items(long, np.ones(100_000), n_jobs=2)
+        finally:
+            signal.signal(signal.SIGINT, before)
         interrupt.join()
         assert_same(map_items(root, X, n_jobs=2), np.sqrt(X) + 1)
