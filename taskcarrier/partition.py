@@ -21,7 +21,7 @@ CELL_NBYTES = 1 << 20
 MIN_CELLS = 128
 MIN_CELLS_SMALL = 32
 # As long as a cell has fewer bytes than this, there are no more cells than `MIN_CELLS_SMALL`.
-SMALL_CELL_NBYTES = 16 << 10
+SMALL_CELL_NBYTES = 256 << 10
 # With neighbours, a cell is this many times their depth, so that they cost a quarter of it at most;
 # but there are at least so many cells. Both arbitrary.
 DEPTHS = 8

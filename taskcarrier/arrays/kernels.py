@@ -261,10 +261,28 @@ def returns(
     try:
         for lie in lies:
             lie.item(writable=False)
-        typed(extras, writable=False)
+        extra_types = typed(extras, writable=False)
     except (NumbaError, ValueError):
         return None  # a dtype or an argument that numba does not know
+    # Numba takes 0.15 ms to look it up.
+    key = (tuple(lies), extra_types, out, writable)
+    known = _returns.setdefault(kernel, {})
+    if key not in known:
+        known[key] = _found_out(kernel, lies, extras, out, writable=writable)
+    return known[key]
 
+
+_returns: weakref.WeakKeyDictionary[Any, dict[Any, Returns | None]] = weakref.WeakKeyDictionary()
+
+
+def _found_out(
+    kernel: Any,
+    lies: Sequence[Lie],
+    extras: Sequence[Any],
+    out: Lie | None,
+    *,
+    writable: bool,
+) -> Returns | None:
     def arguments(copies: bool) -> tuple[types.Type, ...]:
         items = tuple(lie.item(writable=copies) for lie in lies)
         after = () if out is None else (out.item(writable=True),)
