@@ -6,7 +6,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from taskcarrier import kept_mappings
+from taskcarrier import kept_mappings, segments
 from taskcarrier.kept_mappings import anything_in_use, open_for_reading
 from taskcarrier.segments import Segment, SharedView
 
@@ -16,6 +16,7 @@ def _as_in_a_worker(monkeypatch):
     gc.collect()
     monkeypatch.setattr(kept_mappings, "_mappings", OrderedDict())
     monkeypatch.setattr(kept_mappings, "_arrays", [])
+    monkeypatch.setattr(kept_mappings, "_n_forks", segments.n_forks)
 
 
 def shared(*values, label=0):
@@ -111,4 +112,13 @@ def test_other_mappings_are_in_use_as_well():
     array = shared(1.0, label=7).open("private")
     assert anything_in_use() is True
     del array
+    assert anything_in_use() is False
+
+
+def test_after_a_fork_nothing_is_kept(monkeypatch):
+    open_for_reading(shared(1.0, label=7))
+    assert anything_in_use() is False
+    monkeypatch.setattr(segments, "n_forks", segments.n_forks + 1)  # its child sees it
+    assert anything_in_use() is True
+    assert kept() == []
     assert anything_in_use() is False

@@ -1,10 +1,13 @@
 """The examples of README.md and docs/ run as they stand there, and what pages promise is tested."""
 
+import gc
 import re
 import traceback
 from pathlib import Path
 
 import pytest
+
+from taskcarrier import shutdown
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -13,6 +16,13 @@ def blocks(text):
     """The ```python blocks of a Markdown text: (line of the first statement, code)."""
     opened = re.compile(r"^( *)```python *\n(.*?)^\1``` *$", re.DOTALL | re.MULTILINE)
     return [(text.count("\n", 0, match.start(2)) + 1, match[2]) for match in opened.finditer(text)]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_kept():
+    yield
+    shutdown()  # compiled kernels refer to the names of their page
+    gc.collect()
 
 
 def run(text, name):

@@ -200,7 +200,6 @@ class ArrayCall:
 
     def _run(self, choice: Choice, plan: Plan | None) -> tuple[Outcome, list[Parts]]:
         in_processes = choice.backend == "loky"
-        begin = monotonic_ns()
         func = self.call.func if self.row is None else self.row.returned_by(self.call.func)
         prepared = ready(
             replace(self.call, func=func),
@@ -211,7 +210,6 @@ class ArrayCall:
             writable=self.writable,
             in_processes=in_processes,
         )
-        compiling_ns = monotonic_ns() - begin if prepared.call.func is not func else 0
         staging = None
         notes: list[str] = []
         if in_processes:
@@ -235,7 +233,7 @@ class ArrayCall:
             choice,
             task,
             notes=notes + prepared.notes,
-            compiling_ns=compiling_ns,
+            compiling_ns=prepared.compiling_ns,
             staging=staging,
         )
 

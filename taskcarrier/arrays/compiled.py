@@ -8,6 +8,7 @@ here, and only for such functions.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from time import monotonic_ns
 from typing import Any
 
 import numpy as np
@@ -77,11 +78,14 @@ class Ready:
         Whether it gets private copies.
     notes : list of str
         What the report should say.
+    compiling_ns : int
+        What it took to compile it.
     """
 
     call: Call
     writable: bool
     notes: list[str]
+    compiling_ns: int
 
 
 def ready(
@@ -97,7 +101,8 @@ def ready(
     """A function compiled for chunks (or items) like those of the first range."""
     func = call.func
     if not (is_jitted(func) or is_numba_ufunc(func)) or inputs.n_items == 0:
-        return Ready(call, writable, [])
+        return Ready(call, writable, [], 0)
+    begin = monotonic_ns()
     chunks = [source.open()(*first) for source in sources_here(inputs, halo)]
     if is_numba_ufunc(func):
         if not in_processes:
@@ -108,7 +113,7 @@ def ready(
                 for chunk, axis in zip(chunks, inputs.axes, strict=True)
             ]
             func(*none, *call.args, **call.kwargs)
-        return Ready(call, writable, [])
+        return Ready(call, writable, [], monotonic_ns() - begin)
     from taskcarrier.arrays import kernels  # noqa: PLC0415  # loads numba
 
     extras = kernels.bound(func, len(chunks), call.args, call.kwargs)
@@ -118,7 +123,8 @@ def ready(
         ]
     called, copies = kernels.compiled_for(func, chunks, extras, writable=writable)
     notes = [_COPIES] if copies and not writable else []
-    return Ready(Call(func if in_processes else called, extras), copies, notes)
+    ours = Call(func if in_processes else called, extras)
+    return Ready(ours, copies, notes, monotonic_ns() - begin)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,7 @@ from numba.extending import intrinsic
 from numba.np import numpy_support
 from numba.np.arrayobj import make_array, populate_array
 
+from taskcarrier.backends.crews import at_shutdown
 from taskcarrier.backends.work import add_note
 from taskcarrier.ledger import CURSOR_AT, IN_HAND_AT, ITEM_AT, ITEMS_AT, RANGES_AT
 
@@ -266,13 +267,36 @@ def returns(
         return None  # a dtype or an argument that numba does not know
     # Numba takes 0.15 ms to look it up.
     key = (tuple(lies), extra_types, out, writable)
-    known = _returns.setdefault(kernel, {})
+    known = _made_for(kernel).returns
     if key not in known:
         known[key] = _found_out(kernel, lies, extras, out, writable=writable)
     return known[key]
 
 
-_returns: weakref.WeakKeyDictionary[Any, dict[Any, Returns | None]] = weakref.WeakKeyDictionary()
+class _Made:
+    """What was made for one kernel."""
+
+    def __init__(self) -> None:
+        self.returns: dict[Any, Returns | None] = {}
+        self.loops: dict[Any, Callable[..., None]] = {}
+        self.without_gil: dict[int, Any] = {}
+
+
+# Numba keeps what a compiled function refers to for as long as that function lives, so neither a
+# weak table nor an attribute of the kernel would let go of kernel and loop: the last ones are kept.
+_MAX_KERNELS = 32  # arbitrary
+_made: OrderedDict[Any, _Made] = OrderedDict()
+_making = threading.Lock()
+at_shutdown(_made.clear)
+
+
+def _made_for(kernel: Any) -> _Made:
+    with _making:
+        made = _made.pop(kernel, None) or _Made()
+        _made[kernel] = made
+        if len(_made) > _MAX_KERNELS:
+            _made.popitem(last=False)
+    return made
 
 
 def _found_out(
@@ -308,7 +332,6 @@ def _as_dtype(kind: types.Type) -> np.dtype[Any] | None:
     return None
 
 
-_loops: weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., None]]] = weakref.WeakKeyDictionary()
 _compiling = threading.Lock()
 
 
@@ -333,7 +356,7 @@ def fused_loop(
     extra_types = typed(extras, writable=copies)
     key = (tuple(lies), tuple(outs), extra_types, found.several, copies, rows_out)
     with _compiling:
-        loops = _loops.setdefault(kernel, {})
+        loops = _made_for(kernel).loops
         if key not in loops:
             loops[key] = _compiled(kernel, lies, extra_types, outs, found, rows_out=rows_out)
         return loops[key]
@@ -448,13 +471,10 @@ def loop({parameters}):
 """
 
 
-_without_gil: weakref.WeakKeyDictionary[Any, dict[int, Any]] = weakref.WeakKeyDictionary()
-
-
 def without_gil(kernel: Any, n_arguments: int) -> Any:
     """The kernel itself, called from compiled code that has let go of the GIL."""
     with _compiling:
-        made = _without_gil.setdefault(kernel, {})
+        made = _made_for(kernel).without_gil
         if n_arguments not in made:
             # Not `*args`: compiled beforehand for these, it is compiled again when called.
             names = ", ".join(f"a{n}" for n in range(n_arguments))

@@ -11,7 +11,7 @@ import atexit
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, cast
 
@@ -157,8 +157,16 @@ def held_warm() -> AbstractContextManager[None]:
     return _crews.held_warm()
 
 
+_also: list[Callable[[], object]] = []
+
+
+def at_shutdown(let_go: Callable[[], object]) -> None:
+    """Have `shutdown` call something too that is kept for the next call."""
+    _also.append(let_go)
+
+
 def shutdown() -> None:
-    """End all idle workers now, and wait until they are gone.
+    """End all idle workers now, and wait until they are gone; forget what is kept warm.
 
     Workers that are busy for another thread of the program finish their run first and stay
     warm after it. The next call starts new workers; they import modules afresh, so this is
@@ -170,6 +178,8 @@ def shutdown() -> None:
     >>> taskcarrier.shutdown()
     """
     _crews.shutdown(wait=True)
+    for let_go in _also:
+        let_go()
 
 
 def _at_exit(owner: int = os.getpid()) -> None:

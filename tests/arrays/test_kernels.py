@@ -1,11 +1,14 @@
 """What numba compiles for us: atomic claims, arrays from addresses, what kernels give back."""
 
+import gc
 import threading
+import weakref
 
 import numba
 import numpy as np
 import pytest
 
+from taskcarrier import map_array, map_items, shutdown
 from taskcarrier.arrays import kernels
 from taskcarrier.arrays.kernels import Lie
 
@@ -146,13 +149,27 @@ def test_loops_are_made_once_for_each_way_arrays_lie():
     assert len(kernel.signatures) == 1
 
 
-def test_nothing_is_kept_of_a_kernel_that_is_gone():
+def test_after_shutdown_nothing_is_kept_of_a_kernel_that_is_gone():
     kernel = numba.njit(lambda x: x * 2)
-    C = Lie(np.dtype("f8"), 0, "C", True)
-    found = kernels.returns(kernel, (C,), (), None, writable=False)
-    before = len(kernels._loops)
-    kernels.fused_loop(kernel, (C,), (), (C,), found, rows_out=False)
-    assert len(kernels._loops) == before + 1
+    map_items(kernel, np.arange(5.0), n_jobs=2)
+    map_array(kernel, np.arange(5.0), n_jobs=2)
+    known = weakref.ref(kernel)
+    del kernel
+    shutdown()
+    gc.collect()
+    assert known() is None
+
+
+def test_the_last_kernels_are_kept():
+    first = numba.njit(lambda x: x * 2)
+    made = kernels._made_for(first)
+    for _ in range(kernels._MAX_KERNELS - 1):
+        kernels._made_for(numba.njit(lambda x: x))
+        assert kernels._made_for(first) is made
+    for _ in range(kernels._MAX_KERNELS):
+        kernels._made_for(numba.njit(lambda x: x))
+    assert len(kernels._made) == kernels._MAX_KERNELS
+    assert kernels._made_for(first) is not made
 
 
 class TestWithoutGil:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import threading
 from queue import SimpleQueue
+from types import SimpleNamespace
 
 import joblib
 import numpy as np
@@ -15,9 +16,11 @@ from taskcarrier.backends.inner import (
     _VARIABLES,
     _CountedLimit,
     inner_environment,
+    limit_this_thread,
     limited,
     serial_joblib,
 )
+from tests.strategies import run_script
 
 
 class TestEnvironment:
@@ -190,3 +193,109 @@ def test_joblib_is_serial_in_that_thread_only():
     thread.join()
     assert found == [("SequentialBackend", 1)]
     assert type(joblib.Parallel()._backend).__name__ != "SequentialBackend"
+
+
+BUSY = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from threadpoolctl import threadpool_info
+from taskcarrier import map_array
+
+def cpu_of_threads():
+    spent = {}
+    for task in Path("/proc/self/task").iterdir():
+        fields = task.joinpath("stat").read_text().rpartition(")")[2].split()
+        spent[task.name] = int(fields[11]) + int(fields[12])
+    return spent
+
+W = np.random.default_rng(0).random((700, 700))
+X = np.random.default_rng(1).random((1400, 700))
+
+def products(chunk):
+    for _ in range(8):
+        chunk = chunk @ W / 350
+    return chunk
+
+def n_busy(call):
+    before, begin = cpu_of_threads(), time.perf_counter()
+    while time.perf_counter() - begin < 1.5:
+        call()
+    ticks = 100 * (time.perf_counter() - begin)
+    after = cpu_of_threads()
+    return sum(after[task] - before.get(task, 0) > 0.15 * ticks for task in after)
+
+def of_blas():
+    return max(lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas")
+
+map_array(products, X, n_jobs=2, backend="threading")
+n_blas = of_blas()
+print(n_blas, n_busy(lambda: products(X)), n_busy(
+    lambda: map_array(products, X, n_jobs=2, backend="threading", chunksize=100)
+))
+assert of_blas() == n_blas
+"""
+
+
+def test_matrix_products_keep_as_many_threads_busy_as_there_are_workers(tmp_path):
+    n_blas, plain, mapped = map(int, run_script(tmp_path, BUSY).split())
+    if n_blas == 1:
+        pytest.skip("BLAS has one thread here, so there is nothing to limit")
+    # Two workers with BLAS's threads each would be more than two.
+    assert plain == n_blas
+    assert mapped <= 2
+
+
+OWN = """
+import threading
+import numba, numpy as np
+from taskcarrier import map_array, map_chunks
+
+@numba.njit(parallel=True)
+def total(chunk):
+    s = 0.0
+    for i in numba.prange(len(chunk)):
+        s += chunk[i]
+    return s
+
+X = np.ones(1000)
+total(X)
+assert numba.get_num_threads() == 2
+threads = {"n_jobs": 2, "backend": "threading"}
+seen = map_chunks(lambda c: numba.get_num_threads(), X, chunksize=100, **threads)
+assert seen == [1] * 10, seen
+assert numba.get_num_threads() == 2
+print("done")
+"""
+
+
+def test_worker_threads_have_one_of_numba_s_threads(tmp_path):
+    out = run_script(tmp_path, OWN, NUMBA_NUM_THREADS="2", NUMBA_THREADING_LAYER="workqueue")
+    assert out.strip() == "done"
+
+
+def test_openmp_is_limited_in_the_thread_that_says_so(monkeypatch):
+    class Library:
+        def __init__(self, user_api):
+            self.user_api = user_api
+            self.calls = []
+
+        def set_num_threads(self, n):
+            self.calls.append((threading.get_ident(), n))
+
+    openmp, blas = Library("openmp"), Library("blas")
+    found = SimpleNamespace(lib_controllers=[openmp, blas])
+    monkeypatch.setattr(limited, "found", lambda: found)
+    idents = []
+
+    def worker():
+        limit_this_thread()
+        limit_this_thread()  # nothing was loaded since
+        idents.append(threading.get_ident())
+
+    threads = [threading.Thread(target=worker) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert openmp.calls == [(ident, 1) for ident in idents]
+    assert blas.calls == []
