@@ -1,13 +1,10 @@
 """The examples of README.md and docs/ run as they stand there, and what pages promise is tested."""
 
-import gc
 import re
 import traceback
 from pathlib import Path
 
 import pytest
-
-from taskcarrier import shutdown
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -18,25 +15,25 @@ def blocks(text):
     return [(text.count("\n", 0, match.start(2)) + 1, match[2]) for match in opened.finditer(text)]
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_kept():
-    yield
-    shutdown()  # compiled kernels refer to the names of their page
-    gc.collect()
-
-
 def run(text, name):
     # As a script would be: its functions belong to a module that no worker can import.
     namespace = {"__name__": "__main__"}
-    for line, code in blocks(text):
-        # Empty lines in front make the tracebacks name the lines of the file.
-        program = compile("\n" * (line - 1) + code, name, "exec")
-        try:
-            exec(program, namespace)
-        except BaseException as error:
-            at = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == name]
-            error.add_note(f"in the example at {name}:{line}, raised from its line {at[-1]}")
-            raise
+    try:
+        for line, code in blocks(text):
+            run_block(line, code, name, namespace)
+    finally:
+        namespace.clear()  # numba keeps functions, and these their globals
+
+
+def run_block(line, code, name, namespace):
+    # Empty lines in front make the tracebacks name the lines of the file.
+    program = compile("\n" * (line - 1) + code, name, "exec")
+    try:
+        exec(program, namespace)
+    except BaseException as error:
+        at = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == name]
+        error.add_note(f"in the example at {name}:{line}, raised from its line {at[-1]}")
+        raise
 
 
 def test_the_examples_run(tmp_path, monkeypatch):
