@@ -47,7 +47,8 @@ class Report:
     ranges, items : int
         Ranges and items of the whole run.
     bytes_copied : int
-        Bytes of arrays and arguments copied for worker processes in this run.
+        Bytes of arrays and arguments that worker processes have read, or that were copied for
+        them, in this run; 0 for what they see where it is.
     seconds : float
         From the first step of the call to its last, without `compiling`.
     workers : tuple of WorkerReport
@@ -79,7 +80,7 @@ class Report:
         head = (
             f"{self.items:,} items in {self.ranges:,} ranges of {self.chunksize:,}, "
             f"{self.balance} balance, backend {self.backend} ({self.reason})\n"
-            f"{self.seconds:.4g} s in all, {self.bytes_copied:,} bytes copied"
+            f"{self.seconds:.4g} s in all, {self.bytes_copied:,} bytes read or copied by processes"
         )
         if self.compiling:
             head += f", after {self.compiling:.3g} s of compiling"

@@ -51,7 +51,7 @@ def test_text(report):
     assert lines[0] == (
         "1,234,567 items in 1,235 ranges of 1,000, dynamic balance, backend loky (the default)"
     )
-    assert lines[1] == "1.25 s in all, 9,876,543 bytes copied"
+    assert lines[1] == "1.25 s in all, 9,876,543 bytes read or copied by processes"
     assert lines[2].split() == ["worker", "ranges", "items", "busy", "s", "idle", "s"]
     assert lines[3].split() == ["process", "4711", "1,000", "1,000,000", "1.0000", "0.2500"]
     assert lines[4].split() == ["process", "12", "235", "234,567", "0.5000", "0.7500"]
