@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskcarrier import DynamicParallelMapper, last_report, load, map_array, map_items
+from taskcarrier.arrays import kernels
 from tests.strategies import (
     assert_same,
     axes_of,
@@ -329,12 +329,10 @@ class TestKernels:
     def test_are_compiled_once(self):
         kernel = numba.njit(lambda x: x * 5)
         map_items(kernel, X, n_jobs=2)
-        assert last_report().compiling > 0.01
-        begin = time.perf_counter()
+        assert last_report().compiling > 0
         for balance in ("static", "dynamic"):
             assert_same(map_items(kernel, X, n_jobs=2, balance=balance), X * 5)
-            assert last_report().compiling < 0.01
-        assert time.perf_counter() - begin < 60
+        assert len(kernels._made_for(kernel).loops) == 1
         assert len(kernel.signatures) == 1
 
     def test_by_several_threads_at_once(self):
@@ -417,11 +415,9 @@ class TestErrors:
         values = np.ones(20_000)
         values[0] = -1
         map_items(slow_or_bad, values[1:3], n_jobs=2)  # compiled
-        begin = time.perf_counter()
         with pytest.raises(ValueError, match="bad"):
             map_items(slow_or_bad, values, n_jobs=2, chunksize=10_000)
         assert sum(worker.items for worker in last_report().workers) == 0
-        assert time.perf_counter() - begin < 60
 
 
 class TestTogether:
