@@ -103,12 +103,16 @@ def test_functions_along_another_axis_give_the_bits_of_the_plain_call(data):
         assert_same(result, func(np.asarray(X)), (along, sample))
 
 
+# NumPy 1's exp of a strided view is not the same to the last bit from one call to the next.
+EXP = [np.exp] if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else []
+
+
 @pytest.mark.fault(29)
 @settings(max_examples=60)
 @given(st.data())
 def test_ufuncs_give_the_bits_of_the_plain_call_on_any_layout(data):
     sample = data.draw(samples(REALS, max_side=9))
-    ufunc = data.draw(st.sampled_from([np.sin, np.exp, np.sqrt, np.negative, np.signbit]))
+    ufunc = data.draw(st.sampled_from([np.sin, *EXP, np.sqrt, np.negative, np.signbit]))
     if ufunc in {np.sin, np.exp, np.sqrt}:
         func = quiet(lambda c: ufunc(c, dtype=np.float64))
     else:
