@@ -116,11 +116,11 @@ class FusedCells:
         arrays: list[Any] = []
         kept = []
         for read, axis in zip(self._readers, self._task.axes, strict=True):
-            chunk = read(start, stop)
+            items = np.moveaxis(read(start, stop), axis, 0)
             if self._task.takes_copies:
-                chunk = chunk.copy(order="K")
-            kept.append(chunk)
-            address, step, shape, steps = _as_arguments(chunk, axis)
+                items = _copied(items)
+            kept.append(items)
+            address, step, shape, steps = _as_arguments(items, 0)
             arrays += [address - start * step, step, shape, steps]
         begin = start
         while begin < stop:
@@ -157,6 +157,14 @@ class FusedCells:
     def facts(self) -> tuple[int, Spec] | None:
         """Nothing: what results are like is known before."""
         return None
+
+
+def _copied(items: np.ndarray) -> np.ndarray:
+    """A private copy whose items lie as they did: the loop was compiled for that."""
+    if items[0].flags.f_contiguous and not items[0].flags.c_contiguous:
+        backwards = (0, *range(items.ndim - 1, 0, -1))
+        return items.transpose(backwards).copy(order="C").transpose(backwards)
+    return items.copy(order="C")
 
 
 def _as_arguments(

@@ -316,6 +316,35 @@ class TestKernels:
             map_items(spoil, R, **run)
         assert any("writable=True" in note for note in caught.value.__notes__)
 
+    @pytest.mark.parametrize("chunksize", [1, 3, 50])
+    @pytest.mark.parametrize(
+        ("X", "axis"),
+        [
+            (np.broadcast_to(np.arange(4.0)[:, None], (4, 10)), 1),
+            (np.lib.stride_tricks.sliding_window_view(np.arange(13.0), 4).T, 1),
+            (np.arange(120.0).reshape(10, 4, 3), 0),
+            (np.asfortranarray(np.arange(120.0).reshape(10, 4, 3)), 0),
+            (np.arange(120.0).reshape(3, 4, 10).T, 0),
+            (np.arange(120.0).reshape(10, 4, 3).transpose(2, 1, 0), 2),
+            (np.arange(240.0).reshape(10, 8, 3)[:, ::-2], 0),
+            (np.arange(120.0).reshape(4, 10, 3), 1),
+        ],
+        ids=range(8),
+    )
+    def test_private_copies_of_any_layout(self, X, axis, chunksize, run):
+        @numba.njit
+        def weighed(item):
+            total = 0.0
+            for value in item.flat:
+                total = total * 3 + value
+            item.flat[0] = -1
+            return total
+
+        items = np.moveaxis(X, axis, 0)
+        expected = expected_from(weighed.py_func, [one.copy() for one in items])
+        options = {"axis": axis, "chunksize": chunksize, "writable": True, **run}
+        assert_same(map_items(weighed, X, **options), expected)
+
     def test_bounds_are_checked_where_they_were(self, run):
         kernel = numba.njit(boundscheck=True)(lambda row, k: row[k])
         with pytest.raises(IndexError, match="out of bounds"):
