@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import psutil
 import pytest
 
@@ -53,6 +54,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop("JOBLIB_TEMP_FOLDER", None)
     os.environ["TMPDIR"] = FOLDER
     tempfile.tempdir = None  # asks the environment again
+    if np.lib.NumpyVersion(np.__version__) < "2.0.0":
+        # NumPy 1 counts the threads that have an errstate of their own without a lock: the end of
+        # one thread's takes away another's, whose warnings are then errors here.
+        config.addinivalue_line("filterwarnings", "ignore:.* encountered in :RuntimeWarning")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -23,6 +23,8 @@ import sys
 import threading
 import traceback
 from collections import ChainMap
+from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -182,7 +184,29 @@ class _Packer:
         return False
 
 
-class _UserPickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
+    """cloudpickle, but functions keep the name of their file, for tracebacks that show lines.
+
+    cloudpickle 3.1.3 drops the name, so that equal functions have equal pickles.
+    """
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is CodeType:
+            return _code_of_file, (obj.co_filename, *self.dispatch_table[CodeType](obj))
+        return super().reducer_override(obj)
+
+
+def _code_of_file(name: str, make: Callable[..., CodeType], args: tuple[Any, ...]) -> CodeType:
+    return make(*args).replace(co_filename=name)
+
+
+def _dumps(obj: object) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file, protocol=5).dump(obj)
+    return file.getvalue()
+
+
+class _UserPickler(_Pickler):
     """Pickles what the user gave; arrays go as descriptions where they can."""
 
     def __init__(self, file: io.BytesIO, packer: _Packer) -> None:
@@ -217,7 +241,7 @@ def pack_error(error: BaseException) -> bytes:
     """An exception for the way to the caller: itself if it survives, else a `TaskError`."""
     text = "".join(traceback.format_exception(error)).rstrip()
     try:
-        packed: bytes = cloudpickle.dumps((error, text))
+        packed = _dumps((error, text))
         if not isinstance(pickle.loads(packed)[0], BaseException):
             raise TypeError("it unpickles as something else")  # noqa: TRY301  # one way out for all
     except Exception as trouble:  # noqa: BLE001  # whatever pickling a user's object raises
@@ -255,9 +279,9 @@ def pack_items(items: object) -> bytes:
     try:
         packed = pickle.dumps(items, protocol=5)
     except Exception:  # noqa: BLE001  # lambdas, local classes, ...: cloudpickle's error counts
-        return cloudpickle.dumps(items)  # type: ignore[no-any-return]  # untyped
+        return _dumps(items)
     if b"__main__" in packed:
-        return cloudpickle.dumps(items)  # type: ignore[no-any-return]  # untyped
+        return _dumps(items)
     return packed
 
 
