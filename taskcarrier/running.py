@@ -108,14 +108,14 @@ class Outcome:
     agreed: Any = None
 
 
-def decide(settings: Settings, func: Callable[..., Any]) -> Choice:
-    """Where this run takes place; an error if it cannot."""
+def decide(settings: Settings, func: Callable[..., Any], extras: Sequence[Any] = ()) -> Choice:
+    """Where this run takes place, of `func` with such further arguments; an error if it cannot."""
     return choices.choose(
         settings.n_jobs,
         settings.backend,
         choices.facts_now(),
         releases_gil=releases_gil(func),
-        own_threads=has_own_threads(func),
+        own_threads=has_own_threads(func, extras),
     )
 
 

@@ -124,7 +124,7 @@ class ArrayCall:
             plan = Plan(allocation, n_items, out_axis, outputs, promotes, fill)
             fusion, fusing_ns = self._fused(choice, plan)
             if fusion is None:
-                outcome, delivered = self._run(choice, plan)
+                outcome, delivered = self._run(choice, plan, fusing_ns)
                 spec = agreed_spec(outcome, self, promotes=promotes)
             else:
                 outcome, delivered = self._execute(
@@ -140,6 +140,8 @@ class ArrayCall:
             strays = [result for parts in delivered for result in parts.results]
             if fusion is not None:
                 strays += fusion.strays(faults)
+                if sum(stop - start for start, stop, _ in faults) == n_items:
+                    spec = None  # as where what results are like is known from results alone
             arrays = None
             if spec is not None:
                 arrays = targets.filled(plan, spec, strays, [fault[:2] for fault in faults])
@@ -181,7 +183,7 @@ class ArrayCall:
     def _choice(self) -> Choice:
         if self.inputs.n_items == 0:
             return Choice("sequential", 1, "there is nothing to map")
-        return decide(self.settings, self.call.func)
+        return decide(self.settings, self.call.func, self.extras)
 
     def _fused(self, choice: Choice, plan: Plan) -> tuple[Fusion | None, int]:
         """A compiled loop over the items, if there can be one, and how long that took."""
@@ -198,7 +200,9 @@ class ArrayCall:
         )
         return fusion, monotonic_ns() - begin
 
-    def _run(self, choice: Choice, plan: Plan | None) -> tuple[Outcome, list[Parts]]:
+    def _run(
+        self, choice: Choice, plan: Plan | None, fusing_ns: int = 0
+    ) -> tuple[Outcome, list[Parts]]:
         in_processes = choice.backend == "loky"
         func = self.call.func if self.row is None else self.row.returned_by(self.call.func)
         prepared = ready(
@@ -223,6 +227,7 @@ class ArrayCall:
             self.inputs.axes,
             self.by_item,
             prepared.writable,
+            prepared.owns_args,
             self.halo,
             plan,
             self.collects,
@@ -233,7 +238,7 @@ class ArrayCall:
             choice,
             task,
             notes=notes + prepared.notes,
-            compiling_ns=prepared.compiling_ns,
+            compiling_ns=fusing_ns + prepared.compiling_ns,
             staging=staging,
         )
 

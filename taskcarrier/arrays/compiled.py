@@ -7,6 +7,8 @@ here, and only for such functions.
 
 from __future__ import annotations
 
+import os
+import threading
 from dataclasses import dataclass, replace
 from time import monotonic_ns
 from typing import Any
@@ -23,15 +25,19 @@ from taskcarrier.arrays.sources import sources_here
 from taskcarrier.arrays.specs import Spec
 from taskcarrier.arrays.targets import Stray
 from taskcarrier.arrays.tasks import Fault
-from taskcarrier.backends.functions import is_jitted, is_numba_ufunc
+from taskcarrier.backends.functions import has_own_threads, is_jitted, is_numba_ufunc
 from taskcarrier.backends.work import Call
 
-_COPIES = "the kernel's signature takes arrays that it may write to: it gets private copies"
+_COPIES = "the kernel takes arrays or records that it may write to: it gets private copies"
+_NO_LOOP = (
+    "the kernel is called from Python: a compiled loop gives scalars or fills rows (out_shape=), "
+    "of dtypes that numba knows"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Where a function of items writes its result: into a row of the output, its last argument.
+    """Where a function of items writes its result: a row of the output, given after `args`.
 
     Attributes
     ----------
@@ -76,6 +82,8 @@ class Ready:
         What to call.
     writable : bool
         Whether it gets private copies.
+    owns_args : bool
+        Whether every worker gets copies of arrays in its arguments, which it may write to.
     notes : list of str
         What the report should say.
     compiling_ns : int
@@ -84,6 +92,7 @@ class Ready:
 
     call: Call
     writable: bool
+    owns_args: bool
     notes: list[str]
     compiling_ns: int
 
@@ -101,19 +110,13 @@ def ready(
     """A function compiled for chunks (or items) like those of the first range."""
     func = call.func
     if not (is_jitted(func) or is_numba_ufunc(func)) or inputs.n_items == 0:
-        return Ready(call, writable, [], 0)
+        return Ready(call, writable, False, [], 0)
     begin = monotonic_ns()
     chunks = [source.open()(*first) for source in sources_here(inputs, halo)]
     if is_numba_ufunc(func):
         if not in_processes:
-            # It is compiled when it is called, but not safely by several threads at once. Of no
-            # items it computes nothing.
-            none = [
-                chunk[(slice(None),) * axis + (slice(0, 0),)]
-                for chunk, axis in zip(chunks, inputs.axes, strict=True)
-            ]
-            func(*none, *call.args, **call.kwargs)
-        return Ready(call, writable, [], monotonic_ns() - begin)
+            _compile_ufunc(func, [*chunks, *call.args])
+        return Ready(call, writable, False, [], monotonic_ns() - begin)
     from taskcarrier.arrays import kernels  # noqa: PLC0415  # loads numba
 
     extras = kernels.bound(func, len(chunks), call.args, call.kwargs)
@@ -121,10 +124,75 @@ def ready(
         chunks = [
             np.moveaxis(chunk, axis, 0)[0] for chunk, axis in zip(chunks, inputs.axes, strict=True)
         ]
-    called, copies = kernels.compiled_for(func, chunks, extras, writable=writable)
-    notes = [_COPIES] if copies and not writable else []
-    ours = Call(func if in_processes else called, extras)
-    return Ready(ours, copies, notes, monotonic_ns() - begin)
+    called, demands, returned = kernels.compiled_for(func, chunks, extras, writable=writable)
+    if in_processes:
+        called = func
+    elif has_own_threads(func, extras.all):
+        called = _Alone(called)
+    # Objects may be of other types than the first, and are compiled for anew.
+    if by_item and returned is not None and not any(d.hasobject for d in inputs.dtypes):
+        called = _Typed(called, *returned)
+    notes = [_COPIES] if demands.items and not writable else []
+    if by_item and not in_processes:
+        notes.append(_NO_LOOP)
+    ours = Call(called, extras.all)
+    return Ready(ours, demands.items, demands.args, notes, monotonic_ns() - begin)
+
+
+_compiling = threading.Lock()
+
+
+def _compile_ufunc(func: Any, given: list[Any]) -> None:
+    """Have numba compile a ufunc, which it does when it is called, for arguments like these.
+
+    Not safely by several threads at once, hence here. Of no elements it computes nothing.
+    Generalized ones that are compiled when called take their output as an argument, which they
+    do not get here.
+    """
+    if func.signature is None:
+        with _compiling:
+            func(*(np.empty(0, np.asarray(value).dtype) for value in given[: func.nin]))
+
+
+@dataclass(frozen=True, eq=False)
+class _Typed:
+    """A kernel that is called from Python, with results of the dtypes it was compiled for."""
+
+    func: Any
+    dtypes: tuple[np.dtype[Any], ...]
+    several: bool
+
+    def __call__(self, *given: Any) -> Any:
+        value = self.func(*given)
+        if not self.several:
+            return np.asarray(value, self.dtypes[0])[()]
+        return tuple(
+            np.asarray(one, dtype)[()] for one, dtype in zip(value, self.dtypes, strict=True)
+        )
+
+
+# Under some of numba's threading layers two calls at once of what brings its own threads abort.
+_own_threads = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class _Alone:
+    """A function that brings threads of its own, called from one thread at a time."""
+
+    func: Any
+
+    def __call__(self, *given: Any) -> Any:
+        with _own_threads:
+            return self.func(*given)
+
+
+def _locks_anew() -> None:
+    """In a forked child, where whoever held a lock is gone."""
+    global _compiling, _own_threads
+    _compiling, _own_threads = threading.Lock(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_locks_anew)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,12 +240,13 @@ def fused(
         return None
     from taskcarrier.arrays import kernels  # noqa: PLC0415  # loads numba
 
-    n_after = 0 if row is None else 1
-    extras = kernels.bound(call.func, len(inputs.arrays), call.args, call.kwargs, n_after)
+    extras = kernels.bound(
+        call.func, len(inputs.arrays), call.args, call.kwargs, fills=row is not None
+    )
     lies = [kernels.Lie.of(*pair) for pair in zip(inputs.arrays, inputs.axes, strict=True)]
     out = None
     if row is not None:
-        place = np.empty((1, *row.shape), row.dtype)
+        place = np.empty((1, *row.shape), row.dtype.newbyteorder("="))
         out = kernels.Lie.of(place, 0)
     found = kernels.returns(call.func, lies, extras, out, writable=writable)
     if found is None:
@@ -199,26 +268,28 @@ def fused(
         assert places is not None  # for the type checker: kernels return no objects
         results = [opened(place) for place in places]
     outs = [np.moveaxis(result, axis, 0) for result, axis in zip(results, axes, strict=True)]
-    loop = kernels.fused_loop(
-        call.func,
-        lies,
-        extras,
-        [kernels.Lie.of(one, 0) for one in outs],
-        found,
-        rows_out=row is not None,
-    )
+    out_lies = [kernels.Lie.of(one, 0) for one in outs]
+    kernel: Any = call.func
+    if out is not None and out_lies != [out] and not kernel._can_compile:
+        # Its signature may take contiguous rows alone.
+        casts, outs, out_lies = True, [np.empty((inputs.n_items, *shape), out.dtype)], [out]
+        results = [np.moveaxis(outs[0], 0, axes[0])]
+    loop = kernels.fused_loop(call.func, lies, extras, out_lies, found, rows_out=row is not None)
+    if has_own_threads(call.func, extras.all):
+        loop = _Alone(loop)
     task = FusedTask(
         loop,
         inputs.arrays,
         inputs.axes,
         outs,
-        extras,
+        extras.all,
         inputs.n_items,
-        found.takes_copies,
+        found.demands.items,
+        found.demands.args,
         collects,
     )
-    notes = [_COPIES] if found.takes_copies and not writable else []
-    sweeps = not found.takes_copies or not any(lie.ndim for lie in lies)
+    notes = [_COPIES] if found.demands.items and not writable else []
+    sweeps = not found.demands.items or not any(lie.ndim for lie in lies)
     return Fusion(task, spec, notes, sweeps, results, casts)
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from taskcarrier.arrays.inputs import read_only
-from taskcarrier.arrays.sources import LocalSource
+from taskcarrier.arrays.inputs import own_or_read_only
 from taskcarrier.arrays.specs import Spec
 from taskcarrier.arrays.tasks import Parts
 from taskcarrier.backends.work import NOTHING, Agree, Deliver, Job, add_note
@@ -39,7 +39,9 @@ class FusedTask:
     n_items : int
         Items along the mapped axis.
     takes_copies : bool
-        Whether it gets private, writable copies.
+        Whether it gets private, writable copies of its items.
+    owns_args : bool
+        Whether every worker gets such copies of arrays in its arguments.
     collects : bool
         Whether errors are collected; else the first one ends the run.
     """
@@ -51,6 +53,7 @@ class FusedTask:
     extras: tuple[Any, ...]
     n_items: int
     takes_copies: bool
+    owns_args: bool
     collects: bool
 
     def open(self, agree: Agree) -> FusedCells:  # noqa: ARG002, D102  # all is known; as in Task
@@ -62,16 +65,10 @@ class FusedCells:
 
     def __init__(self, task: FusedTask) -> None:
         self._task = task
-        self._readers = [
-            LocalSource(array, axis).open()
-            for array, axis in zip(task.arrays, task.axes, strict=True)
-        ]
         # What is passed by address must live as long as this.
-        self._extras = [
-            np.array(value) if isinstance(value, np.ndarray) and task.takes_copies else value
-            for value in map(read_only, task.extras)
-        ]
-        self._outs = [part for out in task.outs for part in _as_arguments(out, 0)]
+        self._extras = [own_or_read_only(value, own=task.owns_args) for value in task.extras]
+        self._arrays = _all_arguments(task.arrays, task.axes)
+        self._outs = _all_arguments(task.outs, [0] * len(task.outs))
         self._after: list[Any] = []
         for value in self._extras:
             if isinstance(value, np.ndarray):
@@ -83,18 +80,13 @@ class FusedCells:
         """Claim ranges and run them until there are none; without the GIL, but for errors."""
         planned = job.balance.planned(worker, job.n_workers, len(job.grid))
         first, last = (planned.start, planned.stop) if job.balance.name == "static" else (0, -1)
-        chunksize = job.grid.chunksize
+        chunksize = min(job.grid.chunksize, job.grid.n_items)  # a word holds it
         parts = Parts([], [])
-        arrays = [
-            part
-            for array, axis in zip(self._task.arrays, self._task.axes, strict=True)
-            for part in _as_arguments(array, axis)
-        ]
         begin = end = 0
         while True:
             try:
                 claims = (first, last, len(job.grid), chunksize)
-                self._run(ledger, worker, (begin, end, *claims), arrays)
+                self._run(ledger, worker, (begin, end, *claims), self._arrays)
                 break
             except Exception as error:
                 cell, item = ledger.held(worker)
@@ -111,17 +103,19 @@ class FusedCells:
 
     def __call__(self, start: int, stop: int) -> Any:
         """Run one range, with private copies if the kernel wants them."""
-        ledger = Ledger.addressed(1)
+        ledger = self._own_ledger
         parts = Parts([], [])
-        arrays: list[Any] = []
-        kept = []
-        for read, axis in zip(self._readers, self._task.axes, strict=True):
-            items = np.moveaxis(read(start, stop), axis, 0)
-            if self._task.takes_copies:
-                items = _copied(items)
-            kept.append(items)
-            address, step, shape, steps = _as_arguments(items, 0)
-            arrays += [address - start * step, step, shape, steps]
+        arrays = self._arrays
+        if self._task.takes_copies:
+            copies = [
+                _copied(np.moveaxis(array, axis, 0)[start:stop])
+                for array, axis in zip(self._task.arrays, self._task.axes, strict=True)
+            ]
+            arrays = _all_arguments(copies, [0] * len(copies))
+            # The loop counts items from the first of all.
+            arrays[::4] = [
+                first - start * step for first, step in zip(arrays[::4], arrays[1::4], strict=True)
+            ]
         begin = start
         while begin < stop:
             try:
@@ -134,8 +128,12 @@ class FusedCells:
                     raise
                 parts.faults.append((item, item + 1, error))
                 begin = item + 1
-        del kept
         return parts if parts.faults else NOTHING
+
+    @cached_property
+    def _own_ledger(self) -> Ledger:
+        """Of this worker alone, where it is told what to run."""
+        return Ledger.addressed(1)
 
     def _run(
         self,
@@ -167,14 +165,15 @@ def _copied(items: np.ndarray) -> np.ndarray:
     return items.copy(order="C")
 
 
-def _as_arguments(
-    array: np.ndarray, axis: int
-) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-    """An array as fused loops take it: address, then of an item its stride, shape and strides."""
-    shape, strides = array.shape, array.strides
-    return (
-        address_of(array),
-        strides[axis],
-        shape[:axis] + shape[axis + 1 :],
-        strides[:axis] + strides[axis + 1 :],
-    )
+def _all_arguments(arrays: list[np.ndarray], axes: list[int]) -> list[Any]:
+    """Arrays as fused loops take them: address, then of an item its stride, shape and strides."""
+    arguments: list[Any] = []
+    for array, axis in zip(arrays, axes, strict=True):
+        shape, strides = array.shape, array.strides
+        arguments += [
+            address_of(array),
+            strides[axis],
+            shape[:axis] + shape[axis + 1 :],
+            strides[:axis] + strides[axis + 1 :],
+        ]
+    return arguments

@@ -131,6 +131,13 @@ def read_only(value: Any) -> Any:
     return value
 
 
+def own_or_read_only(value: Any, *, own: bool) -> Any:
+    """The same, or a copy of the array where it is to be one's own."""
+    if own and isinstance(value, np.ndarray):
+        return np.array(value)
+    return read_only(value)
+
+
 def _as_array(value: object, number: int) -> Any:
     which = f"array {number}"
     if type(value) is np.ndarray and value.ndim:

@@ -14,9 +14,11 @@ numba's cache on disk never finds again, so they are not cached there.
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +26,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core.errors import NumbaError, TypingError
+from numba.core.errors import ForceLiteralArg, NumbaError, TypingError
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from numba.np import numpy_support
@@ -147,6 +149,14 @@ class Lie:
         return self.type(ndim=self.ndim, writable=writable)
 
 
+@dataclass(frozen=True)
+class Demands:
+    """Which arrays a kernel must be able to write to, so that it gets private copies of them."""
+
+    items: bool
+    args: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Returns:
     """What a kernel gives for one item.
@@ -157,19 +167,38 @@ class Returns:
         Of each result.
     several : bool
         Whether it is a tuple.
-    takes_copies : bool
-        Whether the kernel's signature wants arrays that it may write to.
+    demands : Demands
+        What it must be able to write to.
     """
 
     dtypes: tuple[np.dtype[Any], ...]
     several: bool
-    takes_copies: bool
+    demands: Demands
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a kernel gets besides items or chunks, by position.
+
+    Attributes
+    ----------
+    before, after : tuple
+        What follows the items; what follows the row that it fills, if it fills one.
+    """
+
+    before: tuple[Any, ...]
+    after: tuple[Any, ...] = ()
+
+    @property
+    def all(self) -> tuple[Any, ...]:
+        """One after the other."""
+        return self.before + self.after
 
 
 def bound(
-    kernel: Any, n_items: int, args: tuple[Any, ...], kwargs: dict[str, Any], n_after: int = 0
-) -> tuple[Any, ...]:
-    """`args` and `kwargs` as positional arguments that follow the items.
+    kernel: Any, n_items: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, fills: bool = False
+) -> Extras:
+    """`args` and `kwargs` by position, for the call ``kernel(*items, *args, [row], **kwargs)``.
 
     Raises
     ------
@@ -177,14 +206,26 @@ def bound(
         If the kernel does not take them, before anything is compiled.
     """
     if not kwargs:
-        return args
-    signature = inspect.signature(kernel.py_func)
-    names = list(signature.parameters)
-    given = names[: len(names) - n_after]
-    after = dict.fromkeys(names[len(given) :])
-    found = signature.bind(*[None] * n_items, *args, **kwargs, **after)
+        return Extras(args)
+    found = _binding(kernel, n_items, args, kwargs, fills=fills)
     found.apply_defaults()
-    return tuple(found.arguments[name] for name in given[n_items:])
+    n_before = n_items + len(args)
+    return Extras(args, found.args[n_before + fills :])
+
+
+def _binding(
+    kernel: Any, n_items: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, fills: bool
+) -> inspect.BoundArguments:
+    signature = inspect.signature(kernel.py_func)
+    try:
+        return signature.bind(*[None] * (n_items + len(args) + fills), **kwargs)
+    except TypeError as error:
+        given = [f"{n_items} mapped", f"{len(args)} of args", *["the row to fill"] * fills]
+        words = ", ".join([*given, *(f"{name}=" for name in kwargs)])
+        raise TypeError(
+            f"{kernel.__name__}{signature} cannot be called with {words} ({error}); a kernel "
+            "that fills a row goes to map_items with out_shape="
+        ) from None
 
 
 def typed(extras: Sequence[Any], *, writable: bool) -> tuple[types.Type, ...]:
@@ -195,6 +236,15 @@ def typed(extras: Sequence[Any], *, writable: bool) -> tuple[types.Type, ...]:
         else numba.typeof(value)
         for value in extras
     )
+
+
+def _least(records: bool, extras: Extras, *, writable: bool) -> Demands:
+    """What every kernel is taken to write to: numba keeps nobody from writing to records."""
+    return Demands(writable or records, any(map(_has_fields, extras.all)))
+
+
+def _has_fields(value: Any) -> bool:
+    return getattr(getattr(value, "dtype", None), "names", None) is not None
 
 
 def resolved(kernel: Any, arguments: tuple[types.Type, ...]) -> types.Type:
@@ -208,36 +258,43 @@ def resolved(kernel: Any, arguments: tuple[types.Type, ...]) -> types.Type:
     signature = cpu_target.typing_context.resolve_function_type(numba.typeof(kernel), arguments, {})
     if signature is None:
         names = ", ".join(map(str, arguments))
-        raise TypingError(f"{kernel.__name__} has no signature for ({names})")
+        known = ", ".join(f"({', '.join(map(str, one))})" for one in kernel.signatures)
+        raise TypingError(
+            f"{kernel.__name__} was compiled for {known} alone, not for ({names}); an array "
+            "declared [::1] must be contiguous, [:] takes any; without a signature all are taken"
+        )
     return signature.return_type
 
 
-def _resolved_either_way(
-    kernel: Any, arguments: Callable[[bool], tuple[types.Type, ...]], writable: bool
-) -> tuple[types.Type, bool]:
-    """The kernel's return type, and whether it must get arrays that it may write to.
+def _resolved_some_way(
+    kernel: Any, arguments: Callable[[Demands], tuple[types.Type, ...]], least: Demands
+) -> tuple[types.Type, Demands]:
+    """The kernel's return type, and what it must be able to write to: the least if that can be.
 
     Kernels with explicit signatures take what these say; others take read-only arrays.
     """
     try:
-        return resolved(kernel, arguments(writable)), writable
+        return resolved(kernel, arguments(least)), least
     except TypingError as error:
-        if writable:
-            raise
+        vars(error).pop("__notes__", None)  # numba raises the same object again and again
         if not kernel._can_compile:
-            try:
-                return resolved(kernel, arguments(True)), True
-            except TypingError:
-                pass  # the first error says more
-        elif "readonly" in str(error).lower() or "read-only" in str(error).lower():
-            add_note(error, "items and chunks are read-only; pass writable=True for private copies")
+            more = (Demands(least.items, True), Demands(True, least.args), Demands(True, True))
+            for demands in more:
+                with suppress(TypingError):  # the first error says more
+                    return resolved(kernel, arguments(demands)), demands
+        elif "Cannot modify readonly" in str(error):
+            add_note(
+                error,
+                "items, chunks and arrays in args are read-only; writable=True gives private "
+                "copies of items and chunks",
+            )
         raise
 
 
 def returns(
     kernel: Any,
     lies: Sequence[Lie],
-    extras: Sequence[Any],
+    extras: Extras,
     out: Lie | None,
     *,
     writable: bool,
@@ -250,7 +307,7 @@ def returns(
         The function of items.
     lies : sequence of Lie
         How the mapped arrays lie.
-    extras : sequence
+    extras : Extras
         Further arguments.
     out : Lie or None
         How the output lies into whose rows the kernel writes; None if it returns its results.
@@ -262,24 +319,54 @@ def returns(
     try:
         for lie in lies:
             lie.item(writable=False)
-        extra_types = typed(extras, writable=False)
+        extra_types = typed(extras.all, writable=False)
     except (NumbaError, ValueError):
         return None  # a dtype or an argument that numba does not know
+    if any(lie.ndim for lie in lies) and not all(map(_keeps_nothing, extra_types)):
+        return None
     # Numba takes 0.15 ms to look it up.
-    key = (tuple(lies), extra_types, out, writable)
+    key = (tuple(lies), extra_types, len(extras.before), out, writable)
     known = _made_for(kernel).returns
     if key not in known:
-        known[key] = _found_out(kernel, lies, extras, out, writable=writable)
+        found = _found_out(kernel, lies, extras, out, writable=writable)
+        known = _made_for(kernel).returns  # the kernel may only be compiled now
+        known[key] = found
     return known[key]
 
 
+def _keeps_nothing(kind: types.Type) -> bool:
+    """Whether a kernel cannot put a row into an argument: rows of loops are gone after the call."""
+    if isinstance(kind, types.BaseTuple):
+        return all(map(_keeps_nothing, kind))
+    return isinstance(
+        kind,
+        (
+            types.Number,
+            types.Boolean,
+            types.Array,
+            types.Record,
+            types.NPDatetime,
+            types.NPTimedelta,
+            types.UnicodeType,
+            types.NoneType,
+            types.SliceType,
+            types.Callable,
+        ),
+    )
+
+
 class _Made:
-    """What was made for one kernel."""
+    """What was made for one kernel as it was compiled last."""
 
     def __init__(self) -> None:
+        self.first_overload: Any = None
         self.returns: dict[Any, Returns | None] = {}
         self.loops: dict[Any, Callable[..., None]] = {}
         self.without_gil: dict[int, Any] = {}
+
+    def is_outdated_by(self, first_overload: Any) -> bool:
+        """Whether the kernel was recompiled since."""
+        return self.first_overload is not None and self.first_overload is not first_overload
 
 
 # Numba keeps what a compiled function refers to for as long as that function lives, so neither a
@@ -291,36 +378,67 @@ at_shutdown(_made.clear)
 
 
 def _made_for(kernel: Any) -> _Made:
+    first = next(iter(kernel.overloads.values()), None)
     with _making:
-        made = _made.pop(kernel, None) or _Made()
+        made = _made.pop(kernel, None)
+        if made is None or made.is_outdated_by(first):
+            made = _Made()
+        made.first_overload = first
         _made[kernel] = made
         if len(_made) > _MAX_KERNELS:
             _made.popitem(last=False)
     return made
 
 
+def _locks_anew() -> None:
+    """In a forked child, where whoever held a lock is gone."""
+    global _making, _compiling
+    _making, _compiling = threading.Lock(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_locks_anew)
+
+
 def _found_out(
     kernel: Any,
     lies: Sequence[Lie],
-    extras: Sequence[Any],
+    extras: Extras,
     out: Lie | None,
     *,
     writable: bool,
 ) -> Returns | None:
-    def arguments(copies: bool) -> tuple[types.Type, ...]:
-        items = tuple(lie.item(writable=copies) for lie in lies)
-        after = () if out is None else (out.item(writable=True),)
-        return (*items, *typed(extras, writable=copies), *after)
+    if not extras.after:  # else it was looked at when they were bound
+        _binding(kernel, len(lies), extras.before, {}, fills=out is not None)
 
-    kind, copies = _resolved_either_way(kernel, arguments, writable)
+    def arguments(demands: Demands) -> tuple[types.Type, ...]:
+        items = tuple(lie.item(writable=demands.items) for lie in lies)
+        row = () if out is None else (out.item(writable=True),)
+        before = typed(extras.before, writable=demands.args)
+        return (*items, *before, *row, *typed(extras.after, writable=demands.args))
+
+    # Records that are items by themselves are copied by the loop.
+    records = any(lie.ndim and lie.dtype.names is not None for lie in lies)
+    try:
+        least = _least(records, extras, writable=writable)
+        kind, demands = _resolved_some_way(kernel, arguments, least)
+    except ForceLiteralArg:
+        return None  # it is compiled for values, which numba knows when it is called
+    if any(lie.ndim for lie in lies) and any(one.lifted for one in kernel.overloads.values()):
+        return None  # Python code within it (`objmode`) may keep rows
     if out is not None:
-        return Returns((out.dtype,), several=False, takes_copies=copies)
+        return Returns((out.dtype,), several=False, demands=demands)
+    scalars = _returned(kind)
+    return None if scalars is None else Returns(*scalars, demands)
+
+
+def _returned(kind: types.Type) -> tuple[tuple[np.dtype[Any], ...], bool] | None:
+    """The dtypes of a scalar or of a tuple of them, and which it is; None for anything else."""
     several = isinstance(kind, types.BaseTuple)
     parts = list(kind) if several else [kind]
     dtypes = [_as_dtype(part) for part in parts]
     if not dtypes or any(dtype is None for dtype in dtypes):
         return None  # arrays, None, text: stacked one by one
-    return Returns(tuple(d for d in dtypes if d is not None), several, copies)
+    return tuple(d for d in dtypes if d is not None), several
 
 
 def _as_dtype(kind: types.Type) -> np.dtype[Any] | None:
@@ -338,7 +456,7 @@ _compiling = threading.Lock()
 def fused_loop(
     kernel: Any,
     lies: Sequence[Lie],
-    extras: Sequence[Any],
+    extras: Extras,
     outs: Sequence[Lie],
     found: Returns,
     *,
@@ -352,14 +470,15 @@ def fused_loop(
     array and each output address, stride, shape and strides of an item; then the extras, arrays
     as address, shape and strides.
     """
-    copies = found.takes_copies
-    extra_types = typed(extras, writable=copies)
-    key = (tuple(lies), tuple(outs), extra_types, found.several, copies, rows_out)
-    with _compiling:
-        loops = _made_for(kernel).loops
-        if key not in loops:
-            loops[key] = _compiled(kernel, lies, extra_types, outs, found, rows_out=rows_out)
-        return loops[key]
+    extra_types = typed(extras.all, writable=found.demands.args)
+    row_at = len(extras.before) if rows_out else None
+    key = (tuple(lies), tuple(outs), extra_types, found.several, found.demands, row_at)
+    loops = _made_for(kernel).loops
+    if key not in loops:  # looked up before: nobody waits for other kernels to be compiled
+        with _compiling:
+            if key not in loops:
+                loops[key] = _compiled(kernel, lies, extra_types, outs, found, row_at=row_at)
+    return loops[key]
 
 
 def _compiled(
@@ -369,7 +488,7 @@ def _compiled(
     outs: Sequence[Lie],
     found: Returns,
     *,
-    rows_out: bool,
+    row_at: int | None,
 ) -> Callable[..., None]:
     word = types.int64
     names: dict[str, Any] = {"kernel": kernel, "take": _take, "load": _load, "store": _store}
@@ -392,7 +511,7 @@ def _compiled(
         return f"{name}_all[i]"
 
     for number, lie in enumerate(lies):
-        item = add_array(f"x{number}", lie, writable=found.takes_copies)
+        item = add_array(f"x{number}", lie, writable=found.demands.items)
         if lie.ndim == 0 and lie.dtype.names is not None:
             # A record in compiled code is a pointer: the kernel would write to the caller's.
             names[f"r{number}_dtype"] = lie.dtype
@@ -413,8 +532,9 @@ def _compiled(
             parameters.append(name)
             signature.append(kind)
             arguments.append(name)
-    if rows_out:
-        within.append(f"kernel({', '.join([*arguments, *targets])})")
+    if row_at is not None:  # so many of the extras come before it
+        arguments[len(lies) + row_at : len(lies) + row_at] = targets
+        within.append(f"kernel({', '.join(arguments)})")
     else:
         within.append(f"value = kernel({', '.join(arguments)})")
         within += [
@@ -432,7 +552,7 @@ def _compiled(
         RANGES_AT=RANGES_AT,
     )
     exec(compile(source, f"<fused loop over {kernel.__name__}>", "exec"), names)
-    loop: Any = numba.njit(nogil=True, error_model="numpy", boundscheck=False)(names["loop"])
+    loop: Any = numba.njit(nogil=True, **_inherited(kernel))(names["loop"])
     loop.compile(tuple(signature))
     loop.disable_compile()
     run: Callable[..., None] = loop
@@ -471,6 +591,13 @@ def loop({parameters}):
 """
 
 
+def _inherited(kernel: Any) -> dict[str, Any]:
+    """Options that a function around a kernel must have too: the kernel may be inlined into it."""
+    options = kernel.targetoptions
+    names = ("boundscheck", "error_model", "fastmath")
+    return {name: options[name] for name in names if name in options}
+
+
 def without_gil(kernel: Any, n_arguments: int) -> Any:
     """The kernel itself, called from compiled code that has let go of the GIL."""
     with _compiling:
@@ -481,19 +608,30 @@ def without_gil(kernel: Any, n_arguments: int) -> Any:
             source = f"def called({names}):\n    return kernel({names})\n"
             namespace: dict[str, Any] = {"kernel": kernel}
             exec(compile(source, f"<call of {kernel.__name__}>", "exec"), namespace)
-            made[n_arguments] = numba.njit(nogil=True)(namespace["called"])
+            made[n_arguments] = numba.njit(nogil=True, **_inherited(kernel))(namespace["called"])
         return made[n_arguments]
 
 
 def compiled_for(
-    kernel: Any, chunks: Sequence[np.ndarray], extras: Sequence[Any], *, writable: bool
-) -> tuple[Callable[..., Any], bool]:
-    """What to call with chunks like these, compiled, and whether chunks must be private copies."""
+    kernel: Any, chunks: Sequence[np.ndarray], extras: Extras, *, writable: bool
+) -> tuple[Callable[..., Any], Demands, tuple[tuple[np.dtype[Any], ...], bool] | None]:
+    """What to call with chunks like these, compiled, what it must be able to write to.
 
-    def arguments(copies: bool) -> tuple[types.Type, ...]:
-        return (*typed(chunks, writable=copies), *typed(extras, writable=copies))
+    And what it returns, if that is scalars: their dtypes, and whether they come as a tuple.
+    """
+    _binding(kernel, len(chunks), extras.all, {}, fills=False)
 
-    _, copies = _resolved_either_way(kernel, arguments, writable)
-    called: Any = without_gil(kernel, len(chunks) + len(extras))
-    called.compile(arguments(copies))
-    return called, copies
+    def arguments(demands: Demands) -> tuple[types.Type, ...]:
+        return (
+            *typed(chunks, writable=demands.items),
+            *typed(extras.all, writable=demands.args),
+        )
+
+    try:
+        least = _least(any(map(_has_fields, chunks)), extras, writable=writable)
+        kind, demands = _resolved_some_way(kernel, arguments, least)
+    except ForceLiteralArg:  # as above
+        return kernel, Demands(items=writable), None
+    called: Any = without_gil(kernel, len(chunks) + len(extras.all))
+    called.compile(arguments(demands))
+    return called, demands, _returned(kind)

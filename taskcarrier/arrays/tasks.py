@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from taskcarrier.arrays.halos import Halo
-from taskcarrier.arrays.inputs import read_only
+from taskcarrier.arrays.inputs import own_or_read_only
 from taskcarrier.arrays.outputs import Plan, Sink
 from taskcarrier.arrays.sources import Source
 from taskcarrier.arrays.specs import Spec
@@ -92,6 +92,8 @@ class ArrayTask:
         Whether it is called with items; else with chunks.
     writable : bool
         Whether it gets private copies.
+    owns_args : bool
+        Whether every worker gets copies of arrays in its arguments, which it may write to.
     halo : Halo or None
         Neighbours that come with a chunk, and are cut off its result.
     plan : Plan or None
@@ -109,6 +111,7 @@ class ArrayTask:
     axes: list[int]
     by_item: bool
     writable: bool
+    owns_args: bool
     halo: Halo | None
     plan: Plan | None
     collects: bool
@@ -119,14 +122,21 @@ class ArrayTask:
         return (_Items if self.by_item else _Chunks)(self, agree)
 
 
+# What errors say of read-only arrays: numba's, which are TypeErrors, then NumPy's ValueErrors.
+_OF_READ_ONLY = (("Cannot modify readonly", "No matching definition"), ("read-only",))
+
+
 class _Cells(ABC):
     """An `ArrayTask` opened in one worker."""
 
     def __init__(self, task: ArrayTask, agree: Agree) -> None:
         self._task = task
         self._func = task.call.func
-        self._args = tuple(read_only(value) for value in task.call.args)
-        self._kwargs = {name: read_only(value) for name, value in task.call.kwargs.items()}
+        own, call = task.owns_args, task.call
+        self._args = tuple(own_or_read_only(value, own=own) for value in call.args)
+        self._kwargs = {
+            name: own_or_read_only(value, own=own) for name, value in call.kwargs.items()
+        }
         self._readers = [source.open() for source in task.sources]
         self._sink = None if task.plan is None else Sink(task.plan, agree)
         self._collects = task.collects
@@ -172,13 +182,10 @@ class _Cells(ABC):
 
     def _explained(self, error: BaseException) -> None:
         """Add what the user may want to know about an error of the function."""
-        words = "read-only" if isinstance(error, ValueError) else "readonly array"  # as numba says
-        if (
-            not self._writable
-            and isinstance(error, (ValueError, TypeError))
-            and words in str(error)
-        ):
-            add_note(error, "chunks are read-only; pass writable=True for private copies")
+        if not self._writable and isinstance(error, (ValueError, TypeError)):
+            text = str(error)
+            if any(words in text for words in _OF_READ_ONLY[type(error) is ValueError]):
+                add_note(error, "chunks are read-only; pass writable=True for private copies")
 
     def facts(self) -> tuple[int, Spec] | None:
         """Where this worker's first result came from, and what it was like."""

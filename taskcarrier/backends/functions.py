@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 
@@ -17,13 +18,31 @@ def is_jitted(func: Callable[..., Any]) -> bool:
     )
 
 
-def has_own_threads(func: Callable[..., Any]) -> bool:
+def has_own_threads(func: Callable[..., Any], extras: Iterable[Any] = ()) -> bool:
     """Whether a function is known to start threads of numba's own (``parallel=True``).
 
-    What a Python function calls inside, and ufuncs compiled with ``target="parallel"``, cannot
-    be seen.
+    It, a jitted function that it refers to, or one among its arguments. What a Python function
+    calls inside, and ufuncs compiled with ``target="parallel"``, cannot be seen.
     """
-    return is_jitted(func) and bool(func.targetoptions.get("parallel", False))  # type: ignore[attr-defined]  # numba's
+    seen: set[Any] = set()
+    found = [one for one in (func, *extras) if is_jitted(one)]
+    while found:
+        kernel = found.pop()
+        if kernel.targetoptions.get("parallel", False):
+            return True
+        seen.add(kernel)
+        found += [one for one in _referred_to(kernel.py_func) if is_jitted(one) and one not in seen]
+    return False
+
+
+def _referred_to(function: Any) -> Iterator[Any]:
+    """Values of the global and enclosing names in a Python function."""
+    for name in function.__code__.co_names:
+        if name in function.__globals__:
+            yield function.__globals__[name]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # not bound yet
+            yield cell.cell_contents
 
 
 def is_numba_ufunc(func: Callable[..., Any]) -> bool:

@@ -93,6 +93,13 @@ class TestChunks:
         assert np.array_equal(X, before)
         assert any("private copies" in note for note in last_report().notes)
 
+    def test_signatures_that_write_get_copies_of_arguments(self, run):
+        kernel = numba.njit("float64[:](float64[:, :], float64[:])")(
+            lambda c, w: (c * w).sum(axis=1)
+        )
+        weights = np.arange(3.0)
+        assert_same(map_array(kernel, X, args=(weights,), **run), (X * weights).sum(axis=1))
+
     def test_writing_to_chunks_is_an_error_with_the_remedy(self, run):
         @numba.njit
         def spoil(chunk):
@@ -139,6 +146,10 @@ def _python(chunk):
     return chunk + 1
 
 
+def _largest(x, out):
+    out[0] = x.max()
+
+
 class TestUfuncs:
     def test_vectorized(self, run):
         dynamic = numba.vectorize(_add)
@@ -146,6 +157,15 @@ class TestUfuncs:
         for func in (dynamic, fixed):
             assert_same(map_array(func, X, X[:, ::-1].copy(), **run), X + X[:, ::-1] + 1)
             assert last_report().backend == run.get("backend", "threading")
+
+    def test_core_axes_are_never_empty(self, run):
+        largest = numba.guvectorize(["void(float64[:], float64[:])"], "(n)->()")(_largest)
+        assert reduce_array(largest, X[:, 0], combine=max, **run) == X[:, 0].max()
+
+    def test_arguments_of_the_length_of_a_chunk(self, run):
+        added = numba.vectorize(lambda x, y: x + y)
+        options = {"args": (X[:, 0].copy(),), "chunksize": len(X)}
+        assert_same(map_array(added, X[:, 0], **options, **run), X[:, 0] * 2)
 
     def test_generalized(self, run):
         func = numba.guvectorize(["void(f8[:],f8[:])"], "(n)->()")(_row_sum)

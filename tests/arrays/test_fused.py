@@ -129,6 +129,14 @@ class TestItems:
         values = (X * 100).astype(dtype)
         assert_same(map_items(same, values, **run), values)
 
+    @pytest.mark.parametrize("dtype", ["f4", "i2", "u8", "c8", "?"])
+    def test_dtypes_are_the_same_in_processes(self, dtype):
+        values = np.arange(1, 6).astype(dtype)
+        kernel = numba.njit(lambda x: (x, np.float32(3)))
+        results = [map_items(kernel, values, n_jobs=2, backend=b) for b in ("loky", "threading")]
+        assert_same(results[0], results[1])
+        assert results[0][0].dtype == dtype
+
     def test_dates(self, run):
         days = np.arange("2020-01-01", "2020-03-01", dtype="M8[D]")
         days[3] = "NaT"
@@ -178,6 +186,46 @@ class TestArguments:
     def test_that_do_not_fit_are_an_error_before_anything_runs(self, run):
         with pytest.raises(TypeError, match="unexpected keyword argument 'shfit'"):
             map_items(_add, X, kwargs={"shfit": 2.0}, **run)
+
+    def test_stay_read_only_where_items_are_copies(self, run):
+        @numba.njit
+        def count(x, counter):
+            counter[0] += 1
+            return counter[0]
+
+        for options in ({}, {"writable": True}):
+            with pytest.raises(numba.TypingError, match="Cannot modify readonly") as caught:
+                map_items(count, X, args=(np.zeros(3),), **options, **run)
+            (note,) = caught.value.__notes__
+            assert note.startswith("items, chunks and arrays in args are read-only; writable=True")
+
+    def test_are_copies_where_a_signature_wants_to_write_to_them(self, run):
+        kernel = numba.njit("float64(float64, float64[:])")(lambda x, w: x * w[1])
+        assert_same(map_items(kernel, X, args=(np.arange(3.0),), **run), X)
+        rows = numba.njit("float64(float64[:], float64[:])")(lambda row, w: (row * w).sum())
+        assert_same(map_items(rows, R, args=(np.ones(R.shape[1]),), **run), R.sum(axis=1))
+        assert_same(
+            map_items(rows, R, args=(np.ones(R.shape[1]),), n_jobs=2, backend="loky"), R.sum(axis=1)
+        )
+
+    def test_by_name_after_the_row(self, run):
+        @numba.njit
+        def fill(x, n, out, shift=0.0):
+            out[:] = x * n + shift
+
+        expected = np.stack([X * 3 + 1] * 2, 1)
+        for func in (fill, fill.py_func):
+            options = {"out_shape": 2, "args": (3,), "kwargs": {"shift": 1.0}}
+            assert_same(map_items(func, X, **options, **run), expected)
+            with pytest.raises(TypeError, match="multiple values"):
+                map_items(func, X, out_shape=2, kwargs={"n": 3}, **run)
+
+    def test_missing_ones_are_named(self, run):
+        kernel = numba.njit(lambda x, y, out: None)
+        with pytest.raises(
+            TypeError, match=r"\(x, y, out\) cannot .* 1 mapped, 1 of args .*out_shape"
+        ):
+            map_items(kernel, X, args=(1,), **run)
 
     def test_arrays_are_read_only(self, run):
         @numba.njit
@@ -261,6 +309,15 @@ def _times_two(row):
     return row * 2
 
 
+@numba.njit
+def weighed(item):
+    total = 0.0
+    for value in item.flat:
+        total = total * 3 + value
+    item.flat[0] = -1
+    return total
+
+
 class TestKernels:
     """Compiled in every way."""
 
@@ -332,14 +389,6 @@ class TestKernels:
         ids=range(8),
     )
     def test_private_copies_of_any_layout(self, X, axis, chunksize, run):
-        @numba.njit
-        def weighed(item):
-            total = 0.0
-            for value in item.flat:
-                total = total * 3 + value
-            item.flat[0] = -1
-            return total
-
         items = np.moveaxis(X, axis, 0)
         expected = expected_from(weighed.py_func, [one.copy() for one in items])
         options = {"axis": axis, "chunksize": chunksize, "writable": True, **run}
@@ -349,6 +398,100 @@ class TestKernels:
         kernel = numba.njit(boundscheck=True)(lambda row, k: row[k])
         with pytest.raises(IndexError, match="out of bounds"):
             map_items(kernel, R, args=(9,), **run)
+
+    def test_that_are_inlined_keep_their_options(self, run):
+        checked = numba.njit(inline="always", boundscheck=True)(lambda k: np.zeros(3)[k])
+        with pytest.raises(IndexError, match="out of bounds"):
+            map_items(checked, np.array([7, 7]), **run)
+        divided = numba.njit(inline="always")(lambda a, b: a // b)
+        with pytest.raises(ZeroDivisionError) as caught:
+            map_items(divided, np.array([5, 5]), np.array([1, 0]), **run)
+        assert caught.value.__notes__[0] == "func failed on item 1"
+        numpy_like = numba.njit(inline="always", error_model="numpy")(lambda a: 1 / a)
+        assert_same(map_items(numpy_like, np.zeros(2), **run), np.full(2, np.inf))
+
+    def test_that_keep_their_rows(self, run):
+        rows = numba.types.Array(numba.float64, 1, "C", readonly=True)
+        kept = numba.typed.List.empty_list(rows)
+
+        @numba.njit
+        def keep(row, kept):
+            kept.append(row)
+            return row[0]
+
+        @numba.njit
+        def add_up(kept):
+            total = 0.0
+            for row in kept:
+                total += row.sum()
+            return total
+
+        if run["n_jobs"] == 1:  # numba's lists are not for several threads
+            map_items(keep, np.ones((3, 100_000)), args=(kept,), **run)
+            assert add_up(kept) == 300_000
+
+    def test_that_run_python_code_may_keep_their_rows(self, run):
+        kept = []
+
+        @numba.njit
+        def keep(row):
+            with numba.objmode():
+                kept.append(row)
+            return row[0]
+
+        map_items(keep, np.arange(4.0).repeat(50_000).reshape(4, -1), **run)
+        assert sorted(row[7] for row in kept) == [0, 1, 2, 3]
+
+    def test_recompiled_ones_are_made_anew(self, run):
+        namespace = {"K": 2.0}
+        exec("def scaled(x):\n    return x * K", namespace)
+        kernel = numba.njit(namespace["scaled"])
+        for factor in (2.0, 5.0, 7.0):
+            namespace["K"] = factor
+            kernel.recompile()
+            assert_same(map_items(kernel, X, **run), X * factor)
+            assert_same(map_array(lambda c: c, map_items(kernel, X, **run)), X * factor)
+
+    def test_compiled_for_values(self, run):
+        kernel = numba.njit(lambda x, n: numba.literally(n) * x)
+        assert_same(map_items(kernel, X, args=(3,), **run), X * 3)
+
+    def test_rows_of_records_are_private(self, run):
+        @numba.njit
+        def spoil(row):
+            row[0].a = 50
+            return row[0].a
+
+        records = np.zeros((6, 2), [("a", "i4"), ("b", "f8")])
+        assert_same(map_items(spoil, records, **run), np.full(6, 50, "i4"))
+        assert records["a"].max() == 0
+        assert any("private copies" in note for note in last_report().notes)
+
+    @pytest.mark.parametrize("out_axis", [0, 1])
+    def test_contiguous_rows_go_anywhere(self, out_axis, run):
+        @numba.njit("void(float64, float64[::1])")
+        def powers(x, out):
+            for j in range(3):
+                out[j] = x**j
+
+        expected = np.stack([X**0, X, X**2], 1 - out_axis)
+        options = {"out_shape": 3, "out_axis": out_axis, **run}
+        assert_same(map_items(powers, X, **options), expected)
+        out = np.zeros((*expected.shape, 2))[..., 0]
+        map_items(powers, X, out=out, **options)
+        assert np.array_equal(out, expected)
+
+    def test_rows_of_another_byte_order(self, run):
+        kernel = numba.njit(lambda x, out: out.fill(x))
+        out = np.zeros((len(X), 2), ">f8")
+        map_items(kernel, X, out_shape=2, out=out, **run)
+        assert np.array_equal(out, np.stack([X, X], 1))
+
+    def test_that_refer_to_parallel_ones_run_in_the_caller(self):
+        parallel = numba.njit(parallel=True)(lambda n: np.ones(int(n)).sum())
+        kernel = numba.njit(lambda n: parallel(n) + 1)
+        assert_same(map_items(kernel, np.full(5, 300.0), n_jobs=2), np.full(5, 301.0))
+        assert "parallel=True" in last_report().reason
 
     def test_from_the_cache_on_disk(self, run, tmp_path, monkeypatch):
         monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
@@ -427,9 +570,13 @@ class TestErrors:
         assert_same(cast, np.array([0, 1, 2, 3, 4, -1, -1, -1, -1, -1], "i1"))
 
     def test_of_all_items(self, run):
-        result, failures = map_items(small_only, np.full(9, 9.0), on_error="collect", **run)
+        X = np.full(9, 9.0)
+        result, failures = map_items(small_only, X, on_error="collect", **run)
         assert len(failures) == 9
-        assert np.isnan(result).all()
+        assert result is None
+        with pytest.raises(ValueError, match="too large") as caught:
+            map_items(small_only, X, on_error="fill", **run)
+        assert "every item failed" in caught.value.__notes__[-1]
 
     def test_stop_the_other_threads(self):
         @numba.njit
@@ -482,6 +629,19 @@ class TestTogether:
             return map_items(root, chunk)
 
         assert_same(map_array(outer, X, n_jobs=2, backend="threading"), np.sqrt(X) + 1)
+
+    @pytest.mark.fault(19)
+    def test_a_forked_child_maps_while_its_parent_compiles(self):
+        map_items(root, X, n_jobs=2)
+        with kernels._compiling:
+            child = os.fork()
+            if child == 0:
+                same = np.array_equal(map_items(root, X, n_jobs=2), np.sqrt(X) + 1)
+                os._exit(0 if same else 1)
+        assert os.waitpid(child, 0)[1] == 0
+
+    def test_chunks_larger_than_any_array(self, run):
+        assert_same(map_items(root, X, chunksize=1 << 63, **run), np.sqrt(X) + 1)
 
     def test_an_interrupt_ends_the_loops(self):
         @numba.njit

@@ -10,7 +10,7 @@ import pytest
 
 from taskcarrier import map_array, map_items, shutdown
 from taskcarrier.arrays import kernels
-from taskcarrier.arrays.kernels import Lie
+from taskcarrier.arrays.kernels import Extras, Lie
 
 
 @numba.njit(nogil=True)
@@ -79,27 +79,36 @@ class TestBound:
         return numba.njit(lambda x, y, a, b=2, c=3: x + y + a + b + c)
 
     def test_without_keywords_as_given(self):
-        assert kernels.bound(self.kernel(), 2, (5,), {}) == (5,)
+        assert kernels.bound(self.kernel(), 2, (5,), {}) == Extras((5,))
 
     def test_keywords_find_their_places(self):
-        assert kernels.bound(self.kernel(), 2, (), {"c": 1, "a": 5}) == (5, 2, 1)
-        assert kernels.bound(self.kernel(), 2, (5,), {"c": 1}) == (5, 2, 1)
+        assert kernels.bound(self.kernel(), 2, (), {"c": 1, "a": 5}) == Extras((), (5, 2, 1))
+        assert kernels.bound(self.kernel(), 2, (5,), {"c": 1}) == Extras((5,), (2, 1))
 
     @pytest.mark.parametrize("kwargs", [{"d": 1}, {"x": 1}])
     def test_unknown_ones_are_errors(self, kwargs):
         with pytest.raises(TypeError):
             kernels.bound(self.kernel(), 2, (5,), kwargs)
 
-    def test_the_row_comes_last(self):
-        kernel = numba.njit(lambda x, a, b, out: None)
-        assert kernels.bound(kernel, 1, (), {"b": 1, "a": 5}, 1) == (5, 1)
+    def test_the_row_follows_the_positional_ones(self):
+        kernel = numba.njit(lambda x, a, out, b=1, c=2: None)
+        assert kernels.bound(kernel, 1, (5,), {"c": 3}, fills=True) == Extras((5,), (1, 3))
+        kernel = numba.njit(lambda x, a, out: None)
+        with pytest.raises(TypeError, match=r"\(x, a, out\) .* the row to fill, a= \(mult"):
+            kernels.bound(kernel, 1, (), {"a": 5}, fills=True)
+
+    def test_any_number_of_arguments(self):
+        kernel = numba.njit(lambda x, y=1.0, *rest: x)
+        assert kernels.bound(kernel, 1, (), {"y": 2.0}) == Extras((), (2.0,))
+        assert kernels.bound(kernel, 1, (1.0, 2, 3), {}) == Extras((1.0, 2, 3))
 
 
 class TestReturns:
     LIES = (Lie(np.dtype("f8"), 0, "C", True),)
 
     def returned(self, func, *extras, lies=LIES):
-        return kernels.returns(numba.njit(func), lies, extras, None, writable=False)
+        kernel = numba.njit(func)
+        return kernels.returns(kernel, lies, Extras(extras), None, writable=False)
 
     @pytest.mark.parametrize(
         ("func", "dtypes"),
@@ -140,9 +149,10 @@ def test_loops_are_made_once_for_each_way_arrays_lie():
     kernel = numba.njit(lambda x: x * 2)
     C = Lie(np.dtype("f8"), 0, "C", True)
     A = Lie(np.dtype("f8"), 0, "A", True)
-    found = kernels.returns(kernel, (C,), (), None, writable=False)
+    found = kernels.returns(kernel, (C,), Extras(()), None, writable=False)
     loops = [
-        kernels.fused_loop(kernel, (lie,), (), (C,), found, rows_out=False) for lie in (C, A, C)
+        kernels.fused_loop(kernel, (lie,), Extras(()), (C,), found, rows_out=False)
+        for lie in (C, A, C)
     ]
     assert loops[0] is loops[2]
     assert loops[0] is not loops[1]
