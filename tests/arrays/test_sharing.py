@@ -279,8 +279,8 @@ def test_a_chain_of_maps_copies_nothing(backend, balance):
     step = share(X)
     expected = X
     for axis in (0, 1, 0, 1):
-        step = map_array(np.cos, step[::-1].T, axis=axis, **run)
-        expected = np.cos(expected[::-1].T)
+        step = map_array(np.square, step[::-1].T, axis=axis, **run)
+        expected = np.square(expected[::-1].T)
         assert last_report().bytes_copied == 0
     items = map_items(lambda x: x * 2, step, **run)
     assert last_report().bytes_copied == 0
