@@ -3,7 +3,7 @@
 Static and dynamic differ in who takes which cell, and in nothing else. Under both, the cells
 of one worker come in ascending order, and a worker looks at the ledger's halt word before
 each. Under dynamic, cells are given out in ascending order over all workers: when one fails,
-all cells below it were taken before, and are finished.
+all cells below it were taken before, and are finished. Cells with a mark are left out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from taskcarrier.ledger import Ledger
+from taskcarrier.ledger import FREE, Ledger
 from taskcarrier.partition import Partition
 
 
@@ -23,11 +23,13 @@ class Static:
 
     def cells(self, ledger: Ledger, worker: int, n_workers: int, n_cells: int) -> Iterator[int]:
         """The cells of one worker, each in its hand when it is yielded."""
+        marks = ledger.marks
         for cell in self.planned(worker, n_workers, n_cells):
             if ledger.halted:
                 return
-            ledger.hold(worker, cell)
-            yield cell
+            if marks is None or marks[cell] == FREE:
+                ledger.hold(worker, cell)
+                yield cell
 
     def planned(self, worker: int, n_workers: int, n_cells: int) -> range:
         """The cells that only this worker will run."""
@@ -43,8 +45,10 @@ class Dynamic:
 
     def cells(self, ledger: Ledger, worker: int, n_workers: int, n_cells: int) -> Iterator[int]:  # noqa: ARG002  # the rules share one signature
         """The cells of one worker, each in its hand when it is yielded."""
+        marks = ledger.marks
         while not ledger.halted and (cell := ledger.claim(worker)) < n_cells:
-            yield cell
+            if marks is None or marks[cell] == FREE:
+                yield cell
 
     def planned(self, worker: int, n_workers: int, n_cells: int) -> range:  # noqa: ARG002  # the rules share one signature
         """No cell belongs to one worker alone."""

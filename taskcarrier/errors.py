@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import signal
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 
 class WorkerDiedError(BrokenProcessPool):
-    """A worker process died with a range in hand.
+    """A worker process died with a range in hand, as often as it was given out again.
 
     The other workers finished what was theirs to do, and later calls get a new worker.
 
@@ -24,6 +24,8 @@ class WorkerDiedError(BrokenProcessPool):
         As in `multiprocessing.Process.exitcode`: negative for a signal.
     in_hand : tuple of int or None
         ``(start, stop)`` of the range it was working on; None if it had none.
+    attempt : int
+        The how-manieth time that range (or a larger one around it) was run.
     missing : list of tuple of int
         Every range without a result, in ascending order.
     partial : object
@@ -37,11 +39,13 @@ class WorkerDiedError(BrokenProcessPool):
         worker: str = "",
         exitcode: int | None = None,
         in_hand: tuple[int, int] | None = None,
+        attempt: int = 1,
     ) -> None:
         super().__init__(message)
         self.worker = worker
         self.exitcode = exitcode
         self.in_hand = in_hand
+        self.attempt = attempt
         self.missing: list[tuple[int, int]] = []
         self.partial: Any = None
 
@@ -82,6 +86,38 @@ class WorkerTracebackError(Exception):
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
+
+
+class _Ended(Protocol):
+    """A worker that died (`taskcarrier.backends.work.Death`)."""
+
+    worker: int
+    name: str
+    exitcode: int | None
+    range: tuple[int, int] | None
+    attempt: int
+
+
+def obituary(death: _Ended, where: str | None) -> str:
+    """How a worker died, and while it did what."""
+    at_work = "between two ranges" if where is None else f"while mapping {where}"
+    tried = f", attempt {death.attempt}" if death.attempt > 1 else ""
+    hint = (
+        "; the kernel kills so when memory runs out, and some libraries crash so"
+        if death.exitcode is not None and death.exitcode < 0
+        else ""
+    )
+    return (
+        f"worker {death.worker} ({death.name}{tried}) {describe_exit(death.exitcode)} "
+        f"{at_work}{hint}"
+    )
+
+
+def death_of(death: _Ended, where: str | None, more: str = "") -> WorkerDiedError:
+    """The error for a death."""
+    return WorkerDiedError(
+        obituary(death, where) + more, death.name, death.exitcode, death.range, death.attempt
+    )
 
 
 def describe_exit(exitcode: int | None) -> str:

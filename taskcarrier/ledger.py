@@ -1,7 +1,7 @@
 """The one shared record of a run: which cell is next, and what each worker has in hand.
 
-A ledger is a cursor and a few words per worker, whatever the number of cells. Workers only
-ever write their own words; nobody takes a lock that a dying worker could keep.
+A ledger is a cursor, a few words per worker and, where workers can die, a byte per cell. Workers
+only ever write their own words; nobody takes a lock that a dying worker could keep.
 
 Claiming a cell. Measured with two claimers contending on a two-core machine, as multiples of the
 first way, which took 0.5 µs on a quiet machine (`python -m bench claims`; medians, smallest to
@@ -24,10 +24,10 @@ claim in 720,000).
 
 Compiled loops claim from a word, by one atomic instruction (10 ns; `taskcarrier.arrays.kernels`).
 
-When a claimer dies. A worker says in its words that it is about to claim, claims, and writes
-down what it got. Killed between the last two, its cell is in nobody's hand; but every worker
-also keeps the sum of the cells it ever claimed, and all cells below the cursor sum up to a
-known number, so the lost one is the difference.
+Marks. Beside the words there is a byte for each cell, which the worker that has finished it sets.
+Whoever dies, wherever in its code, the marks say which cells are still to be run; so a claim that
+nobody has written down is found again, and so is a result that was sent and never arrived. In a
+file they outlive every process (`taskcarrier.arrays.resuming`).
 
 Agreeing. Workers can settle on one value, whoever speaks first (`Ledger.agree`): the first
 record of a file opened for appending. The kernel puts appended records one after the other.
@@ -50,7 +50,7 @@ from taskcarrier.layout import ALIGNMENT, address_of
 _ROW = 8  # 64 bytes: two workers never write one cache line
 _HALTED = 0
 _CURSOR = _ROW  # where compiled loops claim
-_IN_HAND, _CLAIMED, _CLAIMED_SUM, _ITEMS, _ITEM, _RANGES = range(6)
+_IN_HAND, _ITEMS, _ITEM, _RANGES, _SINCE, _AGAIN = range(6)
 
 # For compiled loops: bytes from the first word, and from a worker's row.
 CURSOR_AT = 8 * _CURSOR
@@ -58,6 +58,18 @@ IN_HAND_AT, ITEMS_AT, ITEM_AT, RANGES_AT = (8 * n for n in (_IN_HAND, _ITEMS, _I
 
 _NOTHING = -1  # in hand: no cell
 _CLAIMING = -2  # in hand: about to get one from the cursor
+_AGAIN_BASE = -3  # in hand: this minus the number of a range that was given out again
+
+FREE = 0
+"""Mark of a cell that nobody has finished."""
+DONE = 1
+"""Mark of a cell whose result is where it belongs."""
+SENT = 2
+"""Mark of a cell whose result is on its way to the caller."""
+TAKEN_BACK = 3
+"""Mark of a cell that the caller gives out again, whole or in pieces."""
+OWN_MARKS = 4096
+"""So many cells are marked beside the words; no grid has more by default."""
 
 
 _LENGTH = struct.Struct("<Q")
@@ -205,15 +217,27 @@ class Ledger:
         Gives out the next cell.
     agreement : Agreement
         Where workers settle on a value.
+    own_marks : memoryview, optional
+        `OWN_MARKS` writable bytes that all workers of a run can see.
     """
 
     address: int
     """Where the words lie in memory; only of one that is `addressed`."""
 
-    def __init__(self, words: memoryview | list[int], cursor: Cursor, agreement: Agreement) -> None:
+    marks: memoryview | None = None
+    """A byte for each cell; None where no worker can die and nothing is to be resumed."""
+
+    def __init__(
+        self,
+        words: memoryview | list[int],
+        cursor: Cursor,
+        agreement: Agreement,
+        own_marks: memoryview | None = None,
+    ) -> None:
         self._words = words
         self._cursor = cursor
         self._agreement = agreement
+        self._own_marks = own_marks
 
     @classmethod
     def local(cls, n_workers: int) -> Self:
@@ -238,38 +262,56 @@ class Ledger:
         words = self._words
         words[_HALTED] = 0
         for worker in range(n_workers):
-            row = _row(worker)
-            words[row + _IN_HAND] = _NOTHING
-            for word in (_CLAIMED, _CLAIMED_SUM, _ITEMS, _RANGES):
-                words[row + word] = 0
+            self.begin(worker)
         words[_CURSOR] = 0
         self._cursor.reset()
         self._agreement.reset()
+
+    def begin(self, worker: int) -> None:
+        """Have nothing written down of a worker: it, or one in its place, is about to begin."""
+        row = _row(worker)
+        self._words[row + _IN_HAND] = _NOTHING
+        for word in (_ITEMS, _RANGES, _SINCE, _AGAIN):
+            self._words[row + word] = 0
+
+    def mark_in(self, given: memoryview | None, n_cells: int) -> None:
+        """Where the cells of a run are marked: in bytes that were given, else in its own if any."""
+        own = self._own_marks
+        self.marks = given if given is not None or own is None else own[:n_cells]
 
     # What workers do
 
     def claim(self, worker: int) -> int:
         """Take the next cell off the cursor; it is in the worker's hand from then on."""
         words = self._words
-        row = _row(worker)
-        words[row + _IN_HAND] = _CLAIMING
+        in_hand = _row(worker) + _IN_HAND
+        words[in_hand] = _CLAIMING
         cell = self._cursor.advance()
-        # The order matters to `lost_claim`: the sum is written last, so a worker that dies
-        # in between either has the cell in hand or is still seen as claiming.
-        words[row + _IN_HAND] = cell
-        words[row + _CLAIMED] += 1
-        words[row + _CLAIMED_SUM] += cell
+        words[in_hand] = cell
         return cell
 
     def hold(self, worker: int, cell: int) -> None:
         """Take a cell that is the worker's own by the rule of balance."""
         self._words[_row(worker) + _IN_HAND] = cell
 
+    def hold_again(self, worker: int, number: int) -> None:
+        """Take a range that was given out again to this worker: the one with that number."""
+        self._words[_row(worker) + _IN_HAND] = _AGAIN_BASE - number
+
+    def note_time(self, worker: int, now_ns: int) -> None:
+        """When the worker has begun with what it has in hand."""
+        self._words[_row(worker) + _SINCE] = now_ns
+
     def lay_down(self, worker: int, n_items: int) -> None:
         """The cell in hand is finished: so many items more."""
         row = _row(worker)
         self._words[row + _IN_HAND] = _NOTHING
         self._words[row + _ITEMS] += n_items
+
+    def lay_down_again(self, worker: int, number: int, n_items: int) -> None:
+        """A range that was given out again is finished; the ones before it were earlier."""
+        self._words[_row(worker) + _AGAIN] = number + 1
+        self.lay_down(worker, n_items)
 
     def agree(self, proposal: Any) -> Any:
         """What the workers of this run have settled on: the first proposal of all."""
@@ -318,37 +360,30 @@ class Ledger:
         """What the workers have settled on; None if nobody has proposed anything."""
         return self._agreement.settled()
 
-    def untouched(self, worker: int) -> bool:
-        """Whether the worker has taken no cell at all."""
-        row = _row(worker)
-        return self._words[row + _IN_HAND] == _NOTHING and self._words[row + _ITEMS] == 0
-
     def given_out(self) -> int:
         """Cells below this number were claimed from the cursor."""
         return self._cursor.position()
 
-    def in_hand(self, worker: int, n_workers: int, n_cells: int) -> int | None:
-        """The cell a dead worker had in hand, or None.
+    def in_hand(self, worker: int, n_cells: int) -> int | None:
+        """The cell of the grid that a worker has in hand, or None.
 
-        To be asked when nobody claims any more.
+        Of one that died while it claimed, the cell is told by its mark alone.
         """
         cell = self._words[_row(worker) + _IN_HAND]
-        if cell == _CLAIMING:
-            cell = self._lost_claim(n_workers)
         return cell if 0 <= cell < n_cells else None
 
-    def _lost_claim(self, n_workers: int) -> int:
-        """The one claim that no worker has written down, or `_NOTHING`.
+    def again_in_hand(self, worker: int) -> int | None:
+        """The number of the range in hand, if that was given out again."""
+        held = self._words[_row(worker) + _IN_HAND]
+        return _AGAIN_BASE - held if held <= _AGAIN_BASE else None
 
-        The counts say whether one is missing at all: a worker can also die before its claim.
-        """
-        rows = [_row(worker) for worker in range(n_workers)]
-        given_out = self._cursor.position()
-        if sum(self._words[row + _CLAIMED] for row in rows) == given_out:
-            return _NOTHING
-        return given_out * (given_out - 1) // 2 - sum(
-            self._words[row + _CLAIMED_SUM] for row in rows
-        )
+    def again_done(self, worker: int) -> int:
+        """How many of the ranges given out again to this worker are finished."""
+        return self._words[_row(worker) + _AGAIN]
+
+    def since(self, worker: int) -> int:
+        """When the worker has begun with what it has in hand (ns), 0 if that was not noted."""
+        return self._words[_row(worker) + _SINCE]
 
 
 def _row(worker: int) -> int:

@@ -6,16 +6,18 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Self
 
 from taskcarrier import sequences
 from taskcarrier.arrays.mapping import map_array, map_chunks, map_items
-from taskcarrier.arrays.options import DESCRIPTIONS
+from taskcarrier.arrays.options import DESCRIPTIONS, documented
 from taskcarrier.arrays.reducing import reduce_array
 from taskcarrier.backends.choice import check_backend, check_n_jobs
 from taskcarrier.backends.crews import held_warm
 from taskcarrier.balance import Balance, Dynamic, Static
 from taskcarrier.partition import check_chunksize
+from taskcarrier.recovery import RETRIES, Recovery
 from taskcarrier.report import Report, keep_report
 from taskcarrier.running import Settings
 from taskcarrier.segments import Recycler
@@ -104,12 +106,26 @@ class _Mapper:
         self._report: Report | None = None
 
     def __call__(
-        self, func: Callable[..., Any], seq1: Iterable[Any], *seqs: Iterable[Any]
-    ) -> list[Any]:
+        self,
+        func: Callable[..., Any],
+        seq1: Iterable[Any],
+        *seqs: Iterable[Any],
+        **options: Any,
+    ) -> Any:
         """The same as `map`."""
-        return self.map(func, seq1, *seqs)
+        return self.map(func, seq1, *seqs, **options)
 
-    def map(self, func: Callable[..., Any], seq1: Iterable[Any], *seqs: Iterable[Any]) -> list[Any]:
+    @documented
+    def map(
+        self,
+        func: Callable[..., Any],
+        seq1: Iterable[Any],
+        *seqs: Iterable[Any],
+        timeout: float | None = None,
+        retries: int = RETRIES,
+        retry_on: type[Exception] | tuple[type[Exception], ...] = (),
+        on_error: str = "raise",
+    ) -> Any:
         """Apply a function to the items of one or several sequences, like the built-in `map`.
 
         What is demanded of `func`: for processes, it and the items and results must be
@@ -121,16 +137,24 @@ class _Mapper:
             Called as ``func(item)``, with several sequences ``func(item1, item2, ...)``.
         seq1, *seqs : iterable
             The items. With several, the shortest wins. Generators are used up first.
+        {timeout}
+        {retries}
+        {retry_on}
+        {collect_on_error}
 
         Returns
         -------
         list
-            The results in the order of the items.
+            The results in the order of the items; with ``on_error="collect"`` a tuple of that, with
+            None for items that failed, and a list of `FailedRange`.
 
         Raises
         ------
         WorkerDiedError
-            A worker process died; says which, how and on which items.
+            An item has killed every worker process that ran it; says which item, which worker and
+            how.
+        TimeoutError
+            A range of items took longer than `timeout`.
         Exception
             Whatever `func` raises, with a note that names the item.
 
@@ -140,7 +164,8 @@ class _Mapper:
         >>> SerialMapper()(pow, [2, 3, 4], [5, 2])
         [32, 9]
         """
-        return sequences.mapped(self._settings(), func, (seq1, *seqs), self.chunksize)
+        settings = replace(self._settings(), recovery=Recovery.checked(timeout, retries, retry_on))
+        return sequences.mapped(settings, func, (seq1, *seqs), self.chunksize, on_error)
 
     map_array = _method(map_array)
     map_items = _method(map_items)

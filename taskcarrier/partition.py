@@ -16,10 +16,10 @@ from typing import SupportsIndex, overload
 # second-level cache; `python -m bench sqrt_sin` is the bench (on 256 MB, cells of 0.25 to
 # 2 MiB are within noise of each other, one cell a worker is 1.5 to 2 times slower).
 CELL_NBYTES = 1 << 20
-# At least so many cells, so that 16 workers have some to balance with. Fewer for small arrays: a
-# cell takes about 3 µs of a call that takes 0.2 ms in all (`python -m bench empty`).
+# At least so many cells, so that 16 workers have some to balance with. Fewer for small arrays, one
+# for each of these: a cell takes 3 µs of a call that takes 0.3 ms in all (`python -m bench empty`).
 MIN_CELLS = 128
-MIN_CELLS_SMALL = 32
+MIN_CELLS_SMALL = 16
 # As long as a cell has fewer bytes than this, there are no more cells than `MIN_CELLS_SMALL`.
 SMALL_CELL_NBYTES = 256 << 10
 # With neighbours, a cell is this many times their depth, so that they cost a quarter of it at most;

@@ -11,9 +11,12 @@ from taskcarrier.report import Report
 
 @contextmanager
 def shown(
-    verbosity: int, n_items: int, n_workers: int
+    verbosity: int, n_items: int, n_workers: int, n_before: int = 0
 ) -> Iterator[Callable[[Ledger], None] | None]:
-    """A function to call now and then with the run's ledger; None when nothing is shown."""
+    """A function to call now and then with the run's ledger; None when nothing is shown.
+
+    Of the items, `n_before` were done before the run.
+    """
     if verbosity < 1:
         yield None
         return
@@ -23,10 +26,10 @@ def shown(
         # The bar is refreshed from here; tqdm's own thread would outlive it.
         monitor_interval = 0
 
-    with Bar(total=n_items, unit="item") as bar:
+    with Bar(total=n_items, initial=n_before, unit="item") as bar:
 
         def tick(ledger: Ledger) -> None:
-            bar.update(ledger.items_done(n_workers) - bar.n)
+            bar.update(n_before + ledger.items_done(n_workers) - bar.n)
 
         yield tick
 

@@ -8,10 +8,14 @@ no result; raising is the face's decision, so that it can say it in the face's w
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from taskcarrier import progress
 from taskcarrier.backends import choice as choices
@@ -28,14 +32,16 @@ from taskcarrier.backends.work import (
     Ran,
     Task,
     add_note,
+    outlet_here,
     text_of,
     work,
 )
 from taskcarrier.balance import Balance, Static, get_balance
-from taskcarrier.ledger import Ledger
+from taskcarrier.ledger import OWN_MARKS, Ledger
 from taskcarrier.partition import Grid
+from taskcarrier.recovery import USUAL, Recovery
 from taskcarrier.report import Report, WorkerReport, keep_report
-from taskcarrier.segments import Recycler, Segment, Staging
+from taskcarrier.segments import Recycler, Segment, SharedView, Staging
 
 if TYPE_CHECKING:
     from taskcarrier.errors import WorkerDiedError
@@ -54,14 +60,28 @@ class Settings:
     temp_folder: str | None = None
     recycler: Recycler | None = None
     keep_report: Callable[[Report], None] = keep_report
+    recovery: Recovery = USUAL
 
     @classmethod
-    def of_call(cls, balance: object, n_jobs: object, backend: object) -> Settings:
+    def of_call(
+        cls,
+        balance: object,
+        n_jobs: object,
+        backend: object,
+        *,
+        timeout: object,
+        retries: object,
+        retry_on: object,
+    ) -> Settings:
         """From the arguments of a function; a mapper passes its own settings as `balance`."""
+        recovery = Recovery.checked(timeout, retries, retry_on)
         if isinstance(balance, Settings):
-            return balance
+            return balance if recovery is balance.recovery else replace(balance, recovery=recovery)
         return cls(
-            get_balance(balance), choices.check_n_jobs(n_jobs), choices.check_backend(backend)
+            get_balance(balance),
+            choices.check_n_jobs(n_jobs),
+            choices.check_backend(backend),
+            recovery=recovery,
         )
 
     @property
@@ -80,6 +100,22 @@ class Settings:
         return self.recycler.segment(nbytes, self.folder)
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Marks that an earlier run has left.
+
+    Attributes
+    ----------
+    marks : SharedView
+        A byte for each cell.
+    n_done : int
+        How many cells are marked.
+    """
+
+    marks: SharedView
+    n_done: int
+
+
 @dataclass(eq=False)
 class Outcome:
     """How a run ended.
@@ -89,11 +125,11 @@ class Outcome:
     accounts : list of Account
         Of every worker that reported back, in order.
     failures : list of Failure
-        Ascending by cell.
+        Ascending by range.
     deaths : list of Death
-        Workers that ended by themselves.
-    missing : list of int
-        Cells that no surviving worker has finished though nothing failed, ascending.
+        Workers that ended by themselves and whose ranges were not run by others.
+    missing : list of (int, int)
+        Ranges without a result because of these, ascending.
     report : Report
         For people.
     agreed : object
@@ -103,7 +139,7 @@ class Outcome:
     accounts: list[Account]
     failures: list[Failure]
     deaths: list[Death]
-    missing: list[int]
+    missing: list[tuple[int, int]]
     report: Report
     agreed: Any = None
 
@@ -130,7 +166,10 @@ def execute(
     notes: Sequence[str] = (),
     compiling: float = 0.0,
     sweeps: bool = False,
-    deliver: Deliver = lambda cell, result: None,  # noqa: ARG005  # for tasks that put all in place
+    collects: bool = False,
+    narrows: bool = False,
+    kept: Kept | None = None,
+    deliver: Deliver = lambda start, result: None,  # noqa: ARG005  # for tasks that put all in place
 ) -> Outcome:
     """Run a task over all cells of a grid.
 
@@ -154,14 +193,34 @@ def execute(
         Seconds since then that went into compiling the function.
     sweeps : bool
         Whether the task is compiled and claims by itself, where it runs in threads.
+    collects : bool
+        Whether ranges that fail are delivered as faults (`Parts`); else the first ends the run.
+    narrows : bool
+        Whether the task can run parts of a cell.
+    kept : Kept, optional
+        What an earlier run has finished, which is left out.
     deliver : callable, optional
-        Takes ``(cell, result)`` of every cell whose result is not put in place by the task;
+        Takes ``(start, result)`` of every range whose result is not put in place by the task;
         called from worker threads or from this one.
     """
     n_workers = min(choice.n_jobs, len(grid))
-    balance: Balance = Static() if choice.backend == "sequential" else settings.balance
-    job = Job(task, balance, grid, n_workers, sweeps=sweeps and choice.backend == "threading")
-    with progress.shown(settings.verbosity, grid.n_items, n_workers) as tick:
+    job = Job(
+        task,
+        Static() if choice.backend == "sequential" else settings.balance,
+        grid,
+        n_workers,
+        # Only between ranges it can be seen how long one took, and be marked that it is done.
+        sweeps=sweeps
+        and choice.backend == "threading"
+        and settings.recovery.timeout is None
+        and kept is None,
+        recovery=settings.recovery,
+        collects=collects,
+        narrows=narrows,
+        marks=_marks(grid, choice) if kept is None else kept.marks,
+    )
+    n_before = 0 if kept is None else min(kept.n_done * grid.chunksize, grid.n_items)
+    with progress.shown(settings.verbosity, grid.n_items, n_workers, n_before) as tick:
         if choice.backend == "sequential":
             ran = _run_here(job, deliver, tick)
         elif choice.backend == "threading":
@@ -175,41 +234,89 @@ def execute(
             parcel = pack(job, staging)
             with process_crew(choice.n_jobs) as processes:
                 ran = processes.run(job, parcel, deliver, tick)
-    accounts, deaths = ran.accounts, ran.deaths
-    missing = _missing(job, deaths, ran.given_out)
+    accounts = ran.accounts
     report = _report(
-        job, choice, accounts, staging, notes=notes, compiling=compiling, started_ns=started_ns
+        job,
+        choice,
+        ran,
+        staging,
+        notes=[*notes, *_resumed(kept, grid), *_recovered(ran)],
+        compiling=compiling,
+        started_ns=started_ns,
     )
     settings.keep_report(report)
     progress.log_report(settings.verbosity, report)
-    failures = [account.failure for account in accounts if account.failure is not None]
+    failures = list(ran.failures)
     for account in accounts:
         if account.failure is not None:
             account.failure.worker = account.name
-    failures.sort(key=_by_cell)
+            failures.append(account.failure)
+    failures.sort(key=lambda failure: failure.place)
     done = sum(account.items for account in accounts)
-    if done != grid.n_items and not failures and not deaths:
+    if done != grid.n_items and not failures and not ran.deaths and kept is None:
         raise RuntimeError(
             f"only {done} of {grid.n_items} items were run, though nothing failed; did the "
             "function fork, or write to memory that is not its own?"
         )
-    return Outcome(accounts, failures, deaths, missing, report, ran.agreed)
+    # A filter may make an exception of a warning, which must not take the place of a real one.
+    with suppress(Warning) if failures else nullcontext():
+        _warn_again(accounts)
+    return Outcome(accounts, failures, ran.fatal, ran.missing, report, ran.agreed)
 
 
-def raise_failure(outcome: Outcome, grid: Grid, describe: Describe) -> None:
-    """Raise the failure of the lowest cell, if any, with what is known added as notes."""
+def _warn_again(accounts: list[Account]) -> None:
+    """Give the caller's filters what worker processes have warned of, once."""
+    heard = {one.key: one for account in accounts for one in account.warnings}
+    for one in heard.values():
+        message: Any = one.message  # a text or a warning, as it was given
+        warnings.warn_explicit(message, one.category, one.filename, one.lineno)
+
+
+def _marks(grid: Grid, choice: Choice) -> SharedView | None:
+    """Memory for the marks of more cells than the ledger of a crew has room for."""
+    if choice.backend != "loky" or len(grid) <= OWN_MARKS:
+        return None
+    segment = Segment.create()
+    segment.reserve(len(grid))
+    return SharedView(segment, 0, (len(grid),), (1,), np.dtype(np.uint8))
+
+
+def _resumed(kept: Kept | None, grid: Grid) -> list[str]:
+    """What the report says of an earlier run."""
+    if kept is None or kept.n_done == 0:
+        return []
+    return [f"{kept.n_done} of {len(grid)} ranges were done by an earlier run"]
+
+
+def _recovered(ran: Ran) -> list[str]:
+    """What the report says of workers that died."""
+    if not ran.deaths:
+        return []
+    from taskcarrier.errors import obituary  # noqa: PLC0415  # slow, and rarely needed
+
+    return [
+        obituary(death, None if death.range is None else f"items {death.range[0]}:{death.range[1]}")
+        for death in ran.deaths
+    ]
+
+
+def raise_failure(outcome: Outcome, describe: Describe) -> None:
+    """Raise the failure of the lowest range, if any, with what is known added as notes."""
     if not outcome.failures:
         return
     first, *others = outcome.failures
     error = first.error
-    if first.cell >= 0:
-        add_note(error, f"while mapping {describe(*grid.bounds(first.cell))} ({first.worker})")
+    if first.range is not None:
+        add_note(
+            error,
+            f"while mapping {describe(*first.range)} ({first.worker}, attempt {first.attempt})",
+        )
     for other in others:
-        where = describe(*grid.bounds(other.cell)) if other.cell >= 0 else f"all of {other.worker}"
+        where = f"all of {other.worker}" if other.range is None else describe(*other.range)
         kind = type(other.error).__name__
         add_note(error, f"also failed: {where}: {kind}: {text_of(other.error)}")
     for death in outcome.deaths:
-        add_note(error, f"also, {_obituary(death, grid, describe)}")
+        add_note(error, f"also, {_obituary(death, describe)}")
     try:
         raise error
     finally:
@@ -222,45 +329,32 @@ def raise_failure(outcome: Outcome, grid: Grid, describe: Describe) -> None:
 
 
 def died_error(
-    outcome: Outcome, grid: Grid, describe: Describe, missing: list[int], partial: object
+    outcome: Outcome, describe: Describe, missing: list[tuple[int, int]], partial: object
 ) -> WorkerDiedError:
     """The error for workers that died, with everything the others did finish."""
-    from taskcarrier.errors import WorkerDiedError  # noqa: PLC0415  # slow, and rarely needed
+    from taskcarrier.errors import death_of  # noqa: PLC0415  # slow, and rarely needed
 
     # The lowest range in hand names the error; whoever had none comes last.
     death, *others = sorted(
-        outcome.deaths, key=lambda death: len(grid) if death.cell is None else death.cell
+        outcome.deaths, key=lambda death: (death.range is None, death.range or (0, 0))
     )
-    in_hand = None if death.cell is None else grid.bounds(death.cell)
-    ranges = [grid.bounds(cell) for cell in missing]
-    error = WorkerDiedError(
-        f"{_obituary(death, grid, describe)}; {len(ranges)} of {len(grid)} ranges have no result "
-        "(.missing lists them, .partial holds what the other workers finished)",
-        worker=death.name,
-        exitcode=death.exitcode,
-        in_hand=in_hand,
+    error = death_of(
+        death,
+        None if death.range is None else describe(*death.range),
+        f"; {len(missing)} range{'s' * (len(missing) != 1)} without a result (.missing lists "
+        "them, .partial holds what the other workers finished)",
     )
-    error.missing = ranges
+    error.missing = missing
     error.partial = partial
     for other in others:
-        add_note(error, f"also, {_obituary(other, grid, describe)}")
+        add_note(error, f"also, {_obituary(other, describe)}")
     return error
 
 
-def _obituary(death: Death, grid: Grid, describe: Describe) -> str:
-    from taskcarrier.errors import describe_exit  # noqa: PLC0415  # slow, and rarely needed
+def _obituary(death: Death, describe: Describe) -> str:
+    from taskcarrier.errors import obituary  # noqa: PLC0415  # slow, and rarely needed
 
-    at_work = (
-        "between two ranges"
-        if death.cell is None
-        else f"while mapping {describe(*grid.bounds(death.cell))}"
-    )
-    hint = (
-        "; the kernel kills so when memory runs out, and some libraries crash so"
-        if death.exitcode is not None and death.exitcode < 0
-        else ""
-    )
-    return f"worker {death.worker} ({death.name}) {describe_exit(death.exitcode)} {at_work}{hint}"
+    return obituary(death, None if death.range is None else describe(*death.range))
 
 
 class _WatchedLedger(Ledger):
@@ -280,27 +374,17 @@ def _run_here(job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None)
     else:
         ledger = watched = _WatchedLedger.local(1)
         watched.tick = tick
+    ledger.marks = job.marks_here()
     with limited.open():
-        account = work(job, ledger, 0, deliver)
+        account = work(job, ledger, 0, outlet_here(deliver))
     account.name = "caller"
-    return Ran.read([account], [], ledger)
-
-
-def _missing(job: Job, deaths: list[Death], given_out: int) -> list[int]:
-    if not deaths:
-        return []
-    cells = {death.cell for death in deaths if death.cell is not None}
-    for death in deaths:
-        cells.update(death.unstarted)
-    if job.balance.name == "dynamic":
-        cells.update(range(min(given_out, len(job.grid)), len(job.grid)))
-    return sorted(cells)
+    return Ran.read([account], ledger)
 
 
 def _report(
     job: Job,
     choice: Choice,
-    accounts: list[Account],
+    ran: Ran,
     staging: Staging | None,
     *,
     notes: Sequence[str],
@@ -316,7 +400,7 @@ def _report(
             account.busy_ns / 1e9,
             max(0.0, wall - account.busy_ns / 1e9),
         )
-        for account in accounts
+        for account in ran.accounts
     )
     return Report(
         backend=choice.backend,
@@ -332,7 +416,3 @@ def _report(
         notes=tuple(notes),
         compiling=compiling,
     )
-
-
-def _by_cell(failure: Failure) -> int:
-    return failure.cell

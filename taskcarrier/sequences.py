@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from time import monotonic_ns
 from typing import Any
 
+from taskcarrier.arrays.calls import check_on_error, failed_ranges
 from taskcarrier.arrays.inputs import check_callable
 from taskcarrier.backends.choice import Choice
+from taskcarrier.backends.parts import Fault, Parts
 from taskcarrier.backends.work import Agree, Call, add_note
 from taskcarrier.blocks import Blocks
-from taskcarrier.partition import Grid, list_grid
+from taskcarrier.partition import list_grid
+from taskcarrier.recovery import Retried
 from taskcarrier.running import (
     Settings,
     decide,
@@ -30,24 +33,29 @@ def mapped(
     func: Callable[..., Any],
     sequences: tuple[Iterable[Any], ...],
     chunksize: int | None,
-) -> list[Any]:
+    on_error: str = "raise",
+) -> Any:
     """``list(map(func, *sequences))`` on the workers that `settings` ask for."""
     started_ns = monotonic_ns()
     check_callable(func)
+    collects = check_on_error(on_error, ("raise", "collect")) == "collect"
     items = _gathered(sequences)
     grid = list_grid(len(items), chunksize)
     nothing = Choice("sequential", 1, "there is nothing to map")
     choice = decide(settings, func) if items else nothing
     several = len(sequences) > 1
+    if settings.recovery.retry_on:
+        func = Retried(func, settings.recovery)
+    calls = _Calls(Call(func), several, collects)
     staging = None
     task: _ItemTask | _PackedTask
     if choice.backend == "loky":
         staging = settings.staging()
         blocks = Blocks.pack(lambda start, stop: items[start:stop], grid, staging, _describe)
-        task = _PackedTask(Call(func), blocks, grid.chunksize, several)
+        task = _PackedTask(calls, blocks, grid.chunksize)
     else:
-        task = _ItemTask(func, items, several)
-    done: dict[int, list[Any]] = {}
+        task = _ItemTask(calls, items)
+    done: dict[int, Parts] = {}
     outcome = execute(
         task,
         grid,
@@ -55,14 +63,19 @@ def mapped(
         settings,
         started_ns=started_ns,
         staging=staging,
+        collects=collects,
+        narrows=True,
         deliver=done.__setitem__,
     )
-    raise_failure(outcome, grid, _describe)
-    if outcome.deaths:
-        missing = [cell for cell in range(len(grid)) if cell not in done]
-        if missing:
-            raise died_error(outcome, grid, _describe, missing, _joined(done, grid))
-    return _joined(done, grid)
+    raise_failure(outcome, _describe)
+    results, faults, missing = _joined(done, len(items))
+    if outcome.deaths and missing:
+        raise died_error(outcome, _describe, missing, results)
+    if not collects:
+        return results
+    for start, stop, error in faults:
+        add_note(error, f"while mapping {_describe(start, stop)}")
+    return results, failed_ranges(faults)
 
 
 def _gathered(sequences: tuple[Iterable[Any], ...]) -> Sequence[Any]:
@@ -73,13 +86,27 @@ def _gathered(sequences: tuple[Iterable[Any], ...]) -> Sequence[Any]:
     return only if isinstance(only, (list, tuple, range)) else list(only)
 
 
-def _joined(blocks: dict[int, list[Any]], grid: Grid) -> list[Any]:
-    """The results in order; None for items of blocks that did not come."""
+def _joined(
+    blocks: dict[int, Parts], n_items: int
+) -> tuple[list[Any], list[Fault], list[tuple[int, int]]]:
+    """The results in order, None where there is none; faults; ranges that did not come."""
     results: list[Any] = []
-    for cell in range(len(grid)):
-        start, stop = grid.bounds(cell)
-        results += blocks.get(cell) or [None] * (stop - start)
-    return results
+    faults: list[Fault] = []
+    missing: list[tuple[int, int]] = []
+    for start in [*sorted(blocks), n_items]:
+        if start > len(results):
+            missing.append((len(results), start))
+            results += [None] * (start - len(results))
+        if start < n_items:
+            parts = blocks[start]
+            for where, values in parts.results:
+                assert isinstance(where, slice)  # for the type checker
+                results += values
+            faults += parts.faults
+            # A range on which a worker died has no results of its own.
+            end = max([len(results), *(stop for _, stop, _ in parts.faults)])
+            results += [None] * (end - len(results))
+    return results, faults, missing
 
 
 def _describe(start: int, stop: int) -> str:
@@ -87,18 +114,59 @@ def _describe(start: int, stop: int) -> str:
 
 
 @dataclass(frozen=True, eq=False)
+class _Calls:
+    """How the function is called with items.
+
+    Attributes
+    ----------
+    call : Call
+        The function.
+    several : bool
+        Whether an item is a tuple of arguments.
+    collects : bool
+        Whether errors are collected; else the first one ends the run.
+    """
+
+    call: Call
+    several: bool
+    collects: bool
+
+    def of(self, items: Sequence[Any], start: int) -> Parts:
+        """Results, and what failed, of items from `start` on."""
+        func = self.call.func
+        results: list[Any] = []
+        faults: list[Fault] = []
+        rest = iter(items)
+        while len(results) < len(items):
+            try:
+                if self.several:
+                    for item in rest:
+                        results.append(func(*item))  # noqa: PERF401  # its length names the item that failed
+                else:
+                    for item in rest:
+                        results.append(func(item))  # noqa: PERF401  # likewise
+            except BaseException as error:
+                failed = start + len(results)
+                if not self.collects or not isinstance(error, Exception):
+                    add_note(error, f"func failed on item {failed}")
+                    raise
+                faults.append((failed, failed + 1, error))
+                results.append(None)
+        return Parts([(slice(start, start + len(items)), results)], faults)
+
+
+@dataclass(frozen=True, eq=False)
 class _ItemTask:
     """`func` on items of this process; open already, for it keeps nothing."""
 
-    func: Callable[..., Any]
+    calls: _Calls
     items: Sequence[Any]
-    several: bool
 
     def open(self, agree: Agree) -> _ItemTask:  # noqa: ARG002  # nothing to agree on
         return self
 
-    def __call__(self, start: int, stop: int) -> list[Any]:
-        return _apply(self.func, self.items[start:stop], start, self.several)
+    def __call__(self, start: int, stop: int) -> Parts:
+        return self.calls.of(self.items[start:stop], start)
 
     def facts(self) -> None:
         """Nothing."""
@@ -108,10 +176,9 @@ class _ItemTask:
 class _PackedTask:
     """`func` on blocks of pickled items in shared memory."""
 
-    call: Call
+    calls: _Calls
     blocks: Blocks
     chunksize: int
-    several: bool
 
     def open(self, agree: Agree) -> _PackedItems:  # noqa: ARG002  # nothing to agree on
         return _PackedItems(self)
@@ -124,24 +191,10 @@ class _PackedItems:
         self._task = task
         self._block = task.blocks.open()
 
-    def __call__(self, start: int, stop: int) -> list[Any]:  # noqa: ARG002  # a cell is a block
-        task = self._task
-        return _apply(task.call.func, self._block(start // task.chunksize), start, task.several)
+    def __call__(self, start: int, stop: int) -> Parts:
+        cell, skip = divmod(start, self._task.chunksize)
+        items = self._block(cell)  # a cell is a block; parts of one are run after deaths
+        return self._task.calls.of(items[skip : skip + stop - start], start)
 
     def facts(self) -> None:
         """Nothing."""
-
-
-def _apply(func: Callable[..., Any], items: Sequence[Any], start: int, several: bool) -> list[Any]:
-    results: list[Any] = []
-    try:
-        if several:
-            for item in items:
-                results.append(func(*item))  # noqa: PERF401  # its length names the item that failed
-        else:
-            for item in items:
-                results.append(func(item))  # noqa: PERF401  # likewise
-    except BaseException as error:
-        add_note(error, f"func failed on item {start + len(results)}")
-        raise
-    return results

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "taskcarrier"
 LAYERS = [
     ["errors"],
     ["partition", "report", "layout", "limits"],
-    ["ledger", "segments", "caller_memory"],
+    ["ledger", "recovery", "segments", "caller_memory"],
     ["balance", "mapped_files", "kept_mappings"],
     ["backends"],
     ["blocks"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,11 +32,14 @@ class NpyPlace:
     segment: Segment
 
     def view(self, dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> SharedView:
-        """Where the output lies in the file; there is room for it then."""
-        offset = len(header_of(dtype, shape, order))
+        """Where the output lies in the file; there is room for it then, and its header."""
+        header = header_of(dtype, shape, order)
+        offset = len(header)
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes:
             self.segment.reserve(offset + nbytes)
+        # Before the first result, so that a later run finds out what results are like.
+        self.segment.write(0, memoryview(header))
         strides = contiguous_strides(shape, dtype.itemsize, order)
         return SharedView(self.segment if nbytes else None, offset, shape, strides, dtype)
 
@@ -75,11 +79,44 @@ class Allocation(Protocol):
     def places(self, spec: Spec, outputs: Sequence[Output]) -> list[Place] | None:
         """The whole outputs; None if they cannot lie there. Asked by workers and the caller."""
 
+    def door(self) -> AbstractContextManager[None]:
+        """What a worker holds open while it writes."""
+
+    def close(self) -> None:
+        """The call is over."""
+
+
+class CallIsOverError(Exception):
+    """A worker comes with a result after the call has returned; nobody sees this."""
+
+
+class _Door(AbstractContextManager[None]):
+    """The way of one worker to the output, closed once the call is over."""
+
+    def __init__(self, allocation: LocalAllocation) -> None:
+        self.lock = threading.Lock()
+        self._allocation = allocation
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        if self._allocation.is_closed:
+            self.lock.release()
+            raise CallIsOverError
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
 
 class LocalAllocation:
-    """Outputs in ordinary memory, shared by the threads of this process."""
+    """Outputs in ordinary memory, shared by the threads of this process.
+
+    A thread cannot be stopped: one that is interrupted goes on until its range is done, and may
+    come to its result when the call is long over. It finds its door closed then.
+    """
 
     def __init__(self, n_items: int, order: str) -> None:
+        self.is_closed = False
+        self._doors: list[_Door] = []
         self._n_items = n_items
         self._order: Any = order
         self._lock = threading.Lock()
@@ -99,6 +136,19 @@ class LocalAllocation:
                     self._made.append(place)
             return self._made
 
+    def door(self) -> AbstractContextManager[None]:
+        """What a worker holds open while it writes."""
+        door = _Door(self)
+        self._doors.append(door)
+        return door
+
+    def close(self) -> None:
+        """From now on nothing is written; whoever is just writing is waited for."""
+        self.is_closed = True
+        for door in list(self._doors):
+            with door.lock:
+                pass
+
 
 class SharedAllocation:
     """Outputs in one segment, one after the other, or where they were asked for."""
@@ -116,6 +166,13 @@ class SharedAllocation:
         if end:
             self._segment.reserve(end)
         return places
+
+    def door(self) -> AbstractContextManager[None]:
+        """None is needed: no process outlives the call with a range in hand."""
+        return nullcontext()
+
+    def close(self) -> None:
+        """Nothing, as there are no doors."""
 
     def is_wasteful(self, spec: Spec, outputs: Sequence[Output]) -> bool:
         """Whether results should be copied out: much too large a segment, or scarce descriptors."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from time import monotonic_ns
 from typing import Any
@@ -15,14 +15,18 @@ from taskcarrier.arrays.compiled import Fusion, Row, fused, ready
 from taskcarrier.arrays.halos import Halo, check_halo
 from taskcarrier.arrays.inputs import Inputs, check_callable, check_extras, check_inputs
 from taskcarrier.arrays.outputs import Plan
+from taskcarrier.arrays.resuming import KeptLedger, what_decides
 from taskcarrier.arrays.sources import sources_for_processes, sources_here
 from taskcarrier.arrays.specs import DisagreementError, Spec
 from taskcarrier.arrays.targets import Targets
-from taskcarrier.arrays.tasks import ArrayTask, Fault, Parts
+from taskcarrier.arrays.tasks import ArrayTask
 from taskcarrier.backends.choice import Choice
+from taskcarrier.backends.parts import Fault, Parts
 from taskcarrier.backends.work import Call, Failure, Task, add_note
 from taskcarrier.partition import Grid, check_chunksize, chunk_grid, list_grid
+from taskcarrier.recovery import Retried
 from taskcarrier.running import (
+    Kept,
     Outcome,
     Settings,
     decide,
@@ -101,6 +105,17 @@ class ArrayCall:
         """The same with a function of ours, which gets nothing but chunks."""
         return replace(self, call=Call(func), by_item=False, row=None)
 
+    def kept_ledger(self, path: str, options: Mapping[str, object]) -> KeptLedger:
+        """The ledger beside an output, of this computation; `options` say what else decides it."""
+        words = {
+            "called with": "items" if self.by_item else "chunks",
+            "writable": self.writable,
+            "out_shape": None if self.row is None else self.row.shape,
+            **options,
+        }
+        computes = what_decides(self.call, self.inputs, self.grid, self.halo, words)
+        return KeptLedger(path, len(self.grid), computes)
+
     def in_place(
         self,
         out_axis: int | tuple[int, ...],
@@ -108,24 +123,31 @@ class ArrayCall:
         *,
         promotes: bool,
         fill: Fill,
+        kept: KeptLedger | None = None,
     ) -> tuple[Any, list[Fault]]:
-        """Run with results put in place; what the verb returns, and what failed."""
+        """Run with results put in place; what the verb returns, and what failed.
+
+        With a ledger that is kept, what an earlier run has finished is left as it is.
+        """
         choice = self._choice()
         is_shared = choice.backend == "loky"
+        n_items, order = self.inputs.n_items, self.inputs.order
+        allocation: LocalAllocation | SharedAllocation
+        if is_shared:
+            segment = self.settings.segment(self.inputs.nbytes)
+            allocation = SharedAllocation(segment, n_items, order)
+        else:
+            allocation = LocalAllocation(n_items, order)
         try:
             outputs = targets.outputs(shared=is_shared)
-            n_items, order = self.inputs.n_items, self.inputs.order
-            allocation: LocalAllocation | SharedAllocation
-            if is_shared:
-                segment = self.settings.segment(self.inputs.nbytes)
-                allocation = SharedAllocation(segment, n_items, order)
-            else:
-                allocation = LocalAllocation(n_items, order)
-            plan = Plan(allocation, n_items, out_axis, outputs, promotes, fill)
-            fusion, fusing_ns = self._fused(choice, plan)
+            settled = targets.settled(out_axis, n_items) if targets.goes_on else None
+            n_done = 0 if kept is None else kept.begin(anew=settled is None)
+            plan = Plan(allocation, n_items, out_axis, outputs, promotes, fill, settled)
+            fusion, fusing_ns = self._fused(choice, plan, in_place=kept is not None)
+            kept_marks = None if kept is None else Kept(kept.marks, n_done)
             if fusion is None:
-                outcome, delivered = self._run(choice, plan, fusing_ns)
-                spec = agreed_spec(outcome, self, promotes=promotes)
+                outcome, delivered = self._run(choice, plan, fusing_ns, kept_marks)
+                spec = agreed_spec(outcome, self, promotes=promotes) or settled
             else:
                 outcome, delivered = self._execute(
                     choice,
@@ -133,9 +155,10 @@ class ArrayCall:
                     notes=fusion.notes,
                     compiling_ns=fusing_ns,
                     sweeps=fusion.sweeps,
+                    kept=kept_marks,
                 )
                 spec = fusion.spec
-            raise_failure(outcome, self.grid, self.inputs.describe)
+            raise_failure(outcome, self.inputs.describe)
             faults = self._faults(delivered)
             strays = [result for parts in delivered for result in parts.results]
             if fusion is not None:
@@ -150,6 +173,7 @@ class ArrayCall:
                 return None, faults
             return targets.finish(plan, spec, arrays), faults
         finally:
+            allocation.close()
             targets.discard()
 
     def _check_alive(
@@ -159,12 +183,12 @@ class ArrayCall:
             partial = None
             if arrays is not None and spec is not None:
                 partial = tuple(arrays) if spec.several else arrays[0]
-            raise died_error(outcome, self.grid, self.inputs.describe, outcome.missing, partial)
+            raise died_error(outcome, self.inputs.describe, outcome.missing, partial)
 
     def returned(self) -> tuple[dict[int, Any], list[Fault]]:
         """Run with results for the caller: by the start of their range, and what failed."""
         outcome, delivered = self._run(self._choice(), None)
-        raise_failure(outcome, self.grid, self.inputs.describe)
+        raise_failure(outcome, self.inputs.describe)
         results = {
             where.start: result
             for parts in delivered
@@ -173,11 +197,11 @@ class ArrayCall:
         }
         faults = self._faults(delivered)
         done = results.keys() | {start for start, _, _ in faults}
-        cells = range(len(self.grid))
-        missing = [cell for cell in cells if self.grid.bounds(cell)[0] not in done]
+        ranges = list(map(self.grid.bounds, range(len(self.grid))))
+        missing = [one for one in ranges if one[0] not in done]
         if outcome.deaths and missing:
-            partial = [results.get(self.grid.bounds(cell)[0]) for cell in cells]
-            raise died_error(outcome, self.grid, self.inputs.describe, missing, partial)
+            partial = [results.get(start) for start, _ in ranges]
+            raise died_error(outcome, self.inputs.describe, missing, partial)
         return results, faults
 
     def _choice(self) -> Choice:
@@ -185,9 +209,14 @@ class ArrayCall:
             return Choice("sequential", 1, "there is nothing to map")
         return decide(self.settings, self.call.func, self.extras)
 
-    def _fused(self, choice: Choice, plan: Plan) -> tuple[Fusion | None, int]:
-        """A compiled loop over the items, if there can be one, and how long that took."""
+    def _fused(self, choice: Choice, plan: Plan, *, in_place: bool) -> tuple[Fusion | None, int]:
+        """A compiled loop over the items, if there can be one, and how long that took.
+
+        If it must work `in_place`, not one whose results are cast in the end.
+        """
         if not self.by_item or choice.backend == "loky" or self.inputs.n_items == 0:
+            return None, 0
+        if self.settings.recovery.retry_on:  # which is done around each call
             return None, 0
         begin = monotonic_ns()
         fusion = fused(
@@ -198,10 +227,18 @@ class ArrayCall:
             writable=self.writable,
             collects=self.collects,
         )
+        if fusion is not None and in_place:
+            if fusion.casts:
+                fusion = None
+            elif plan.settled not in {None, fusion.spec}:
+                raise ValueError(
+                    f"func gives {fusion.spec.describe(plan.n_items)}, but the earlier run gave "
+                    f"{plan.settled}; remove its .ledger to begin anew, or choose another out="
+                )
         return fusion, monotonic_ns() - begin
 
     def _run(
-        self, choice: Choice, plan: Plan | None, fusing_ns: int = 0
+        self, choice: Choice, plan: Plan | None, fusing_ns: int = 0, kept: Kept | None = None
     ) -> tuple[Outcome, list[Parts]]:
         in_processes = choice.backend == "loky"
         func = self.call.func if self.row is None else self.row.returned_by(self.call.func)
@@ -221,8 +258,11 @@ class ArrayCall:
             sources, notes = sources_for_processes(self.inputs, self.grid, self.halo, staging)
         else:
             sources = sources_here(self.inputs, self.halo)
+        made = prepared.call
+        if self.settings.recovery.retry_on:
+            made = replace(made, func=Retried(made.func, self.settings.recovery))
         task = ArrayTask(
-            prepared.call,
+            made,
             sources,
             self.inputs.axes,
             self.by_item,
@@ -240,6 +280,8 @@ class ArrayCall:
             notes=notes + prepared.notes,
             compiling_ns=fusing_ns + prepared.compiling_ns,
             staging=staging,
+            narrows=plan is not None and self.halo is None,
+            kept=kept,
         )
 
     def _execute(
@@ -251,6 +293,8 @@ class ArrayCall:
         compiling_ns: int,
         staging: Staging | None = None,
         sweeps: bool = False,
+        narrows: bool = False,
+        kept: Kept | None = None,
     ) -> tuple[Outcome, list[Parts]]:
         delivered: list[Parts] = []
         outcome = execute(
@@ -263,6 +307,9 @@ class ArrayCall:
             notes=notes,
             compiling=compiling_ns / 1e9,
             sweeps=sweeps,
+            collects=self.collects,
+            narrows=narrows,
+            kept=kept,
             deliver=lambda _, parts: delivered.append(parts),
         )
         return outcome, delivered
@@ -275,9 +322,9 @@ class ArrayCall:
         return any(dtype is not None and dtype.hasobject for dtype in dtypes)
 
     def _faults(self, delivered: list[Parts]) -> list[Fault]:
-        faults = sorted(
-            (fault for parts in delivered for fault in parts.faults), key=lambda fault: fault[0]
-        )
+        # By range: one that a worker died on may have come before, and come again.
+        found = {fault[:2]: fault for parts in delivered for fault in parts.faults}
+        faults = [found[where] for where in sorted(found)]
         for start, stop, error in faults:
             add_note(error, f"while mapping {self.inputs.describe(start, stop)}")
         return faults
@@ -300,10 +347,9 @@ def agreed_spec(outcome: Outcome, call: ArrayCall, *, promotes: bool) -> Spec | 
         reference_start, reference, _ = min(firsts, key=lambda first: first[0])
     else:
         reference_start, reference = None, agreed
+    size = call.grid.chunksize
     failures = {
-        start // call.grid.chunksize: Failure(
-            start // call.grid.chunksize, DisagreementError(spec), name
-        )
+        start // size: Failure(call.grid.bounds(start // size), DisagreementError(spec), name)
         for start, spec, name in firsts
         if not reference.agrees(spec, promotes=promotes)
     }
@@ -311,12 +357,12 @@ def agreed_spec(outcome: Outcome, call: ArrayCall, *, promotes: bool) -> Spec | 
     for failure in outcome.failures:
         if isinstance(failure.error, DisagreementError):
             if not reference.agrees(failure.error.spec, promotes=promotes):
-                failures.setdefault(failure.cell, failure)
+                failures.setdefault(failure.place // size, failure)
         else:
             others.append(failure)
     for failure in failures.values():
         failure.error = _worded(failure, reference_start, reference, call)
-    outcome.failures = sorted([*failures.values(), *others], key=lambda failure: failure.cell)
+    outcome.failures = sorted([*failures.values(), *others], key=lambda failure: failure.place)
     return agreed
 
 
@@ -324,7 +370,8 @@ def _worded(
     failure: Failure, reference_start: int | None, reference: Spec, call: ArrayCall
 ) -> BaseException:
     assert isinstance(failure.error, DisagreementError)  # for the type checker
-    start, stop = call.grid.bounds(failure.cell)
+    assert failure.range is not None  # likewise
+    start, stop = failure.range
     if reference_start is None:
         expected = f"{reference.describe(stop - start)} in a worker that has died since"
     else:
@@ -344,3 +391,10 @@ def check_on_error(on_error: object, allowed: tuple[str, ...] = ON_ERROR) -> str
         words = ", ".join(map(repr, allowed))
         raise ValueError(f"on_error must be one of {words}, got {on_error!r}")
     return on_error
+
+
+def failed_ranges(faults: list[Fault]) -> list[Any]:
+    """What is returned of collected errors."""
+    from taskcarrier.errors import FailedRange  # noqa: PLC0415  # slow, and rarely needed
+
+    return [FailedRange(*fault) for fault in faults]

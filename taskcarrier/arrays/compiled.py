@@ -24,8 +24,8 @@ from taskcarrier.arrays.outputs import Plan
 from taskcarrier.arrays.sources import sources_here
 from taskcarrier.arrays.specs import Spec
 from taskcarrier.arrays.targets import Stray
-from taskcarrier.arrays.tasks import Fault
 from taskcarrier.backends.functions import has_own_threads, is_jitted, is_numba_ufunc
+from taskcarrier.backends.parts import Fault
 from taskcarrier.backends.work import Call
 
 _COPIES = "the kernel takes arrays or records that it may write to: it gets private copies"
@@ -209,18 +209,20 @@ class Fusion:
         What the report should say.
     sweeps : bool
         Whether threads may leave claiming to the loop: not if rows must be copied before.
+    casts : bool
+        Whether results are cast in the end, and do not stand in place before.
     """
 
     task: FusedTask
     spec: Spec
     notes: list[str]
     sweeps: bool
+    casts: bool
     _results: list[np.ndarray]
-    _casts: bool
 
     def strays(self, faults: list[Fault]) -> list[Stray]:
         """Results that are not where they belong yet, because they must be cast."""
-        if not self._casts:
+        if not self.casts:
             return []
         for start, stop, _ in faults:  # what was never written may not survive a cast
             for out in self.task.outs:
@@ -290,7 +292,7 @@ def fused(
     )
     notes = [_COPIES] if found.demands.items and not writable else []
     sweeps = not found.demands.items or not any(lie.ndim for lie in lies)
-    return Fusion(task, spec, notes, sweeps, results, casts)
+    return Fusion(task, spec, notes, sweeps, casts, results)
 
 
 def check_row(out_shape: object, dtype: Any, out: Any) -> Row | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
 import os
@@ -137,6 +138,29 @@ def _header_3(facts: str) -> bytes:
     return magic + len(text).to_bytes(4, "little") + text
 
 
+def open_own(path: str) -> int:
+    """A descriptor of an ordinary file that is ours, to read and write it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    PermissionError
+        If it is a link or no ordinary file, or somebody else's.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise PermissionError(errno.EPERM, "a link is not followed", path) from None
+    facts = os.fstat(fd)
+    if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
+        os.close(fd)
+        raise PermissionError(errno.EPERM, "no ordinary file of this user", path)
+    return fd
+
+
 class NpyWriter:
     """A ``.npy`` file in the making: filled beside its place, and renamed when it is complete.
 
@@ -147,24 +171,29 @@ class NpyWriter:
     ----------
     path : str
         Where the file is to be in the end.
+    keeps : bool
+        Whether what there is stays there when the writer is discarded.
+    goes_on : bool
+        Whether to fill the file that an earlier writer has left, if there is one.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, keeps: bool = False, goes_on: bool = False) -> None:
         self.path = os.path.realpath(path)  # the target of a link, not the link
         self.part = self.path + ".part"
+        self._keeps = keeps
         if os.path.isdir(path):
             raise IsADirectoryError(f"out={path!r} is a folder")
-        # What an earlier, killed run has left is of no use; a link or device is not ours to remove.
+        fd = _left_open(self.part) if goes_on else None
+        self.segment = Segment(_new_file(self.part) if fd is None else fd, on_disk=True)
+
+    def header(self) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
+        """What an earlier writer has left says of its dtype and shape; None if it says nothing."""
         try:
-            if not stat.S_ISREG(os.lstat(self.part).st_mode):
-                raise FileExistsError(
-                    f"{self.part} exists and is no ordinary file; remove it first"
-                )
-            os.unlink(self.part)
-        except FileNotFoundError:
-            pass
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self.segment = Segment(os.open(self.part, flags, 0o666), on_disk=True)
+            with open(self.part, "rb") as file:
+                shape, _, dtype = _read_header(file, np.lib.format.read_magic(file))
+        except (OSError, ValueError):
+            return None
+        return (dtype, shape) if not dtype.hasobject else None
 
     def finish(self, array: np.ndarray, header: bytes) -> None:
         """Write the header, and give the file its name."""
@@ -174,8 +203,30 @@ class NpyWriter:
         self.part = ""
 
     def discard(self) -> None:
-        """Remove what is there, unless it was finished."""
-        if self.part:
+        """Remove what is there, unless it was finished or is to be kept."""
+        if self.part and not self._keeps:
             with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
                 os.unlink(self.part)
-            self.part = ""
+        self.part = ""
+
+
+def _left_open(path: str) -> int | None:
+    """What an earlier run has left; None if there is nothing."""
+    try:
+        return open_own(path)
+    except FileNotFoundError:
+        return None
+
+
+def _new_file(path: str) -> int:
+    """A new, empty file in place of what an earlier run has left.
+
+    A link or a device is not ours to remove.
+    """
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise FileExistsError(f"{path} exists and is no ordinary file; remove it first")
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

@@ -16,7 +16,7 @@ import numpy as np
 
 from taskcarrier.arrays.inputs import own_or_read_only
 from taskcarrier.arrays.specs import Spec
-from taskcarrier.arrays.tasks import Parts
+from taskcarrier.backends.parts import Parts
 from taskcarrier.backends.work import NOTHING, Agree, Deliver, Job, add_note
 from taskcarrier.layout import address_of
 from taskcarrier.ledger import Ledger
@@ -99,7 +99,7 @@ class FusedCells:
                 ledger.count(worker, begin - start, finished=begin == end)
                 first = max(first, cell + 1)
         if parts.faults:
-            deliver(parts.faults[0][0] // chunksize, parts)
+            deliver(parts.faults[0][0], parts)
 
     def __call__(self, start: int, stop: int) -> Any:
         """Run one range, with private copies if the kernel wants them."""

@@ -537,6 +537,8 @@ def _compiled(
         within.append(f"kernel({', '.join(arguments)})")
     else:
         within.append(f"value = kernel({', '.join(arguments)})")
+        # The call may have been interrupted meanwhile; nothing is written any more then.
+        within += ["if load(words) != 0:", "    return"]
         within += [
             f"{target} = value[{n}]" if found.several else f"{target} = value"
             for n, target in enumerate(targets)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from taskcarrier.arrays.calls import ArrayCall, check_on_error
+from taskcarrier.arrays.calls import ArrayCall, check_on_error, failed_ranges
 from taskcarrier.arrays.casting import Fill
 from taskcarrier.arrays.compiled import check_row
 from taskcarrier.arrays.options import documented
 from taskcarrier.arrays.outputs import check_out_axis
+from taskcarrier.arrays.resuming import KeptLedger
 from taskcarrier.arrays.targets import Targets, check_targets
-from taskcarrier.arrays.tasks import Fault
 from taskcarrier.backends.work import add_note
+from taskcarrier.recovery import RETRIES
 from taskcarrier.running import Settings
 
 
@@ -44,8 +45,12 @@ def map_array(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     writable: bool = False,
+    timeout: float | None = None,
+    retries: int = RETRIES,
+    retry_on: type[Exception] | tuple[type[Exception], ...] = (),
     on_error: str = "raise",
     fill_value: Any = UNSET,
+    resume: bool = False,
 ) -> Any:
     """Map a function over chunks of arrays on every core, results in place.
 
@@ -81,8 +86,12 @@ def map_array(
     {args}
     {kwargs}
     {writable}
+    {timeout}
+    {retries}
+    {retry_on}
     {on_error}
     {fill_value}
+    {resume}
 
     Returns
     -------
@@ -96,7 +105,9 @@ def map_array(
         Bad arguments, before anything is started; results of a wrong length, or of different
         dtypes or shapes, with both values.
     WorkerDiedError
-        A worker process died; says which, how and on which range.
+        A range has killed every worker process that ran it; says which range, which worker and how.
+    TimeoutError
+        A range took longer than `timeout`.
     Exception
         Whatever `func` raises, with a note that names the range.
 
@@ -116,7 +127,9 @@ def map_array(
            [-1.,  0.,  1.],
            [-1.,  0.,  1.]])
     """
-    settings = Settings.of_call(balance, n_jobs, backend)
+    settings = Settings.of_call(
+        balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=retry_on
+    )
     rule = check_on_error(on_error)
     call = ArrayCall.checked(
         settings,
@@ -134,7 +147,7 @@ def map_array(
     )
     where = check_out_axis(out_axis, axis)
     targets = check_targets(out, dtype, where, call.inputs, call.extras)
-    return _in_place(call, where, targets, rule, fill_value, promotes=False)
+    return _in_place(call, where, targets, rule, fill_value, promotes=False, resume=resume)
 
 
 @documented
@@ -153,8 +166,12 @@ def map_items(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     writable: bool = False,
+    timeout: float | None = None,
+    retries: int = RETRIES,
+    retry_on: type[Exception] | tuple[type[Exception], ...] = (),
     on_error: str = "raise",
     fill_value: Any = UNSET,
+    resume: bool = False,
 ) -> Any:
     """Map a function over the items of arrays on every core, results stacked.
 
@@ -191,8 +208,12 @@ def map_items(
     {args}
     {kwargs}
     {writable}
+    {timeout}
+    {retries}
+    {retry_on}
     {on_error}
     {fill_value}
+    {resume}
 
     Returns
     -------
@@ -206,7 +227,9 @@ def map_items(
         Bad arguments, before anything is started; values of different shapes, or that are no
         arrays or numbers (``dtype=object`` collects any object).
     WorkerDiedError
-        A worker process died; says which, how and on which range.
+        A range has killed every worker process that ran it; says which range, which worker and how.
+    TimeoutError
+        A range took longer than `timeout`.
     Exception
         Whatever `func` raises, with a note that names the item.
 
@@ -217,7 +240,9 @@ def map_items(
     >>> map_items(lambda row: row.max() - row.min(), np.arange(6).reshape(2, 3), n_jobs=2)
     array([2, 2])
     """
-    settings = Settings.of_call(balance, n_jobs, backend)
+    settings = Settings.of_call(
+        balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=retry_on
+    )
     rule = check_on_error(on_error)
     row = check_row(out_shape, dtype, out)
     call = ArrayCall.checked(
@@ -239,7 +264,8 @@ def map_items(
         nothing = targets.like_nothing() if row is None else row.none(where)
         call = call.calling(lambda *_: nothing)
         where = where if targets.entries or row else 0
-    return _in_place(call, where, targets, rule, fill_value, promotes=not targets.knows_dtypes)
+    promotes = not targets.knows_dtypes and not resume
+    return _in_place(call, where, targets, rule, fill_value, promotes=promotes, resume=resume)
 
 
 @documented
@@ -257,6 +283,9 @@ def map_chunks(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     writable: bool = False,
+    timeout: float | None = None,
+    retries: int = RETRIES,
+    retry_on: type[Exception] | tuple[type[Exception], ...] = (),
     on_error: str = "raise",
 ) -> Any:
     """Call a function with every chunk of arrays, on every core; a list of what it returns.
@@ -283,6 +312,9 @@ def map_chunks(
     {args}
     {kwargs}
     {writable}
+    {timeout}
+    {retries}
+    {retry_on}
     {collect_on_error}
 
     Returns
@@ -296,7 +328,9 @@ def map_chunks(
     TypeError, ValueError, numpy.exceptions.AxisError
         Bad arguments, before anything is started.
     WorkerDiedError
-        A worker process died; says which, how and on which range.
+        A range has killed every worker process that ran it; says which range, which worker and how.
+    TimeoutError
+        A range took longer than `timeout`.
     Exception
         Whatever `func` raises, with a note that names the range.
 
@@ -307,7 +341,9 @@ def map_chunks(
     >>> map_chunks(np.ndarray.tolist, np.arange(5), chunksize=2, n_jobs=2)
     [[0, 1], [2, 3], [4]]
     """
-    settings = Settings.of_call(balance, n_jobs, backend)
+    settings = Settings.of_call(
+        balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=retry_on
+    )
     rule = check_on_error(on_error, ("raise", "collect"))
     call = ArrayCall.checked(
         settings,
@@ -325,7 +361,7 @@ def map_chunks(
     )
     results, faults = call.returned()
     ordered = [results.get(call.grid.bounds(cell)[0]) for cell in range(len(call.grid))]
-    return (ordered, _failed_ranges(faults)) if rule == "collect" else ordered
+    return (ordered, failed_ranges(faults)) if rule == "collect" else ordered
 
 
 def _in_place(
@@ -336,15 +372,23 @@ def _in_place(
     fill_value: object,
     *,
     promotes: bool,
+    resume: bool,
 ) -> Any:
     fill = Fill(fill_value is not UNSET, fill_value, rule == "fill")
     if fill.is_given and rule == "raise":
         raise ValueError("fill_value has no meaning unless on_error is 'fill' or 'collect'")
     for dtype in targets.known_dtypes:
         fill.of(dtype)
-    result, faults = call.in_place(out_axis, targets, promotes=promotes, fill=fill)
+    kept = _kept_ledger(call, out_axis, targets) if resume else None
+    try:
+        result, faults = call.in_place(out_axis, targets, promotes=promotes, fill=fill, kept=kept)
+        if kept is not None and result is not None:
+            kept.remove()
+    finally:
+        if kept is not None:
+            kept.close()
     if rule == "collect":
-        return result, _failed_ranges(faults)
+        return result, failed_ranges(faults)
     if result is None:
         error = faults[0][2]
         add_note(error, "every item failed, so the shape of the result is not known")
@@ -352,7 +396,11 @@ def _in_place(
     return result
 
 
-def _failed_ranges(faults: list[Fault]) -> list[Any]:
-    from taskcarrier.errors import FailedRange  # noqa: PLC0415  # slow, and rarely needed
-
-    return [FailedRange(*fault) for fault in faults]
+def _kept_ledger(call: ArrayCall, out_axis: int | tuple[int, ...], targets: Targets) -> KeptLedger:
+    """The ledger beside the first output; the targets know then what to go on with."""
+    if not targets.paths or len(targets.paths) != len(targets.entries or ()):
+        raise ValueError("resume=True needs out= as a path that ends in .npy (or several of them)")
+    options = {"out_axis": out_axis, "outputs": len(targets.paths), "dtype": targets.dtypes}
+    kept = call.kept_ledger(targets.paths[0], options)
+    targets.keeps, targets.goes_on = True, not kept.is_new
+    return kept

@@ -36,7 +36,7 @@ backend : {"sequential", "threading", "loky", "multiprocessing"}, optional
 chunksize : int, optional
     Items for each range, the last may be shorter. It is part of the computation where an
     item's arithmetic depends on its neighbours in the call. Default: about 1 MiB of input,
-    but at least 32 to 128 (by size) and at most 4096 ranges; with `depth` eight times that, if
+    but at least 16 to 128 (by size) and at most 4096 ranges; with `depth` eight times that, if
     it leaves eight ranges. It depends on shape, dtype and `depth` only.
 item_chunksize : int, optional
     Items for each range that a worker takes, the last may be shorter. Results do not depend
@@ -86,9 +86,29 @@ collect_on_error : {"raise", "collect"}, default "raise"
     What becomes of an exception in `func`. Raise: the run ends with it. Collect: the run goes
     on, and ``(results, failures)`` is returned, where ``failures`` is a list of
     `FailedRange` ``(start, stop, error)`` in ascending order, and ``results`` has None there.
+timeout : float, optional
+    Seconds that one range may take; then there is a `TimeoutError` that names it. A worker process
+    is killed for it. In threads and in the caller, where nothing can be stopped, the range is run
+    to its end first. Default: any time.
+retries : int, default 2
+    How often a range is run again after the worker process that had it in hand has died; after
+    that, it is cut into halves until the item that kills is found (a chunk with `depth` is not
+    cut). So `func` may be called several times for an item. 0: never again, for a `func` with
+    side effects.
+retry_on : exception type or tuple of types, optional
+    Exceptions after which `func` is called again, up to `retries` times, with the same chunk or
+    item. A `TimeoutError` is a range that took too long. Default: none; exceptions are final.
 fill_value : scalar, optional
     What stands where `func` failed; must be a value of the result's dtype. Default: NaN, NaT or
     None; for ``"fill"`` with a dtype that has none of these it must be given.
+resume : bool, default False
+    Whether to go on where an earlier call has ended, however it ended, and to have it so that a
+    later one can. Needs `out` as a path (or several): beside ``Y.npy.part`` a file
+    ``Y.npy.ledger`` says which ranges are done; both stay when the call fails, and go when the
+    output is complete. The other call must have computed the same, or it is refused with what
+    differs: the same function (its code, not that of functions it calls), arguments, arrays (files
+    by size and time of change), `chunksize` and options; `n_jobs`, `backend` and `balance` may
+    differ. Items must give one dtype.
 """
 
 

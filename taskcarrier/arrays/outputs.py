@@ -50,6 +50,8 @@ class Plan:
         Whether results of different dtypes promote, or disagree.
     fill : Fill
         What is to stand where func failed.
+    settled : Spec or None
+        What results must be like, where an earlier run has settled on that.
     """
 
     allocation: LocalAllocation | SharedAllocation
@@ -58,6 +60,7 @@ class Plan:
     outputs: Output | tuple[Output, ...] = ANY
     promotes: bool = False
     fill: Fill = NO_FILL
+    settled: Spec | None = None
 
     @property
     def asks_for_objects(self) -> bool:
@@ -113,6 +116,7 @@ class Sink:
     def __init__(self, plan: Plan, agree: Agree) -> None:
         self._plan = plan
         self._agree = agree
+        self._door = plan.allocation.door()
         self._spec: Spec | None = None
         self._dtypes: list[np.dtype[Any]] = []
         self._writers: list[Writer] | None = None
@@ -138,7 +142,8 @@ class Sink:
             and result.dtype == self._dtype
             and margins == _NO_MARGINS
         ):
-            self._put(start, stop, result)
+            with self._door:
+                self._put(start, stop, result)
             return None
         results = self.checked(start, length, result, margins)
         dtypes = [one.dtype for one in results]
@@ -148,8 +153,9 @@ class Sink:
             self._put = self._writers[0].put
             self._dtype = results[0].dtype
             self._shapes[length] = results[0].shape
-        for writer, one in zip(self._writers, results, strict=True):
-            writer.put(start, stop, one)
+        with self._door:
+            for writer, one in zip(self._writers, results, strict=True):
+                writer.put(start, stop, one)
         return None
 
     def checked(
@@ -170,7 +176,7 @@ class Sink:
     def _settle(self, start: int, spec: Spec) -> None:
         self.first = (start, spec)
         self._plan.check(spec)
-        settled: Spec = self._agree(spec)
+        settled: Spec = self._agree(self._plan.settled or spec)
         self._spec = settled
         self._dtypes = [dtype for dtype, _ in settled.parts]
         outputs = self._plan.outputs_for(len(settled.parts))

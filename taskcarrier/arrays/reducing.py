@@ -11,6 +11,7 @@ from taskcarrier.arrays.inputs import check_callable
 from taskcarrier.arrays.mapping import UNSET
 from taskcarrier.arrays.options import documented
 from taskcarrier.backends.work import add_note
+from taskcarrier.recovery import RETRIES
 from taskcarrier.running import Settings
 
 
@@ -31,6 +32,9 @@ def reduce_array(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     writable: bool = False,
+    timeout: float | None = None,
+    retries: int = RETRIES,
+    retry_on: type[Exception] | tuple[type[Exception], ...] = (),
 ) -> Any:
     """Reduce arrays on every core: a partial result for every chunk, folded in order.
 
@@ -65,6 +69,9 @@ def reduce_array(
     {args}
     {kwargs}
     {writable}
+    {timeout}
+    {retries}
+    {retry_on}
 
     Returns
     -------
@@ -77,7 +84,9 @@ def reduce_array(
     TypeError, ValueError, numpy.exceptions.AxisError
         Bad arguments, before anything is started; arrays without items and no `initial`.
     WorkerDiedError
-        A worker process died; says which, how and on which range.
+        A range has killed every worker process that ran it; says which range, which worker and how.
+    TimeoutError
+        A range took longer than `timeout`.
     Exception
         Whatever `func` or `combine` raises, with a note that names the range.
 
@@ -90,7 +99,9 @@ def reduce_array(
     >>> reduce_array(lambda rows: (rows**2).sum(axis=0), X, combine=operator.add, n_jobs=2)
     array([20., 35.])
     """
-    settings = Settings.of_call(balance, n_jobs, backend)
+    settings = Settings.of_call(
+        balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=retry_on
+    )
     check_callable(combine, "combine")
     call = ArrayCall.checked(
         settings,

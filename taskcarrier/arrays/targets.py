@@ -22,15 +22,13 @@ from taskcarrier.arrays.files import NpyWriter, check_path, header_of, load
 from taskcarrier.arrays.inputs import Inputs, normalize_axis
 from taskcarrier.arrays.outputs import Plan
 from taskcarrier.arrays.specs import Spec
+from taskcarrier.backends.parts import Where
 from taskcarrier.backends.work import add_note
 from taskcarrier.layout import has_internal_overlap
 from taskcarrier.mapped_files import file_of, located, region
 
 # How hard to look whether two interleaved views share an item; arbitrary.
 _MAX_WORK: Any = 10_000
-
-Where = slice | np.ndarray
-"""Items along the mapped axis."""
 
 Stray = tuple[Where, list[np.ndarray]]
 """Results that could not be put in place by the worker."""
@@ -50,12 +48,17 @@ class Targets:
         Whether it does so for each result, and not for every one.
     is_several : bool
         Whether either is a tuple.
+    keeps, goes_on : bool
+        Whether files in the making stay when the run fails; whether they are those that an earlier
+        run has left.
     """
 
     entries: tuple[np.ndarray | str, ...] | None = None
     dtypes: tuple[np.dtype[Any] | None, ...] | None = None
     several_dtypes: bool = False
     is_several: bool = False
+    keeps: bool = False
+    goes_on: bool = False
     _writers: dict[int, NpyWriter] = field(default_factory=dict)
 
     @property
@@ -105,11 +108,34 @@ class Targets:
         self, number: int, entry: np.ndarray | str, dtype: np.dtype[Any] | None, *, shared: bool
     ) -> Output:
         if isinstance(entry, str):
-            writer = self._writers[number] = NpyWriter(entry)
+            writer = NpyWriter(entry, keeps=self.keeps, goes_on=self.goes_on)
+            self._writers[number] = writer
             return Output(dtype, None, NpyPlace(writer.segment))
         # An array in ordinary memory is filled at the end, from the memory that workers share.
         place = located(entry, writable=True) if shared else entry
         return Output(entry.dtype, entry.shape, place)
+
+    @property
+    def paths(self) -> list[str]:
+        """The files that are asked for."""
+        return [os.path.realpath(entry) for entry in self.entries or () if isinstance(entry, str)]
+
+    def settled(self, out_axis: int | tuple[int, ...], n_items: int) -> Spec | None:
+        """What results are like that an earlier run has left; None if there are none such."""
+        headers = [writer.header() for writer in self._writers.values()]
+        axes = out_axis if isinstance(out_axis, tuple) else (out_axis,) * len(headers)
+        parts = []
+        places = []
+        for header, wanted in zip(headers, axes, strict=True):
+            if header is None:
+                return None
+            dtype, shape = header
+            axis = wanted % len(shape) if shape else 0
+            if not shape or shape[axis] != n_items:
+                return None
+            parts.append((dtype, shape[:axis] + shape[axis + 1 :]))
+            places.append(axis)
+        return Spec(tuple(parts), tuple(places), self.is_several)
 
     def filled(
         self, plan: Plan, spec: Spec, strays: Sequence[Stray], holes: Sequence[tuple[int, int]]

@@ -22,58 +22,12 @@ from taskcarrier.arrays.outputs import Plan, Sink
 from taskcarrier.arrays.sources import Source
 from taskcarrier.arrays.specs import Spec
 from taskcarrier.arrays.stacking import Mixed, stacked
-from taskcarrier.arrays.targets import Where
+from taskcarrier.backends.parts import Fault, Parts, Where
 from taskcarrier.backends.work import NOTHING, Agree, Call, add_note
 from taskcarrier.segments import trim_files
 
 # After so many bytes of chunks a worker lets go of the files it has mapped; arbitrary.
 _TRIM_NBYTES = 32 << 20
-
-Fault = tuple[int, int, BaseException]
-"""``(start, stop, error)`` of a range that failed."""
-
-
-@dataclass(eq=False)
-class Parts:
-    """What of a cell is for the caller.
-
-    Attributes
-    ----------
-    results : list of (slice or ndarray of int, object)
-        Items whose results were not put in place, and the results.
-    faults : list of (int, int, Exception)
-        ``(start, stop, error)`` of ranges that failed.
-    """
-
-    results: list[tuple[Where, Any]]
-    faults: list[Fault]
-    _packed: list[tuple[int, int, bytes]] | None = None
-
-    def __reduce__(self) -> Any:
-        # Exceptions need care on their way to the caller.
-        from taskcarrier.backends.parcels import pack_error  # noqa: PLC0415  # loads joblib
-
-        if self._packed is None:  # pickling may be tried twice
-            self._packed = [(start, stop, pack_error(error)) for start, stop, error in self.faults]
-            # Tracebacks refer to frames, frames to their callers, and these to the errors and to
-            # chunks: the worker would hold on to shared memory until the next garbage collection.
-            for _, _, error in self.faults:
-                _forget_tracebacks(error)
-        return _unpacked_parts, (self.results, self._packed)
-
-
-def _forget_tracebacks(error: BaseException | None) -> None:
-    while error is not None and error.__traceback__ is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
-
-
-def _unpacked_parts(
-    results: list[tuple[Where, Any]], packed: list[tuple[int, int, bytes]]
-) -> Parts:
-    from taskcarrier.backends.parcels import unpack_error  # noqa: PLC0415  # loads joblib
-
-    return Parts(results, [(start, stop, unpack_error(error)) for start, stop, error in packed])
 
 
 @dataclass(frozen=True, eq=False)

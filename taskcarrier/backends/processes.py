@@ -19,53 +19,31 @@ can be held open by a process that the worker forked.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import mmap
 import os
-import pickle
-import select
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import process as multiprocessing_process
 from multiprocessing.connection import Connection
-from typing import Any
 
 from joblib.externals.loky.backend import get_context
 
-from taskcarrier import caller_memory, kept_mappings
-from taskcarrier.backends.inner import inner_environment, serial_joblib
-from taskcarrier.backends.parcels import (
-    Channel,
-    Parcel,
-    pack_error,
-    pack_items,
-    unpack,
-    unpack_error,
-    unpack_items,
-)
+from taskcarrier import caller_memory
+from taskcarrier.backends.inner import inner_environment
+from taskcarrier.backends.parcels import Channel, Parcel
+from taskcarrier.backends.process_runs import ProcessRun
 from taskcarrier.backends.threads import TICK
-from taskcarrier.backends.work import (
-    Account,
-    Death,
-    Deliver,
-    Failure,
-    Job,
-    Ran,
-    add_note,
-    mark_worker_process,
-    work,
+from taskcarrier.backends.work import Deliver, Job, Ran
+from taskcarrier.backends.worker_process import is_readable, ledger_over, worker_main
+from taskcarrier.ledger import (
+    OWN_MARKS,
+    FileAgreement,
+    FileCursor,
+    Ledger,
+    ledger_nbytes,
 )
-from taskcarrier.ledger import FileAgreement, FileCursor, Ledger, ledger_nbytes
 
-# Results that are not put in place travel in batches: when this many bytes or seconds have
-# come together. Both are arbitrary within an order of magnitude.
-_BATCH_NBYTES = 1 << 20
-_BATCH_SECONDS = 0.02
-# How long an interrupted run waits for a worker to finish its cell before it is killed.
-_GRACE_SECONDS = 0.5
 # How long an idle worker has for its own exit hooks before it is killed.
 _EXIT_SECONDS = 5.0
 
@@ -75,11 +53,8 @@ _EXIT_SECONDS = 5.0
 # keep up to this much instead. Other allocators ignore the variables.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(32 << 20)}
 
-_RESULTS, _ACCOUNT = b"R", b"A"
-_KEPT, _FREE = b"K", b"F"
 
-
-class _Worker:
+class WorkerProcess:
     """A worker process as the caller sees it."""
 
     def __init__(self, number: int, environment: dict[str, str], fds: list[int]) -> None:
@@ -92,7 +67,7 @@ class _Worker:
             ours.callback(os.close, self._life)
             life = theirs.enter_context(Connection(life_end, writable=False))
             self.process = get_context("loky").Process(
-                target=_worker_main,
+                target=worker_main,
                 name=f"taskcarrier-{number}",
                 args=(number, down, life),
                 env=environment,
@@ -115,9 +90,11 @@ class _Worker:
 
     @property
     def alive(self) -> bool:
-        return not _is_readable(self.pidfd)
+        """Whether it has not ended."""
+        return not is_readable(self.pidfd)
 
     def kill(self) -> None:
+        """End it now."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
@@ -152,14 +129,14 @@ class ProcessCrew:
         # What the user has set for the allocator stays.
         allocator = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
         self._environment = inner_environment() | allocator
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, WorkerProcess] = {}
         self._fds: list[int] = []
         try:
             self._fds.append(os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC))
-            os.ftruncate(self._fds[0], ledger_nbytes(n))
+            os.ftruncate(self._fds[0], ledger_nbytes(n) + OWN_MARKS)
             self._fds.append(FileCursor.create())
             self._fds.append(FileAgreement.create())
-            self._ledger = _ledger_over(*self._fds)
+            self._ledger = ledger_over(*self._fds)
             memory_fd = caller_memory.opened()
         except BaseException:
             self._close_files()
@@ -167,13 +144,13 @@ class ProcessCrew:
         if memory_fd is not None:
             self._fds.append(memory_fd)
 
-    def _living(self, number: int) -> _Worker:
+    def _living(self, number: int) -> WorkerProcess:
         """A worker: the one there is, or a new one if none was needed yet or it is dead."""
         worker = self._workers.get(number)
         if worker is not None and worker.pidfd >= 0 and not worker.alive:
             worker.reap()
         if worker is None or worker.pidfd < 0:
-            worker = self._workers[number] = _Worker(number, self._environment, self._fds)
+            worker = self._workers[number] = WorkerProcess(number, self._environment, self._fds)
         return worker
 
     def run(
@@ -185,29 +162,31 @@ class ProcessCrew:
     ) -> Ran:
         """Run a packed job to its end; accounts in the order of the workers.
 
-        A worker that dies leaves its cells; the others work on. When interrupted, workers
-        stop at their next cell, and those that do not come to it soon are killed.
+        When interrupted, workers stop at their next cell, and those that do not come to it soon
+        are killed.
         """
         workers = [self._living(number) for number in range(job.n_workers)]
         ledger = self._ledger
         ledger.reset(job.n_workers)
-        run = _Run(ledger, deliver, parcel, self._living)
+        ledger.mark_in(job.marks_here(), len(job.grid))
+        if job.marks is None and ledger.marks is not None:
+            ledger.marks[:] = bytes(len(job.grid))
+        run = ProcessRun(job, ledger, deliver, parcel, self._living)
         try:
             for number, worker in enumerate(workers):
                 run.start(number, worker)
-            while run.at_work:
+            while run.goes_on():
                 run.step(None if tick is None else TICK)
                 if tick is not None:
                     tick(ledger)
+            return run.ran()
         finally:
             if run.at_work:
                 run.abort()
             if run.memory_kept:
                 for segment in parcel.segments:
                     segment.retire()
-        deaths = [_death(number, run.died[number], job, ledger) for number in sorted(run.died)]
-        accounts = [run.accounts[number] for number in sorted(run.accounts)]
-        return Ran.read(accounts, deaths, ledger)
+            ledger.marks = None
 
     def close(self, *, wait: bool = True) -> None:
         """End the workers; they are idle."""
@@ -219,7 +198,7 @@ class ProcessCrew:
         deadline = time.monotonic() + _EXIT_SECONDS
         for worker in workers:
             left = max(0.0, deadline - time.monotonic())
-            if not _is_readable(worker.pidfd, left):
+            if not is_readable(worker.pidfd, left):
                 worker.kill()
             worker.reap()
         self._close_files()
@@ -236,130 +215,6 @@ class ProcessCrew:
             os.close(fd)
 
 
-class _Run:
-    """The caller's side of one run: who is at work, what has come back."""
-
-    def __init__(
-        self,
-        ledger: Ledger,
-        deliver: Deliver,
-        parcel: Parcel,
-        living: Callable[[int], _Worker],
-    ) -> None:
-        self._ledger = ledger
-        self._deliver = deliver
-        self._parcel = parcel
-        self._living = living
-        self._replaced: set[int] = set()
-        self._poll = select.poll()
-        self._by_fd: dict[int, tuple[int, _Worker]] = {}
-        self.at_work: dict[int, _Worker] = {}
-        self.accounts: dict[int, Account] = {}
-        self.died: dict[int, tuple[_Worker, int | None]] = {}
-        self._unreadable: dict[int, Failure] = {}
-        self.memory_kept = False
-
-    def start(self, number: int, worker: _Worker) -> None:
-        self.at_work[number] = worker
-        for fd in (worker.channel.fileno(), worker.pidfd):
-            self._by_fd[fd] = (number, worker)
-            self._poll.register(fd, select.POLLIN)
-        # A worker that is just dying is seen by its descriptor.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            worker.channel.send(self._parcel.data, self._parcel.fds)
-
-    def step(self, seconds: float | None) -> None:
-        """Wait for something to happen, and take it in."""
-        events = self._poll.poll(None if seconds is None else seconds * 1e3)
-        ended = []
-        for fd, _ in events:
-            number, worker = self._by_fd[fd]
-            if fd == worker.pidfd:
-                ended.append((number, worker))
-            elif not self._take_in(number, worker):
-                # The stream has ended; the process's own descriptor tells the rest.
-                self._poll.unregister(fd)
-        for number, worker in ended:
-            if number in self.at_work:
-                self._take_in(number, worker)  # what it sent before it died
-            if number in self.at_work:
-                self._leave(number, worker)
-                exitcode = worker.reap()
-                if self._ledger.untouched(number) and number not in self._replaced:
-                    # It was dying when the run began, and the function has seen nothing of it.
-                    self._replaced.add(number)
-                    self.start(number, self._living(number))
-                else:
-                    self.died[number] = (worker, exitcode)
-
-    def abort(self) -> None:
-        """Stop: workers at their next cell, or soon by force."""
-        self._ledger.halt()
-        deadline = time.monotonic() + _GRACE_SECONDS
-        try:
-            while self.at_work and (left := deadline - time.monotonic()) > 0:
-                self.step(left)
-        finally:
-            for worker in self.at_work.values():
-                worker.kill()
-                worker.reap()
-            self.at_work.clear()
-
-    def _take_in(self, number: int, worker: _Worker) -> bool:
-        messages, open_ = worker.channel.ready()
-        for message in messages:
-            if message[:1] == _RESULTS:
-                for cell, packed in pickle.loads(message[1:]):
-                    self._unpack_result(number, worker, cell, packed)
-            else:
-                account = _account_from(message[2:])
-                self.memory_kept |= message[1:2] == _KEPT
-                account.name = worker.name
-                account.failure = self._unreadable.get(number, account.failure)
-                self.accounts[number] = account
-                self._leave(number, worker)
-        return open_
-
-    def _unpack_result(self, number: int, worker: _Worker, cell: int, packed: bytes) -> None:
-        try:
-            result = unpack_items(packed)
-        except Exception as error:  # noqa: BLE001  # whatever a user's object raises
-            add_note(error, "taskcarrier could not unpickle this result of a worker process")
-            self._unreadable.setdefault(number, Failure(cell, error, worker.name))
-            self._ledger.halt()
-        else:
-            self._deliver(cell, result)
-
-    def _leave(self, number: int, worker: _Worker) -> None:
-        del self.at_work[number]
-        for fd in (worker.channel.fileno(), worker.pidfd):
-            del self._by_fd[fd]
-            with contextlib.suppress(KeyError):
-                self._poll.unregister(fd)
-
-
-def _ledger_over(words_fd: int, cursor_fd: int, agreement_fd: int) -> Ledger:
-    words = memoryview(mmap.mmap(words_fd, 0)).cast("q")
-    return Ledger(words, FileCursor(cursor_fd), FileAgreement(agreement_fd))
-
-
-def _death(number: int, ended: tuple[_Worker, int | None], job: Job, ledger: Ledger) -> Death:
-    worker, exitcode = ended
-    n_cells = len(job.grid)
-    cell = ledger.in_hand(number, job.n_workers, n_cells)
-    done = -(-ledger.items_of(number) // job.grid.chunksize)
-    planned = job.balance.planned(number, job.n_workers, n_cells)[done:]
-    unstarted = planned[1:] if cell is not None else planned
-    return Death(number, worker.name, exitcode, cell, unstarted)
-
-
-def _is_readable(fd: int, seconds: float = 0) -> bool:
-    """Whether there is something to read; not by `select`, which ends at descriptor 1023."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(seconds * 1e3))
-
-
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
     """No Ctrl-C in this thread; a process started meanwhile is born without it too."""
@@ -368,109 +223,3 @@ def _interrupts_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-# The worker's side
-
-
-def _worker_main(number: int, down: Connection, life: Connection) -> None:
-    """A worker process, from its start to the end of its socket."""
-    mark_worker_process()
-    _die_with(life.fileno())
-    # Ctrl-C reaches the whole terminal; what becomes of a run is the caller's decision. A
-    # handler, not SIG_IGN, so that programs started by the user's function are not deaf to it.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    serial_joblib()
-    kept_mappings.keep()
-    channel = Channel(socket.socket(fileno=os.dup(down.fileno())))
-    down.close()
-    with contextlib.suppress(EOFError, ConnectionResetError):
-        _, (words_fd, cursor_fd, agreement_fd, *memory_fd) = channel.receive()
-        for fd in memory_fd:
-            caller_memory.attach(fd)
-        ledger = _ledger_over(words_fd, cursor_fd, agreement_fd)
-        os.close(words_fd)
-        while True:
-            data, fds = channel.receive()
-            _run_parcel(number, channel, ledger, data, fds)
-            del data
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(Exception):  # a closed or full terminal is not ours
-                    stream.flush()
-
-
-def _die_with(life: int) -> None:
-    """Have the kernel kill this process when the other end of the pipe is closed."""
-    fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
-    if _is_readable(life):  # it was closed before we asked
-        os._exit(1)
-
-
-def _run_parcel(number: int, channel: Channel, ledger: Ledger, data: bytes, fds: list[int]) -> None:
-    outbox = _Outbox(channel)
-    try:
-        job = unpack(data, fds)
-    except BaseException as error:  # noqa: BLE001  # the caller raises it
-        ledger.halt()
-        add_note(error, "while a worker process unpickled the function or its arguments")
-        account = Account(number, failure=Failure(-1, error))
-    else:
-        job.surroundings.take_on()
-        account = work(job, ledger, number, outbox.deliver)
-        del job
-    outbox.flush()
-    packed = _packed_account(account)
-    # An exception's traceback refers to chunks, and to the account through the loop's frame.
-    account.failure = None
-    del account
-    # What the function still holds on to must not be overwritten by a later call's data.
-    channel.send(_ACCOUNT + (_KEPT if kept_mappings.anything_in_use() else _FREE) + packed)
-
-
-class _Outbox:
-    """Results on their way up, in batches."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._batch: list[tuple[int, bytes]] = []
-        self._nbytes = 0
-        self._since = 0.0
-
-    def deliver(self, cell: int, result: Any) -> None:
-        try:
-            packed = pack_items(result)
-        except Exception as error:
-            add_note(error, "taskcarrier could not pickle the result for the caller")
-            raise
-        now = time.monotonic()
-        if not self._batch:
-            self._since = now
-        self._batch.append((cell, packed))
-        self._nbytes += len(packed)
-        if self._nbytes >= _BATCH_NBYTES or now - self._since >= _BATCH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._batch:
-            self._channel.send(_RESULTS + pickle.dumps(self._batch, protocol=5))
-            self._batch = []
-            self._nbytes = 0
-
-
-def _packed_account(account: Account) -> bytes:
-    failure = account.failure
-    packed_failure = None if failure is None else (failure.cell, pack_error(failure.error))
-    numbers = (account.worker, account.ranges, account.items, account.busy_ns)
-    return pickle.dumps((numbers, account.facts, packed_failure), protocol=5)
-
-
-def _account_from(packed: bytes) -> Account:
-    (worker, ranges, items, busy_ns), facts, packed_failure = pickle.loads(packed)
-    failure = None
-    if packed_failure is not None:
-        cell, packed_error = packed_failure
-        failure = Failure(cell, unpack_error(packed_error))
-    return Account(worker, "", ranges, items, busy_ns, facts, failure)

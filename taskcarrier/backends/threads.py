@@ -15,11 +15,14 @@ from contextvars import copy_context
 from queue import SimpleQueue
 
 from taskcarrier.backends.inner import limit_this_thread, limited, serial_joblib
-from taskcarrier.backends.work import Account, Deliver, Job, Ran, work
+from taskcarrier.backends.work import Account, Deliver, Job, Ran, outlet_here, work
 from taskcarrier.ledger import Ledger
 
 # Seconds between two looks at a run whose progress is shown.
 TICK = 0.1
+# How long an interrupted call waits for compiled loops, which look at the halt word before every
+# item and write their results themselves.
+_GRACE_SECONDS = 1.0
 
 
 class _Worker:
@@ -55,10 +58,11 @@ class ThreadCrew:
         """Run a job to its end; accounts in the order of the workers.
 
         When interrupted, workers stop at their next cell; those still in one are left to
-        finish it on their own and do not come back to the crew.
+        finish it on their own, find the way to the output closed, and do not come back to the crew.
         """
         n = job.n_workers
         ledger = (Ledger.addressed if job.sweeps else Ledger.local)(n)
+        ledger.marks = job.marks_here()
         accounts: dict[int, Account] = {}
         # The last worker opens this, so that the caller is woken once.
         finished = threading.Lock()
@@ -69,7 +73,7 @@ class ThreadCrew:
             def run() -> None:
                 job.surroundings.take_on()
                 limit_this_thread()
-                account = work(job, ledger, number, deliver)
+                account = work(job, ledger, number, outlet_here(deliver))
                 with last:
                     accounts[number] = account
                     if len(accounts) == n:
@@ -91,10 +95,14 @@ class ThreadCrew:
         finally:
             if len(accounts) < n:
                 ledger.halt()
-                self._replace(set(range(n)) - set(accounts))
+                try:
+                    if job.sweeps:
+                        finished.acquire(timeout=_GRACE_SECONDS)
+                finally:
+                    self._replace(set(range(n)) - set(accounts))
         for number, account in accounts.items():
             account.name = f"thread {number}"
-        return Ran.read([accounts[number] for number in range(n)], [], ledger)
+        return Ran.read([accounts[number] for number in range(n)], ledger)
 
     def _replace(self, stuck: set[int]) -> None:
         for number in stuck:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import monotonic_ns
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
+from taskcarrier.backends.parts import Parts
 from taskcarrier.balance import Balance
-from taskcarrier.ledger import Ledger
+from taskcarrier.ledger import DONE, SENT, Ledger
 from taskcarrier.partition import Grid
+from taskcarrier.recovery import USUAL, Again, Recovery
+from taskcarrier.segments import SharedView
 
 NOTHING = object()
 """What a cell returns whose result is already where it belongs."""
@@ -91,7 +94,28 @@ class Surroundings:
 class Job:
     """What every worker of a run is given.
 
-    Where it `sweeps`, what the task opens into is a `Sweep`.
+    Attributes
+    ----------
+    task : Task
+        The work.
+    balance : Balance
+        How its cells are shared out.
+    grid : Grid
+        These cells.
+    n_workers : int
+        How many there are.
+    surroundings : Surroundings
+        What the function sees of the caller.
+    sweeps : bool
+        Whether what the task opens into is a `Sweep`.
+    recovery : Recovery
+        How long a range may take, and what is tried again.
+    collects : bool
+        Whether errors of ranges are delivered; else the first ends the run.
+    narrows : bool
+        Whether parts of a cell can be run.
+    marks : SharedView or None
+        Where the cells are marked, if the ledger's own place will not do.
     """
 
     task: Task
@@ -100,22 +124,63 @@ class Job:
     n_workers: int
     surroundings: Surroundings = field(default_factory=Surroundings.here)
     sweeps: bool = False
+    recovery: Recovery = USUAL
+    collects: bool = False
+    narrows: bool = False
+    marks: SharedView | None = None
+
+    def marks_here(self) -> memoryview | None:
+        """Its own place for marks, in this process."""
+        return None if self.marks is None else self.marks.open("write").data
 
 
 @dataclass(eq=False)
 class Failure:
-    """An exception in one cell."""
+    """An exception in one range.
 
-    cell: int
+    Attributes
+    ----------
+    range : tuple of int or None
+        ``(start, stop)``; None if it concerns no range, but all of a worker.
+    error : BaseException
+        What was raised.
+    worker : str
+        By whom.
+    attempt : int
+        The how-manieth time the range was run.
+    """
+
+    range: tuple[int, int] | None
     error: BaseException
     worker: str = ""
+    attempt: int = 1
+
+    @property
+    def place(self) -> int:
+        """Where it stands among others: the first item, -1 for all of a worker."""
+        return -1 if self.range is None else self.range[0]
+
+
+class Heard(NamedTuple):
+    """A warning of a worker process."""
+
+    message: Warning | str
+    category: type[Warning]
+    filename: str
+    lineno: int
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The same for the same warning."""
+        return (str(self.message), *self[1:])
 
 
 @dataclass(eq=False)
 class Account:
-    """What one worker did in a run.
+    """What one worker did in a run, and how far it came: the last range, in which attempt.
 
-    Times are nanoseconds of ``CLOCK_MONOTONIC``, comparable between processes.
+    With it come warnings that a process has not shown itself. Times are nanoseconds of
+    ``CLOCK_MONOTONIC``, comparable between processes.
     """
 
     worker: int
@@ -125,17 +190,32 @@ class Account:
     busy_ns: int = 0
     facts: Any = None
     failure: Failure | None = None
+    at: tuple[int, int] | None = None
+    attempt: int = 1
+    warnings: list[Heard] = field(default_factory=list)
 
 
 @dataclass(eq=False)
 class Death:
-    """A worker process that ended by itself."""
+    """A worker process that ended by itself.
+
+    Attributes
+    ----------
+    worker, name : int, str
+        Which one.
+    exitcode : int or None
+        As in `multiprocessing.Process.exitcode`: negative for a signal.
+    range : tuple of int or None
+        ``(start, stop)`` of what it had in hand.
+    attempt : int
+        The how-manieth time that was run.
+    """
 
     worker: int
     name: str
     exitcode: int | None
-    cell: int | None
-    unstarted: range = field(default_factory=lambda: range(0))
+    range: tuple[int, int] | None
+    attempt: int = 1
 
 
 @dataclass
@@ -145,9 +225,15 @@ class Ran:
     Attributes
     ----------
     accounts : list of Account
-        Of every worker that reported back, in order.
+        Of every worker, in order; those of workers that died say what the ledger tells.
+    failures : list of Failure
+        What the caller has found itself; those of workers are in their accounts.
     deaths : list of Death
-        Workers that ended by themselves.
+        All of them.
+    fatal : list of Death
+        Those that were not made good.
+    missing : list of (int, int)
+        Ranges that were not run because of deaths, ascending.
     given_out : int
         Cells below this number were claimed.
     agreed : object
@@ -157,15 +243,18 @@ class Ran:
     """
 
     accounts: list[Account]
-    deaths: list[Death]
     given_out: int
     agreed: Any
     halted: bool
+    failures: list[Failure] = field(default_factory=list)
+    deaths: list[Death] = field(default_factory=list)
+    fatal: list[Death] = field(default_factory=list)
+    missing: list[tuple[int, int]] = field(default_factory=list)
 
     @classmethod
-    def read(cls, accounts: list[Account], deaths: list[Death], ledger: Ledger) -> Ran:
+    def read(cls, accounts: list[Account], ledger: Ledger) -> Ran:
         """From the ledger of a run that is over, before the crew is lent to another."""
-        return cls(accounts, deaths, ledger.given_out(), ledger.agreed(), ledger.halted)
+        return cls(accounts, ledger.given_out(), ledger.agreed(), ledger.halted)
 
 
 def add_note(error: BaseException, note: str) -> None:
@@ -183,6 +272,7 @@ def text_of(error: BaseException) -> str:
 
 
 Deliver = Callable[[int, Any], None]
+"""Takes the start of a range and its result."""
 
 _state = threading.local()
 _in_worker_process = False
@@ -199,8 +289,19 @@ def mark_worker_process() -> None:
     _in_worker_process = True
 
 
-def work(job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> Account:
-    """Run cells until there are none, one fails, or the run is halted.
+Outlet = tuple[Deliver, Callable[[], None]]
+"""How results leave a worker: a function that takes them, and one that has them arrive."""
+
+
+def outlet_here(deliver: Deliver) -> Outlet:
+    """That of a worker in the caller's process."""
+    return deliver, lambda: None
+
+
+def work(
+    job: Job, ledger: Ledger, worker: int, outlet: Outlet, again: Sequence[Again] = ()
+) -> Account:
+    """Run ranges until there are none, one fails, or the run is halted.
 
     Parameters
     ----------
@@ -210,52 +311,122 @@ def work(job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> Account:
         Where cells are claimed and laid down.
     worker : int
         This worker's number, from 0.
-    deliver : callable
-        Takes ``(cell, result)`` of a cell whose result is not in place yet. A cell counts as
-        done for the ledger when it returns.
+    outlet : Outlet
+        Where results go that are not in place yet.
+    again : sequence of Again
+        Ranges that this worker is to run before its cells, because another has died on them.
     """
     account = Account(worker)
     busy_before = getattr(_state, "busy", False)
     _state.busy = True
-    cell = -1
     cells: Cells | None = None
-    n_items, chunksize = job.grid.n_items, job.grid.chunksize
-    ranges = items = busy_ns = 0
-    pid = os.getpid()
     try:
         cells = job.task.open(ledger.agree)
         if job.sweeps:
+            _sweep(job, ledger, account, cast("Sweep", cells), outlet[0])
+        else:
+            held = _held(job, ledger, worker, again)
+            _go_through(job, ledger, account, cells, outlet=outlet, held=held)
+    except BaseException as error:  # noqa: BLE001  # also exits and interrupts: the caller raises
+        ledger.halt()
+        account.failure = Failure(account.at, error, attempt=account.attempt)
+    finally:
+        _state.busy = busy_before
+        if cells is not None:
+            account.facts = cells.facts()  # must not raise
+    return account
+
+
+def _sweep(job: Job, ledger: Ledger, account: Account, cells: Sweep, deliver: Deliver) -> None:
+    """Have compiled code run cells until there are none."""
+    worker = account.worker
+    begin = monotonic_ns()
+    try:
+        cells.sweep(job, ledger, worker, deliver)
+    finally:
+        account.busy_ns = monotonic_ns() - begin
+        account.ranges, account.items = ledger.ranges_of(worker), ledger.items_of(worker)
+        cell, _ = ledger.held(worker)
+        account.at = None if cell < 0 else job.grid.bounds(cell)
+
+
+# Start and stop; the how-manieth time it is run; its cell, -1 for a part of one; its number among
+# the ranges that are run again, -1 for others.
+_Held = tuple[int, int, int, int, int]
+
+
+def _go_through(
+    job: Job,
+    ledger: Ledger,
+    account: Account,
+    cells: Cells,
+    *,
+    outlet: Outlet,
+    held: Iterator[_Held],
+) -> None:
+    """Run ranges one after the other; all that is done for each is in this loop."""
+    worker, marks = account.worker, ledger.marks
+    deliver, flush = outlet
+    timeout_ns = job.recovery.timeout_ns
+    ranges = items = busy_ns = 0
+    pid = os.getpid()
+    start, stop, attempt = -1, -1, 1
+    try:
+        for start, stop, attempt, cell, number in held:  # noqa: B007  # `attempt` is looked at in the end
             begin = monotonic_ns()
-            try:
-                cast("Sweep", cells).sweep(job, ledger, worker, deliver)
-            finally:
-                busy_ns = monotonic_ns() - begin
-                ranges, items = ledger.ranges_of(worker), ledger.items_of(worker)
-                cell, _ = ledger.held(worker)
-            return account
-        for cell in job.balance.cells(ledger, worker, job.n_workers, len(job.grid)):
-            start = cell * chunksize
-            stop = start + chunksize
-            stop = min(stop, n_items)
-            begin = monotonic_ns()
+            if timeout_ns:
+                ledger.note_time(worker, begin)
             try:
                 result = cells(start, stop)
+                if timeout_ns and (taken_ns := monotonic_ns() - begin) > timeout_ns:
+                    result = _late(job, start, stop, taken_ns / 1e9)
                 if result is not NOTHING:
-                    deliver(cell, result)
+                    deliver(start, result)
             finally:
                 busy_ns += monotonic_ns() - begin
                 if os.getpid() != pid:
                     # The function has forked and both came back. Only one is the worker.
                     os._exit(1)
-            ledger.lay_down(worker, stop - start)
+            if marks is not None and cell >= 0:
+                marks[cell] = DONE if result is NOTHING else SENT
+            if number < 0:
+                ledger.lay_down(worker, stop - start)
+            else:
+                flush()
+                ledger.lay_down_again(worker, number, stop - start)
             ranges += 1
             items += stop - start
-    except BaseException as error:  # noqa: BLE001  # also exits and interrupts: the caller raises
-        ledger.halt()
-        account.failure = Failure(cell, error)
     finally:
-        _state.busy = busy_before
         account.ranges, account.items, account.busy_ns = ranges, items, busy_ns
-        if cells is not None:
-            account.facts = cells.facts()  # must not raise
-    return account
+        account.at, account.attempt = None if start < 0 else (start, stop), attempt
+
+
+def _held(job: Job, ledger: Ledger, worker: int, again: Sequence[Again]) -> Iterator[_Held]:
+    """Ranges, each in the worker's hand when it is yielded."""
+    n_items, chunksize = job.grid.n_items, job.grid.chunksize
+    for number, (start, stop, attempt) in enumerate(again):
+        if ledger.halted:
+            return
+        ledger.hold_again(worker, number)
+        cell = start // chunksize
+        is_whole = job.grid.bounds(cell) == (start, stop)
+        yield start, stop, attempt, cell if is_whole else -1, number
+    for cell in job.balance.cells(ledger, worker, job.n_workers, len(job.grid)):
+        start = cell * chunksize
+        stop = start + chunksize
+        yield start, min(stop, n_items), 1, cell, -1
+
+
+def _late(job: Job, start: int, stop: int, seconds: float) -> Parts:
+    """A range that has taken too long, seen by the worker itself once it is over."""
+    error = timeout_error(job.recovery, f"took {seconds:.3g} s")
+    if not _in_worker_process:
+        add_note(error, "only processes can be stopped within a range: it was run to its end")
+    if not job.collects:
+        raise error
+    return Parts([], [(start, stop, error)])
+
+
+def timeout_error(recovery: Recovery, what: str) -> TimeoutError:
+    """The error for a range that has taken too long."""
+    return TimeoutError(f"a range {what}, but timeout={recovery.timeout:g} seconds")

@@ -1,0 +1,243 @@
+"""The ledger that a run keeps beside its output, so that another run can go on with it.
+
+The file ``Y.npy.ledger`` stands beside ``Y.npy.part`` until ``Y.npy`` is complete:
+
+=====================  =========================================================================
+bytes                  what
+=====================  =========================================================================
+first line             ``TaskCarrier ledger 1``
+second line            one JSON object in ASCII: ``marks_at``, ``cells``, and under ``computes`` the
+                       names and digests of all that decides values (`taskcarrier.fingerprint`)
+up to ``marks_at``     zeros; a multiple of 4096
+``cells`` bytes more   one for each range of the run: 1 if its result is in the output, else
+                       anything else
+=====================  =========================================================================
+
+A worker writes the result of a range to the output before it sets the range's mark. Both are in
+files, so they outlive every process (though not a power cut, for nobody waits for the disk). What
+results are like is in the header of the ``.part`` file, which is written before the first result.
+A header is made under another name and then put in place, so there is a whole one or none; of marks
+that are torn or cut off, the ranges are run again.
+
+Nothing here is pickled, and no file is opened through a link or that is somebody else's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import mmap
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from taskcarrier.arrays.files import open_own
+from taskcarrier.arrays.halos import Halo
+from taskcarrier.arrays.inputs import Inputs
+from taskcarrier.backends.work import Call
+from taskcarrier.fingerprint import Fingerprint
+from taskcarrier.ledger import DONE, FREE
+from taskcarrier.mapped_files import located
+from taskcarrier.partition import Grid
+from taskcarrier.segments import Segment, SharedView
+
+_FIRST_LINE = b"TaskCarrier ledger 1\n"
+# Far more than the names of any call; a file that says more is none of ours.
+_MAX_HEADER = 1 << 20
+
+
+def what_decides(
+    call: Call, inputs: Inputs, grid: Grid, halo: Halo | None, options: Mapping[str, object]
+) -> dict[str, str]:
+    """Names and digests of all that decides the values of a call, as far as that can be told.
+
+    Parameters
+    ----------
+    call : Call
+        The function, and what it gets besides.
+    inputs : Inputs
+        The mapped arrays: those in files by size, time of the last change and place in the file,
+        others by content.
+    grid : Grid
+        What a chunk is.
+    halo : Halo or None
+        Neighbours.
+    options : mapping of str to object
+        What else counts, as a text.
+    """
+    found = Fingerprint()
+    digests = {"func": found.of(call.func, "func")}
+    digests |= {f"args[{n}]": found.of(one, f"args[{n}]") for n, one in enumerate(call.args)}
+    digests |= {name: found.of(one, name) for name, one in call.kwargs.items()}
+    for number, array in enumerate(inputs.arrays):
+        digests[f"array {number}"] = _of_input(array, f"array {number}", found)
+    words = {"axis": inputs.axes, "items": grid.n_items, "chunksize": grid.chunksize}
+    digests |= {name: repr(value) for name, value in {**words, **options, "depth": halo}.items()}
+    digests["not looked into"] = "; ".join(sorted(found.not_looked_into))
+    return digests
+
+
+def _of_input(array: Any, name: str, found: Fingerprint) -> str:
+    view = located(array) if isinstance(array, np.ndarray) else None
+    if view is not None and view.segment is not None and view.segment.on_disk:
+        file = os.fstat(view.segment.fd)
+        place = (view.offset, view.shape, view.strides, view.dtype)
+        return found.of(repr((file.st_size, file.st_mtime_ns, place)), name)
+    if isinstance(array, np.ndarray):
+        return found.of(array, name)
+    return found.of((repr((array.shape, array.dtype)), array), name)
+
+
+class KeptLedger:
+    """The ledger beside an output.
+
+    Parameters
+    ----------
+    path : str
+        Where the output is to be in the end.
+    n_cells : int
+        Ranges of the run.
+    computes : mapping of str to str
+        The names and digests of all that decides values.
+
+    Raises
+    ------
+    ValueError
+        If there is one of another computation; says what differs.
+    BlockingIOError
+        If another run is at work with it.
+    """
+
+    def __init__(self, path: str, n_cells: int, computes: Mapping[str, str]) -> None:
+        self.path = f"{path}.ledger"
+        self._n_cells = n_cells
+        header: dict[str, Any] = {"marks_at": 0, "cells": n_cells, "computes": dict(computes)}
+        header["marks_at"] = _aligned(len(_FIRST_LINE) + len(json.dumps(header)) + 16)
+        self._header = header
+        found = _Owned.opened(self.path)
+        self.is_new = found is None
+        self._file = found or self._made()
+        try:
+            self._segment = self._checked()
+        except BaseException:
+            self._file.close()
+            raise
+
+    @property
+    def marks(self) -> SharedView:
+        """Where the cells are marked."""
+        at, n = self._header["marks_at"], self._n_cells
+        return SharedView(self._segment, at, (n,), (1,), np.dtype(np.uint8))
+
+    def begin(self, *, anew: bool) -> int:
+        """Have marks of finished ranges alone, or none at all; how many there are."""
+        marks = self.marks.open("write")
+        marks[slice(None) if anew else marks != DONE] = FREE
+        return int(np.count_nonzero(marks))
+
+    def remove(self) -> None:
+        """The output is complete."""
+        with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+            os.unlink(self.path)
+
+    def close(self) -> None:
+        """Let another run go on with it."""
+        self._file.close()
+
+    def _made(self) -> _Owned:
+        """A new file with a whole header and no marks, put in place at once."""
+        text = json.dumps(self._header).encode("ascii") + b"\n"
+        content = (_FIRST_LINE + text).ljust(self._header["marks_at"], b"\0")
+        new = f"{self.path}.new"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new)
+        file = _Owned(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        try:
+            file.lock(self.path)
+            os.posix_fallocate(file.fd, 0, len(content) + self._n_cells)
+            os.pwrite(file.fd, content, 0)
+            os.rename(new, self.path)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _checked(self) -> Segment:
+        """The file as a segment, if it is of this computation."""
+        self._file.lock(self.path)
+        found = _header_of(self._file.fd, self.path)
+        if differing := _differences(found, self._header):
+            raise ValueError(
+                f"{self.path} is of another computation; what differs: {', '.join(differing)}. To "
+                "begin anew, remove it, or choose another out="
+            )
+        self._header["marks_at"] = found["marks_at"]
+        end = found["marks_at"] + self._n_cells
+        if os.fstat(self._file.fd).st_size < end:  # it was cut off: those ranges are run again
+            os.posix_fallocate(self._file.fd, 0, end)
+        return Segment(os.dup(self._file.fd), on_disk=True, nbytes=end)
+
+
+class _Owned:
+    """A file of ours, which one run at a time may hold."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    @classmethod
+    def opened(cls, path: str) -> _Owned | None:
+        """The file of that name, None if there is none."""
+        try:
+            return cls(open_own(path))
+        except FileNotFoundError:
+            return None
+
+    def lock(self, path: str) -> None:
+        """Hold it, or say that somebody else does."""
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                errno.EAGAIN, "another run is at work on this output", path
+            ) from None
+
+    def close(self) -> None:
+        """Let go of it, whoever else has it open: workers, and what is mapped, do."""
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+        os.close(self.fd)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _header_of(fd: int, path: str) -> dict[str, Any]:
+    lines = os.pread(fd, _MAX_HEADER, 0).split(b"\n", 2)
+    try:
+        if lines[0] + b"\n" != _FIRST_LINE:
+            raise ValueError("its first line is another")  # noqa: TRY301  # one way out for all
+        found = json.loads(lines[1])
+        marks_at, cells, computes = (found[key] for key in ("marks_at", "cells", "computes"))
+        if not (isinstance(marks_at, int) and isinstance(cells, int) and marks_at > 0):
+            raise TypeError("its numbers are none")  # noqa: TRY301  # likewise
+        dict.items(computes)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{path} is no ledger of this version of TaskCarrier ({error}); remove it to begin anew"
+        ) from None
+    return {"marks_at": marks_at, "cells": cells, "computes": computes}
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Names of what two computations do not have in common."""
+    names: Iterable[str] = {**wanted["computes"], **found["computes"]}
+    differing = [
+        name for name in names if found["computes"].get(name) != wanted["computes"].get(name)
+    ]
+    if found["cells"] != wanted["cells"]:
+        differing.append("the number of ranges")
+    return differing

@@ -1,0 +1,317 @@
+"""One run on a crew of processes, as the caller sees it.
+
+What becomes of a run when a worker dies. A new process takes the dead worker's place and number.
+What that had in hand is given out to it again (`taskcarrier.recovery` says how often, and in which
+pieces), before the cells that are the number's own. What else got lost with it, a claim that was
+not written down or results on their way, is found by the marks of the ledger when all others are
+done, and shared out anew. A range that took too long ends in the same way: its worker is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import select
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from taskcarrier.backends.parcels import Parcel, unpack_items
+from taskcarrier.backends.parts import Parts
+from taskcarrier.backends.work import (
+    Account,
+    Death,
+    Deliver,
+    Failure,
+    Job,
+    Ran,
+    add_note,
+    timeout_error,
+)
+from taskcarrier.backends.worker_process import KEPT, RESULTS, account_from, order
+from taskcarrier.ledger import FREE, SENT, TAKEN_BACK, Ledger
+from taskcarrier.partition import Partition
+from taskcarrier.recovery import Again
+
+if TYPE_CHECKING:
+    from taskcarrier.backends.processes import WorkerProcess
+
+# How long an interrupted run waits for a worker to finish its cell before it is killed.
+_GRACE_SECONDS = 0.5
+
+
+class ProcessRun:
+    """The caller's side of one run: who is at work, what has come, what has to be run again."""
+
+    def __init__(
+        self,
+        job: Job,
+        ledger: Ledger,
+        deliver: Deliver,
+        parcel: Parcel,
+        living: Callable[[int], WorkerProcess],
+    ) -> None:
+        self._job = job
+        self._ledger = ledger
+        self._deliver = deliver
+        self._parcel = parcel
+        self._living = living
+        self._began_ns = time.monotonic_ns()
+        self._poll = select.poll()
+        self._by_fd: dict[int, tuple[int, WorkerProcess]] = {}
+        self._again: dict[int, Sequence[Again]] = {}  # what each worker at work was given to begin
+        self._overdue: dict[int, tuple[int, int]] = {}  # who is killed for which range
+        self._received: set[int] = set()  # the starts of ranges whose results have come
+        self._idle_deaths: dict[int, int] = {}
+        self.at_work: dict[int, WorkerProcess] = {}
+        self._accounts: list[Account] = []
+        self._deaths: list[Death] = []
+        self._fatal: list[Death] = []
+        self._lost: list[tuple[int, int]] = []  # parts of cells that were not run
+        self._failures: list[Failure] = []  # seen from here
+        self.memory_kept = False
+
+    def start(self, number: int, worker: WorkerProcess, again: Sequence[Again] = ()) -> None:
+        """Have a worker begin, with these ranges and then with cells."""
+        self._ledger.begin(number)
+        self._again[number] = again
+        self.at_work[number] = worker
+        for fd in (worker.channel.fileno(), worker.pidfd):
+            self._by_fd[fd] = (number, worker)
+            self._poll.register(fd, select.POLLIN)
+        # A worker that is just dying is seen by its descriptor.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            worker.channel.send(order(list(again), self._parcel.data), self._parcel.fds)
+
+    def goes_on(self) -> bool:
+        """Whether anybody is at work; if all are done, what got lost is shared out again."""
+        if not self.at_work and self._deaths and not self._has_ended:
+            self._share_out(self._lost_cells())
+        return bool(self.at_work)
+
+    @property
+    def _has_ended(self) -> bool:
+        """Whether nothing more is to be begun."""
+        return bool(self._fatal) or self._ledger.halted
+
+    def step(self, seconds: float | None) -> None:
+        """Wait for something to happen, and take it in."""
+        timeout = self._job.recovery.timeout
+        if timeout is not None:
+            due = self._seconds_left(timeout)
+            seconds = due if seconds is None else min(seconds, due)
+        events = self._poll.poll(None if seconds is None else seconds * 1e3)
+        ended = []
+        for fd, _ in events:
+            number, worker = self._by_fd[fd]
+            if fd == worker.pidfd:
+                ended.append((number, worker))
+            elif not self._take_in(number, worker):
+                # The stream has ended; the process's own descriptor tells the rest.
+                self._poll.unregister(fd)
+        for number, worker in ended:
+            if number in self.at_work:
+                self._take_in(number, worker)  # what it sent before it died
+            if number in self.at_work:
+                self._leave(number, worker)
+                self._bury(number, worker)
+
+    def abort(self) -> None:
+        """Stop: workers at their next cell, or soon by force."""
+        self._ledger.halt()
+        deadline = time.monotonic() + _GRACE_SECONDS
+        try:
+            while self.at_work and (left := deadline - time.monotonic()) > 0:
+                self.step(left)
+        finally:
+            for worker in self.at_work.values():
+                worker.kill()
+                worker.reap()
+            self.at_work.clear()
+
+    def ran(self) -> Ran:
+        """How the run ended."""
+        self._accounts.sort(key=lambda account: account.worker)
+        ran = Ran.read(self._accounts, self._ledger)
+        ran.deaths, ran.fatal = self._deaths, self._fatal
+        ran.failures = self._failures
+        if self._fatal:
+            ran.missing = sorted({*self._lost, *map(self._job.grid.bounds, self._lost_cells())})
+        return ran
+
+    # Time
+
+    def _seconds_left(self, timeout: float) -> float:
+        """Seconds until the next range has taken too long; those that have are ended."""
+        now = time.monotonic_ns()
+        left = timeout
+        for number, worker in self.at_work.items():
+            held, since = self._held(number), self._ledger.since(number)
+            if held is None or not since:
+                continue
+            due = timeout - (now - since) / 1e9
+            if due > 0:
+                left = min(left, due)
+            elif number not in self._overdue:
+                self._overdue[number] = held[:2]
+                worker.kill()
+        return left
+
+    # Deaths
+
+    def _held(self, number: int) -> Again | None:
+        """The range that a worker has in hand, if it is not finished."""
+        ledger, grid = self._ledger, self._job.grid
+        position = ledger.again_in_hand(number)
+        if position is not None:
+            return self._again[number][position]
+        cell = ledger.in_hand(number, len(grid))
+        if cell is None or (ledger.marks is not None and ledger.marks[cell] != FREE):
+            return None
+        return Again(*grid.bounds(cell))
+
+    def _bury(self, number: int, worker: WorkerProcess) -> None:
+        """A worker has died: see to what it had in hand, and put another in its place."""
+        exitcode = worker.reap()
+        held = self._held(number)
+        rest = list(self._again[number][self._ledger.again_done(number) :])
+        if held is not None and rest and rest[0] == held:
+            del rest[0]
+        self._accounts.append(self._account_of_dead(number, worker))
+        late = self._overdue.pop(number, None)
+        death = Death(
+            number,
+            worker.name,
+            exitcode,
+            None if held is None else held[:2],
+            1 if held is None else held.attempt,
+        )
+        nexts = self._nexts(death, held, late, worker)
+        if self._has_ended:
+            self._lost += [part[:2] for part in (*nexts, *rest)]
+        self._deaths.append(death)
+        if held is not None:
+            self._take_back(held)
+        if not self._has_ended:
+            self.start(number, self._living(number), [*nexts, *rest])
+
+    def _nexts(
+        self, death: Death, held: Again | None, late: tuple[int, int] | None, worker: WorkerProcess
+    ) -> list[Again]:
+        """What is to be run instead of what a dead worker had in hand."""
+        number, recovery = death.worker, self._job.recovery
+        if held is None:
+            # It was dying when it began, or died between two ranges.
+            idle = 0 if self._ledger.items_of(number) else self._idle_deaths.get(number, 0) + 1
+            self._idle_deaths[number] = idle
+            if idle > max(1, recovery.retries):
+                self._fatal.append(death)
+            return []
+        if late is not None:
+            if late != held[:2]:  # it had come to this one meanwhile, which is not to blame
+                return [held]
+            if not (nexts := recovery.after_timeout(held)):
+                self._blame(held, self._too_late(worker), worker)
+            return nexts
+        nexts = [] if self._fatal else recovery.after_death(held, narrows=self._job.narrows)
+        if not nexts and self._job.collects:
+            from taskcarrier.errors import death_of  # noqa: PLC0415  # slow, and rarely needed
+
+            self._blame(held, death_of(death, f"items {held.start}:{held.stop}"), worker)
+        elif not nexts:
+            self._fatal.append(death)
+            self._lost.append(held[:2])
+        return nexts
+
+    def _account_of_dead(self, number: int, worker: WorkerProcess) -> Account:
+        """What the ledger tells of a worker that cannot tell it any more."""
+        items = self._ledger.items_of(number)
+        return Account(
+            number,
+            worker.name,
+            -(-items // self._job.grid.chunksize),
+            items,
+            time.monotonic_ns() - self._began_ns,
+        )
+
+    def _too_late(self, worker: WorkerProcess) -> TimeoutError:
+        error = timeout_error(self._job.recovery, "was not done in time")
+        add_note(error, f"{worker.name} was killed")
+        return error
+
+    def _blame(self, held: Again, error: BaseException, worker: WorkerProcess) -> None:
+        """A range is given up: its error is collected, or ends the run."""
+        start, stop, attempt = held
+        if self._job.collects:
+            self._deliver(start, Parts([], [(start, stop, error)]))
+        else:
+            self._failures.append(Failure((start, stop), error, worker.name, attempt))
+            self._ledger.halt()
+
+    def _take_back(self, held: Again) -> None:
+        """Mark the cell of a range that is seen to from here."""
+        marks, cell = self._ledger.marks, held.start // self._job.grid.chunksize
+        assert marks is not None  # for the type checker: workers can die here
+        if marks[cell] == FREE:
+            marks[cell] = TAKEN_BACK
+
+    def _lost_cells(self) -> list[int]:
+        """Cells that nobody will run any more, and whose results are not there."""
+        marks, job = self._ledger.marks, self._job
+        assert marks is not None  # for the type checker: as above
+        found = np.frombuffer(marks, np.uint8)
+        lost = np.flatnonzero(found == FREE).tolist()
+        lost += [
+            cell
+            for cell in np.flatnonzero(found == SENT).tolist()
+            if job.grid.bounds(cell)[0] not in self._received
+        ]
+        return sorted(lost)
+
+    def _share_out(self, cells: list[int]) -> None:
+        """Have workers run cells that got lost."""
+        ranges = [Again(*self._job.grid.bounds(cell)) for cell in cells]
+        marks = self._ledger.marks
+        assert marks is not None  # for the type checker: as above
+        for cell in cells:
+            marks[cell] = TAKEN_BACK
+        if ranges:
+            for number, part in enumerate(Partition(self._job.n_workers, len(ranges))):
+                self.start(number, self._living(number), ranges[part])
+
+    # What comes up
+
+    def _take_in(self, number: int, worker: WorkerProcess) -> bool:
+        messages, open_ = worker.channel.ready()
+        for message in messages:
+            if message[:1] == RESULTS:
+                for start, packed in pickle.loads(message[1:]):
+                    self._unpack_result(worker, start, packed)
+            else:
+                account = account_from(message[2:])
+                self.memory_kept |= message[1:2] == KEPT
+                account.name = worker.name
+                self._accounts.append(account)
+                self._leave(number, worker)
+        return open_
+
+    def _unpack_result(self, worker: WorkerProcess, start: int, packed: bytes) -> None:
+        try:
+            result = unpack_items(packed)
+        except Exception as error:  # noqa: BLE001  # whatever a user's object raises
+            add_note(error, "taskcarrier could not unpickle this result of a worker process")
+            where = self._job.grid.bounds(start // self._job.grid.chunksize)
+            self._failures.append(Failure(where, error, worker.name))
+            self._ledger.halt()
+        else:
+            self._received.add(start)
+            self._deliver(start, result)
+
+    def _leave(self, number: int, worker: WorkerProcess) -> None:
+        del self.at_work[number]
+        for fd in (worker.channel.fileno(), worker.pidfd):
+            del self._by_fd[fd]
+            with contextlib.suppress(KeyError):
+                self._poll.unregister(fd)

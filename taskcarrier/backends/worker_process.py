@@ -1,0 +1,223 @@
+"""A worker process from its start to the end of its socket: the other side of a crew."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+from taskcarrier import caller_memory, kept_mappings
+from taskcarrier.backends.inner import serial_joblib
+from taskcarrier.backends.parcels import (
+    Channel,
+    pack_error,
+    pack_items,
+    unpack,
+    unpack_error,
+    unpack_items,
+)
+from taskcarrier.backends.work import (
+    Account,
+    Failure,
+    Heard,
+    add_note,
+    mark_worker_process,
+    work,
+)
+from taskcarrier.ledger import OWN_MARKS, FileAgreement, FileCursor, Ledger
+from taskcarrier.recovery import Again
+
+# Results that are not put in place travel in batches: when this many bytes or seconds have
+# come together. Both are arbitrary within an order of magnitude.
+_BATCH_NBYTES = 1 << 20
+_BATCH_SECONDS = 0.02
+
+# More different warnings than this are not sent; arbitrary.
+_MAX_WARNINGS = 100
+
+RESULTS, ACCOUNT = b"R", b"A"
+"""What a message to the caller is: results of ranges, or the end of a run."""
+KEPT, FREE = b"K", b"F"
+"""Whether the function still holds on to shared memory then."""
+
+# Before a parcel stands what this worker alone is to begin with, and before that its length.
+_N_LENGTH = 4
+
+
+def order(again: list[Again], parcel: bytes) -> bytes:
+    """A message to a worker: what it is to run first, and the run."""
+    first = pickle.dumps([tuple(one) for one in again]) if again else b""
+    return len(first).to_bytes(_N_LENGTH, "little") + first + parcel
+
+
+def _taken_apart(message: bytes) -> tuple[list[Again], bytes]:
+    begin = _N_LENGTH + int.from_bytes(message[:_N_LENGTH], "little")
+    if begin == _N_LENGTH:
+        return [], message[begin:]
+    return [Again(*one) for one in pickle.loads(message[_N_LENGTH:begin])], message[begin:]
+
+
+def ledger_over(words_fd: int, cursor_fd: int, agreement_fd: int) -> Ledger:
+    """The ledger of a crew, over its files."""
+    memory = memoryview(mmap.mmap(words_fd, 0))
+    words, marks = memory[:-OWN_MARKS].cast("q"), memory[-OWN_MARKS:]
+    return Ledger(words, FileCursor(cursor_fd), FileAgreement(agreement_fd), marks)
+
+
+def is_readable(fd: int, seconds: float = 0) -> bool:
+    """Whether there is something to read; not by `select`, which ends at descriptor 1023."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1e3))
+
+
+def worker_main(number: int, down: Connection, life: Connection) -> None:
+    """A worker process, from its start to the end of its socket."""
+    mark_worker_process()
+    _die_with(life.fileno())
+    # Ctrl-C reaches the whole terminal; what becomes of a run is the caller's decision. A
+    # handler, not SIG_IGN, so that programs started by the user's function are not deaf to it.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    serial_joblib()
+    kept_mappings.keep()
+    channel = Channel(socket.socket(fileno=os.dup(down.fileno())))
+    down.close()
+    with contextlib.suppress(EOFError, ConnectionResetError):
+        _, (words_fd, cursor_fd, agreement_fd, *memory_fd) = channel.receive()
+        for fd in memory_fd:
+            caller_memory.attach(fd)
+        ledger = ledger_over(words_fd, cursor_fd, agreement_fd)
+        os.close(words_fd)
+        while True:
+            data, fds = channel.receive()
+            _run_parcel(number, channel, ledger, data, fds)
+            del data
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):  # a closed or full terminal is not ours
+                    stream.flush()
+
+
+def _die_with(life: int) -> None:
+    """Have the kernel kill this process when the other end of the pipe is closed."""
+    fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
+    if is_readable(life):  # it was closed before we asked
+        os._exit(1)
+
+
+def _run_parcel(number: int, channel: Channel, ledger: Ledger, data: bytes, fds: list[int]) -> None:
+    outbox = _Outbox(channel)
+    again, parcel = _taken_apart(data)
+    try:
+        job = unpack(parcel, fds)
+    except BaseException as error:  # noqa: BLE001  # the caller raises it
+        ledger.halt()
+        add_note(error, "while a worker process unpickled the function or its arguments")
+        account = Account(number, failure=Failure(None, error))
+    else:
+        job.surroundings.take_on()
+        ledger.mark_in(job.marks_here(), len(job.grid))
+        with _warnings_heard() as heard:
+            account = work(job, ledger, number, (outbox.deliver, outbox.flush), again)
+        account.warnings = list(heard.values())
+        ledger.marks = None
+        del job
+    outbox.flush()
+    packed = _packed_account(account)
+    # An exception's traceback refers to chunks, and to the account through the loop's frame.
+    account.failure = None
+    del account
+    # What the function still holds on to must not be overwritten by a later call's data.
+    channel.send(ACCOUNT + (KEPT if kept_mappings.anything_in_use() else FREE) + packed)
+
+
+@contextlib.contextmanager
+def _warnings_heard() -> Iterator[dict[Any, Heard]]:
+    """Warnings of the function, each once: the caller's filters decide what becomes of them."""
+    heard: dict[Any, Heard] = {}
+
+    def hear(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
+        if len(heard) < _MAX_WARNINGS:
+            one = Heard(message, category, filename, lineno)
+            heard.setdefault(one.key, one)
+
+    # Where it is entered, Python forgets which warnings it has shown, so that every run is heard.
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = hear  # as documented
+        yield heard
+
+
+class _Outbox:
+    """Results on their way up, in batches."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._batch: list[tuple[int, bytes]] = []
+        self._nbytes = 0
+        self._since = 0.0
+
+    def deliver(self, start: int, result: Any) -> None:
+        try:
+            packed = pack_items(result)
+        except Exception as error:
+            add_note(error, "taskcarrier could not pickle the result for the caller")
+            raise
+        now = time.monotonic()
+        if not self._batch:
+            self._since = now
+        self._batch.append((start, packed))
+        self._nbytes += len(packed)
+        if self._nbytes >= _BATCH_NBYTES or now - self._since >= _BATCH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._batch:
+            self._channel.send(RESULTS + pickle.dumps(self._batch, protocol=5))
+            self._batch = []
+            self._nbytes = 0
+
+
+def _packed_account(account: Account) -> bytes:
+    failure = account.failure
+    packed_failure = (
+        None if failure is None else (failure.range, pack_error(failure.error), failure.attempt)
+    )
+    numbers = (account.worker, account.ranges, account.items, account.busy_ns)
+    heard = list(map(_packed_warning, account.warnings))
+    return pickle.dumps((numbers, account.facts, packed_failure, heard), protocol=5)
+
+
+def _packed_warning(heard: Heard) -> bytes:
+    try:
+        packed = pack_items(heard)
+        pickle.loads(packed)
+    except Exception:  # noqa: BLE001  # whatever pickling a user's object raises
+        text = f"{heard.category.__qualname__}: {heard.message}"
+        packed = pickle.dumps(heard._replace(message=text, category=UserWarning))
+    return packed
+
+
+def account_from(packed: bytes) -> Account:
+    """What a worker did, in the caller."""
+    (worker, ranges, items, busy_ns), facts, packed_failure, heard = pickle.loads(packed)
+    failure = None
+    if packed_failure is not None:
+        where, packed_error, attempt = packed_failure
+        failure = Failure(where, unpack_error(packed_error), attempt=attempt)
+    account = Account(worker, "", ranges, items, busy_ns, facts, failure)
+    account.warnings = list(map(unpack_items, heard))
+    return account

@@ -1,0 +1,214 @@
+"""What decides the values of a run, as a few words that can be kept and compared.
+
+A run that goes on where an earlier one has ended must compute the same. Fingerprints tell whether
+it does, as far as that can be told from outside:
+
+- functions by their code (all of it, nested functions too), their defaults, what they have
+  enclosed, and the numbers, texts and arrays among the global names that they use;
+- numbers, texts, arrays and containers of these by content;
+- anything else by its type alone, under its name: it is listed among what was `not looked into`.
+
+Functions that are called elsewhere are not covered. Bytecode differs between versions of Python, so
+another version is another function. Nothing depends on hash randomisation or on addresses.
+"""
+
+from __future__ import annotations
+
+import dis
+import enum
+import functools
+import hashlib
+import struct
+from collections.abc import Iterable, Mapping
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+
+_DIGEST_NBYTES = 16
+# An array that is no single piece of memory is looked at in pieces of about this many bytes.
+_PIECE_NBYTES = 1 << 24
+
+
+_MADE_OF: dict[type, tuple[str, ...]] = {
+    functools.partial: ("func", "args", "keywords"),
+    MethodType: ("__func__", "__self__"),
+}
+
+
+class Fingerprint:
+    """Digests of values, and the names of what could only be told by its type."""
+
+    def __init__(self) -> None:
+        self.not_looked_into: list[str] = []
+        self._within: list[int] = []  # what is being looked at, for what refers to itself
+
+    def of(self, value: Any, name: str) -> str:
+        """The digest of a value, in hexadecimal digits; `name` is what to call it."""
+        return self._digest(value, name).hex()
+
+    def _digest(self, value: Any, name: str) -> bytes:
+        if id(value) in self._within:
+            return _joined("again", str(self._within.index(id(value))).encode())
+        self._within.append(id(value))
+        try:
+            return (
+                self._plain(value)
+                or self._container(value, name)
+                or self._callable(value, name)
+                or self._by_type(value, name)
+            )
+        finally:
+            self._within.pop()
+
+    def _plain(self, value: Any) -> bytes | None:
+        """Of a value that is its own content."""
+        kind = type(value)
+        if value is None or value is ... or kind in {bool, int, str, range, slice}:
+            return _joined(kind.__name__, repr(value).encode("utf-8", "surrogatepass"))
+        if kind in {float, complex}:
+            return _joined(kind.__name__, struct.pack("<dd", value.real, value.imag))
+        if kind in {bytes, bytearray}:
+            return _joined(kind.__name__, bytes(value))
+        if isinstance(value, np.generic) and not value.dtype.hasobject:
+            return _joined("scalar", repr(value.dtype).encode(), value.tobytes())
+        named = _name_of(value)
+        return None if named is None else _joined(kind.__name__, named.encode())
+
+    def _container(self, value: Any, name: str) -> bytes | None:
+        kind = type(value)
+        if isinstance(value, np.ndarray):
+            if not value.dtype.hasobject:
+                return array_digest(value)
+            return _joined("objects", repr(value.shape).encode(), *self._all(value.flat, name))
+        if kind in {tuple, list}:
+            return _joined(kind.__name__, *self._all(value, name))
+        if kind in {set, frozenset}:  # in an order that does not depend on hashes
+            return _joined(kind.__name__, *sorted(self._all(value, name)))
+        if kind is dict:
+            pairs = (
+                self._digest(key, name) + self._digest(one, f"{name}[{key!r}]")
+                for key, one in value.items()
+            )
+            return _joined("dict", *sorted(pairs))
+        return None
+
+    def _all(self, values: Iterable[Any], name: str) -> list[bytes]:
+        return [self._digest(one, f"{name}[{at}]") for at, one in enumerate(values)]
+
+    def _callable(self, value: Any, name: str) -> bytes | None:
+        if isinstance(value, CodeType):
+            return self._code(value)
+        if isinstance(value, FunctionType):
+            return self._function(value, name)
+        for kind, parts in _MADE_OF.items():
+            if isinstance(value, kind):
+                members = {part: getattr(value, part) for part in parts}
+                return _joined(kind.__name__, *self._members(members, name))
+        if isinstance(getattr(value, "py_func", None), FunctionType):  # compiled by numba
+            options = sorted(map(repr, vars(value).get("targetoptions", {}).items()))
+            own = self._digest(value.py_func, name)
+            return _joined("compiled", own, *(option.encode() for option in options))
+        return None
+
+    def _members(self, parts: Mapping[str, Any], name: str) -> list[bytes]:
+        return [self._digest(value, f"{name}.{part}") for part, value in parts.items()]
+
+    def _function(self, function: FunctionType, name: str) -> bytes:
+        own = self._code(function.__code__)
+        enclosed = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        values: dict[str, Any] = {
+            "defaults": function.__defaults__,
+            "kwdefaults": function.__kwdefaults__,
+        }
+        for variable, cell in enclosed:
+            try:
+                values[variable] = cell.cell_contents
+            except ValueError:  # not bound yet
+                values[variable] = None
+        used = _global_names(function.__code__) & function.__globals__.keys()
+        found = []
+        for variable in sorted(used):
+            value = function.__globals__[variable]
+            if isinstance(value, np.ndarray) or self._plain(value) is not None:
+                found.append(variable.encode())
+                found.append(self._digest(value, f"{name}: global {variable}"))
+        return _joined("function", own, *self._members(values, name), *found)
+
+    def _code(self, code: CodeType) -> bytes:
+        facts = (
+            code.co_argcount,
+            code.co_posonlyargcount,
+            code.co_kwonlyargcount,
+            code.co_flags,
+            code.co_names,
+            code.co_varnames,
+            code.co_freevars,
+            code.co_cellvars,
+        )
+        constants = [self._digest(one, "constant") for one in code.co_consts]
+        bytecode = (code.co_code, code.co_exceptiontable)
+        return _joined("code", repr(facts).encode(), *bytecode, *constants)
+
+    def _by_type(self, value: Any, name: str) -> bytes:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        self.not_looked_into.append(f"{name} ({kind})")
+        return _joined("type", kind.encode())
+
+
+def _name_of(value: Any) -> str | None:
+    """What a value is called that is the same wherever it has that name; None for others."""
+    if isinstance(value, np.dtype):
+        return repr(value)
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__module__}.{type(value).__qualname__}.{value.name}"
+    if isinstance(value, ModuleType):
+        return value.__name__
+    if isinstance(value, np.ufunc):
+        name = str(value.__name__)
+        return name if getattr(np, name, None) is value else None
+    if isinstance(value, (type, BuiltinFunctionType)):
+        return f"{value.__module__}.{value.__qualname__}"
+    return None
+
+
+def array_digest(array: np.ndarray) -> bytes:
+    """Of an array's dtype, shape and values, however they lie."""
+    content = hashlib.blake2b(digest_size=_DIGEST_NBYTES)
+    for piece in _pieces(array):
+        content.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+    facts = repr((array.dtype, array.shape)).encode()
+    return _joined("array", facts, content.digest())
+
+
+def _pieces(array: np.ndarray) -> Iterable[np.ndarray]:
+    if array.nbytes == 0:
+        return
+    if array.flags.c_contiguous or array.ndim == 0 or array.nbytes <= _PIECE_NBYTES:
+        yield array
+        return
+    step = max(1, _PIECE_NBYTES * len(array) // array.nbytes)
+    for start in range(0, len(array), step):
+        yield from _pieces(array[start]) if step == 1 else (array[start : start + step],)
+
+
+def _joined(kind: str, *parts: bytes) -> bytes:
+    """A digest of parts that tells where one ends and the next begins."""
+    content = hashlib.blake2b(kind.encode(), digest_size=_DIGEST_NBYTES)
+    for part in parts:
+        content.update(struct.pack("<Q", len(part)))
+        content.update(part)
+    return content.digest()
+
+
+def _global_names(code: CodeType) -> set[str]:
+    """Global names that a function, or one within it, reads."""
+    names = {
+        instruction.argval
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in {"LOAD_GLOBAL", "LOAD_NAME"}
+    }
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _global_names(constant)
+    return names
