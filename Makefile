@@ -18,10 +18,13 @@ SHELL := /bin/bash
 py := $(VENV)/bin/python
 stamp := $(VENV)/.stamp
 
-.PHONY: help demo test test-slow check format bench bench-quick clean
+# How long `make stress` goes on.
+MINUTES ?= 10
+
+.PHONY: help demo test test-slow stress check format bench bench-quick clean
 
 help:
-	@echo "make demo | test | test-slow | check | format | bench | bench-quick | clean"
+	@echo "make demo | test | test-slow | stress | check | format | bench | bench-quick | clean"
 
 $(stamp)-venv:
 	@echo "making $(VENV) with $$($(PYTHON) --version)"
@@ -44,6 +47,10 @@ test: $(stamp)-$(EXTRAS)
 # Slow tests are given fifteen minutes each, and faulthandler one more.
 test-slow: $(stamp)-$(EXTRAS)
 	$(py) -m pytest -m slow --timeout=900 -o faulthandler_timeout=960 $(PYTEST_ARGS)
+
+# Random kills, interrupts, full disks and time-outs: make stress MINUTES=2
+stress: $(stamp)-$(EXTRAS)
+	$(py) -m tests.stress --minutes $(MINUTES) $(STRESS_ARGS)
 
 check: $(stamp)-check
 	$(py) -m ruff check .

@@ -1,0 +1,467 @@
+"""Random kills, interrupts, full disks and time-outs, for as long as is wanted.
+
+Run as ``python -m tests.stress --minutes 2``. Each round is a program of its own, with a number
+that decides all it does (but for the moments at which the machine does it): ``--only deaths
+--seed 17 --rounds 1`` runs that one again. A round says what it did; whatever it found that should
+not be is printed with its number, and the program then ends with 1. A round that takes more than a
+minute hangs: its stacks are printed.
+
+What is held: every run gives the result of the plain call, byte for byte, or the error that says
+what happened; afterwards the next run is right, no process is left, and nothing is left in the
+temporary folder or in /dev/shm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import faulthandler
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+import taskcarrier
+from taskcarrier import (
+    DynamicParallelMapper,
+    StaticParallelMapper,
+    WorkerDiedError,
+    map_array,
+    map_chunks,
+    map_items,
+    reduce_array,
+)
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path("/dev/shm")
+BALANCES = ("static", "dynamic")
+HANGS_AFTER = 60.0  # seconds
+MOST_FOUND = 5  # then it is enough
+ENDS_WITHIN = 5.0  # seconds, for processes whose parent is gone
+
+Done = Counter[str]
+
+
+def double(chunk: np.ndarray) -> np.ndarray:
+    """Takes some 0.2 ms a range, so that there is a moment for everything."""
+    time.sleep(0.0002)
+    return chunk * 2
+
+
+def same(result: Any, expected: Any) -> bool:
+    return bool(
+        type(result) is type(expected)
+        and (
+            np.array_equal(result, expected)
+            if isinstance(expected, np.ndarray)
+            else result == expected
+        )
+    )
+
+
+# What a run may be: a call, its expected result, and whether its partial results are an array.
+Run = tuple[Callable[[], Any], Any]
+
+
+def some_run(rng: random.Random, **options: Any) -> Run:
+    """A map of some sort with its right result."""
+    n_items = rng.choice([1, 7, 300, 2000])
+    X = np.arange(float(n_items))
+    options = {
+        "chunksize": rng.choice([1, 3, 10, 50]),
+        "n_jobs": rng.choice([2, 2, 3]),
+        "balance": rng.choice(BALANCES),
+        "backend": "loky",
+        **options,
+    }
+    size = options["chunksize"]
+    verb = rng.choice(["array", "items", "chunks", "reduce", "list"])
+    if verb == "array":
+        return lambda: map_array(double, X, **options), X * 2
+    if verb == "items":
+        return lambda: map_items(lambda x: x * 2, X, **options), X * 2
+    if verb == "chunks":
+        sums = [float(X[start : start + size].sum() * 2) for start in range(0, n_items, size)]
+        return lambda: map_chunks(lambda c: float(double(c).sum()), X, **options), sums
+    if verb == "reduce":
+        whole = float(X.sum() * 2)  # exact: these are integers
+        return lambda: reduce_array(
+            lambda c: float(double(c).sum()), X, combine=sum_of, **options
+        ), whole
+    kind = StaticParallelMapper if options.pop("balance") == "static" else DynamicParallelMapper
+    mapper = kind(
+        options.pop("n_jobs"), backend=options.pop("backend"), chunksize=options.pop("chunksize")
+    )
+    values = X.tolist()
+    return lambda: mapper.map(slow_double, values, **options), [2 * one for one in values]
+
+
+def sum_of(left: float, right: float) -> float:
+    return left + right
+
+
+def slow_double(number: float) -> float:
+    time.sleep(0.00002)
+    return number * 2
+
+
+@contextlib.contextmanager
+def soon(delay: float, what: Callable[[], None]) -> Iterator[None]:
+    """Have something done in another thread after so many seconds, and be done at the end."""
+    timer = threading.Timer(delay, what)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+
+
+def workers() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "loky" in " ".join(command_of(child))]
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def check(condition: bool, what: str) -> None:  # what an assert takes
+    if not condition:
+        raise AssertionError(what)
+
+
+def check_partial(error: WorkerDiedError, expected: Any) -> None:
+    """What is not missing in an error's partial result must be right."""
+    if not isinstance(error.partial, np.ndarray):
+        return
+    there = np.ones(len(expected), bool)
+    for start, stop in error.missing:
+        there[start:stop] = False
+    check(same(error.partial[there], expected[there]), f"wrong partial results: {error}")
+
+
+# Rounds
+
+
+def deaths(rng: random.Random) -> Done:
+    """Workers are killed at random moments, one or all at once."""
+    done: Done = Counter()
+
+    def kill() -> None:
+        victims = workers()
+        rng.shuffle(victims)
+        for victim in victims if rng.random() < 0.2 else victims[:1]:  # some
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+                done["kills"] += 1
+
+    for _ in range(12):
+        retries = rng.choice([0, 1, 2, 2, 5])
+        call, expected = some_run(rng, retries=retries)
+        delays = [rng.uniform(0, 0.05), rng.uniform(0, 0.3)]
+        with soon(delays[0], kill), soon(delays[1], kill):
+            try:
+                result = call()
+            except WorkerDiedError as error:
+                done["died errors"] += 1
+                check_partial(error, expected)
+            else:
+                done["right results"] += 1
+                check(same(result, expected), "a wrong result")
+    call, expected = some_run(rng)
+    check(same(call(), expected), "a wrong result after all kills")
+    return done
+
+
+def interrupts(rng: random.Random) -> Done:
+    """Ctrl-C at a random moment, but not within a first import: Python leaves half a module then."""
+    done: Done = Counter()
+    for backend in ("loky", "threading"):
+        map_array(double, np.arange(4.0), n_jobs=2, backend=backend)
+    for _ in range(8):
+        call, expected = some_run(rng, backend=rng.choice(["loky", "threading", "sequential"]))
+        began = time.monotonic()
+        try:
+            with soon(rng.uniform(0, 0.1), lambda: os.kill(os.getpid(), signal.SIGINT)):
+                try:
+                    result = call()
+                finally:
+                    ended = time.monotonic()
+        except KeyboardInterrupt:
+            done["interrupted"] += 1
+            check(
+                ended - began < 2.5, "Ctrl-C took more than two seconds"
+            )  # the promise, and the delay
+        else:
+            done["right results"] += 1
+            check(same(result, expected), "a wrong result")
+        call, expected = some_run(rng)
+        check(same(call(), expected), "a wrong result after Ctrl-C")
+    return done
+
+
+def timeouts(rng: random.Random) -> Done:
+    """Some ranges take far too long."""
+    done: Done = Counter()
+    X = np.arange(200.0)
+    for _ in range(4):
+        slow = {rng.randrange(20) * 10.0 for _ in range(rng.choice([0, 1, 3]))}
+
+        def func(chunk: np.ndarray, slow: set[float] = slow) -> np.ndarray:
+            time.sleep(30 if float(chunk[0]) in slow else 0)
+            return chunk * 2
+
+        options = {"chunksize": 10, "n_jobs": 2, "backend": "loky", "timeout": 0.3}
+        options["balance"] = rng.choice(BALANCES)
+        result, failures = map_array(func, X, on_error="collect", **options)
+        expected = X * 2
+        for start in slow:
+            expected[int(start) : int(start) + 10] = np.nan
+        check(np.array_equal(result, expected, equal_nan=True), "a wrong result")
+        check({one.start for one in failures} == slow, f"failed were {failures}")
+        check(all(isinstance(one.error, TimeoutError) for one in failures), f"failed: {failures}")
+        done["time-outs collected"] += len(slow)
+        try:
+            result = map_array(func, X, **options)
+        except TimeoutError:
+            done["time-outs raised"] += 1
+        else:
+            check(not slow, "no TimeoutError")
+            check(same(result, X * 2), "a wrong result")
+    return done
+
+
+def disks(rng: random.Random) -> Done:
+    """The folder for temporary files is on a small disk, mounted for this program alone."""
+    done: Done = Counter()
+    disk = os.environ["STRESS_DISK"]
+    for _ in range(10):
+        X = np.arange(float(rng.choice([1 << 10, 1 << 17, 1 << 19, 1 << 21])))
+        kind = rng.choice([StaticParallelMapper, DynamicParallelMapper])
+        mapper = kind(2, temp_folder=disk, backend="loky")
+        try:
+            result = mapper.map_array(lambda c: c[:] * 2, X)
+        except OSError as error:
+            check(error.errno == errno.ENOSPC, f"another error: {error!r}")
+            check("bytes" in str(error), f"no sizes: {error}")
+            done["full disks"] += 1
+        else:
+            done["right results"] += 1
+            check(same(result, X * 2), "a wrong result")
+            del result
+        check(not list(Path(disk).iterdir()), "files are left on the disk")
+    return done
+
+
+N_CELLS = 120
+
+
+def resumable(rng: random.Random) -> Done:
+    """One try of a run that can be resumed; `resumes` kills it."""
+    folder = Path(os.environ["STRESS_FOLDER"])
+
+    def func(chunk: np.ndarray) -> np.ndarray:
+        time.sleep(0.01)
+        with open(folder / "calls", "a", encoding="ascii") as log:  # noqa: PTH123  # quick
+            log.write("x")
+        return chunk * 2
+
+    map_array(
+        func,
+        np.arange(N_CELLS * 10.0),
+        chunksize=10,
+        n_jobs=2,
+        backend=rng.choice(["loky", "threading"]),
+        balance=rng.choice(BALANCES),
+        out=folder / "Y.npy",
+        resume=True,
+    )
+    return Counter()
+
+
+def resumes(rng: random.Random) -> Done:
+    """A run that can be resumed is killed, alone or with its workers, until it is complete."""
+    done: Done = Counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "calls").touch()
+        while not (folder / "Y.npy").exists():
+            environment = {**os.environ, "STRESS_FOLDER": name}
+            command = one_command("resumable", rng.randrange(1 << 30))
+            program = subprocess.Popen(
+                command,
+                env=environment,
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            try:
+                program.wait(rng.uniform(0.7, 1.6))
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    (os.kill if rng.random() < 0.5 else os.killpg)(
+                        program.pid, signal.SIGKILL
+                    )  # half
+                done["resumable runs killed"] += 1
+            check(program.wait() in {0, -signal.SIGKILL}, "a resumed run failed")
+            if not (folder / "Y.npy").exists():
+                wait_for(lambda: not marked_processes(name), "workers are left")
+        check(same(np.load(folder / "Y.npy"), np.arange(N_CELLS * 10.0) * 2), "a wrong output")
+        again = (folder / "calls").stat().st_size - N_CELLS
+        check(again <= 4 * done["resumable runs killed"], f"{again} ranges were run again")
+        done["ranges run again"] += again
+        left = sorted(path.name for path in folder.iterdir())
+        check(left == ["Y.npy", "calls"], f"left: {left}")
+    done["resumed to the end"] += 1
+    return done
+
+
+ROUNDS: dict[str, Callable[[random.Random], Done]] = {
+    one.__name__: one for one in (deaths, interrupts, timeouts, disks, resumes)
+}
+
+
+# Running them
+
+
+def one_command(kind: str, seed: int) -> list[str]:
+    return [sys.executable, "-m", "tests.stress", "--one", kind, "--seed", str(seed)]
+
+
+def marked_processes(text: str) -> list[int]:
+    """Processes whose environment says so, but this one and those it descends from."""
+    ours = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    found = []
+    for pid in psutil.pids():
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:  # gone, or somebody else's
+            continue
+        if pid not in ours and text.encode() in environment and not is_zombie(pid):
+            found.append(pid)
+    return found
+
+
+def is_zombie(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_for(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + ENDS_WITHIN
+    while not condition():
+        check(time.monotonic() < deadline, otherwise)
+        time.sleep(0.02)
+
+
+def run_round(kind: str, seed: int) -> tuple[Done, str]:
+    """What a round did, and what is wrong with it."""
+    with tempfile.TemporaryDirectory(prefix="taskcarrier-stress-") as name:
+        temp = Path(name) / "temp"
+        disk = Path(name) / "disk"
+        temp.mkdir()
+        disk.mkdir()
+        command = one_command(kind, seed)
+        if kind == "disks":
+            mount = f"mount -t tmpfs -o size=4m tmpfs '{disk}' && exec \"$@\""
+            command = ["unshare", "--mount", "sh", "-c", mount, "sh", *command]
+        environment = {**os.environ, "TMPDIR": str(temp), "STRESS_DISK": str(disk)}
+        before = set(SHARED.iterdir()) if SHARED.is_dir() else set()
+        program = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            out, err = program.communicate(timeout=HANGS_AFTER)
+        except subprocess.TimeoutExpired:
+            program.send_signal(signal.SIGABRT)  # prints all stacks
+            out, err = program.communicate()
+            return Counter(), f"hangs:\n{err}"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                program.kill()
+        if program.returncode:
+            return Counter(), f"failed with {program.returncode}:\n{err}"
+        try:
+            wait_for(lambda: not marked_processes(str(temp)), "processes are left")
+            check(not list(temp.iterdir()), f"files are left: {list(temp.iterdir())}")
+            left = set(SHARED.iterdir()) - before if SHARED.is_dir() else set()
+            check(not left, f"shared memory is left: {left}")
+        except AssertionError as error:
+            return Counter(json.loads(out)), str(error)
+        return Counter(json.loads(out)), ""
+
+
+def can_mount() -> bool:
+    command = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.stress", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--minutes", type=float, default=2.0, help="how long (default: 2)")
+    parser.add_argument("--rounds", type=int, default=sys.maxsize, help="at most so many rounds")
+    parser.add_argument("--seed", type=int, help="the number of the first round (default: any)")
+    parser.add_argument("--only", choices=ROUNDS, help="one sort of round")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    seed = random.SystemRandom().randrange(1 << 30) if options.seed is None else options.seed
+    if options.one:
+        faulthandler.enable()  # SIGABRT prints all stacks
+        kind = {**ROUNDS, "resumable": resumable}[options.one]
+        print(json.dumps(kind(random.Random(seed))))
+        taskcarrier.shutdown()
+        return 0
+    kinds = [options.only] if options.only else list(ROUNDS)
+    if "disks" in kinds and not can_mount():
+        kinds.remove("disks")
+        print("no full disks: mounting one needs root")
+    done: Done = Counter()
+    found: list[str] = []
+    deadline = time.monotonic() + 60 * options.minutes
+    rounds = 0
+    print(f"from seed {seed} on, for {options.minutes:g} minutes", flush=True)
+    while time.monotonic() < deadline and rounds < options.rounds:
+        kind = kinds[rounds % len(kinds)]
+        did, wrong = run_round(kind, seed + rounds)
+        done += did
+        if wrong:
+            found.append(f"--only {kind} --seed {seed + rounds} --rounds 1: {wrong}")
+            print(found[-1], flush=True)
+        rounds += 1
+        if len(found) == MOST_FOUND:
+            break
+    print(f"{rounds} rounds: " + ", ".join(f"{n:,} {what}" for what, n in sorted(done.items())))
+    print(f"found: {len(found)}")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
