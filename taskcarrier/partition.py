@@ -150,7 +150,7 @@ def chunk_grid(
     `DEPTHS` of them, as far as that leaves `MIN_CELLS_DEEP` cells.
 
     >>> chunk_grid(64, 32), len(chunk_grid(1 << 20, 256))
-    (Grid(n_items=64, chunksize=2), 256)
+    (Grid(n_items=64, chunksize=4), 256)
     """
     if chunksize is None:
         by_bytes = max(1, CELL_NBYTES // max(1, item_nbytes))

@@ -55,7 +55,7 @@ def mapped(
         task = _PackedTask(calls, blocks, grid.chunksize)
     else:
         task = _ItemTask(calls, items)
-    done: dict[int, Parts] = {}
+    done: dict[int, list[Any] | Parts] = {}
     outcome = execute(
         task,
         grid,
@@ -87,25 +87,29 @@ def _gathered(sequences: tuple[Iterable[Any], ...]) -> Sequence[Any]:
 
 
 def _joined(
-    blocks: dict[int, Parts], n_items: int
+    blocks: dict[int, list[Any] | Parts], n_items: int
 ) -> tuple[list[Any], list[Fault], list[tuple[int, int]]]:
     """The results in order, None where there is none; faults; ranges that did not come."""
     results: list[Any] = []
     faults: list[Fault] = []
     missing: list[tuple[int, int]] = []
-    for start in [*sorted(blocks), n_items]:
+    for start in sorted(blocks):
         if start > len(results):
             missing.append((len(results), start))
             results += [None] * (start - len(results))
-        if start < n_items:
-            parts = blocks[start]
-            for where, values in parts.results:
-                assert isinstance(where, slice)  # for the type checker
-                results += values
-            faults += parts.faults
-            # A range on which a worker died has no results of its own.
-            end = max([len(results), *(stop for _, stop, _ in parts.faults)])
-            results += [None] * (end - len(results))
+        block = blocks[start]
+        if isinstance(block, list):
+            results += block
+            continue
+        for _, values in block.results:
+            results += values
+        faults += block.faults
+        # A range that was given up has no results of its own.
+        end = max(stop for _, stop, _ in block.faults)
+        results += [None] * (end - len(results))
+    if len(results) < n_items:
+        missing.append((len(results), n_items))
+        results += [None] * (n_items - len(results))
     return results, faults, missing
 
 
@@ -131,13 +135,13 @@ class _Calls:
     several: bool
     collects: bool
 
-    def of(self, items: Sequence[Any], start: int) -> Parts:
-        """Results, and what failed, of items from `start` on."""
+    def of(self, items: Sequence[Any], start: int) -> list[Any] | Parts:
+        """Results of items from `start` on; with what failed, if anything did."""
         func = self.call.func
         results: list[Any] = []
         faults: list[Fault] = []
         rest = iter(items)
-        while len(results) < len(items):
+        while True:
             try:
                 if self.several:
                     for item in rest:
@@ -145,6 +149,7 @@ class _Calls:
                 else:
                     for item in rest:
                         results.append(func(item))  # noqa: PERF401  # likewise
+                break
             except BaseException as error:
                 failed = start + len(results)
                 if not self.collects or not isinstance(error, Exception):
@@ -152,7 +157,7 @@ class _Calls:
                     raise
                 faults.append((failed, failed + 1, error))
                 results.append(None)
-        return Parts([(slice(start, start + len(items)), results)], faults)
+        return Parts([(slice(start, start + len(items)), results)], faults) if faults else results
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +170,7 @@ class _ItemTask:
     def open(self, agree: Agree) -> _ItemTask:  # noqa: ARG002  # nothing to agree on
         return self
 
-    def __call__(self, start: int, stop: int) -> Parts:
+    def __call__(self, start: int, stop: int) -> list[Any] | Parts:
         return self.calls.of(self.items[start:stop], start)
 
     def facts(self) -> None:
@@ -191,7 +196,7 @@ class _PackedItems:
         self._task = task
         self._block = task.blocks.open()
 
-    def __call__(self, start: int, stop: int) -> Parts:
+    def __call__(self, start: int, stop: int) -> list[Any] | Parts:
         cell, skip = divmod(start, self._task.chunksize)
         items = self._block(cell)  # a cell is a block; parts of one are run after deaths
         return self._task.calls.of(items[skip : skip + stop - start], start)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,8 +78,11 @@ class Allocation(Protocol):
     def places(self, spec: Spec, outputs: Sequence[Output]) -> list[Place] | None:
         """The whole outputs; None if they cannot lie there. Asked by workers and the caller."""
 
-    def door(self) -> AbstractContextManager[None]:
-        """What a worker holds open while it writes."""
+    def door(self) -> threading.Lock | None:
+        """A lock that one worker holds while it writes; None if it need not."""
+
+    def check_open(self) -> None:
+        """Nothing while the call goes on; to be asked behind the door."""
 
     def close(self) -> None:
         """The call is over."""
@@ -88,23 +90,6 @@ class Allocation(Protocol):
 
 class CallIsOverError(Exception):
     """A worker comes with a result after the call has returned; nobody sees this."""
-
-
-class _Door(AbstractContextManager[None]):
-    """The way of one worker to the output, closed once the call is over."""
-
-    def __init__(self, allocation: LocalAllocation) -> None:
-        self.lock = threading.Lock()
-        self._allocation = allocation
-
-    def __enter__(self) -> None:
-        self.lock.acquire()
-        if self._allocation.is_closed:
-            self.lock.release()
-            raise CallIsOverError
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
 
 
 class LocalAllocation:
@@ -115,8 +100,8 @@ class LocalAllocation:
     """
 
     def __init__(self, n_items: int, order: str) -> None:
-        self.is_closed = False
-        self._doors: list[_Door] = []
+        self._is_closed = False
+        self._doors: list[threading.Lock] = []
         self._n_items = n_items
         self._order: Any = order
         self._lock = threading.Lock()
@@ -136,17 +121,20 @@ class LocalAllocation:
                     self._made.append(place)
             return self._made
 
-    def door(self) -> AbstractContextManager[None]:
-        """What a worker holds open while it writes."""
-        door = _Door(self)
+    def door(self) -> threading.Lock | None:  # noqa: D102  # as in Allocation
+        door = threading.Lock()
         self._doors.append(door)
         return door
 
+    def check_open(self) -> None:  # noqa: D102  # as in Allocation
+        if self._is_closed:
+            raise CallIsOverError
+
     def close(self) -> None:
         """From now on nothing is written; whoever is just writing is waited for."""
-        self.is_closed = True
+        self._is_closed = True
         for door in list(self._doors):
-            with door.lock:
+            with door:
                 pass
 
 
@@ -167,9 +155,12 @@ class SharedAllocation:
             self._segment.reserve(end)
         return places
 
-    def door(self) -> AbstractContextManager[None]:
+    def door(self) -> threading.Lock | None:
         """None is needed: no process outlives the call with a range in hand."""
-        return nullcontext()
+        return None
+
+    def check_open(self) -> None:
+        """It is."""
 
     def close(self) -> None:
         """Nothing, as there are no doors."""

@@ -10,6 +10,7 @@ processes, and, where dtypes promote, results of another dtype than the agreed o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +118,7 @@ class Sink:
         self._plan = plan
         self._agree = agree
         self._door = plan.allocation.door()
+        self._check_open = plan.allocation.check_open
         self._spec: Spec | None = None
         self._dtypes: list[np.dtype[Any]] = []
         self._writers: list[Writer] | None = None
@@ -142,8 +144,12 @@ class Sink:
             and result.dtype == self._dtype
             and margins == _NO_MARGINS
         ):
-            with self._door:
+            if self._door is None:
                 self._put(start, stop, result)
+            else:
+                with self._door:
+                    self._check_open()
+                    self._put(start, stop, result)
             return None
         results = self.checked(start, length, result, margins)
         dtypes = [one.dtype for one in results]
@@ -153,7 +159,8 @@ class Sink:
             self._put = self._writers[0].put
             self._dtype = results[0].dtype
             self._shapes[length] = results[0].shape
-        with self._door:
+        with self._door or nullcontext():
+            self._check_open()
             for writer, one in zip(self._writers, results, strict=True):
                 writer.put(start, stop, one)
         return None

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from time import monotonic_ns
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -325,7 +326,9 @@ def work(
         if job.sweeps:
             _sweep(job, ledger, account, cast("Sweep", cells), outlet[0])
         else:
-            held = _held(job, ledger, worker, again)
+            held: Iterable[_Held] = job.balance.cells(ledger, worker, job.n_workers, len(job.grid))
+            if again:
+                held = chain(_again(ledger, worker, again), held)
             _go_through(job, ledger, account, cells, outlet=outlet, held=held)
     except BaseException as error:  # noqa: BLE001  # also exits and interrupts: the caller raises
         ledger.halt()
@@ -350,9 +353,8 @@ def _sweep(job: Job, ledger: Ledger, account: Account, cells: Sweep, deliver: De
         account.at = None if cell < 0 else job.grid.bounds(cell)
 
 
-# Start and stop; the how-manieth time it is run; its cell, -1 for a part of one; its number among
-# the ranges that are run again, -1 for others.
-_Held = tuple[int, int, int, int, int]
+# A range that is given out again, and its number among these; or a cell.
+_Held = tuple[Again, int] | int
 
 
 def _go_through(
@@ -362,17 +364,25 @@ def _go_through(
     cells: Cells,
     *,
     outlet: Outlet,
-    held: Iterator[_Held],
+    held: Iterable[_Held],
 ) -> None:
     """Run ranges one after the other; all that is done for each is in this loop."""
     worker, marks = account.worker, ledger.marks
     deliver, flush = outlet
     timeout_ns = job.recovery.timeout_ns
+    n_items, chunksize = job.grid.n_items, job.grid.chunksize
     ranges = items = busy_ns = 0
     pid = os.getpid()
-    start, stop, attempt = -1, -1, 1
+    start, stop, attempt, number = -1, -1, 1, -1
     try:
-        for start, stop, attempt, cell, number in held:  # noqa: B007  # `attempt` is looked at in the end
+        for one in held:
+            if isinstance(one, int):
+                cell, attempt, number = one, 1, -1
+                start = cell * chunksize
+                stop = min(start + chunksize, n_items)
+            else:
+                (start, stop, attempt), number = one
+                cell = start // chunksize
             begin = monotonic_ns()
             if timeout_ns:
                 ledger.note_time(worker, begin)
@@ -387,7 +397,7 @@ def _go_through(
                 if os.getpid() != pid:
                     # The function has forked and both came back. Only one is the worker.
                     os._exit(1)
-            if marks is not None and cell >= 0:
+            if marks is not None and (number < 0 or job.grid.bounds(cell) == (start, stop)):
                 marks[cell] = DONE if result is NOTHING else SENT
             if number < 0:
                 ledger.lay_down(worker, stop - start)
@@ -401,20 +411,13 @@ def _go_through(
         account.at, account.attempt = None if start < 0 else (start, stop), attempt
 
 
-def _held(job: Job, ledger: Ledger, worker: int, again: Sequence[Again]) -> Iterator[_Held]:
-    """Ranges, each in the worker's hand when it is yielded."""
-    n_items, chunksize = job.grid.n_items, job.grid.chunksize
-    for number, (start, stop, attempt) in enumerate(again):
+def _again(ledger: Ledger, worker: int, again: Sequence[Again]) -> Iterator[_Held]:
+    """Ranges that are given out again, each in the worker's hand when it is yielded."""
+    for number, one in enumerate(again):
         if ledger.halted:
             return
         ledger.hold_again(worker, number)
-        cell = start // chunksize
-        is_whole = job.grid.bounds(cell) == (start, stop)
-        yield start, stop, attempt, cell if is_whole else -1, number
-    for cell in job.balance.cells(ledger, worker, job.n_workers, len(job.grid)):
-        start = cell * chunksize
-        stop = start + chunksize
-        yield start, min(stop, n_items), 1, cell, -1
+        yield one, number
 
 
 def _late(job: Job, start: int, stop: int, seconds: float) -> Parts:
