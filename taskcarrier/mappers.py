@@ -121,6 +121,7 @@ class _Mapper:
         func: Callable[..., Any],
         seq1: Iterable[Any],
         *seqs: Iterable[Any],
+        rng: Any = None,
         timeout: float | None = None,
         retries: int = RETRIES,
         retry_on: type[Exception] | tuple[type[Exception], ...] = (),
@@ -137,6 +138,7 @@ class _Mapper:
             Called as ``func(item)``, with several sequences ``func(item1, item2, ...)``.
         seq1, *seqs : iterable
             The items. With several, the shortest wins. Generators are used up first.
+        {item_rng}
         {timeout}
         {retries}
         {retry_on}
@@ -165,7 +167,9 @@ class _Mapper:
         [32, 9]
         """
         settings = replace(self._settings(), recovery=Recovery.checked(timeout, retries, retry_on))
-        return sequences.mapped(settings, func, (seq1, *seqs), self.chunksize, on_error)
+        return sequences.mapped(
+            settings, func, (seq1, *seqs), self.chunksize, on_error=on_error, rng=rng
+        )
 
     map_array = _method(map_array)
     map_items = _method(map_items)

@@ -6,7 +6,7 @@ batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic_ns
 from typing import Any
@@ -26,6 +26,7 @@ from taskcarrier.running import (
     execute,
     raise_failure,
 )
+from taskcarrier.streams import Streams, WithStream
 
 
 def mapped(
@@ -33,7 +34,9 @@ def mapped(
     func: Callable[..., Any],
     sequences: tuple[Iterable[Any], ...],
     chunksize: int | None,
+    *,
     on_error: str = "raise",
+    rng: object = None,
 ) -> Any:
     """``list(map(func, *sequences))`` on the workers that `settings` ask for."""
     started_ns = monotonic_ns()
@@ -44,9 +47,11 @@ def mapped(
     nothing = Choice("sequential", 1, "there is nothing to map")
     choice = decide(settings, func) if items else nothing
     several = len(sequences) > 1
+    if rng is not None:
+        func = WithStream(func, Streams.of_seed(rng))
     if settings.recovery.retry_on:
         func = Retried(func, settings.recovery)
-    calls = _Calls(Call(func), several, collects)
+    calls = _Calls(Call(func), several, collects, rng is not None)
     staging = None
     task: _ItemTask | _PackedTask
     if choice.backend == "loky":
@@ -129,21 +134,29 @@ class _Calls:
         Whether an item is a tuple of arguments.
     collects : bool
         Whether errors are collected; else the first one ends the run.
+    numbered : bool
+        Whether it is called with the number of the item before all else.
     """
 
     call: Call
     several: bool
     collects: bool
+    numbered: bool
 
     def of(self, items: Sequence[Any], start: int) -> list[Any] | Parts:
         """Results of items from `start` on; with what failed, if anything did."""
         func = self.call.func
         results: list[Any] = []
         faults: list[Fault] = []
-        rest = iter(items)
+        several = self.several
+        rest: Iterator[Any] = iter(items)
+        if self.numbered:
+            numbers = range(start, start + len(items))
+            rest = zip(numbers, *(zip(*items, strict=True) if several else (items,)), strict=True)
+            several = True
         while True:
             try:
-                if self.several:
+                if several:
                     for item in rest:
                         results.append(func(*item))  # noqa: PERF401  # its length names the item that failed
                 else:

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "taskcarrier"
 LAYERS = [
     ["errors"],
     ["partition", "report", "layout", "limits"],
-    ["ledger", "recovery", "segments", "caller_memory"],
+    ["ledger", "recovery", "segments", "streams", "caller_memory"],
     ["balance", "mapped_files", "kept_mappings"],
     ["backends"],
     ["blocks"],

@@ -35,6 +35,7 @@ from taskcarrier.running import (
     raise_failure,
 )
 from taskcarrier.segments import Staging
+from taskcarrier.streams import Streams, WithStream
 
 ON_ERROR = ("raise", "collect", "fill")
 
@@ -53,6 +54,7 @@ class ArrayCall:
     collects: bool
     started_ns: int
     row: Row | None = None
+    streams: Streams | None = None
 
     @classmethod
     def checked(
@@ -72,12 +74,15 @@ class ArrayCall:
         cval: object = 0.0,
         collects: bool = False,
         row: Row | None = None,
+        rng: object = None,
     ) -> ArrayCall:
         """From the arguments of a verb, or an error that says what is wrong with them."""
         started_ns = monotonic_ns()
         check_callable(func)
         inputs = check_inputs(arrays, axis)
         extra_args, extra_kwargs = check_extras(args, kwargs)
+        if rng is not None and "rng" in extra_kwargs:
+            raise TypeError("rng is given twice: as an option, and in kwargs")
         size = check_chunksize(chunksize)
         halo = check_halo(depth, boundary, cval, inputs)
         n_deep = 0 if halo is None else halo.depth
@@ -94,6 +99,7 @@ class ArrayCall:
             collects,
             started_ns,
             row,
+            None if rng is None else Streams.of_seed(rng),
         )
 
     @property
@@ -103,7 +109,7 @@ class ArrayCall:
 
     def calling(self, func: Callable[..., Any]) -> ArrayCall:
         """The same with a function of ours, which gets nothing but chunks."""
-        return replace(self, call=Call(func), by_item=False, row=None)
+        return replace(self, call=Call(func), by_item=False, row=None, streams=None)
 
     def kept_ledger(self, path: str, options: Mapping[str, object]) -> KeptLedger:
         """The ledger beside an output, of this computation; `options` say what else decides it."""
@@ -111,6 +117,7 @@ class ArrayCall:
             "called with": "items" if self.by_item else "chunks",
             "writable": self.writable,
             "out_shape": None if self.row is None else self.row.shape,
+            "rng": self.streams,
             **options,
         }
         computes = what_decides(self.call, self.inputs, self.grid, self.halo, words)
@@ -216,8 +223,8 @@ class ArrayCall:
         """
         if not self.by_item or choice.backend == "loky" or self.inputs.n_items == 0:
             return None, 0
-        if self.settings.recovery.retry_on:  # which is done around each call
-            return None, 0
+        if self.settings.recovery.retry_on or self.streams is not None:
+            return None, 0  # these are done around each call
         begin = monotonic_ns()
         fusion = fused(
             self.call,
@@ -242,6 +249,8 @@ class ArrayCall:
     ) -> tuple[Outcome, list[Parts]]:
         in_processes = choice.backend == "loky"
         func = self.call.func if self.row is None else self.row.returned_by(self.call.func)
+        if self.streams is not None:
+            func = WithStream(func, self.streams)
         prepared = ready(
             replace(self.call, func=func),
             self.inputs,
@@ -273,6 +282,8 @@ class ArrayCall:
             self.collects,
             self._takes_objects(plan),
             in_processes,
+            self.streams is not None,
+            self.grid.chunksize,
         )
         return self._execute(
             choice,
@@ -280,7 +291,10 @@ class ArrayCall:
             notes=notes + prepared.notes,
             compiling_ns=fusing_ns + prepared.compiling_ns,
             staging=staging,
-            narrows=plan is not None and self.halo is None,
+            # A part of a range with one stream would draw other numbers.
+            narrows=plan is not None
+            and self.halo is None
+            and (self.by_item or self.streams is None),
             kept=kept,
         )
 

@@ -45,6 +45,7 @@ def map_array(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     writable: bool = False,
+    rng: Any = None,
     timeout: float | None = None,
     retries: int = RETRIES,
     retry_on: type[Exception] | tuple[type[Exception], ...] = (),
@@ -86,6 +87,7 @@ def map_array(
     {args}
     {kwargs}
     {writable}
+    {rng}
     {timeout}
     {retries}
     {retry_on}
@@ -140,6 +142,7 @@ def map_array(
         args=args,
         kwargs=kwargs,
         writable=writable,
+        rng=rng,
         depth=depth,
         boundary=boundary,
         cval=cval,
@@ -166,6 +169,7 @@ def map_items(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     writable: bool = False,
+    rng: Any = None,
     timeout: float | None = None,
     retries: int = RETRIES,
     retry_on: type[Exception] | tuple[type[Exception], ...] = (),
@@ -208,6 +212,7 @@ def map_items(
     {args}
     {kwargs}
     {writable}
+    {item_rng}
     {timeout}
     {retries}
     {retry_on}
@@ -254,6 +259,7 @@ def map_items(
         args=args,
         kwargs=kwargs,
         writable=writable,
+        rng=rng,
         by_item=True,
         collects=rule != "raise",
         row=row,
@@ -283,6 +289,7 @@ def map_chunks(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     writable: bool = False,
+    rng: Any = None,
     timeout: float | None = None,
     retries: int = RETRIES,
     retry_on: type[Exception] | tuple[type[Exception], ...] = (),
@@ -312,6 +319,7 @@ def map_chunks(
     {args}
     {kwargs}
     {writable}
+    {rng}
     {timeout}
     {retries}
     {retry_on}
@@ -354,6 +362,7 @@ def map_chunks(
         args=args,
         kwargs=kwargs,
         writable=writable,
+        rng=rng,
         depth=depth,
         boundary=boundary,
         cval=cval,

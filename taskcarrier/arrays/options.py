@@ -86,6 +86,15 @@ collect_on_error : {"raise", "collect"}, default "raise"
     What becomes of an exception in `func`. Raise: the run ends with it. Collect: the run goes
     on, and ``(results, failures)`` is returned, where ``failures`` is a list of
     `FailedRange` ``(start, stop, error)`` in ascending order, and ``results`` has None there.
+rng : int, SeedSequence or Generator, optional
+    Gives `func` a `numpy.random.Generator` of its own for every range, as ``rng=``. Which numbers
+    it draws depends on the seed and the number of the range alone (so `chunksize` is part of the
+    computation), not on workers, backend or balance. A Generator is advanced by one draw, a
+    SeedSequence stays as it is. Default: none.
+item_rng : int, SeedSequence or Generator, optional
+    Gives `func` a `numpy.random.Generator` of its own for every item, as ``rng=``. Which numbers it
+    draws depends on the seed and the number of the item alone, not on workers, backend, balance or
+    `chunksize`. A Generator is advanced by one draw, a SeedSequence stays as it is. Default: none.
 timeout : float, optional
     Seconds that one range may take; then there is a `TimeoutError` that names it. A worker process
     is killed for it. In threads and in the caller, where nothing can be stopped, the range is run
@@ -129,6 +138,7 @@ _WORDS = {
     "arrays": "*arrays",
     "item_chunksize": "chunksize",
     "depth_uncut": "depth",
+    "item_rng": "rng",
     "collect_on_error": "on_error",
 }
 DESCRIPTIONS = _parsed(_DESCRIPTIONS)

@@ -32,6 +32,7 @@ def reduce_array(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     writable: bool = False,
+    rng: Any = None,
     timeout: float | None = None,
     retries: int = RETRIES,
     retry_on: type[Exception] | tuple[type[Exception], ...] = (),
@@ -69,6 +70,7 @@ def reduce_array(
     {args}
     {kwargs}
     {writable}
+    {rng}
     {timeout}
     {retries}
     {retry_on}
@@ -112,6 +114,7 @@ def reduce_array(
         args=args,
         kwargs=kwargs,
         writable=writable,
+        rng=rng,
         depth=depth,
         boundary=boundary,
         cval=cval,

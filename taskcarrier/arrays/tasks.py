@@ -58,6 +58,10 @@ class ArrayTask:
         Whether items may give any Python object.
     trims : bool
         Whether workers are processes that let go of files they have gone through.
+    numbered : bool
+        Whether the function is called with the number of its item or cell before all else.
+    chunksize : int
+        Items of a cell.
     """
 
     call: Call
@@ -71,6 +75,8 @@ class ArrayTask:
     collects: bool
     takes_objects: bool
     trims: bool
+    numbered: bool = False
+    chunksize: int = 1
 
     def open(self, agree: Agree) -> _Chunks | _Items:  # noqa: D102  # as in Task
         return (_Items if self.by_item else _Chunks)(self, agree)
@@ -150,7 +156,9 @@ class _Chunks(_Cells):
     """The function is called with chunks."""
 
     def _computed(self, start: int, stop: int) -> Any:
-        chunks = self._chunks(start, stop)
+        chunks: list[Any] = list(self._chunks(start, stop))
+        if self._task.numbered:
+            chunks.insert(0, start // self._task.chunksize)
         try:
             return self._func(*chunks, *self._args, **self._kwargs)
         except (ValueError, TypeError) as error:
@@ -159,7 +167,7 @@ class _Chunks(_Cells):
 
     def _collect(self, start: int, stop: int, parts: Parts) -> None:
         middle = (start + stop) // 2
-        narrows = middle > start and self._sink is not None
+        narrows = middle > start and self._sink is not None and not self._task.numbered
         try:
             result = self._computed(start, stop)
         except Exception as error:  # noqa: BLE001  # the user's, collected as asked for
@@ -183,11 +191,12 @@ class _Items(_Cells):
             self._func = lambda *args: func(*args, **kwargs)
 
     def _items(self, start: int, stop: int) -> list[Iterator[Any]]:
-        """One iterator for each array."""
-        return [
+        """One iterator for each array, behind the numbers of the items where these are wanted."""
+        items: list[Iterator[Any]] = [
             iter(chunk) if axis == 0 else iter(chunk.transpose(_first(axis, chunk.ndim)))
             for chunk, axis in zip(self._chunks(start, stop), self._task.axes, strict=True)
         ]
+        return [iter(range(start, stop)), *items] if self._task.numbered else items
 
     def _calls(self, items: list[Iterator[Any]]) -> Iterator[Any]:
         return map(self._func, *items, *map(repeat, self._args))
