@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from taskcarrier.arrays.reducing import reduce_array
     from taskcarrier.arrays.sharing import empty, share
     from taskcarrier.backends.crews import shutdown
+    from taskcarrier.current import MapperInstance, current_mapper, use_mapper
     from taskcarrier.errors import FailedRange, TaskError, WorkerDiedError
+    from taskcarrier.fitting import fit_many, predict_array
     from taskcarrier.mappers import DynamicParallelMapper, SerialMapper, StaticParallelMapper
     from taskcarrier.partition import Partition
     from taskcarrier.report import Report, last_report
@@ -23,21 +25,26 @@ __version__ = "0.1.0"
 __all__ = [
     "DynamicParallelMapper",
     "FailedRange",
+    "MapperInstance",
     "Partition",
     "Report",
     "SerialMapper",
     "StaticParallelMapper",
     "TaskError",
     "WorkerDiedError",
+    "current_mapper",
     "empty",
+    "fit_many",
     "last_report",
     "load",
     "map_array",
     "map_chunks",
     "map_items",
+    "predict_array",
     "reduce_array",
     "share",
     "shutdown",
+    "use_mapper",
 ]
 
 # Names are loaded when they are first used (Scientific Python SPEC 1): the exceptions alone derive
@@ -46,21 +53,26 @@ __all__ = [
 _MODULES = {
     "DynamicParallelMapper": "mappers",
     "FailedRange": "errors",
+    "MapperInstance": "current",
     "Partition": "partition",
     "Report": "report",
     "SerialMapper": "mappers",
     "StaticParallelMapper": "mappers",
     "TaskError": "errors",
     "WorkerDiedError": "errors",
+    "current_mapper": "current",
     "empty": "arrays.sharing",
+    "fit_many": "fitting",
     "last_report": "report",
     "load": "arrays.files",
     "map_array": "arrays.mapping",
     "map_chunks": "arrays.mapping",
     "map_items": "arrays.mapping",
+    "predict_array": "fitting",
     "reduce_array": "arrays.reducing",
     "share": "arrays.sharing",
     "shutdown": "backends.crews",
+    "use_mapper": "current",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Self
@@ -33,7 +33,7 @@ def _method(verb: Callable[..., Any]) -> Any:
     options = {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}
 
     @functools.wraps(verb)
-    def method(self: _Mapper, func: Callable[..., Any], *arrays: Any, **chosen: Any) -> Any:
+    def method(self: Mapper, func: Callable[..., Any], *arrays: Any, **chosen: Any) -> Any:
         for name in chosen:
             if name not in options:
                 allowed = ", ".join(one.name for one in parameters if one.name in options)
@@ -46,7 +46,7 @@ def _method(verb: Callable[..., Any]) -> Any:
 
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     method.__signature__ = signature.replace(parameters=[own, *parameters])  # type: ignore[attr-defined]  # functions may have one
-    method.__qualname__ = f"_Mapper.{verb.__name__}"
+    method.__qualname__ = f"Mapper.{verb.__name__}"
     method.__doc__ = _doc_of_method(verb)
     return method
 
@@ -60,7 +60,7 @@ def _doc_of_method(verb: Callable[..., Any]) -> str:
     return f"{head}Examples\n--------\nSee `taskcarrier.{verb.__name__}`.\n"
 
 
-class _Mapper:
+class Mapper:
     """What all mappers share.
 
     Parameters
@@ -121,6 +121,7 @@ class _Mapper:
         func: Callable[..., Any],
         seq1: Iterable[Any],
         *seqs: Iterable[Any],
+        shared: Mapping[str, Any] | None = None,
         rng: Any = None,
         timeout: float | None = None,
         retries: int = RETRIES,
@@ -138,6 +139,10 @@ class _Mapper:
             Called as ``func(item)``, with several sequences ``func(item1, item2, ...)``.
         seq1, *seqs : iterable
             The items. With several, the shortest wins. Generators are used up first.
+        shared : dict, optional
+            What every call of `func` gets by name. Arrays in it are read-only; to processes they
+            are sent once for all calls, and not at all if they come from `share`, `empty`, `load`
+            or an earlier map in processes.
         {item_rng}
         {timeout}
         {retries}
@@ -168,7 +173,7 @@ class _Mapper:
         """
         settings = replace(self._settings(), recovery=Recovery.checked(timeout, retries, retry_on))
         return sequences.mapped(
-            settings, func, (seq1, *seqs), self.chunksize, on_error=on_error, rng=rng
+            settings, func, (seq1, *seqs), self.chunksize, on_error=on_error, rng=rng, shared=shared
         )
 
     map_array = _method(map_array)
@@ -225,7 +230,7 @@ class _Mapper:
         )
 
 
-class SerialMapper(_Mapper):
+class SerialMapper(Mapper):
     """A mapper that runs everything in the caller.
 
     It takes the options of the parallel mappers and ignores those that say how to share out
@@ -244,7 +249,7 @@ class SerialMapper(_Mapper):
     _sequential = True
 
 
-class StaticParallelMapper(_Mapper):
+class StaticParallelMapper(Mapper):
     """A mapper that gives each worker one contiguous run of ranges beforehand.
 
     The right one when all items take about the same time.
@@ -260,7 +265,7 @@ class StaticParallelMapper(_Mapper):
     _balance = Static()
 
 
-class DynamicParallelMapper(_Mapper):
+class DynamicParallelMapper(Mapper):
     """A mapper that gives the next range to whichever worker is free.
 
     The right one when items take different times, or nobody knows.
@@ -277,7 +282,7 @@ class DynamicParallelMapper(_Mapper):
 
 
 # The classes share one description of their parameters.
-_parameters = inspect.cleandoc(_Mapper.__doc__ or "").partition("Parameters\n")[2]
+_parameters = inspect.cleandoc(Mapper.__doc__ or "").partition("Parameters\n")[2]
 for _kind in (SerialMapper, StaticParallelMapper, DynamicParallelMapper):
     _summary, _, _examples = inspect.cleandoc(_kind.__doc__ or "").partition("Examples\n")
     _kind.__doc__ = f"{_summary}Parameters\n{_parameters}\n\nExamples\n{_examples}"

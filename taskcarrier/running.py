@@ -61,6 +61,7 @@ class Settings:
     recycler: Recycler | None = None
     keep_report: Callable[[Report], None] = keep_report
     recovery: Recovery = USUAL
+    known: str = ""  # why what the function calls is known to release the GIL
 
     @classmethod
     def of_call(
@@ -146,11 +147,12 @@ class Outcome:
 
 def decide(settings: Settings, func: Callable[..., Any], extras: Sequence[Any] = ()) -> Choice:
     """Where this run takes place, of `func` with such further arguments; an error if it cannot."""
+    known = settings.known or ("the function releases the GIL" if releases_gil(func) else "")
     return choices.choose(
         settings.n_jobs,
         settings.backend,
         choices.facts_now(),
-        releases_gil=releases_gil(func),
+        releases_gil=known,
         own_threads=has_own_threads(func, extras),
     )
 

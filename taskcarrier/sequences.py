@@ -7,12 +7,13 @@ batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from time import monotonic_ns
 from typing import Any
 
 from taskcarrier.arrays.calls import check_on_error, failed_ranges
-from taskcarrier.arrays.inputs import check_callable
+from taskcarrier.arrays.inputs import check_callable, check_extras, read_only
 from taskcarrier.backends.choice import Choice
 from taskcarrier.backends.parts import Fault, Parts
 from taskcarrier.backends.work import Agree, Call, add_note
@@ -37,6 +38,7 @@ def mapped(
     *,
     on_error: str = "raise",
     rng: object = None,
+    shared: object = None,
 ) -> Any:
     """``list(map(func, *sequences))`` on the workers that `settings` ask for."""
     started_ns = monotonic_ns()
@@ -45,13 +47,16 @@ def mapped(
     items = _gathered(sequences)
     grid = list_grid(len(items), chunksize)
     nothing = Choice("sequential", 1, "there is nothing to map")
+    _, kwargs = check_extras((), shared, "shared")
+    if rng is not None and "rng" in kwargs:
+        raise TypeError("rng is given twice: as an option, and in shared")
     choice = decide(settings, func) if items else nothing
     several = len(sequences) > 1
     if rng is not None:
         func = WithStream(func, Streams.of_seed(rng))
     if settings.recovery.retry_on:
         func = Retried(func, settings.recovery)
-    calls = _Calls(Call(func), several, collects, rng is not None)
+    calls = _Calls(Call(func, (), kwargs), several, collects, rng is not None)
     staging = None
     task: _ItemTask | _PackedTask
     if choice.backend == "loky":
@@ -143,6 +148,13 @@ class _Calls:
     collects: bool
     numbered: bool
 
+    def opened(self) -> _Calls:
+        """The same in a worker, with what every call gets bound, arrays read-only."""
+        if not self.call.kwargs:
+            return self
+        shared = {name: read_only(value) for name, value in self.call.kwargs.items()}
+        return replace(self, call=Call(partial(self.call.func, **shared)))
+
     def of(self, items: Sequence[Any], start: int) -> list[Any] | Parts:
         """Results of items from `start` on; with what failed, if anything did."""
         func = self.call.func
@@ -175,13 +187,13 @@ class _Calls:
 
 @dataclass(frozen=True, eq=False)
 class _ItemTask:
-    """`func` on items of this process; open already, for it keeps nothing."""
+    """`func` on items of this process."""
 
     calls: _Calls
     items: Sequence[Any]
 
     def open(self, agree: Agree) -> _ItemTask:  # noqa: ARG002  # nothing to agree on
-        return self
+        return replace(self, calls=self.calls.opened())
 
     def __call__(self, start: int, stop: int) -> list[Any] | Parts:
         return self.calls.of(self.items[start:stop], start)
@@ -207,12 +219,13 @@ class _PackedItems:
 
     def __init__(self, task: _PackedTask) -> None:
         self._task = task
+        self._calls = task.calls.opened()
         self._block = task.blocks.open()
 
     def __call__(self, start: int, stop: int) -> list[Any] | Parts:
         cell, skip = divmod(start, self._task.chunksize)
         items = self._block(cell)  # a cell is a block; parts of one are run after deaths
-        return self._task.calls.of(items[skip : skip + stop - start], start)
+        return self._calls.of(items[skip : skip + stop - start], start)
 
     def facts(self) -> None:
         """Nothing."""

@@ -26,6 +26,7 @@ LAYERS = [
     ["arrays"],
     ["sequences"],
     ["mappers"],
+    ["current", "fitting"],
     ["__init__"],
 ]
 

@@ -101,16 +101,18 @@ def normalize_axis(axis: object, ndim: int, name: str) -> int:
     return value % ndim
 
 
-def check_extras(args: object, kwargs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`args` and `kwargs` of a call."""
+def check_extras(
+    args: object, kwargs: object, name: str = "kwargs"
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`args` and `kwargs` of a call; the latter may have another name."""
     if not isinstance(args, (tuple, list)):
         raise TypeError(f"args must be a tuple of further arguments, got {args!r}")
     if kwargs is None:
         kwargs = {}
     if not isinstance(kwargs, Mapping) or not all(isinstance(key, str) for key in kwargs):
-        raise TypeError(f"kwargs must be a dict of keyword arguments or None, got {kwargs!r}")
+        raise TypeError(f"{name} must be a dict of keyword arguments or None, got {kwargs!r}")
     # As for the mapped arrays: processes would get copies of other strides than threads see.
-    gathered = {name: _without_wide_gaps(value) for name, value in kwargs.items()}
+    gathered = {key: _without_wide_gaps(value) for key, value in kwargs.items()}
     return tuple(map(_without_wide_gaps, args)), gathered
 
 

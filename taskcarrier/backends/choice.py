@@ -104,7 +104,7 @@ def choose(
     backend: str | None,
     facts: Facts,
     *,
-    releases_gil: bool = False,
+    releases_gil: str = "",
     own_threads: bool = False,
 ) -> Choice:
     """Decide where a run takes place.
@@ -115,14 +115,14 @@ def choose(
         The user's wishes, already checked.
     facts : Facts
         The state of the process.
-    releases_gil : bool
-        Whether the function is known to run without the interpreter's lock.
+    releases_gil : str
+        What is known to run without the interpreter's lock, in words; nothing if that is not known.
     own_threads : bool
         Whether it is known to start threads of its own (numba's ``parallel=True``).
 
     >>> choose(None, None, Facts(cores=4))
     Choice(backend='loky', n_jobs=4, reason='the default')
-    >>> choose(3, None, Facts(cores=4), releases_gil=True).reason
+    >>> choose(3, None, Facts(cores=4), releases_gil="the function releases the GIL").reason
     'the function releases the GIL'
     """
     workers = count_workers(n_jobs, facts)
@@ -136,7 +136,7 @@ def choose(
 
 
 def _where(
-    backend: str | None, workers: int, facts: Facts, releases_gil: bool, own_threads: bool
+    backend: str | None, workers: int, facts: Facts, releases_gil: str, own_threads: bool
 ) -> tuple[str, str]:
     """The backend that is wanted, and why: what is asked for, else what suits best."""
     wanted = backend or _followed(facts)
@@ -150,7 +150,7 @@ def _where(
     if wanted is not None:
         return wanted, "asked for" if backend else "joblib's active configuration"
     for applies, reason in (
-        (releases_gil, "the function releases the GIL"),
+        (bool(releases_gil), releases_gil),
         (not facts.has_gil, "the interpreter has no GIL"),
         (not facts.has_processes, "worker processes need Linux"),
     ):

@@ -284,6 +284,11 @@ def in_worker() -> bool:
     return _in_worker_process or getattr(_state, "busy", False)
 
 
+def in_worker_process() -> bool:
+    """Whether this whole process is a worker."""
+    return _in_worker_process
+
+
 def mark_worker_process() -> None:
     """Say that this whole process is a worker."""
     global _in_worker_process  # noqa: PLW0603  # a fact about the process, set once

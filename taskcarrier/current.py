@@ -1,0 +1,123 @@
+"""The mapper that is chosen once, at the top of a program, and asked for deep inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Self
+
+from taskcarrier.backends.choice import facts_now
+from taskcarrier.mappers import Mapper, SerialMapper
+
+_chosen: ContextVar[Mapper | None] = ContextVar("taskcarrier_mapper", default=None)
+
+
+@contextmanager
+def use_mapper(mapper: Mapper) -> Iterator[Mapper]:
+    """Choose the mapper for a block of code, and for all that is called in it.
+
+    The choice holds for this thread (and for tasks of `asyncio` begun in the block); the innermost
+    block counts.
+
+    Parameters
+    ----------
+    mapper : SerialMapper, StaticParallelMapper or DynamicParallelMapper
+        What `current_mapper` is to return.
+
+    Yields
+    ------
+    mapper
+        The same.
+
+    Examples
+    --------
+    >>> from taskcarrier import SerialMapper, current_mapper, use_mapper
+    >>> def shout(words):
+    ...     return current_mapper()(str.upper, words)
+    >>> with use_mapper(SerialMapper()):
+    ...     shout(["a", "b"])
+    ['A', 'B']
+    """
+    if not isinstance(mapper, Mapper):
+        raise TypeError(
+            "use_mapper needs a SerialMapper, StaticParallelMapper or DynamicParallelMapper, got "
+            f"{mapper!r}"
+        )
+    token = _chosen.set(mapper)
+    try:
+        yield mapper
+    finally:
+        _chosen.reset(token)
+
+
+def current_mapper() -> Mapper:
+    """The mapper that was chosen for this place.
+
+    Returns
+    -------
+    mapper
+        That of the innermost `use_mapper` block; else what was registered with `MapperInstance`;
+        else a `SerialMapper`. Inside a worker, be it one of ours or one of joblib's (and so of
+        scikit-learn's), always a `SerialMapper`: workers do not start workers.
+
+    Examples
+    --------
+    >>> from taskcarrier import current_mapper
+    >>> current_mapper()([].append, [])
+    []
+    """
+    if _is_inside_a_worker():
+        return SerialMapper()
+    return _chosen.get() or MapperInstance().retrieve_mapper()
+
+
+def _is_inside_a_worker() -> bool:
+    facts = facts_now()
+    return facts.in_worker or facts.nested_in_joblib or facts.daemonic
+
+
+class MapperInstance:
+    """The original TaskCarrier's way to choose a mapper once: there is one of these in a program.
+
+    Entering it gives the registered mapper (a `SerialMapper` if there is none); entering it again
+    inside such a block, or in a worker, gives a `SerialMapper`. New code is better served by
+    `use_mapper`.
+
+    Examples
+    --------
+    >>> from taskcarrier import MapperInstance, SerialMapper, StaticParallelMapper
+    >>> MapperInstance().register_mapper(StaticParallelMapper(1))
+    >>> with MapperInstance() as mapper:
+    ...     mapper.map(pow, [1, 2, 3], [2, 2, 2])
+    [1, 4, 9]
+    >>> MapperInstance().register_mapper(SerialMapper())
+    """
+
+    _singleton: Self | None = None
+    _mapper: Mapper
+    _depth: ContextVar[int]
+
+    def __new__(cls) -> Self:  # noqa: D102  # there is one
+        if cls._singleton is None:
+            made = super().__new__(cls)
+            made._mapper = SerialMapper()
+            made._depth = ContextVar("taskcarrier_mapper_depth", default=0)
+            cls._singleton = made
+        return cls._singleton
+
+    def register_mapper(self, mapper: Mapper) -> None:
+        """Have this mapper from now on, everywhere in the program."""
+        self._mapper = mapper
+
+    def retrieve_mapper(self) -> Mapper:
+        """The registered mapper."""
+        return self._mapper
+
+    def __enter__(self) -> Mapper:
+        depth = self._depth.get()
+        self._depth.set(depth + 1)
+        return SerialMapper() if depth or _is_inside_a_worker() else self._mapper
+
+    def __exit__(self, *_: Any) -> None:
+        self._depth.set(self._depth.get() - 1)

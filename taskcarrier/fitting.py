@@ -1,0 +1,445 @@
+"""Fit loops in the style of scikit-learn: many estimators on parts of the same data; predictions.
+
+Estimators are duck-typed: scikit-learn is not imported here unless the program has done so. Where
+it has, estimators are cloned by it, and its configuration goes along to the workers.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from taskcarrier import sequences
+from taskcarrier.arrays.inputs import check_inputs
+from taskcarrier.arrays.mapping import map_array
+from taskcarrier.arrays.options import documented
+from taskcarrier.backends.work import in_worker_process
+from taskcarrier.partition import CELL_NBYTES, as_integer
+from taskcarrier.recovery import RETRIES
+from taskcarrier.running import Settings
+
+# Modules whose estimators spend their time in compiled code without the GIL.
+_WITHOUT_GIL = ("sklearn.tree", "sklearn.ensemble._forest")
+# Predictions are cut into about this many ranges, if that leaves them a mebibyte each: every call
+# of a forest costs as much as some thousand rows.
+_N_RANGES = 32
+
+
+@documented
+def fit_many(
+    estimators: Any,
+    X: Any,
+    y: Any = None,
+    *,
+    rows: Any = None,
+    columns: Sequence[int] | None = None,
+    sample_weight: Any = None,
+    rng: Any = None,
+    balance: str = "dynamic",
+    n_jobs: int | None = None,
+    backend: str | None = None,
+    timeout: float | None = None,
+    retries: int = RETRIES,
+    retry_on: type[Exception] | tuple[type[Exception], ...] = (),
+    on_error: str = "raise",
+) -> Any:
+    """Fit many estimators, each on its rows of the same data, on every core.
+
+    Equals ``[clone(e).fit(X[rows_of_e], y[rows_of_e]) for e in estimators]``. The data are there
+    once for all workers. There are as many fits as `estimators`, `rows` and `columns` have
+    entries; what is given once goes to all of them.
+
+    What is demanded of an estimator: ``fit(X)`` or ``fit(X, y)``, with ``sample_weight=`` where
+    that is given, and that it can be cloned (scikit-learn's way, by ``get_params``, or else by a
+    deep copy) and, for processes, pickled. The estimators that are passed stay as they are.
+
+    Parameters
+    ----------
+    estimators : estimator or sequence of estimators
+        One for all fits, or one for each.
+    X : array_like of shape (n_samples, ...)
+        The data. Arrays from `share` or `load` are not copied.
+    y : array_like of shape (n_samples,) or (n_samples, n_targets), optional
+        The targets.
+    rows : sequence, callable, optional
+        Which rows each is fitted on: an array of indices or a boolean mask for each fit, or a
+        callable that takes the fit's random stream and returns one of these (drawn in the worker,
+        for example ``lambda rng: rng.integers(n, size=n)`` for a bootstrap). Default: all rows.
+    columns : sequence of int, optional
+        For each fit the column of `y` that is its target.
+    sample_weight : array_like of shape (n_samples,) or (n_fits, n_samples), or callable, optional
+        Weights of samples, the same for all fits or one row for each, or a callable as for `rows`.
+        Where `rows` are given, those of the rows are passed.
+    rng : int, SeedSequence or Generator, optional
+        Gives each fit a random stream of its own, which depends on its number alone. From it come,
+        in this order, every ``random_state`` parameter of the estimator (by name in sorted order,
+        nested ones too, as scikit-learn sets them), what `rows` draws, and what `sample_weight`
+        draws. Default: none; ``random_state`` stays as it is.
+    {balance}
+    {n_jobs}
+    backend : {"sequential", "threading", "loky", "multiprocessing"}, optional
+        Where workers run. Default: what an active `joblib.parallel_config` says, else threads for
+        scikit-learn's trees and forests, which release the GIL, else processes.
+    {timeout}
+    {retries}
+    {retry_on}
+    {collect_on_error}
+
+    Returns
+    -------
+    list of fitted estimators
+        In the order of the fits. With ``on_error="collect"`` a tuple of that, with None where a fit
+        failed, and a list of `FailedRange`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Bad arguments, before anything is started.
+    WorkerDiedError
+        A fit has killed every worker process that ran it.
+    Exception
+        Whatever a fit raises, with a note that names its number.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from taskcarrier import fit_many
+    >>> class Mean:
+    ...     def fit(self, X):
+    ...         self.mean_ = X.mean()
+    ...         return self
+    >>> halves = [np.arange(2), np.arange(2, 4)]
+    >>> [one.mean_ for one in fit_many(Mean(), np.arange(4.0), rows=halves, n_jobs=1)]
+    [0.5, 2.5]
+    """
+    settings = Settings.of_call(
+        balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=retry_on
+    )
+    data = {"X": _as_data(X, "X")}
+    n_samples = data["X"].shape[0]
+    if y is not None:
+        data["y"] = _as_data(y, "y", n_samples)
+    for name, one in (("rows", rows), ("sample_weight", sample_weight)):
+        if callable(one) and rng is None:
+            raise ValueError(f"{name} is to draw from a random stream: pass rng=")
+    weights = _Weights.checked(sample_weight, n_samples)
+    if weights.values is not None:
+        data["weights"] = weights.values
+    fits = _fits(
+        _as_list(estimators),
+        None if rows is None or callable(rows) else [_as_rows(one, n_samples) for one in rows],
+        None if columns is None else [_as_column(one, data.get("y")) for one in columns],
+        weights.n_fits,
+    )
+    fit = partial(
+        _fit,
+        draw_rows=rows if callable(rows) else None,
+        draw_weights=sample_weight if callable(sample_weight) else None,
+        by_fit=weights.n_fits is not None,
+        surroundings=_Surroundings.here(),
+    )
+    return sequences.mapped(
+        replace(settings, known=_known([one.estimator for one in fits])),
+        fit,
+        (fits,),
+        None,
+        on_error=on_error,
+        rng=rng,
+        shared=data,
+    )
+
+
+@documented
+def predict_array(
+    estimator: Any,
+    X: Any,
+    method: str = "predict",
+    *,
+    balance: str = "dynamic",
+    n_jobs: int | None = None,
+    backend: str | None = None,
+    chunksize: int | None = None,
+    out: Any = None,
+    dtype: Any = None,
+    timeout: float | None = None,
+    retries: int = RETRIES,
+) -> Any:
+    """Apply a fitted estimator to the rows of an array, in ranges, on every core.
+
+    Equals ``estimator.predict(X)`` (or another method) for every estimator that treats rows
+    independently.
+
+    Parameters
+    ----------
+    estimator : fitted estimator
+        What is asked. For processes it must be picklable.
+    X : array_like of shape (n_samples, ...)
+        The rows. Paths that end in ``.npy`` and memmaps are mapped by the workers.
+    method : str, default "predict"
+        What it is asked: ``"predict"``, ``"predict_proba"``, ``"transform"``,
+        ``"decision_function"`` or any other method that takes rows and returns an array with as
+        many rows.
+    {balance}
+    {n_jobs}
+    backend : {"sequential", "threading", "loky", "multiprocessing"}, optional
+        Where workers run. Default: what an active `joblib.parallel_config` says, else threads for
+        scikit-learn's trees and forests, which release the GIL, else processes.
+    chunksize : int, optional
+        Rows for each call. Default: a 32nd of all, but at least about 1 MiB.
+    {out}
+    {dtype}
+    {timeout}
+    {retries}
+
+    Returns
+    -------
+    ndarray
+        `out` where it was given, else a new array.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Bad arguments, before anything is started.
+    Exception
+        Whatever the method raises, with a note that names the rows.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from taskcarrier import predict_array
+    >>> class Double:
+    ...     def predict(self, X):
+    ...         return 2 * X
+    >>> predict_array(Double(), np.arange(4), n_jobs=1)
+    array([0, 2, 4, 6])
+    """
+    if not callable(getattr(estimator, method, None)):
+        raise TypeError(f"{type(estimator).__name__} has no method {method!r}")
+    inputs = check_inputs((X,), 0)
+    if chunksize is None:
+        by_bytes = CELL_NBYTES // max(1, inputs.item_nbytes)
+        chunksize = max(1, by_bytes, -(-inputs.n_items // _N_RANGES))
+    settings = Settings.of_call(
+        balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=()
+    )
+    how: Any = replace(settings, known=_known([estimator]))
+    return map_array(
+        partial(_ask, estimator, method, surroundings=_Surroundings.here()),
+        inputs.arrays[0],
+        balance=how,
+        chunksize=chunksize,
+        out=out,
+        dtype=dtype,
+        out_axis=0,
+        timeout=timeout,
+        retries=retries,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _OneFit:
+    """What one fit does not share with the others."""
+
+    number: int
+    estimator: Any
+    rows: np.ndarray | None
+    column: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Weights:
+    """Weights of samples: none, the same for all fits, or a row for each."""
+
+    values: np.ndarray | None
+    n_fits: int | None
+
+    @classmethod
+    def checked(cls, sample_weight: Any, n_samples: int) -> _Weights:
+        if sample_weight is None or callable(sample_weight):
+            return cls(None, None)
+        values = np.asarray(sample_weight)
+        if values.ndim not in {1, 2} or values.shape[-1] != n_samples:
+            raise ValueError(
+                f"sample_weight must have shape ({n_samples},) or (n_fits, {n_samples}), got "
+                f"{values.shape}"
+            )
+        return cls(values, len(values) if values.ndim == 2 else None)  # noqa: PLR2004  # a row each
+
+
+def _fits(
+    estimators: list[Any],
+    rows: list[np.ndarray] | None,
+    columns: list[int] | None,
+    n_weights: int | None,
+) -> list[_OneFit]:
+    """One for each fit; what is there once goes to all."""
+    lengths = {
+        "estimators": len(estimators) if len(estimators) != 1 else None,
+        "rows": None if rows is None else len(rows),
+        "columns": None if columns is None else len(columns),
+        "sample_weight": n_weights,
+    }
+    given = {name: length for name, length in lengths.items() if length is not None}
+    if len(set(given.values())) > 1:
+        words = ", ".join(f"{name} has {length}" for name, length in given.items())
+        raise ValueError(f"one entry is wanted for each fit, but {words}")
+    n_fits = next(iter(given.values()), len(estimators))
+    return [
+        _OneFit(
+            number,
+            estimators[number if len(estimators) > 1 else 0],
+            None if rows is None else rows[number],
+            None if columns is None else columns[number],
+        )
+        for number in range(n_fits)
+    ]
+
+
+def _fit(
+    one: _OneFit,
+    *,
+    X: Any,
+    y: Any = None,
+    weights: np.ndarray | None = None,
+    rng: np.random.Generator | None = None,
+    draw_rows: Callable[[Any], Any] | None,
+    draw_weights: Callable[[Any], Any] | None,
+    by_fit: bool,
+    surroundings: _Surroundings,
+) -> Any:
+    """In a worker: one fit."""
+    with surroundings.taken_on():
+        estimator = _cloned(one.estimator)
+        if rng is not None:
+            _set_random_states(estimator, rng)
+        rows = one.rows if draw_rows is None else np.asarray(draw_rows(rng))
+        if draw_weights is not None:
+            weights = np.asarray(draw_weights(rng))
+        elif by_fit and weights is not None:
+            weights = weights[one.number]
+        if y is not None and one.column is not None:
+            y = y[:, one.column]
+        if rows is not None:
+            X, y, weights = (None if of is None else of[rows] for of in (X, y, weights))
+        options = {} if weights is None else {"sample_weight": weights}
+        estimator.fit(*([X] if y is None else [X, y]), **options)
+        return estimator
+
+
+def _ask(estimator: Any, method: str, chunk: np.ndarray, *, surroundings: _Surroundings) -> Any:
+    """In a worker: what the estimator says of some rows."""
+    with surroundings.taken_on():
+        return getattr(estimator, method)(chunk)
+
+
+def _cloned(estimator: Any) -> Any:
+    base = sys.modules.get("sklearn.base")
+    if base is not None:
+        return base.clone(estimator, safe=False)
+    if not hasattr(estimator, "get_params") or isinstance(estimator, type):
+        return copy.deepcopy(estimator)
+    parameters = estimator.get_params(deep=False)
+    return type(estimator)(**{name: _cloned(value) for name, value in parameters.items()})
+
+
+def _set_random_states(estimator: Any, rng: np.random.Generator) -> None:
+    """Set every ``random_state`` parameter, in sorted order, to a number from the stream."""
+    if not hasattr(estimator, "get_params"):
+        return
+    states = {
+        name: int(rng.integers(np.iinfo(np.int32).max))
+        for name in sorted(estimator.get_params(deep=True))
+        if name == "random_state" or name.endswith("__random_state")
+    }
+    if states:
+        estimator.set_params(**states)
+
+
+@dataclass(frozen=True, eq=False)
+class _Surroundings:
+    """What estimators see of the caller in every worker: warning filters, scikit-learn's own."""
+
+    filters: list[Any]
+    config: dict[str, Any] | None
+
+    @classmethod
+    def here(cls) -> _Surroundings:
+        sklearn: Any = sys.modules.get("sklearn")
+        return cls(list(warnings.filters), None if sklearn is None else sklearn.get_config())
+
+    @contextmanager
+    def taken_on(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            sklearn: Any = sys.modules.get("sklearn")
+            if sklearn is not None and self.config is not None:
+                stack.enter_context(sklearn.config_context(**self.config))
+            if in_worker_process():  # filters are the whole process's, and threads share it
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filters[:] = self.filters  # type: ignore[index]  # a list, in fact
+            yield
+
+
+def _known(estimators: list[Any]) -> str:
+    """Why these do not need processes; nothing if that is not known."""
+    modules = {type(one).__module__ for one in estimators}
+    if modules and all(module.startswith(_WITHOUT_GIL) for module in modules):
+        return "trees release the GIL"
+    return ""
+
+
+def _as_list(estimators: Any) -> list[Any]:
+    several = isinstance(estimators, (list, tuple))
+    found = list(estimators) if several else [estimators]
+    for one in found:
+        if not callable(getattr(one, "fit", None)):
+            raise TypeError(f"estimators must have a method fit, got {one!r}")
+    if not found:
+        raise ValueError("there is no estimator to fit")
+    return found
+
+
+def _as_data(value: Any, name: str, n_samples: int | None = None) -> Any:
+    """Data that rows can be taken from, by name."""
+    # Of sparse matrices, rows can be taken from this sort alone.
+    is_sparse = hasattr(value, "tocsr")
+    data = value.tocsr() if is_sparse else check_inputs((value,), 0).arrays[0]
+    if n_samples is not None and data.shape[0] != n_samples:
+        raise ValueError(f"X has {n_samples} samples, but {name} has {data.shape[0]}")
+    return data
+
+
+def _as_rows(rows: Any, n_samples: int) -> np.ndarray:
+    found = np.asarray(rows)
+    if found.dtype == bool and found.shape != (n_samples,):
+        raise ValueError(f"a mask of rows must have shape ({n_samples},), got {found.shape}")
+    if found.size == 0:
+        found = found.astype(np.intp)
+    if found.ndim != 1 or found.dtype.kind not in "biu":
+        raise TypeError(
+            "rows must be given as an array of indices or a boolean mask for each fit, got "
+            f"{rows!r} for one"
+        )
+    if found.dtype.kind != "b" and found.size:
+        lowest, highest = int(found.min()), int(found.max())
+        if lowest < -n_samples or highest >= n_samples:
+            raise IndexError(
+                f"rows {lowest} to {highest} are asked for, but there are {n_samples} samples"
+            )
+    return found
+
+
+def _as_column(column: Any, y: Any) -> int:
+    if y is None or y.ndim != 2:  # noqa: PLR2004  # a column has no other shape
+        raise ValueError("columns= needs y with one column for each target")
+    index = as_integer(column, "columns", "column numbers of y")
+    if not -y.shape[1] <= index < y.shape[1]:
+        raise IndexError(f"column {index} of y is asked for, which has {y.shape[1]}")
+    return index

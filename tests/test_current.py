@@ -1,0 +1,162 @@
+"""The mapper that is chosen once: where it holds, and that workers start no workers."""
+
+import asyncio
+import threading
+
+import joblib
+import numpy as np
+import pytest
+
+from taskcarrier import (
+    DynamicParallelMapper,
+    MapperInstance,
+    SerialMapper,
+    StaticParallelMapper,
+    current_mapper,
+    map_items,
+    use_mapper,
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_registered():
+    yield
+    MapperInstance().register_mapper(SerialMapper())
+
+
+def kind_inside(_=None):
+    return type(current_mapper()).__name__
+
+
+class TestUseMapper:
+    def test_holds_in_the_block(self):
+        mapper = DynamicParallelMapper(2)
+        with use_mapper(mapper) as same:
+            assert same is mapper
+            assert current_mapper() is mapper
+        assert isinstance(current_mapper(), SerialMapper)
+
+    def test_the_innermost_counts(self):
+        outer, inner = StaticParallelMapper(2), DynamicParallelMapper(2)
+        with use_mapper(outer):
+            with pytest.raises(ZeroDivisionError), use_mapper(inner):
+                assert current_mapper() is inner
+                raise ZeroDivisionError
+            assert current_mapper() is outer
+
+    def test_does_its_work_deep_inside(self):
+        def deep(words):
+            return current_mapper()(str.upper, words)
+
+        with use_mapper(DynamicParallelMapper(2, backend="threading")) as mapper:
+            assert deep(["a", "b"]) == ["A", "B"]
+            assert mapper.report.backend == "threading"
+
+    def test_of_this_thread_only(self):
+        seen = []
+        with use_mapper(DynamicParallelMapper(2)):
+            thread = threading.Thread(target=lambda: seen.append(kind_inside()))
+            thread.start()
+            thread.join()
+        assert seen == ["SerialMapper"]
+
+    def test_in_tasks_of_asyncio(self):
+        async def inside():
+            return kind_inside()
+
+        with use_mapper(DynamicParallelMapper(2)):
+            assert asyncio.run(inside()) == "DynamicParallelMapper"
+
+    def test_refuses_what_is_no_mapper(self):
+        with pytest.raises(TypeError, match="needs a SerialMapper"), use_mapper(map):
+            pass
+
+
+class TestInsideWorkers:
+    @pytest.mark.parametrize("backend", ["threading", "loky"])
+    def test_of_ours_it_is_serial(self, backend):
+        mapper = StaticParallelMapper(2, backend=backend)
+        MapperInstance().register_mapper(mapper)
+        with use_mapper(mapper):
+            assert set(current_mapper()(kind_inside, range(8))) == {"SerialMapper"}
+
+    @pytest.mark.parametrize("backend", ["threading", "loky"])
+    def test_of_joblib_it_is_serial(self, backend):
+        with use_mapper(StaticParallelMapper(2)):
+            found = joblib.Parallel(2, backend=backend)(
+                joblib.delayed(kind_inside)(n) for n in range(4)
+            )
+        assert set(found) == {"SerialMapper"}
+
+    def test_no_more_threads_are_started_than_there_are_workers(self):
+        def count(_):
+            current_mapper()(abs, range(100))
+            joblib.Parallel(4, backend="threading")(joblib.delayed(abs)(n) for n in range(10))
+            return threading.active_count()
+
+        with use_mapper(DynamicParallelMapper(2, backend="threading")):
+            before = threading.active_count()
+            assert map_items(count, np.arange(8), n_jobs=2, backend="threading").max() <= before + 3
+
+
+class TestMapperInstance:
+    def test_there_is_one(self):
+        assert MapperInstance() is MapperInstance()
+
+    def test_gives_what_was_registered(self):
+        mapper = StaticParallelMapper(2, backend="threading")
+        MapperInstance().register_mapper(mapper)
+        assert MapperInstance().retrieve_mapper() is mapper
+        with MapperInstance() as same:
+            assert same is mapper
+            assert same.map(pow, [2, 3], [2, 2]) == [4, 9]
+        assert current_mapper() is mapper
+
+    def test_is_serial_inside_itself(self):
+        MapperInstance().register_mapper(StaticParallelMapper(2))
+        with MapperInstance():
+            with MapperInstance() as inner:
+                assert isinstance(inner, SerialMapper)
+            with MapperInstance() as again:
+                assert isinstance(again, SerialMapper)
+        with MapperInstance() as outside:
+            assert isinstance(outside, StaticParallelMapper)
+
+    def test_lets_exceptions_out(self):
+        MapperInstance().register_mapper(StaticParallelMapper(2))
+        with pytest.raises(ZeroDivisionError), MapperInstance():
+            raise ZeroDivisionError
+        with MapperInstance() as mapper:
+            assert isinstance(mapper, StaticParallelMapper)
+
+
+class TestWhatTakesAMapper:
+    def test_differential_evolution(self):
+        optimize = pytest.importorskip("scipy.optimize", reason="SciPy is optional")
+        options = {"seed": 1, "updating": "deferred", "maxiter": 5}
+        bounds = [(-2, 2)] * 2
+        serial = optimize.differential_evolution(optimize.rosen, bounds, **options)
+        for kind in (StaticParallelMapper, DynamicParallelMapper):
+            mapper = kind(2, backend="loky")
+            ours = optimize.differential_evolution(optimize.rosen, bounds, workers=mapper, **options)
+            assert np.array_equal(ours.x, serial.x)
+            assert ours.fun == serial.fun
+
+    def test_brute(self):
+        optimize = pytest.importorskip("scipy.optimize", reason="SciPy is optional")
+        options = {"ranges": [(-2, 2)] * 2, "Ns": 8, "finish": None}
+        serial = optimize.brute(optimize.rosen, **options)
+        ours = optimize.brute(optimize.rosen, workers=DynamicParallelMapper(2), **options)
+        assert np.array_equal(ours, serial)
+
+    def test_pools_whose_map_is_called(self):
+        class Sampler:  # as those of emcee do
+            def __init__(self, pool):
+                self.map = pool.map
+
+            def logs(self, points):
+                return list(self.map(lambda point: -float((point**2).sum()), points))
+
+        points = np.arange(12.0).reshape(6, 2)
+        ours = Sampler(DynamicParallelMapper(2, backend="loky")).logs(points)
+        assert ours == [-float((point**2).sum()) for point in points]
