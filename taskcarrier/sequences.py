@@ -45,7 +45,7 @@ def mapped(
     choice = decide(settings, func) if items else nothing
     several = len(sequences) > 1
     if settings.recovery.retry_on:
-        func = Retried(func, settings.recovery)
+        func = Retried(func, settings.recovery.retry_on, settings.recovery.retries)
     calls = _Calls(Call(func), several, collects)
     staging = None
     task: _ItemTask | _PackedTask
