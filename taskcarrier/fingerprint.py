@@ -4,12 +4,15 @@ A run that goes on where an earlier one has ended must compute the same. Fingerp
 it does, as far as that can be told from outside:
 
 - functions by their code (all of it, nested functions too), their defaults, what they have
-  enclosed, and the numbers, texts and arrays among the global names that they use;
+  enclosed, and the numbers, texts, arrays and containers among the global names that they use;
 - numbers, texts, arrays and containers of these by content;
+- objects of classes written in Python by their attributes, and by the class's own attributes and
+  methods, those of its bases too;
 - anything else by its type alone, under its name: it is listed among what was `not looked into`.
 
-Functions that are called elsewhere are not covered. Bytecode differs between versions of Python, so
-another version is another function. Nothing depends on hash randomisation or on addresses.
+Functions and classes that are called elsewhere are not covered. Bytecode differs between versions
+of Python, so another version is another function. Nothing depends on hash randomisation or on
+addresses.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import dis
 import enum
 import functools
 import hashlib
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -30,6 +34,7 @@ _DIGEST_NBYTES = 16
 _PIECE_NBYTES = 1 << 24
 
 
+_CONTAINERS = (tuple, list, dict, set, frozenset)
 _MADE_OF: dict[type, tuple[str, ...]] = {
     functools.partial: ("func", "args", "keywords"),
     MethodType: ("__func__", "__self__"),
@@ -56,6 +61,7 @@ class Fingerprint:
                 self._plain(value)
                 or self._container(value, name)
                 or self._callable(value, name)
+                or self._instance(value, name)
                 or self._by_type(value, name)
             )
         finally:
@@ -78,9 +84,7 @@ class Fingerprint:
     def _container(self, value: Any, name: str) -> bytes | None:
         kind = type(value)
         if isinstance(value, np.ndarray):
-            if not value.dtype.hasobject:
-                return array_digest(value)
-            return _joined("objects", repr(value.shape).encode(), *self._all(value.flat, name))
+            return self._array(value, name)
         if kind in {tuple, list}:
             return _joined(kind.__name__, *self._all(value, name))
         if kind in {set, frozenset}:  # in an order that does not depend on hashes
@@ -92,6 +96,18 @@ class Fingerprint:
             )
             return _joined("dict", *sorted(pairs))
         return None
+
+    def _array(self, value: np.ndarray, name: str) -> bytes:
+        plain = np.asarray(value)
+        if plain.dtype.hasobject:
+            own = _joined("objects", repr(value.shape).encode(), *self._all(plain.flat, name))
+        else:
+            own = array_digest(plain)
+        if type(value) in {np.ndarray, np.memmap}:
+            return own
+        # A subclass may have a mask or a unit beside its values.
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        return _joined(kind, own, *self._members(_state_of(value), name))
 
     def _all(self, values: Iterable[Any], name: str) -> list[bytes]:
         return [self._digest(one, f"{name}[{at}]") for at, one in enumerate(values)]
@@ -106,9 +122,11 @@ class Fingerprint:
                 members = {part: getattr(value, part) for part in parts}
                 return _joined(kind.__name__, *self._members(members, name))
         if isinstance(getattr(value, "py_func", None), FunctionType):  # compiled by numba
-            options = sorted(map(repr, vars(value).get("targetoptions", {}).items()))
-            own = self._digest(value.py_func, name)
-            return _joined("compiled", own, *(option.encode() for option in options))
+            options = vars(value).get("targetoptions", {})
+            return _joined("compiled", *self._members({"func": value.py_func, "": options}, name))
+        if isinstance(value, BuiltinFunctionType):
+            own = self._members({"__self__": value.__self__}, name)
+            return _joined("builtin", value.__qualname__.encode(), *own)
         return None
 
     def _members(self, parts: Mapping[str, Any], name: str) -> list[bytes]:
@@ -130,7 +148,7 @@ class Fingerprint:
         found = []
         for variable in sorted(used):
             value = function.__globals__[variable]
-            if isinstance(value, np.ndarray) or self._plain(value) is not None:
+            if isinstance(value, (np.ndarray, *_CONTAINERS)) or self._plain(value) is not None:
                 found.append(variable.encode())
                 found.append(self._digest(value, f"{name}: global {variable}"))
         return _joined("function", own, *self._members(values, name), *found)
@@ -150,10 +168,64 @@ class Fingerprint:
         bytecode = (code.co_code, code.co_exceptiontable)
         return _joined("code", repr(facts).encode(), *bytecode, *constants)
 
+    def _instance(self, value: Any, name: str) -> bytes | None:
+        """Of an object whose class, and whose state, can be looked into."""
+        kind = type(value)
+        if isinstance(value, os.PathLike):
+            return _joined("path", os.fsencode(value))
+        if not _is_pure(kind):
+            return None
+        own = self._members(_state_of(value), name)
+        behaviour = []
+        for base in kind.__mro__[:-1]:  # without `object`
+            behaviour.append(f"{base.__module__}.{base.__qualname__}".encode())
+            for attribute in sorted(vars(base).keys() - _OF_EVERY_CLASS):
+                member = vars(base)[attribute]
+                member = getattr(member, "__func__", member)  # of static and class methods
+                if isinstance(member, FunctionType) or self._plain(member) is not None:
+                    behaviour.append(attribute.encode())
+                    behaviour.append(self._digest(member, f"{name}.{attribute}"))
+        return _joined("object", *own, *behaviour)
+
     def _by_type(self, value: Any, name: str) -> bytes:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         self.not_looked_into.append(f"{name} ({kind})")
         return _joined("type", kind.encode())
+
+
+# What Python gives to every class; some of it differs from one program to the next.
+_OF_EVERY_CLASS = {
+    "__annotations__",
+    "__dict__",
+    "__doc__",
+    "__firstlineno__",
+    "__module__",
+    "__static_attributes__",
+    "__weakref__",
+}
+
+
+_HEAP_TYPE = 1 << 9  # the interpreter's mark of classes that are made when a program runs
+
+
+def _is_pure(kind: type) -> bool:
+    """Whether a class and its bases, `object` apart, can be taken to be written in Python.
+
+    Such classes are made when a program runs, and their attributes have a dict or named places.
+    """
+    bases = kind.__mro__[:-1]
+    made_here = all(base.__flags__ & _HEAP_TYPE for base in bases)
+    return made_here and any({"__dict__", "__slots__"} & vars(base).keys() for base in bases)
+
+
+def _state_of(value: Any) -> dict[str, Any]:
+    """Attributes of an object, also those that have places of their own; in a fixed order."""
+    slots: set[str] = set()
+    for base in type(value).__mro__:
+        named = vars(base).get("__slots__", ())
+        slots.update([named] if isinstance(named, str) else named)
+    state = {name: getattr(value, name) for name in slots - {"__dict__"} if hasattr(value, name)}
+    return dict(sorted({**state, **getattr(value, "__dict__", {})}.items()))
 
 
 def _name_of(value: Any) -> str | None:
@@ -167,13 +239,19 @@ def _name_of(value: Any) -> str | None:
     if isinstance(value, np.ufunc):
         name = str(value.__name__)
         return name if getattr(np, name, None) is value else None
-    if isinstance(value, (type, BuiltinFunctionType)):
+    if isinstance(value, type) or (
+        isinstance(value, BuiltinFunctionType) and isinstance(value.__self__, (type, ModuleType))
+    ):
         return f"{value.__module__}.{value.__qualname__}"
     return None
 
 
 def array_digest(array: np.ndarray) -> bytes:
     """Of an array's dtype, shape and values, however they lie."""
+    if array.dtype.names is not None:  # field by field: what lies between them is no value
+        fields = [name.encode() for name in array.dtype.names]
+        values = [array_digest(array[name]) for name in array.dtype.names]
+        return _joined("records", repr((array.dtype, array.shape)).encode(), *fields, *values)
     content = hashlib.blake2b(digest_size=_DIGEST_NBYTES)
     for piece in _pieces(array):
         content.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)

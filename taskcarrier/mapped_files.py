@@ -7,6 +7,7 @@ cannot be identified (private mappings, deleted or replaced files) is read like 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from dataclasses import dataclass
@@ -23,6 +24,19 @@ _MAPS = "/proc/self/maps"
 def located(array: np.ndarray, *, writable: bool = False) -> SharedView | None:
     """Where workers can map an array: in a segment or a file; None if it is in neither."""
     return locate(array) or _in_file(array, writable=writable)
+
+
+def synced(array: np.ndarray) -> np.ndarray:
+    """The array; what was written to the file it maps is there, and in its time of change.
+
+    The kernel notes a change when a clean page is first written to: later ones go unnoticed until
+    the page has been written back.
+    """
+    owner = _owner(array)
+    if owner is not None and array.nbytes:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # private, or for reading only
+            owner.flush()
+    return array
 
 
 def region(array: np.ndarray) -> tuple[object, int, int]:

@@ -68,6 +68,11 @@ class Recovery:
                 )
         return cls(check_timeout(timeout), n_retries, kinds)
 
+    def __reduce__(self) -> Any:
+        # For workers. Types of the caller's own are for it alone, which knows how to pickle them.
+        kept = tuple(kind for kind in self.retry_on if kind.__module__ == "builtins")
+        return Recovery, (self.timeout, self.retries, kept)
+
     @property
     def timeout_ns(self) -> int:
         """The time for each range in nanoseconds, 0 for any time."""
@@ -135,21 +140,39 @@ def check_timeout(timeout: Any) -> float | None:
 
 @dataclass(frozen=True, eq=False)
 class Retried:
-    """A function that is called again when it raises what is a reason for that."""
+    """A function that is called again when it raises what is a reason for that.
+
+    Attributes
+    ----------
+    func : callable
+        The function.
+    retry_on : tuple of exception types
+        What is a reason.
+    retries : int
+        How often.
+    copies : bool
+        Whether it may change the arrays that it gets, so that each call needs its own.
+    """
 
     func: Callable[..., Any]
-    recovery: Recovery
+    retry_on: tuple[type[BaseException], ...]
+    retries: int
+    copies: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What it returns, at the latest in the last attempt."""
-        retry_on = self.recovery.retry_on
-        for _ in range(self.recovery.retries):
-            with suppress(*retry_on):
-                return self.func(*args, **kwargs)
+        for _ in range(self.retries):
+            with suppress(*self.retry_on):
+                return self._called(args, kwargs)
         try:
-            return self.func(*args, **kwargs)
-        except retry_on as error:
+            return self._called(args, kwargs)
+        except self.retry_on as error:
             # An exception may refuse notes, and stays what it is.
             with suppress(Exception):
-                error.add_note(f"func was called {self.recovery.retries + 1} times")
+                error.add_note(f"func was called {self.retries + 1} times")
             raise
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.copies:
+            args = tuple(one.copy() if hasattr(one, "__array__") else one for one in args)
+        return self.func(*args, **kwargs)

@@ -111,10 +111,13 @@ class Kept:
         A byte for each cell.
     n_done : int
         How many cells are marked.
+    notes : list of str
+        What the report should say.
     """
 
     marks: SharedView
     n_done: int
+    notes: list[str]
 
 
 @dataclass(eq=False)
@@ -285,9 +288,10 @@ def _marks(grid: Grid, choice: Choice) -> SharedView | None:
 
 def _resumed(kept: Kept | None, grid: Grid) -> list[str]:
     """What the report says of an earlier run."""
-    if kept is None or kept.n_done == 0:
+    if kept is None:
         return []
-    return [f"{kept.n_done} of {len(grid)} ranges were done by an earlier run"]
+    done = f"{kept.n_done} of {len(grid)} ranges were done by an earlier run"
+    return [*([done] if kept.n_done else []), *kept.notes]
 
 
 def _recovered(ran: Ran) -> list[str]:

@@ -55,7 +55,7 @@ def mapped(
     if rng is not None:
         func = WithStream(func, Streams.of_seed(rng))
     if settings.recovery.retry_on:
-        func = Retried(func, settings.recovery)
+        func = Retried(func, settings.recovery.retry_on, settings.recovery.retries)
     calls = _Calls(Call(func, (), kwargs), several, collects, rng is not None)
     staging = None
     task: _ItemTask | _PackedTask

@@ -151,7 +151,7 @@ class ArrayCall:
             n_done = 0 if kept is None else kept.begin(anew=settled is None)
             plan = Plan(allocation, n_items, out_axis, outputs, promotes, fill, settled)
             fusion, fusing_ns = self._fused(choice, plan, in_place=kept is not None)
-            kept_marks = None if kept is None else Kept(kept.marks, n_done)
+            kept_marks = None if kept is None else Kept(kept.marks, n_done, kept.notes)
             if fusion is None:
                 outcome, delivered = self._run(choice, plan, fusing_ns, kept_marks)
                 spec = agreed_spec(outcome, self, promotes=promotes) or settled
@@ -237,7 +237,7 @@ class ArrayCall:
         if fusion is not None and in_place:
             if fusion.casts:
                 fusion = None
-            elif plan.settled not in {None, fusion.spec}:
+            elif plan.settled is not None and plan.settled.parts != fusion.spec.parts:
                 raise ValueError(
                     f"func gives {fusion.spec.describe(plan.n_items)}, but the earlier run gave "
                     f"{plan.settled}; remove its .ledger to begin anew, or choose another out="
@@ -269,7 +269,10 @@ class ArrayCall:
             sources = sources_here(self.inputs, self.halo)
         made = prepared.call
         if self.settings.recovery.retry_on:
-            made = replace(made, func=Retried(made.func, self.settings.recovery))
+            recovery = self.settings.recovery
+            copies = prepared.writable or prepared.owns_args
+            again = Retried(made.func, recovery.retry_on, recovery.retries, copies)
+            made = replace(made, func=again)
         task = ArrayTask(
             made,
             sources,

@@ -31,7 +31,7 @@ from taskcarrier.backends.work import Call
 _COPIES = "the kernel takes arrays or records that it may write to: it gets private copies"
 _NO_LOOP = (
     "the kernel is called from Python: a compiled loop gives scalars or fills rows (out_shape=), "
-    "of dtypes that numba knows"
+    "of dtypes that numba knows, and takes items as its signature says"
 )
 
 
@@ -271,11 +271,6 @@ def fused(
         results = [opened(place) for place in places]
     outs = [np.moveaxis(result, axis, 0) for result, axis in zip(results, axes, strict=True)]
     out_lies = [kernels.Lie.of(one, 0) for one in outs]
-    kernel: Any = call.func
-    if out is not None and out_lies != [out] and not kernel._can_compile:
-        # Its signature may take contiguous rows alone.
-        casts, outs, out_lies = True, [np.empty((inputs.n_items, *shape), out.dtype)], [out]
-        results = [np.moveaxis(outs[0], 0, axes[0])]
     loop = kernels.fused_loop(call.func, lies, extras, out_lies, found, rows_out=row is not None)
     if has_own_threads(call.func, extras.all):
         loop = _Alone(loop)

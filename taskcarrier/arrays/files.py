@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import math
 import os
@@ -145,19 +146,22 @@ def open_own(path: str) -> int:
     ------
     FileNotFoundError
         If there is none.
-    PermissionError
+    FileExistsError
         If it is a link or no ordinary file, or somebody else's.
     """
+    refusal = FileExistsError(
+        errno.EEXIST, "there is no ordinary file of this user's; remove it first", path
+    )
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        if error.errno != errno.ELOOP:
+        if error.errno not in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
             raise
-        raise PermissionError(errno.EPERM, "a link is not followed", path) from None
+        raise refusal from None
     facts = os.fstat(fd)
     if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
         os.close(fd)
-        raise PermissionError(errno.EPERM, "no ordinary file of this user", path)
+        raise refusal
     return fd
 
 
@@ -183,7 +187,14 @@ class NpyWriter:
         self._keeps = keeps
         if os.path.isdir(path):
             raise IsADirectoryError(f"out={path!r} is a folder")
-        fd = _left_open(self.part) if goes_on else None
+        fd = _left_open(self.part)
+        if fd is not None and not goes_on:
+            # What an earlier run has left is of no use, nor is what it has noted about it.
+            for leftover in (self.part, *([] if keeps else [ledger_path(self.path)])):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(leftover)
+            os.close(fd)
+            fd = None
         self.segment = Segment(_new_file(self.part) if fd is None else fd, on_disk=True)
 
     def header(self) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
@@ -191,42 +202,68 @@ class NpyWriter:
         try:
             with open(self.part, "rb") as file:
                 shape, _, dtype = _read_header(file, np.lib.format.read_magic(file))
+                end = file.tell() + math.prod(shape) * dtype.itemsize
+                is_whole = os.fstat(file.fileno()).st_size >= end
         except (OSError, ValueError):
             return None
-        return (dtype, shape) if not dtype.hasobject else None
+        return (dtype, shape) if is_whole and not dtype.hasobject else None
 
     def finish(self, array: np.ndarray, header: bytes) -> None:
         """Write the header, and give the file its name."""
         self.segment.write(0, memoryview(header))
         os.truncate(self.segment.fd, len(header) + array.nbytes)
         os.replace(self.part, self.path)
-        self.part = ""
+        self._let_go()
 
     def discard(self) -> None:
         """Remove what is there, unless it was finished or is to be kept."""
-        if self.part and not self._keeps:
-            with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
-                os.unlink(self.part)
+        if self.part:
+            if not self._keeps:
+                with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+                    os.unlink(self.part)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Another run may write to this path from now on."""
+        fcntl.flock(self.segment.fd, fcntl.LOCK_UN)
         self.part = ""
 
 
+def ledger_path(path: str) -> str:
+    """Where the ledger of a run that can be resumed stands, by the path of its output."""
+    return f"{path}.ledger"
+
+
 def _left_open(path: str) -> int | None:
-    """What an earlier run has left; None if there is nothing."""
+    """What an earlier run has left, locked for this one; None if there is nothing.
+
+    A link or a device is not ours to write to, nor to remove.
+    """
     try:
-        return open_own(path)
+        fd = open_own(path)
     except FileNotFoundError:
         return None
+    return locked(fd, path)
 
 
 def _new_file(path: str) -> int:
-    """A new, empty file in place of what an earlier run has left.
-
-    A link or a device is not ours to remove.
-    """
+    """A new, empty file, locked for this run."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
-        if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise FileExistsError(f"{path} exists and is no ordinary file; remove it first")
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        return locked(os.open(path, flags, 0o666), path)
+    except FileExistsError:  # it was not there a moment ago
+        raise _busy(path) from None
+
+
+def locked(fd: int, path: str) -> int:
+    """The descriptor of a file that this run alone holds; or it is closed, and an error."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise _busy(path) from None
+    return fd
+
+
+def _busy(path: str) -> BlockingIOError:
+    return BlockingIOError(errno.EAGAIN, "another run is at work on this output", path)

@@ -126,10 +126,17 @@ def check_callable(func: object, name: str = "func") -> None:
 
 
 def read_only(value: Any) -> Any:
-    """A read-only view if `value` is an array; else the value itself."""
+    """The value, through which nothing of the caller can be written to.
+
+    A read-only view of an array, also within tuples; a copy of a record.
+    """
     if isinstance(value, np.ndarray) and value.flags.writeable:
         value = value.view()
         value.flags.writeable = False
+    elif isinstance(value, np.void):
+        value = value.copy()
+    elif type(value) is tuple:
+        value = tuple(map(read_only, value))
     return value
 
 
@@ -209,6 +216,8 @@ def _without_wide_gaps(array: Any) -> Any:
     not depend on the backend. Views of what is shared already stay as they are, in every
     backend too.
     """
-    if not isinstance(array, np.ndarray) or array.dtype.hasobject or not is_mostly_gaps(array):
+    if type(array) not in {np.ndarray, np.memmap} or array.dtype.hasobject:
+        return array  # a copy would lose what a subclass has beside its values
+    if not is_mostly_gaps(array):
         return array
     return array if located(array) else without_gaps(array)

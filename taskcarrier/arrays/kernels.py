@@ -32,6 +32,7 @@ from numba.extending import intrinsic
 from numba.np import numpy_support
 from numba.np.arrayobj import make_array, populate_array
 
+from taskcarrier.arrays.inputs import read_only
 from taskcarrier.backends.crews import at_shutdown
 from taskcarrier.backends.work import add_note
 from taskcarrier.ledger import CURSOR_AT, IN_HAND_AT, ITEM_AT, ITEMS_AT, RANGES_AT
@@ -233,7 +234,7 @@ def typed(extras: Sequence[Any], *, writable: bool) -> tuple[types.Type, ...]:
     return tuple(
         numba.typeof(value).copy(readonly=not writable)
         if isinstance(value, np.ndarray)
-        else numba.typeof(value)
+        else numba.typeof(read_only(value))
         for value in extras
     )
 
@@ -247,8 +248,8 @@ def _has_fields(value: Any) -> bool:
     return getattr(getattr(value, "dtype", None), "names", None) is not None
 
 
-def resolved(kernel: Any, arguments: tuple[types.Type, ...]) -> types.Type:
-    """What the kernel returns for arguments of these types; it is compiled for them by then.
+def resolved(kernel: Any, arguments: tuple[types.Type, ...]) -> Any:
+    """The kernel's signature for arguments of these types; it is compiled for them by then.
 
     Raises
     ------
@@ -263,13 +264,13 @@ def resolved(kernel: Any, arguments: tuple[types.Type, ...]) -> types.Type:
             f"{kernel.__name__} was compiled for {known} alone, not for ({names}); an array "
             "declared [::1] must be contiguous, [:] takes any; without a signature all are taken"
         )
-    return signature.return_type
+    return signature
 
 
 def _resolved_some_way(
     kernel: Any, arguments: Callable[[Demands], tuple[types.Type, ...]], least: Demands
-) -> tuple[types.Type, Demands]:
-    """The kernel's return type, and what it must be able to write to: the least if that can be.
+) -> tuple[Any, Demands]:
+    """The kernel's signature, and what it must be able to write to: the least if that can be.
 
     Kernels with explicit signatures take what these say; others take read-only arrays.
     """
@@ -289,6 +290,19 @@ def _resolved_some_way(
                 "copies of items and chunks",
             )
         raise
+
+
+def _takes_as_they_are(signature: Any, arguments: tuple[types.Type, ...]) -> bool:
+    """Whether no number would be converted to fit the signature.
+
+    Numba converts between compiled functions whatever fits or not (2.5 becomes 2, -1 the largest
+    number), and takes one of several signatures that would do; called from Python it refuses that.
+    """
+    return all(
+        given == wanted
+        for given, wanted in zip(arguments, signature.args, strict=True)
+        if isinstance(given, (types.Number, types.Boolean))
+    )
 
 
 def returns(
@@ -412,7 +426,7 @@ def _found_out(
 
     def arguments(demands: Demands) -> tuple[types.Type, ...]:
         items = tuple(lie.item(writable=demands.items) for lie in lies)
-        row = () if out is None else (out.item(writable=True),)
+        row = () if out is None else (out.type(ndim=out.ndim, writable=True),)
         before = typed(extras.before, writable=demands.args)
         return (*items, *before, *row, *typed(extras.after, writable=demands.args))
 
@@ -420,14 +434,16 @@ def _found_out(
     records = any(lie.ndim and lie.dtype.names is not None for lie in lies)
     try:
         least = _least(records, extras, writable=writable)
-        kind, demands = _resolved_some_way(kernel, arguments, least)
+        signature, demands = _resolved_some_way(kernel, arguments, least)
     except ForceLiteralArg:
         return None  # it is compiled for values, which numba knows when it is called
+    if not kernel._can_compile and not _takes_as_they_are(signature, arguments(demands)):
+        return None
     if any(lie.ndim for lie in lies) and any(one.lifted for one in kernel.overloads.values()):
         return None  # Python code within it (`objmode`) may keep rows
     if out is not None:
         return Returns((out.dtype,), several=False, demands=demands)
-    scalars = _returned(kind)
+    scalars = _returned(signature.return_type)
     return None if scalars is None else Returns(*scalars, demands)
 
 
@@ -491,8 +507,13 @@ def _compiled(
     row_at: int | None,
 ) -> Callable[..., None]:
     word = types.int64
-    names: dict[str, Any] = {"kernel": kernel, "take": _take, "load": _load, "store": _store}
-    names |= {"np": np}
+    names: dict[str, Any] = {
+        "kernel": kernel,
+        "np": np,
+        "take": _take,
+        "load": _load,
+        "store": _store,
+    }
     parameters = ["words", "row", "begin", "end", "first", "last", "n_cells", "size", "n_items"]
     signature: list[types.Type] = [word] * len(parameters)
     before: list[str] = []
@@ -533,16 +554,19 @@ def _compiled(
             signature.append(kind)
             arguments.append(name)
     if row_at is not None:  # so many of the extras come before it
-        arguments[len(lies) + row_at : len(lies) + row_at] = targets
+        names["row_dtype"] = found.dtypes[0]
+        before.append("filled = np.empty(y0_shape, row_dtype)")
+        arguments.insert(len(lies) + row_at, "filled")
         within.append(f"kernel({', '.join(arguments)})")
+        written = [f"{targets[0]}[...] = filled" if outs[0].ndim else f"{targets[0]} = filled[()]"]
     else:
         within.append(f"value = kernel({', '.join(arguments)})")
-        # The call may have been interrupted meanwhile; nothing is written any more then.
-        within += ["if load(words) != 0:", "    return"]
-        within += [
+        written = [
             f"{target} = value[{n}]" if found.several else f"{target} = value"
             for n, target in enumerate(targets)
         ]
+    # The call may have been interrupted meanwhile: then nothing is written any more.
+    within += ["if load(words) != 0:", "    return", *written]
     source = _LOOP.format(
         parameters=", ".join(parameters),
         before="\n    ".join(before) or "pass",
@@ -631,9 +655,11 @@ def compiled_for(
 
     try:
         least = _least(any(map(_has_fields, chunks)), extras, writable=writable)
-        kind, demands = _resolved_some_way(kernel, arguments, least)
+        signature, demands = _resolved_some_way(kernel, arguments, least)
     except ForceLiteralArg:  # as above
         return kernel, Demands(items=writable), None
+    if not kernel._can_compile and not _takes_as_they_are(signature, arguments(demands)):
+        return kernel, demands, None
     called: Any = without_gil(kernel, len(chunks) + len(extras.all))
     called.compile(arguments(demands))
-    return called, demands, _returned(kind)
+    return called, demands, _returned(signature.return_type)

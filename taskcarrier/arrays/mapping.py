@@ -409,7 +409,11 @@ def _kept_ledger(call: ArrayCall, out_axis: int | tuple[int, ...], targets: Targ
     """The ledger beside the first output; the targets know then what to go on with."""
     if not targets.paths or len(targets.paths) != len(targets.entries or ()):
         raise ValueError("resume=True needs out= as a path that ends in .npy (or several of them)")
-    options = {"out_axis": out_axis, "outputs": len(targets.paths), "dtype": targets.dtypes}
+    options = {
+        "out_axis": out_axis,
+        "outputs": (len(targets.paths), targets.is_several),
+        "dtype": targets.dtypes,
+    }
     kept = call.kept_ledger(targets.paths[0], options)
     targets.keeps, targets.goes_on = True, not kept.is_new
     return kept

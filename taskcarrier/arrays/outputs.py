@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -183,7 +183,10 @@ class Sink:
     def _settle(self, start: int, spec: Spec) -> None:
         self.first = (start, spec)
         self._plan.check(spec)
-        settled: Spec = self._agree(self._plan.settled or spec)
+        earlier = self._plan.settled
+        if earlier is not None:  # files do not tell whether they were one result or a tuple
+            earlier = replace(earlier, several=spec.several)
+        settled: Spec = self._agree(earlier or spec)
         self._spec = settled
         self._dtypes = [dtype for dtype, _ in settled.parts]
         outputs = self._plan.outputs_for(len(settled.parts))

@@ -25,7 +25,6 @@ Nothing here is pickled, and no file is opened through a link or that is somebod
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import mmap
@@ -35,19 +34,20 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.arrays.files import open_own
+from taskcarrier.arrays.files import ledger_path, locked, open_own
 from taskcarrier.arrays.halos import Halo
 from taskcarrier.arrays.inputs import Inputs
 from taskcarrier.backends.work import Call
 from taskcarrier.fingerprint import Fingerprint
 from taskcarrier.ledger import DONE, FREE
-from taskcarrier.mapped_files import located
+from taskcarrier.mapped_files import located, synced
 from taskcarrier.partition import Grid
 from taskcarrier.segments import Segment, SharedView
 
 _FIRST_LINE = b"TaskCarrier ledger 1\n"
 # Far more than the names of any call; a file that says more is none of ours.
-_MAX_HEADER = 1 << 20
+_MAX_HEADER = 1 << 26
+_UNKNOWN = "not looked into"
 
 
 def what_decides(
@@ -72,17 +72,19 @@ def what_decides(
     found = Fingerprint()
     digests = {"func": found.of(call.func, "func")}
     digests |= {f"args[{n}]": found.of(one, f"args[{n}]") for n, one in enumerate(call.args)}
-    digests |= {name: found.of(one, name) for name, one in call.kwargs.items()}
+    named = {f"kwargs[{name!r}]": one for name, one in call.kwargs.items()}
+    digests |= {name: found.of(one, name) for name, one in named.items()}
     for number, array in enumerate(inputs.arrays):
         digests[f"array {number}"] = _of_input(array, f"array {number}", found)
     words = {"axis": inputs.axes, "items": grid.n_items, "chunksize": grid.chunksize}
+    words |= {"order": inputs.order}  # so the output lies
     digests |= {name: repr(value) for name, value in {**words, **options, "depth": halo}.items()}
-    digests["not looked into"] = "; ".join(sorted(found.not_looked_into))
+    digests[_UNKNOWN] = "; ".join(sorted(found.not_looked_into))
     return digests
 
 
 def _of_input(array: Any, name: str, found: Fingerprint) -> str:
-    view = located(array) if isinstance(array, np.ndarray) else None
+    view = located(synced(array)) if isinstance(array, np.ndarray) else None
     if view is not None and view.segment is not None and view.segment.on_disk:
         file = os.fstat(view.segment.fd)
         place = (view.offset, view.shape, view.strides, view.dtype)
@@ -113,19 +115,30 @@ class KeptLedger:
     """
 
     def __init__(self, path: str, n_cells: int, computes: Mapping[str, str]) -> None:
-        self.path = f"{path}.ledger"
+        self.path = ledger_path(path)
         self._n_cells = n_cells
         header: dict[str, Any] = {"marks_at": 0, "cells": n_cells, "computes": dict(computes)}
         header["marks_at"] = _aligned(len(_FIRST_LINE) + len(json.dumps(header)) + 16)
         self._header = header
-        found = _Owned.opened(self.path)
-        self.is_new = found is None
-        self._file = found or self._made()
+        try:
+            self._fd = open_own(self.path)
+        except FileNotFoundError:
+            self.is_new = True
+            self._fd = self._made()
+        else:
+            self.is_new = False
+            locked(self._fd, self.path)
         try:
             self._segment = self._checked()
         except BaseException:
-            self._file.close()
+            self.close()
             raise
+
+    @property
+    def notes(self) -> list[str]:
+        """What the report should say."""
+        unknown = self._header["computes"].get(_UNKNOWN)
+        return [f"resume: told by its type alone was {unknown}"] if unknown else []
 
     @property
     def marks(self) -> SharedView:
@@ -145,31 +158,31 @@ class KeptLedger:
             os.unlink(self.path)
 
     def close(self) -> None:
-        """Let another run go on with it."""
-        self._file.close()
+        """Let another run go on with it, whoever else has it open: workers, and what is mapped."""
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        os.close(self._fd)
 
-    def _made(self) -> _Owned:
+    def _made(self) -> int:
         """A new file with a whole header and no marks, put in place at once."""
         text = json.dumps(self._header).encode("ascii") + b"\n"
         content = (_FIRST_LINE + text).ljust(self._header["marks_at"], b"\0")
         new = f"{self.path}.new"
         with contextlib.suppress(FileNotFoundError):
             os.unlink(new)
-        file = _Owned(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        locked(fd, self.path)
         try:
-            file.lock(self.path)
-            os.posix_fallocate(file.fd, 0, len(content) + self._n_cells)
-            os.pwrite(file.fd, content, 0)
+            os.posix_fallocate(fd, 0, len(content) + self._n_cells)
+            os.pwrite(fd, content, 0)
             os.rename(new, self.path)
         except BaseException:
-            file.close()
+            os.close(fd)
             raise
-        return file
+        return fd
 
     def _checked(self) -> Segment:
         """The file as a segment, if it is of this computation."""
-        self._file.lock(self.path)
-        found = _header_of(self._file.fd, self.path)
+        found = _header_of(self._fd, self.path)
         if differing := _differences(found, self._header):
             raise ValueError(
                 f"{self.path} is of another computation; what differs: {', '.join(differing)}. To "
@@ -177,38 +190,9 @@ class KeptLedger:
             )
         self._header["marks_at"] = found["marks_at"]
         end = found["marks_at"] + self._n_cells
-        if os.fstat(self._file.fd).st_size < end:  # it was cut off: those ranges are run again
-            os.posix_fallocate(self._file.fd, 0, end)
-        return Segment(os.dup(self._file.fd), on_disk=True, nbytes=end)
-
-
-class _Owned:
-    """A file of ours, which one run at a time may hold."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    @classmethod
-    def opened(cls, path: str) -> _Owned | None:
-        """The file of that name, None if there is none."""
-        try:
-            return cls(open_own(path))
-        except FileNotFoundError:
-            return None
-
-    def lock(self, path: str) -> None:
-        """Hold it, or say that somebody else does."""
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(
-                errno.EAGAIN, "another run is at work on this output", path
-            ) from None
-
-    def close(self) -> None:
-        """Let go of it, whoever else has it open: workers, and what is mapped, do."""
-        fcntl.flock(self.fd, fcntl.LOCK_UN)
-        os.close(self.fd)
+        if os.fstat(self._fd).st_size < end:  # it was cut off: those ranges are run again
+            os.posix_fallocate(self._fd, 0, end)
+        return Segment(os.dup(self._fd), on_disk=True, nbytes=end)
 
 
 def _aligned(nbytes: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from types import ModuleType
 from typing import Any
 
 
@@ -21,25 +22,32 @@ def is_jitted(func: Callable[..., Any]) -> bool:
 def has_own_threads(func: Callable[..., Any], extras: Iterable[Any] = ()) -> bool:
     """Whether a function is known to start threads of numba's own (``parallel=True``).
 
-    It, a jitted function that it refers to, or one among its arguments. What a Python function
-    calls inside, and ufuncs compiled with ``target="parallel"``, cannot be seen.
+    It, a jitted function that it refers to (by name, in a tuple, in a module), or one among its
+    arguments. What a Python function calls inside, and ufuncs compiled with ``target="parallel"``,
+    cannot be seen.
     """
-    seen: set[Any] = set()
-    found = [one for one in (func, *extras) if is_jitted(one)]
+    seen: list[Any] = []
+    found = [func, *extras]
     while found:
-        kernel = found.pop()
-        if kernel.targetoptions.get("parallel", False):
-            return True
-        seen.add(kernel)
-        found += [one for one in _referred_to(kernel.py_func) if is_jitted(one) and one not in seen]
+        one = found.pop()
+        if isinstance(one, tuple):
+            found += one
+        elif is_jitted(one) and not any(one is other for other in seen):
+            if one.targetoptions.get("parallel", False):
+                return True
+            seen.append(one)
+            found += _referred_to(one.py_func)
     return False
 
 
 def _referred_to(function: Any) -> Iterator[Any]:
-    """Values of the global and enclosing names in a Python function."""
-    for name in function.__code__.co_names:
-        if name in function.__globals__:
-            yield function.__globals__[name]
+    """Values of the global and enclosing names in a Python function, and of modules there."""
+    names = function.__code__.co_names
+    for name in names:
+        value = function.__globals__.get(name)
+        yield value
+        if isinstance(value, ModuleType):
+            yield from (vars(value).get(attribute) for attribute in names)
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # not bound yet
             yield cell.cell_contents

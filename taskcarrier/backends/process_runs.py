@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 # How long an interrupted run waits for a worker to finish its cell before it is killed.
 _GRACE_SECONDS = 0.5
+# `poll` takes no more than 24 days.
+_LONGEST_WAIT = 3600.0
 
 
 class ProcessRun:
@@ -100,7 +102,7 @@ class ProcessRun:
         """Wait for something to happen, and take it in."""
         timeout = self._job.recovery.timeout
         if timeout is not None:
-            due = self._seconds_left(timeout)
+            due = min(self._seconds_left(timeout), _LONGEST_WAIT)
             seconds = due if seconds is None else min(seconds, due)
         events = self._poll.poll(None if seconds is None else seconds * 1e3)
         ended = []

@@ -389,12 +389,11 @@ def _go_through(
                 (start, stop, attempt), number = one
                 cell = start // chunksize
             begin = monotonic_ns()
-            if timeout_ns:
-                ledger.note_time(worker, begin)
             try:
-                result = cells(start, stop)
-                if timeout_ns and (taken_ns := monotonic_ns() - begin) > timeout_ns:
-                    result = _late(job, start, stop, taken_ns / 1e9)
+                if timeout_ns:
+                    result = _in_time(job, ledger, worker, cells, Again(start, stop, attempt))
+                else:
+                    result = cells(start, stop)
                 if result is not NOTHING:
                     deliver(start, result)
             finally:
@@ -425,14 +424,24 @@ def _again(ledger: Ledger, worker: int, again: Sequence[Again]) -> Iterator[_Hel
         yield one, number
 
 
-def _late(job: Job, start: int, stop: int, seconds: float) -> Parts:
-    """A range that has taken too long, seen by the worker itself once it is over."""
-    error = timeout_error(job.recovery, f"took {seconds:.3g} s")
+def _in_time(job: Job, ledger: Ledger, worker: int, cells: Cells, again: Again) -> Any:
+    """The result of a range; the worker itself sees when it is over that it has taken too long."""
+    while True:
+        begin = monotonic_ns()
+        ledger.note_time(worker, begin)
+        result = cells(again.start, again.stop)
+        taken_ns = monotonic_ns() - begin
+        if taken_ns <= job.recovery.timeout_ns:
+            return result
+        if not (nexts := job.recovery.after_timeout(again)):
+            break
+        (again,) = nexts
+    error = timeout_error(job.recovery, f"took {taken_ns / 1e9:.3g} s")
     if not _in_worker_process:
         add_note(error, "only processes can be stopped within a range: it was run to its end")
     if not job.collects:
         raise error
-    return Parts([], [(start, stop, error)])
+    return Parts([], [(again.start, again.stop, error)])
 
 
 def timeout_error(recovery: Recovery, what: str) -> TimeoutError:
