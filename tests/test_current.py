@@ -7,7 +7,6 @@ from contextlib import suppress
 import joblib
 import numpy as np
 import pytest
-from joblib.externals.loky import get_reusable_executor
 
 from taskcarrier import (
     DynamicParallelMapper,
@@ -18,6 +17,7 @@ from taskcarrier import (
     map_items,
     use_mapper,
 )
+from tests.strategies import run_script
 
 
 @pytest.fixture(autouse=True)
@@ -83,14 +83,17 @@ class TestInsideWorkers:
             assert set(current_mapper()(kind_inside, range(8))) == {"SerialMapper"}
 
     @pytest.mark.parametrize("backend", ["threading", "loky"])
-    def test_of_joblib_it_is_serial(self, backend):
-        with use_mapper(StaticParallelMapper(2)):
-            found = joblib.Parallel(2, backend=backend)(
-                joblib.delayed(kind_inside)(n) for n in range(4)
-            )
-        if backend == "loky":
-            get_reusable_executor().shutdown(wait=True)
-        assert set(found) == {"SerialMapper"}
+    def test_of_joblib_it_is_serial(self, backend, tmp_path):
+        code = """
+import sys
+import joblib
+from taskcarrier import StaticParallelMapper, current_mapper, use_mapper
+def kind_inside(n): return type(current_mapper()).__name__
+with use_mapper(StaticParallelMapper(2)):
+    found = joblib.Parallel(2, backend=sys.argv[1])(joblib.delayed(kind_inside)(n) for n in range(4))
+print(*set(found))
+"""
+        assert run_script(tmp_path, code, backend) == "SerialMapper\n"
 
     def test_no_more_threads_are_started_than_there_are_workers(self):
         def count(_):
