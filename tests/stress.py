@@ -189,7 +189,7 @@ def deaths(rng: random.Random) -> Done:
 
 
 def interrupts(rng: random.Random) -> Done:
-    """Ctrl-C at a random moment, but not within a first import: Python leaves half a module then."""
+    """Ctrl-C at a random moment, but not within a first import, which leaves half a module."""
     done: Done = Counter()
     for backend in ("loky", "threading"):
         map_array(double, np.arange(4.0), n_jobs=2, backend=backend)

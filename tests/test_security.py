@@ -74,7 +74,7 @@ def test_planted_pickles_are_refused(where, tmp_path):
 
         with pytest.raises(OSError, match="later"):
             map_array(fails, X, out=out, resume=True, chunksize=5, n_jobs=1)
-        with open(f"{out}.part", "wb") as part:
+        with Path(f"{out}.part").open("wb") as part:
             np.save(part, trap, allow_pickle=True)
         # It says nothing that can be gone on with, so everything is run again.
         with pytest.raises(OSError, match="later"):
