@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.backends.work import add_note
+from taskcarrier.backends.given import add_note
 from taskcarrier.partition import Grid
 from taskcarrier.segments import SharedView, Staging
 

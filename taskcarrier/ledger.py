@@ -238,6 +238,7 @@ class Ledger:
         self._cursor = cursor
         self._agreement = agreement
         self._own_marks = own_marks
+        self._items_before = 0  # of workers whose place others have taken
 
     @classmethod
     def local(cls, n_workers: int) -> Self:
@@ -263,6 +264,7 @@ class Ledger:
         words[_HALTED] = 0
         for worker in range(n_workers):
             self.begin(worker)
+        self._items_before = 0
         words[_CURSOR] = 0
         self._cursor.reset()
         self._agreement.reset()
@@ -270,6 +272,7 @@ class Ledger:
     def begin(self, worker: int) -> None:
         """Have nothing written down of a worker: it, or one in its place, is about to begin."""
         row = _row(worker)
+        self._items_before += self._words[row + _ITEMS]
         self._words[row + _IN_HAND] = _NOTHING
         for word in (_ITEMS, _RANGES, _SINCE, _AGAIN):
             self._words[row + word] = 0
@@ -305,6 +308,7 @@ class Ledger:
     def lay_down(self, worker: int, n_items: int) -> None:
         """The cell in hand is finished: so many items more."""
         row = _row(worker)
+        self._words[row + _SINCE] = 0  # first, or the next cell is charged with this one's time
         self._words[row + _IN_HAND] = _NOTHING
         self._words[row + _ITEMS] += n_items
 
@@ -330,7 +334,7 @@ class Ledger:
 
     def items_done(self, n_workers: int) -> int:
         """Items finished so far by all workers."""
-        return sum(self.items_of(worker) for worker in range(n_workers))
+        return self._items_before + sum(self.items_of(worker) for worker in range(n_workers))
 
     def items_of(self, worker: int) -> int:
         """Items finished so far by one worker."""

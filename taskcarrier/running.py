@@ -22,6 +22,7 @@ from taskcarrier.backends import choice as choices
 from taskcarrier.backends.choice import Choice
 from taskcarrier.backends.crews import process_crew, thread_crew
 from taskcarrier.backends.functions import has_own_threads, releases_gil
+from taskcarrier.backends.given import add_note, text_of
 from taskcarrier.backends.inner import limited
 from taskcarrier.backends.work import (
     Account,
@@ -31,9 +32,7 @@ from taskcarrier.backends.work import (
     Job,
     Ran,
     Task,
-    add_note,
     outlet_here,
-    text_of,
     work,
 )
 from taskcarrier.balance import Balance, Static, get_balance

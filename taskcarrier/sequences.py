@@ -15,8 +15,9 @@ from typing import Any
 from taskcarrier.arrays.calls import check_on_error, failed_ranges
 from taskcarrier.arrays.inputs import check_callable, check_extras, read_only
 from taskcarrier.backends.choice import Choice
+from taskcarrier.backends.given import Call, add_note
 from taskcarrier.backends.parts import Fault, Parts
-from taskcarrier.backends.work import Agree, Call, add_note
+from taskcarrier.backends.work import Agree
 from taskcarrier.blocks import Blocks
 from taskcarrier.partition import list_grid
 from taskcarrier.recovery import Retried

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskcarrier.balance import Dynamic, Static, get_balance
-from taskcarrier.ledger import Ledger
+from taskcarrier.ledger import DONE, FREE, SENT, TAKEN_BACK, Ledger
 
 RULES = [Static(), Dynamic()]
 
@@ -42,7 +42,7 @@ class TestStatic:
         ledger = Ledger.local(2)
         seen = []
         for cell in Static().cells(ledger, 1, 2, 6):
-            seen.append((cell, ledger.in_hand(1, 2, 6), ledger.in_hand(0, 2, 6)))
+            seen.append((cell, ledger.in_hand(1, 6), ledger.in_hand(0, 6)))
             ledger.lay_down(1, 1)
         assert seen == [(3, 3, None), (4, 4, None), (5, 5, None)]
 
@@ -67,8 +67,8 @@ class TestDynamic:
     def test_cell_is_in_hand_when_yielded(self):
         ledger = Ledger.local(2)
         for cell in Dynamic().cells(ledger, 1, 2, 3):
-            assert ledger.in_hand(1, 2, 3) == cell
-        assert ledger.in_hand(1, 2, 3) is None
+            assert ledger.in_hand(1, 3) == cell
+        assert ledger.in_hand(1, 3) is None
 
     @pytest.mark.usefixtures("eager_switching")
     def test_each_cell_exactly_once_with_many_threads(self):
@@ -112,6 +112,30 @@ class TestBoth:
         ledger = Ledger.local(5)
         taken = [list(rule.cells(ledger, worker, 5, 2)) for worker in range(5)]
         assert sorted(chain(*taken)) == [0, 1]
+
+    def test_cells_with_a_mark_are_left_out(self, rule):
+        ledger = Ledger.local(2)
+        ledger.marks = memoryview(bytes([FREE, DONE, FREE, SENT, TAKEN_BACK, FREE, DONE]))
+        seen = []
+        for worker in range(2):
+            for cell in rule.cells(ledger, worker, 2, 7):
+                seen.append(cell)
+                assert ledger.in_hand(worker, 7) == cell
+                ledger.lay_down(worker, 1)
+        assert seen == [0, 2, 5]
+
+    def test_marks_made_meanwhile_count(self, rule):
+        ledger = Ledger.local(1)
+        ledger.marks = memoryview(bytearray(5))
+        cells = rule.cells(ledger, 0, 1, 5)
+        assert next(cells) == 0
+        ledger.marks[1] = ledger.marks[2] = TAKEN_BACK
+        assert list(cells) == [3, 4]
+
+    def test_no_cell_where_all_are_marked(self, rule):
+        ledger = Ledger.local(1)
+        ledger.marks = memoryview(bytes([DONE] * 5))
+        assert list(rule.cells(ledger, 0, 1, 5)) == []
 
     def test_by_name(self, rule):
         assert get_balance(rule.name) == rule

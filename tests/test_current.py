@@ -90,7 +90,8 @@ import joblib
 from taskcarrier import StaticParallelMapper, current_mapper, use_mapper
 def kind_inside(n): return type(current_mapper()).__name__
 with use_mapper(StaticParallelMapper(2)):
-    found = joblib.Parallel(2, backend=sys.argv[1])(joblib.delayed(kind_inside)(n) for n in range(4))
+    tasks = [joblib.delayed(kind_inside)(n) for n in range(4)]
+    found = joblib.Parallel(2, backend=sys.argv[1])(tasks)
 print(*set(found))
 """
         assert run_script(tmp_path, code, backend) == "SerialMapper\n"

@@ -1,4 +1,4 @@
-"""The ledger: cells claimed once, and found again after any death."""
+"""The ledger: cells claimed once, and found again by their marks after any death."""
 
 import contextlib
 import json
@@ -13,6 +13,11 @@ from itertools import chain
 import pytest
 
 from taskcarrier.ledger import (
+    DONE,
+    FREE,
+    OWN_MARKS,
+    SENT,
+    TAKEN_BACK,
     FileAgreement,
     FileCursor,
     Ledger,
@@ -36,16 +41,19 @@ print(*(cursor.advance() for _ in range(int(sys.argv[2]))))
 CLAIMER = """
 import json, mmap, sys
 from taskcarrier.balance import Dynamic
-from taskcarrier.ledger import FileAgreement, FileCursor, Ledger
+from taskcarrier.ledger import DONE, FileAgreement, FileCursor, Ledger
 words_fd, cursor_fd, agreement_fd, worker, n_workers, n_cells = map(int, sys.argv[1:])
-words = memoryview(mmap.mmap(words_fd, 0)).cast("q")
-ledger = Ledger(words, FileCursor(cursor_fd), FileAgreement(agreement_fd))
+memory = memoryview(mmap.mmap(words_fd, 0))
+words, marks = memory[:-n_cells].cast("q"), memory[-n_cells:]
+ledger = Ledger(words, FileCursor(cursor_fd), FileAgreement(agreement_fd), marks)
+ledger.mark_in(None, n_cells)
 print("ready", flush=True)
 sys.stdin.readline()
 settled = ledger.agree(f"worker {worker}".encode()).decode()
 taken = []
 for cell in Dynamic().cells(ledger, worker, n_workers, n_cells):
     taken.append(cell)
+    ledger.marks[cell] = DONE
     ledger.lay_down(worker, 2)
 print(json.dumps([settled, taken]))
 """
@@ -231,16 +239,69 @@ class TestLedger:
 
     def test_a_claim_is_in_hand_until_laid_down(self, ledger):
         assert ledger.claim(1) == 0
-        assert ledger.in_hand(1, N_WORKERS, N_CELLS) == 0
-        assert ledger.in_hand(0, N_WORKERS, N_CELLS) is None
+        assert ledger.in_hand(1, N_CELLS) == 0
+        assert ledger.in_hand(0, N_CELLS) is None
         ledger.lay_down(1, 5)
-        assert ledger.in_hand(1, N_WORKERS, N_CELLS) is None
+        assert ledger.in_hand(1, N_CELLS) is None
         assert ledger.given_out() == 1
 
     def test_a_held_cell_is_in_hand(self, ledger):
         ledger.hold(2, 17)
-        assert ledger.in_hand(2, N_WORKERS, N_CELLS) == 17
+        assert ledger.in_hand(2, N_CELLS) == 17
+        assert ledger.again_in_hand(2) is None
         assert ledger.given_out() == 0
+
+    @pytest.mark.parametrize("number", [0, 1, 1000])
+    def test_a_range_given_out_again_is_in_hand_by_its_number(self, ledger, number):
+        ledger.hold_again(1, number)
+        assert ledger.again_in_hand(1) == number
+        assert ledger.in_hand(1, N_CELLS) is None
+        assert ledger.again_done(1) == 0
+        ledger.lay_down_again(1, number, 5)
+        assert ledger.again_in_hand(1) is None
+        assert ledger.again_done(1) == number + 1
+        assert ledger.items_of(1) == 5
+        assert (ledger.again_done(0), ledger.given_out()) == (0, 0)
+
+    def test_nothing_and_a_claim_are_no_range_given_out_again(self, ledger):
+        assert ledger.again_in_hand(1) is None
+        ledger._cursor = DeadlyCursor(ledger._cursor)
+        ledger._cursor.dies = "before"
+        with pytest.raises(Killed):
+            ledger.claim(1)
+        assert ledger.again_in_hand(1) is None
+
+    def test_since_when(self, ledger):
+        assert ledger.since(1) == 0
+        ledger.claim(1)
+        ledger.note_time(1, 12_345)
+        assert (ledger.since(0), ledger.since(1)) == (0, 12_345)
+        ledger.begin(1)
+        assert ledger.since(1) == 0
+
+    def test_a_range_is_not_charged_with_the_time_of_the_one_before(self, ledger):
+        ledger.claim(1)
+        ledger.note_time(1, 12_345)
+        ledger.lay_down(1, 5)
+        ledger.claim(1)  # and its own time is not noted yet
+        assert ledger.since(1) == 0
+
+    def test_a_worker_begins_anew(self, ledger):
+        for worker in (0, 1):
+            ledger.claim(worker)
+            ledger.lay_down(worker, 3)
+            ledger.hold_again(worker, 4)
+            ledger.lay_down_again(worker, 4, 3)
+            ledger.claim(worker)
+            ledger.note_time(worker, 99)
+        ledger.agree(b"mine")
+        ledger.begin(1)
+        assert (ledger.items_of(1), ledger.again_done(1), ledger.since(1)) == (0, 0, 0)
+        assert ledger.in_hand(1, N_CELLS) is None
+        # Nothing else has changed.
+        assert (ledger.items_of(0), ledger.again_done(0), ledger.since(0)) == (6, 5, 99)
+        assert ledger.in_hand(0, N_CELLS) == 1
+        assert (ledger.given_out(), ledger.agreed()) == (4, b"mine")
 
     def test_items_are_counted_by_worker_and_in_all(self, ledger):
         for worker, n_items in [(0, 3), (1, 4), (0, 5)]:
@@ -252,8 +313,8 @@ class TestLedger:
     def test_a_claim_beyond_the_last_cell_is_none(self, ledger):
         claimed = [ledger.claim(0) for _ in range(3)]
         assert claimed == [0, 1, 2]
-        assert ledger.in_hand(0, N_WORKERS, n_cells=3) == 2
-        assert ledger.in_hand(0, N_WORKERS, n_cells=2) is None
+        assert ledger.in_hand(0, n_cells=3) == 2
+        assert ledger.in_hand(0, n_cells=2) is None
 
     def test_halt(self, ledger):
         assert ledger.halted is False
@@ -264,13 +325,19 @@ class TestLedger:
         ledger.claim(0)
         ledger.lay_down(0, 9)
         ledger.claim(1)
-        ledger.hold(2, 3)
+        ledger.note_time(1, 99)
+        ledger.hold_again(2, 3)
+        ledger.lay_down_again(2, 3, 1)
+        ledger.hold_again(2, 4)
         ledger.halt()
         ledger.reset(N_WORKERS)
         assert ledger.halted is False
         assert ledger.given_out() == 0
         assert ledger.items_done(N_WORKERS) == 0
-        assert [ledger.in_hand(w, N_WORKERS, N_CELLS) for w in range(N_WORKERS)] == [None] * 3
+        for worker in range(N_WORKERS):
+            assert ledger.in_hand(worker, N_CELLS) is None
+            assert ledger.again_in_hand(worker) is None
+            assert (ledger.again_done(worker), ledger.since(worker)) == (0, 0)
         assert ledger.claim(2) == 0
 
     def test_workers_do_not_write_each_other_s_words(self):
@@ -279,7 +346,10 @@ class TestLedger:
         ledger.reset(N_WORKERS)
         before = bytes(buffer)
         ledger.claim(1)
+        ledger.note_time(1, 99)
         ledger.lay_down(1, 5)
+        ledger.hold_again(1, 2)
+        ledger.lay_down_again(1, 2, 5)
         changed = [i for i in range(len(buffer)) if buffer[i] != before[i]]
         # One cache line, that of worker 1 behind two of the run and that of worker 0.
         assert changed
@@ -299,8 +369,14 @@ class TestLedger:
         n_workers, n_cells = 3, 5_000
         words_fd = os.memfd_create("words")
         try:
-            os.ftruncate(words_fd, ledger_nbytes(n_workers))
-            with mmap.mmap(words_fd, 0) as memory, memoryview(memory).cast("q") as words:
+            os.ftruncate(words_fd, ledger_nbytes(n_workers) + n_cells)
+            with (
+                mmap.mmap(words_fd, 0) as memory,
+                memoryview(memory) as whole,
+                whole[:-n_cells] as begin,
+                begin.cast("q") as words,
+                whole[-n_cells:] as marks,
+            ):
                 ledger = Ledger(words, FileCursor(cursor_fd), FileAgreement(agreement_fd))
                 ledger.reset(n_workers)
                 fds = [words_fd, cursor_fd, agreement_fd]
@@ -312,9 +388,39 @@ class TestLedger:
                 assert sorted(chain(*taken)) == list(range(n_cells))
                 assert [ledger.items_of(w) for w in range(3)] == [2 * len(t) for t in taken]
                 assert ledger.given_out() == n_cells + n_workers
-                assert [ledger.in_hand(w, n_workers, n_cells) for w in range(3)] == [None] * 3
+                assert [ledger.in_hand(w, n_cells) for w in range(3)] == [None] * 3
+                assert bytes(marks) == bytes([DONE]) * n_cells
         finally:
             os.close(words_fd)
+
+
+class TestMarks:
+    def test_are_told_apart(self):
+        assert len({FREE, DONE, SENT, TAKEN_BACK}) == 4
+        assert FREE == 0  # fresh memory
+
+    def test_nowhere_unless_asked_for(self, ledger):
+        ledger.mark_in(None, N_CELLS)
+        assert ledger.marks is None
+        assert Ledger.local(2).marks is None
+
+    def test_in_its_own_bytes(self):
+        own = bytearray(OWN_MARKS)
+        words = memoryview(bytearray(ledger_nbytes(1))).cast("q")
+        ledger = Ledger(words, ThreadCursor(), ThreadAgreement(), memoryview(own))
+        ledger.mark_in(None, 7)
+        assert len(ledger.marks) == 7
+        ledger.marks[6] = SENT
+        assert own.find(SENT) == 6
+
+    def test_in_bytes_that_were_given(self):
+        own, given = memoryview(bytearray(10)), memoryview(bytearray(OWN_MARKS + 1))
+        words = memoryview(bytearray(ledger_nbytes(1))).cast("q")
+        ledger = Ledger(words, ThreadCursor(), ThreadAgreement(), own)
+        ledger.mark_in(given, len(given))
+        ledger.marks[OWN_MARKS] = DONE
+        assert given[OWN_MARKS] == DONE
+        assert not any(own)
 
 
 class Killed(BaseException):
@@ -362,9 +468,10 @@ class DeadlyCursor:
 
 
 class TestDeathInsideAClaim:
-    """Worker 1 dies in each step of its claim, after and before claims of others."""
+    """Worker 1 dies in each step of its claim; the others finish all they can come by."""
 
-    N_WRITES = 4  # in a claim, counted by `test_number_of_steps`
+    N_WRITES = 2  # in a claim, counted by `test_number_of_steps`
+    N_CELLS = 20
 
     @pytest.fixture
     def words(self):
@@ -376,56 +483,85 @@ class TestDeathInsideAClaim:
 
     @pytest.fixture
     def ledger(self, words, deadly):
-        made = Ledger(words, deadly, ThreadAgreement())
+        marks = memoryview(bytearray(self.N_CELLS))
+        made = Ledger(words, deadly, ThreadAgreement(), marks)
         made.reset(N_WORKERS)
+        made.mark_in(None, self.N_CELLS)
         for worker in (0, 1, 2, 1, 0):  # cells 0 to 4
-            made.claim(worker)
-            made.lay_down(worker, 1)
+            finish(made, worker, made.claim(worker))
         return made
+
+    def left(self, ledger):
+        """Cells that are still to be run once the others are done."""
+        for worker in (0, 2, 0):
+            finish(ledger, worker, ledger.claim(worker))
+        while (cell := ledger.claim(2)) < self.N_CELLS:
+            finish(ledger, 2, cell)
+        assert ledger.in_hand(2, self.N_CELLS) is None
+        return [cell for cell in range(self.N_CELLS) if ledger.marks[cell] == FREE]
 
     def test_number_of_steps(self, ledger, words):
         words.writes_left = 100
         assert ledger.claim(1) == 5
         assert words.writes_left == 100 - self.N_WRITES
 
-    @pytest.mark.parametrize("n_writes", range(N_WRITES))
-    @pytest.mark.parametrize("others_go_on", [False, True])
-    def test_in_front_of_each_write(self, ledger, words, n_writes, others_go_on):
+    # The first write only announces a claim; from the second on, a number was taken.
+    @pytest.mark.parametrize(("n_writes", "lost"), [(0, []), (1, [5])])
+    def test_in_front_of_each_write(self, ledger, words, n_writes, lost):
         words.writes_left = n_writes
         with pytest.raises(Killed):
             ledger.claim(1)
         words.writes_left = None
-        taken = [ledger.claim(0), ledger.claim(2), ledger.claim(0)] if others_go_on else []
-        # The first write only announces a claim; from the second on, a number was taken.
-        expected = None if n_writes == 0 else 5
-        assert expected not in taken
-        assert ledger.in_hand(1, N_WORKERS, N_CELLS) == expected
-        assert ledger.given_out() == 5 + len(taken) + (expected is not None)
+        assert ledger.in_hand(1, self.N_CELLS) is None
+        assert self.left(ledger) == lost
+        # Whatever others did, it has not come into the dead one's hand.
+        assert ledger.in_hand(1, self.N_CELLS) is None
+        assert ledger.again_in_hand(1) is None
 
-    @pytest.mark.parametrize(("dies", "expected"), [("before", None), ("after", 5)])
-    @pytest.mark.parametrize("others_go_on", [False, True])
-    def test_around_the_cursor(self, ledger, deadly, dies, expected, others_go_on):
+    @pytest.mark.parametrize(("dies", "lost"), [("before", []), ("after", [5])])
+    def test_around_the_cursor(self, ledger, deadly, dies, lost):
         deadly.dies = dies
         with pytest.raises(Killed):
             ledger.claim(1)
         deadly.dies = ""
-        if others_go_on:
-            assert ledger.claim(2) == (5 if expected is None else 6)
-        assert ledger.in_hand(1, N_WORKERS, N_CELLS) == expected
+        assert ledger.in_hand(1, self.N_CELLS) is None
+        assert self.left(ledger) == lost
 
-    def test_a_lost_claim_beyond_the_last_cell_is_none(self, ledger, deadly):
+    def test_with_the_claim_in_hand(self, ledger):
+        assert ledger.claim(1) == 5
+        assert self.left(ledger) == [5]
+        assert ledger.in_hand(1, self.N_CELLS) == 5
+
+    @pytest.mark.parametrize("n_writes", [0, 1])
+    def test_while_it_lays_down_what_is_marked(self, ledger, words, n_writes):
+        assert ledger.claim(1) == 5
+        ledger.marks[5] = DONE
+        words.writes_left = n_writes
+        with pytest.raises(Killed):
+            ledger.lay_down(1, 1)
+        words.writes_left = None
+        assert self.left(ledger) == []
+        assert ledger.in_hand(1, self.N_CELLS) in {5, None}  # which is finished, by its mark
+
+    @pytest.mark.parametrize("n_writes", range(3))
+    def test_while_it_lays_down_a_range_given_out_again(self, ledger, words, n_writes):
+        ledger.hold_again(1, 0)
+        words.writes_left = n_writes
+        with pytest.raises(Killed):
+            ledger.lay_down_again(1, 0, 4)
+        words.writes_left = None
+        # It is in hand or counted as finished, at every moment.
+        assert ledger.again_in_hand(1) == 0 or ledger.again_done(1) == 1
+        assert self.left(ledger) == []
+
+    def test_a_lost_claim_beyond_the_last_cell_is_nothing(self, ledger, deadly):
+        assert self.left(ledger) == []
         deadly.dies = "after"
         with pytest.raises(Killed):
             ledger.claim(1)
-        assert ledger.in_hand(1, N_WORKERS, n_cells=5) is None
+        assert ledger.in_hand(1, self.N_CELLS) is None
 
-    def test_after_everything_was_given_out(self, ledger, deadly):
-        deadly.dies = "after"
-        with pytest.raises(Killed):
-            ledger.claim(1)
-        deadly.dies = ""
-        while ledger.claim(0) < N_CELLS:
-            ledger.lay_down(0, 1)
-        assert ledger.claim(2) > N_CELLS
-        assert ledger.in_hand(1, N_WORKERS, N_CELLS) == 5
-        assert ledger.in_hand(0, N_WORKERS, N_CELLS) is None
+
+def finish(ledger, worker, cell):
+    ledger.marks[cell] = DONE
+    ledger.lay_down(worker, 1)

@@ -182,8 +182,8 @@ class TestGrid:
         assert cells_of(list_grid(0)) == [(0, 0)]
 
     def test_equal_by_value(self):
-        assert chunk_grid(1000, 8) == Grid(1000, 31)
-        assert hash(chunk_grid(1000, 8)) == hash(Grid(1000, 31))
+        assert chunk_grid(1000, 8) == Grid(1000, 62)
+        assert hash(chunk_grid(1000, 8)) == hash(Grid(1000, 62))
 
 
 class TestChunkGrid:
@@ -205,7 +205,7 @@ class TestChunkGrid:
         assert len(grid) >= min(n_items, MIN_CELLS_SMALL)
         if grid.chunksize * item_nbytes > 2 * SMALL_CELL_NBYTES:
             assert len(grid) >= min(n_items, MIN_CELLS)
-        assert (MIN_CELLS_SMALL, MIN_CELLS) == (32, 128)
+        assert (MIN_CELLS_SMALL, MIN_CELLS) == (16, 128)
 
     @given(st.integers(1, 10**9), st.integers(1, 1 << 22))
     def test_no_cell_above_a_mebibyte_unless_there_would_be_too_many(self, n_items, item_nbytes):
@@ -214,7 +214,7 @@ class TestChunkGrid:
         assert grid.chunksize * item_nbytes <= CELL_NBYTES or grid.chunksize in {1, fewest}
 
     def test_items_without_bytes(self):
-        assert chunk_grid(6400, 0).chunksize == 200
+        assert chunk_grid(6400, 0).chunksize == 400
 
     @given(st.integers(0, 1000), st.integers(0, 1 << 22), st.integers(1, 2000))
     def test_chunksize_is_taken_as_it_is(self, n_items, item_nbytes, chunksize):

@@ -36,9 +36,7 @@ class TestBar:
                 ledger.lay_down(worker, n_items)
             tick(ledger)
             tick(ledger)
-        out, err = capsys.readouterr()
-        assert out == ""
-        last = err.rstrip().rsplit("\r", maxsplit=1)[-1]
+        last = shown_last(capsys)
         assert "15/40" in last
         assert "item" in last
 
@@ -51,6 +49,16 @@ class TestBar:
                 tick(ledger)
         assert "100%" in capsys.readouterr().err
 
+    def test_begins_with_what_was_done_before(self, capsys):
+        ledger = Ledger.local(1)
+        with shown(1, 40, 1, n_before=30) as tick:
+            tick(ledger)
+            assert "30/40" in shown_last(capsys)
+            ledger.claim(0)
+            ledger.lay_down(0, 10)
+            tick(ledger)
+        assert "40/40" in shown_last(capsys)
+
     def test_is_closed_after_an_error(self, capsys):
         with pytest.raises(KeyError), shown(1, 3, 1):
             raise KeyError
@@ -60,6 +68,13 @@ class TestBar:
         with shown(1, 0, 1) as tick:
             tick(Ledger.local(1))
         assert "0item" in capsys.readouterr().err
+
+
+def shown_last(capsys):
+    """The bar as it stands."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err.rstrip().rsplit("\r", maxsplit=1)[-1]
 
 
 @pytest.mark.parametrize(("verbosity", "expected"), [(0, []), (1, []), (2, [str(REPORT)])])

@@ -3,21 +3,30 @@
 import contextlib
 import gc
 import os
+import signal
+import time
+import warnings
 import weakref
+from pathlib import Path
 from time import monotonic_ns
 
 import numpy as np
 import pytest
 
-from taskcarrier import progress
+from taskcarrier import map_array, progress
 from taskcarrier.backends.choice import Choice
 from taskcarrier.backends.crews import shutdown
-from taskcarrier.backends.work import NOTHING, Account, Call, Death, Failure
+from taskcarrier.backends.given import Call
+from taskcarrier.backends.parts import Parts
+from taskcarrier.backends.work import NOTHING, Account, Death, Failure
 from taskcarrier.balance import Dynamic, Static
 from taskcarrier.errors import WorkerDiedError
+from taskcarrier.ledger import DONE, OWN_MARKS
 from taskcarrier.partition import Grid
+from taskcarrier.recovery import USUAL, Recovery
 from taskcarrier.report import Report, last_report
 from taskcarrier.running import (
+    Kept,
     Outcome,
     Settings,
     decide,
@@ -25,14 +34,14 @@ from taskcarrier.running import (
     execute,
     raise_failure,
 )
-from taskcarrier.segments import Recycler
+from taskcarrier.segments import Recycler, Segment, SharedView
 
 BACKENDS = {"sequential": 1, "threading": 2, "loky": 2}
 
 
 class Calls:
-    def __init__(self, func, proposal=None):
-        self.call = Call(func)
+    def __init__(self, func, args=(), proposal=None):
+        self.call = Call(func, args)
         self.proposal = proposal
 
     def open(self, agree):
@@ -41,7 +50,7 @@ class Calls:
         return self
 
     def __call__(self, start, stop):
-        return self.call.func(start, stop)
+        return self.call.func(start, stop, *self.call.args)
 
     def facts(self):
         return "facts"
@@ -60,9 +69,26 @@ def fail_everywhere(start, stop):
 
 
 def die_at_four(start, stop):
-    if start == 4:
+    if start <= 4 < stop:
         os._exit(7)
-    return start
+    return start, stop
+
+
+def die_once_at_four(start, stop, mark):
+    if start == 4 and not Path(mark).exists():
+        Path(mark).touch()
+        os._exit(7)
+    return start, stop
+
+
+def die_once_at_four_in_place(start, stop, mark):
+    die_once_at_four(start, stop, mark)
+    return NOTHING
+
+
+def warn_at_even(start, stop):
+    warnings.warn(f"at {start % 4}", UserWarning, stacklevel=1)
+    return start, stop
 
 
 def describe(start, stop):
@@ -72,24 +98,30 @@ def describe(start, stop):
 def run(
     func,
     backend="sequential",
-    *,
+    *args,
     grid=None,
     balance=None,
     n_jobs=None,
     notes=(),
     proposal=None,
+    kept=None,
+    collects=False,
+    narrows=False,
     **others,
 ):
     settings = Settings(balance or Dynamic(), **others)
     delivered = {}
     outcome = execute(
-        Calls(func, proposal),
+        Calls(func, args, proposal),
         grid or Grid(20, 2),
         Choice(backend, n_jobs or BACKENDS[backend], "a test"),
         settings,
         started_ns=monotonic_ns(),
         staging=settings.staging() if backend == "loky" else None,
         notes=notes,
+        collects=collects,
+        narrows=narrows,
+        kept=kept,
         deliver=delivered.__setitem__,
     )
     return outcome, delivered
@@ -103,27 +135,56 @@ def warm():
     shutdown()
 
 
+ALL = {start: (start, start + 2) for start in range(0, 20, 2)}
+
+
 def outcome_with(failures=(), deaths=(), missing=()):
     return Outcome([], list(failures), list(deaths), list(missing), report=None)
 
 
+def of_call(balance="static", n_jobs=None, backend=None, **others):
+    recovery = {"timeout": None, "retries": 2, "retry_on": (), **others}
+    return Settings.of_call(balance, n_jobs, backend, **recovery)
+
+
 class TestSettings:
     def test_of_a_call(self):
-        settings = Settings.of_call("dynamic", -2, "multiprocessing")
-        assert settings == Settings(Dynamic(), -2, "loky")
+        assert of_call("dynamic", -2, "multiprocessing") == Settings(Dynamic(), -2, "loky")
+
+    def test_of_a_call_that_says_what_is_tried_again(self):
+        settings = of_call(timeout=3, retries=5, retry_on=OSError)
+        assert settings == Settings(Static(), recovery=Recovery(3.0, 5, (OSError,)))
+        assert of_call().recovery is USUAL
+
+    def test_of_a_mapper_with_the_call_s_own_recovery(self):
+        own = Settings(Dynamic(), 3, "threading", temp_folder="folder")
+        assert of_call(own) is own
+        changed = of_call(own, retries=0)
+        assert changed.recovery == Recovery(retries=0)
+        assert (changed.balance, changed.n_jobs, changed.backend, changed.temp_folder) == (
+            Dynamic(),
+            3,
+            "threading",
+            "folder",
+        )
 
     @pytest.mark.parametrize(
         ("arguments", "error"),
         [
-            (("guided", 1, None), ValueError),
-            (("static", 0, None), ValueError),
-            (("static", "2", None), TypeError),
-            (("static", 1, "dask"), ValueError),
+            ({"balance": "guided"}, ValueError),
+            ({"n_jobs": 0}, ValueError),
+            ({"n_jobs": "2"}, TypeError),
+            ({"backend": "dask"}, ValueError),
+            ({"timeout": 0}, ValueError),
+            ({"retries": -1}, ValueError),
+            ({"retries": 1.5}, TypeError),
+            ({"retry_on": KeyboardInterrupt}, TypeError),
         ],
     )
     def test_bad_arguments(self, arguments, error):
-        with pytest.raises(error, match=r"(balance|n_jobs|backend) must"):
-            Settings.of_call(*arguments)
+        (name,) = arguments
+        with pytest.raises(error, match=f"{name} must"):
+            of_call(**arguments)
 
     def test_folder(self, monkeypatch, tmp_path):
         monkeypatch.delenv("JOBLIB_TEMP_FOLDER", raising=False)
@@ -166,7 +227,7 @@ class TestDecide:
 class TestExecute:
     def test_outcome_of_a_good_run(self, backend, balance):
         outcome, delivered = run(both, backend, balance=balance)
-        assert delivered == {cell: (2 * cell, 2 * cell + 2) for cell in range(10)}
+        assert delivered == ALL
         assert (outcome.failures, outcome.deaths, outcome.missing) == ([], [], [])
         assert [account.facts for account in outcome.accounts] == ["facts"] * BACKENDS[backend]
 
@@ -208,19 +269,68 @@ class TestExecute:
 
     def test_failures_ascend_and_know_their_worker(self, backend, balance):
         outcome, delivered = run(fail_everywhere, backend, balance=balance)
-        cells = [failure.cell for failure in outcome.failures]
-        assert cells == sorted(cells)
-        assert cells[0] == 0 or balance == Static()
+        ranges = [failure.range for failure in outcome.failures]
+        assert ranges == sorted(ranges)
+        assert ranges[0] == (0, 2) or balance == Static()
         assert delivered == {}
         names = {worker.name for worker in outcome.report.workers}
         assert {failure.worker for failure in outcome.failures} <= names
         for failure in outcome.failures:
-            assert str(failure.error) == f"at {2 * failure.cell}"
+            assert str(failure.error) == f"at {failure.range[0]}"
 
     def test_report_goes_where_the_settings_say(self, backend, balance):
         kept = []
         outcome, _ = run(both, backend, balance=balance, keep_report=kept.append)
         assert kept == [outcome.report]
+
+    def test_what_an_earlier_run_has_finished_is_left_out(self, backend, balance):
+        view = marks_of(10)
+        marks = view.open("write")
+        marks[[0, 4, 5, 9]] = DONE
+        outcome, delivered = run(both, backend, balance=balance, kept=Kept(view, 4, ["found"]))
+        assert sorted(delivered) == [2, 4, 6, 12, 14, 16]
+        assert marks.all()
+        assert sum(worker.items for worker in outcome.report.workers) == 12
+        assert outcome.report.notes == ("4 of 10 ranges were done by an earlier run", "found")
+
+    def test_warnings_come_through_the_caller_s_filters(self, backend, balance):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            _, delivered = run(warn_at_even, backend, balance=balance)
+        assert delivered == ALL
+        assert {str(one.message) for one in seen} == {"at 0", "at 2"}
+        assert {one.category for one in seen} == {UserWarning}
+        assert {Path(one.filename) for one in seen} == {Path(__file__)}
+        if backend == "loky":
+            assert len(seen) == 2  # each once, whoever has warned
+
+    def test_a_filter_may_make_an_error_of_a_warning(self, backend, balance):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            if backend == "loky":
+                with pytest.raises(UserWarning, match="at"):
+                    run(warn_at_even, backend, balance=balance)
+            else:
+                outcome, _ = run(warn_at_even, backend, balance=balance)
+                assert isinstance(outcome.failures[0].error, UserWarning)
+
+
+def marks_of(n_cells):
+    segment = Segment.create()
+    segment.reserve(n_cells)
+    return SharedView(segment, 0, (n_cells,), (1,), np.dtype(np.uint8))
+
+
+def warn_and_fail(start, stop):
+    warnings.warn("look", UserWarning, stacklevel=1)
+    raise LookupError(start)
+
+
+def test_an_error_counts_more_than_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outcome, _ = run(warn_and_fail, "loky")
+    assert {type(failure.error) for failure in outcome.failures} == {LookupError}
 
 
 class TestWatching:
@@ -233,6 +343,23 @@ class TestWatching:
         assert seen == sorted(seen)
         if backend == "sequential":
             assert seen == list(range(2, 22, 2))
+
+    def test_progress_ends_with_all_items_though_a_worker_died(self, monkeypatch, tmp_path):
+        seen = []
+        monkeypatch.setattr(progress, "shown", lambda *_: Watch(seen))
+        outcome, _ = run(
+            die_once_at_four_in_place, "loky", str(tmp_path / "mark"), balance=Static()
+        )
+        assert len(outcome.report.workers) == 3
+        assert seen[-1] == 20
+
+    def test_progress_begins_with_what_was_done_before(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(progress, "shown", lambda *args: asked.append(args) or Watch([]))
+        view = marks_of(4)
+        view.open("write")[[1, 3]] = DONE  # the last range is shorter
+        run(both, grid=Grid(7, 2), kept=Kept(view, 2, []))
+        assert asked == [(0, 7, 1, 4)]
 
     def test_report_is_logged(self, caplog, monkeypatch):
         monkeypatch.setattr(progress, "shown", lambda *_: Watch([]))
@@ -269,30 +396,150 @@ def ledger_workers(ledger):
     return len(ledger._words) // 8 - 2
 
 
+@pytest.mark.parametrize("balance", [Static(), Dynamic()], ids=lambda rule: rule.name)
 class TestDeaths:
-    def test_static(self):
-        outcome, _ = run(die_at_four, "loky", balance=Static())
+    def test_made_good(self, balance, tmp_path):
+        outcome, delivered = run(die_once_at_four, "loky", str(tmp_path / "mark"), balance=balance)
+        assert delivered == ALL
+        assert (outcome.failures, outcome.deaths, outcome.missing) == ([], [], [])
+        assert [note for note in outcome.report.notes if "exited with code 7" in note]
+        assert "while mapping items 4:6" in " ".join(outcome.report.notes)
+
+    def test_made_good_among_more_cells_than_the_ledger_has_room_for(self, balance, tmp_path):
+        n_items = OWN_MARKS + 100
+        outcome, delivered = run(
+            die_once_at_four,
+            "loky",
+            str(tmp_path / "mark"),
+            balance=balance,
+            grid=Grid(n_items, 1),
+        )
+        assert outcome.deaths == []
+        assert (tmp_path / "mark").exists()
+        assert delivered == {item: (item, item + 1) for item in range(n_items)}
+
+    def test_in_place_every_item_counts_once(self, balance, tmp_path):
+        outcome, _ = run(die_once_at_four_in_place, "loky", str(tmp_path / "mark"), balance=balance)
+        assert sum(worker.items for worker in outcome.report.workers) == 20
+
+    def test_given_up(self, balance):
+        outcome, delivered = run(die_at_four, "loky", balance=balance, recovery=Recovery(retries=1))
         (death,) = outcome.deaths
-        assert (death.exitcode, death.cell, death.worker) == (7, 2, 0)
-        assert outcome.missing == [2, 3, 4]
-        assert [account.worker for account in outcome.accounts] == [1]
-        assert outcome.report.workers[0].items == 10
+        assert (death.exitcode, death.range, death.attempt) == (7, (4, 6), 2)
+        assert (4, 6) in outcome.missing
+        # Each range has its result or is missing.
+        assert sorted([*delivered.values(), *outcome.missing]) == sorted(ALL.values())
+        assert len([note for note in outcome.report.notes if "exited with code 7" in note]) == 2
 
-    def test_dynamic(self):
-        outcome, _ = run(die_at_four, "loky")
-        assert [death.cell for death in outcome.deaths] == [2]
-        assert outcome.missing == [2]
+    def test_never_again(self, balance):
+        outcome, _ = run(die_at_four, "loky", balance=balance, recovery=Recovery(retries=0))
+        (death,) = outcome.deaths
+        assert (death.range, death.attempt) == ((4, 6), 1)
 
-    def test_dynamic_with_nobody_left(self):
-        outcome, _ = run(die_at_four, "loky", n_jobs=2, grid=Grid(8, 4))
-        assert outcome.missing == [1]
-        outcome, _ = run(die_at_four, "loky", n_jobs=1, grid=Grid(20, 4))
-        assert outcome.accounts == []
-        assert outcome.missing == [1, 2, 3, 4]
+    def test_narrowed_down(self, balance):
+        outcome, delivered = run(
+            die_at_four,
+            "loky",
+            balance=balance,
+            grid=Grid(20, 8),
+            narrows=True,
+            recovery=Recovery(retries=1),
+        )
+        (death,) = outcome.deaths
+        assert death.range == (4, 5)
+        assert outcome.missing[0] == (4, 5)
+        there = {item for part in [*delivered.values(), *outcome.missing] for item in range(*part)}
+        assert there == set(range(20))
+
+    def test_collected(self, balance):
+        outcome, delivered = run(
+            die_at_four,
+            "loky",
+            balance=balance,
+            collects=True,
+            narrows=True,
+            recovery=Recovery(retries=1),
+        )
+        assert (outcome.failures, outcome.deaths, outcome.missing) == ([], [], [])
+        parts = delivered.pop(4)
+        assert isinstance(parts, Parts)
+        ((start, stop, error),) = parts.faults
+        assert (start, stop, error.exitcode) == (4, 5, 7)
+        expected = {**ALL, 5: (5, 6)}
+        del expected[4]
+        assert delivered == expected
+
+    def test_with_nobody_left(self, balance):
+        outcome, _ = run(
+            die_at_four,
+            "loky",
+            balance=balance,
+            n_jobs=1,
+            grid=Grid(20, 4),
+            recovery=Recovery(retries=0),
+        )
+        assert [death.range for death in outcome.deaths] == [(4, 8)]
+        assert outcome.missing[-4:] == [(4, 8), (8, 12), (12, 16), (16, 20)]
+
+
+def hang_at_four(start, stop):
+    if start == 4:
+        time.sleep(60)
+    return start, stop
+
+
+class TestTimeout:
+    def test_in_processes(self):
+        outcome, _ = run(hang_at_four, "loky", recovery=Recovery(timeout=0.3))
+        (failure,) = outcome.failures
+        assert failure.range == (4, 6)
+        assert isinstance(failure.error, TimeoutError)
+        assert failure.worker.startswith("process ")
+        assert (outcome.deaths, outcome.missing) == ([], [])
+
+    @pytest.mark.parametrize("backend", ["sequential", "threading"])
+    def test_where_nothing_can_be_stopped(self, backend):
+        ended = []
+
+        def slow(start, stop):
+            if start == 4:
+                time.sleep(0.3)
+            ended.append(start)
+            return start, stop
+
+        outcome, delivered = run(slow, backend, recovery=Recovery(timeout=0.2))
+        (failure,) = outcome.failures
+        assert failure.range == (4, 6)
+        assert isinstance(failure.error, TimeoutError)
+        assert 4 in ended
+        assert 4 not in delivered
+
+
+def interrupt_the_caller(chunk):
+    if chunk[0] == 40:
+        os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(0.01)
+    return chunk
+
+
+class TestInterrupt:
+    @pytest.mark.parametrize("balance", ["static", "dynamic"])
+    def test_a_run_in_processes(self, balance):
+        with pytest.raises(KeyboardInterrupt):
+            map_array(
+                interrupt_the_caller,
+                np.arange(1000),
+                chunksize=1,
+                n_jobs=2,
+                backend="loky",
+                balance=balance,
+            )
+        _, delivered = run(both, "loky")
+        assert delivered == ALL
 
 
 DEATH = (
-    "worker 2 (process 7) killed by signal 9 (SIGKILL) while mapping <12:14>; "
+    "worker 2 (process 7, attempt 3) killed by signal 9 (SIGKILL) while mapping <12:14>; "
     "the kernel kills so when memory runs out, and some libraries crash so"
 )
 
@@ -304,43 +551,49 @@ class SpeechlessError(Exception):
 
 class TestRaiseFailure:
     def test_nothing_failed(self):
-        assert raise_failure(outcome_with(), Grid(20, 2), describe) is None
+        assert raise_failure(outcome_with(), describe) is None
 
     def test_the_lowest_with_what_is_known(self):
         error, other = ValueError("no"), KeyError("k")
-        failures = [Failure(3, error, "thread 1"), Failure(5, other, "thread 0")]
-        death = Death(2, "process 7", -9, 6)
+        failures = [
+            Failure((6, 8), error, "thread 1", attempt=2),
+            Failure((10, 12), other, "thread 0"),
+        ]
+        death = Death(2, "process 7", -9, (12, 14), 3)
         with pytest.raises(ValueError, match="no") as info:
-            raise_failure(outcome_with(failures, [death]), Grid(20, 2), describe)
+            raise_failure(outcome_with(failures, [death]), describe)
         assert info.value is error
         assert info.value.__notes__ == [
-            "while mapping <6:8> (thread 1)",
+            "while mapping <6:8> (thread 1, attempt 2)",
             "also failed: <10:12>: KeyError: 'k'",
             f"also, {DEATH}",
         ]
 
-    def test_before_any_cell(self):
+    def test_before_any_range(self):
         error = OSError("no")
         with pytest.raises(OSError, match="no"):
-            raise_failure(outcome_with([Failure(-1, error, "thread 1")]), Grid(20, 2), describe)
+            raise_failure(outcome_with([Failure(None, error, "thread 1")]), describe)
         assert not hasattr(error, "__notes__")
 
-    def test_others_before_any_cell(self):
-        failures = [Failure(-1, OSError("no"), "a"), Failure(-1, OSError("no"), "b")]
+    def test_others_before_any_range(self):
+        failures = [Failure(None, OSError("no"), "a"), Failure(None, OSError("no"), "b")]
         with pytest.raises(OSError, match="no") as info:
-            raise_failure(outcome_with(failures), Grid(20, 2), describe)
-        assert not any("<-2:0>" in note for note in info.value.__notes__)
+            raise_failure(outcome_with(failures), describe)
+        assert info.value.__notes__ == ["also failed: all of b: OSError: no"]
 
     def test_others_without_words(self):
-        failures = [Failure(0, OSError("no"), "a"), Failure(1, SpeechlessError(), "b")]
+        failures = [
+            Failure((0, 2), OSError("no"), "a"),
+            Failure((2, 4), SpeechlessError(), "b"),
+        ]
         with pytest.raises(OSError, match="no") as info:
-            raise_failure(outcome_with(failures), Grid(20, 2), describe)
+            raise_failure(outcome_with(failures), describe)
         assert any("SpeechlessError" in note for note in info.value.__notes__)
 
     @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
     def test_exits_too(self, error):
         with pytest.raises(type(error)) as info:
-            raise_failure(outcome_with([Failure(0, error, "caller")]), Grid(20, 2), describe)
+            raise_failure(outcome_with([Failure((0, 2), error, "caller")]), describe)
         assert info.value is error
 
     def test_keeps_nothing_alive(self):
@@ -349,12 +602,12 @@ class TestRaiseFailure:
 
         thing = Thing()
         there = weakref.ref(thing)
-        outcome = outcome_with([Failure(0, ValueError(thing), "caller")])
+        outcome = outcome_with([Failure((0, 2), ValueError(thing), "caller")])
         del thing
         gc.disable()
         try:
             with contextlib.suppress(ValueError):
-                raise_failure(outcome, Grid(20, 2), describe)
+                raise_failure(outcome, describe)
             assert there() is None
         finally:
             gc.enable()
@@ -362,23 +615,32 @@ class TestRaiseFailure:
 
 class TestDiedError:
     def test_facts(self):
-        deaths = [Death(1, "process 7", 3, None), Death(0, "process 8", -11, 2)]
-        outcome = outcome_with(deaths=deaths, missing=[2, 9])
-        error = died_error(outcome, Grid(19, 2), describe, outcome.missing, "partial")
+        deaths = [Death(1, "process 7", 3, None), Death(0, "process 8", -11, (4, 6), 3)]
+        missing = [(4, 6), (18, 19)]
+        error = died_error(outcome_with(deaths=deaths), describe, missing, "partial")
         assert isinstance(error, WorkerDiedError)
         assert (error.worker, error.exitcode, error.in_hand) == ("process 8", -11, (4, 6))
-        assert error.missing == [(4, 6), (18, 19)]
+        assert error.attempt == 3
+        assert error.missing == missing
         assert error.partial == "partial"
         text = str(error)
-        assert "worker 0 (process 8) killed by signal 11 (SIGSEGV) while mapping <4:6>" in text
-        assert "2 of 10 ranges have no result" in text
+        assert "worker 0 (process 8, attempt 3) killed by signal 11 (SIGSEGV)" in text
+        assert "while mapping <4:6>" in text
+        assert "2 ranges without a result" in text
         assert error.__notes__ == [
             "also, worker 1 (process 7) exited with code 3 between two ranges"
         ]
 
+    def test_the_lowest_range_names_it(self):
+        deaths = [Death(0, "a", 3, (8, 9)), Death(1, "b", 4, (2, 3)), Death(2, "c", 5, (4, 5))]
+        error = died_error(outcome_with(deaths=deaths), describe, [(2, 3)], None)
+        assert (error.worker, error.in_hand) == ("b", (2, 3))
+        assert "1 range without a result" in str(error)
+        assert [note.split()[3] for note in error.__notes__] == ["(c)", "(a)"]
+
     def test_nothing_in_hand(self):
         outcome = outcome_with(deaths=[Death(1, "process 7", None, None)])
-        error = died_error(outcome, Grid(20, 2), describe, [], None)
+        error = died_error(outcome, describe, [], None)
         assert error.in_hand is None
         assert "worker 1 (process 7) gone between two ranges" in str(error)
 

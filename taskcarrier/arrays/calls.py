@@ -21,8 +21,9 @@ from taskcarrier.arrays.specs import DisagreementError, Spec
 from taskcarrier.arrays.targets import Targets
 from taskcarrier.arrays.tasks import ArrayTask
 from taskcarrier.backends.choice import Choice
+from taskcarrier.backends.given import Call, add_note
 from taskcarrier.backends.parts import Fault, Parts
-from taskcarrier.backends.work import Call, Failure, Task, add_note
+from taskcarrier.backends.work import Failure, Task
 from taskcarrier.partition import Grid, check_chunksize, chunk_grid, list_grid
 from taskcarrier.recovery import Retried
 from taskcarrier.running import (

@@ -25,8 +25,8 @@ from taskcarrier.arrays.sources import sources_here
 from taskcarrier.arrays.specs import Spec
 from taskcarrier.arrays.targets import Stray
 from taskcarrier.backends.functions import has_own_threads, is_jitted, is_numba_ufunc
+from taskcarrier.backends.given import Call
 from taskcarrier.backends.parts import Fault
-from taskcarrier.backends.work import Call
 
 _COPIES = "the kernel takes arrays or records that it may write to: it gets private copies"
 _NO_LOOP = (

@@ -16,8 +16,9 @@ import numpy as np
 
 from taskcarrier.arrays.inputs import own_or_read_only
 from taskcarrier.arrays.specs import Spec
+from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parts import Parts
-from taskcarrier.backends.work import NOTHING, Agree, Deliver, Job, add_note
+from taskcarrier.backends.work import NOTHING, Agree, Deliver, Job
 from taskcarrier.layout import address_of
 from taskcarrier.ledger import Ledger
 

@@ -34,7 +34,7 @@ from numba.np.arrayobj import make_array, populate_array
 
 from taskcarrier.arrays.inputs import read_only
 from taskcarrier.backends.crews import at_shutdown
-from taskcarrier.backends.work import add_note
+from taskcarrier.backends.given import add_note
 from taskcarrier.ledger import CURSOR_AT, IN_HAND_AT, ITEM_AT, ITEMS_AT, RANGES_AT
 
 _WORD = ir.IntType(64)

@@ -37,7 +37,7 @@ import numpy as np
 from taskcarrier.arrays.files import ledger_path, locked, open_own
 from taskcarrier.arrays.halos import Halo
 from taskcarrier.arrays.inputs import Inputs
-from taskcarrier.backends.work import Call
+from taskcarrier.backends.given import Call
 from taskcarrier.fingerprint import Fingerprint
 from taskcarrier.ledger import DONE, FREE
 from taskcarrier.mapped_files import located, synced

@@ -16,7 +16,7 @@ import numpy as np
 from taskcarrier import caller_memory
 from taskcarrier.arrays.halos import Halo
 from taskcarrier.arrays.inputs import Inputs, read_only
-from taskcarrier.backends.work import Call
+from taskcarrier.backends.given import Call
 from taskcarrier.blocks import Blocks
 from taskcarrier.kept_mappings import open_for_reading
 from taskcarrier.layout import address_of, byte_bounds

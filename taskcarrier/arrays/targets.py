@@ -22,8 +22,8 @@ from taskcarrier.arrays.files import NpyWriter, check_path, header_of, load
 from taskcarrier.arrays.inputs import Inputs, normalize_axis
 from taskcarrier.arrays.outputs import Plan
 from taskcarrier.arrays.specs import Spec
+from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parts import Where
-from taskcarrier.backends.work import add_note
 from taskcarrier.layout import has_internal_overlap
 from taskcarrier.mapped_files import file_of, located, region
 

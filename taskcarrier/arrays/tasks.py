@@ -22,8 +22,9 @@ from taskcarrier.arrays.outputs import Plan, Sink
 from taskcarrier.arrays.sources import Source
 from taskcarrier.arrays.specs import Spec
 from taskcarrier.arrays.stacking import Mixed, stacked
+from taskcarrier.backends.given import Call, add_note
 from taskcarrier.backends.parts import Fault, Parts, Where
-from taskcarrier.backends.work import NOTHING, Agree, Call, add_note
+from taskcarrier.backends.work import NOTHING, Agree
 from taskcarrier.segments import trim_files
 
 # After so many bytes of chunks a worker lets go of the files it has mapped; arbitrary.

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.backends.work import Call, add_note, text_of
+from taskcarrier.backends.given import Call, add_note, text_of
 from taskcarrier.errors import TaskError, WorkerTracebackError
 from taskcarrier.layout import is_mostly_gaps
 from taskcarrier.mapped_files import located

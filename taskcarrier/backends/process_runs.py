@@ -14,34 +14,38 @@ import pickle
 import select
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-from taskcarrier.backends.parcels import Parcel, unpack_items
+from taskcarrier.backends.given import add_note
+from taskcarrier.backends.parcels import Channel, Parcel, unpack_items
 from taskcarrier.backends.parts import Parts
-from taskcarrier.backends.work import (
-    Account,
-    Death,
-    Deliver,
-    Failure,
-    Job,
-    Ran,
-    add_note,
-    timeout_error,
-)
+from taskcarrier.backends.work import Account, Death, Deliver, Failure, Job, Ran, timeout_error
 from taskcarrier.backends.worker_process import KEPT, RESULTS, account_from, order
-from taskcarrier.ledger import FREE, SENT, TAKEN_BACK, Ledger
+from taskcarrier.ledger import DONE, FREE, SENT, TAKEN_BACK, Ledger
 from taskcarrier.partition import Partition
 from taskcarrier.recovery import Again
 
-if TYPE_CHECKING:
-    from taskcarrier.backends.processes import WorkerProcess
-
 # How long an interrupted run waits for a worker to finish its cell before it is killed.
 _GRACE_SECONDS = 0.5
-# `poll` takes no more than 24 days.
-_LONGEST_WAIT = 3600.0
+# A signal that comes just before the caller begins to wait is not seen until something else
+# happens; so it looks now and then.
+_LONGEST_WAIT = 1.0
+
+
+class Worker(Protocol):
+    """A worker process, as a run needs it (`taskcarrier.backends.processes.WorkerProcess`)."""
+
+    name: str
+    pidfd: int
+    channel: Channel
+
+    def kill(self) -> None:
+        """End it now."""
+
+    def reap(self) -> int | None:
+        """Exit code of a process that has ended; its descriptors are closed."""
 
 
 class ProcessRun:
@@ -53,7 +57,7 @@ class ProcessRun:
         ledger: Ledger,
         deliver: Deliver,
         parcel: Parcel,
-        living: Callable[[int], WorkerProcess],
+        living: Callable[[int], Worker],
     ) -> None:
         self._job = job
         self._ledger = ledger
@@ -62,12 +66,12 @@ class ProcessRun:
         self._living = living
         self._began_ns = time.monotonic_ns()
         self._poll = select.poll()
-        self._by_fd: dict[int, tuple[int, WorkerProcess]] = {}
+        self._by_fd: dict[int, tuple[int, Worker]] = {}
         self._again: dict[int, Sequence[Again]] = {}  # what each worker at work was given to begin
         self._overdue: dict[int, tuple[int, int]] = {}  # who is killed for which range
         self._received: set[int] = set()  # the starts of ranges whose results have come
         self._idle_deaths: dict[int, int] = {}
-        self.at_work: dict[int, WorkerProcess] = {}
+        self.at_work: dict[int, Worker] = {}
         self._accounts: list[Account] = []
         self._deaths: list[Death] = []
         self._fatal: list[Death] = []
@@ -75,7 +79,7 @@ class ProcessRun:
         self._failures: list[Failure] = []  # seen from here
         self.memory_kept = False
 
-    def start(self, number: int, worker: WorkerProcess, again: Sequence[Again] = ()) -> None:
+    def start(self, number: int, worker: Worker, again: Sequence[Again] = ()) -> None:
         """Have a worker begin, with these ranges and then with cells."""
         self._ledger.begin(number)
         self._again[number] = again
@@ -90,7 +94,15 @@ class ProcessRun:
     def goes_on(self) -> bool:
         """Whether anybody is at work; if all are done, what got lost is shared out again."""
         if not self.at_work and self._deaths and not self._has_ended:
-            self._share_out(self._lost_cells())
+            lost = self._lost_cells()
+            marks = self._ledger.marks
+            if self._job.recovery.retries == 0 and marks is not None:
+                # What was sent has been run, and is not to be run again.
+                sent = [cell for cell in lost if marks[cell] == SENT]
+                lost = [cell for cell in lost if marks[cell] != SENT]
+                if sent:
+                    self._fatal.append(self._deaths[-1])
+            self._share_out(lost)
         return bool(self.at_work)
 
     @property
@@ -101,24 +113,27 @@ class ProcessRun:
     def step(self, seconds: float | None) -> None:
         """Wait for something to happen, and take it in."""
         timeout = self._job.recovery.timeout
+        waits = [_LONGEST_WAIT, *([] if seconds is None else [seconds])]
         if timeout is not None:
-            due = min(self._seconds_left(timeout), _LONGEST_WAIT)
-            seconds = due if seconds is None else min(seconds, due)
-        events = self._poll.poll(None if seconds is None else seconds * 1e3)
+            waits.append(self._seconds_left(timeout))
+        events = self._poll.poll(min(waits) * 1e3)
         ended = []
         for fd, _ in events:
+            if fd not in self._by_fd:  # it has reported meanwhile, and may end now
+                continue
             number, worker = self._by_fd[fd]
             if fd == worker.pidfd:
                 ended.append((number, worker))
-            elif not self._take_in(number, worker):
+            elif not self._take_in(number, worker) and fd in self._by_fd:
                 # The stream has ended; the process's own descriptor tells the rest.
                 self._poll.unregister(fd)
         for number, worker in ended:
             if number in self.at_work:
                 self._take_in(number, worker)  # what it sent before it died
             if number in self.at_work:
+                late = self._overdue.get(number)
                 self._leave(number, worker)
-                self._bury(number, worker)
+                self._bury(number, worker, late)
 
     def abort(self) -> None:
         """Stop: workers at their next cell, or soon by force."""
@@ -168,21 +183,33 @@ class ProcessRun:
         ledger, grid = self._ledger, self._job.grid
         position = ledger.again_in_hand(number)
         if position is not None:
-            return self._again[number][position]
+            again = self._again[number][position]
+            is_done = position < ledger.again_done(number) or self._is_there(again)
+            return None if is_done else again
         cell = ledger.in_hand(number, len(grid))
         if cell is None or (ledger.marks is not None and ledger.marks[cell] != FREE):
             return None
         return Again(*grid.bounds(cell))
 
-    def _bury(self, number: int, worker: WorkerProcess) -> None:
-        """A worker has died: see to what it had in hand, and put another in its place."""
+    def _is_there(self, again: Again) -> bool:
+        """Whether a whole cell that was given out again is finished, and its result here."""
+        cell = again.start // self._job.grid.chunksize
+        marks = self._ledger.marks
+        if marks is None or self._job.grid.bounds(cell) != again[:2]:
+            return False
+        return marks[cell] == DONE or (marks[cell] == SENT and again.start in self._received)
+
+    def _bury(self, number: int, worker: Worker, late: tuple[int, int] | None) -> None:
+        """A worker has died: see to what it had in hand, and put another in its place.
+
+        `late` is the range for which it was killed, if it was.
+        """
         exitcode = worker.reap()
         held = self._held(number)
         rest = list(self._again[number][self._ledger.again_done(number) :])
         if held is not None and rest and rest[0] == held:
             del rest[0]
         self._accounts.append(self._account_of_dead(number, worker))
-        late = self._overdue.pop(number, None)
         death = Death(
             number,
             worker.name,
@@ -200,7 +227,7 @@ class ProcessRun:
             self.start(number, self._living(number), [*nexts, *rest])
 
     def _nexts(
-        self, death: Death, held: Again | None, late: tuple[int, int] | None, worker: WorkerProcess
+        self, death: Death, held: Again | None, late: tuple[int, int] | None, worker: Worker
     ) -> list[Again]:
         """What is to be run instead of what a dead worker had in hand."""
         number, recovery = death.worker, self._job.recovery
@@ -227,7 +254,7 @@ class ProcessRun:
             self._lost.append(held[:2])
         return nexts
 
-    def _account_of_dead(self, number: int, worker: WorkerProcess) -> Account:
+    def _account_of_dead(self, number: int, worker: Worker) -> Account:
         """What the ledger tells of a worker that cannot tell it any more."""
         items = self._ledger.items_of(number)
         return Account(
@@ -238,12 +265,12 @@ class ProcessRun:
             time.monotonic_ns() - self._began_ns,
         )
 
-    def _too_late(self, worker: WorkerProcess) -> TimeoutError:
+    def _too_late(self, worker: Worker) -> TimeoutError:
         error = timeout_error(self._job.recovery, "was not done in time")
         add_note(error, f"{worker.name} was killed")
         return error
 
-    def _blame(self, held: Again, error: BaseException, worker: WorkerProcess) -> None:
+    def _blame(self, held: Again, error: BaseException, worker: Worker) -> None:
         """A range is given up: its error is collected, or ends the run."""
         start, stop, attempt = held
         if self._job.collects:
@@ -285,7 +312,7 @@ class ProcessRun:
 
     # What comes up
 
-    def _take_in(self, number: int, worker: WorkerProcess) -> bool:
+    def _take_in(self, number: int, worker: Worker) -> bool:
         messages, open_ = worker.channel.ready()
         for message in messages:
             if message[:1] == RESULTS:
@@ -299,7 +326,7 @@ class ProcessRun:
                 self._leave(number, worker)
         return open_
 
-    def _unpack_result(self, worker: WorkerProcess, start: int, packed: bytes) -> None:
+    def _unpack_result(self, worker: Worker, start: int, packed: bytes) -> None:
         try:
             result = unpack_items(packed)
         except Exception as error:  # noqa: BLE001  # whatever a user's object raises
@@ -311,8 +338,9 @@ class ProcessRun:
             self._received.add(start)
             self._deliver(start, result)
 
-    def _leave(self, number: int, worker: WorkerProcess) -> None:
+    def _leave(self, number: int, worker: Worker) -> None:
         del self.at_work[number]
+        self._overdue.pop(number, None)
         for fd in (worker.channel.fileno(), worker.pidfd):
             del self._by_fd[fd]
             with contextlib.suppress(KeyError):

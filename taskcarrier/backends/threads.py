@@ -20,6 +20,9 @@ from taskcarrier.ledger import Ledger
 
 # Seconds between two looks at a run whose progress is shown.
 TICK = 0.1
+# A signal that comes just before the caller begins to wait is not seen until something else
+# happens; so it looks now and then.
+_LONGEST_WAIT = 1.0
 # How long an interrupted call waits for compiled loops, which look at the halt word before every
 # item and write their results themselves.
 _GRACE_SECONDS = 1.0
@@ -86,12 +89,7 @@ class ThreadCrew:
             with limited.open():
                 for number in range(n):
                     self._workers[number].inbox.put(order(number))
-                if tick is None:
-                    finished.acquire()
-                else:
-                    while not finished.acquire(timeout=TICK):
-                        tick(ledger)
-                    tick(ledger)
+                _wait(finished, ledger, tick)
         finally:
             if len(accounts) < n:
                 ledger.halt()
@@ -120,3 +118,12 @@ class ThreadCrew:
     def forget(self) -> None:
         """Drop the threads in a forked child, where they do not exist."""
         self._workers = []
+
+
+def _wait(finished: threading.Lock, ledger: Ledger, tick: Callable[[Ledger], None] | None) -> None:
+    """Wait until the last worker opens the lock; meanwhile what is shown is kept up to date."""
+    while not finished.acquire(timeout=_LONGEST_WAIT if tick is None else TICK):
+        if tick is not None:
+            tick(ledger)
+    if tick is not None:
+        tick(ledger)

@@ -7,7 +7,6 @@ Arrays and lists are tasks; threads, processes and the caller itself run this lo
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
+from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parts import Parts
 from taskcarrier.balance import Balance
 from taskcarrier.ledger import DONE, SENT, Ledger
@@ -27,15 +27,6 @@ from taskcarrier.segments import SharedView
 
 NOTHING = object()
 """What a cell returns whose result is already where it belongs."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """What the user gave: the function and what every call of it gets."""
-
-    func: Callable[..., Any]
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 class Cells(Protocol):
@@ -256,20 +247,6 @@ class Ran:
     def read(cls, accounts: list[Account], ledger: Ledger) -> Ran:
         """From the ledger of a run that is over, before the crew is lent to another."""
         return cls(accounts, ledger.given_out(), ledger.agreed(), ledger.halted)
-
-
-def add_note(error: BaseException, note: str) -> None:
-    """Add a note to a user's exception; one that refuses notes stays what it is."""
-    with contextlib.suppress(Exception):
-        error.add_note(note)
-
-
-def text_of(error: BaseException) -> str:
-    """The exception's text, whatever its ``__str__`` does."""
-    try:
-        return str(error)
-    except Exception as trouble:  # noqa: BLE001  # a user's __str__ may raise anything
-        return f"<str() raised {type(trouble).__name__}>"
 
 
 Deliver = Callable[[int, Any], None]

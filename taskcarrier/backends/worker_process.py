@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from taskcarrier import caller_memory, kept_mappings
+from taskcarrier.backends.given import add_note
 from taskcarrier.backends.inner import serial_joblib
 from taskcarrier.backends.parcels import (
     Channel,
@@ -27,14 +28,7 @@ from taskcarrier.backends.parcels import (
     unpack_error,
     unpack_items,
 )
-from taskcarrier.backends.work import (
-    Account,
-    Failure,
-    Heard,
-    add_note,
-    mark_worker_process,
-    work,
-)
+from taskcarrier.backends.work import Account, Failure, Heard, mark_worker_process, work
 from taskcarrier.ledger import OWN_MARKS, FileAgreement, FileCursor, Ledger
 from taskcarrier.recovery import Again
 

@@ -42,6 +42,7 @@ def doubled(chunk):
 
 
 class TestChunks:
+    @pytest.mark.fault(33)
     @pytest.mark.parametrize("nogil", [False, True])
     def test_jitted_functions(self, nogil, run):
         kernel = numba.njit(nogil=nogil)(lambda c, a, b=1.0: c * a + b)
@@ -79,6 +80,7 @@ class TestChunks:
         kernel = numba.njit(lambda c: c[:, ::-1] * 1.0)
         assert_same(map_array(kernel, X, depth=2, boundary="wrap", **run), X[:, ::-1].copy())
 
+    @pytest.mark.fault(33)
     @pytest.mark.parametrize("signature", ["f8[:,:](f8[:,:])", "f8[:,::1](f8[:,::1])"])
     def test_signatures_that_write_get_copies(self, signature, run):
         @numba.njit(signature)
@@ -110,6 +112,7 @@ class TestChunks:
             map_array(spoil, X, **run)
         assert any("writable=True" in note for note in caught.value.__notes__)
 
+    @pytest.mark.fault(33)
     def test_errors_of_the_kernel(self, run):
         @numba.njit
         def odd(chunk):
@@ -128,6 +131,7 @@ class TestChunks:
         assert_same(map_array(kernel, X, n_jobs=2), X + 1)
         assert last_report().backend == "loky"
 
+    @pytest.mark.fault(33)
     def test_are_compiled_once_before_they_run(self):
         kernel = numba.njit(lambda c: c - 1)
         map_array(kernel, X, n_jobs=2)
@@ -247,6 +251,7 @@ print("done")
 """
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize("layer", ["workqueue", "omp", "tbb"])
 def test_right_under_every_threading_layer(layer, tmp_path):
     library = Path(sys.prefix) / "lib"
@@ -277,6 +282,7 @@ print("done")
 """
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize(("n_processes", "n_threads"), [(1, 8), (8, 1)])
 def test_cached_kernels_may_be_compiled_by_many_at_once(n_processes, n_threads, tmp_path):
     (tmp_path / "cached_kernels.py").write_text(

@@ -153,6 +153,7 @@ class TestItems:
         assert_same(map_items(of_record, records, **run), np.arange(50) * 2.0 + 5)
         assert not records["a"].any()
 
+    @pytest.mark.fault(33)
     def test_of_files(self, run, tmp_path):
         path = str(tmp_path / "X.npy")
         np.save(path, X)
@@ -321,6 +322,7 @@ def weighed(item):
 class TestKernels:
     """Compiled in every way."""
 
+    @pytest.mark.fault(33)
     @pytest.mark.parametrize(
         "options",
         [
@@ -343,6 +345,7 @@ class TestKernels:
         assert_same(map_items(kernel, X, **run), X * 2)
         assert last_report().notes == ()
 
+    @pytest.mark.fault(33)
     @pytest.mark.parametrize("signature", ["f8(f8[:])", "f8(f8[::1])"])
     def test_with_signatures_of_arrays_get_copies(self, signature, run):
         @numba.njit(signature)
@@ -487,6 +490,7 @@ class TestKernels:
         map_items(kernel, X, out_shape=2, out=out, **run)
         assert np.array_equal(out, np.stack([X, X], 1))
 
+    @pytest.mark.fault(33)
     def test_that_refer_to_parallel_ones_run_in_the_caller(self):
         parallel = numba.njit(parallel=True)(lambda n: np.ones(int(n)).sum())
         kernel = numba.njit(lambda n: parallel(n) + 1)
@@ -498,6 +502,7 @@ class TestKernels:
         kernel = numba.njit(cache=True)(_plain)
         assert_same(map_items(kernel, X, **run), X * 3)
 
+    @pytest.mark.fault(33)
     def test_are_compiled_once(self):
         kernel = numba.njit(lambda x: x * 5)
         map_items(kernel, X, n_jobs=2)
@@ -531,6 +536,7 @@ def _plain(x):
 
 
 class TestErrors:
+    @pytest.mark.fault(33)
     def test_name_the_item(self, run):
         values = np.arange(10.0)
         with pytest.raises(ValueError, match="too large") as caught:

@@ -10,8 +10,9 @@ import pytest
 import taskcarrier
 from taskcarrier.backends import crews as module
 from taskcarrier.backends.crews import held_warm, process_crew, shutdown, thread_crew
+from taskcarrier.backends.given import Call
 from taskcarrier.backends.parcels import pack
-from taskcarrier.backends.work import Call, Job
+from taskcarrier.backends.work import Job
 from taskcarrier.balance import Dynamic
 from taskcarrier.partition import Grid
 from taskcarrier.segments import Staging

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from taskcarrier.backends import parcels
+from taskcarrier.backends.given import Call
 from taskcarrier.backends.parcels import (
     Channel,
     pack,
@@ -19,7 +20,6 @@ from taskcarrier.backends.parcels import (
     unpack,
     unpack_error,
 )
-from taskcarrier.backends.work import Call
 from taskcarrier.errors import TaskError, WorkerTracebackError
 from taskcarrier.segments import Segment, Staging
 

@@ -1,16 +1,28 @@
 """Crews of threads."""
 
+import os
+import signal
+import sys
 import threading
 import time
+from collections import Counter
+from contextlib import contextmanager, suppress
 
 import joblib
+import numpy as np
 import pytest
 
+from taskcarrier import map_array, map_items
+from taskcarrier.arrays import allocations, outputs
+from taskcarrier.arrays.allocations import CallIsOverError, LocalAllocation
 from taskcarrier.backends import threads as module
 from taskcarrier.backends.threads import ThreadCrew
 from taskcarrier.backends.work import NOTHING, Job, in_worker
 from taskcarrier.balance import Dynamic, Static
+from taskcarrier.ledger import DONE
 from taskcarrier.partition import Grid
+from taskcarrier.recovery import Recovery
+from taskcarrier.segments import Segment, SharedView
 
 BALANCES = [Static(), Dynamic()]
 LONG = 60  # seconds that no test waits for
@@ -39,9 +51,9 @@ class Calls:
         return threading.current_thread().name
 
 
-def run(crew, func, *, balance=None, n_items=20, n_workers=3, tick=None):
+def run(crew, func, *, balance=None, n_items=20, n_workers=3, tick=None, **others):
     delivered = []
-    job = Job(Calls(func), balance or Dynamic(), Grid(n_items, 2), n_workers)
+    job = Job(Calls(func), balance or Dynamic(), Grid(n_items, 2), n_workers, **others)
     ran = crew.run(job, lambda *one: delivered.append(one), tick)
     assert ran.deaths == []
     return ran.accounts, sorted(delivered), ran
@@ -55,7 +67,7 @@ def both(start, stop):
 class TestRun:
     def test_every_cell_is_delivered_once(self, crew, balance):
         accounts, delivered, _ = run(crew, both, balance=balance)
-        assert delivered == [(cell, (2 * cell, 2 * cell + 2)) for cell in range(10)]
+        assert delivered == [(start, (start, start + 2)) for start in range(0, 20, 2)]
         assert sum(account.items for account in accounts) == 20
         assert sum(account.ranges for account in accounts) == 10
         assert all(account.failure is None for account in accounts)
@@ -106,7 +118,7 @@ class TestRun:
         accounts, delivered, ran = run(crew, fail, balance=balance, n_items=2000)
         timer.join()
         failures = [account.failure for account in accounts if account.failure is not None]
-        assert [(failure.cell, failure.error) for failure in failures] == [(0, error)]
+        assert [(failure.range, failure.error) for failure in failures] == [((0, 2), error)]
         assert ran.halted
         assert len(delivered) < 1000
 
@@ -119,6 +131,33 @@ class TestRun:
             accounts, _, _ = run(crew, fail, balance=balance)
             assert error in [account.failure and account.failure.error for account in accounts]
         assert len(run(crew, both, balance=balance)[1]) == 10
+
+    def test_cells_marked_by_an_earlier_run_are_left_out(self, crew, balance):
+        segment = Segment.create()
+        segment.reserve(10)
+        view = SharedView(segment, 0, (10,), (1,), np.dtype(np.uint8))
+        marks = view.open("write")
+        marks[[0, 3, 9]] = DONE
+        accounts, delivered, _ = run(crew, both, balance=balance, marks=view)
+        assert [start // 2 for start, _ in delivered] == [1, 2, 4, 5, 6, 7, 8]
+        assert sum(account.items for account in accounts) == 14
+        assert marks.all()
+
+    def test_a_range_that_takes_too_long_is_run_to_its_end(self, crew, balance):
+        finished = []
+
+        def slow(start, stop):
+            if start == 4:
+                time.sleep(0.3)
+            finished.append(start)
+            return start
+
+        accounts, _, ran = run(crew, slow, balance=balance, recovery=Recovery(timeout=0.2))
+        (failure,) = [account.failure for account in accounts if account.failure is not None]
+        assert failure.range == (4, 6)
+        assert isinstance(failure.error, TimeoutError)
+        assert 4 in finished
+        assert ran.halted
 
 
 class TestInside:
@@ -230,6 +269,175 @@ class TestWatching:
         release.set()
         assert after[1:] == before[1:]
         assert after[0] is not before[0]
+
+
+@contextmanager
+def left_behind(verb, func, *, n_before, **options):
+    """Interrupt a call whose two threads are in a call of `func`, each after so many.
+
+    Inside, they are still there; what is yielded lets them go on, and waits for their end.
+    """
+    release, caught, calls, stuck = threading.Event(), threading.Event(), Counter(), []
+
+    def waits(items):
+        thread = threading.current_thread()
+        calls[thread] += 1
+        if calls[thread] > n_before:
+            stuck.append(thread)
+            assert release.wait(LONG)
+        return func(items)
+
+    def interrupt():
+        deadline = time.monotonic() + LONG
+        while len(stuck) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        # Python misses a signal that comes just before it begins to wait for a lock.
+        while not caught.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+            caught.wait(1)
+
+    def let_go():
+        release.set()
+        for thread in stuck:
+            thread.join(LONG)
+        assert not any(thread.is_alive() for thread in stuck)
+
+    other = threading.Thread(target=interrupt)
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            verb(waits, ITEMS, n_jobs=2, backend="threading", chunksize=2, **options)
+        caught.set()
+        assert len(stuck) == 2
+        yield let_go
+    finally:
+        caught.set()
+        other.join()
+        let_go()
+
+
+ITEMS = np.arange(1.0, 41)
+
+
+@pytest.mark.parametrize("balance", ["static", "dynamic"])
+class TestAfterTheCall:
+    """Threads that an interrupted call has left behind come to their results when it is over."""
+
+    # The first result of a thread and further ones go different ways.
+    @pytest.mark.parametrize("n_before", [0, 1, 2])
+    def test_nothing_is_written(self, balance, n_before):
+        out = np.zeros(40)
+        with left_behind(
+            map_array, lambda c: c, n_before=n_before, balance=balance, out=out
+        ) as let_go:
+            before = out.copy()
+            # What was finished is there.
+            assert (before > 0).sum() == 2 * 2 * n_before
+            assert np.array_equal(before[before > 0], ITEMS[before > 0])
+            let_go()
+            assert np.array_equal(out, before)
+
+    def test_nothing_of_several_results(self, balance):
+        out = np.zeros(40), np.zeros(40)
+        with left_behind(
+            map_array, lambda c: (c, -c), n_before=1, balance=balance, out=out
+        ) as let_go:
+            before = [one.copy() for one in out]
+            let_go()
+            assert all(map(np.array_equal, out, before))
+
+    def test_nothing_of_items(self, balance):
+        out = np.zeros(40)
+        with left_behind(map_items, float, n_before=4, balance=balance, out=out) as let_go:
+            before = out.copy()
+            assert before.any()
+            let_go()
+            assert np.array_equal(out, before)
+
+    def test_nothing_into_a_mapped_file(self, balance, tmp_path):
+        path = tmp_path / "Y.npy"
+        out = np.lib.format.open_memmap(path, "w+", "f8", (40,))
+        with left_behind(map_array, lambda c: c, n_before=1, balance=balance, out=out) as let_go:
+            before = path.read_bytes()
+            let_go()
+            assert path.read_bytes() == before
+
+
+class TestDoor:
+    def test_closed_once_the_call_is_over(self):
+        allocation = LocalAllocation(4, "C")
+        allocation.check_open()
+        allocation.close()
+        with pytest.raises(CallIsOverError):
+            allocation.check_open()
+
+    def test_whoever_is_just_writing_is_waited_for(self):
+        allocation = LocalAllocation(4, "C")
+        told = []
+
+        def write():
+            while is_open(allocation):  # closing has begun
+                time.sleep(0.001)
+            told.append("written")
+            door.release()
+
+        door = allocation.door()
+        door.acquire()
+        thread = threading.Thread(target=write)
+        thread.start()
+        allocation.close()
+        told.append("closed")
+        thread.join(LONG)
+        assert told == ["written", "closed"]
+
+    def test_ctrl_c_at_any_step_of_the_caller_s_own_writing_ends_the_call(self):
+        n_steps = 0
+        while (how := call_interrupted_at(n_steps)) == "interrupted":
+            n_steps += 1
+        assert how == "complete"
+        assert n_steps > 10
+
+
+def is_open(allocation):
+    with suppress(CallIsOverError):
+        allocation.check_open()
+        return True
+    return False
+
+
+def call_interrupted_at(number):
+    """How a map in the caller ends, with Ctrl-C at that step of the code that writes results.
+
+    Python delivers it where a function begins, and where one of C has returned.
+    """
+    ended = []
+    steps = iter(range(number))
+
+    def trace(frame, event, _):
+        code = frame.f_code
+        if code.co_filename not in {allocations.__file__, outputs.__file__}:
+            return
+        if code.co_name == "close":  # the call is over then
+            return
+        if event in {"call", "c_return"} and next(steps, None) is None:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    def call():
+        sys.setprofile(trace)
+        try:
+            map_array(np.negative, np.arange(4.0), chunksize=2, n_jobs=1, out=np.zeros(4))
+            ended.append("complete")
+        except KeyboardInterrupt:
+            ended.append("interrupted")
+        finally:
+            sys.setprofile(None)
+
+    # In a thread of its own, so that this one does not wait at a door for ever.
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(10)
+    return ended[0] if ended else f"stuck after an interrupt at step {number}"
 
 
 class TestEnd:

@@ -1,0 +1,31 @@
+"""What the user gave, and what comes of it: functions and exceptions, handled with care."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the user gave: the function and what every call of it gets."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note to a user's exception; one that refuses notes stays what it is."""
+    with contextlib.suppress(Exception):
+        error.add_note(note)
+
+
+def text_of(error: BaseException) -> str:
+    """The exception's text, whatever its ``__str__`` does."""
+    try:
+        return str(error)
+    except Exception as trouble:  # noqa: BLE001  # a user's __str__ may raise anything
+        return f"<str() raised {type(trouble).__name__}>"

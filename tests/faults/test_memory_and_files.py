@@ -1,0 +1,336 @@
+"""Memory, files and descriptors that are scarce, or not there."""
+
+import errno
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from taskcarrier import (
+    StaticParallelMapper,
+    empty,
+    map_chunks,
+    segments,
+    share,
+)
+from tests.faults.helpers import (
+    BALANCES,
+    OF_BALANCE,
+    output_of,
+)
+from tests.strategies import (
+    cooled_crews,
+    run_script,
+    start_script,
+    warm_crews,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def crews():
+    warm_crews(2)
+    yield
+    cooled_crews()
+
+
+def unshared(*mounts):
+    """A prefix that runs a command in mounts of its own, or None where that is not permitted."""
+    script = " && ".join(["mount --make-rprivate /", *mounts, 'exec "$@"'])
+    prefix = ("unshare", "-m", "sh", "-c", script, "sh")
+    try:
+        tried = subprocess.run([*prefix, "true"], capture_output=True, check=False)
+    except FileNotFoundError:
+        return None
+    return prefix if tried.returncode == 0 else None
+
+
+@pytest.mark.fault(23)
+def test_a_small_shared_memory_file_system_is_no_limit(tmp_path):
+    prefix = unshared("mount -t tmpfs -o size=64m tmpfs /dev/shm")
+    if prefix is None:
+        pytest.skip("mounting needs root")
+    code = """
+import os
+import numpy as np
+from taskcarrier import map_array
+if __name__ == "__main__":
+    space = os.statvfs("/dev/shm")
+    assert space.f_blocks * space.f_frsize == 64 << 20
+    X = np.ones((1 << 19, 64))
+    assert X.nbytes == 256 << 20
+    Y = map_array(lambda c: c + 1, X, n_jobs=2, backend="loky")
+    assert (Y == 2).all()
+    print("fine")
+"""
+    assert run_script(tmp_path, code, prefix=prefix) == "fine\n"
+
+
+@pytest.mark.fault(23)
+def test_a_full_disk_is_an_error_with_sizes_and_leaves_nothing(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    prefix = unshared(f"mount -t tmpfs -o size=4m tmpfs '{disk}'")
+    if prefix is None:
+        pytest.skip("mounting needs root")
+    code = """
+import errno, gc, os, sys
+import numpy as np
+from taskcarrier import DynamicParallelMapper, StaticParallelMapper
+if __name__ == "__main__":
+    disk = sys.argv[1]
+    free = os.statvfs(disk).f_bavail
+    for kind in (StaticParallelMapper, DynamicParallelMapper):
+        mapper = kind(2, temp_folder=disk, backend="loky")
+        for X, func in (
+            (np.ones(1 << 20), lambda c: c[:]),                     # the input is too large
+            (np.ones(1 << 17), lambda c: np.ones((len(c), 64))),    # the output is
+        ):
+            try:
+                mapper.map_array(func, X)
+            except OSError as error:
+                assert error.errno == errno.ENOSPC, error
+                text = str(error)
+                assert "bytes left" in text and "bytes:" in text, text
+            else:
+                raise SystemExit("no error")
+            assert os.listdir(disk) == []
+        # What fits still works.
+        assert (mapper.map_array(lambda c: c + 1, np.ones(1000)) == 2).all()
+        try:
+            mapper(len, [b"x" * (8 << 20)])
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+        else:
+            raise SystemExit("no error")
+    from taskcarrier import shutdown
+    del mapper
+    gc.collect()
+    shutdown()
+    assert os.statvfs(disk).f_bavail == free
+    print("fine")
+"""
+    assert run_script(tmp_path, code, str(disk), prefix=prefix) == "fine\n"
+
+
+@pytest.mark.fault(24)
+@pytest.mark.parametrize("balance", BALANCES)
+def test_a_temporary_folder_with_spaces_shows_no_files(balance, tmp_path):
+    folder = tmp_path / "a folder with spaces, ünd mehr"
+    folder.mkdir()
+
+    def func(chunk):
+        return np.full(len(chunk), len(list(folder.iterdir())))
+
+    mapper = OF_BALANCE[balance](n_jobs=2, temp_folder=str(folder), backend="loky")
+    with mapper:
+        seen = mapper.map_array(func, np.arange(100_000.0))
+        assert not seen.any()
+        assert mapper(lambda i: list(folder.iterdir()), range(4)) == [[]] * 4
+        again = mapper.map_array(np.negative, seen)
+        assert mapper.report.bytes_copied == 0
+        assert not again.any()
+        assert list(folder.iterdir()) == []
+        # It is that file system's space that the results take.
+        assert any(str(folder) in str(link.readlink()) for link in _links())
+    assert mapper.map_array(np.sign, np.arange(3)).tolist() == [0, 1, 1]
+
+
+def _links():
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            link.readlink()
+            yield link
+
+
+@pytest.mark.fault(24)
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_a_missing_temporary_folder_is_named(by, tmp_path, monkeypatch):
+    missing = str(tmp_path / "not there")
+    if by == "environment":
+        monkeypatch.setenv("JOBLIB_TEMP_FOLDER", missing)
+        mapper = StaticParallelMapper(2, backend="loky")
+    else:
+        mapper = StaticParallelMapper(2, temp_folder=missing, backend="loky")
+    for call in (lambda: mapper.map_array(np.sign, np.arange(4)), lambda: mapper(abs, range(4))):
+        with pytest.raises(OSError, match="existing folder") as caught:
+            call()
+        assert caught.value.errno == errno.ENOENT
+        assert caught.value.filename == missing
+
+
+SCARCE = """
+import resource, sys
+import numpy as np
+from taskcarrier import DynamicParallelMapper, StaticParallelMapper, map_array, map_chunks
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    number = int(sys.argv[1])
+    X, kept = np.arange(50_000.0), []
+    for mapper in (StaticParallelMapper, DynamicParallelMapper):
+        with mapper(2, backend="loky") as both:
+            for n in range(30):
+                kept.append(both.map_array(lambda c: c * number + n, X))
+                assert both(lambda i: [i], range(5)) == [[i] for i in range(5)]
+            both.map_array(lambda c, W: c + W[0], X, args=(X + 1,))
+        for n, Y in enumerate(kept[-30:]):
+            assert (Y == X * number + n).all()
+    print("fine")
+"""
+
+
+@pytest.mark.fault(26)
+def test_two_programs_with_few_descriptors_and_one_temporary_folder(tmp_path):
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    programs = []
+    for number in ("3", "4"):
+        place = tmp_path / number
+        place.mkdir()
+        programs.append(start_script(place, SCARCE, number, JOBLIB_TEMP_FOLDER=str(folder)))
+    try:
+        for program in programs:
+            out, err = program.communicate(timeout=60)
+            assert (program.returncode, out) == (0, "fine\n"), err
+    finally:
+        for program in programs:
+            program.kill()
+            program.communicate()
+    assert list(folder.iterdir()) == []
+
+
+def test_more_than_a_thousand_open_descriptors_do_not_matter():
+    code = """
+import os, resource
+import numpy as np
+from taskcarrier import map_array
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+kept = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+X = np.arange(10.0)
+print(np.array_equal(map_array(np.sqrt, X, backend="loky", n_jobs=2), np.sqrt(X)))
+"""
+    assert output_of(code) == "True"
+
+
+def test_a_crew_that_cannot_start_leaves_no_descriptor():
+    code = """
+import os, resource, warnings
+import numpy as np
+import taskcarrier
+X = np.arange(10.0)
+taskcarrier.map_array(np.sqrt, X, backend="loky", n_jobs=2)  # imports everything
+taskcarrier.shutdown()
+count = lambda: len(os.listdir("/proc/self/fd"))
+before = count()
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+for room in range(1, 11):  # with more, loky itself leaves a pipe of its own open
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + room, hard))
+    try:
+        taskcarrier.map_array(np.sqrt, X, backend="loky", n_jobs=2)
+    except OSError:
+        pass
+    else:
+        raise AssertionError("there was room")
+    taskcarrier.shutdown()
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
+print(count() - before)
+"""
+    assert output_of(code) == "0"
+
+
+class TestPagesThatAreTakenOut:
+    """Nobody who still looks at shared memory sees zeros, and nothing is kept."""
+
+    @pytest.mark.parametrize("argument", [False, True])
+    def test_a_child_that_a_worker_s_function_has_forked_keeps_its_values(self, argument, tmp_path):
+        def spawn(chunk, *arrays):
+            seen = arrays[0] if arrays else chunk
+            if os.fork() == 0:
+                while not (tmp_path / "freed").exists():
+                    time.sleep(0.01)
+                part = tmp_path / f"part-{os.getpid()}"
+                part.write_text(f"{seen.min()} {seen.max()}", encoding="utf-8")
+                part.rename(tmp_path / f"child-{os.getpid()}")
+                os._exit(0)
+
+        X = share(np.arange(1.0, 300_001.0))
+        args = (share(X),) if argument else ()
+        map_chunks(spawn, X, args=args, chunksize=150_000, backend="loky", n_jobs=2)
+        del X, args
+        gc.collect()
+        (tmp_path / "freed").touch()
+        deadline = time.monotonic() + 20
+        while len(found := list(tmp_path.glob("child-*"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        texts = sorted(path.read_text(encoding="utf-8") for path in found)
+        whole = ["1.0 300000.0"] * 2
+        assert texts == (whole if argument else ["1.0 150000.0", "150001.0 300000.0"])
+
+    def test_forks_while_other_threads_share(self):
+        stop = threading.Event()
+
+        def sharing():
+            while not stop.is_set():
+                empty(10)
+
+        threads = [threading.Thread(target=sharing) for _ in range(3)]
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(300):
+                segments._retire_all()
+                segments.live_mappings()
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+            sys.setswitchinterval(interval)
+
+    def test_memory_is_free_again_though_no_descriptor_is_left(self, tmp_path):
+        code = """
+        import os, resource
+        import numpy as np
+        from taskcarrier import empty, map_chunks
+        from taskcarrier.segments import locate
+        X = empty(1 << 20)
+        X[:] = 1
+        map_chunks(len, X, backend="loky", n_jobs=2)
+        fd = os.dup(locate(X).segment.fd)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+        held = []
+        try:
+            while True:
+                held.append(open("/dev/null"))
+        except OSError:
+            pass
+        del X
+        print(os.fstat(fd).st_blocks)
+        """
+        assert run_script(tmp_path, textwrap.dedent(code)).strip() == "0"
+
+    def test_the_end_of_a_program_is_silent(self, tmp_path):
+        code = """
+        import builtins, collections
+        import numpy as np
+        from taskcarrier import StaticParallelMapper, map_array, share
+        X = share(np.arange(1e5))
+        np.kept = X, map_array(np.sqrt, X, backend="loky", n_jobs=2)
+        mapper = StaticParallelMapper(n_jobs=2, backend="loky").__enter__()
+        builtins.kept = mapper, mapper.map_array(np.sqrt, X)
+        collections.kept = X.base
+        """
+        process = start_script(tmp_path, textwrap.dedent(code))
+        assert process.communicate(timeout=60) == ("", "")
+        assert process.returncode == 0

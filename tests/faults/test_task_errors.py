@@ -1,0 +1,433 @@
+"""What goes wrong in the function: the caller sees it, and where it was."""
+
+import gc
+import os
+import sys
+import threading
+import time
+import warnings
+import weakref
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+import taskcarrier
+from taskcarrier import TaskError, map_array, map_chunks, map_items, reduce_array
+from tests.faults.helpers import BALANCES, OF_BALANCE, ORDERED, RUNS
+from tests.strategies import (
+    PARALLEL,
+    assert_same,
+    cooled_crews,
+    start_script,
+    warm_crews,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def crews():
+    warm_crews(2)
+    yield
+    cooled_crews()
+
+
+class TwoWordsError(Exception):
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+        self.first, self.second = first, second
+
+
+class HoldingError(Exception):
+    def __init__(self, text):
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+@pytest.mark.fault(1)
+@pytest.mark.parametrize(("backend", "balance"), RUNS)
+def test_an_error_keeps_its_type_and_arguments_and_names_axis_and_range(backend, balance):
+    def func(chunk):
+        if chunk[0, 0] == 6:
+            raise ValueError("odd", 6)
+        return chunk
+
+    X = np.tile(np.arange(12), (5, 1))
+    with pytest.raises(ValueError, match="odd") as caught:
+        map_array(func, X, axis=1, chunksize=3, n_jobs=2, backend=backend, balance=balance)
+    assert caught.value.args == ("odd", 6)
+    notes = caught.value.__notes__
+    assert any("axis 1, items 6:9 of an array of shape (5, 12)" in note for note in notes)
+    if backend == "loky":
+        assert 'raise ValueError("odd", 6)' in str(caught.value.__cause__)
+
+
+@pytest.mark.fault(2)
+@pytest.mark.parametrize(("backend", "balance"), ORDERED)
+def test_of_several_errors_the_lowest_is_raised_on_every_run(backend, balance):
+    def func(chunk):
+        if chunk[0] in {9, 10, 25}:
+            raise LookupError(int(chunk[0]))
+        return chunk
+
+    for _ in range(20):
+        with pytest.raises(LookupError) as caught:
+            map_array(func, np.arange(40), chunksize=1, n_jobs=2, backend=backend, balance=balance)
+        assert caught.value.args == (9,)
+
+
+@pytest.mark.fault(2)
+@pytest.mark.parametrize(("backend", "balance"), PARALLEL)
+def test_of_two_errors_at_once_the_other_is_in_the_notes(backend, balance, tmp_path):
+    def func(chunk):
+        (tmp_path / str(chunk[0])).touch()
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.001)
+        raise LookupError(f"here {chunk[0]}")
+
+    with pytest.raises(LookupError, match="here 0") as caught:
+        map_array(func, np.arange(2), chunksize=1, n_jobs=2, backend=backend, balance=balance)
+    notes = "\n".join(caught.value.__notes__)
+    assert "also failed: axis 0, items 1:2 of an array of shape (2,): LookupError: here 1" in notes
+
+
+@pytest.mark.fault(2)
+@pytest.mark.parametrize("balance", BALANCES)
+def test_workers_stop_at_their_next_range_after_an_error(balance):
+    def func(chunk):
+        if chunk[0] == 0:
+            raise LookupError
+        time.sleep(0.02)
+        return chunk
+
+    began = time.monotonic()
+    with pytest.raises(LookupError):
+        map_array(func, np.arange(400), chunksize=1, n_jobs=2, backend="loky", balance=balance)
+    assert time.monotonic() - began < 2  # all of it takes four seconds
+
+
+@pytest.mark.fault(3)
+@pytest.mark.parametrize(("backend", "balance"), RUNS)
+@pytest.mark.parametrize("kind", [TwoWordsError, HoldingError])
+def test_errors_that_do_not_travel_well(backend, balance, kind):
+    arguments = ("one", "two") if kind is TwoWordsError else ("one",)
+
+    def func(chunk):
+        raise kind(*arguments)
+
+    if backend == "loky":
+        with pytest.raises((kind, TaskError), match="one") as caught:
+            map_array(func, np.arange(4), n_jobs=2, backend=backend, balance=balance)
+        if isinstance(caught.value, TaskError):
+            assert caught.value.type_name.endswith(kind.__name__)
+            assert kind.__name__ in str(caught.value)
+            assert "raise kind" in str(caught.value.__cause__)
+    else:
+        with pytest.raises(kind, match="one"):
+            map_array(func, np.arange(4), n_jobs=2, backend=backend, balance=balance)
+    assert_same(
+        map_array(np.sqrt, np.arange(4.0), n_jobs=2, backend=backend), np.sqrt(np.arange(4.0))
+    )
+
+
+def recurse(n):
+    return recurse(n + 1)
+
+
+ESCAPES = {
+    "exit": (lambda c: sys.exit(7), SystemExit, (7,)),
+    "interrupt": (lambda c: _raise(KeyboardInterrupt("here")), KeyboardInterrupt, ("here",)),
+    "memory": (lambda c: _raise(MemoryError("full")), MemoryError, ("full",)),
+    "recursion": (lambda c: recurse(0), RecursionError, None),
+    "stop": (lambda c: _raise(StopIteration(3)), StopIteration, (3,)),
+    "generator exit": (lambda c: _raise(GeneratorExit()), GeneratorExit, ()),
+}
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("case", sorted(ESCAPES))
+def test_exits_and_interrupts_of_the_task_arrive_as_themselves(case):
+    func, kind, arguments = ESCAPES[case]
+    for backend, balance in RUNS:
+        with pytest.raises(kind) as caught:
+            map_array(func, np.arange(4), n_jobs=2, backend=backend, balance=balance)
+        assert arguments is None or caught.value.args == arguments
+        with pytest.raises(kind):
+            OF_BALANCE[balance](n_jobs=2, backend=backend)(func, range(4))
+        assert map_array(np.sign, np.arange(2), n_jobs=2, backend=backend).tolist() == [0, 1]
+
+
+@pytest.mark.fault(9)
+@pytest.mark.parametrize("balance", BALANCES)
+def test_a_function_that_cannot_be_pickled_fails_before_anything_runs(balance, tmp_path):
+    lock = threading.Lock()
+
+    def func(chunk):
+        (tmp_path / "ran").touch()
+        return chunk if lock else None
+
+    taskcarrier.shutdown()
+    before = psutil.Process().children(recursive=True)
+    with pytest.raises(TypeError, match="lock") as caught:
+        map_array(func, np.arange(4), n_jobs=2, backend="loky", balance=balance)
+    assert any("could not pickle the function" in note for note in caught.value.__notes__)
+    with pytest.raises(TypeError, match="lock"):
+        map_array(np.add, np.arange(4), args=(lock,), n_jobs=2, backend="loky", balance=balance)
+    assert not (tmp_path / "ran").exists()
+    assert psutil.Process().children(recursive=True) == before
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_a_failed_call_keeps_no_shared_memory_in_the_workers(balance):
+    def func(chunk):
+        if chunk[0] < 0:
+            raise ValueError("negative")
+        return np.full(len(chunk), os.getpid())
+
+    def mapped():
+        found = 0
+        for child in psutil.Process().children():
+            maps = (
+                Path(f"/proc/{child.pid}/smaps")
+                .read_text(encoding="utf-8")
+                .split("taskcarrier (deleted)")
+            )
+            found += sum(int(part.split("Size:")[1].split()[0]) for part in maps[1:])
+        return found  # kB
+
+    map_array(func, np.zeros(4), n_jobs=2, backend="loky", balance=balance)
+    before = mapped()
+    for _ in range(3):
+        with pytest.raises(ValueError, match="negative"):
+            map_array(func, np.full(1_000_000, -1.0), n_jobs=2, backend="loky", balance=balance)
+    assert mapped() - before < 8_000
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_a_failed_call_leaves_nothing_to_the_garbage_collector(balance):
+    def failing(chunk):
+        raise LookupError
+
+    def fail():
+        with suppress(LookupError):
+            map_array(failing, np.arange(9), n_jobs=2, backend="loky", balance=balance)
+        with suppress(LookupError):
+            OF_BALANCE[balance](2, backend="loky")(failing, range(9))
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = fail()
+        assert [fail() for _ in range(3)] == [before] * 3
+    finally:
+        gc.enable()
+
+
+class Held:
+    """What a function has in hand when it fails, and is gone when nobody refers to it."""
+
+
+@pytest.mark.parametrize(("backend", "balance"), [run for run in RUNS if run[0] != "loky"])
+@pytest.mark.parametrize("on_error", ["raise", "fill"])
+def test_what_a_failed_function_held_goes_without_the_garbage_collector(on_error, backend, balance):
+    held = []
+
+    def failing(chunk):
+        if chunk[0] == 2:
+            thing = Held()
+            held.append(weakref.ref(thing))
+            raise LookupError
+        return chunk
+
+    options = {"n_jobs": 2, "backend": backend, "balance": balance, "chunksize": 1}
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(LookupError):
+            map_array(failing, np.arange(4.0), on_error=on_error, **options)
+        deadline = time.monotonic() + 2
+        while any(one() for one in held) and time.monotonic() < deadline:
+            time.sleep(0.01)  # a thread may just be letting go of it
+        assert [one() for one in held] == [None] * len(held)
+        assert held
+    finally:
+        gc.enable()
+
+
+def test_the_output_of_a_script_names_what_is_wrong(tmp_path):
+    code = """
+import numpy as np
+from taskcarrier import map_array
+def func(chunk):
+    if chunk[0] == 2: raise ValueError("as it was raised")
+    return chunk
+if __name__ == "__main__":
+    map_array(func, np.arange(4), chunksize=1, n_jobs=2, backend="loky")
+"""
+    process = start_script(tmp_path, code)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "ValueError: as it was raised" in err
+    assert "while mapping axis 0, items 2:3 of an array of shape (4,)" in err
+    assert 'if chunk[0] == 2: raise ValueError("as it was raised")' in err
+
+
+class Stubborn(Exception):  # noqa: N818  # it is no error of ours
+    def add_note(self, note):
+        raise RuntimeError("no notes, please")
+
+
+@pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+def test_an_exception_that_refuses_notes_keeps_its_type(backend):
+    def func(chunk):
+        raise Stubborn("as I am")
+
+    with pytest.raises(Stubborn, match="as I am"):
+        map_array(func, np.zeros(4), n_jobs=2, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+@pytest.mark.parametrize("rule", ["raise", "ignore"])
+def test_floating_point_errors_are_treated_as_the_caller_says(backend, rule):
+    X = np.array([1.0, 0.0])
+    with np.errstate(all=rule):
+        if rule == "raise":
+            with pytest.raises(FloatingPointError):
+                map_array(lambda chunk: 1 / chunk, X, n_jobs=2, backend=backend)
+        else:
+            result = map_array(lambda chunk: 1 / chunk, X, n_jobs=2, backend=backend)
+            assert result.tolist() == [1.0, np.inf]
+
+
+# Warnings of the function
+
+
+class OddWarning(UserWarning):
+    """Holds what cannot be pickled."""
+
+    def __init__(self, text):
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+def warning(x):
+    """Warns in every call, of two things."""
+    warnings.warn("careful", stacklevel=1)
+    warnings.warn(FutureWarning("not for long"), stacklevel=1)
+    return x
+
+
+def heard(call, *filters):
+    """What the caller's filters are shown."""
+    with warnings.catch_warnings(record=True) as seen:
+        for one in filters or ["always"]:
+            warnings.simplefilter(one)
+        call()
+    return [(one.category, str(one.message), one.filename, one.lineno) for one in seen]
+
+
+@pytest.mark.fault(10)
+@pytest.mark.parametrize("balance", BALANCES)
+def test_warnings_of_processes_reach_the_caller_once(balance):
+    X, run = np.arange(40), {"n_jobs": 2, "backend": "loky"}
+    in_one_call = heard(lambda: warning(1))
+    assert [one[0] for one in in_one_call] == [UserWarning, FutureWarning]
+    calls = [
+        lambda: map_array(warning, X, chunksize=3, balance=balance, **run),
+        lambda: map_items(warning, X, balance=balance, **run),
+        lambda: map_chunks(warning, X, balance=balance, **run),
+        lambda: reduce_array(warning, X, chunksize=10, combine=np.add, balance=balance, **run),
+        lambda: OF_BALANCE[balance](**run)(warning, range(40)),
+    ]
+    for call in calls * 2:  # every run is heard
+        assert sorted(heard(call), key=str) == sorted(in_one_call, key=str)
+
+
+@pytest.mark.fault(10)
+def test_warnings_are_not_shown_by_workers_as_well(capfd):
+    assert heard(lambda: map_array(warning, np.arange(4), n_jobs=2, backend="loky"), "ignore") == []
+    taskcarrier.shutdown()  # whatever is written is written by then
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.fault(10)
+@pytest.mark.parametrize(("backend", "balance"), RUNS)
+def test_a_filter_that_makes_errors_of_warnings(backend, balance):
+    run = {"n_jobs": 2, "backend": backend, "balance": balance}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="careful"):
+            map_array(warning, np.arange(4), **run)
+    assert map_array(np.sign, np.arange(2), **run).tolist() == [0, 1]
+
+
+@pytest.mark.fault(10)
+def test_an_error_takes_precedence_over_warnings():
+    def func(chunk):
+        warnings.warn("careful", stacklevel=1)
+        if chunk[0] == 3:
+            raise LookupError("this")
+        return chunk
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(LookupError, match="this"):
+            map_array(func, np.arange(4), chunksize=1, n_jobs=2, backend="loky")
+
+
+@pytest.mark.fault(10)
+def test_warnings_of_numpy_and_of_a_kind_that_cannot_be_pickled():
+    def func(chunk):
+        warnings.warn(OddWarning("held"), stacklevel=1)
+        return np.log(chunk)
+
+    X = np.array([1.0, 0.0, -1.0, 2.0])
+    seen = heard(lambda: map_array(func, X, chunksize=1, n_jobs=2, backend="loky"))
+    assert sorted(text for _, text, _, _ in seen) == [
+        "OddWarning: held",
+        "divide by zero encountered in log",
+        "invalid value encountered in log",
+    ]
+    assert {kind for kind, *_ in seen} == {UserWarning, RuntimeWarning}
+    with np.errstate(all="ignore"):
+        seen = heard(lambda: map_array(np.log, X, n_jobs=2, backend="loky"))
+    assert seen == []
+
+
+@pytest.mark.fault(10)
+@pytest.mark.parametrize("field", ["message", "category", "module"])
+def test_filters_by_text_kind_or_module_apply(field):
+    options = {"message": "care", "category": UserWarning, "module": __name__.replace(".", r"\.")}
+    for call in (
+        lambda: warning(1),
+        lambda: map_items(warning, np.arange(4), n_jobs=2, backend="loky"),
+    ):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            warnings.filterwarnings("ignore", **{field: options[field]})
+            call()
+        left = [] if field == "module" else [FutureWarning]
+        assert [one.category for one in seen] == left
+
+
+def test_warnings_of_main_are_shown_by_default(tmp_path):
+    code = """
+import warnings
+import numpy as np
+from taskcarrier import map_array
+def func(chunk):
+    warnings.warn("old", DeprecationWarning)
+    return chunk
+if __name__ == "__main__":
+    map_array(func, np.arange(4), chunksize=1, n_jobs=2, backend="loky")
+"""
+    process = start_script(tmp_path, code, PYTHONWARNINGS="")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert err.count("DeprecationWarning: old") == 1

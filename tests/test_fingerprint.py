@@ -1,0 +1,545 @@
+"""Digests of what decides values: the same for the same, everywhere; another for anything else."""
+
+import array
+import collections
+import datetime as dt
+import enum
+import functools
+import math
+import operator
+import os
+import random
+import re
+import subprocess
+import sys
+import textwrap
+import types
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskcarrier import fingerprint
+from taskcarrier.fingerprint import Fingerprint, array_digest
+from tests.strategies import ROOT, samples
+
+
+def digest(value):
+    return Fingerprint().of(value, "value")
+
+
+def not_looked_into(value):
+    found = Fingerprint()
+    found.of(value, "value")
+    return found.not_looked_into
+
+
+def defined(source, **names):
+    """The function `f` of a piece of code, where these global names are."""
+    exec(textwrap.dedent(source), names)  # as in a notebook
+    return names["f"]
+
+
+class Point:
+    def __init__(self, x=0):
+        self.x = x
+
+    def moved(self, by):
+        return self.x + by
+
+
+class Slotted:
+    __slots__ = ("x",)
+
+    def __init__(self, x):
+        self.x = x
+
+
+class Number(int):
+    pass
+
+
+class Text(str):
+    pass
+
+
+class Numbers(list):
+    def __init__(self, x):
+        super().__init__([x])
+
+
+class Table(dict):
+    def __init__(self, x):
+        super().__init__(x=x)
+
+
+class Colour(enum.Enum):
+    RED = 1
+    GREEN = 2
+
+
+VALUES = [
+    None,
+    ...,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    10**30,
+    0.0,
+    -0.0,
+    1.0,
+    math.inf,
+    0.1,
+    1j,
+    complex(0.0, -0.0),
+    "",
+    "1",
+    "a",
+    "\ud800",
+    b"",
+    b"a",
+    bytearray(b"a"),
+    range(3),
+    range(0, 4, 3),
+    slice(3),
+    slice(0, 3),
+    (),
+    (1,),
+    (1, 2),
+    (2, 1),
+    ((1,), 2),
+    (1, (2,)),
+    [],
+    [1, 2],
+    set(),
+    {1, 2},
+    frozenset({1, 2}),
+    {},
+    {"a": 1},
+    {"a": 2},
+    {"b": 1},
+    {1: "a"},
+    np.float64(1),
+    np.float32(1),
+    np.int64(1),
+    np.datetime64("2000-01-01"),
+    np.datetime64("2000-01-01", "ns"),
+    np.array(1.0),
+    np.array([1.0]),
+    np.array([[1.0]]),
+    np.array([1]),
+    np.array([1, None], object),
+    np.array([1, 2], object),
+    np.zeros(0),
+    np.zeros((0, 2)),
+    np.dtype("f8"),
+    np.dtype(">f8"),
+    int,
+    float,
+    Point,
+    len,
+    math.sqrt,
+    np.sqrt,
+    np.add,
+    np,
+    math,
+    Colour.RED,
+    Colour.GREEN,
+    functools.partial(max, 1),
+    functools.partial(max, 2),
+    functools.partial(min, 1),
+    functools.partial(max, 1, key=abs),
+]
+
+
+class TestValues:
+    def test_different_ones_have_different_digests(self):
+        seen = {}
+        for value in VALUES:
+            key = digest(value)
+            assert key not in seen, (value, seen.get(key))
+            seen[key] = value
+
+    def test_all_of_these_are_looked_into(self):
+        assert not_looked_into(VALUES) == []
+
+    @pytest.mark.parametrize("value", VALUES, ids=repr)
+    def test_the_same_value_has_the_same_digest(self, value):
+        assert digest(value) == digest(value)
+        assert digest([value]) == digest([value])
+        assert len(digest(value)) == 32
+        int(digest(value), 16)
+
+    def test_the_order_of_sets_and_dicts_does_not_matter(self):
+        assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+        assert digest({8, 0, 16}) == digest({16, 8, 0})
+        assert digest(frozenset("abc")) == digest(frozenset("cab"))
+
+    def test_nan_is_itself(self):
+        assert digest(math.nan) == digest(float("nan"))
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            Point,
+            Fraction,
+            Decimal,
+            Path,
+            Number,
+            Text,
+            Numbers,
+            Table,
+            Slotted,
+            operator.itemgetter,
+            operator.methodcaller,
+            re.compile,
+            random.Random,
+            np.random.default_rng,
+            np.random.RandomState,
+            lambda n: iter([n]),
+            lambda n: collections.deque([n]),
+            lambda n: collections.Counter({n: 1}),
+            lambda n: collections.defaultdict(int, {n: 1}),
+            lambda n: collections.OrderedDict({n: 1}),
+            lambda n: dt.date(2000, 1, int(n)),
+            lambda n: dt.timedelta(int(n)),
+            lambda n: functools.lru_cache(lambda x: (x, n)),
+            lambda n: np.vectorize(lambda x: (x, n)),
+            lambda n: np.poly1d([1, int(n)]),
+            lambda n: array.array("i", [int(n)]),
+            lambda n: memoryview(bytes([int(n)])),
+            lambda n: types.SimpleNamespace(n=n),
+            lambda n: types.MappingProxyType({"n": n}),
+            lambda n: Point([Point(n)]),
+        ],
+    )
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_of_other_kinds_count_or_are_named(self, number, make):
+        kind = str if make in {Path, Text, re.compile, operator.methodcaller} else int
+        one, same, other = (make(kind(n)) for n in (number, number, 3))
+        assert digest(one) == digest(same)
+        assert not_looked_into(one) == not_looked_into(same)
+        assert digest(one) != digest(other) or not_looked_into(one)
+
+    def test_what_is_not_looked_into_is_named(self):
+        value = operator.itemgetter(1)
+        kind = "operator.itemgetter"
+        assert not_looked_into({"a": [1, value]}) == [f"value['a'][1] ({kind})"]
+        assert not_looked_into(lambda x, y=value: x) == [f"value.defaults[0] ({kind})"]
+
+    def test_names_of_it_do_not_depend_on_addresses(self):
+        found = [not_looked_into({iter([n]): iter([n])}) for n in (1, 2)]
+        assert found[0] == found[1]
+        assert len(found[0]) == 2
+
+    def test_values_that_contain_themselves(self):
+        one, other = [1], [1]
+        one.append(one)
+        other.append([1, other])
+        again = [1]
+        again.append(again)
+        assert digest(one) == digest(again)
+        assert digest(one) != digest([1, [1]])
+        table = {"a": 1}
+        table["self"] = table
+        assert digest(table) != digest({"a": 1, "self": {"a": 1}})
+        objects = np.array([None, 1], object)
+        objects[0] = objects
+        assert digest(objects) != digest(np.array([None, 1], object))
+
+    def test_the_same_value_in_two_places_is_no_circle(self):
+        part = [1]
+        assert digest([part, part]) == digest([[1], [1]])
+
+
+class TestArrays:
+    @given(st.data())
+    def test_of_equal_values_are_equal_however_they_lie(self, data):
+        sample = data.draw(samples())
+        with sample.array() as array:
+            copied = np.array(array, order=data.draw(st.sampled_from("CF")), subok=False)
+            assert array_digest(np.asarray(array)) == array_digest(copied), sample
+
+    @pytest.mark.parametrize("order", ["C", "F"])
+    @pytest.mark.parametrize("nbytes", [1, 64, 300, 1 << 20])
+    def test_in_pieces_of_any_size(self, nbytes, order, monkeypatch):
+        X = np.arange(210.0).reshape(5, 6, 7)
+        whole = array_digest(X)
+        monkeypatch.setattr(fingerprint, "_PIECE_NBYTES", nbytes)
+        for view in (X.copy(order), X.repeat(2, 1)[:, ::2], np.flip(np.flip(X).copy())):
+            assert array_digest(view) == whole
+        assert array_digest(X[:, ::-1]) != whole
+
+    def test_every_value_counts(self):
+        X = np.arange(10.0)
+        assert len({array_digest(np.where(np.arange(10) == i, -1, X)) for i in range(11)}) == 11
+
+    def test_shapes_and_byte_orders_count(self):
+        X = np.arange(6)
+        others = [
+            X,
+            X.reshape(2, 3),
+            X.reshape(3, 2),
+            X.astype(">i8"),
+            X.view("f8"),
+            X.view("m8[s]"),
+        ]
+        assert len(set(map(array_digest, others))) == len(others)
+
+    def test_bits_count(self):
+        assert array_digest(np.array([0.0])) != array_digest(np.array([-0.0]))
+
+    def test_padding_does_not(self):
+        dtype = np.dtype([("a", "i1"), ("b", "f8")], align=True)
+        one = np.zeros(3, dtype)
+        raw = one.tobytes()
+        other = np.frombuffer(raw[:1] + b"\x07" * 7 + raw[8:], dtype)
+        assert (one == other).all()
+        assert array_digest(one) == array_digest(other)
+
+    def test_masks_count_or_are_named(self):
+        one, other = (np.ma.array([1.0, 2.0], mask=mask) for mask in ([0, 1], [1, 0]))
+        assert digest(one) != digest(other) or not_looked_into(one)
+
+
+SOURCES = [
+    "f = lambda x: x + 1",
+    "f = lambda x: x - 1",
+    "f = lambda x: x + 1.0",
+    "f = lambda x: x + 2",
+    "f = lambda x, y=1: x + y",
+    "f = lambda x, y=2: x + y",
+    "f = lambda x, *, y=2: x + y",
+    "f = lambda x: abs(x)",
+    "f = lambda x: str(x)",
+    "f = lambda x: x.real",
+    "f = lambda x: x.imag",
+    "f = lambda x: x in {1, 2}",
+    "f = lambda x: x in {1, 3}",
+    "f = lambda x: x in (1, 3)",
+    "f = lambda x: [x for _ in range(3)]",
+    "f = lambda x: [x for _ in range(4)]",
+    "f = lambda x: (lambda y: y + 1)(x)",
+    "f = lambda x: (lambda y: y + 3)(x)",
+    "def f(x):\n    try:\n        return x\n    except KeyError:\n        return 1",
+    "def f(x):\n    try:\n        return x\n    except ValueError:\n        return 1",
+    "def f(x):\n    def g():\n        return (x, {1: 2})\n    return g()",
+    "def f(x):\n    def g():\n        return (x, {1: 3})\n    return g()",
+    "def f(x):\n    yield x",
+    "async def f(x):\n    return x",
+]
+
+
+class TestFunctions:
+    def test_differ_by_all_of_their_code(self):
+        digests = [digest(defined(source)) for source in SOURCES]
+        assert len(set(digests)) == len(SOURCES)
+        assert digests == [digest(defined(f"\n\n{source}")) for source in SOURCES]
+
+    def test_names_comments_and_places_do_not_count(self):
+        one = defined("def f(x):\n    return x + 1")
+        other = defined("# here\n\ndef g(x):\n    # there\n    return x + 1\nf = g")
+        assert digest(one) == digest(other)
+
+    def test_having_run_does_not_count(self):
+        f = defined("def f(x):\n    s = 0\n    for i in range(x):\n        s += i\n    return s")
+        before = digest(f)
+        for _ in range(200):
+            f(50)
+        assert digest(f) == before
+
+    def test_what_they_enclose_counts(self):
+        def enclosing(value):
+            return lambda x: (x, value)
+
+        assert digest(enclosing(1)) == digest(enclosing(1))
+        assert digest(enclosing(1)) != digest(enclosing(2))
+        assert digest(enclosing(np.zeros(3))) != digest(enclosing(np.ones(3)))
+        inner = [enclosing(enclosing(enclosing(n))) for n in (1, 1, 2)]
+        assert digest(inner[0]) == digest(inner[1]) != digest(inner[2])
+        assert not_looked_into(enclosing(iter([])))[0].startswith("value.value (")
+
+    def test_what_is_enclosed_and_not_bound_yet(self):
+        def outer():
+            def inner(x):
+                return late + x
+
+            found = digest(inner)
+            late = 1
+            return found, digest(inner)
+
+        before, after = outer()
+        assert before != after
+
+    def test_functions_that_call_themselves(self):
+        def recursive(step):
+            def go(n):
+                return go(n - step) if n > 0 else n
+
+            return go
+
+        assert digest(recursive(1)) == digest(recursive(1))
+        assert digest(recursive(1)) != digest(recursive(2))
+
+    def test_globals_that_they_use_count(self):
+        source = "def f(x):\n    def g():\n        return [x * C for _ in range(2)]\n    return g()"
+        made = [defined(source, C=c, D=d) for c, d in [(1, 1), (1, 2), (2, 1)]]
+        assert digest(made[0]) == digest(made[1]) != digest(made[2])
+        arrays = [defined(source, C=np.full(3, c)) for c in (1, 1, 2)]
+        assert digest(arrays[0]) == digest(arrays[1]) != digest(arrays[2])
+        texts = [defined(source, C=c) for c in ("a", "a", "b")]
+        assert digest(texts[0]) == digest(texts[1]) != digest(texts[2])
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            (functools.partial(Point(1).moved, by=1), functools.partial(Point(1).moved, by=2)),
+            (functools.partial(lambda x, y: x, 1), functools.partial(lambda x, y: y, 1)),
+            (Point(1).moved, Point(1).__init__),
+            (Point(1).moved, Point.moved),
+        ],
+    )
+    def test_partials_and_methods_differ_by_what_they_are_made_of(self, one, other):
+        assert digest(one) == digest(one)
+        assert digest(one) != digest(other)
+
+    def test_the_object_of_a_bound_method_counts(self):
+        assert digest(Point(1).moved) == digest(Point(1).moved) != digest(Point(2).moved)
+
+    def test_methods_that_a_method_calls_count(self):
+        def made(number):
+            class Thing:
+                def helper(self):
+                    return number
+
+                def method(self, x):
+                    return x + self.helper()
+
+            return Thing().method
+
+        assert digest(made(1)) == digest(made(1)) != digest(made(2))
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ({1: 2}.get, {1: 3}.get),
+            ([1, 2].index, [2, 1].index),
+            ("ab".find, "cd".find),
+            (np.array([1, 2]).take, np.array([3, 4]).take),
+        ],
+        ids=["dict", "list", "str", "ndarray"],
+    )
+    def test_the_object_of_a_bound_builtin_counts_or_is_named(self, one, other):
+        assert digest(one) != digest(other) or not_looked_into(one)
+
+    def test_callables_of_classes_of_ones_own_differ_by_what_they_do(self):
+        def adder(n):
+            class Adder:
+                def __call__(self, x):
+                    return x + n
+
+            return Adder()
+
+        assert digest(adder(1)) == digest(adder(1)) != digest(adder(2))
+
+
+class TestKernels:
+    def test_differ_by_code_and_by_what_they_enclose(self):
+        def kernel(n):
+            return numba.njit(lambda x: x + n)
+
+        assert digest(kernel(1)) == digest(kernel(1))
+        assert digest(kernel(1)) != digest(kernel(2))
+        assert digest(kernel(1)) != digest(numba.njit(lambda x: x - 1))
+        assert digest(kernel(1)) != digest(kernel(1).py_func)
+        assert not_looked_into(kernel(1)) == []
+
+    def test_being_compiled_does_not_count(self):
+        kernel = numba.njit(lambda x: x + 1)
+        before = digest(kernel)
+        kernel(1.0)
+        assert digest(kernel) == before
+
+    def test_options_that_decide_values_count(self):
+        def body(x):
+            return x / 3 + x
+
+        kernels = [numba.njit(**options)(body) for options in ({}, {"fastmath": True})]
+        assert digest(kernels[0]) != digest(kernels[1])
+
+    def test_functions_compiled_as_ufuncs_differ_or_are_named(self):
+        one, other = (numba.vectorize(["f8(f8)"])(f) for f in (lambda x: x + 1, lambda x: x + 2))
+        assert digest(one) != digest(other) or not_looked_into(one)
+
+
+PROGRAM = """
+import functools, operator
+import numpy as np
+from taskcarrier.fingerprint import Fingerprint
+
+NAMES = "one"
+
+class Thing:
+    def method(self, x):
+        return x in {"a", "b", "c", "d"}
+
+def func(x, *, words=frozenset({"here", "there", "where"})):
+    table = {"x": x, "y": {"p", "q", "r"}}
+    return [word for word in words if word in {"u", "v", "w", NAMES}], table
+
+values = {
+    "func": func,
+    "set": {"a", "b", "c", 1, None, (2, "x")},
+    "nested": {frozenset({"a", "b"}), frozenset({"c", "d"})},
+    "dict": {"k": {"a", "b"}, "l": [{"c": {"d", "e"}}]},
+    "partial": functools.partial(func, words={"one", "two"}),
+    "method": Thing().method,
+    "objects": {"a", "b", "c", Thing(), operator.itemgetter(1)},
+    "array": np.arange(12.0).reshape(3, 4)[:, ::2],
+    "ufunc": np.add,
+}
+for name, value in values.items():
+    found = Fingerprint()
+    print(name, found.of(value, name), found.not_looked_into)
+"""
+
+KERNEL = """
+import numba
+from taskcarrier.fingerprint import Fingerprint
+print(Fingerprint().of(numba.njit(fastmath={"nnan", "nsz", "arcp", "contract"})(abs_), "kernel"))
+"""
+
+
+def printed(code, seed):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": seed},
+    )
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def programs():
+    return [printed(PROGRAM, seed) for seed in ("0", "1", "2")]
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_nothing_depends_on_the_order_of_hashes(number, programs):
+    assert len({lines[number] for lines in programs}) == 1, [lines[number] for lines in programs]
+
+
+def test_options_of_kernels_do_not_depend_on_the_order_of_hashes():
+    code = KERNEL.replace("abs_", "lambda x: abs(x)")
+    assert len({tuple(printed(code, seed)) for seed in ("0", "1", "2")}) == 1
