@@ -146,7 +146,9 @@ class TestWhatIsGiven:
             [Ridge()] * 3, X, y, sample_weight=lambda rng: rng.random(len(X)), rng=1, **run
         )
         for number, one in enumerate(drawn):
-            weights = Streams.of_seed(1).stream(number).random(len(X))
+            stream = Streams.of_seed(1).stream(number)
+            stream.integers(np.iinfo(np.int32).max)  # Ridge's random_state comes first
+            weights = stream.random(len(X))
             theirs = Ridge().fit(X, y, sample_weight=weights)
             assert np.allclose(one.coef_, theirs.coef_, rtol=1e-12)
 
