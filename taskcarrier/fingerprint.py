@@ -88,14 +88,18 @@ class Fingerprint:
         if kind in {tuple, list}:
             return _joined(kind.__name__, *self._all(value, name))
         if kind in {set, frozenset}:  # in an order that does not depend on hashes
-            return _joined(kind.__name__, *sorted(self._all(value, name)))
+            return _joined(kind.__name__, *sorted(self._digest(one, name) for one in value))
         if kind is dict:
             pairs = (
-                self._digest(key, name) + self._digest(one, f"{name}[{key!r}]")
+                self._digest(key, name) + self._digest(one, f"{name}{self._place(key)}")
                 for key, one in value.items()
             )
             return _joined("dict", *sorted(pairs))
         return None
+
+    def _place(self, key: Any) -> str:
+        """What to call the value of a key; the same whatever the addresses of keys are."""
+        return f"[{key!r}]" if self._plain(key) is not None else "[...]"
 
     def _array(self, value: np.ndarray, name: str) -> bytes:
         plain = np.asarray(value)
@@ -211,19 +215,28 @@ _HEAP_TYPE = 1 << 9  # the interpreter's mark of classes that are made when a pr
 def _is_pure(kind: type) -> bool:
     """Whether a class and its bases, `object` apart, can be taken to be written in Python.
 
-    Such classes are made when a program runs, and their attributes have a dict or named places.
+    Such classes are made when a program runs, their attributes have a dict or named places, and
+    their objects have room for these and nothing else.
     """
     bases = kind.__mro__[:-1]
-    made_here = all(base.__flags__ & _HEAP_TYPE for base in bases)
-    return made_here and any({"__dict__", "__slots__"} & vars(base).keys() for base in bases)
+    n_places = sum(len(_slots_of(base)) for base in bases) + 2  # a dict, and weak references
+    return (
+        all(base.__flags__ & _HEAP_TYPE for base in bases)
+        and any({"__dict__", "__slots__"} & vars(base).keys() for base in bases)
+        and kind.__basicsize__ <= object.__basicsize__ + n_places * struct.calcsize("P")
+    )
+
+
+def _slots_of(kind: type) -> list[str]:
+    named = vars(kind).get("__slots__", ())
+    return [named] if isinstance(named, str) else list(named)
 
 
 def _state_of(value: Any) -> dict[str, Any]:
     """Attributes of an object, also those that have places of their own; in a fixed order."""
     slots: set[str] = set()
     for base in type(value).__mro__:
-        named = vars(base).get("__slots__", ())
-        slots.update([named] if isinstance(named, str) else named)
+        slots.update(_slots_of(base))
     state = {name: getattr(value, name) for name in slots - {"__dict__"} if hasattr(value, name)}
     return dict(sorted({**state, **getattr(value, "__dict__", {})}.items()))
 

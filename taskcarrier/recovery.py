@@ -133,7 +133,7 @@ def check_timeout(timeout: Any) -> float | None:
         seconds = float(timeout)
     except (TypeError, ValueError):
         seconds = float("nan")
-    if isinstance(timeout, (bool, str)) or not 0 < seconds < float("inf"):
+    if isinstance(timeout, (bool, str, bytes)) or not 0 < seconds < float("inf"):
         raise ValueError(f"timeout must be a positive number of seconds or None, got {timeout!r}")
     return seconds
 

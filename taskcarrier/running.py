@@ -273,7 +273,7 @@ def _warn_again(accounts: list[Account]) -> None:
     heard = {one.key: one for account in accounts for one in account.warnings}
     for one in heard.values():
         message: Any = one.message  # a text or a warning, as it was given
-        warnings.warn_explicit(message, one.category, one.filename, one.lineno)
+        warnings.warn_explicit(message, one.category, one.filename, one.lineno, one.module)
 
 
 def _marks(grid: Grid, choice: Choice) -> SharedView | None:
@@ -325,8 +325,11 @@ def raise_failure(outcome: Outcome, describe: Describe) -> None:
     try:
         raise error
     finally:
-        # The traceback refers to this frame, so this frame must not refer to the error: a
-        # cycle would keep the run's shared memory until the next garbage collection.
+        # The traceback refers to this frame and, where the caller did the work, to those below
+        # it, so none of them may refer to the error: a cycle would keep the run's shared memory
+        # until the next garbage collection.
+        for failure in (first, *others):
+            vars(failure).pop("error")
         del first, error, others
         outcome.failures = []
         for account in outcome.accounts:

@@ -146,6 +146,7 @@ class ArrayCall:
             allocation = SharedAllocation(segment, n_items, order)
         else:
             allocation = LocalAllocation(n_items, order)
+        fusion: Fusion | None = None
         try:
             outputs = targets.outputs(shared=is_shared)
             settled = targets.settled(out_axis, n_items) if targets.goes_on else None
@@ -181,6 +182,8 @@ class ArrayCall:
                 return None, faults
             return targets.finish(plan, spec, arrays), faults
         finally:
+            if fusion is not None:
+                fusion.task.halt()
             allocation.close()
             targets.discard()
 
@@ -342,6 +345,8 @@ class ArrayCall:
     def _faults(self, delivered: list[Parts]) -> list[Fault]:
         # By range: one that a worker died on may have come before, and come again.
         found = {fault[:2]: fault for parts in delivered for fault in parts.faults}
+        for parts in delivered:  # errors refer to frames, and these to what was delivered
+            parts.faults.clear()
         faults = [found[where] for where in sorted(found)]
         for start, stop, error in faults:
             add_note(error, f"while mapping {self.inputs.describe(start, stop)}")

@@ -252,7 +252,7 @@ def _new_file(path: str) -> int:
     try:
         return locked(os.open(path, flags, 0o666), path)
     except FileExistsError:  # it was not there a moment ago
-        raise _busy(path) from None
+        raise busy(path) from None
 
 
 def locked(fd: int, path: str) -> int:
@@ -261,9 +261,10 @@ def locked(fd: int, path: str) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
-        raise _busy(path) from None
+        raise busy(path) from None
     return fd
 
 
-def _busy(path: str) -> BlockingIOError:
+def busy(path: str) -> BlockingIOError:
+    """What is said where two runs want the same output."""
     return BlockingIOError(errno.EAGAIN, "another run is at work on this output", path)

@@ -8,7 +8,7 @@ as any other function.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -56,6 +56,12 @@ class FusedTask:
     takes_copies: bool
     owns_args: bool
     collects: bool
+    _ledgers: list[Ledger] = field(default_factory=list)
+
+    def halt(self) -> None:
+        """The call is over: loops that are told what to run write nothing any more."""
+        for ledger in list(self._ledgers):
+            ledger.halt()
 
     def open(self, agree: Agree) -> FusedCells:  # noqa: ARG002, D102  # all is known; as in Task
         return FusedCells(self)
@@ -134,7 +140,9 @@ class FusedCells:
     @cached_property
     def _own_ledger(self) -> Ledger:
         """Of this worker alone, where it is told what to run."""
-        return Ledger.addressed(1)
+        ledger = Ledger.addressed(1)
+        self._task._ledgers.append(ledger)
+        return ledger
 
     def _run(
         self,

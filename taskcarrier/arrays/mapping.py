@@ -400,8 +400,12 @@ def _in_place(
         return result, failed_ranges(faults)
     if result is None:
         error = faults[0][2]
+        faults.clear()
         add_note(error, "every item failed, so the shape of the result is not known")
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # its traceback refers to this frame
     return result
 
 

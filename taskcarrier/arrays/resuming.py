@@ -16,8 +16,8 @@ up to ``marks_at``     zeros; a multiple of 4096
 A worker writes the result of a range to the output before it sets the range's mark. Both are in
 files, so they outlive every process (though not a power cut, for nobody waits for the disk). What
 results are like is in the header of the ``.part`` file, which is written before the first result.
-A header is made under another name and then put in place, so there is a whole one or none; of marks
-that are torn or cut off, the ranges are run again.
+A header is made under another name and then linked to its place, so there is a whole one or none;
+of marks that are torn or cut off, the ranges are run again.
 
 Nothing here is pickled, and no file is opened through a link or that is somebody else's.
 """
@@ -29,12 +29,13 @@ import fcntl
 import json
 import mmap
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from taskcarrier.arrays.files import ledger_path, locked, open_own
+from taskcarrier.arrays.files import busy, ledger_path, locked, open_own
 from taskcarrier.arrays.halos import Halo
 from taskcarrier.arrays.inputs import Inputs
 from taskcarrier.backends.given import Call
@@ -166,18 +167,22 @@ class KeptLedger:
         """A new file with a whole header and no marks, put in place at once."""
         text = json.dumps(self._header).encode("ascii") + b"\n"
         content = (_FIRST_LINE + text).ljust(self._header["marks_at"], b"\0")
-        new = f"{self.path}.new"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new)
-        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        locked(fd, self.path)
+        folder, name = os.path.split(self.path)
+        fd, new = tempfile.mkstemp(".new", f"{name}.", folder)  # its owner's alone
         try:
+            locked(fd, self.path)
             os.posix_fallocate(fd, 0, len(content) + self._n_cells)
             os.pwrite(fd, content, 0)
-            os.rename(new, self.path)
+            try:
+                os.link(new, self.path)  # not over one that another run has made meanwhile
+            except FileExistsError:
+                raise busy(self.path) from None
         except BaseException:
-            os.close(fd)
+            with contextlib.suppress(OSError):  # `locked` has closed it
+                os.close(fd)
             raise
+        finally:
+            os.unlink(new)
         return fd
 
     def _checked(self) -> Segment:
@@ -209,7 +214,7 @@ def _header_of(fd: int, path: str) -> dict[str, Any]:
         if not (isinstance(marks_at, int) and isinstance(cells, int) and marks_at > 0):
             raise TypeError("its numbers are none")  # noqa: TRY301  # likewise
         dict.items(computes)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(
             f"{path} is no ledger of this version of TaskCarrier ({error}); remove it to begin anew"
         ) from None

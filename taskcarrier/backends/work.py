@@ -160,6 +160,7 @@ class Heard(NamedTuple):
     category: type[Warning]
     filename: str
     lineno: int
+    module: str | None
 
     @property
     def key(self) -> tuple[object, ...]:

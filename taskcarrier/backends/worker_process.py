@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from types import FrameType
 from typing import Any
 
 from taskcarrier import caller_memory, kept_mappings
@@ -145,7 +146,7 @@ def _warnings_heard() -> Iterator[dict[Any, Heard]]:
 
     def hear(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
         if len(heard) < _MAX_WARNINGS:
-            one = Heard(message, category, filename, lineno)
+            one = Heard(message, category, filename, lineno, _module_of(filename))
             heard.setdefault(one.key, one)
 
     # Where it is entered, Python forgets which warnings it has shown, so that every run is heard.
@@ -153,6 +154,14 @@ def _warnings_heard() -> Iterator[dict[Any, Heard]]:
         warnings.simplefilter("default")
         warnings.showwarning = hear  # as documented
         yield heard
+
+
+def _module_of(filename: str) -> str | None:
+    """The module that has just warned, by which filters know it."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != filename:
+        frame = frame.f_back
+    return None if frame is None else frame.f_globals.get("__name__")
 
 
 class _Outbox:
