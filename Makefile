@@ -29,7 +29,10 @@ help:
 $(stamp)-venv:
 	@echo "making $(VENV) with $$($(PYTHON) --version)"
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed")'
+	@test ! -e $(VENV) || test -e $(stamp) || \
+		{ echo "$(VENV) was not made by this Makefile: pass another one, VENV=.venv-here" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
+	touch $(stamp)
 	touch $@
 
 # One stamp per set of extras; a change of what pyproject.toml asks for installs again.

@@ -112,7 +112,9 @@ def large_array(n_jobs: int, length: int, rounds: int) -> None:
         table(("all in worker processes but the first", "median ms", "speed against joblib"), rows)
     )
     print("\n  All four answers are equal to the last bit.")
-    print(f"  Medians over {rounds} round{'s' * (rounds > 1)}, in turn.")
+    print(
+        f"  Medians over {rounds} round{'s' * (rounds > 1)}, in turn; speed is that of the ratios."
+    )
     print("  The last call, and who did what in it:\n")
     print("  " + str(mapper.report).replace("\n", "\n  "))
 

@@ -96,11 +96,14 @@ class _Ended(Protocol):
     exitcode: int | None
     range: tuple[int, int] | None
     attempt: int
+    was_late: bool
 
 
 def obituary(death: _Ended, where: str | None) -> str:
     """How a worker died, and while it did what."""
     at_work = "between two ranges" if where is None else f"while mapping {where}"
+    if death.was_late:
+        return f"worker {death.worker} ({death.name}) was stopped {at_work}: it took too long"
     tried = f", attempt {death.attempt}" if death.attempt > 1 else ""
     hint = (
         "; the kernel kills so when memory runs out, and some libraries crash so"

@@ -4,15 +4,16 @@ A run that goes on where an earlier one has ended must compute the same. Fingerp
 it does, as far as that can be told from outside:
 
 - functions by their code (all of it, nested functions too), their defaults, what they have
-  enclosed, and the numbers, texts, arrays and containers among the global names that they use;
+  enclosed, and the numbers, texts, arrays, containers and functions of the same module among the
+  global names that they use;
 - numbers, texts, arrays and containers of these by content;
 - objects of classes written in Python by their attributes, and by the class's own attributes and
   methods, those of its bases too;
 - anything else by its type alone, under its name: it is listed among what was `not looked into`.
 
-Functions and classes that are called elsewhere are not covered. Bytecode differs between versions
-of Python, so another version is another function. Nothing depends on hash randomisation or on
-addresses.
+Functions of other modules, and classes that are called, are not covered. Bytecode differs between
+versions of Python, so another version is another function. Nothing depends on hash randomisation
+or on addresses.
 """
 
 from __future__ import annotations
@@ -152,7 +153,12 @@ class Fingerprint:
         found = []
         for variable in sorted(used):
             value = function.__globals__[variable]
-            if isinstance(value, (np.ndarray, *_CONTAINERS)) or self._plain(value) is not None:
+            of_this_file = getattr(value, "__module__", None) == function.__module__
+            if (
+                isinstance(value, (np.ndarray, *_CONTAINERS))
+                or self._plain(value) is not None
+                or (of_this_file and isinstance(getattr(value, "py_func", value), FunctionType))
+            ):
                 found.append(variable.encode())
                 found.append(self._digest(value, f"{name}: global {variable}"))
         return _joined("function", own, *self._members(values, name), *found)

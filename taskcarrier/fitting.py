@@ -66,7 +66,8 @@ def fit_many(
     estimators : estimator or sequence of estimators
         One for all fits, or one for each.
     X : array_like of shape (n_samples, ...)
-        The data. Arrays from `share` or `load` are not copied.
+        The data. Arrays from `share` or `load` are not copied. pandas objects become their values
+        (estimators see no names of columns); sparse matrices stay sparse.
     y : array_like of shape (n_samples,) or (n_samples, n_targets), optional
         The targets.
     rows : sequence, callable, optional
@@ -83,14 +84,18 @@ def fit_many(
         in this order, every ``random_state`` parameter of the estimator (by name in sorted order,
         nested ones too, as scikit-learn sets them), what `rows` draws, and what `sample_weight`
         draws. Default: none; ``random_state`` stays as it is.
-    {balance}
+    balance : {"static", "dynamic"}, default "dynamic"
+        How work is shared out: evenly beforehand, or always to whoever is free.
     {n_jobs}
     backend : {"sequential", "threading", "loky", "multiprocessing"}, optional
         Where workers run. Default: what an active `joblib.parallel_config` says, else threads for
         scikit-learn's trees and forests, which release the GIL, else processes.
-    {timeout}
-    {retries}
-    {retry_on}
+    timeout : float, optional
+        Seconds that the fits of one range may take. Default: any time.
+    retries : int, default 2
+        How often fits are run again after their worker process has died.
+    retry_on : exception type or tuple of types, optional
+        Exceptions after which a fit is tried again, up to `retries` times. Default: none.
     {collect_on_error}
 
     Returns
@@ -105,6 +110,8 @@ def fit_many(
         Bad arguments, before anything is started.
     WorkerDiedError
         A fit has killed every worker process that ran it.
+    TimeoutError
+        Fits took longer than `timeout`.
     Exception
         Whatever a fit raises, with a note that names its number.
 
@@ -117,7 +124,7 @@ def fit_many(
     ...         self.mean_ = X.mean()
     ...         return self
     >>> halves = [np.arange(2), np.arange(2, 4)]
-    >>> [one.mean_ for one in fit_many(Mean(), np.arange(4.0), rows=halves, n_jobs=1)]
+    >>> [float(one.mean_) for one in fit_many(Mean(), np.arange(4.0), rows=halves, n_jobs=1)]
     [0.5, 2.5]
     """
     settings = Settings.of_call(
@@ -182,12 +189,14 @@ def predict_array(
     estimator : fitted estimator
         What is asked. For processes it must be picklable.
     X : array_like of shape (n_samples, ...)
-        The rows. Paths that end in ``.npy`` and memmaps are mapped by the workers.
+        The rows. Paths that end in ``.npy`` and memmaps are mapped by the workers. pandas objects
+        become their values (the estimator sees no names of columns).
     method : str, default "predict"
         What it is asked: ``"predict"``, ``"predict_proba"``, ``"transform"``,
         ``"decision_function"`` or any other method that takes rows and returns an array with as
         many rows.
-    {balance}
+    balance : {"static", "dynamic"}, default "dynamic"
+        How work is shared out: evenly beforehand, or always to whoever is free.
     {n_jobs}
     backend : {"sequential", "threading", "loky", "multiprocessing"}, optional
         Where workers run. Default: what an active `joblib.parallel_config` says, else threads for
@@ -195,9 +204,12 @@ def predict_array(
     chunksize : int, optional
         Rows for each call. Default: a 32nd of all, but at least about 1 MiB.
     {out}
-    {dtype}
-    {timeout}
-    {retries}
+    dtype : dtype, optional
+        What the results are cast to, where that loses nothing.
+    timeout : float, optional
+        Seconds that one call may take. Default: any time.
+    retries : int, default 2
+        How often rows are tried again after their worker process has died.
 
     Returns
     -------
@@ -208,6 +220,8 @@ def predict_array(
     ------
     TypeError, ValueError
         Bad arguments, before anything is started.
+    WorkerDiedError, TimeoutError
+        Rows that kill the worker processes that run them, or that take longer than `timeout`.
     Exception
         Whatever the method raises, with a note that names the rows.
 
@@ -399,6 +413,8 @@ def _as_list(estimators: Any) -> list[Any]:
     several = isinstance(estimators, (list, tuple))
     found = list(estimators) if several else [estimators]
     for one in found:
+        if isinstance(one, type):
+            raise TypeError(f"{one.__name__} is a class: pass an estimator, {one.__name__}()")
         if not callable(getattr(one, "fit", None)):
             raise TypeError(f"estimators must have a method fit, got {one!r}")
     if not found:
@@ -417,7 +433,14 @@ def _as_data(value: Any, name: str, n_samples: int | None = None) -> Any:
 
 
 def _as_rows(rows: Any, n_samples: int) -> np.ndarray:
-    found = np.asarray(rows)
+    try:
+        found = np.asarray(rows)
+    except ValueError as error:
+        error.add_note(
+            "each entry of rows= must be one array of indices or one mask; of a splitter's pairs, "
+            "pass the first: rows=[train for train, test in folds]"
+        )
+        raise
     if found.dtype == bool and found.shape != (n_samples,):
         raise ValueError(f"a mask of rows must have shape ({n_samples},), got {found.shape}")
     if found.size == 0:

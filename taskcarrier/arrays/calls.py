@@ -420,4 +420,6 @@ def failed_ranges(faults: list[Fault]) -> list[Any]:
     """What is returned of collected errors."""
     from taskcarrier.errors import FailedRange  # noqa: PLC0415  # slow, and rarely needed
 
-    return [FailedRange(*fault) for fault in faults]
+    found = [FailedRange(*fault) for fault in faults]
+    faults.clear()  # errors refer to frames, and these to the faults
+    return found

@@ -406,6 +406,7 @@ def _in_place(
             raise error
         finally:
             del error  # its traceback refers to this frame
+    faults.clear()  # likewise
     return result
 
 

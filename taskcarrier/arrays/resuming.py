@@ -25,6 +25,7 @@ Nothing here is pickled, and no file is opened through a link or that is somebod
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import mmap
@@ -48,6 +49,7 @@ from taskcarrier.segments import Segment, SharedView
 _FIRST_LINE = b"TaskCarrier ledger 1\n"
 # Far more than the names of any call; a file that says more is none of ours.
 _MAX_HEADER = 1 << 26
+_DESCRIPTORS = "/proc/self/fd/"
 _UNKNOWN = "not looked into"
 
 
@@ -167,22 +169,21 @@ class KeptLedger:
         """A new file with a whole header and no marks, put in place at once."""
         text = json.dumps(self._header).encode("ascii") + b"\n"
         content = (_FIRST_LINE + text).ljust(self._header["marks_at"], b"\0")
-        folder, name = os.path.split(self.path)
-        fd, new = tempfile.mkstemp(".new", f"{name}.", folder)  # its owner's alone
+        fd, name = _nameless(os.path.dirname(self.path))
+        locked(fd, self.path)
         try:
-            locked(fd, self.path)
             os.posix_fallocate(fd, 0, len(content) + self._n_cells)
             os.pwrite(fd, content, 0)
             try:
-                os.link(new, self.path)  # not over one that another run has made meanwhile
+                os.link(name, self.path)  # not over one that another run has made meanwhile
             except FileExistsError:
                 raise busy(self.path) from None
         except BaseException:
-            with contextlib.suppress(OSError):  # `locked` has closed it
-                os.close(fd)
+            os.close(fd)
             raise
         finally:
-            os.unlink(new)
+            if not name.startswith(_DESCRIPTORS):
+                os.unlink(name)
         return fd
 
     def _checked(self) -> Segment:
@@ -198,6 +199,21 @@ class KeptLedger:
         if os.fstat(self._fd).st_size < end:  # it was cut off: those ranges are run again
             os.posix_fallocate(self._fd, 0, end)
         return Segment(os.dup(self._fd), on_disk=True, nbytes=end)
+
+
+def _nameless(folder: str) -> tuple[int, str]:
+    """A new file that is its owner's alone, and by what it can be linked to its place.
+
+    It has no name until then, so nothing is left of it however a run ends; but on file systems that
+    know no such files.
+    """
+    try:
+        fd = os.open(folder, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
+    except OSError as error:
+        if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}:
+            raise
+        return tempfile.mkstemp(".new", ".ledger-", folder)
+    return fd, f"{_DESCRIPTORS}{fd}"
 
 
 def _aligned(nbytes: int) -> int:

@@ -64,7 +64,7 @@ class ProcessRun:
         self._deliver = deliver
         self._parcel = parcel
         self._living = living
-        self._began_ns = time.monotonic_ns()
+        self._began_ns: dict[int, int] = {}
         self._poll = select.poll()
         self._by_fd: dict[int, tuple[int, Worker]] = {}
         self._again: dict[int, Sequence[Again]] = {}  # what each worker at work was given to begin
@@ -82,6 +82,7 @@ class ProcessRun:
     def start(self, number: int, worker: Worker, again: Sequence[Again] = ()) -> None:
         """Have a worker begin, with these ranges and then with cells."""
         self._ledger.begin(number)
+        self._began_ns[number] = time.monotonic_ns()
         self._again[number] = again
         self.at_work[number] = worker
         for fd in (worker.channel.fileno(), worker.pidfd):
@@ -216,6 +217,7 @@ class ProcessRun:
             exitcode,
             None if held is None else held[:2],
             1 if held is None else held.attempt,
+            held is not None and late == held[:2],
         )
         nexts = self._nexts(death, held, late, worker)
         if self._has_ended:
@@ -262,11 +264,11 @@ class ProcessRun:
             worker.name,
             -(-items // self._job.grid.chunksize),
             items,
-            time.monotonic_ns() - self._began_ns,
+            time.monotonic_ns() - self._began_ns[number],
         )
 
     def _too_late(self, worker: Worker) -> TimeoutError:
-        error = timeout_error(self._job.recovery, "was not done in time")
+        error = timeout_error(self._job.recovery, "")
         add_note(error, f"{worker.name} was killed")
         return error
 

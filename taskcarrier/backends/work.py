@@ -202,6 +202,8 @@ class Death:
         ``(start, stop)`` of what it had in hand.
     attempt : int
         The how-manieth time that was run.
+    was_late : bool
+        Whether it was killed because of that.
     """
 
     worker: int
@@ -209,6 +211,7 @@ class Death:
     exitcode: int | None
     range: tuple[int, int] | None
     attempt: int = 1
+    was_late: bool = False
 
 
 @dataclass
@@ -414,7 +417,7 @@ def _in_time(job: Job, ledger: Ledger, worker: int, cells: Cells, again: Again) 
         if not (nexts := job.recovery.after_timeout(again)):
             break
         (again,) = nexts
-    error = timeout_error(job.recovery, f"took {taken_ns / 1e9:.3g} s")
+    error = timeout_error(job.recovery, f"{taken_ns / 1e9:.3g} s, ")
     if not _in_worker_process:
         add_note(error, "only processes can be stopped within a range: it was run to its end")
     if not job.collects:
@@ -424,4 +427,4 @@ def _in_time(job: Job, ledger: Ledger, worker: int, cells: Cells, again: Again) 
 
 def timeout_error(recovery: Recovery, what: str) -> TimeoutError:
     """The error for a range that has taken too long."""
-    return TimeoutError(f"a range {what}, but timeout={recovery.timeout:g} seconds")
+    return TimeoutError(f"a range took {what}longer than timeout={recovery.timeout:g} seconds")

@@ -111,10 +111,11 @@ BAD = {
         TypeError,
         ["fill_value=1.5", "int32"],
     ),
-    "rng, later": ({"rng": 0}, TypeError, ["rng"]),
-    "timeout, later": ({"timeout": 1}, TypeError, ["timeout"]),
-    "retries, later": ({"retries": 1}, TypeError, ["retries"]),
-    "resume, later": ({"resume": True}, TypeError, ["resume"]),
+    "rng of text": ({"rng": "0"}, TypeError, ["rng", "'0'"]),
+    "no time": ({"timeout": 0}, ValueError, ["timeout", "0"]),
+    "negative retries": ({"retries": -1}, ValueError, ["retries", "-1"]),
+    "retry_on no exception": ({"retry_on": int}, TypeError, ["retry_on", "int"]),
+    "resume without a file": ({"resume": True}, ValueError, ["resume", "out="]),
 }
 
 
@@ -130,7 +131,7 @@ def test_a_bad_option_is_an_error_before_anything_starts(case, nothing_starts):
 
 
 @pytest.mark.parametrize("mapper", [SerialMapper, StaticParallelMapper, DynamicParallelMapper])
-@pytest.mark.parametrize("option", ["balance", "n_jobs", "backend", "resume", "colour"])
+@pytest.mark.parametrize("option", ["balance", "n_jobs", "backend", "weights", "colour"])
 def test_mappers_refuse_options_that_they_decide_or_that_do_not_exist(
     mapper, option, nothing_starts
 ):
@@ -238,7 +239,7 @@ def test_n_jobs_follow_the_rule_of_joblib(n_jobs, at_least):
 
     n = 1000
     assert_same(
-        map_array(np.sqrt, np.arange(float(n)), n_jobs=n_jobs, backend="threading"),
+        map_array(np.sqrt, np.arange(float(n)), n_jobs=n_jobs, backend="threading", chunksize=9),
         np.sqrt(np.arange(float(n))),
     )
     assert taskcarrier.last_report().n_jobs == joblib.effective_n_jobs(int(n_jobs)) >= at_least

@@ -22,6 +22,7 @@ from taskcarrier.backends.choice import (
     facts_now,
 )
 
+KNOWN = "the function releases the GIL"
 OWN = "parallel=True: one range at a time, on numba's own threads"
 
 
@@ -35,24 +36,36 @@ class TestChoose:
         [
             # nothing said
             ({}, {}, ("loky", 4, "the default")),
-            ({"releases_gil": True}, {}, ("threading", 4, "the function releases the GIL")),
+            (
+                {"releases_gil": KNOWN},
+                {},
+                ("threading", 4, KNOWN),
+            ),
             ({}, {"has_gil": False}, ("threading", 4, "the interpreter has no GIL")),
             ({}, {"has_processes": False}, ("threading", 4, "worker processes need Linux")),
             (
-                {"releases_gil": True},
+                {"releases_gil": KNOWN},
                 {"has_gil": False, "has_processes": False},
-                ("threading", 4, "the function releases the GIL"),
+                ("threading", 4, KNOWN),
             ),
             # asked for
             ({"backend": "loky"}, {}, ("loky", 4, "asked for")),
             ({"backend": "threading"}, {}, ("threading", 4, "asked for")),
             ({"backend": "sequential"}, {}, ("sequential", 1, "asked for")),
-            ({"backend": "loky", "releases_gil": True}, {}, ("loky", 4, "asked for")),
+            (
+                {"backend": "loky", "releases_gil": KNOWN},
+                {},
+                ("loky", 4, "asked for"),
+            ),
             ({"backend": "loky"}, {"has_gil": False}, ("loky", 4, "asked for")),
             ({"backend": "threading"}, {"has_processes": False}, ("threading", 4, "asked for")),
             ({"backend": "sequential", "n_jobs": 3}, {}, ("sequential", 1, "asked for")),
             # threads of its own
-            ({"own_threads": True, "releases_gil": True}, {}, ("sequential", 1, OWN)),
+            (
+                {"own_threads": True, "releases_gil": KNOWN},
+                {},
+                ("sequential", 1, OWN),
+            ),
             ({"own_threads": True, "backend": "threading"}, {}, ("sequential", 1, OWN)),
             ({"own_threads": True, "n_jobs": 1}, {}, ("sequential", 1, OWN)),
             ({"own_threads": True, "backend": "loky"}, {}, ("loky", 4, "asked for")),
@@ -82,7 +95,7 @@ class TestChoose:
             ),
             ({}, {"active_backend": "loky"}, ("loky", 4, "joblib's active configuration")),
             (
-                {"releases_gil": True},
+                {"releases_gil": KNOWN},
                 {"active_backend": "multiprocessing"},
                 ("loky", 4, "joblib's active configuration"),
             ),
@@ -110,9 +123,9 @@ class TestChoose:
             ),
             ({"backend": "threading"}, {"daemonic": True}, ("threading", 4, "asked for")),
             (
-                {"releases_gil": True},
+                {"releases_gil": KNOWN},
                 {"daemonic": True},
-                ("threading", 4, "the function releases the GIL"),
+                ("threading", 4, KNOWN),
             ),
         ],
     )

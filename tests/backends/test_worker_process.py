@@ -184,13 +184,13 @@ class TestAccount:
 
     def test_arrives(self):
         account = Account(3, "", 4, 10, 99, facts=("some", 1))
-        account.warnings = [Heard(UserWarning("look"), UserWarning, "file.py", 7)]
+        account.warnings = [Heard(UserWarning("look"), UserWarning, "file.py", 7, "module")]
         arrived = self.packed(account)
         assert (arrived.worker, arrived.ranges, arrived.items, arrived.busy_ns) == (3, 4, 10, 99)
         assert arrived.facts == ("some", 1)
         assert arrived.failure is None
         ((message, *where),) = arrived.warnings
-        assert (str(message), *where) == ("look", UserWarning, "file.py", 7)
+        assert (str(message), *where) == ("look", UserWarning, "file.py", 7, "module")
 
     @pytest.mark.parametrize("where", [(2, 4), None])
     def test_with_its_failure(self, where):
@@ -201,9 +201,9 @@ class TestAccount:
 
     def test_a_warning_that_cannot_be_pickled_is_replaced(self):
         account = Account(0)
-        account.warnings = [Heard(LocalWarning("look"), LocalWarning, "file.py", 7)]
+        account.warnings = [Heard(LocalWarning("look"), LocalWarning, "file.py", 7, "module")]
         (arrived,) = self.packed(account).warnings
-        assert arrived == Heard("LocalWarning: look", UserWarning, "file.py", 7)
+        assert arrived == Heard("LocalWarning: look", UserWarning, "file.py", 7, "module")
 
 
 class TestWarnings:
