@@ -169,21 +169,28 @@ class KeptLedger:
         """A new file with a whole header and no marks, put in place at once."""
         text = json.dumps(self._header).encode("ascii") + b"\n"
         content = (_FIRST_LINE + text).ljust(self._header["marks_at"], b"\0")
-        fd, name = _nameless(os.path.dirname(self.path))
-        locked(fd, self.path)
+        folder, own_name = os.path.split(self.path)
+        folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.posix_fallocate(fd, 0, len(content) + self._n_cells)
-            os.pwrite(fd, content, 0)
+            fd, name = _nameless(folder)
             try:
-                os.link(name, self.path)  # not over one that another run has made meanwhile
+                os.posix_fallocate(fd, 0, len(content) + self._n_cells)
+                os.pwrite(fd, content, 0)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                # Not over one that another run has made meanwhile. Where a folder's descriptor is
+                # given, the link in /proc is followed to the file.
+                os.link(name, own_name, dst_dir_fd=folder_fd)
             except FileExistsError:
+                os.close(fd)
                 raise busy(self.path) from None
-        except BaseException:
-            os.close(fd)
-            raise
+            except BaseException:
+                os.close(fd)
+                raise
+            finally:
+                if not name.startswith(_DESCRIPTORS):
+                    os.unlink(name)
         finally:
-            if not name.startswith(_DESCRIPTORS):
-                os.unlink(name)
+            os.close(folder_fd)
         return fd
 
     def _checked(self) -> Segment:

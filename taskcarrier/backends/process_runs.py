@@ -268,7 +268,7 @@ class ProcessRun:
         )
 
     def _too_late(self, worker: Worker) -> TimeoutError:
-        error = timeout_error(self._job.recovery, "")
+        error = timeout_error(self._job.recovery)
         add_note(error, f"{worker.name} was killed")
         return error
 

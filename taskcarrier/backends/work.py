@@ -417,7 +417,7 @@ def _in_time(job: Job, ledger: Ledger, worker: int, cells: Cells, again: Again) 
         if not (nexts := job.recovery.after_timeout(again)):
             break
         (again,) = nexts
-    error = timeout_error(job.recovery, f"{taken_ns / 1e9:.3g} s, ")
+    error = timeout_error(job.recovery, taken_ns / 1e9)
     if not _in_worker_process:
         add_note(error, "only processes can be stopped within a range: it was run to its end")
     if not job.collects:
@@ -425,6 +425,7 @@ def _in_time(job: Job, ledger: Ledger, worker: int, cells: Cells, again: Again) 
     return Parts([], [(again.start, again.stop, error)])
 
 
-def timeout_error(recovery: Recovery, what: str) -> TimeoutError:
-    """The error for a range that has taken too long."""
-    return TimeoutError(f"a range took {what}longer than timeout={recovery.timeout:g} seconds")
+def timeout_error(recovery: Recovery, seconds: float | None = None) -> TimeoutError:
+    """The error for a range that has taken too long: so many seconds, if that is known."""
+    taken = "" if seconds is None else f"{seconds:.3g} s, "
+    return TimeoutError(f"a range took {taken}longer than timeout={recovery.timeout:g} seconds")

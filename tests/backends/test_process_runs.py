@@ -689,7 +689,7 @@ class TestTimeout:
         (failure,) = ran.failures
         assert (failure.range, failure.attempt, failure.worker) == ((0, 2), 1, "process 0")
         assert isinstance(failure.error, TimeoutError)
-        assert "was not done in time, but timeout=60 seconds" in str(failure.error)
+        assert "took longer than timeout=60 seconds" in str(failure.error)
         assert failure.error.__notes__ == ["process 0 was killed"]
         assert ran.halted
         assert ran.fatal == []

@@ -538,7 +538,9 @@ def test_where_nothing_can_be_stopped_a_range_is_late_at_its_end(backend, balanc
 
     X = np.arange(16.0)
     options = {"timeout": 0.1, "backend": backend, "balance": balance, "n_jobs": 2, "chunksize": 4}
-    with pytest.raises(TimeoutError, match=r"took .* s, but timeout=0\.1 seconds") as caught:
+    with pytest.raises(
+        TimeoutError, match=r"took .* s, longer than timeout=0\.1 seconds"
+    ) as caught:
         map_array(func, X, **options)
     notes = "\n".join(caught.value.__notes__)
     assert "only processes can be stopped within a range" in notes
