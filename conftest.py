@@ -17,6 +17,7 @@ import contextlib
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -46,6 +47,8 @@ hypothesis.settings.load_profile("taskcarrier")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell's background jobs, and all they start, are born deaf to Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[previous] = {
         name: os.environ.get(name)
         for name in ("TMPDIR", "PYTEST_DEBUG_TEMPROOT", "JOBLIB_TEMP_FOLDER")

@@ -9,7 +9,7 @@ import pytest
 
 from taskcarrier import fit_many, last_report, predict_array, share
 from taskcarrier.streams import Streams
-from tests.strategies import EVERYWHERE, ROOT, assert_same
+from tests.strategies import EVERYWHERE, ROOT, assert_same, cooled_crews, warm_crews
 
 sklearn = pytest.importorskip("sklearn", reason="scikit-learn is optional")
 from sklearn import datasets  # noqa: E402  # only where it is there
@@ -28,6 +28,14 @@ order = np.random.default_rng(0).permutation(len(X))
 X, y = X[order], y[order]
 
 RUNS = [{"backend": backend, "balance": balance, "n_jobs": 2} for backend, balance in EVERYWHERE]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def crews():
+    warm_crews(2)
+    fit_many([Ridge()] * 2, X, y, n_jobs=2, backend="loky")  # workers have scikit-learn then
+    yield
+    cooled_crews()
 
 
 @pytest.fixture(params=RUNS, ids=lambda run: "-".join(map(str, run.values())))
