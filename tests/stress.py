@@ -435,6 +435,8 @@ def main() -> int:
     seed = random.SystemRandom().randrange(1 << 30) if options.seed is None else options.seed
     if options.one:
         faulthandler.enable()  # SIGABRT prints all stacks
+        # A shell's background jobs, and all they start, are born deaf to Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         kind = {**ROUNDS, "resumable": resumable}[options.one]
         print(json.dumps(kind(random.Random(seed))))
         taskcarrier.shutdown()
