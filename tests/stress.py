@@ -130,7 +130,9 @@ def soon(delay: float, what: Callable[[], None]) -> Iterator[None]:
 
 
 def workers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "loky" in " ".join(command_of(child))]
+    """Our worker processes, but not loky's own watcher, whose end no worker can be started over."""
+    children = {child: " ".join(command_of(child)) for child in psutil.Process().children()}
+    return [one for one, words in children.items() if "loky" in words and "tracker" not in words]
 
 
 def command_of(process: psutil.Process) -> list[str]:
