@@ -16,8 +16,8 @@ up to ``marks_at``     zeros; a multiple of 4096
 A worker writes the result of a range to the output before it sets the range's mark. Both are in
 files, so they outlive every process (though not a power cut, for nobody waits for the disk). What
 results are like is in the header of the ``.part`` file, which is written before the first result.
-A header is made under another name and then linked to its place, so there is a whole one or none;
-of marks that are torn or cut off, the ranges are run again.
+The file has no name until its header is whole, so there is a whole one or none; of marks that are
+torn or cut off, the ranges are run again.
 
 Nothing here is pickled, and no file is opened through a link or that is somebody else's.
 """
