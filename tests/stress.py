@@ -407,13 +407,17 @@ def run_round(kind: str, seed: int) -> tuple[Done, str]:
         if program.returncode:
             return Counter(), f"failed with {program.returncode}:\n{err}"
         try:
+            done = Counter(json.loads(out))
+        except json.JSONDecodeError:
+            return Counter(), f"something else was printed:\n{out}\n{err}"
+        try:
             wait_for(lambda: not marked_processes(str(temp)), "processes are left")
             check(not list(temp.iterdir()), f"files are left: {list(temp.iterdir())}")
             left = set(SHARED.iterdir()) - before if SHARED.is_dir() else set()
             check(not left, f"shared memory is left: {left}")
         except AssertionError as error:
-            return Counter(json.loads(out)), str(error)
-        return Counter(json.loads(out)), ""
+            return done, str(error)
+        return done, ""
 
 
 def can_mount() -> bool:

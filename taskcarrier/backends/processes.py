@@ -22,6 +22,7 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import process as multiprocessing_process
@@ -74,8 +75,7 @@ class WorkerProcess:
                 daemon=False,
             )
             try:
-                with _interrupts_held():
-                    self.process.start()
+                self.process.start()
             except UnboundLocalError as error:  # how loky fails where it cannot open a pipe
                 raise error.__context__ or error from None
             # Its end is ours to see to: multiprocessing would join it when the program exits.
@@ -150,7 +150,9 @@ class ProcessCrew:
         if worker is not None and worker.pidfd >= 0 and not worker.alive:
             worker.reap()
         if worker is None or worker.pidfd < 0:
-            worker = self._workers[number] = WorkerProcess(number, self._environment, self._fds)
+            with _interrupts_held():
+                worker = WorkerProcess(number, self._environment, self._fds)
+                self._workers[number] = worker
         return worker
 
     def run(
@@ -217,9 +219,23 @@ class ProcessCrew:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """No Ctrl-C in this thread; a process started meanwhile is born without it too."""
+    """Ctrl-C is heard at the end: a worker started by half would wait for the rest until we end.
+
+    Two holds are needed. A process started meanwhile is born with this thread's mask, and so is
+    deaf until it says otherwise. But the mask does not keep a signal from other threads (a
+    library's, say), and wherever it arrives, its handler runs in the main thread.
+    """
+    heard: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    swapped = callable(handler) and threading.current_thread() is threading.main_thread()
+    if swapped:
+        signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if swapped:
+            signal.signal(signal.SIGINT, handler)
+        if heard:
+            signal.raise_signal(signal.SIGINT)

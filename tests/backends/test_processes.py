@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from joblib.externals.loky.backend import fork_exec
 
 from taskcarrier.backends import process_runs
 from taskcarrier.backends import processes as module
@@ -248,6 +250,32 @@ class TestWatching:
         ran, delivered = run(crew, both)
         assert (len(ran.accounts), sorted(delivered)) == (2, ALL)
         assert pids(crew) == before
+
+    def test_an_interrupt_while_a_worker_is_started(self, crew, monkeypatch):
+        # It reaches a thread that a library might have started: the mask of ours is no help.
+        end = threading.Event()
+        bystander = threading.Thread(target=end.wait)
+        bystander.start()
+        start = fork_exec.fork_exec
+        started = []
+
+        def interrupted_start(*args, **kwargs):
+            started.append(start(*args, **kwargs))
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            return started[-1]
+
+        monkeypatch.setattr(fork_exec, "fork_exec", interrupted_start)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                run(crew, both)
+        finally:
+            end.set()
+            bystander.join()
+            monkeypatch.undo()
+        assert pids(crew) == {started[-1]}
+        assert sorted(run(crew, both)[1]) == ALL
+        assert started[-1] in pids(crew)
 
     def test_an_interrupt_while_a_worker_dies(self, crew, monkeypatch):
         monkeypatch.setattr(module, "TICK", 0.01)
