@@ -222,6 +222,7 @@ def execute(
         collects=collects,
         narrows=narrows,
         marks=_marks(grid, choice) if kept is None else kept.marks,
+        folder=settings.folder,
     )
     n_before = 0 if kept is None else min(kept.n_done * grid.chunksize, grid.n_items)
     with progress.shown(settings.verbosity, grid.n_items, n_workers, n_before) as tick:

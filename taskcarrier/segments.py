@@ -200,6 +200,11 @@ class Segment:
         segment._maker = os.getpid()
         return segment
 
+    @classmethod
+    def taken_over(cls, fd: int, on_disk: bool) -> Segment:
+        """What another process has made and filled for this one, and knows no more."""
+        return cls._owned(_Memory(fd, os.fstat(fd).st_size, on_disk, label=0), None)
+
     def labelled(self) -> int:
         """What workers are to call this segment, so that they may keep it mapped; 0 if not.
 

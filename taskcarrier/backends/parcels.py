@@ -11,6 +11,7 @@ of the call; functions of importable modules by name.
 
 from __future__ import annotations
 
+import array
 import copyreg
 import errno
 import functools
@@ -23,7 +24,7 @@ import sys
 import threading
 import traceback
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType
 from typing import Any
 
@@ -42,11 +43,13 @@ except ImportError:  # joblib before 1.6 carries its own
 
 _cloudpickle_impl = sys.modules[cloudpickle.Pickler.__module__]
 
-# Arrays in arguments and closures from this size on go into shared memory.
+# Arrays in arguments, closures and results from this size on go into shared memory.
 _SHARED_NBYTES = 1 << 14
 # The kernel's limit for one message.
 _MAX_DESCRIPTORS = 253
-_HEADER = struct.Struct("<Q")
+_FDS_SPACE = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
+# Before each message stand its length and the number of descriptors that come with it.
+_HEADER = struct.Struct("<QI")
 # Reads of a megabyte before what has come is looked at, so that one worker that sends without
 # end does not keep the caller from the others.
 _MAX_READS = 16
@@ -173,15 +176,21 @@ class _Packer:
         return self._terms(segment), place
 
     def keep_in_band(self, buffer: Any) -> bool:
-        try:
-            block = buffer.raw()
-        except BufferError:  # not contiguous: pickle copies it
-            return True
-        if len(block) < _SHARED_NBYTES:
+        block = _large_block(buffer)
+        if block is None:
             return True
         segment, offset = self._staging.add(block)
         self.buffers.append((segment, offset, len(block)))
         return False
+
+
+def _large_block(buffer: Any) -> memoryview | None:
+    """The bytes of a buffer that are better off in shared memory than in a pickle."""
+    try:
+        block: memoryview = buffer.raw()
+    except BufferError:  # not contiguous: pickle copies it
+        return None
+    return None if len(block) < _SHARED_NBYTES else block
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
@@ -200,9 +209,9 @@ def _code_of_file(name: str, make: Callable[..., CodeType], args: tuple[Any, ...
     return make(*args).replace(co_filename=name)
 
 
-def _dumps(obj: object) -> bytes:
+def _dumps(obj: object, buffer_callback: Callable[[Any], bool] | None = None) -> bytes:
     file = io.BytesIO()
-    _Pickler(file, protocol=5).dump(obj)
+    _Pickler(file, protocol=5, buffer_callback=buffer_callback).dump(obj)
     return file.getvalue()
 
 
@@ -270,22 +279,35 @@ def unpack_error(packed: bytes) -> BaseException:
     return error  # type: ignore[no-any-return]  # pickle is untyped
 
 
-def pack_items(items: object) -> bytes:
+def pack_items(items: object, beside: list[memoryview] | None = None) -> bytes:
     """Plain data (items of a list, results), by pickle where it can, else by cloudpickle.
 
     Plain pickle is thirteen times faster on small blocks, but writes down objects of
     ``__main__`` by name, which is another module in a worker.
+
+    Where `beside` is given, large arrays are not in the pickle: their bytes are added to it, and
+    must be at hand when the pickle is read.
     """
+    keep = None if beside is None else functools.partial(_keep_in_band, beside)
     try:
-        packed = pickle.dumps(items, protocol=5)
+        packed = pickle.dumps(items, protocol=5, buffer_callback=keep)
     except Exception:  # noqa: BLE001  # lambdas, local classes, ...: cloudpickle's error counts
-        return _dumps(items)
-    if b"__main__" in packed:
-        return _dumps(items)
-    return packed
+        packed = b"__main__"
+    if b"__main__" not in packed:
+        return packed
+    if beside is not None:
+        beside.clear()
+    return _dumps(items, keep)
 
 
-def unpack_items(packed: bytes) -> Any:
+def _keep_in_band(beside: list[memoryview], buffer: Any) -> bool:
+    block = _large_block(buffer)
+    if block is not None:
+        beside.append(block)
+    return block is None
+
+
+def unpack_items(packed: bytes, beside: Iterable[Any] = ()) -> Any:
     """What `pack_items` or a worker's `pack_error` packed, read in the caller.
 
     A class that the caller sent to a worker by value comes back by value with its instances.
@@ -293,13 +315,13 @@ def unpack_items(packed: bytes) -> Any:
     with the worker's globals; here a class that exists already is left as it is.
     """
     if b"cloudpickle" not in packed:
-        return pickle.loads(packed)
-    return _Unpickler(io.BytesIO(packed)).load()
+        return pickle.loads(packed, buffers=beside)
+    return _Unpickler(io.BytesIO(packed), buffers=beside).load()
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
+    def __init__(self, file: io.BytesIO, *, buffers: Iterable[Any]) -> None:
+        super().__init__(file, buffers=buffers)
         self._existing: list[type] = []
 
     def find_class(self, module: str, name: str) -> Any:
@@ -321,6 +343,10 @@ class _Unpickler(pickle.Unpickler):
         return kind if kind in self._existing else set_state(kind, state)
 
 
+Message = tuple[bytes, list[int]]
+"""Bytes, and the descriptors that came with them, which belong to whoever takes the message."""
+
+
 class Channel:
     """One end of a worker's socket: whole messages, with file descriptors beside them.
 
@@ -333,6 +359,7 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._received = bytearray()
+        self._received_fds: list[int] = []
 
     def fileno(self) -> int:
         """The descriptor to wait on."""
@@ -341,26 +368,44 @@ class Channel:
     def close(self) -> None:
         """Close this end; the other end sees the end of the stream."""
         self._socket.close()
+        for fd in self._received_fds:
+            os.close(fd)
+        self._received_fds = []
 
     def send(self, data: bytes, fds: list[int] | None = None) -> None:
         """Send one message."""
         fds = fds or []
-        message = memoryview(_HEADER.pack(len(data)) + data)
+        message = memoryview(_HEADER.pack(len(data), len(fds)) + data)
         # The descriptors arrive with the first byte.
         sent = socket.send_fds(self._socket, [message], fds) if fds else 0
         self._socket.sendall(message[sent:])
 
-    def receive(self) -> tuple[bytes, list[int]]:
+    def receive(self) -> Message:
         """Wait for one message; `EOFError` when the other end is closed."""
-        head, fds, flags, _ = socket.recv_fds(self._socket, _HEADER.size, _MAX_DESCRIPTORS)
-        for fd in fds:  # `recv_fds` takes flags for this, and ignores them
-            os.set_inheritable(fd, False)
+        head = self._piece(_HEADER.size)
         if not head:
             raise EOFError
-        if flags & socket.MSG_CTRUNC:
-            raise OSError(errno.EMFILE, "too many open files for the shared arrays of this call")
         head += self._exactly(_HEADER.size - len(head))
-        return self._exactly(*_HEADER.unpack(head)), fds
+        nbytes, n_fds = _HEADER.unpack(head)
+        return self._exactly(nbytes), self._take_fds(n_fds)
+
+    def _piece(self, nbytes: int, flags: int = 0) -> bytes:
+        """Bytes that have come; descriptors that came with them are kept."""
+        flags |= socket.MSG_CMSG_CLOEXEC
+        data, ancillary, _, _ = self._socket.recvmsg(nbytes, _FDS_SPACE, flags)
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds = array.array("i")
+                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+                self._received_fds += fds
+        return data
+
+    def _take_fds(self, n_fds: int) -> list[int]:
+        """The descriptors of a message: the first that have come and were not taken."""
+        if len(self._received_fds) < n_fds:  # the kernel drops what a process may not open
+            raise OSError(errno.EMFILE, "too many open files for the shared arrays of this call")
+        fds, self._received_fds = self._received_fds[:n_fds], self._received_fds[n_fds:]
+        return fds
 
     def _exactly(self, nbytes: int) -> bytes:
         data = bytearray()
@@ -371,28 +416,27 @@ class Channel:
             data += piece
         return bytes(data)
 
-    def ready(self) -> tuple[list[bytes], bool]:
-        """Whole messages that have come so far, without waiting, and whether more may come.
-
-        They carry no descriptors. A message cut off by the sender's death is never returned.
-        """
-        open_ = True
+    def read(self) -> bool:
+        """Take in what has come so far, without waiting; whether more may come."""
         try:
             for _ in range(_MAX_READS):
-                piece = self._socket.recv(1 << 20, socket.MSG_DONTWAIT)
+                piece = self._piece(1 << 20, socket.MSG_DONTWAIT)
                 if not piece:
-                    open_ = False
-                    break
+                    return False
                 self._received += piece
         except BlockingIOError:
             pass  # nothing more for now
         except ConnectionResetError:
-            open_ = False
-        messages = []
+            return False
+        return True
+
+    def messages(self) -> Iterator[Message]:
+        """Whole messages that were read; one cut off by the sender's death is never among them."""
         while len(self._received) >= _HEADER.size:
-            end = _HEADER.size + _HEADER.unpack_from(self._received)[0]
+            nbytes, n_fds = _HEADER.unpack_from(self._received)
+            end = _HEADER.size + nbytes
             if len(self._received) < end:
-                break
-            messages.append(bytes(self._received[_HEADER.size : end]))
+                return
+            data = bytes(self._received[_HEADER.size : end])
             del self._received[:end]
-        return messages, open_
+            yield data, self._take_fds(n_fds)

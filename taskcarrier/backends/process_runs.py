@@ -10,11 +10,10 @@ done, and shared out anew. A range that took too long ends in the same way: its 
 from __future__ import annotations
 
 import contextlib
-import pickle
 import select
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parcels import Channel, Parcel, unpack_items
 from taskcarrier.backends.parts import Parts
 from taskcarrier.backends.work import Account, Death, Deliver, Failure, Job, Ran, timeout_error
-from taskcarrier.backends.worker_process import KEPT, RESULTS, account_from, order
+from taskcarrier.backends.worker_process import KEPT, RESULTS, account_from, order, results_from
 from taskcarrier.ledger import DONE, FREE, SENT, TAKEN_BACK, Ledger
 from taskcarrier.partition import Partition
 from taskcarrier.recovery import Again
@@ -315,22 +314,23 @@ class ProcessRun:
     # What comes up
 
     def _take_in(self, number: int, worker: Worker) -> bool:
-        messages, open_ = worker.channel.ready()
-        for message in messages:
-            if message[:1] == RESULTS:
-                for start, packed in pickle.loads(message[1:]):
-                    self._unpack_result(worker, start, packed)
+        open_ = worker.channel.read()
+        for message in worker.channel.messages():
+            data, _ = message
+            if data[:1] == RESULTS:
+                for one in results_from(message, on_disk=self._job.folder is not None):
+                    self._unpack_result(worker, *one)
             else:
-                account = account_from(message[2:])
-                self.memory_kept |= message[1:2] == KEPT
+                account = account_from(data[2:])
+                self.memory_kept |= data[1:2] == KEPT
                 account.name = worker.name
                 self._accounts.append(account)
                 self._leave(number, worker)
         return open_
 
-    def _unpack_result(self, worker: Worker, start: int, packed: bytes) -> None:
+    def _unpack_result(self, worker: Worker, start: int, packed: bytes, large: list[Any]) -> None:
         try:
-            result = unpack_items(packed)
+            result = unpack_items(packed, large)
         except Exception as error:  # noqa: BLE001  # whatever a user's object raises
             add_note(error, "taskcarrier could not unpickle this result of a worker process")
             where = self._job.grid.bounds(start // self._job.grid.chunksize)

@@ -108,6 +108,8 @@ class Job:
         Whether parts of a cell can be run.
     marks : SharedView or None
         Where the cells are marked, if the ledger's own place will not do.
+    folder : str or None
+        Where processes put large results that are not put in place; memory if None.
     """
 
     task: Task
@@ -120,6 +122,7 @@ class Job:
     collects: bool = False
     narrows: bool = False
     marks: SharedView | None = None
+    folder: str | None = None
 
     def marks_here(self) -> memoryview | None:
         """Its own place for marks, in this process."""

@@ -23,6 +23,7 @@ from taskcarrier.backends.given import add_note
 from taskcarrier.backends.inner import serial_joblib
 from taskcarrier.backends.parcels import (
     Channel,
+    Message,
     pack_error,
     pack_items,
     unpack,
@@ -32,6 +33,7 @@ from taskcarrier.backends.parcels import (
 from taskcarrier.backends.work import Account, Failure, Heard, mark_worker_process, work
 from taskcarrier.ledger import OWN_MARKS, FileAgreement, FileCursor, Ledger
 from taskcarrier.recovery import Again
+from taskcarrier.segments import Segment, Staging, descriptors_are_scarce
 
 # Results that are not put in place travel in batches: when this many bytes or seconds have
 # come together. Both are arbitrary within an order of magnitude.
@@ -45,6 +47,9 @@ RESULTS, ACCOUNT = b"R", b"A"
 """What a message to the caller is: results of ranges, or the end of a run."""
 KEPT, FREE = b"K", b"F"
 """Whether the function still holds on to shared memory then."""
+
+PackedResult = tuple[int, bytes, list[tuple[int, int]]]
+"""Start of a range, its pickled result, and where its large arrays lie: offsets and lengths."""
 
 # Before a parcel stands what this worker alone is to begin with, and before that its length.
 _N_LENGTH = 4
@@ -114,7 +119,6 @@ def _die_with(life: int) -> None:
 
 
 def _run_parcel(number: int, channel: Channel, ledger: Ledger, data: bytes, fds: list[int]) -> None:
-    outbox = _Outbox(channel)
     again, parcel = _taken_apart(data)
     try:
         job = unpack(parcel, fds)
@@ -123,14 +127,15 @@ def _run_parcel(number: int, channel: Channel, ledger: Ledger, data: bytes, fds:
         add_note(error, "while a worker process unpickled the function or its arguments")
         account = Account(number, failure=Failure(None, error))
     else:
+        outbox = _Outbox(channel, job.folder)
         job.surroundings.take_on()
         ledger.mark_in(job.marks_here(), len(job.grid))
         with _warnings_heard() as heard:
             account = work(job, ledger, number, (outbox.deliver, outbox.flush), again)
+        outbox.flush()
         account.warnings = list(heard.values())
         ledger.marks = None
         del job
-    outbox.flush()
     packed = _packed_account(account)
     # An exception's traceback refers to chunks, and to the account through the loop's frame.
     account.failure = None
@@ -165,33 +170,64 @@ def _module_of(filename: str) -> str | None:
 
 
 class _Outbox:
-    """Results on their way up, in batches."""
+    """Results on their way up, in batches; the large arrays of a batch lie in one segment."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, folder: str | None) -> None:
         self._channel = channel
-        self._batch: list[tuple[int, bytes]] = []
+        self._folder = folder
+        self._begin()
+
+    def _begin(self) -> None:
+        self._batch: list[PackedResult] = []
         self._nbytes = 0
         self._since = 0.0
+        self._staging = Staging(self._folder)
+        self._segment: Segment | None = None
 
     def deliver(self, start: int, result: Any) -> None:
+        large: list[memoryview] = []
         try:
-            packed = pack_items(result)
+            packed = pack_items(result, large)
         except Exception as error:
             add_note(error, "taskcarrier could not pickle the result for the caller")
             raise
+        # At once: the function may change its array when it is called again.
+        places = [self._put(block) for block in large]
         now = time.monotonic()
         if not self._batch:
             self._since = now
-        self._batch.append((start, packed))
-        self._nbytes += len(packed)
+        self._batch.append((start, packed, places))
+        self._nbytes += len(packed) + sum(len(block) for block in large)
         if self._nbytes >= _BATCH_NBYTES or now - self._since >= _BATCH_SECONDS:
             self.flush()
 
+    def _put(self, block: memoryview) -> tuple[int, int]:
+        self._segment, offset = self._staging.add(block)
+        return offset, len(block)
+
     def flush(self) -> None:
         if self._batch:
-            self._channel.send(RESULTS + pickle.dumps(self._batch, protocol=5))
-            self._batch = []
-            self._nbytes = 0
+            packed = pickle.dumps(self._batch, protocol=5)
+            fds = [] if self._segment is None else [self._segment.fd]
+            self._channel.send(RESULTS + packed, fds)
+            self._begin()
+
+
+def results_from(message: Message, on_disk: bool) -> Iterator[tuple[int, bytes, list[Any]]]:
+    """Starts of ranges, their pickled results, and the large arrays' bytes, in the caller.
+
+    The bytes are shared memory that nobody else knows of any more. Once so much is mapped that
+    descriptors get scarce, they are copied.
+    """
+    data, fds = message
+    batch: list[PackedResult] = pickle.loads(data[1:])
+    large: Any = None
+    if fds:
+        large = memoryview(Segment.taken_over(fds[0], on_disk).map("write"))
+        if descriptors_are_scarce():
+            large = memoryview(bytearray(large))
+    for start, packed, places in batch:
+        yield start, packed, [large[offset : offset + nbytes] for offset, nbytes in places]
 
 
 def _packed_account(account: Account) -> bytes:

@@ -343,6 +343,12 @@ class TestItems:
             pack_items([threading.Lock()])
 
 
+def ready(channel):
+    """The bytes of all whole messages that have come, and whether more may come."""
+    open_ = channel.read()
+    return [data for data, _ in channel.messages()], open_
+
+
 class TestChannel:
     @pytest.fixture
     def raw(self):
@@ -365,8 +371,8 @@ class TestChannel:
     def framed(channel, theirs, data):
         """A message as the channel writes it."""
         channel.send(data)
-        head = theirs.recv(8, socket.MSG_WAITALL)
-        assert struct.unpack("<Q", head) == (len(data),)
+        head = theirs.recv(12, socket.MSG_WAITALL)
+        assert struct.unpack("<QI", head) == (len(data), 0)
         return head + (theirs.recv(len(data), socket.MSG_WAITALL) if data else b"")
 
     @pytest.mark.parametrize("data", [b"", b"x", b"abc" * 10_000])
@@ -374,7 +380,7 @@ class TestChannel:
         pair[0].send(data)
         assert pair[1].receive() == (data, [])
         pair[1].send(data)
-        assert pair[0].ready() == ([data], True)
+        assert ready(pair[0]) == ([data], True)
 
     def test_larger_than_the_kernel_s_buffer(self, pair):
         data = os.urandom(5 << 20)
@@ -391,7 +397,7 @@ class TestChannel:
         sender.start()
         messages = []
         while not messages:
-            messages, open_ = pair[1].ready()
+            messages, open_ = ready(pair[1])
             assert open_
         sender.join()
         assert messages == [data]
@@ -400,8 +406,8 @@ class TestChannel:
         sent = [b"%d" % n * n for n in range(50)]
         for data in sent:
             pair[0].send(data)
-        assert pair[1].ready() == (sent, True)
-        assert pair[1].ready() == ([], True)
+        assert ready(pair[1]) == (sent, True)
+        assert ready(pair[1]) == ([], True)
 
     def test_byte_by_byte(self, raw):
         channel, theirs = raw
@@ -409,18 +415,18 @@ class TestChannel:
         got = []
         for n in range(len(stream)):
             theirs.sendall(stream[n : n + 1])
-            messages, open_ = channel.ready()
+            messages, open_ = ready(channel)
             assert open_
             got += [(n, message) for message in messages]
-        assert got == [(12, b"hello"), (23, b"you")]
+        assert got == [(16, b"hello"), (31, b"you")]
 
     def test_one_and_a_half(self, raw):
         channel, theirs = raw
         stream = self.framed(channel, theirs, b"hello") + self.framed(channel, theirs, b"you")
         theirs.sendall(stream[:-2])
-        assert channel.ready() == ([b"hello"], True)
+        assert ready(channel) == ([b"hello"], True)
         theirs.sendall(stream[-2:])
-        assert channel.ready() == ([b"you"], True)
+        assert ready(channel) == ([b"you"], True)
 
     def test_wait_for_one_in_pieces(self, raw):
         channel, theirs = raw
@@ -456,6 +462,37 @@ class TestChannel:
         assert data == b"many" * 1000
         assert len(set(fds)) == 253
 
+    def test_descriptors_of_the_messages_that_are_read_together(self, pair):
+        files = [os.memfd_create(f"file{n}") for n in range(3)]
+        pair[0].send(b"none")
+        pair[0].send(b"one", files[:1])
+        pair[0].send(b"none")
+        pair[0].send(b"two", files[1:])
+        messages = []
+        while len(messages) < 4:
+            assert pair[1].read()
+            messages += pair[1].messages()
+        assert [(data, len(fds)) for data, fds in messages] == [
+            (b"none", 0),
+            (b"one", 1),
+            (b"none", 0),
+            (b"two", 2),
+        ]
+        arrived = [fd for _, fds in messages for fd in fds]
+        assert [os.fstat(fd).st_ino for fd in arrived] == [os.fstat(fd).st_ino for fd in files]
+        for fd in [*files, *arrived]:
+            os.close(fd)
+
+    def test_descriptors_that_nobody_takes_are_closed_with_the_channel(self, pair):
+        file = os.memfd_create("file")
+        before = len(os.listdir("/proc/self/fd"))
+        pair[0].send(b"one", [file])
+        assert pair[1].read()
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+        pair[1].close()
+        assert len(os.listdir("/proc/self/fd")) == before - 1
+        os.close(file)
+
     def test_too_many_descriptors(self):
         with pytest.raises(ValueError, match="at most 253 separate shared arrays, got 254"):
             pack([Segment.create() for _ in range(254)], Staging())
@@ -470,27 +507,27 @@ class TestChannel:
         assert not inheritable
 
     def test_nothing_yet(self, pair):
-        assert pair[0].ready() == ([], True)
+        assert ready(pair[0]) == ([], True)
 
     def test_end(self, pair):
         pair[0].send(b"last")
         pair[0].close()
-        assert pair[1].ready() == ([b"last"], False)
-        assert pair[1].ready() == ([], False)
+        assert ready(pair[1]) == ([b"last"], False)
+        assert ready(pair[1]) == ([], False)
         with pytest.raises(EOFError):
             pair[1].receive()
 
-    @pytest.mark.parametrize("cut", [1, 7, 8, 9, 12])
+    @pytest.mark.parametrize("cut", [1, 11, 12, 13, 16])
     def test_a_message_cut_off_by_death_is_never_returned(self, raw, cut):
         channel, theirs = raw
         stream = self.framed(channel, theirs, b"hello")
         theirs.sendall(stream + stream[:cut])
         theirs.close()
-        messages, open_ = channel.ready()
+        messages, open_ = ready(channel)
         assert (messages, open_) == ([b"hello"], False)
-        assert channel.ready() == ([], False)
+        assert ready(channel) == ([], False)
 
-    @pytest.mark.parametrize("cut", [1, 7, 8, 9, 12])
+    @pytest.mark.parametrize("cut", [1, 11, 12, 13, 16])
     def test_a_message_cut_off_while_it_is_waited_for(self, raw, cut):
         channel, theirs = raw
         theirs.sendall(self.framed(channel, theirs, b"hello")[:cut])
@@ -502,7 +539,7 @@ class TestChannel:
         channel, theirs = raw
         channel.send(b"never read")  # closing with this unread resets the connection
         theirs.close()
-        assert channel.ready() == ([], False)
+        assert ready(channel) == ([], False)
         with pytest.raises(BrokenPipeError):
             channel.send(b"more")
 

@@ -19,8 +19,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from taskcarrier.backends import parcels, worker_process
 from taskcarrier.backends import process_runs as module
-from taskcarrier.backends import worker_process
 from taskcarrier.backends.given import Call
 from taskcarrier.backends.parcels import Channel, Parcel, pack
 from taskcarrier.backends.parts import Parts
@@ -108,10 +108,11 @@ class MortalChannel(Channel):
         self.results = []  # of messages that have left as a whole
 
     def send(self, data, fds=None):
-        whole = len(data).to_bytes(8, "little") + data
-        for piece in (whole[: len(whole) // 2], whole[len(whole) // 2 :]):
-            self._fate.step()
-            self._socket.sendall(piece)
+        whole = parcels._HEADER.pack(len(data), len(fds or [])) + data
+        self._fate.step()
+        socket.send_fds(self._socket, [whole[: len(whole) // 2]], fds or [])
+        self._fate.step()
+        self._socket.sendall(whole[len(whole) // 2 :])
         if data[:1] == RESULTS:
             self.results.append(data)
         self._fate.step()
@@ -264,7 +265,7 @@ class Crew:
 
     def lost_with(self, process, calls):
         """Those of the ranges that a process was called for whose results are nowhere."""
-        arrived = {start for data in process.inside.results for start, _ in pickle.loads(data[1:])}
+        arrived = {start for data in process.inside.results for start, *_ in pickle.loads(data[1:])}
         marks, size = self.ledger.marks, self.job.grid.chunksize
         return [
             (start, stop)

@@ -18,7 +18,7 @@ import pytest
 from taskcarrier.backends import processes
 from taskcarrier.backends import worker_process as module
 from taskcarrier.backends.given import Call
-from taskcarrier.backends.parcels import Channel, pack
+from taskcarrier.backends.parcels import Channel, pack, unpack_items
 from taskcarrier.backends.parts import Parts
 from taskcarrier.backends.processes import ProcessCrew
 from taskcarrier.backends.work import Account, Failure, Heard, Job, in_worker
@@ -28,13 +28,14 @@ from taskcarrier.backends.worker_process import (
     is_readable,
     ledger_over,
     order,
+    results_from,
 )
 from taskcarrier.balance import Dynamic, Static
 from taskcarrier.errors import TaskError
 from taskcarrier.ledger import OWN_MARKS, SENT, FileAgreement, FileCursor, ledger_nbytes
 from taskcarrier.partition import Grid
 from taskcarrier.recovery import Again, Recovery
-from taskcarrier.segments import Staging
+from taskcarrier.segments import Staging, locate
 
 BALANCES = [Static(), Dynamic()]
 LONG = 60  # seconds that no test waits for
@@ -119,24 +120,29 @@ class TestLedgerOver:
 
 
 class Sent:
-    """Stands for a channel; keeps what is sent."""
+    """Stands for a channel; keeps what is sent, as the caller reads it."""
 
     def __init__(self):
         self.messages = []
+        self.n_fds = []
 
     def send(self, data, fds=None):
         assert data[:1] == RESULTS
-        self.messages.append([(start, pickle.loads(one)) for start, one in pickle.loads(data[1:])])
+        self.n_fds.append(len(fds))
+        received = results_from((data, [os.dup(fd) for fd in fds]), on_disk=False)
+        self.messages.append([(start, unpack_items(*packed)) for start, *packed in received])
 
 
 class TestOutbox:
     @pytest.fixture
     def sent(self):
-        return Sent()
+        sent = Sent()
+        yield sent
+        sent.messages.clear()
 
     @pytest.fixture
     def outbox(self, sent):
-        return module._Outbox(sent)
+        return module._Outbox(sent, None)
 
     def test_results_are_sent_together(self, outbox, sent, monkeypatch):
         monkeypatch.setattr(module, "_BATCH_SECONDS", LONG)
@@ -171,6 +177,59 @@ class TestOutbox:
         assert any("could not pickle the result" in note for note in caught.value.__notes__)
         outbox.flush()
         assert [start for message in sent.messages for start, _ in message] == [0]
+
+
+    def test_large_arrays_of_a_batch_come_in_one_segment(self, outbox, sent, monkeypatch):
+        monkeypatch.setattr(module, "_BATCH_SECONDS", LONG)
+        arrays = [np.arange(5000.0), np.arange(10_000).reshape(100, 100).T]
+        outbox.deliver(0, (arrays[0], "small", np.arange(3)))
+        outbox.deliver(1, arrays[1])
+        arrays[0][:] = 0  # the function uses its array again
+        outbox.flush()
+        ((_, (first, *rest)), (_, second)) = sent.messages[0]
+        np.testing.assert_array_equal(first, np.arange(5000.0))
+        np.testing.assert_array_equal(second, arrays[1])
+        assert rest[0] == "small"
+        assert sent.n_fds == [1]
+        places = [locate(array) for array in (first, second, rest[1])]
+        assert places[0].segment is places[1].segment
+        assert places[2] is None
+        assert second.flags.f_contiguous
+        first[:] = 1  # the caller's own
+        np.testing.assert_array_equal(second, arrays[1])
+
+    def test_each_batch_has_its_own(self, outbox, sent, monkeypatch):
+        monkeypatch.setattr(module, "_BATCH_SECONDS", 0)
+        for start in range(3):
+            outbox.deliver(start, np.full(5000, start))
+        outbox.deliver(3, np.arange(3))
+        assert sent.n_fds == [1, 1, 1, 0]
+        assert [int(array[-1]) for message in sent.messages for _, array in message] == [0, 1, 2, 2]
+
+    def test_large_arrays_count_as_bytes(self, outbox, sent, monkeypatch):
+        monkeypatch.setattr(module, "_BATCH_SECONDS", LONG)
+        outbox.deliver(0, np.zeros(module._BATCH_NBYTES, np.uint8))
+        assert len(sent.messages) == 1
+
+    def test_copied_where_descriptors_are_scarce(self, outbox, sent, monkeypatch):
+        monkeypatch.setattr(module, "descriptors_are_scarce", lambda: True)
+        outbox.deliver(0, np.arange(5000.0))
+        outbox.flush()
+        (((_, array),),) = sent.messages
+        np.testing.assert_array_equal(array, np.arange(5000.0))
+        assert locate(array) is None
+        assert array.flags.writeable
+
+    def test_what_only_cloudpickle_can_is_not_there_twice(self, outbox, sent):
+        class Local:
+            def __init__(self, array):
+                self.array = array
+
+        outbox.deliver(0, [np.arange(5000.0), Local(np.arange(6000.0))])
+        outbox.flush()
+        (((_, (plain, local)),),) = sent.messages
+        np.testing.assert_array_equal(plain, np.arange(5000.0))
+        np.testing.assert_array_equal(local.array, np.arange(6000.0))
 
 
 class LocalWarning(UserWarning):
