@@ -237,6 +237,7 @@ def execute(
 
             assert staging is not None  # for the type checker
             parcel = pack(job, staging)
+            notes = [*notes, *parcel.notes]
             with process_crew(choice.n_jobs) as processes:
                 ran = processes.run(job, parcel, deliver, tick)
     accounts = ran.accounts

@@ -231,6 +231,75 @@ def test_what_cannot_be_pickled_is_an_error_that_says_which(kind):
     assert mapper(abs, [-1, 2]) == [1, 2]
 
 
+@pytest.mark.parametrize("balance", ["static", "dynamic"])
+def test_large_results_lie_in_shared_memory(balance):
+    mapper = MAKERS[f"{balance} processes"]()
+    results = mapper(lambda n: {"n": n, "array": np.full((n, 500), n)}, range(20))
+    for n, result in enumerate(results):
+        np.testing.assert_array_equal(result["array"], np.full((n, 500), n))
+    results[-1]["array"][0] = -1  # the caller's own
+    mapper.map_array(np.negative, results[-1]["array"])
+    assert mapper.report.bytes_copied == 0
+
+
+def test_large_results_in_a_folder(tmp_path):
+    mapper = MAKERS["dynamic processes"](temp_folder=str(tmp_path))
+    results = mapper(np.zeros, [100_000] * 4)
+    assert [len(result) for result in results] == [100_000] * 4
+    assert list(tmp_path.iterdir()) == []
+
+
+MANY_RESULTS = """
+import resource
+import numpy as np
+from taskcarrier import DynamicParallelMapper
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+mapper = DynamicParallelMapper(2, backend="loky", chunksize=1)
+results = mapper(np.full, [50_000] * 100, range(100))
+assert [int(result[-1]) for result in results] == list(range(100))
+"""
+
+
+def test_more_large_results_than_descriptors(tmp_path):
+    run_script(tmp_path, MANY_RESULTS)
+
+
+class Weighted:
+    def __init__(self, weights):
+        self.weights = weights
+
+    def at(self, n):
+        return float(self.weights[n])
+
+
+@pytest.mark.parametrize("of", ["closure", "partial", "bound method", "two"])
+def test_arrays_that_the_function_carries(of):
+    X = np.arange(10_000.0)
+    func, n = {
+        "closure": (lambda n: float(X[n]), 1),
+        "partial": (functools.partial(np.take, X), 1),
+        "bound method": (Weighted(X).at, 1),
+        "two": (lambda n: float(X[n] + carried_too[n]), 2),
+    }[of]
+    carried_too = np.zeros((100, 200))[:, ::2].ravel()
+    mapper = MAKERS["dynamic processes"]()
+    assert mapper(func, range(10)) == list(range(10))
+    many = "1 array of 80,000" if n == 1 else "2 arrays of 160,000"
+    assert mapper.report.notes == (
+        f"the function carries {many} bytes: seen by workers in shared memory, not pickled",
+    )
+    mapper(abs, range(10), shared=None)
+    assert mapper.report.notes == ()
+
+
+def test_arrays_given_beside_the_function_are_not_its_own():
+    mapper = MAKERS["dynamic processes"]()
+    X = np.arange(10_000.0)
+    assert mapper(lambda n, X: float(X[n]), range(3), shared={"X": X}) == [0, 1, 2]
+    assert mapper.report.notes == ()
+
+
 class Unreadable:
     def __init__(self, text="broken on purpose"):
         self.text = text

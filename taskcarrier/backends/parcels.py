@@ -24,7 +24,7 @@ import sys
 import threading
 import traceback
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import CodeType
 from typing import Any
 
@@ -60,12 +60,14 @@ _unpacking = threading.local()
 class Parcel:
     """A packed task: ``data`` and the descriptors ``fds`` that must travel beside it.
 
-    The descriptors belong to the segments in ``segments``, which are kept so long.
+    The descriptors belong to the segments in ``segments``, which are kept so long. What was found
+    in the user's function is said in ``notes``.
     """
 
-    def __init__(self, data: bytes, segments: list[Segment]) -> None:
+    def __init__(self, data: bytes, segments: list[Segment], notes: Sequence[str] = ()) -> None:
         self.data = data
         self.segments = segments
+        self.notes = notes
 
     @property
     def fds(self) -> list[int]:
@@ -97,7 +99,7 @@ def pack(task: object, staging: Staging) -> Parcel:
             f"one call can take at most {_MAX_DESCRIPTORS} separate shared arrays, got "
             f"{len(packer.segments)}; copy some of them"
         )
-    return Parcel(pickle.dumps((pickled, table)), packer.segments)
+    return Parcel(pickle.dumps((pickled, table)), packer.segments, packer.notes())
 
 
 def unpack(data: bytes, fds: list[int]) -> Any:
@@ -123,6 +125,8 @@ class _Packer:
         self._staging = staging
         self.segments: list[Segment] = []
         self.buffers: list[tuple[Segment, int, int]] = []
+        self._found: list[int] = []  # bytes of large arrays so far
+        self._carried: list[int] = []  # of those in functions
 
     def pickle(self, task: object) -> bytes:
         file = io.BytesIO()
@@ -152,8 +156,18 @@ class _Packer:
         # meets; the rest of a task is the library's own.
         file = io.BytesIO()
         pickler = _UserPickler(file, self)
-        pickler.dump((call.func, call.args, call.kwargs))
+        n_before = len(self._found)
+        pickler.dump(call.func)
+        self._carried += self._found[n_before:]
+        pickler.dump((call.args, call.kwargs))
         return _received_call, (file.getvalue(),)
+
+    def notes(self) -> list[str]:
+        """What the report says of closures, partials and bound methods."""
+        n = len(self._carried)
+        what = f"{n} array{'s' * (n != 1)} of {sum(self._carried):,} bytes"
+        where = "seen by workers in shared memory, not pickled"
+        return [f"the function carries {what}: {where}"] if n else []
 
     def view(self, array: np.ndarray) -> SharedView | None:
         """Where an array that the user gave goes as it lies; None to pickle it.
@@ -166,6 +180,8 @@ class _Packer:
         view = located(array)
         if view is None and not (array.flags.forc or is_mostly_gaps(array)):
             (view,) = self._staging.share([array])
+        if view is not None and array.nbytes >= _SHARED_NBYTES:
+            self._found.append(array.nbytes)
         return view
 
     def describe(self, view: SharedView) -> tuple[Any, ...]:
@@ -181,6 +197,7 @@ class _Packer:
             return True
         segment, offset = self._staging.add(block)
         self.buffers.append((segment, offset, len(block)))
+        self._found.append(len(block))
         return False
 
 
@@ -243,7 +260,9 @@ def _received_segment(number: int, on_disk: bool, label: int) -> Segment:
 
 
 def _received_call(pickled: bytes) -> Call:
-    return Call(*pickle.loads(pickled, buffers=_unpacking.buffers))
+    unpickler = pickle.Unpickler(io.BytesIO(pickled), buffers=_unpacking.buffers)
+    func = unpickler.load()
+    return Call(func, *unpickler.load())
 
 
 def pack_error(error: BaseException) -> bytes:

@@ -6,6 +6,7 @@ import socket
 import struct
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -343,6 +344,10 @@ class TestItems:
             pack_items([threading.Lock()])
 
 
+def n_open():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def ready(channel):
     """The bytes of all whole messages that have come, and whether more may come."""
     open_ = channel.read()
@@ -485,12 +490,12 @@ class TestChannel:
 
     def test_descriptors_that_nobody_takes_are_closed_with_the_channel(self, pair):
         file = os.memfd_create("file")
-        before = len(os.listdir("/proc/self/fd"))
+        before = n_open()
         pair[0].send(b"one", [file])
         assert pair[1].read()
-        assert len(os.listdir("/proc/self/fd")) == before + 1
+        assert n_open() == before + 1
         pair[1].close()
-        assert len(os.listdir("/proc/self/fd")) == before - 1
+        assert n_open() == before - 1
         os.close(file)
 
     def test_too_many_descriptors(self):

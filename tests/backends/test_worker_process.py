@@ -3,7 +3,6 @@
 import contextlib
 import mmap
 import os
-import pickle
 import signal
 import socket
 import sys
@@ -177,7 +176,6 @@ class TestOutbox:
         assert any("could not pickle the result" in note for note in caught.value.__notes__)
         outbox.flush()
         assert [start for message in sent.messages for start, _ in message] == [0]
-
 
     def test_large_arrays_of_a_batch_come_in_one_segment(self, outbox, sent, monkeypatch):
         monkeypatch.setattr(module, "_BATCH_SECONDS", LONG)
