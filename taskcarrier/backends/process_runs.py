@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,6 +47,63 @@ class Worker(Protocol):
         """Exit code of a process that has ended; its descriptors are closed."""
 
 
+class Watch:
+    """Waits until a worker says something or ends."""
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._by_fd: dict[int, tuple[int, Worker]] = {}
+
+    def add(self, number: int, worker: Worker) -> None:
+        """Watch a worker; the number is the caller's."""
+        for fd in (worker.channel.fileno(), worker.pidfd):
+            self._by_fd[fd] = (number, worker)
+            self._poll.register(fd, select.POLLIN)
+
+    def listen_no_more(self, worker: Worker) -> None:
+        """Its stream has ended; the process's own descriptor tells the rest."""
+        self._poll.unregister(worker.channel.fileno())
+
+    def drop(self, worker: Worker) -> None:
+        """Watch it no more."""
+        for fd in (worker.channel.fileno(), worker.pidfd):
+            del self._by_fd[fd]
+            with contextlib.suppress(KeyError):
+                self._poll.unregister(fd)
+
+    def wait(self, seconds: float) -> Iterator[tuple[int, Worker, bool]]:
+        """Number and worker of those that have said something, then of those that have ended.
+
+        The last of the three is whether it has ended. Who is dropped meanwhile is left out.
+        """
+        fds = [fd for fd, _ in self._poll.poll(seconds * 1e3)]
+        ended = {fd for fd in fds if fd == self._by_fd[fd][1].pidfd}
+        for fd in sorted(fds, key=ended.__contains__):
+            if fd in self._by_fd:
+                yield *self._by_fd[fd], fd in ended
+
+
+def late(
+    timeout: float, in_hand: Iterable[tuple[int, Again | None, int]]
+) -> tuple[float, dict[int, tuple[int, int]]]:
+    """Seconds until the next range has taken too long, and the ranges that have, by worker.
+
+    Of each worker is given what it has in hand, and since when (ns; 0 if it is not known).
+    """
+    now = time.monotonic_ns()
+    left = timeout
+    too_late = {}
+    for number, held, since in in_hand:
+        if held is None or not since:
+            continue
+        due = timeout - (now - since) / 1e9
+        if due > 0:
+            left = min(left, due)
+        else:
+            too_late[number] = held[:2]
+    return left, too_late
+
+
 class ProcessRun:
     """The caller's side of one run: who is at work, what has come, what has to be run again."""
 
@@ -64,8 +121,7 @@ class ProcessRun:
         self._parcel = parcel
         self._living = living
         self._began_ns: dict[int, int] = {}
-        self._poll = select.poll()
-        self._by_fd: dict[int, tuple[int, Worker]] = {}
+        self._watch = Watch()
         self._again: dict[int, Sequence[Again]] = {}  # what each worker at work was given to begin
         self._overdue: dict[int, tuple[int, int]] = {}  # who is killed for which range
         self._received: set[int] = set()  # the starts of ranges whose results have come
@@ -84,9 +140,7 @@ class ProcessRun:
         self._began_ns[number] = time.monotonic_ns()
         self._again[number] = again
         self.at_work[number] = worker
-        for fd in (worker.channel.fileno(), worker.pidfd):
-            self._by_fd[fd] = (number, worker)
-            self._poll.register(fd, select.POLLIN)
+        self._watch.add(number, worker)
         # A worker that is just dying is seen by its descriptor.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             worker.channel.send(order(list(again), self._parcel.data), self._parcel.fds)
@@ -116,24 +170,16 @@ class ProcessRun:
         waits = [_LONGEST_WAIT, *([] if seconds is None else [seconds])]
         if timeout is not None:
             waits.append(self._seconds_left(timeout))
-        events = self._poll.poll(min(waits) * 1e3)
-        ended = []
-        for fd, _ in events:
-            if fd not in self._by_fd:  # it has reported meanwhile, and may end now
+        for number, worker, has_ended in self._watch.wait(min(waits)):
+            says_more = self._take_in(number, worker)  # at last, what it said before it died
+            if number not in self.at_work:
                 continue
-            number, worker = self._by_fd[fd]
-            if fd == worker.pidfd:
-                ended.append((number, worker))
-            elif not self._take_in(number, worker) and fd in self._by_fd:
-                # The stream has ended; the process's own descriptor tells the rest.
-                self._poll.unregister(fd)
-        for number, worker in ended:
-            if number in self.at_work:
-                self._take_in(number, worker)  # what it sent before it died
-            if number in self.at_work:
-                late = self._overdue.get(number)
+            if has_ended:
+                overdue = self._overdue.get(number)
                 self._leave(number, worker)
-                self._bury(number, worker, late)
+                self._bury(number, worker, overdue)
+            elif not says_more:
+                self._watch.listen_no_more(worker)
 
     def abort(self) -> None:
         """Stop: workers at their next cell, or soon by force."""
@@ -162,18 +208,13 @@ class ProcessRun:
 
     def _seconds_left(self, timeout: float) -> float:
         """Seconds until the next range has taken too long; those that have are ended."""
-        now = time.monotonic_ns()
-        left = timeout
-        for number, worker in self.at_work.items():
-            held, since = self._held(number), self._ledger.since(number)
-            if held is None or not since:
-                continue
-            due = timeout - (now - since) / 1e9
-            if due > 0:
-                left = min(left, due)
-            elif number not in self._overdue:
-                self._overdue[number] = held[:2]
-                worker.kill()
+        in_hand = [
+            (number, self._held(number), self._ledger.since(number)) for number in self.at_work
+        ]
+        left, too_late = late(timeout, in_hand)
+        for number in too_late.keys() - self._overdue.keys():
+            self._overdue[number] = too_late[number]
+            self.at_work[number].kill()
         return left
 
     # Deaths
@@ -199,10 +240,10 @@ class ProcessRun:
             return False
         return marks[cell] == DONE or (marks[cell] == SENT and again.start in self._received)
 
-    def _bury(self, number: int, worker: Worker, late: tuple[int, int] | None) -> None:
+    def _bury(self, number: int, worker: Worker, overdue: tuple[int, int] | None) -> None:
         """A worker has died: see to what it had in hand, and put another in its place.
 
-        `late` is the range for which it was killed, if it was.
+        `overdue` is the range for which it was killed, if it was.
         """
         exitcode = worker.reap()
         held = self._held(number)
@@ -216,9 +257,9 @@ class ProcessRun:
             exitcode,
             None if held is None else held[:2],
             1 if held is None else held.attempt,
-            held is not None and late == held[:2],
+            held is not None and overdue == held[:2],
         )
-        nexts = self._nexts(death, held, late, worker)
+        nexts = self._nexts(death, held, overdue, worker)
         if self._has_ended:
             self._lost += [part[:2] for part in (*nexts, *rest)]
         self._deaths.append(death)
@@ -228,7 +269,7 @@ class ProcessRun:
             self.start(number, self._living(number), [*nexts, *rest])
 
     def _nexts(
-        self, death: Death, held: Again | None, late: tuple[int, int] | None, worker: Worker
+        self, death: Death, held: Again | None, overdue: tuple[int, int] | None, worker: Worker
     ) -> list[Again]:
         """What is to be run instead of what a dead worker had in hand."""
         number, recovery = death.worker, self._job.recovery
@@ -239,8 +280,8 @@ class ProcessRun:
             if idle > max(1, recovery.retries):
                 self._fatal.append(death)
             return []
-        if late is not None:
-            if late != held[:2]:  # it had come to this one meanwhile, which is not to blame
+        if overdue is not None:
+            if overdue != held[:2]:  # it had come to this one meanwhile, which is not to blame
                 return [held]
             if not (nexts := recovery.after_timeout(held)):
                 self._blame(held, self._too_late(worker), worker)
@@ -343,7 +384,4 @@ class ProcessRun:
     def _leave(self, number: int, worker: Worker) -> None:
         del self.at_work[number]
         self._overdue.pop(number, None)
-        for fd in (worker.channel.fileno(), worker.pidfd):
-            del self._by_fd[fd]
-            with contextlib.suppress(KeyError):
-                self._poll.unregister(fd)
+        self._watch.drop(worker)
