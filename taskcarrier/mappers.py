@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Self
 
-from taskcarrier import sequences
+from taskcarrier import sequences, streaming
 from taskcarrier.arrays.mapping import map_array, map_chunks, map_items
 from taskcarrier.arrays.options import DESCRIPTIONS, documented
 from taskcarrier.arrays.reducing import reduce_array
@@ -174,6 +174,86 @@ class Mapper:
         settings = replace(self._settings(), recovery=Recovery.checked(timeout, retries, retry_on))
         return sequences.mapped(
             settings, func, (seq1, *seqs), self.chunksize, on_error=on_error, rng=rng, shared=shared
+        )
+
+    @documented
+    def imap(
+        self,
+        func: Callable[..., Any],
+        iterable: Iterable[Any],
+        *iterables: Iterable[Any],
+        ordered: bool = True,
+        buffersize: int | None = None,
+        shared: Mapping[str, Any] | None = None,
+        rng: Any = None,
+        timeout: float | None = None,
+        retries: int = RETRIES,
+        retry_on: type[Exception] | tuple[type[Exception], ...] = (),
+    ) -> Generator[Any, None, None]:
+        """Apply a function to the items of an input that need not end; results as they come.
+
+        Like the built-in `map`, this returns an iterator: work begins when the first result is
+        asked for, and the input is read in the thread that asks, never further ahead than
+        `buffersize`. Workers take the next items when they are free, whatever the mapper's balance;
+        a `SerialMapper` reads one item at a time. Between two questions each worker finishes what
+        it was given, so the caller may take its time. Closing the iterator, or dropping it, ends
+        the work within about a second.
+
+        What is demanded of `func` is the same as for `map`.
+
+        Parameters
+        ----------
+        func : callable
+            Called as ``func(item)``, with several iterables ``func(item1, item2, ...)``.
+        iterable, *iterables : iterable
+            The items; an iterator may be endless. With several, the shortest wins.
+        ordered : bool, default True
+            Whether results come in the order of the items; if not, in the order in which they are
+            done, so that a slow item does not hold up others.
+        buffersize : int, optional
+            Items that may have been read and whose results have not been handed out. Default: four
+            blocks for each worker; a block is one item, or as many as take some milliseconds (a
+            thousand at most), or the mapper's `chunksize`.
+        shared : dict, optional
+            As for `map`.
+        {item_rng}
+        {timeout}
+        {retries}
+        {retry_on}
+
+        Yields
+        ------
+        object
+            The results.
+
+        Raises
+        ------
+        WorkerDiedError, TimeoutError
+            As for `map`.
+        Exception
+            Whatever `func` or the input raises, with a note that names the item, when it is that
+            item's turn: with ``ordered=True`` after the results of all items before it. It ends the
+            iterator.
+
+        Examples
+        --------
+        >>> from itertools import count
+        >>> from taskcarrier import DynamicParallelMapper
+        >>> squares = DynamicParallelMapper(2, backend="threading").imap(lambda n: n**2, count())
+        >>> next(squares), next(squares), next(squares)
+        (0, 1, 4)
+        >>> squares.close()
+        """
+        settings = replace(self._settings(), recovery=Recovery.checked(timeout, retries, retry_on))
+        return streaming.imapped(
+            settings,
+            func,
+            (iterable, *iterables),
+            self.chunksize,
+            ordered=ordered,
+            buffersize=buffersize,
+            rng=rng,
+            shared=shared,
         )
 
     map_array = _method(map_array)

@@ -11,11 +11,11 @@ from taskcarrier.report import Report
 
 @contextmanager
 def shown(
-    verbosity: int, n_items: int, n_workers: int, n_before: int = 0
+    verbosity: int, n_items: int | None, n_workers: int, n_before: int = 0
 ) -> Iterator[Callable[[Ledger], None] | None]:
     """A function to call now and then with the run's ledger; None when nothing is shown.
 
-    Of the items, `n_before` were done before the run.
+    Of the items (None if nobody knows how many), `n_before` were done before the run.
     """
     if verbosity < 1:
         yield None

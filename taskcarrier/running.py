@@ -241,12 +241,15 @@ def execute(
             with process_crew(choice.n_jobs) as processes:
                 ran = processes.run(job, parcel, deliver, tick)
     accounts = ran.accounts
-    report = _report(
+    report = report_of(
         job,
         choice,
         ran,
         staging,
-        notes=[*notes, *_resumed(kept, grid), *_recovered(ran)],
+        chunksize=grid.chunksize,
+        ranges=len(grid),
+        items=grid.n_items,
+        notes=[*notes, *_resumed(kept, grid), *recovered(ran)],
         compiling=compiling,
         started_ns=started_ns,
     )
@@ -295,7 +298,7 @@ def _resumed(kept: Kept | None, grid: Grid) -> list[str]:
     return [*([done] if kept.n_done else []), *kept.notes]
 
 
-def _recovered(ran: Ran) -> list[str]:
+def recovered(ran: Ran) -> list[str]:
     """What the report says of workers that died."""
     if not ran.deaths:
         return []
@@ -391,16 +394,20 @@ def _run_here(job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None)
     return Ran.read([account], ledger)
 
 
-def _report(
+def report_of(
     job: Job,
     choice: Choice,
     ran: Ran,
     staging: Staging | None,
     *,
+    chunksize: int,
+    ranges: int,
+    items: int,
     notes: Sequence[str],
-    compiling: float,
     started_ns: int,
+    compiling: float = 0.0,
 ) -> Report:
+    """What a run did that has just ended."""
     wall = (monotonic_ns() - started_ns) / 1e9 - compiling
     workers = tuple(
         WorkerReport(
@@ -417,9 +424,9 @@ def _report(
         reason=choice.reason,
         balance="serial" if choice.backend == "sequential" else job.balance.name,
         n_jobs=job.n_workers,
-        chunksize=job.grid.chunksize,
-        ranges=len(job.grid),
-        items=job.grid.n_items,
+        chunksize=chunksize,
+        ranges=ranges,
+        items=items,
         bytes_copied=0 if staging is None else staging.nbytes,
         seconds=wall,
         workers=workers,

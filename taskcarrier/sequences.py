@@ -20,7 +20,7 @@ from taskcarrier.backends.parts import Fault, Parts
 from taskcarrier.backends.work import Agree
 from taskcarrier.blocks import Blocks
 from taskcarrier.partition import list_grid
-from taskcarrier.recovery import Retried
+from taskcarrier.recovery import Recovery, Retried
 from taskcarrier.running import (
     Settings,
     decide,
@@ -48,21 +48,20 @@ def mapped(
     items = _gathered(sequences)
     grid = list_grid(len(items), chunksize)
     nothing = Choice("sequential", 1, "there is nothing to map")
-    _, kwargs = check_extras((), shared, "shared")
-    if rng is not None and "rng" in kwargs:
-        raise TypeError("rng is given twice: as an option, and in shared")
+    calls = Calls.checked(
+        func,
+        settings.recovery,
+        several=len(sequences) > 1,
+        collects=collects,
+        rng=rng,
+        shared=shared,
+    )
     choice = decide(settings, func) if items else nothing
-    several = len(sequences) > 1
-    if rng is not None:
-        func = WithStream(func, Streams.of_seed(rng))
-    if settings.recovery.retry_on:
-        func = Retried(func, settings.recovery.retry_on, settings.recovery.retries)
-    calls = _Calls(Call(func, (), kwargs), several, collects, rng is not None)
     staging = None
     task: _ItemTask | _PackedTask
     if choice.backend == "loky":
         staging = settings.staging()
-        blocks = Blocks.pack(lambda start, stop: items[start:stop], grid, staging, _describe)
+        blocks = Blocks.pack(lambda start, stop: items[start:stop], grid, staging, describe)
         task = _PackedTask(calls, blocks, grid.chunksize)
     else:
         task = _ItemTask(calls, items)
@@ -78,14 +77,14 @@ def mapped(
         narrows=True,
         deliver=done.__setitem__,
     )
-    raise_failure(outcome, _describe)
+    raise_failure(outcome, describe)
     results, faults, missing = _joined(done, len(items))
     if outcome.deaths and missing:
-        raise died_error(outcome, _describe, missing, results)
+        raise died_error(outcome, describe, missing, results)
     if not collects:
         return results
     for start, stop, error in faults:
-        add_note(error, f"while mapping {_describe(start, stop)}")
+        add_note(error, f"while mapping {describe(start, stop)}")
     return results, failed_ranges(faults)
 
 
@@ -124,12 +123,13 @@ def _joined(
     return results, faults, missing
 
 
-def _describe(start: int, stop: int) -> str:
+def describe(start: int, stop: int) -> str:
+    """A range of a list's items in words."""
     return f"item {start}" if stop == start + 1 else f"items {start}:{stop}"
 
 
 @dataclass(frozen=True, eq=False)
-class _Calls:
+class Calls:
     """How the function is called with items.
 
     Attributes
@@ -149,7 +149,28 @@ class _Calls:
     collects: bool
     numbered: bool
 
-    def opened(self) -> _Calls:
+    @classmethod
+    def checked(
+        cls,
+        func: Callable[..., Any],
+        recovery: Recovery,
+        *,
+        several: bool,
+        collects: bool,
+        rng: object,
+        shared: object,
+    ) -> Calls:
+        """From the arguments of a call."""
+        _, kwargs = check_extras((), shared, "shared")
+        if rng is not None and "rng" in kwargs:
+            raise TypeError("rng is given twice: as an option, and in shared")
+        if rng is not None:
+            func = WithStream(func, Streams.of_seed(rng))
+        if recovery.retry_on:
+            func = Retried(func, recovery.retry_on, recovery.retries)
+        return cls(Call(func, (), kwargs), several, collects, rng is not None)
+
+    def opened(self) -> Calls:
         """The same in a worker, with what every call gets bound, arrays read-only."""
         if not self.call.kwargs:
             return self
@@ -190,7 +211,7 @@ class _Calls:
 class _ItemTask:
     """`func` on items of this process."""
 
-    calls: _Calls
+    calls: Calls
     items: Sequence[Any]
 
     def open(self, agree: Agree) -> _ItemTask:  # noqa: ARG002  # nothing to agree on
@@ -207,7 +228,7 @@ class _ItemTask:
 class _PackedTask:
     """`func` on blocks of pickled items in shared memory."""
 
-    calls: _Calls
+    calls: Calls
     blocks: Blocks
     chunksize: int
 

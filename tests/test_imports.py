@@ -25,6 +25,7 @@ LAYERS = [
     ["running"],
     ["arrays"],
     ["sequences"],
+    ["streaming"],
     ["mappers"],
     ["current", "fitting"],
     ["__init__"],

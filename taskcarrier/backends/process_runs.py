@@ -26,8 +26,8 @@ from taskcarrier.ledger import DONE, FREE, SENT, TAKEN_BACK, Ledger
 from taskcarrier.partition import Partition
 from taskcarrier.recovery import Again
 
-# How long an interrupted run waits for a worker to finish its cell before it is killed.
-_GRACE_SECONDS = 0.5
+GRACE_SECONDS = 0.5
+"""How long an interrupted run waits for a worker to finish its cell before it is killed."""
 # A signal that comes just before the caller begins to wait is not seen until something else
 # happens; so it looks now and then.
 _LONGEST_WAIT = 1.0
@@ -184,7 +184,7 @@ class ProcessRun:
     def abort(self) -> None:
         """Stop: workers at their next cell, or soon by force."""
         self._ledger.halt()
-        deadline = time.monotonic() + _GRACE_SECONDS
+        deadline = time.monotonic() + GRACE_SECONDS
         try:
             while self.at_work and (left := deadline - time.monotonic()) > 0:
                 self.step(left)

@@ -33,6 +33,7 @@ from joblib.externals.loky.backend import get_context
 from taskcarrier import caller_memory
 from taskcarrier.backends.inner import inner_environment
 from taskcarrier.backends.parcels import Channel, Parcel
+from taskcarrier.backends.process_feeds import ProcessFeed
 from taskcarrier.backends.process_runs import ProcessRun
 from taskcarrier.backends.threads import TICK
 from taskcarrier.backends.work import Deliver, Job, Ran
@@ -189,6 +190,11 @@ class ProcessCrew:
                 for segment in parcel.segments:
                     segment.retire()
             ledger.marks = None
+
+    def feed(self, job: Job, parcel: Parcel) -> ProcessFeed:
+        """Have the workers wait for blocks of items; the crew is its own until it is closed."""
+        self._ledger.reset(job.n_workers)
+        return ProcessFeed(job, self._ledger, parcel, self._living)
 
     def close(self, *, wait: bool = True) -> None:
         """End the workers; they are idle."""

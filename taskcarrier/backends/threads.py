@@ -12,10 +12,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextvars import copy_context
+from functools import partial
 from queue import SimpleQueue
 
+from taskcarrier.backends.feeds import ThreadFeed
 from taskcarrier.backends.inner import limit_this_thread, limited, serial_joblib
-from taskcarrier.backends.work import Account, Deliver, Job, Ran, outlet_here, work
+from taskcarrier.backends.work import Account, Deliver, Feed, Job, Ran, outlet_here, work
 from taskcarrier.ledger import Ledger
 
 # Seconds between two looks at a run whose progress is shown.
@@ -26,6 +28,10 @@ _LONGEST_WAIT = 1.0
 # How long an interrupted call waits for compiled loops, which look at the halt word before every
 # item and write their results themselves.
 _GRACE_SECONDS = 1.0
+
+
+Ended = Callable[[Account], None]
+"""Takes a worker's account when it is done."""
 
 
 class _Worker:
@@ -72,23 +78,17 @@ class ThreadCrew:
         finished.acquire()
         last = threading.Lock()
 
-        def order(number: int) -> Callable[[], None]:
-            def run() -> None:
-                job.surroundings.take_on()
-                limit_this_thread()
-                account = work(job, ledger, number, outlet_here(deliver))
-                with last:
-                    accounts[number] = account
-                    if len(accounts) == n:
-                        finished.release()
-
-            context = copy_context()
-            return lambda: context.run(run)
+        def ended(account: Account) -> None:
+            with last:
+                accounts[account.worker] = account
+                if len(accounts) == n:
+                    finished.release()
 
         try:
             with limited.open():
                 for number in range(n):
-                    self._workers[number].inbox.put(order(number))
+                    part = partial(work, job, ledger, number, outlet_here(deliver))
+                    self._begin(number, job, part, ended)
                 _wait(finished, ledger, tick)
         finally:
             if len(accounts) < n:
@@ -101,6 +101,27 @@ class ThreadCrew:
         for number, account in accounts.items():
             account.name = f"thread {number}"
         return Ran.read([accounts[number] for number in range(n)], ledger)
+
+    def feed(self, job: Job) -> ThreadFeed:
+        """Have the threads wait for blocks of items; the crew is its own until it is closed."""
+        ledger = Ledger.local(job.n_workers)
+
+        def begin(number: int, feed: Feed, deliver: Deliver, ended: Ended) -> None:
+            part = partial(work, job, ledger, number, outlet_here(deliver), feed=feed)
+            self._begin(number, job, part, ended)
+
+        return ThreadFeed(job.n_workers, ledger, begin, self._replace, _GRACE_SECONDS)
+
+    def _begin(self, number: int, job: Job, part: Callable[[], Account], ended: Ended) -> None:
+        """Have a thread begin its part of a run."""
+
+        def run() -> None:
+            job.surroundings.take_on()
+            limit_this_thread()
+            ended(part())
+
+        context = copy_context()
+        self._workers[number].inbox.put(lambda: context.run(run))
 
     def _replace(self, stuck: set[int]) -> None:
         for number in stuck:

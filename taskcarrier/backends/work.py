@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from time import monotonic_ns
@@ -50,6 +51,13 @@ class Task(Protocol):
 
         With `agree` workers settle on a value: it takes a proposal and returns the first of all.
         """
+
+
+class FedCells(Cells, Protocol):
+    """Cells whose items are handed to them, block by block."""
+
+    def hold(self, start: int, read: Callable[[], Sequence[Any]]) -> None:
+        """Items from `start` on are what `read` returns; ranges of these are run next."""
 
 
 class Sweep(Protocol):
@@ -100,6 +108,8 @@ class Job:
         What the function sees of the caller.
     sweeps : bool
         Whether what the task opens into is a `Sweep`.
+    fed : bool
+        Whether it opens into `FedCells`; then grid and balance tell nothing.
     recovery : Recovery
         How long a range may take, and what is tried again.
     collects : bool
@@ -118,6 +128,7 @@ class Job:
     n_workers: int
     surroundings: Surroundings = field(default_factory=Surroundings.here)
     sweeps: bool = False
+    fed: bool = False
     recovery: Recovery = USUAL
     collects: bool = False
     narrows: bool = False
@@ -283,13 +294,37 @@ Outlet = tuple[Deliver, Callable[[], None]]
 """How results leave a worker: a function that takes them, and one that has them arrive."""
 
 
+# A range that is given out again, or was fed, and its number among these; or a cell.
+_Held = tuple[Again, int] | int
+
+Feed = Callable[[FedCells], Iterable[_Held]]
+"""Hands blocks of items to a worker's cells, and yields what it is to run of them."""
+
+
 def outlet_here(deliver: Deliver) -> Outlet:
     """That of a worker in the caller's process."""
     return deliver, lambda: None
 
 
+@contextmanager
+def as_worker() -> Iterator[None]:
+    """What this thread does meanwhile is the work of a worker."""
+    busy_before = getattr(_state, "busy", False)
+    _state.busy = True
+    try:
+        yield
+    finally:
+        _state.busy = busy_before
+
+
 def work(
-    job: Job, ledger: Ledger, worker: int, outlet: Outlet, again: Sequence[Again] = ()
+    job: Job,
+    ledger: Ledger,
+    worker: int,
+    outlet: Outlet,
+    again: Sequence[Again] = (),
+    *,
+    feed: Feed | None = None,
 ) -> Account:
     """Run ranges until there are none, one fails, or the run is halted.
 
@@ -305,27 +340,31 @@ def work(
         Where results go that are not in place yet.
     again : sequence of Again
         Ranges that this worker is to run before its cells, because another has died on them.
+    feed : Feed, optional
+        Where its other ranges come from, instead of the grid.
     """
     account = Account(worker)
-    busy_before = getattr(_state, "busy", False)
-    _state.busy = True
     cells: Cells | None = None
-    try:
-        cells = job.task.open(ledger.agree)
-        if job.sweeps:
-            _sweep(job, ledger, account, cast("Sweep", cells), outlet[0])
-        else:
-            held: Iterable[_Held] = job.balance.cells(ledger, worker, job.n_workers, len(job.grid))
-            if again:
-                held = chain(_again(ledger, worker, again), held)
-            _go_through(job, ledger, account, cells, outlet=outlet, held=held)
-    except BaseException as error:  # noqa: BLE001  # also exits and interrupts: the caller raises
-        ledger.halt()
-        account.failure = Failure(account.at, error, attempt=account.attempt)
-    finally:
-        _state.busy = busy_before
-        if cells is not None:
-            account.facts = cells.facts()  # must not raise
+    with as_worker():
+        try:
+            cells = job.task.open(ledger.agree)
+            if job.sweeps:
+                _sweep(job, ledger, account, cast("Sweep", cells), outlet[0])
+            else:
+                held: Iterable[_Held]
+                if feed is not None:
+                    held = feed(cast("FedCells", cells))
+                else:
+                    held = job.balance.cells(ledger, worker, job.n_workers, len(job.grid))
+                if again:
+                    held = chain(_again(ledger, worker, again), held)
+                _go_through(job, ledger, account, cells, outlet=outlet, held=held)
+        except BaseException as error:  # noqa: BLE001  # also exits and interrupts: the caller raises
+            ledger.halt()
+            account.failure = Failure(account.at, error, attempt=account.attempt)
+        finally:
+            if cells is not None:
+                account.facts = cells.facts()  # must not raise
     return account
 
 
@@ -340,10 +379,6 @@ def _sweep(job: Job, ledger: Ledger, account: Account, cells: Sweep, deliver: De
         account.ranges, account.items = ledger.ranges_of(worker), ledger.items_of(worker)
         cell, _ = ledger.held(worker)
         account.at = None if cell < 0 else job.grid.bounds(cell)
-
-
-# A range that is given out again, and its number among these; or a cell.
-_Held = tuple[Again, int] | int
 
 
 def _go_through(

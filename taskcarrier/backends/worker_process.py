@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import mmap
 import os
 import pickle
 import select
 import signal
 import socket
+import struct
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
 from taskcarrier import caller_memory, kept_mappings
+from taskcarrier.backends.feeds import Came
 from taskcarrier.backends.given import add_note
 from taskcarrier.backends.inner import serial_joblib
 from taskcarrier.backends.parcels import (
@@ -30,7 +33,16 @@ from taskcarrier.backends.parcels import (
     unpack_error,
     unpack_items,
 )
-from taskcarrier.backends.work import Account, Failure, Heard, mark_worker_process, work
+from taskcarrier.backends.parts import Parts
+from taskcarrier.backends.work import (
+    Account,
+    Deliver,
+    Failure,
+    FedCells,
+    Heard,
+    mark_worker_process,
+    work,
+)
 from taskcarrier.ledger import OWN_MARKS, FileAgreement, FileCursor, Ledger
 from taskcarrier.recovery import Again
 from taskcarrier.segments import Segment, Staging, descriptors_are_scarce
@@ -51,21 +63,31 @@ KEPT, FREE = b"K", b"F"
 PackedResult = tuple[int, bytes, list[tuple[int, int]]]
 """Start of a range, its pickled result, and where its large arrays lie: offsets and lengths."""
 
-# Before a parcel stands what this worker alone is to begin with, and before that its length.
-_N_LENGTH = 4
+# Before a parcel stands whether blocks of items will follow, the length of what this worker alone
+# is to begin with, and that.
+_ORDER = struct.Struct("<?I")
 
 
-def order(again: list[Again], parcel: bytes) -> bytes:
-    """A message to a worker: what it is to run first, and the run."""
+def order(again: list[Again], parcel: bytes, *, fed: bool = False) -> bytes:
+    """A message to a worker: what it is to run first, the run, and whether blocks follow."""
     first = pickle.dumps([tuple(one) for one in again]) if again else b""
-    return len(first).to_bytes(_N_LENGTH, "little") + first + parcel
+    return _ORDER.pack(fed, len(first)) + first + parcel
 
 
-def _taken_apart(message: bytes) -> tuple[list[Again], bytes]:
-    begin = _N_LENGTH + int.from_bytes(message[:_N_LENGTH], "little")
-    if begin == _N_LENGTH:
-        return [], message[begin:]
-    return [Again(*one) for one in pickle.loads(message[_N_LENGTH:begin])], message[begin:]
+def block_order(again: Again, first: int, packed: bytes, places: list[tuple[int, int]]) -> bytes:
+    """A message to a worker that is fed: a range, and the block that it is of.
+
+    The block begins with item `first`; its pickle, or, where that is empty, the last of the places,
+    refers to what lies at these offsets, so many bytes each, of the segment that comes with it.
+    """
+    return pickle.dumps((tuple(again), first, packed, places))
+
+
+def _taken_apart(message: bytes) -> tuple[bool, list[Again], bytes]:
+    fed, length = _ORDER.unpack_from(message)
+    begin = _ORDER.size + length
+    again = [Again(*one) for one in pickle.loads(message[_ORDER.size : begin])] if length else []
+    return fed, again, message[begin:]
 
 
 def ledger_over(words_fd: int, cursor_fd: int, agreement_fd: int) -> Ledger:
@@ -119,7 +141,8 @@ def _die_with(life: int) -> None:
 
 
 def _run_parcel(number: int, channel: Channel, ledger: Ledger, data: bytes, fds: list[int]) -> None:
-    again, parcel = _taken_apart(data)
+    is_fed, again, parcel = _taken_apart(data)
+    fed = _Fed(channel, ledger, number) if is_fed else None
     try:
         job = unpack(parcel, fds)
     except BaseException as error:  # noqa: BLE001  # the caller raises it
@@ -129,9 +152,13 @@ def _run_parcel(number: int, channel: Channel, ledger: Ledger, data: bytes, fds:
     else:
         outbox = _Outbox(channel, job.folder)
         job.surroundings.take_on()
-        ledger.mark_in(job.marks_here(), len(job.grid))
+        deliver: Deliver = outbox.deliver
+        if is_fed:
+            deliver = outbox.deliver_or_fault
+        else:
+            ledger.mark_in(job.marks_here(), len(job.grid))
         with _warnings_heard() as heard:
-            account = work(job, ledger, number, (outbox.deliver, outbox.flush), again)
+            account = work(job, ledger, number, (deliver, outbox.flush), again, feed=fed)
         outbox.flush()
         account.warnings = list(heard.values())
         ledger.marks = None
@@ -142,6 +169,57 @@ def _run_parcel(number: int, channel: Channel, ledger: Ledger, data: bytes, fds:
     del account
     # What the function still holds on to must not be overwritten by a later call's data.
     channel.send(ACCOUNT + (KEPT if kept_mappings.anything_in_use() else FREE) + packed)
+    if fed is not None:
+        fed.drain()
+
+
+class _Fed:
+    """Ranges whose items come through the socket, block by block, until an empty message."""
+
+    def __init__(self, channel: Channel, ledger: Ledger, worker: int) -> None:
+        self._channel = channel
+        self._ledger = ledger
+        self._worker = worker
+        self._is_over = False
+
+    def __call__(self, cells: FedCells) -> Iterator[tuple[Again, int]]:
+        number = 0
+        while (message := self._next()) is not None:
+            data, fds = message
+            again, first, packed, places = pickle.loads(data)
+            segment = Segment(fds[0], on_disk=False) if fds else None
+            if self._ledger.halted:
+                return
+            cells.hold(first, functools.partial(_block_items, segment, packed, places))
+            self._ledger.hold_again(self._worker, number)
+            yield Again(*again), number
+            number += 1
+
+    def _next(self) -> Message | None:
+        if self._is_over:
+            return None
+        message = self._channel.receive()
+        self._is_over = not message[0]
+        return None if self._is_over else message
+
+    def drain(self) -> None:
+        """Take in what the caller has sent before it knew that this worker is done."""
+        while (message := self._next()) is not None:
+            for fd in message[1]:
+                os.close(fd)
+
+
+def _block_items(
+    segment: Segment | None, packed: bytes, places: list[tuple[int, int]]
+) -> Sequence[Any]:
+    """The items of a block; arrays among them are this worker's own."""
+    large: list[memoryview] = []
+    if segment is not None:
+        segment.nbytes = os.fstat(segment.fd).st_size
+        memory = memoryview(segment.map("private"))
+        large = [memory[offset : offset + nbytes] for offset, nbytes in places]
+    items: Sequence[Any] = pickle.loads(packed or large.pop(), buffers=large)
+    return items
 
 
 @contextlib.contextmanager
@@ -200,6 +278,16 @@ class _Outbox:
         self._nbytes += len(packed) + sum(len(block) for block in large)
         if self._nbytes >= _BATCH_NBYTES or now - self._since >= _BATCH_SECONDS:
             self.flush()
+
+    def deliver_or_fault(self, start: int, result: Came | Parts) -> None:
+        """What cannot be sent comes as a fault of its range."""
+        try:
+            self.deliver(start, result)
+        except Exception as error:
+            if not isinstance(result, Came):
+                raise
+            fault = (start, result.stop, error)
+            self.deliver(start, result._replace(result=Parts([], [fault])))
 
     def _put(self, block: memoryview) -> tuple[int, int]:
         self._segment, offset = self._staging.add(block)

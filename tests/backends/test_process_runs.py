@@ -803,7 +803,7 @@ class crew_closed:  # noqa: N801  # read as a function
 
 class TestAbort:
     def test_those_that_do_not_stop_are_killed(self, monkeypatch):
-        monkeypatch.setattr(module, "_GRACE_SECONDS", 0.01)
+        monkeypatch.setattr(module, "GRACE_SECONDS", 0.01)
         crew = scripted(n_workers=2)
         with crew:
             crew.run.abort()
@@ -813,7 +813,7 @@ class TestAbort:
             assert crew.run.at_work == {}
 
     def test_those_that_stop_are_not(self, monkeypatch):
-        monkeypatch.setattr(module, "_GRACE_SECONDS", LONG)
+        monkeypatch.setattr(module, "GRACE_SECONDS", LONG)
         crew = scripted(n_workers=2)
         with crew:
             crew.ledger.halt()
@@ -824,7 +824,7 @@ class TestAbort:
             assert crew.job.task.calls == []
 
     def test_the_dead_are_not_replaced(self, monkeypatch):
-        monkeypatch.setattr(module, "_GRACE_SECONDS", LONG)
+        monkeypatch.setattr(module, "GRACE_SECONDS", LONG)
         crew = scripted(n_workers=2)
         with crew:
             for process in crew.processes:

@@ -220,7 +220,7 @@ class TestWatching:
 
     def test_an_interrupted_run_kills_the_stuck(self, crew, monkeypatch, tmp_path):
         monkeypatch.setattr(module, "TICK", 0.01)
-        monkeypatch.setattr(process_runs, "_GRACE_SECONDS", 0.1)
+        monkeypatch.setattr(process_runs, "GRACE_SECONDS", 0.1)
         run(crew, both)
         before = pids(crew)
 
@@ -237,7 +237,7 @@ class TestWatching:
 
     def test_an_interrupted_run_lets_the_others_finish_their_cell(self, crew, monkeypatch):
         monkeypatch.setattr(module, "TICK", 0.01)
-        monkeypatch.setattr(process_runs, "_GRACE_SECONDS", LONG)
+        monkeypatch.setattr(process_runs, "GRACE_SECONDS", LONG)
         run(crew, both)
         before = pids(crew)
 
@@ -279,7 +279,7 @@ class TestWatching:
 
     def test_an_interrupt_while_a_worker_dies(self, crew, monkeypatch):
         monkeypatch.setattr(module, "TICK", 0.01)
-        monkeypatch.setattr(process_runs, "_GRACE_SECONDS", 0.1)
+        monkeypatch.setattr(process_runs, "GRACE_SECONDS", 0.1)
         run(crew, both)
 
         def interrupt(ledger):

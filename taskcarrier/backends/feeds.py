@@ -1,0 +1,232 @@
+"""Workers that are handed blocks of items as these come: a `Feed`, in the caller and in threads.
+
+Who owns what. A feed is open from its making to its `close`; meanwhile its workers are its own.
+Everything the caller does happens in the thread that asks for results: it gives blocks while a
+worker has room, and takes what has come. Between two questions workers finish what they were given,
+which is at most `AHEAD` blocks each, and nothing goes on behind the caller's back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple, Protocol, cast
+
+from taskcarrier.backends.parts import Parts
+from taskcarrier.backends.work import Account, Deliver, FedCells, Job, Ran, as_worker
+from taskcarrier.backends.work import Feed as Source
+from taskcarrier.ledger import Ledger
+from taskcarrier.recovery import Again
+
+AHEAD = 2
+"""Blocks that are handed to a worker at most: one in hand, one to go on with."""
+
+
+class Came(NamedTuple):
+    """What fed cells return for a range.
+
+    Attributes
+    ----------
+    start, stop : int
+        Its items.
+    result : list or Parts
+        Their results, with what failed.
+    busy_ns : int
+        Nanoseconds inside the function.
+    nbytes : int
+        Bytes that were sent for it, there and back.
+    """
+
+    start: int
+    stop: int
+    result: Any
+    busy_ns: int = 0
+    nbytes: int = 0
+
+
+def came_of(result: Came | Parts) -> Came:
+    """What has come; a range that took too long comes as a fault alone."""
+    if isinstance(result, Came):
+        return result
+    start, stop, _ = result.faults[0]
+    return Came(start, stop, result)
+
+
+class Feed(Protocol):
+    """Workers that take blocks of items and give back results, in any order."""
+
+    ledger: Ledger
+    runs_here: bool
+    """Whether giving is running: nothing happens while the caller is busy with something else."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a worker would take a further block."""
+
+    def give(self, start: int, items: Sequence[Any]) -> None:
+        """Have the items from `start` on run; only while there is room."""
+
+    def take(self, seconds: float) -> list[Came]:
+        """What has come; if nothing has, wait until something does, or so many seconds.
+
+        Raises what is no `Exception` and so ends a worker: an exit, an interrupt.
+        """
+
+    def close(self) -> Ran:
+        """Stop; workers that do not come to the end of their range soon are not waited for."""
+
+
+class SerialFeed:
+    """A feed whose only worker is the caller: a block is run when it is given."""
+
+    runs_here = True
+
+    def __init__(self, job: Job) -> None:
+        self.ledger = Ledger.local(1)
+        self._account = Account(0, "caller")
+        self._cells = cast("FedCells", job.task.open(self.ledger.agree))
+        self._came: list[Came] = []
+
+    @property
+    def has_room(self) -> bool:
+        """Whether what was given was taken."""
+        return not self._came
+
+    def give(self, start: int, items: Sequence[Any]) -> None:
+        """Run the items."""
+        self._cells.hold(start, partial(_itself, items))
+        with as_worker():
+            came = self._cells(start, start + len(items))
+        self._came.append(came)
+        self.ledger.lay_down(0, len(items))
+        self._account.ranges += 1
+        self._account.items += len(items)
+        self._account.busy_ns += came.busy_ns
+
+    def take(self, seconds: float) -> list[Came]:  # noqa: ARG002  # there is nothing to wait for
+        """What was given last."""
+        came, self._came = self._came, []
+        return came
+
+    def close(self) -> Ran:
+        """Nothing is running."""
+        return Ran.read([self._account], self.ledger)
+
+
+Begin = Callable[[int, Source, Deliver, Callable[[Account], None]], None]
+"""Has a worker begin: takes its number, where its ranges come from, where its results go, and what
+takes its account at the end."""
+
+
+class ThreadFeed:
+    """A feed of threads, which share one queue of blocks.
+
+    Parameters
+    ----------
+    n_workers : int
+        How many threads.
+    begin : Begin
+        Has one of them begin.
+    replace : callable
+        Takes the numbers of those that are not waited for.
+    grace : float
+        Seconds that they have to come to the end of their range when the feed is closed.
+    """
+
+    runs_here = False
+
+    def __init__(
+        self,
+        n_workers: int,
+        ledger: Ledger,
+        begin: Begin,
+        replace: Callable[[set[int]], None],
+        grace: float,
+    ) -> None:
+        self.ledger = ledger
+        self._n_workers = n_workers
+        self._replace = replace
+        self._grace = grace
+        self._n_out = 0  # blocks that were given and have not come
+        self._given: SimpleQueue[tuple[int, Sequence[Any]] | None] = SimpleQueue()
+        self._arrivals: SimpleQueue[Came | Account] = SimpleQueue()
+        self._accounts: dict[int, Account] = {}
+        for number in range(n_workers):
+            begin(number, self._ranges, self._deliver, self._arrivals.put)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether fewer blocks are on their way than the threads may hold."""
+        return self._n_out < AHEAD * self._n_workers
+
+    def give(self, start: int, items: Sequence[Any]) -> None:
+        """Put the items into the queue."""
+        self._n_out += 1
+        self._given.put((start, items))
+
+    def take(self, seconds: float) -> list[Came]:
+        """What has come."""
+        came: list[Came] = []
+        try:
+            came += self._arrived(self._arrivals.get(timeout=seconds))
+            while True:
+                came += self._arrived(self._arrivals.get_nowait())
+        except Empty:
+            return came
+
+    def _arrived(self, one: Came | Account) -> list[Came]:
+        if isinstance(one, Came):
+            self._n_out -= 1
+            return [one]
+        one.name = f"thread {one.worker}"
+        self._accounts[one.worker] = one
+        if one.failure is not None:
+            raise_and_forget(one)
+        return []
+
+    def _ranges(self, cells: FedCells) -> Iterator[tuple[Again, int]]:
+        """In a worker: blocks from the queue."""
+        number = 0
+        while not self.ledger.halted and (block := self._given.get()) is not None:
+            start, items = block
+            cells.hold(start, partial(_itself, items))
+            yield Again(start, start + len(items)), number
+            number += 1
+
+    def _deliver(self, start: int, result: Any) -> None:  # noqa: ARG002  # the result knows it
+        self._arrivals.put(came_of(result))
+
+    def close(self) -> Ran:
+        """Stop the threads; one still in a range is left to finish it on its own."""
+        if self._n_out:
+            self.ledger.halt()
+        for _ in range(self._n_workers):
+            self._given.put(None)
+        deadline = time.monotonic() + self._grace
+        try:
+            while len(self._accounts) < self._n_workers:
+                one = self._arrivals.get(timeout=max(0.0, deadline - time.monotonic()))
+                if isinstance(one, Account):
+                    one.name = f"thread {one.worker}"
+                    self._accounts[one.worker] = one
+        except Empty:
+            pass  # they have had their time
+        finally:
+            self._replace(set(range(self._n_workers)) - set(self._accounts))
+        return Ran.read([self._accounts[number] for number in sorted(self._accounts)], self.ledger)
+
+
+def _itself(items: Sequence[Any]) -> Sequence[Any]:
+    return items
+
+
+def raise_and_forget(account: Account) -> None:
+    """Raise what has ended a worker, and keep no reference to it: its traceback refers to all."""
+    failure, account.failure = account.failure, None
+    assert failure is not None  # for the type checker: who calls has looked
+    try:
+        raise vars(failure).pop("error")
+    finally:
+        del failure, account

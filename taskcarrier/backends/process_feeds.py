@@ -1,0 +1,320 @@
+"""A feed of worker processes (`taskcarrier.backends.feeds`).
+
+Which way the data goes. A block's items are pickled once; what is large of it lies in a segment, so
+that a message to a worker always fits into its socket and sending never waits. Results come as in
+any run. Each worker runs its blocks in the order in which they were sent, so what it died on, and
+what it has not begun, is known here, from the ledger's word and from what has come.
+
+A worker that dies is replaced. What it had in hand is given out again as `taskcarrier.recovery`
+says, before new blocks; if that is given up, the error comes in place of the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from taskcarrier.backends.feeds import AHEAD, Came, came_of, raise_and_forget
+from taskcarrier.backends.given import add_note
+from taskcarrier.backends.parcels import Parcel, pack_items, unpack_items
+from taskcarrier.backends.parts import Parts
+from taskcarrier.backends.process_runs import GRACE_SECONDS, Watch, Worker, late
+from taskcarrier.backends.work import Account, Death, Job, Ran, timeout_error
+from taskcarrier.backends.worker_process import (
+    KEPT,
+    RESULTS,
+    account_from,
+    block_order,
+    order,
+    results_from,
+)
+from taskcarrier.ledger import Ledger
+from taskcarrier.recovery import Again
+from taskcarrier.segments import Segment, Staging
+
+# A pickle from this size on lies in a segment too. Far below what a socket holds.
+_SENT_NBYTES = 1 << 14
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """A range that a worker was given or is to be given, and the block that its items are of."""
+
+    again: Again
+    first: int
+    packed: bytes
+    places: list[tuple[int, int]]
+    segment: Segment | None
+    nbytes: int
+
+
+class ProcessFeed:
+    """The caller's side.
+
+    Parameters
+    ----------
+    job : Job
+        The run.
+    ledger : Ledger
+        Of the crew, fresh.
+    parcel : Parcel
+        The packed job.
+    living : callable
+        Takes a number; the worker of that number, a new one if the last has died.
+    """
+
+    runs_here = False
+
+    def __init__(
+        self, job: Job, ledger: Ledger, parcel: Parcel, living: Callable[[int], Worker]
+    ) -> None:
+        self.ledger = ledger
+        self._job = job
+        self._parcel = parcel
+        self._living = living
+        self._watch = Watch()
+        self._workers: dict[int, Worker] = {}  # at work
+        self._to_end: dict[int, Worker] = {}  # those that wait to be told that nothing more comes
+        self._handed: dict[int, deque[_Block]] = {}
+        self._n_come: dict[int, int] = {}  # results since the worker began
+        self._waiting: deque[_Block] = deque()  # to be handed out before new blocks
+        self._overdue: dict[int, tuple[int, int]] = {}
+        self._idle_deaths: dict[int, int] = {}
+        self._accounts: list[Account] = []
+        self._deaths: list[Death] = []
+        self._failed: Account | None = None
+        self._memory_kept = False
+        try:
+            for number in range(job.n_workers):
+                self._begin(number)
+        except BaseException:
+            self._end(0)
+            raise
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a worker would take a further block."""
+        return not self._waiting and any(len(held) < AHEAD for held in self._handed.values())
+
+    def give(self, start: int, items: Sequence[object]) -> None:
+        """Hand items to the worker that has least to do."""
+        stop = start + len(items)
+        large: list[memoryview] = []
+        try:
+            packed = pack_items(items, large)
+        except Exception as error:
+            add_note(
+                error,
+                f"taskcarrier could not pickle items {start}:{stop} for worker processes; use "
+                "backend='threading' if they cannot be pickled",
+            )
+            raise
+        nbytes = len(packed) + sum(map(len, large))
+        if len(packed) > _SENT_NBYTES:
+            large.append(memoryview(packed))
+            packed = b""
+        staging, segment, places = Staging(self._job.folder), None, []
+        for block in large:
+            segment, offset = staging.add(block)
+            places.append((offset, len(block)))
+        self._waiting.append(_Block(Again(start, stop), start, packed, places, segment, nbytes))
+        self._hand_out()
+
+    def take(self, seconds: float) -> list[Came]:
+        """What has come; if nothing has, wait until something does, or so many seconds."""
+        came: list[Came] = []
+        deadline = time.monotonic() + seconds
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            if (timeout := self._job.recovery.timeout) is not None:
+                left = min(left, self._seconds_left(timeout))
+            for number, worker, has_ended in self._watch.wait(left):
+                says_more = self._take_in(number, worker, came)
+                if number not in self._workers:
+                    continue
+                if has_ended:
+                    self._bury(number, worker, came)
+                elif not says_more:
+                    self._watch.listen_no_more(worker)
+            if self._failed is not None:
+                raise_and_forget(self._failed)
+            self._hand_out()
+            if came or time.monotonic() >= deadline:
+                return came
+
+    def close(self) -> Ran:
+        """Stop: workers at the end of their range, or soon by force."""
+        if self._waiting or any(self._handed.values()):
+            self.ledger.halt()
+        try:
+            self._end(GRACE_SECONDS)
+        finally:
+            if self._memory_kept:
+                for segment in self._parcel.segments:
+                    segment.retire()
+        self._accounts.sort(key=lambda account: account.worker)
+        ran = Ran.read(self._accounts, self.ledger)
+        ran.deaths = self._deaths
+        return ran
+
+    # Workers
+
+    def _begin(self, number: int) -> None:
+        worker = self._living(number)
+        self.ledger.begin(number)
+        self._n_come[number] = 0
+        self._handed[number] = deque()
+        self._workers[number] = self._to_end[number] = worker
+        self._watch.add(number, worker)
+        self._send(worker, order([], self._parcel.data, fed=True), self._parcel.fds)
+
+    def _send(self, worker: Worker, message: bytes, fds: list[int]) -> None:
+        # A worker that is just dying is seen by its descriptor.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            worker.channel.send(message, fds)
+
+    def _leave(self, number: int) -> None:
+        self._watch.drop(self._workers.pop(number))
+        self._overdue.pop(number, None)
+
+    def _end(self, seconds: float) -> None:
+        """Tell workers that nothing more comes; those that do not report soon are killed."""
+        for worker in self._to_end.values():
+            self._send(worker, b"", [])
+        self._to_end = {}
+        deadline = time.monotonic() + seconds
+        try:
+            while self._workers and (left := deadline - time.monotonic()) > 0:
+                for number, worker, has_ended in self._watch.wait(left):
+                    says_more = self._take_in(number, worker, [])
+                    if number in self._workers and (has_ended or not says_more):
+                        self._leave(number)
+                        worker.kill()
+                        worker.reap()
+        finally:
+            for number, worker in list(self._workers.items()):
+                self._leave(number)
+                worker.kill()
+                worker.reap()
+
+    # Blocks and results
+
+    def _hand_out(self) -> None:
+        while self._waiting:
+            number = min(self._handed, key=lambda one: len(self._handed[one]))
+            if len(self._handed[number]) >= AHEAD:
+                return
+            block = self._waiting.popleft()
+            self._handed[number].append(block)
+            fds = [] if block.segment is None else [block.segment.fd]
+            message = block_order(block.again, block.first, block.packed, block.places)
+            self._send(self._workers[number], message, fds)
+
+    def _take_in(self, number: int, worker: Worker, came: list[Came]) -> bool:
+        says_more = worker.channel.read()
+        for message in worker.channel.messages():
+            data, _ = message
+            if data[:1] == RESULTS:
+                on_disk = self._job.folder is not None
+                for _, packed, large in results_from(message, on_disk=on_disk):
+                    block = self._handed[number].popleft()
+                    self._n_come[number] += 1
+                    came.append(_unpacked(block, packed, large))
+            else:
+                account = account_from(data[2:])
+                self._memory_kept |= data[1:2] == KEPT
+                account.name = worker.name
+                self._accounts.append(account)
+                self._leave(number)
+                if account.failure is not None:
+                    self._failed = account
+        return says_more
+
+    # Deaths
+
+    def _in_hand(self, number: int) -> Again | None:
+        """The range that a worker has in hand, if its result has not come."""
+        position = self.ledger.again_in_hand(number)
+        if position is None or position < self._n_come[number]:
+            return None
+        return self._handed[number][0].again
+
+    def _seconds_left(self, timeout: float) -> float:
+        """Seconds until the next range has taken too long; those that have are ended."""
+        in_hand = [
+            (number, self._in_hand(number), self.ledger.since(number)) for number in self._workers
+        ]
+        left, too_late = late(timeout, in_hand)
+        for number in too_late.keys() - self._overdue.keys():
+            self._overdue[number] = too_late[number]
+            self._workers[number].kill()
+        return left
+
+    def _bury(self, number: int, worker: Worker, came: list[Came]) -> None:
+        """A worker has died: see to what it had in hand, and put another in its place."""
+        held, overdue = self._in_hand(number), self._overdue.get(number)
+        self._leave(number)
+        exitcode = worker.reap()
+        was_late = held is not None and overdue == held[:2]
+        death = Death(
+            number,
+            worker.name,
+            exitcode,
+            None if held is None else held[:2],
+            1 if held is None else held.attempt,
+            was_late,
+        )
+        self._deaths.append(death)
+        items = self.ledger.items_of(number)
+        self._accounts.append(Account(number, worker.name, self._n_come[number], items))
+        rest = self._handed.pop(number)
+        nexts: list[_Block] = []
+        recovery = self._job.recovery
+        if held is None:
+            # It was dying when it began, or died between two blocks.
+            idle = 0 if self._n_come[number] else self._idle_deaths.get(number, 0) + 1
+            self._idle_deaths[number] = idle
+            if idle > max(1, recovery.retries):
+                raise self._error_of(death)
+        else:
+            block = rest.popleft()
+            if was_late:
+                parts = recovery.after_timeout(held)
+            elif overdue is not None:  # it had come to this one meanwhile, which is not to blame
+                parts = [held]
+            else:
+                parts = recovery.after_death(held, narrows=True)
+            nexts = [replace(block, again=part) for part in parts]
+            if not parts:
+                error: Exception
+                if was_late:
+                    error = timeout_error(recovery)
+                    add_note(error, f"{worker.name} was killed")
+                else:
+                    error = self._error_of(death)
+                fault = Parts([], [(held.start, held.stop, error)])
+                came.append(Came(held.start, held.stop, fault))
+        self._waiting.extendleft(reversed([*nexts, *rest]))
+        self._begin(number)
+
+    def _error_of(self, death: Death) -> Exception:
+        from taskcarrier.errors import death_of  # noqa: PLC0415  # slow, and rarely needed
+
+        if death.range is None:
+            return death_of(death, None)
+        start, stop = death.range
+        return death_of(death, f"item {start}" if stop == start + 1 else f"items {start}:{stop}")
+
+
+def _unpacked(block: _Block, packed: bytes, large: list[memoryview]) -> Came:
+    start, stop, _ = block.again
+    nbytes = block.nbytes + len(packed) + sum(map(len, large))
+    try:
+        result = unpack_items(packed, large)
+    except Exception as error:  # noqa: BLE001  # whatever a user's object raises
+        add_note(error, "taskcarrier could not unpickle this result of a worker process")
+        result = Parts([], [(start, stop, error)])
+    return came_of(result)._replace(nbytes=nbytes)

@@ -1,0 +1,590 @@
+"""Streams of results: the same as the built-in `map`, lazily, in bounded memory."""
+
+import functools
+import gc
+import itertools
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taskcarrier import (
+    DynamicParallelMapper,
+    SerialMapper,
+    StaticParallelMapper,
+    WorkerDiedError,
+    share,
+    shutdown,
+)
+from taskcarrier.streaming import Pace, Source
+from tests.strategies import cooled_crews, run_script, warm_crews
+
+MAKERS = {
+    "serial": lambda **options: SerialMapper(n_jobs=2, **options),
+    "static threads": lambda **o: StaticParallelMapper(n_jobs=2, backend="threading", **o),
+    "dynamic threads": lambda **o: DynamicParallelMapper(n_jobs=2, backend="threading", **o),
+    "dynamic processes": lambda **o: DynamicParallelMapper(n_jobs=2, backend="loky", **o),
+}
+PARALLEL = ["dynamic threads", "dynamic processes"]
+LONG = 60  # seconds that no test waits for
+
+
+@pytest.fixture(scope="module", autouse=True)
+def crews():
+    warm_crews(2)
+    yield
+    cooled_crews()
+
+
+@pytest.fixture(params=sorted(MAKERS))
+def make(request):
+    return MAKERS[request.param]
+
+
+@pytest.fixture(params=PARALLEL)
+def parallel(request):
+    return MAKERS[request.param]
+
+
+@pytest.fixture
+def processes():
+    return MAKERS["dynamic processes"]()
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.none() | st.integers() | st.text() | st.binary(), max_size=40),
+    st.none() | st.integers(1, 50),
+    st.none() | st.integers(1, 50),
+)
+def test_equals_the_builtin_map(items, chunksize, buffersize):
+    for make in MAKERS.values():
+        mapper = make(chunksize=chunksize)
+        results = mapper.imap(lambda item: [item], iter(items), buffersize=buffersize)
+        assert list(results) == [[item] for item in items]
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(), max_size=40), st.none() | st.integers(1, 50))
+def test_in_any_order_they_are_the_same(items, chunksize):
+    for make in MAKERS.values():
+        results = make(chunksize=chunksize).imap(abs, items, ordered=False)
+        assert sorted(results) == sorted(map(abs, items))
+
+
+def test_several_inputs_the_shortest_wins(make):
+    assert list(make().imap(pow, itertools.count(2), [3, 0, 1])) == [8, 1, 4]
+
+
+def test_an_endless_input_is_not_read_far_ahead(make):
+    read = itertools.count()
+    results = make().imap(lambda n: n * n, read, buffersize=10)
+    assert [next(results) for _ in range(100)] == [n * n for n in range(100)]
+    results.close()
+    assert 100 <= next(read) <= 110
+
+
+def test_nothing_is_read_before_the_first_is_asked_for(make):
+    read = itertools.count()
+    results = make().imap(abs, read)
+    results.close()
+    assert next(read) == 0
+
+
+@pytest.mark.parametrize("buffersize", [1, 2, 7])
+def test_never_more_items_under_way_than_the_buffer_holds(make, buffersize):
+    handed_out = 0
+
+    def items():
+        for n in range(60):
+            assert n - handed_out < buffersize
+            yield n
+
+    for n, result in enumerate(make().imap(lambda n: -n, items(), buffersize=buffersize)):
+        assert result == -n
+        handed_out += 1
+    assert handed_out == 60
+
+
+def test_by_default_a_few_blocks_for_each_worker(parallel):
+    # Blocks grow up to 1024 items, four for each of two workers.
+    read = itertools.count()
+    results = parallel().imap(abs, read)
+    for _ in range(20_000):
+        next(results)
+    results.close()
+    assert next(read) <= 20_000 + 8 * 1024
+
+
+def test_slow_items_go_alone(parallel):
+    mapper = parallel()
+    list(mapper.imap(lambda _: time.sleep(0.02), range(8)))
+    assert mapper.report.chunksize == 1
+    assert mapper.report.ranges == 8
+
+
+def test_light_items_go_together(parallel):
+    mapper = parallel()
+    list(mapper.imap(abs, range(3000)))
+    assert mapper.report.ranges < 300
+    assert mapper.report.items == 3000
+
+
+def test_blocks_of_the_mapper_s_chunksize(parallel):
+    mapper = parallel(chunksize=7)
+    assert list(mapper.imap(abs, range(30))) == list(range(30))
+    assert (mapper.report.chunksize, mapper.report.ranges) == (7, 5)
+
+
+def test_a_slow_item_holds_up_others_only_in_order(parallel, tmp_path):
+    gate = tmp_path / "gate"
+
+    def func(n):
+        while n == 0 and not gate.exists():
+            time.sleep(0.005)
+        return n
+
+    results = parallel(chunksize=1).imap(func, range(20), ordered=False)
+    assert 0 not in [next(results) for _ in range(15)]
+    gate.touch()
+    assert len(list(results)) == 5
+
+
+def test_results_come_before_the_input_ends(make):
+    seen = []
+
+    def items():
+        for n in range(5):
+            yield n
+            if n == 3:
+                assert len(seen) >= 1
+
+    seen.extend(make().imap(lambda n: n, items(), buffersize=2))
+    assert seen == list(range(5))
+
+
+def test_a_slow_input_is_not_waited_for_to_fill_a_block(parallel):
+    def items():
+        yield from range(500)  # blocks have grown
+        for n in range(500, 505):
+            time.sleep(0.02)
+            yield n
+
+    mapper = parallel()
+    assert list(mapper.imap(abs, items())) == list(range(505))
+    assert sum(worker.ranges for worker in mapper.report.workers) == mapper.report.ranges
+    read = []
+
+    def watched():
+        for n in items():
+            read.append(n)
+            yield n
+
+    for n in mapper.imap(abs, watched(), buffersize=1):
+        assert read[-1] == n
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_an_error_comes_in_its_turn(make, ordered):
+    results = make(chunksize=4).imap(lambda n: 1 / (50 - n), range(100), ordered=ordered)
+    came = []
+    with pytest.raises(ZeroDivisionError) as caught:
+        came.extend(results)
+    assert "while mapping item 50" in caught.value.__notes__
+    if ordered:
+        assert came == [1 / (50 - n) for n in range(50)]
+    assert list(results) == []
+
+
+def test_the_traceback_of_a_process_is_the_cause(processes):
+    def fails(n):
+        raise LookupError(n)
+
+    with pytest.raises(LookupError) as caught:
+        list(processes.imap(fails, [7]))
+    assert "in fails" in str(caught.value.__cause__)
+
+
+def test_an_error_of_the_input_comes_after_all_results(make):
+    def items():
+        yield from range(30)
+        raise OSError("the disk is gone")
+
+    came = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        came.extend(make().imap(abs, items()))
+    assert came == list(range(30))
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_an_exit_ends_it(make, error):
+    def leaves(n):
+        if n == 5:
+            raise error(n)
+        return n
+
+    mapper = make()
+    with pytest.raises(error):
+        list(mapper.imap(leaves, itertools.count()))
+    assert list(mapper.imap(abs, range(10))) == list(range(10))
+
+
+def test_items_that_cannot_be_sent(processes):
+    items = [*range(5), threading.Lock(), 6]
+    results = processes.imap(lambda item: item, items, buffersize=1)
+    assert [next(results) for _ in range(5)] == list(range(5))
+    with pytest.raises(TypeError) as caught:
+        next(results)
+    assert any("could not pickle items 5:6" in note for note in caught.value.__notes__)
+
+
+class Unreadable:
+    def __reduce__(self):
+        return int, ("not a number",)
+
+
+def test_items_that_cannot_be_read(processes):
+    results = processes.imap(lambda item: 1, [1, 2, Unreadable()], buffersize=1)
+    assert [next(results), next(results)] == [1, 1]
+    with pytest.raises(ValueError, match="not a number") as caught:
+        next(results)
+    assert any("could not unpickle these items" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize("make_result", [threading.Lock, Unreadable])
+def test_results_that_cannot_be_sent(processes, make_result):
+    results = processes.imap(lambda n: n if n < 3 else make_result(), range(5), buffersize=1)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises((TypeError, ValueError)) as caught:
+        next(results)
+    assert "while mapping item 3" in caught.value.__notes__
+    assert list(processes.imap(abs, range(3))) == [0, 1, 2]
+
+
+def test_a_function_that_cannot_be_unpickled(processes):
+    func = functools.partial(lambda _, n: n, Unreadable())
+    with pytest.raises(ValueError, match="not a number") as caught:
+        list(processes.imap(func, range(50)))
+    assert any("unpickled the function" in note for note in caught.value.__notes__)
+    assert list(processes.imap(abs, range(3))) == [0, 1, 2]
+
+
+def test_a_function_that_cannot_be_pickled(processes):
+    lock = threading.Lock()
+    with pytest.raises(TypeError) as caught:
+        next(processes.imap(lambda n: lock, range(3)))
+    assert any("could not pickle the function" in note for note in caught.value.__notes__)
+
+
+# Ends
+
+
+@pytest.mark.parametrize("how", ["close", "drop", "break"])
+def test_stopping_early(make, how):
+    mapper = make()
+    results = mapper.imap(lambda n: n + 1, itertools.count())
+    if how == "break":
+        for n in results:
+            if n == 10:
+                break
+    else:
+        assert [next(results) for _ in range(10)] == list(range(1, 11))
+    if how == "close":
+        results.close()
+    del results
+    gc.collect()
+    assert mapper.report.items >= 10
+    assert mapper(abs, [-1, 2]) == [1, 2]
+
+
+def test_stopping_early_kills_a_process_that_does_not_come_to_an_end(processes):
+    results = processes.imap(lambda n: n if n < 4 else time.sleep(LONG), itertools.count())
+    assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
+    began = time.monotonic()
+    results.close()
+    assert time.monotonic() - began < LONG / 2
+    assert processes(abs, range(10)) == list(range(10))
+
+
+def test_stopping_early_does_not_wait_for_a_stuck_thread():
+    stuck = threading.Event()
+    mapper = MAKERS["dynamic threads"](chunksize=1)
+    results = mapper.imap(lambda n: n if n < 4 else stuck.wait(LONG), itertools.count())
+    assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
+    results.close()
+    stuck.set()
+    assert mapper(abs, range(10)) == list(range(10))
+    shutdown()
+
+
+def test_a_stream_that_never_began_costs_nothing(make):
+    mapper = make()
+    mapper.imap(abs, itertools.count())
+    with pytest.raises(LookupError):
+        mapper.report  # noqa: B018  # asking is the test
+
+
+def test_two_streams_at_once(make):
+    mapper = make()
+    one, other = mapper.imap(abs, range(50)), mapper.imap(lambda n: -n, range(50))
+    assert list(zip(one, other, strict=True)) == [(n, -n) for n in range(50)]
+
+
+def test_maps_while_a_stream_is_open(make):
+    mapper = make()
+    for n in mapper.imap(abs, range(5)):
+        assert mapper(abs, range(n)) == list(range(n))
+
+
+def test_inside_a_worker_it_is_serial(make):
+    def inner(n):
+        mapper = DynamicParallelMapper(2, backend="loky")
+        total = sum(mapper.imap(abs, range(n)))
+        return total, mapper.report.backend
+
+    assert list(make().imap(inner, range(4))) == [(sum(range(n)), "sequential") for n in range(4)]
+
+
+FORKED = """
+import os, sys
+from taskcarrier import DynamicParallelMapper
+
+mapper = DynamicParallelMapper(2, backend=sys.argv[1])
+results = mapper.imap(abs, range(1000))
+first = [next(results) for _ in range(3)]
+child = os.fork()
+if child == 0:
+    results.close()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+assert first + list(results) == list(range(1000))
+"""
+
+
+@pytest.mark.parametrize("backend", ["threading", "loky"])
+def test_a_forked_child_leaves_it_alone(tmp_path, backend):
+    run_script(tmp_path, FORKED, backend)
+
+
+OPEN_AT_EXIT = """
+import itertools, sys
+from taskcarrier import DynamicParallelMapper
+
+results = DynamicParallelMapper(2, backend=sys.argv[1]).imap(abs, itertools.count())
+print(next(results))
+"""
+
+
+@pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+def test_open_at_the_end_of_the_program(tmp_path, backend):
+    assert run_script(tmp_path, OPEN_AT_EXIT, backend) == "0\n"
+
+
+# Options
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_streams_of_items_are_those_of_map(make, ordered):
+    def draw(n, *, rng):
+        return n, float(rng.random())
+
+    expected = SerialMapper().map(draw, range(40), rng=5)
+    results = make().imap(draw, range(40), rng=5, ordered=ordered)
+    assert sorted(results) == expected
+
+
+def test_shared(make):
+    X = share(np.arange(100_000.0))
+    mapper = make()
+    results = mapper.imap(lambda n, X: (float(X[n]), X.flags.writeable), range(10), shared={"X": X})
+    assert list(results) == [(n, False) for n in range(10)]
+    assert mapper.report.bytes_copied == 0
+
+
+def test_large_items_and_results(processes):
+    items = (np.full(50_000, n) for n in range(20))
+    results = list(processes.imap(lambda x: (x[:40_000] * 2, x.flags.writeable), items))
+    for n, (result, writeable) in enumerate(results):
+        np.testing.assert_array_equal(result, np.full(40_000, 2 * n))
+        assert writeable
+
+
+def test_large_pickles_that_are_no_arrays(processes):
+    items = [bytes([n]) * 300_000 for n in range(10)]
+    assert list(processes.imap(bytes, items)) == items
+
+
+def test_retry_on(make, tmp_path):
+    def flaky(n):
+        (tmp_path / f"{n}-{time.monotonic_ns()}").touch()
+        if n == 3 and len(list(tmp_path.glob("3-*"))) < 3:
+            raise ConnectionError
+        return n
+
+    assert list(make().imap(flaky, range(6), retry_on=ConnectionError)) == list(range(6))
+    assert len(list(tmp_path.glob("3-*"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"buffersize": 0}, ValueError, "buffersize must be at least 1, got 0"),
+        ({"buffersize": 2.5}, TypeError, "buffersize must be a positive integer or None"),
+        ({"retries": -1}, ValueError, "retries must be 0 or more"),
+        ({"timeout": 0}, ValueError, "timeout must be a positive number"),
+        ({"shared": 3}, TypeError, "shared must be"),
+        ({"rng": 1, "shared": {"rng": 2}}, TypeError, "rng is given twice"),
+    ],
+)
+def test_bad_options_at_once(make, options, error, message):
+    with pytest.raises(error, match=message):
+        make().imap(abs, [1], **options)
+
+
+def test_bad_arguments_at_once(make):
+    with pytest.raises(TypeError, match="func must be callable, got an object of type range"):
+        make().imap(range(3), abs)
+    with pytest.raises(TypeError, match="'int' object is not iterable"):
+        make().imap(abs, 3)
+
+
+def test_the_bar_counts_items(parallel, capsys):
+    list(parallel(verbosity=1).imap(abs, range(30)))
+    assert "30item" in capsys.readouterr().err
+
+
+# Workers that die
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("chunksize", [None, 1, 16])
+def test_an_item_that_kills_is_named(ordered, chunksize):
+    mapper = MAKERS["dynamic processes"](chunksize=chunksize)
+    came = []
+    with pytest.raises(WorkerDiedError, match="exited with code 3 while mapping item 37") as caught:
+        came.extend(
+            mapper.imap(lambda n: os._exit(3) if n == 37 else n, range(100), ordered=ordered)
+        )
+    assert caught.value.exitcode == 3
+    assert caught.value.in_hand == (37, 38)
+    if ordered:
+        assert came == list(range(37))
+    assert mapper(abs, range(10)) == list(range(10))
+
+
+def test_a_worker_that_dies_once_is_made_good(processes, tmp_path):
+    def func(n):
+        if n % 50 == 20 and not (tmp_path / str(n)).exists():
+            (tmp_path / str(n)).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return n
+
+    assert list(processes.imap(func, range(200))) == list(range(200))
+    assert sum("SIGKILL" in note for note in processes.report.notes) == 4
+
+
+def test_without_retries_it_is_not_run_again(processes, tmp_path):
+    def func(n):
+        with (tmp_path / "calls").open("a") as log:
+            log.write(f"{n}\n")
+        return os._exit(1) if n == 5 else n
+
+    with pytest.raises(WorkerDiedError):
+        list(processes.imap(func, range(10), retries=0, buffersize=2))
+    assert (tmp_path / "calls").read_text().split().count("5") == 1
+
+
+def test_workers_killed_while_the_caller_does_something_else(processes):
+    pids = set()
+    results = processes.imap(lambda n: (n, os.getpid()), range(300), buffersize=8)
+    for due, (n, pid) in enumerate(results):
+        assert n == due
+        pids.add(pid)
+        if n % 60 == 30:
+            os.kill(pid, signal.SIGKILL)
+    assert len(pids) > 2
+
+
+@pytest.mark.parametrize("chunksize", [1, 5])
+def test_an_item_that_takes_too_long(processes, chunksize):
+    mapper = MAKERS["dynamic processes"](chunksize=chunksize)
+    results = mapper.imap(lambda n: time.sleep(LONG) if n == 12 else n, range(30), timeout=0.3)
+    came = []
+    with pytest.raises(TimeoutError, match=r"longer than timeout=0\.3 seconds") as caught:
+        came.extend(results)
+    assert came == list(range(12 // chunksize * chunksize))
+    assert any("was killed" in note for note in caught.value.__notes__)
+
+
+def test_an_item_that_took_too_long_in_a_thread():
+    mapper = MAKERS["dynamic threads"](chunksize=1)
+    results = mapper.imap(lambda n: time.sleep(0.2) if n == 3 else n, range(6), timeout=0.05)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(TimeoutError, match=r"longer than timeout=0\.05 seconds"):
+        next(results)
+
+
+# What a block holds
+
+
+class TestPace:
+    def test_grows_while_blocks_are_short(self):
+        pace = Pace(2)
+        sizes = []
+        for _ in range(14):
+            sizes.append(pace.size)
+            pace.learn(pace.size, 1000 * pace.size, 0)
+        assert sizes == [2**n for n in range(11)] + [1024] * 3
+        assert pace.largest == 1024
+
+    def test_shrinks_at_once_when_items_are_heavy(self):
+        pace = Pace(2)
+        for _ in range(10):
+            pace.learn(pace.size, 1000 * pace.size, 0)
+        pace.learn(512, 512 * 2_000_000, 0)
+        assert pace.size == 2
+        pace.learn(2, 20_000_000, 0)
+        assert pace.size == 1
+
+    def test_not_above_so_many_bytes(self):
+        pace = Pace(2)
+        for _ in range(10):
+            pace.learn(pace.size, 10 * pace.size, 100_000 * pace.size)
+        assert pace.size == 10
+
+    @pytest.mark.parametrize(("buffersize", "size"), [(1, 1), (3, 1), (8, 2), (100, 25)])
+    def test_not_above_a_part_of_the_buffer(self, buffersize, size):
+        pace = Pace(2, buffersize)
+        for _ in range(10):
+            pace.learn(pace.size, 10 * pace.size, 0)
+        assert (pace.size, pace.ahead) == (size, buffersize)
+
+    def test_stays_as_it_was_asked_for(self):
+        pace = Pace(2, None, 7)
+        pace.learn(7, 1, 1)
+        assert (pace.size, pace.ahead) == (7, 56)
+
+
+class TestSource:
+    def test_blocks_until_the_end(self):
+        source = Source(iter(range(7)))
+        assert [source.block(3) for _ in range(3)] == [[0, 1, 2], [3, 4, 5], [6]]
+        assert source.has_ended
+        source.raise_error()
+
+    def test_its_error_is_kept_for_later(self):
+        def items():
+            yield 1
+            raise ValueError("broken")
+
+        source = Source(items())
+        assert source.block(5) == [1]
+        assert source.has_ended
+        with pytest.raises(ValueError, match="broken"):
+            source.raise_error()
+        source.raise_error()  # once
