@@ -1,0 +1,262 @@
+"""Feeds of worker processes: what is sent, what comes, and what is made good."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from taskcarrier.backends import process_feeds as module
+from taskcarrier.backends.feeds import AHEAD, Came
+from taskcarrier.backends.given import Call
+from taskcarrier.backends.parcels import pack
+from taskcarrier.backends.processes import ProcessCrew
+from taskcarrier.backends.work import Job
+from taskcarrier.balance import Dynamic
+from taskcarrier.partition import Grid
+from taskcarrier.recovery import Recovery
+from taskcarrier.segments import Staging
+
+LONG = 60  # seconds that no test waits for
+
+
+class Fed:
+    """A task on items that are handed to it."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def open(self, agree):
+        return Held(self.call.func)
+
+
+class Held:
+    def __init__(self, func):
+        self.func = func
+
+    def hold(self, start, read):
+        self.start, self.read = start, read
+
+    def __call__(self, start, stop):
+        items = self.read()[start - self.start : stop - self.start]
+        return Came(start, stop, [self.func(item) for item in items], 7)
+
+    def facts(self):
+        return None
+
+
+@pytest.fixture(scope="module")
+def warm():
+    """One crew for the tests that leave it whole, started before the watch for leaks begins."""
+    made = ProcessCrew(2)
+    fed(made, double).close()
+    yield made
+    made.close()
+    vars(made).clear()  # as below
+
+
+@pytest.fixture
+def crew():
+    made = ProcessCrew(2)
+    yield made
+    made.close()
+    # pytest keeps it beyond the watch for leaks; its memory and processes go now.
+    vars(made).clear()
+
+
+def fed(crew, func, n_workers=2, **options):
+    job = Job(
+        Fed(Call(func)),
+        Dynamic(),
+        Grid(0, 1),
+        n_workers,
+        fed=True,
+        collects=True,
+        narrows=True,
+        **options,
+    )
+    return crew.feed(job, pack(job, Staging()))
+
+
+def results(feed, n_items):
+    """What comes of so many items, in order; faults as they are."""
+    came = []
+    while sum(one.stop - one.start for one in came) < n_items:
+        came += feed.take(LONG)
+    return sorted((one.start, one.stop, one.result) for one in came)
+
+
+def double(item):
+    return 2 * item
+
+
+def test_what_is_given_comes(warm):
+    feed = fed(warm, double)
+    for start in range(0, 2 * AHEAD * 3, 3):
+        assert feed.has_room
+        feed.give(start, range(start, start + 3))
+    assert not feed.has_room
+    assert results(feed, 12) == [(n, n + 3, [2 * n, 2 * n + 2, 2 * n + 4]) for n in (0, 3, 6, 9)]
+    assert feed.has_room
+    ran = feed.close()
+    assert [account.items for account in ran.accounts] == [6, 6]
+    assert not ran.halted
+
+
+def test_the_same_workers_serve_the_next_run(warm):
+    pids = []
+    for _ in range(3):
+        feed = fed(warm, lambda _: os.getpid())
+        feed.give(0, [0])
+        feed.give(1, [0])
+        pids.append({result for _, _, (result,) in results(feed, 2)})
+        feed.close()
+    assert pids[0] == pids[1] == pids[2]
+    assert len(pids[0]) == 2
+
+
+@pytest.mark.parametrize("nbytes", [10, module._SENT_NBYTES, 5 << 20])
+@pytest.mark.parametrize("kind", [bytes, np.ndarray])
+def test_items_of_every_size(warm, kind, nbytes):
+    items = [b"x" * nbytes] if kind is bytes else [np.ones(nbytes, np.uint8)]
+    feed = fed(warm, lambda item: (len(item), int(item[-1])))
+    feed.give(0, items)
+    (came,) = feed.take(LONG)
+    feed.close()
+    assert came.result == [(nbytes, int(items[0][-1]))]
+    assert nbytes < came.nbytes < nbytes + 1000
+
+
+def test_large_items_and_results_both_ways_at_once(warm):
+    # Neither side may wait for the other to read.
+    feed = fed(warm, lambda item: item)
+    items = [os.urandom(3 << 20) for _ in range(2 * AHEAD)]
+    for start, item in enumerate(items):
+        feed.give(start, [item])
+    assert [result for _, _, (result,) in results(feed, 2 * AHEAD)] == items
+    feed.close()
+
+
+def test_items_that_cannot_be_pickled(warm):
+    feed = fed(warm, double)
+    with pytest.raises(TypeError) as caught:
+        feed.give(0, [(n for n in range(3))])
+    assert any("could not pickle items 0:1" in note for note in caught.value.__notes__)
+    feed.give(0, [4])
+    assert results(feed, 1) == [(0, 1, [8])]
+    feed.close()
+
+
+def test_nothing_comes_in_time(warm):
+    feed = fed(warm, time.sleep)
+    feed.give(0, [0.3])
+    assert feed.take(0.05) == []
+    assert results(feed, 1) == [(0, 1, [None])]
+    feed.close()
+
+
+def once(path):
+    """Die the first time."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        os.kill(os.getpid(), signal.SIGKILL)
+    except FileExistsError:
+        return "done"
+    raise AssertionError("not dead")
+
+
+def test_a_worker_that_dies_is_made_good(crew, tmp_path):
+    feed = fed(crew, once)
+    feed.give(0, [str(tmp_path / "0")])
+    feed.give(1, [str(tmp_path / "1")])
+    assert results(feed, 2) == [(0, 1, ["done"]), (1, 2, ["done"])]
+    ran = feed.close()
+    assert sorted((death.exitcode, death.range) for death in ran.deaths) == [
+        (-9, (0, 1)),
+        (-9, (1, 2)),
+    ]
+
+
+def die_at(bad, item):
+    if item == bad:
+        os._exit(5)
+    return item
+
+
+def test_what_kills_is_found_in_a_block(crew):
+    feed = fed(crew, lambda item: die_at(5, item), recovery=Recovery(retries=1))
+    feed.give(0, range(8))
+    feed.give(8, range(8, 12))
+    came = results(feed, 12)
+    deaths = feed.close().deaths
+    (fault,) = [result for _, _, result in came if not isinstance(result, list)]
+    ((start, stop, error),) = fault.faults
+    assert (start, stop, error.exitcode) == (5, 6, 5)
+    right = [item for _, _, result in came if isinstance(result, list) for item in result]
+    assert sorted(right) == [n for n in range(12) if n != 5]
+    # Twice as it was, then 4:6, then 5.
+    assert [death.range for death in deaths] == [(0, 8), (0, 8), (4, 6), (5, 6)]
+
+
+def test_blocks_that_were_not_begun_are_not_to_blame(crew):
+    feed = fed(crew, lambda item: die_at(0, item), 1, recovery=Recovery(retries=0))
+    feed.give(0, [0])
+    feed.give(1, [1])
+    came = results(feed, 2)
+    feed.close()
+    assert came[1] == (1, 2, [1])
+    assert came[0][2].faults[0][2].in_hand == (0, 1)
+
+
+def test_a_worker_that_dies_while_it_has_nothing_to_do(crew):
+    feed = fed(crew, lambda item: (item, os.getpid()))
+    feed.give(0, [0])
+    ((_, _, ((_, pid),)),) = results(feed, 1)
+    os.kill(pid, signal.SIGKILL)
+    feed.take(0.2)
+    for start in range(1, 4):
+        feed.give(start, [start])
+    assert [result[0][0] for _, _, result in results(feed, 3)] == [1, 2, 3]
+    assert len(feed.close().deaths) == 1
+
+
+def test_a_range_that_takes_too_long(crew):
+    feed = fed(crew, time.sleep, 1, recovery=Recovery(timeout=0.2))
+    feed.give(0, [LONG])
+    feed.give(1, [0])
+    came = results(feed, 2)
+    ran = feed.close()
+    assert came[1] == (1, 2, [None])
+    assert isinstance(came[0][2].faults[0][2], TimeoutError)
+    assert [death.was_late for death in ran.deaths] == [True]
+
+
+def test_closed_with_blocks_in_hand(crew, monkeypatch):
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0.1)
+    feed = fed(crew, time.sleep)
+    for start in range(4):
+        feed.give(start, [LONG])
+    began = time.monotonic()
+    ran = feed.close()
+    assert time.monotonic() - began < LONG / 2
+    assert ran.halted
+    feed = fed(crew, double)
+    feed.give(0, [1])
+    assert results(feed, 1) == [(0, 1, [2])]
+    feed.close()
+
+
+def test_descriptors_stay_flat(warm):
+    def n_open():
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # only counted
+
+    counts = []
+    for _ in range(3):
+        feed = fed(warm, lambda item: item)
+        for start in range(4):
+            feed.give(start, [np.zeros(100_000)])
+        results(feed, 4)
+        feed.close()
+        counts.append(n_open())
+    assert counts[0] == counts[1] == counts[2]
