@@ -28,8 +28,8 @@ def function(balance: str, n_jobs: int, backend: str, **options: Any) -> Apply:
     return apply
 
 
-def warm_mapper(stack: ExitStack, balance: str, n_jobs: int, backend: str) -> Any:
+def warm_mapper(stack: ExitStack, balance: str, n_jobs: int, backend: str, **options: Any) -> Any:
     """A mapper inside its ``with`` block, which ends with ``stack``."""
-    mapper = MAPPERS[balance](n_jobs, backend=backend)
+    mapper = MAPPERS[balance](n_jobs, backend=backend, **options)
     stack.enter_context(mapper)
     return mapper

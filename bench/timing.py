@@ -70,7 +70,8 @@ class Arm:
 class Promise:
     """``scale * over / under`` is to be at least ``required`` (at most, with ``at_most=True``).
 
-    ``under=None`` speaks about the amount itself.
+    ``under=None`` speaks about the amount itself, ``difference=True`` about
+    ``scale * (over - under)``.
     """
 
     over: str
@@ -80,6 +81,7 @@ class Promise:
     at_most: bool = False
     scale: float = 1.0
     label: str = ""
+    difference: bool = False
 
     @property
     def name(self) -> str:
@@ -139,12 +141,18 @@ class Comparison:
         pairs = zip(self.amounts[over], divisors, strict=True)
         return Spread.of([scale * above / below for above, below in pairs])
 
+    def difference(self, over: str, under: str, scale: float = 1.0) -> Spread:
+        """Spread of the per-round differences of two arms."""
+        pairs = zip(self.amounts[over], self.amounts[under], strict=True)
+        return Spread.of([scale * (above - below) for above, below in pairs])
+
     def judged(self) -> list[tuple[Promise, Spread, str]]:
         """Every promise whose arms were measured, with its value and verdict."""
         found = []
         for promise in self.promises:
             if {promise.over, promise.under} - {None} <= set(self.amounts):
-                spread = self.ratio(promise.over, promise.under, promise.scale)
+                of = self.difference if promise.difference else self.ratio
+                spread = of(promise.over, promise.under, promise.scale)
                 verdict = promise.verdict(spread.median) if self.binding else "not judged"
                 found.append((promise, spread, verdict))
         return found
@@ -268,6 +276,18 @@ def repeated(call: Callable[[], Any], calls: int) -> Callable[[], Measured]:
         for _ in range(calls):
             answer = call()
         return Measured((time.perf_counter() - begin) / calls, answer)
+
+    return run
+
+
+def timed(call: Callable[[], T], answer: Callable[[T], Any]) -> Callable[[], Measured]:
+    """Make an arm of which only ``call`` is timed; what is compared is ``answer`` of its result."""
+
+    def run() -> Measured:
+        begin = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - begin
+        return Measured(seconds, answer(result))
 
     return run
 

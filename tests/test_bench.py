@@ -26,6 +26,7 @@ from bench.timing import (
     repeated,
     rotated,
     same,
+    timed,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +36,9 @@ PROMISES = {
     "reducing": 4,
     "halo": 4,
     "items": 4,
+    "lists": 5,
+    "fits": 4,
+    "forest": 3,
     "files": 4,
     "kernels": 28 if list((Path(sys.prefix) / "lib").glob("libtbb.so*")) else 25,
     "even": 1,
@@ -79,6 +83,12 @@ def test_every_bench_runs_tiny(name, tmp_path):
     elif name == "halo" and not (find_spec("skimage") and find_spec("dask")):
         assert "skimage: not installed" in printed
         promises += 4
+    if name == "lists" and find_spec("mpire") is None:
+        assert "mpire: not installed" in printed
+        promises += 1
+    if name in {"fits", "forest"} and find_spec("sklearn") is None:
+        assert f"{name}: scikit-learn is not installed" in printed
+        promises = PROMISES[name]
     assert promises == PROMISES[name]
     assert found["machine"]["versions"]["numpy"] == np.__version__
 
@@ -198,6 +208,20 @@ def test_ratios_are_taken_within_each_round():
     assert found.ratio("b", "a") == Spread(median=3, low=2, high=4)
     assert [(spread.median, verdict) for _, spread, verdict in found.judged()] == [(3, "kept")]
     assert "3.00 [2.00-4.00]" in str(found)
+
+
+def test_differences_are_taken_within_each_round():
+    promise = Promise("b", "a", required=4, aim=1, at_most=True, scale=2, difference=True)
+    found = compare("t", [fixed("a", 1, 10, 2), fixed("b", 3, 11, 5)], rounds=3, promises=[promise])
+    assert [(spread, verdict) for _, spread, verdict in found.judged()] == [
+        (Spread(median=4, low=2, high=6), "kept")
+    ]
+
+
+def test_only_the_call_of_a_timed_arm_is_timed(monkeypatch):
+    clock = iter([1.0, 3.0])
+    monkeypatch.setattr("bench.timing.time.perf_counter", lambda: next(clock))
+    assert timed(lambda: [1, 2], sum)() == Measured(amount=2.0, answer=3)
 
 
 def test_many_rounds_are_summarised_by_quartiles():
