@@ -144,6 +144,24 @@ class TestWhatIsGiven:
             assert_same(one.coef_, other.coef_)
             assert_same(one.coef_, Ridge().fit(X[mask], y[mask]).coef_)
 
+    def test_rows_of_several_types(self, run):
+        mask = np.arange(len(X)) < 70
+        rows = [mask, np.arange(80, dtype=np.int8), np.arange(90, dtype=np.uint64), [-1, -2, 3]]
+        ours = fit_many(Ridge(), X, y, rows=rows, **run)
+        for one, some in zip(ours, rows, strict=True):
+            assert_same(one.coef_, Ridge().fit(X[some], y[some]).coef_)
+
+    def test_fits_start_afresh(self, run):
+        given = Growing(seen=[0])
+        for estimators in (given, [given] * 5):
+            ours = fit_many(estimators, X, rows=[[number] for number in range(5)], **run)
+            assert [one.seen for one in ours] == [[0, number] for number in X[:5, 0].tolist()]
+        assert given.seen == [0]
+
+    def test_what_cannot_be_cloned_is_an_error_before_anything_is_started(self, run):
+        with pytest.raises(RuntimeError, match="constructor"):
+            fit_many(Changing(alpha=1), X, rows=[[0], [1]], **run)
+
     def test_weights_of_the_rows(self, run):
         weights = np.arange(len(X)) % 4 + 1.0
         rows = np.arange(0, 150, 2)
@@ -174,6 +192,27 @@ class TestWhatIsGiven:
         shared, targets = share(np.tile(X, (50, 1))), share(np.tile(y, 50).astype(float))
         fit_many([Ridge()] * 4, shared, targets, n_jobs=2, backend="loky")
         assert last_report().bytes_copied < 10_000  # the estimators themselves
+
+
+class Growing(BaseEstimator):
+    """Changes its own parameter, which nobody else may see."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def fit(self, X):
+        self.seen.append(float(X[0, 0]))
+        return self
+
+
+class Changing(BaseEstimator):
+    """Does not keep what it is given."""
+
+    def __init__(self, alpha):
+        self.alpha = [alpha]
+
+    def fit(self, X):
+        return self
 
 
 class Moody(BaseEstimator):

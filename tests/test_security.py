@@ -43,6 +43,7 @@ def test_no_code_unpickles_from_a_file():
         "backends/process_runs.py",
         "backends/worker_process.py",
         "blocks.py",
+        "fitting.py",
         "ledger.py",
     }
 
