@@ -10,14 +10,13 @@ import numpy as np
 from joblib import Parallel, delayed
 
 import taskcarrier
-from bench import ours
 from bench.peers import cut
 from bench.timing import Arm, Comparison, Promise, Settings, compare, timed
 
 N_JOBS = 2
 COLUMNS = 20
 OWN = "scikit-learn's forest"
-BEST_OF_OURS = "ours dynamic"
+OURS = "ours"
 IDIOMS = {"joblib idiom, threads": "threading", "joblib idiom, processes": "loky"}
 
 
@@ -45,28 +44,26 @@ def _data(n: int) -> tuple[np.ndarray, np.ndarray]:
 def _fitting(settings: Settings, forest: Any, X: np.ndarray, y: np.ndarray) -> Comparison:
     from sklearn.base import clone
 
-    arms = [Arm(OWN, timed(lambda: clone(forest).fit(X, y).estimators_, _trees))]
-    for balance in ours.BALANCES:
-        call = partial(_fit_many, forest, X, y, balance)
-        arms.append(Arm(f"ours {balance}", timed(call, _trees)))
+    arms = [
+        Arm(OWN, timed(lambda: clone(forest).fit(X, y).estimators_, _trees)),
+        Arm(OURS, timed(partial(_fit_many, forest, X, y), _trees)),
+    ]
     return compare(
         f"forest: {len(forest.estimators_)} decision trees on {len(X):,} x {COLUMNS}, threads, "
         f"{N_JOBS} jobs",
         arms,
         rounds=settings.turns(full=5, quick=3),
-        reference=BEST_OF_OURS,
-        promises=[Promise(OWN, BEST_OF_OURS, required=0.97, aim=1.0)],
+        reference=OURS,
+        promises=[Promise(OWN, OURS, required=0.97, aim=1.0)],
         notes=["drawing the rows, as scikit-learn draws them, is in every arm's time"],
     )
 
 
-def _fit_many(forest: Any, X: np.ndarray, y: np.ndarray, balance: str) -> list[Any]:
+def _fit_many(forest: Any, X: np.ndarray, y: np.ndarray) -> list[Any]:
     """The trees of such a forest: their states are in its trees, and it can draw their rows."""
     counts = [np.bincount(rows, minlength=len(X)) for rows in forest.estimators_samples_]
     trees = forest.estimators_  # `fit_many` clones them
-    return taskcarrier.fit_many(
-        trees, X, y, sample_weight=np.array(counts), balance=balance, n_jobs=N_JOBS
-    )
+    return taskcarrier.fit_many(trees, X, y, sample_weight=np.array(counts), n_jobs=N_JOBS)
 
 
 def _trees(fitted: list[Any]) -> np.ndarray:
@@ -81,16 +78,15 @@ def _asking(settings: Settings, forest: Any, X: np.ndarray) -> Comparison:
         for name, backend in IDIOMS.items():
             parallel = stack.enter_context(Parallel(n_jobs=N_JOBS, backend=backend))
             arms.append(Arm(name, partial(_idiom, parallel, forest, X)))
-        for balance in ours.BALANCES:
-            call = partial(taskcarrier.predict_array, forest, X, "predict_proba", n_jobs=N_JOBS)
-            arms.append(Arm(f"ours {balance}", partial(call, balance=balance)))
+        call = partial(taskcarrier.predict_array, forest, X, "predict_proba", n_jobs=N_JOBS)
+        arms.append(Arm(OURS, call))
         return compare(
             f"forest: probabilities by {len(forest.estimators_)} trees for {len(X):,} rows, "
             f"{N_JOBS} jobs",
             arms,
             rounds=settings.turns(full=5, quick=3),
-            reference=BEST_OF_OURS,
-            promises=[Promise(name, BEST_OF_OURS, required=1.0, aim=1.2) for name in IDIOMS],
+            reference=OURS,
+            promises=[Promise(name, OURS, required=1.0, aim=1.2) for name in IDIOMS],
         )
 
 
