@@ -51,7 +51,7 @@ def mapped(
     _, kwargs = check_extras((), shared, "shared")
     if rng is not None and "rng" in kwargs:
         raise TypeError("rng is given twice: as an option, and in shared")
-    choice = decide(settings, func) if items else nothing
+    choice = decide(settings, func, lists=True) if items else nothing
     several = len(sequences) > 1
     if rng is not None:
         func = WithStream(func, Streams.of_seed(rng))

@@ -173,15 +173,20 @@ class _Packer:
         return self._terms(segment), place
 
     def keep_in_band(self, buffer: Any) -> bool:
-        try:
-            block = buffer.raw()
-        except BufferError:  # not contiguous: pickle copies it
-            return True
-        if len(block) < _SHARED_NBYTES:
+        if (block := _large(buffer)) is None:
             return True
         segment, offset = self._staging.add(block)
         self.buffers.append((segment, offset, len(block)))
         return False
+
+
+def _large(buffer: Any) -> memoryview | None:
+    """The memory of a pickle's buffer, if it is worth a place of its own."""
+    try:
+        block: memoryview = buffer.raw()
+    except BufferError:  # not contiguous: pickle copies it
+        return None
+    return block if len(block) >= _SHARED_NBYTES else None
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
@@ -204,6 +209,25 @@ def _dumps(obj: object) -> bytes:
     file = io.BytesIO()
     _Pickler(file, protocol=5).dump(obj)
     return file.getvalue()
+
+
+def pack_apart(own: object, shared: object) -> list[memoryview]:
+    """What workers without descriptors are sent: only bytes, each piece once for all of them.
+
+    A pickle of what becomes a worker's own, one of what is read by all, and then the memory of
+    each large array in the latter, as it lies.
+    """
+    blocks: list[memoryview] = []
+
+    def keep_in_band(buffer: Any) -> bool:
+        block = _large(buffer)
+        if block is not None:
+            blocks.append(block.toreadonly())
+        return block is None
+
+    file = io.BytesIO()
+    _Pickler(file, protocol=5, buffer_callback=keep_in_band).dump(shared)
+    return [memoryview(_dumps(own)), memoryview(file.getvalue()), *blocks]
 
 
 class _UserPickler(_Pickler):

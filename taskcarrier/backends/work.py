@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from time import monotonic_ns
@@ -236,6 +237,8 @@ class Ran:
         What the workers have settled on; None if nothing.
     halted : bool
         Whether workers were asked to stop.
+    nbytes_sent : int
+        Bytes that were copied for workers on their way, and not into a segment.
     """
 
     accounts: list[Account]
@@ -246,6 +249,7 @@ class Ran:
     deaths: list[Death] = field(default_factory=list)
     fatal: list[Death] = field(default_factory=list)
     missing: list[tuple[int, int]] = field(default_factory=list)
+    nbytes_sent: int = 0
 
     @classmethod
     def read(cls, accounts: list[Account], ledger: Ledger) -> Ran:
@@ -276,6 +280,17 @@ def mark_worker_process() -> None:
     _in_worker_process = True
 
 
+@contextmanager
+def at_work() -> Iterator[None]:
+    """Say that this thread is a worker, as long as the block goes on."""
+    before = getattr(_state, "busy", False)
+    _state.busy = True
+    try:
+        yield
+    finally:
+        _state.busy = before
+
+
 Outlet = tuple[Deliver, Callable[[], None]]
 """How results leave a worker: a function that takes them, and one that has them arrive."""
 
@@ -304,23 +319,23 @@ def work(
         Ranges that this worker is to run before its cells, because another has died on them.
     """
     account = Account(worker)
-    busy_before = getattr(_state, "busy", False)
-    _state.busy = True
     cells: Cells | None = None
     try:
-        cells = job.task.open(ledger.agree)
-        if job.sweeps:
-            _sweep(job, ledger, account, cast("Sweep", cells), outlet[0])
-        else:
-            held: Iterable[_Held] = job.balance.cells(ledger, worker, job.n_workers, len(job.grid))
-            if again:
-                held = chain(_again(ledger, worker, again), held)
-            _go_through(job, ledger, account, cells, outlet=outlet, held=held)
+        with at_work():
+            cells = job.task.open(ledger.agree)
+            if job.sweeps:
+                _sweep(job, ledger, account, cast("Sweep", cells), outlet[0])
+            else:
+                held: Iterable[_Held] = job.balance.cells(
+                    ledger, worker, job.n_workers, len(job.grid)
+                )
+                if again:
+                    held = chain(_again(ledger, worker, again), held)
+                _go_through(job, ledger, account, cells, outlet=outlet, held=held)
     except BaseException as error:  # noqa: BLE001  # also exits and interrupts: the caller raises
         ledger.halt()
         account.failure = Failure(account.at, error, attempt=account.attempt)
     finally:
-        _state.busy = busy_before
         if cells is not None:
             account.facts = cells.facts()  # must not raise
     return account
