@@ -23,7 +23,7 @@ import pickle
 import socket
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from time import monotonic_ns
 from typing import Any, NamedTuple, Protocol, cast
@@ -104,7 +104,7 @@ def run(
         )
         sender = (_Sender if shares_memory else _ByteSender)(job)
         tasks = _until_halted(job, ledger, sender, failures)
-        with closing(_results(parallel, tasks)) as results:
+        with _closed(_results(parallel, tasks)) as results:
             for done in results:
                 account = accounts.of(done.worker)
                 account.busy_ns += done.busy_ns
@@ -253,6 +253,16 @@ def _until_halted(
 def _results(parallel: Any, tasks: Iterator[_Task]) -> Generator[_Done, None, None]:
     """What comes back, block by block in order; all at the end where the backend cannot do that."""
     yield from parallel(tasks)
+
+
+@contextmanager
+def _closed(results: Generator[_Done, None, None]) -> Iterator[Generator[_Done, None, None]]:
+    """Have joblib end when the block does, which is early only after an interrupt."""
+    try:
+        yield results
+    finally:
+        with suppress(Warning):  # of results that nobody takes; a filter may make errors of them
+            results.close()
 
 
 def _run(calls: Calls, items: Sequence[Any], start: int, errstate: dict[str, Any]) -> _Done:

@@ -24,6 +24,7 @@ from taskcarrier import (
     predict_array,
     reduce_array,
 )
+from taskcarrier.backends import registered
 from taskcarrier.backends.choice import Choice
 from taskcarrier.backends.parcels import pack_items
 from taskcarrier.backends.registered import counted
@@ -112,7 +113,7 @@ KINDS = {"test-threads": Threads, "test-elsewhere": Elsewhere, "test-at-the-end"
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch):
+def kinds(monkeypatch):
     for name, kind in KINDS.items():
         kind.n_calls = kind.n_tasks = kind.n_batches = 0
         monkeypatch.setitem(BACKENDS, name, kind)
@@ -261,6 +262,7 @@ def fails_at_7_and_30(i):
     return i
 
 
+@pytest.mark.fault(1, 2)
 def test_the_lowest_item_that_fails_is_raised_and_named(mapper):
     for _ in range(5):
         with pytest.raises(KeyError) as caught:
@@ -302,6 +304,7 @@ def passes(i):
     return i
 
 
+@pytest.mark.fault(15)
 def test_exceptions_that_may_pass_are_tried_again(mapper):
     seen.clear()
     assert mapper.map(passes, range(8), retry_on=ConnectionError) == list(range(8))
@@ -317,6 +320,7 @@ class LockedError(Exception):
         self.lock = threading.Lock()
 
 
+@pytest.mark.fault(3, 8, 9)
 @pytest.mark.parametrize("backend", ["test-elsewhere"])
 def test_what_cannot_be_pickled_is_an_error_that_says_which(mapper):
     lock = threading.Lock()
@@ -363,6 +367,7 @@ def test_what_cannot_be_unpickled_is_its_own_error(mapper):
         assert any(note.startswith("while mapping items ") for note in caught.value.__notes__)
 
 
+@pytest.mark.fault(4)
 def test_an_exit_in_a_worker_is_raised(mapper):
     def leave(i):
         raise SystemExit(3)
@@ -404,6 +409,15 @@ def test_an_error_of_the_backend_is_its_own(monkeypatch):
     monkeypatch.setitem(BACKENDS, "test-broken", Broken)
     with pytest.raises(OSError, match="the cluster is gone"):
         DynamicParallelMapper(2, backend="test-broken")(abs, range(9))
+
+
+def test_an_interrupt_of_the_caller_ends_the_call(mapper, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(registered, "_failure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mapper(abs, range(1000))
 
 
 # What cannot be had there

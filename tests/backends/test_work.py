@@ -12,6 +12,7 @@ from taskcarrier.backends.work import (
     Failure,
     Job,
     Ran,
+    at_work,
     in_worker,
     mark_worker_process,
     outlet_here,
@@ -487,6 +488,17 @@ class TestInWorker:
 
         run(Script({0: look}))
         assert seen == [False]
+
+    def test_a_block_that_says_so(self):
+        with at_work():
+            with at_work():
+                assert in_worker()
+            assert in_worker()
+            run(Script())
+            assert in_worker()
+        with pytest.raises(KeyError), at_work():
+            raise KeyError
+        assert not in_worker()
 
     def test_a_whole_process(self, monkeypatch):
         monkeypatch.setattr(module, "_in_worker_process", False)
