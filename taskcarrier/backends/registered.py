@@ -42,7 +42,7 @@ from taskcarrier.backends.parcels import (
     unpack_error,
     unpack_items,
 )
-from taskcarrier.backends.work import Account, Deliver, Failure, Job, Ran, at_work
+from taskcarrier.backends.work import Account, Deliver, Failure, Job, Ran, be_at_work
 from taskcarrier.ledger import Ledger
 
 
@@ -269,11 +269,14 @@ def _run(calls: Calls, items: Sequence[Any], start: int, errstate: dict[str, Any
     """In a worker: one block."""
     begin = monotonic_ns()
     failed = False
-    with at_work(), limited.open(), np.errstate(**errstate):
-        try:
+    busy_before = be_at_work(True)
+    try:
+        with limited.open(), np.errstate(**errstate):
             result = calls.of(items, start)
-        except BaseException as error:  # noqa: BLE001  # also exits: the caller raises
-            result, failed = error, True
+    except BaseException as error:  # noqa: BLE001  # also exits: the caller raises
+        result, failed = error, True
+    finally:
+        be_at_work(busy_before)
     return _Done(start, len(items), _Worker.here(), monotonic_ns() - begin, failed, result)
 
 

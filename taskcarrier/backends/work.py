@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from time import monotonic_ns
@@ -280,15 +279,11 @@ def mark_worker_process() -> None:
     _in_worker_process = True
 
 
-@contextmanager
-def at_work() -> Iterator[None]:
-    """Say that this thread is a worker, as long as the block goes on."""
-    before = getattr(_state, "busy", False)
-    _state.busy = True
-    try:
-        yield
-    finally:
-        _state.busy = before
+def be_at_work(yes: bool) -> bool:
+    """Say whether this thread is a worker, and return what it was before."""
+    before: bool = getattr(_state, "busy", False)
+    _state.busy = yes
+    return before
 
 
 Outlet = tuple[Deliver, Callable[[], None]]
@@ -319,23 +314,22 @@ def work(
         Ranges that this worker is to run before its cells, because another has died on them.
     """
     account = Account(worker)
+    busy_before = be_at_work(True)
     cells: Cells | None = None
     try:
-        with at_work():
-            cells = job.task.open(ledger.agree)
-            if job.sweeps:
-                _sweep(job, ledger, account, cast("Sweep", cells), outlet[0])
-            else:
-                held: Iterable[_Held] = job.balance.cells(
-                    ledger, worker, job.n_workers, len(job.grid)
-                )
-                if again:
-                    held = chain(_again(ledger, worker, again), held)
-                _go_through(job, ledger, account, cells, outlet=outlet, held=held)
+        cells = job.task.open(ledger.agree)
+        if job.sweeps:
+            _sweep(job, ledger, account, cast("Sweep", cells), outlet[0])
+        else:
+            held: Iterable[_Held] = job.balance.cells(ledger, worker, job.n_workers, len(job.grid))
+            if again:
+                held = chain(_again(ledger, worker, again), held)
+            _go_through(job, ledger, account, cells, outlet=outlet, held=held)
     except BaseException as error:  # noqa: BLE001  # also exits and interrupts: the caller raises
         ledger.halt()
         account.failure = Failure(account.at, error, attempt=account.attempt)
     finally:
+        be_at_work(busy_before)
         if cells is not None:
             account.facts = cells.facts()  # must not raise
     return account

@@ -12,7 +12,7 @@ from taskcarrier.backends.work import (
     Failure,
     Job,
     Ran,
-    at_work,
+    be_at_work,
     in_worker,
     mark_worker_process,
     outlet_here,
@@ -489,15 +489,14 @@ class TestInWorker:
         run(Script({0: look}))
         assert seen == [False]
 
-    def test_a_block_that_says_so(self):
-        with at_work():
-            with at_work():
-                assert in_worker()
+    def test_whoever_says_so(self):
+        assert be_at_work(True) is False
+        try:
             assert in_worker()
             run(Script())
             assert in_worker()
-        with pytest.raises(KeyError), at_work():
-            raise KeyError
+        finally:
+            assert be_at_work(False) is True
         assert not in_worker()
 
     def test_a_whole_process(self, monkeypatch):
