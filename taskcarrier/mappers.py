@@ -75,8 +75,9 @@ class Mapper:
         An existing folder whose file system holds what is shared with worker processes (in
         files without a name). Default: the environment's ``JOBLIB_TEMP_FOLDER`` if set, else
         memory.
-    backend : {"sequential", "threading", "loky", "multiprocessing"}, optional
-        Where workers run, see `map_array`. Default: decided for each call.
+    backend : {"sequential", "threading", "loky", "multiprocessing"} or str, optional
+        Where workers run, see `map_array`; for sequences also the name of any other backend that is
+        registered with joblib, such as ``"dask"``, see `map`. Default: decided for each call.
     chunksize : int, optional
         Items for each range. Default: decided for each call, see `map_array`; for sequences
         about a thousand ranges in all.
@@ -121,6 +122,7 @@ class Mapper:
         func: Callable[..., Any],
         seq1: Iterable[Any],
         *seqs: Iterable[Any],
+        chunksize: int | None = None,
         shared: Mapping[str, Any] | None = None,
         rng: Any = None,
         timeout: float | None = None,
@@ -133,12 +135,21 @@ class Mapper:
         What is demanded of `func`: for processes, it and the items and results must be
         picklable (functions of ``__main__``, lambdas and closures are).
 
+        Where the mapper's `backend` is one that was registered with joblib (by
+        `joblib.register_parallel_backend`; ``"dask"``), or an active `joblib.parallel_config` asks
+        for one, ranges go through `joblib.Parallel`; results are the same. There must be a
+        `taskcarrier` where its workers are. When one dies it is the backend that says so or tries
+        again, whatever `retries` is; their warnings stay with them.
+
         Parameters
         ----------
         func : callable
             Called as ``func(item)``, with several sequences ``func(item1, item2, ...)``.
         seq1, *seqs : iterable
             The items. With several, the shortest wins. Generators are used up first.
+        chunksize : int, optional
+            Items for each range that a worker takes. Default: the mapper's own. Results do not
+            depend on it.
         shared : dict, optional
             What every call of `func` gets by name. Arrays in it are read-only; to processes they
             are sent once for all calls, and not at all if they come from `share`, `empty`, `load`
@@ -162,6 +173,8 @@ class Mapper:
             how.
         TimeoutError
             A range of items took longer than `timeout`.
+        ValueError
+            Bad arguments, before anything is started; `timeout` on a registered backend too.
         Exception
             Whatever `func` raises, with a note that names the item.
 
@@ -173,7 +186,13 @@ class Mapper:
         """
         settings = replace(self._settings(), recovery=Recovery.checked(timeout, retries, retry_on))
         return sequences.mapped(
-            settings, func, (seq1, *seqs), self.chunksize, on_error=on_error, rng=rng, shared=shared
+            settings,
+            func,
+            (seq1, *seqs),
+            self.chunksize if chunksize is None else check_chunksize(chunksize),
+            on_error=on_error,
+            rng=rng,
+            shared=shared,
         )
 
     @documented

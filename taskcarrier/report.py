@@ -35,11 +35,12 @@ class Report:
     Attributes
     ----------
     backend : str
-        Where it ran: ``"sequential"``, ``"threading"`` or ``"loky"``.
+        Where it ran: ``"sequential"``, ``"threading"``, ``"loky"`` or, for lists, the name of a
+        backend that was registered with joblib.
     reason : str
         Why there.
     balance : str
-        ``"static"`` or ``"dynamic"``; ``"serial"`` in the caller.
+        ``"static"`` or ``"dynamic"``; ``"serial"`` in the caller. Registered backends are dynamic.
     n_jobs : int
         Workers that were there to take part (never more than ranges).
     chunksize : int
@@ -48,11 +49,12 @@ class Report:
         Ranges and items of the whole run.
     bytes_copied : int
         Bytes of arrays and arguments that worker processes have read, or that were copied for
-        them, in this run; 0 for what they see where it is.
+        them, in this run; 0 for what they see where it is. On a registered backend those that it
+        was given to send.
     seconds : float
         From the first step of the call to its last, without `compiling`.
     workers : tuple of WorkerReport
-        One for each worker.
+        One for each worker; on a registered backend one for each that ran a range.
     notes : tuple of str
         What else is worth knowing, such as inputs that had to be pickled.
     compiling : float

@@ -35,7 +35,7 @@ from taskcarrier.backends.work import (
     outlet_here,
     work,
 )
-from taskcarrier.balance import Balance, Static, get_balance
+from taskcarrier.balance import Balance, Dynamic, Static, get_balance
 from taskcarrier.ledger import OWN_MARKS, Ledger
 from taskcarrier.partition import Grid
 from taskcarrier.recovery import USUAL, Recovery
@@ -147,16 +147,36 @@ class Outcome:
     agreed: Any = None
 
 
-def decide(settings: Settings, func: Callable[..., Any], extras: Sequence[Any] = ()) -> Choice:
-    """Where this run takes place, of `func` with such further arguments; an error if it cannot."""
+def decide(
+    settings: Settings,
+    func: Callable[..., Any],
+    extras: Sequence[Any] = (),
+    *,
+    lists: bool = False,
+) -> Choice:
+    """Where this run takes place, of `func` with such further arguments; an error if it cannot.
+
+    Only `lists` can be mapped by backends that are registered with joblib.
+    """
     known = settings.known or ("the function releases the GIL" if releases_gil(func) else "")
-    return choices.choose(
+    choice = choices.choose(
         settings.n_jobs,
         settings.backend,
         choices.facts_now(),
         releases_gil=known,
         own_threads=has_own_threads(func, extras),
+        lists=lists,
     )
+    if choice.backend in choices.OWN:
+        return choice
+    if settings.recovery.timeout is not None:
+        raise ValueError(
+            f"timeout= cannot be kept on backend={choice.backend!r}, whose workers are not ours to "
+            "stop; leave it out, or pass backend='loky'"
+        )
+    from taskcarrier.backends import registered  # noqa: PLC0415  # loads joblib
+
+    return registered.counted(choice, settings.backend)
 
 
 def execute(
@@ -210,7 +230,7 @@ def execute(
     n_workers = min(choice.n_jobs, len(grid))
     job = Job(
         task,
-        Static() if choice.backend == "sequential" else settings.balance,
+        _balance(choice, settings),
         grid,
         n_workers,
         # Only between ranges it can be seen how long one took, and be marked that it is done.
@@ -231,6 +251,10 @@ def execute(
         elif choice.backend == "threading":
             with thread_crew(choice.n_jobs) as threads:
                 ran = threads.run(job, deliver, tick)
+        elif choice.backend not in choices.OWN:
+            from taskcarrier.backends import registered  # noqa: PLC0415  # loads joblib
+
+            ran = registered.run(job, choice, settings.backend, deliver, tick)
         else:
             choices.load_processes()
             from taskcarrier.backends.parcels import pack  # noqa: PLC0415  # loads joblib
@@ -271,6 +295,13 @@ def execute(
     with suppress(Warning) if failures else nullcontext():
         _warn_again(accounts)
     return Outcome(accounts, failures, ran.fatal, ran.missing, report, ran.agreed)
+
+
+def _balance(choice: Choice, settings: Settings) -> Balance:
+    """How cells are shared out there: joblib gives the next to whoever is free."""
+    if choice.backend == "sequential":
+        return Static()
+    return settings.balance if choice.backend in choices.OWN else Dynamic()
 
 
 def _warn_again(accounts: list[Account]) -> None:
@@ -427,7 +458,7 @@ def report_of(
         chunksize=chunksize,
         ranges=ranges,
         items=items,
-        bytes_copied=0 if staging is None else staging.nbytes,
+        bytes_copied=ran.nbytes_sent + (0 if staging is None else staging.nbytes),
         seconds=wall,
         workers=workers,
         notes=tuple(notes),

@@ -56,7 +56,7 @@ def mapped(
         rng=rng,
         shared=shared,
     )
-    choice = decide(settings, func) if items else nothing
+    choice = decide(settings, func, lists=True) if items else nothing
     staging = None
     task: _ItemTask | _PackedTask
     if choice.backend == "loky":

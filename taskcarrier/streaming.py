@@ -83,7 +83,12 @@ def imapped(
         func, settings.recovery, several=several, collects=True, rng=rng, shared=shared
     )
     items = zip(*iterables, strict=False) if several else iter(iterables[0])
-    choice = decide(settings, func)
+    choice = decide(settings, func, lists=True)
+    if choice.backend not in choices.OWN:
+        raise ValueError(
+            f"imap cannot use backend {choice.backend!r} ({choice.reason}): only our own workers "
+            "take items as they come; use map, or pass backend='loky' or 'threading'"
+        )
     job = Job(
         _FedTask(calls),
         Dynamic(),

@@ -1,12 +1,17 @@
 """The mapper that is chosen once: where it holds, and that workers start no workers."""
 
 import asyncio
+import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from multiprocessing.pool import ThreadPool
 
+import emcee
 import joblib
 import numpy as np
 import pytest
+from deap import algorithms, base, creator, tools
 
 from taskcarrier import (
     DynamicParallelMapper,
@@ -159,14 +164,68 @@ class TestWhatTakesAMapper:
         ours = optimize.brute(optimize.rosen, workers=DynamicParallelMapper(2), **options)
         assert np.array_equal(ours, serial)
 
-    def test_pools_whose_map_is_called(self):
-        class Sampler:  # as those of emcee do
-            def __init__(self, pool):
-                self.map = pool.map
+    @pytest.mark.parametrize("backend", ["threading", "loky"])
+    def test_pools_of_emcee(self, backend):
+        def log_density(point):
+            return -0.5 * float((point**2).sum())
 
-            def logs(self, points):
-                return list(self.map(lambda point: -float((point**2).sum()), points))
+        def chain(pool):
+            sampler = emcee.EnsembleSampler(8, 3, log_density, pool=pool)
+            sampler.random_state = np.random.RandomState(3).get_state()  # its own
+            sampler.run_mcmc(np.random.default_rng(0).normal(size=(8, 3)), 20)
+            return sampler.get_chain()
 
-        points = np.arange(12.0).reshape(6, 2)
-        ours = Sampler(DynamicParallelMapper(2, backend="loky")).logs(points)
-        assert ours == [-float((point**2).sum()) for point in points]
+        serial = chain(None)
+        assert len(np.unique(serial)) > 100
+        with DynamicParallelMapper(2, backend=backend) as pool:
+            assert np.array_equal(chain(pool), serial)
+            assert (pool.report.backend, pool.report.items) == (backend, 4)
+
+    @pytest.mark.parametrize("backend", ["threading", "loky"])
+    def test_the_toolbox_of_deap(self, backend):
+        # As its own introduction does, where classes are made at run time.
+        creator.create("TaskcarrierFitness", base.Fitness, weights=(1.0,))
+        creator.create("TaskcarrierGenes", list, fitness=creator.TaskcarrierFitness)
+        toolbox = base.Toolbox()
+        toolbox.register("bit", random.randint, 0, 1)
+        toolbox.register("genes", tools.initRepeat, creator.TaskcarrierGenes, toolbox.bit, 20)
+        toolbox.register("population", tools.initRepeat, list, toolbox.genes)
+        toolbox.register("evaluate", lambda genes: (sum(genes),))
+        toolbox.register("mate", tools.cxTwoPoint)
+        toolbox.register("mutate", tools.mutFlipBit, indpb=0.05)
+        toolbox.register("select", tools.selTournament, tournsize=3)
+
+        def evolved(map_like):
+            random.seed(4)
+            toolbox.register("map", map_like)
+            population, _ = algorithms.eaSimple(
+                toolbox.population(n=20), toolbox, 0.5, 0.2, ngen=4, verbose=False
+            )
+            return [(list(genes), genes.fitness.values) for genes in population]
+
+        try:
+            mapper = DynamicParallelMapper(2, backend=backend)
+            assert evolved(mapper.map) == evolved(map)
+            assert mapper.report.backend == backend
+        finally:
+            del creator.TaskcarrierFitness, creator.TaskcarrierGenes
+
+    @pytest.mark.parametrize("kind", [SerialMapper, StaticParallelMapper, DynamicParallelMapper])
+    def test_code_that_was_written_for_an_executor(self, kind):
+        def table(executor):
+            with executor as inside:
+                squares = inside.map(pow, range(30), [2] * 25, timeout=None, chunksize=7)
+                lengths = inside.map(len, ("a", "bc"), chunksize=1)
+                return dict(enumerate(squares)), [*lengths], sorted(inside.map(abs, {-1, 2}))
+
+        with kind(2, backend="threading") as mapper:
+            assert table(mapper) == table(ThreadPoolExecutor(2))
+        assert not hasattr(mapper, "submit")  # a mapper maps
+
+    @pytest.mark.parametrize("kind", [SerialMapper, StaticParallelMapper, DynamicParallelMapper])
+    def test_code_that_was_written_for_a_pool(self, kind):
+        def lines(pool):
+            with pool:
+                return pool.map(hex, range(30)) + pool.map(hex, iter([1, 2]), chunksize=2)
+
+        assert lines(kind(2, backend="threading")) == lines(ThreadPool(2))

@@ -18,10 +18,12 @@ from taskcarrier import (
     DynamicParallelMapper,
     SerialMapper,
     StaticParallelMapper,
+    fit_many,
     last_report,
     map_array,
     map_chunks,
     map_items,
+    predict_array,
     reduce_array,
 )
 from tests.strategies import (
@@ -372,6 +374,73 @@ def test_an_active_configuration_of_joblib_is_followed(active, n_jobs, backend):
         assert mapper(abs, range(8)) == list(range(8))
     for report in (by_call, mapper.report):
         assert (report.backend, report.n_jobs) == (backend, n_jobs or 1)
+
+
+class Mean:
+    def fit(self, X):
+        self.mean_ = float(X.mean())
+        return self
+
+    def predict(self, X):
+        return X - self.mean_
+
+
+X = np.arange(8.0)
+OF_FUNCTIONS = {
+    "map_array": lambda **o: map_array(lambda c: c + 1, X, **o),
+    "map_items": lambda **o: map_items(lambda x: x + 1, X, **o),
+    "map_chunks": lambda **o: map_chunks(len, X, **o),
+    "reduce_array": lambda **o: reduce_array(np.sum, X, combine=operator.add, **o),
+    "fit_many": lambda **o: fit_many([Mean()] * 8, X, **o),
+    "predict_array": lambda **o: predict_array(Mean().fit(X), X, chunksize=1, **o),
+}
+OF_MAPPERS = {
+    "map": lambda **o: DynamicParallelMapper(**o)(abs, range(8)),
+    "map_array": lambda **o: StaticParallelMapper(**o).map_array(lambda c: c + 1, X),
+    "map_items": lambda **o: DynamicParallelMapper(**o).map_items(lambda x: x + 1, X),
+    "map_chunks": lambda **o: StaticParallelMapper(**o).map_chunks(len, X),
+    "reduce_array": lambda **o: DynamicParallelMapper(**o).reduce_array(
+        np.sum, X, combine=operator.add
+    ),
+}
+UNSAID = [
+    *(pytest.param(call, id=name) for name, call in OF_FUNCTIONS.items()),
+    *(
+        pytest.param(lambda call=call, **o: call(**{"n_jobs": None, **o}), id=f"mapper.{name}")
+        for name, call in OF_MAPPERS.items()
+    ),
+]
+
+
+@pytest.mark.parametrize("call", UNSAID)
+def test_n_jobs_are_those_of_the_call_then_of_the_configuration_then_all_cores(call):
+    # One more than there are cores, so that they are told apart.
+    cores, configured = joblib.cpu_count(), joblib.cpu_count() + 1
+    with joblib.parallel_config(n_jobs=configured, backend="threading"):
+        call()
+        assert (last_report().n_jobs, last_report().backend) == (configured, "threading")
+        assert last_report().reason == "joblib's active configuration"
+        call(n_jobs=2, backend="threading")
+        assert (last_report().n_jobs, last_report().reason) == (2, "asked for")
+        call(n_jobs=1)
+        assert (last_report().n_jobs, last_report().backend) == (1, "sequential")
+    for configuration in ({"n_jobs": configured}, {"n_jobs": configured, "backend": "loky"}):
+        with joblib.parallel_config(**configuration):
+            call(backend="threading")
+        assert (last_report().n_jobs, last_report().reason) == (configured, "asked for")
+    with joblib.parallel_config(backend="threading"):
+        call()
+    assert last_report().n_jobs == cores  # where joblib's default is 1
+    call(backend="threading")
+    assert last_report().n_jobs == cores
+
+
+@pytest.mark.parametrize("call", OF_MAPPERS.values(), ids=OF_MAPPERS)
+def test_mappers_to_whom_nothing_is_said_take_all_cores(call):
+    with joblib.parallel_config(n_jobs=joblib.cpu_count() + 1, backend="threading"):
+        call()
+        assert last_report().n_jobs == joblib.cpu_count()
+        assert last_report().backend == "threading"
 
 
 def test_what_is_passed_goes_before_the_configuration_of_joblib():

@@ -174,7 +174,7 @@ class TestSettings:
             ({"balance": "guided"}, ValueError),
             ({"n_jobs": 0}, ValueError),
             ({"n_jobs": "2"}, TypeError),
-            ({"backend": "dask"}, ValueError),
+            ({"backend": "mpi"}, ValueError),
             ({"timeout": 0}, ValueError),
             ({"retries": -1}, ValueError),
             ({"retries": 1.5}, TypeError),

@@ -116,8 +116,11 @@ def test_what_is_no_sequence_or_no_function_is_refused(mapper):
         mapper(None, [1])
     with pytest.raises(TypeError):
         mapper(str)
-    with pytest.raises(TypeError, match="chunksize"):
-        mapper(str, [1], chunksize=2)
+    with pytest.raises(TypeError, match="colour"):
+        mapper(str, [1], colour="red")
+    for bad, error in ((0, ValueError), ("2", TypeError)):
+        with pytest.raises(error, match="chunksize"):
+            mapper(str, [1], chunksize=bad)
 
 
 def test_order_is_kept_when_later_items_are_done_first(make):
@@ -418,6 +421,13 @@ def test_a_chunksize_cuts_and_changes_nothing(make):
         mapper = make(chunksize=chunksize)
         assert mapper(operator.neg, range(10)) == list(range(0, -10, -1))
         assert mapper.report.ranges == -(-10 // chunksize)
+
+
+def test_a_chunksize_of_the_call_is_before_that_of_the_mapper(make):
+    mapper = make(chunksize=5)
+    for given_here, ranges in ((None, 2), (1, 10), (np.int64(4), 3)):
+        assert mapper.map(operator.neg, range(10), chunksize=given_here) == list(range(0, -10, -1))
+        assert mapper.report.ranges == ranges
 
 
 def test_nothing_is_copied_but_the_items(mapper):

@@ -8,10 +8,13 @@ import signal
 import threading
 import time
 
+import joblib
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from joblib import parallel_config, register_parallel_backend
+from joblib.parallel import ThreadingBackend
 
 from taskcarrier import (
     DynamicParallelMapper,
@@ -403,7 +406,7 @@ def test_shared(make):
     mapper = make()
     results = mapper.imap(lambda n, X: (float(X[n]), X.flags.writeable), range(10), shared={"X": X})
     assert list(results) == [(n, False) for n in range(10)]
-    assert mapper.report.bytes_copied == 0
+    assert mapper.report.bytes_copied < 1000  # the items
 
 
 def test_large_items_and_results(processes):
@@ -444,6 +447,23 @@ def test_retry_on(make, tmp_path):
 def test_bad_options_at_once(make, options, error, message):
     with pytest.raises(error, match=message):
         make().imap(abs, [1], **options)
+
+
+def test_backends_that_are_registered_with_joblib_are_refused():
+    class Registered(ThreadingBackend):
+        pass
+
+    register_parallel_backend("streamless", Registered)
+    try:
+        with pytest.raises(ValueError, match="imap cannot use backend 'streamless' .asked for."):
+            DynamicParallelMapper(2, backend="streamless").imap(abs, [1])
+        with (
+            parallel_config(backend="streamless"),
+            pytest.raises(ValueError, match="imap cannot use backend 'streamless' .joblib's"),
+        ):
+            DynamicParallelMapper(2).imap(abs, [1])
+    finally:
+        joblib.parallel.BACKENDS.pop("streamless")
 
 
 def test_bad_arguments_at_once(make):

@@ -20,7 +20,7 @@ from taskcarrier.arrays.sources import sources_for_processes, sources_here
 from taskcarrier.arrays.specs import DisagreementError, Spec
 from taskcarrier.arrays.targets import Targets
 from taskcarrier.arrays.tasks import ArrayTask
-from taskcarrier.backends.choice import Choice
+from taskcarrier.backends.choice import Choice, check_for_arrays
 from taskcarrier.backends.given import Call, add_note
 from taskcarrier.backends.parts import Fault, Parts
 from taskcarrier.backends.work import Failure, Task
@@ -216,6 +216,7 @@ class ArrayCall:
         return results, faults
 
     def _choice(self) -> Choice:
+        check_for_arrays(self.settings.backend)
         if self.inputs.n_items == 0:
             return Choice("sequential", 1, "there is nothing to map")
         return decide(self.settings, self.call.func, self.extras)

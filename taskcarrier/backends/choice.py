@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from taskcarrier.backends.work import in_worker
 from taskcarrier.partition import as_integer
 
 BACKENDS = ("sequential", "threading", "loky", "multiprocessing")
+OWN = ("sequential", "threading", "loky")
+"""Where our own workers run; any other name is one that was registered with joblib."""
 
 _ALIASES = {"multiprocessing": "loky"}  # the original's word means our processes
 
@@ -58,9 +61,11 @@ class Choice:
     Attributes
     ----------
     backend : str
-        ``"sequential"``, ``"threading"`` or ``"loky"``.
+        ``"sequential"``, ``"threading"`` or ``"loky"``; else the name of a backend that was
+        registered with joblib.
     n_jobs : int
-        Workers, at least 1; 1 exactly for ``"sequential"``.
+        Workers, at least 1; 1 exactly for ``"sequential"``. Where the backend is a registered one,
+        which alone knows its workers, what was asked for: negative numbers count from all of them.
     reason : str
         Why this backend.
     """
@@ -74,10 +79,38 @@ def check_backend(backend: object) -> str | None:
     """`backend` as the user may pass it; a `ValueError` names the allowed words."""
     if backend is None:
         return None
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        allowed = ", ".join(map(repr, BACKENDS))
-        raise ValueError(f"backend must be None or one of {allowed}, got {backend!r}")
-    return _ALIASES.get(backend, backend)
+    if isinstance(backend, str) and backend in BACKENDS:
+        return _ALIASES.get(backend, backend)
+    others = [name for name in _registered() if name not in BACKENDS]
+    if not isinstance(backend, str) or backend not in others:
+        raise ValueError(
+            f"backend must be None or one of {_listed(BACKENDS)}, or for lists a name that is "
+            f"registered with joblib (now {_listed(others)}), got {backend!r}"
+        )
+    return backend
+
+
+def check_for_arrays(backend: str | None, asked: str = "got ") -> None:
+    """A `ValueError` for a backend that can map over lists only; `asked` says who wants it."""
+    if backend is not None and backend not in OWN:
+        raise ValueError(
+            f"{asked}backend={backend!r}, which maps over arrays cannot use: only our own workers "
+            "read and write arrays in place. Map over a list (mapper.map, fit_many), or pass "
+            f"backend= as one of {_listed(BACKENDS)}"
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _registered() -> list[str]:
+    """Names that joblib knows, those among them that it loads when they are asked for."""
+    load_joblib()
+    from joblib.parallel import BACKENDS as REGISTERED  # noqa: PLC0415  # loaded already
+    from joblib.parallel import EXTERNAL_BACKENDS  # noqa: PLC0415  # likewise
+
+    return sorted({*REGISTERED, *EXTERNAL_BACKENDS})
 
 
 def check_n_jobs(n_jobs: object) -> int | None:
@@ -92,11 +125,17 @@ def check_n_jobs(n_jobs: object) -> int | None:
 
 def count_workers(n_jobs: int | None, facts: Facts) -> int:
     """Workers for an `n_jobs`: joblib's rule for negative numbers, all cores for None."""
+    n_jobs = _asked(n_jobs, facts)
+    return n_jobs if n_jobs > 0 else max(1, facts.cores + 1 + n_jobs)
+
+
+def _asked(n_jobs: int | None, facts: Facts) -> int:
+    """An `n_jobs` as it is asked for here: a non-zero integer."""
     if n_jobs is None:
         n_jobs = facts.active_n_jobs
     if n_jobs is None:
         n_jobs = 1 if facts.nested_in_joblib else -1
-    return n_jobs if n_jobs > 0 else max(1, facts.cores + 1 + n_jobs)
+    return n_jobs
 
 
 def choose(
@@ -106,6 +145,7 @@ def choose(
     *,
     releases_gil: str = "",
     own_threads: bool = False,
+    lists: bool = False,
 ) -> Choice:
     """Decide where a run takes place.
 
@@ -119,14 +159,23 @@ def choose(
         What is known to run without the interpreter's lock, in words; nothing if that is not known.
     own_threads : bool
         Whether it is known to start threads of its own (numba's ``parallel=True``).
+    lists : bool
+        Whether the map is over a list, for which any backend will do that joblib knows.
 
     >>> choose(None, None, Facts(cores=4))
     Choice(backend='loky', n_jobs=4, reason='the default')
     >>> choose(3, None, Facts(cores=4), releases_gil="the function releases the GIL").reason
     'the function releases the GIL'
     """
-    workers = count_workers(n_jobs, facts)
-    where, reason = _where(backend, workers, facts, releases_gil, own_threads)
+    active = None if backend else _followed(facts)
+    if not lists:
+        check_for_arrays(backend)
+        check_for_arrays(active, "joblib's active configuration asks for ")
+    wanted = backend or active
+    is_ours = wanted is None or wanted in OWN
+    workers = count_workers(n_jobs, facts) if is_ours else _asked(n_jobs, facts)
+    why = "asked for" if backend else "joblib's active configuration"
+    where, reason = _where((wanted, why), workers, facts, releases_gil, own_threads)
     if where == "loky":
         if not facts.has_processes:
             raise OSError("worker processes need Linux; pass backend='threading'")
@@ -136,10 +185,14 @@ def choose(
 
 
 def _where(
-    backend: str | None, workers: int, facts: Facts, releases_gil: str, own_threads: bool
+    asked: tuple[str | None, str],
+    workers: int,
+    facts: Facts,
+    releases_gil: str,
+    own_threads: bool,
 ) -> tuple[str, str]:
     """The backend that is wanted, and why: what is asked for, else what suits best."""
-    wanted = backend or _followed(facts)
+    wanted, why = asked
     if facts.in_worker:
         return "sequential", "called inside a worker"
     if own_threads and wanted != "loky":
@@ -148,7 +201,7 @@ def _where(
     if workers == 1 and wanted != "sequential":
         return "sequential", "n_jobs is 1"
     if wanted is not None:
-        return wanted, "asked for" if backend else "joblib's active configuration"
+        return wanted, why
     for applies, reason in (
         (bool(releases_gil), releases_gil),
         (not facts.has_gil, "the interpreter has no GIL"),
@@ -162,14 +215,7 @@ def _where(
 def _followed(facts: Facts) -> str | None:
     """The backend of an active `joblib.parallel_config`, in our words."""
     active = facts.active_backend
-    if active is None or active in {"sequential", "threading", "loky"}:
-        return active
-    if active == "multiprocessing":
-        return "loky"
-    raise ValueError(
-        f"joblib's active configuration asks for backend={active!r}, which maps over arrays "
-        f"cannot use; pass backend= as one of {', '.join(map(repr, BACKENDS))}"
-    )
+    return None if active is None else _ALIASES.get(active, active)
 
 
 def facts_now() -> Facts:

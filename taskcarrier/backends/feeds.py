@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol, cast
 
 from taskcarrier.backends.parts import Parts
-from taskcarrier.backends.work import Account, Deliver, FedCells, Job, Ran, as_worker
+from taskcarrier.backends.work import Account, Deliver, FedCells, Job, Ran, be_at_work
 from taskcarrier.backends.work import Feed as Source
 from taskcarrier.ledger import Ledger
 from taskcarrier.recovery import Again
@@ -97,8 +97,11 @@ class SerialFeed:
     def give(self, start: int, items: Sequence[Any]) -> None:
         """Run the items."""
         self._cells.hold(start, partial(_itself, items))
-        with as_worker():
+        busy_before = be_at_work(True)
+        try:
             came = self._cells(start, start + len(items))
+        finally:
+            be_at_work(busy_before)
         self._came.append(came)
         self.ledger.lay_down(0, len(items))
         self._account.ranges += 1

@@ -232,6 +232,17 @@ def _dumps(obj: object, buffer_callback: Callable[[Any], bool] | None = None) ->
     return file.getvalue()
 
 
+def pack_apart(own: object, shared: object) -> list[memoryview]:
+    """What workers without descriptors are sent: only bytes, each piece once for all of them.
+
+    A pickle of what becomes a worker's own, one of what is read by all, and then the memory of
+    each large array in the latter, as it lies.
+    """
+    blocks: list[memoryview] = []
+    packed = _dumps(shared, functools.partial(_keep_in_band, blocks))
+    return [memoryview(_dumps(own)), memoryview(packed), *blocks]
+
+
 class _UserPickler(_Pickler):
     """Pickles what the user gave; arrays go as descriptions where they can."""
 

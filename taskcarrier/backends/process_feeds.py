@@ -86,6 +86,7 @@ class ProcessFeed:
         self._accounts: list[Account] = []
         self._deaths: list[Death] = []
         self._failed: Account | None = None
+        self._nbytes_sent = 0
         self._memory_kept = False
         try:
             for number in range(job.n_workers):
@@ -113,6 +114,7 @@ class ProcessFeed:
             )
             raise
         nbytes = len(packed) + sum(map(len, large))
+        self._nbytes_sent += nbytes
         if len(packed) > _SENT_NBYTES:
             large.append(memoryview(packed))
             packed = b""
@@ -158,6 +160,7 @@ class ProcessFeed:
         self._accounts.sort(key=lambda account: account.worker)
         ran = Ran.read(self._accounts, self.ledger)
         ran.deaths = self._deaths
+        ran.nbytes_sent = self._nbytes_sent
         return ran
 
     # Workers

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from time import monotonic_ns
@@ -250,6 +249,8 @@ class Ran:
         What the workers have settled on; None if nothing.
     halted : bool
         Whether workers were asked to stop.
+    nbytes_sent : int
+        Bytes that were copied for workers on their way, and not into a segment.
     """
 
     accounts: list[Account]
@@ -260,6 +261,7 @@ class Ran:
     deaths: list[Death] = field(default_factory=list)
     fatal: list[Death] = field(default_factory=list)
     missing: list[tuple[int, int]] = field(default_factory=list)
+    nbytes_sent: int = 0
 
     @classmethod
     def read(cls, accounts: list[Account], ledger: Ledger) -> Ran:
@@ -290,6 +292,13 @@ def mark_worker_process() -> None:
     _in_worker_process = True
 
 
+def be_at_work(yes: bool) -> bool:
+    """Say whether this thread is a worker, and return what it was before."""
+    before: bool = getattr(_state, "busy", False)
+    _state.busy = yes
+    return before
+
+
 Outlet = tuple[Deliver, Callable[[], None]]
 """How results leave a worker: a function that takes them, and one that has them arrive."""
 
@@ -304,17 +313,6 @@ Feed = Callable[[FedCells], Iterable[_Held]]
 def outlet_here(deliver: Deliver) -> Outlet:
     """That of a worker in the caller's process."""
     return deliver, lambda: None
-
-
-@contextmanager
-def as_worker() -> Iterator[None]:
-    """What this thread does meanwhile is the work of a worker."""
-    busy_before = getattr(_state, "busy", False)
-    _state.busy = True
-    try:
-        yield
-    finally:
-        _state.busy = busy_before
 
 
 def work(
@@ -344,27 +342,28 @@ def work(
         Where its other ranges come from, instead of the grid.
     """
     account = Account(worker)
+    busy_before = be_at_work(True)
     cells: Cells | None = None
-    with as_worker():
-        try:
-            cells = job.task.open(ledger.agree)
-            if job.sweeps:
-                _sweep(job, ledger, account, cast("Sweep", cells), outlet[0])
+    try:
+        cells = job.task.open(ledger.agree)
+        if job.sweeps:
+            _sweep(job, ledger, account, cast("Sweep", cells), outlet[0])
+        else:
+            held: Iterable[_Held]
+            if feed is not None:
+                held = feed(cast("FedCells", cells))
             else:
-                held: Iterable[_Held]
-                if feed is not None:
-                    held = feed(cast("FedCells", cells))
-                else:
-                    held = job.balance.cells(ledger, worker, job.n_workers, len(job.grid))
-                if again:
-                    held = chain(_again(ledger, worker, again), held)
-                _go_through(job, ledger, account, cells, outlet=outlet, held=held)
-        except BaseException as error:  # noqa: BLE001  # also exits and interrupts: the caller raises
-            ledger.halt()
-            account.failure = Failure(account.at, error, attempt=account.attempt)
-        finally:
-            if cells is not None:
-                account.facts = cells.facts()  # must not raise
+                held = job.balance.cells(ledger, worker, job.n_workers, len(job.grid))
+            if again:
+                held = chain(_again(ledger, worker, again), held)
+            _go_through(job, ledger, account, cells, outlet=outlet, held=held)
+    except BaseException as error:  # noqa: BLE001  # also exits and interrupts: the caller raises
+        ledger.halt()
+        account.failure = Failure(account.at, error, attempt=account.attempt)
+    finally:
+        be_at_work(busy_before)
+        if cells is not None:
+            account.facts = cells.facts()  # must not raise
     return account
 
 

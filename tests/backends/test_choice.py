@@ -138,10 +138,39 @@ class TestChoose:
         with pytest.raises(OSError, match="worker processes need Linux; pass backend='threading'"):
             choose(None, backend, facts(active_backend=active, has_processes=False))
 
-    def test_other_backends_of_joblib_are_refused(self):
-        with pytest.raises(ValueError, match="asks for backend='dask'") as info:
+    @pytest.mark.parametrize(
+        ("call", "found", "expected"),
+        [
+            ({"backend": "dask"}, {}, ("dask", -1, "asked for")),
+            ({"backend": "dask", "n_jobs": 7}, {}, ("dask", 7, "asked for")),
+            ({"backend": "dask", "n_jobs": -2}, {"cores": 1}, ("dask", -2, "asked for")),
+            ({"backend": "dask"}, {"active_n_jobs": 3}, ("dask", 3, "asked for")),
+            ({"backend": "dask"}, {"active_backend": "loky"}, ("dask", -1, "asked for")),
+            ({}, {"active_backend": "dask"}, ("dask", -1, "joblib's active configuration")),
+            (
+                {"releases_gil": KNOWN},
+                {"active_backend": "dask", "active_n_jobs": 5, "daemonic": True},
+                ("dask", 5, "joblib's active configuration"),
+            ),
+            ({"backend": "dask", "n_jobs": 1}, {}, ("sequential", 1, "n_jobs is 1")),
+            ({"backend": "dask"}, {"nested_in_joblib": True}, ("sequential", 1, "n_jobs is 1")),
+            ({"backend": "dask"}, {"in_worker": True}, ("sequential", 1, "called inside a worker")),
+            ({"backend": "dask", "own_threads": True}, {}, ("sequential", 1, OWN)),
+            ({"backend": "loky"}, {"active_backend": "dask"}, ("loky", 4, "asked for")),
+        ],
+    )
+    def test_lists_on_other_backends_of_joblib(self, call, found, expected):
+        wishes = {"n_jobs": None, "backend": None, **call}
+        assert choose(facts=facts(**found), lists=True, **wishes) == Choice(*expected)
+
+    def test_arrays_on_other_backends_of_joblib_are_refused(self):
+        with pytest.raises(ValueError, match="configuration asks for backend='dask'") as info:
             choose(None, None, facts(active_backend="dask"))
-        assert all(repr(name) in str(info.value) for name in BACKENDS)
+        with pytest.raises(ValueError, match=r"^got backend='dask', which.*own workers") as own:
+            choose(None, "dask", facts())
+        for error in (info, own):
+            assert all(repr(name) in str(error.value) for name in BACKENDS)
+            assert "mapper.map" in str(error.value)
 
 
 class TestWorkers:
@@ -197,12 +226,17 @@ class TestCheckBackend:
     def test_the_original_s_word_means_processes(self):
         assert check_backend("multiprocessing") == "loky"
 
-    @pytest.mark.parametrize("backend", ["threads", "Loky", "", "dask", 1, b"loky", ["loky"]])
+    def test_names_that_are_registered_with_joblib_stay(self, monkeypatch):
+        assert check_backend("dask") == "dask"  # joblib loads it when it is used
+        monkeypatch.setitem(joblib.parallel.BACKENDS, "taskcarrier-test", OtherBackend)
+        assert check_backend("taskcarrier-test") == "taskcarrier-test"
+
+    @pytest.mark.parametrize("backend", ["threads", "Loky", "", "Dask", 1, b"loky", ["loky"]])
     def test_others_are_refused_naming_the_allowed(self, backend):
         with pytest.raises(ValueError, match="backend must be None or one of") as info:
             check_backend(backend)
         assert repr(backend) in str(info.value)
-        assert all(repr(name) in str(info.value) for name in BACKENDS)
+        assert all(repr(name) in str(info.value) for name in [*BACKENDS, "dask"])
 
 
 class OtherBackend(ParallelBackendBase):

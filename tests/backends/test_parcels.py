@@ -16,6 +16,7 @@ from taskcarrier.backends.given import Call
 from taskcarrier.backends.parcels import (
     Channel,
     pack,
+    pack_apart,
     pack_error,
     pack_items,
     unpack,
@@ -169,6 +170,27 @@ class TestArrays:
         arrived, nbytes = travelled(Call(module_level, (pickle.PickleBuffer(block),)))
         assert nbytes == len(block)
         assert bytes(arrived.args[0]) == block
+
+
+class TestApart:
+    def test_large_arrays_are_taken_apart_as_they_lie(self):
+        large, small = np.arange(float(LARGE)).reshape(2, -1).T, np.arange(3)
+        own, shared, *blocks = pack_apart(lambda x: x + small, {"large": large, "small": small})
+        assert [block.nbytes for block in blocks] == [large.nbytes]
+        assert blocks[0].readonly
+        found = pickle.loads(shared, buffers=blocks)
+        assert np.shares_memory(found["large"], large)
+        assert np.array_equal(found["large"], large)
+        assert np.array_equal(found["small"], small)
+        assert pickle.loads(own)(1).tolist() == [1, 2, 3]
+
+    def test_what_becomes_a_worker_s_own_stays_in_its_pickle(self):
+        mine = np.zeros(LARGE)
+        own, shared, *blocks = pack_apart(lambda: mine, {"rows": np.zeros((2, LARGE))[:, ::2]})
+        assert blocks == []
+        arrived = pickle.loads(own)()
+        assert arrived.flags.writeable
+        assert pickle.loads(shared)["rows"].shape == (2, LARGE // 2)
 
 
 class TestSegments:

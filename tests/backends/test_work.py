@@ -12,6 +12,7 @@ from taskcarrier.backends.work import (
     Failure,
     Job,
     Ran,
+    be_at_work,
     in_worker,
     mark_worker_process,
     outlet_here,
@@ -487,6 +488,16 @@ class TestInWorker:
 
         run(Script({0: look}))
         assert seen == [False]
+
+    def test_whoever_says_so(self):
+        assert be_at_work(True) is False
+        try:
+            assert in_worker()
+            run(Script())
+            assert in_worker()
+        finally:
+            assert be_at_work(False) is True
+        assert not in_worker()
 
     def test_a_whole_process(self, monkeypatch):
         monkeypatch.setattr(module, "_in_worker_process", False)
