@@ -83,11 +83,11 @@ def block_order(again: Again, first: int, packed: bytes, places: list[tuple[int,
     return pickle.dumps((tuple(again), first, packed, places))
 
 
-def _taken_apart(message: bytes) -> tuple[bool, list[Again], bytes]:
+def _taken_apart(message: bytes) -> tuple[list[Again], bytes, bool]:
     fed, length = _ORDER.unpack_from(message)
     begin = _ORDER.size + length
     again = [Again(*one) for one in pickle.loads(message[_ORDER.size : begin])] if length else []
-    return fed, again, message[begin:]
+    return again, message[begin:], fed
 
 
 def ledger_over(words_fd: int, cursor_fd: int, agreement_fd: int) -> Ledger:
@@ -141,7 +141,7 @@ def _die_with(life: int) -> None:
 
 
 def _run_parcel(number: int, channel: Channel, ledger: Ledger, data: bytes, fds: list[int]) -> None:
-    is_fed, again, parcel = _taken_apart(data)
+    again, parcel, is_fed = _taken_apart(data)
     fed = _Fed(channel, ledger, number) if is_fed else None
     try:
         job = unpack(parcel, fds)

@@ -86,11 +86,12 @@ def both(start, stop):
 class TestOrder:
     @pytest.mark.parametrize("parcel", [b"", b"parcel", bytes(range(256)) * 1000])
     @pytest.mark.parametrize("again", [[], [Again(0, 8, 3)], [Again(2**40, 2**40 + 1, 2)] * 500])
-    def test_ranges_and_the_run_arrive(self, again, parcel):
-        assert module._taken_apart(order(again, parcel)) == (again, parcel)
+    @pytest.mark.parametrize("fed", [True, False])
+    def test_ranges_and_the_run_arrive(self, again, parcel, fed):
+        assert module._taken_apart(order(again, parcel, fed=fed)) == (again, parcel, fed)
 
     def test_ranges_arrive_as_they_were(self):
-        ((again,), _) = module._taken_apart(order([Again(3, 5, 2)], b"parcel"))
+        ((again,), _, _) = module._taken_apart(order([Again(3, 5, 2)], b"parcel"))
         assert type(again) is Again
         assert (again.start, again.stop, again.attempt) == (3, 5, 2)
 
