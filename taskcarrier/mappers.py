@@ -80,7 +80,7 @@ class Mapper:
         registered with joblib, such as ``"dask"``, see `map`. Default: decided for each call.
     chunksize : int, optional
         Items for each range. Default: decided for each call, see `map_array`; for sequences
-        about a thousand ranges in all.
+        about a hundred ranges in all.
     """
 
     _balance: Balance

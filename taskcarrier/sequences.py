@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import starmap
 from time import monotonic_ns
 from typing import Any
 
@@ -188,15 +189,15 @@ class Calls:
             numbers = range(start, start + len(items))
             rest = zip(numbers, *(zip(*items, strict=True) if several else (items,)), strict=True)
             several = True
+        # What has come of it when it raises stays in the list, whose length names the item.
+        calls: Iterator[Any] = starmap(func, rest) if several else map(func, rest)
         while True:
             try:
-                if several:
-                    for item in rest:
-                        results.append(func(*item))  # noqa: PERF401  # its length names the item that failed
-                else:
-                    for item in rest:
-                        results.append(func(item))  # noqa: PERF401  # likewise
-                break
+                results.extend(calls)
+                if len(results) == len(items):
+                    break
+                # To the loop in there it was the end.
+                raise StopIteration("func raised StopIteration")  # noqa: TRY301  # one way for all
             except BaseException as error:
                 failed = start + len(results)
                 if not self.collects or not isinstance(error, Exception):

@@ -133,7 +133,7 @@ def test_order_is_kept_when_later_items_are_done_first(make):
 
 def test_twenty_thousand_small_items(mapper):
     assert mapper(operator.neg, range(20_000)) == list(range(0, -20_000, -1))
-    assert mapper.report.ranges <= 1024
+    assert mapper.report.ranges <= 128
 
 
 def test_large_items_and_results(mapper):
@@ -301,6 +301,25 @@ def test_arrays_given_beside_the_function_are_not_its_own():
     X = np.arange(10_000.0)
     assert mapper(lambda n, X: float(X[n]), range(3), shared={"X": X}) == [0, 1, 2]
     assert mapper.report.notes == ()
+
+
+def ends_early(n):
+    if n == 5:
+        raise StopIteration
+    return n
+
+
+def test_stop_iteration_is_an_error(make):
+    # The built-in `map` would end there, and say nothing.
+    with pytest.raises(StopIteration) as caught:
+        make(chunksize=4)(ends_early, range(10))
+    assert any("item 5" in note for note in caught.value.__notes__)
+
+
+def test_stop_iteration_can_be_collected(make):
+    results, failed = make(chunksize=4).map(ends_early, range(10), on_error="collect")
+    assert results == [n if n != 5 else None for n in range(10)]
+    assert [(one.start, one.stop, type(one.error)) for one in failed] == [(5, 6, StopIteration)]
 
 
 class Unreadable:

@@ -48,9 +48,11 @@ from taskcarrier.recovery import Again
 from taskcarrier.segments import Segment, Staging, descriptors_are_scarce
 
 # Results that are not put in place travel in batches: when this many bytes or seconds have
-# come together. Both are arbitrary within an order of magnitude.
+# come together. Both are arbitrary within an order of magnitude. The first batches of a run are
+# smaller, by seconds that double, so that the caller takes in results of short runs meanwhile.
 _BATCH_NBYTES = 1 << 20
 _BATCH_SECONDS = 0.02
+_FIRST_BATCH_SECONDS = 0.0005
 
 # More different warnings than this are not sent; arbitrary.
 _MAX_WARNINGS = 100
@@ -253,6 +255,7 @@ class _Outbox:
     def __init__(self, channel: Channel, folder: str | None) -> None:
         self._channel = channel
         self._folder = folder
+        self._seconds = _FIRST_BATCH_SECONDS
         self._begin()
 
     def _begin(self) -> None:
@@ -276,7 +279,8 @@ class _Outbox:
             self._since = now
         self._batch.append((start, packed, places))
         self._nbytes += len(packed) + sum(len(block) for block in large)
-        if self._nbytes >= _BATCH_NBYTES or now - self._since >= _BATCH_SECONDS:
+        if self._nbytes >= _BATCH_NBYTES or now - self._since >= self._seconds:
+            self._seconds = min(2 * self._seconds, _BATCH_SECONDS)
             self.flush()
 
     def deliver_or_fault(self, start: int, result: Came | Parts) -> None:

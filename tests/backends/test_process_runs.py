@@ -257,6 +257,7 @@ class Crew:
             with (
                 patch.object(worker_process, "unpack", lambda data, fds: self.job),
                 patch.object(worker_process, "_BATCH_SECONDS", self.batch_seconds),
+                patch.object(worker_process, "_FIRST_BATCH_SECONDS", self.batch_seconds),
             ):
                 worker_process._run_parcel(process.number, process.inside, ledger, data, fds)
         except Killed:

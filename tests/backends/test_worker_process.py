@@ -145,7 +145,7 @@ class TestOutbox:
         return module._Outbox(sent, None)
 
     def test_results_are_sent_together(self, outbox, sent, monkeypatch):
-        monkeypatch.setattr(module, "_BATCH_SECONDS", LONG)
+        monkeypatch.setattr(outbox, "_seconds", LONG)
         for start in range(3):
             outbox.deliver(start, f"result {start}")
         assert sent.messages == []
@@ -159,13 +159,24 @@ class TestOutbox:
         outbox.flush()
         assert sent.messages == [[(0, "result")]]
 
+    def test_seconds_double_from_batch_to_batch(self, outbox, sent, monkeypatch):
+        now = 0.0
+        monkeypatch.setattr(module.time, "monotonic", lambda: now)
+        sizes = []
+        for start in range(400):
+            outbox.deliver(start, "result")
+            now += 0.0005
+            sizes = [len(message) for message in sent.messages]
+        assert sizes[:6] == [2, 3, 5, 9, 17, 33]
+        assert set(sizes[6:]) == {41}
+
     def test_not_later_than_so_many_seconds(self, outbox, sent, monkeypatch):
-        monkeypatch.setattr(module, "_BATCH_SECONDS", 0)
+        monkeypatch.setattr(outbox, "_seconds", 0)
         outbox.deliver(0, "result")
         assert sent.messages == [[(0, "result")]]
 
     def test_not_more_than_so_many_bytes(self, outbox, sent, monkeypatch):
-        monkeypatch.setattr(module, "_BATCH_SECONDS", LONG)
+        monkeypatch.setattr(outbox, "_seconds", LONG)
         for start in range(5):
             outbox.deliver(start, b"." * (module._BATCH_NBYTES // 2))
         assert [[start for start, _ in message] for message in sent.messages] == [[0, 1], [2, 3]]
@@ -179,7 +190,7 @@ class TestOutbox:
         assert [start for message in sent.messages for start, _ in message] == [0]
 
     def test_large_arrays_of_a_batch_come_in_one_segment(self, outbox, sent, monkeypatch):
-        monkeypatch.setattr(module, "_BATCH_SECONDS", LONG)
+        monkeypatch.setattr(outbox, "_seconds", LONG)
         arrays = [np.arange(5000.0), np.arange(10_000).reshape(100, 100).T]
         outbox.deliver(0, (arrays[0], "small", np.arange(3)))
         outbox.deliver(1, arrays[1])
@@ -199,6 +210,7 @@ class TestOutbox:
 
     def test_each_batch_has_its_own(self, outbox, sent, monkeypatch):
         monkeypatch.setattr(module, "_BATCH_SECONDS", 0)
+        monkeypatch.setattr(outbox, "_seconds", 0)
         for start in range(3):
             outbox.deliver(start, np.full(5000, start))
         outbox.deliver(3, np.arange(3))
@@ -206,7 +218,7 @@ class TestOutbox:
         assert [int(array[-1]) for message in sent.messages for _, array in message] == [0, 1, 2, 2]
 
     def test_large_arrays_count_as_bytes(self, outbox, sent, monkeypatch):
-        monkeypatch.setattr(module, "_BATCH_SECONDS", LONG)
+        monkeypatch.setattr(outbox, "_seconds", LONG)
         outbox.deliver(0, np.zeros(module._BATCH_NBYTES, np.uint8))
         assert len(sent.messages) == 1
 
