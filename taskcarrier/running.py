@@ -153,7 +153,7 @@ def decide(settings: Settings, func: Callable[..., Any], extras: Sequence[Any] =
     return choices.choose(
         settings.n_jobs,
         settings.backend,
-        choices.facts_now(),
+        choices.facts_now(follows_joblib=settings.n_jobs is None or settings.backend is None),
         releases_gil=known,
         own_threads=has_own_threads(func, extras),
     )

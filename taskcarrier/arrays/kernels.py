@@ -35,6 +35,7 @@ from numba.np.arrayobj import make_array, populate_array
 from taskcarrier.arrays.inputs import read_only
 from taskcarrier.backends.crews import at_shutdown
 from taskcarrier.backends.given import add_note
+from taskcarrier.layout import items_first
 from taskcarrier.ledger import CURSOR_AT, IN_HAND_AT, ITEM_AT, ITEMS_AT, RANGES_AT
 
 _WORD = ir.IntType(64)
@@ -128,7 +129,7 @@ class Lie:
     @classmethod
     def of(cls, array: np.ndarray, axis: int) -> Lie:
         """Of an array whose items lie along `axis`."""
-        item = np.moveaxis(array, axis, 0)
+        item = items_first(array, axis)
         whole = item[0] if item.ndim > 1 else item
         layout = "C" if whole.flags.c_contiguous else "F" if whole.flags.f_contiguous else "A"
         return cls(array.dtype, item.ndim - 1, layout, bool(array.flags.aligned))
