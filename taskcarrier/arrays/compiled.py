@@ -236,7 +236,14 @@ class Fusion:
 
 
 def fused(
-    call: Call, inputs: Inputs, plan: Plan, row: Row | None, *, writable: bool, collects: bool
+    call: Call,
+    inputs: Inputs,
+    plan: Plan,
+    row: Row | None,
+    *,
+    writable: bool,
+    collects: bool,
+    in_threads: bool,
 ) -> Fusion | None:
     """A fused loop for a function of items, or None if it cannot be had."""
     if not is_jitted(call.func) or not all(type(a) is np.ndarray for a in inputs.arrays):
@@ -273,7 +280,8 @@ def fused(
     outs = [items_first(*pair) for pair in zip(results, axes, strict=True)]
     out_lies = [kernels.Lie.of(one, 0) for one in outs]
     loop = kernels.fused_loop(call.func, lies, extras, out_lies, found, rows_out=row is not None)
-    if has_own_threads(call.func, extras.all):
+    # Threads are chosen for none that has its own (`taskcarrier.backends.choice`).
+    if not in_threads and has_own_threads(call.func, extras.all):
         loop = _Alone(loop)
     task = FusedTask(
         loop,
