@@ -5,9 +5,9 @@ process for each layer.
 
 Mandelbrot calls stand ten in a row in each arm. Single calls that take turns told more of the arm
 before: OpenMP's threads spin for some milliseconds after a loop, and after others' threads Linux
-has put both of ours on one of two cores for up to 8 ms of 13 (`sched_getcpu` told so; a pause
-between the arms made it worse). The ratio to the documented form under ``omp`` went from 0.6 to
-1.9 then, and from 1.13 to 1.19 with ten in a row, for the same median.
+has put both of ours on one of two cores for the first 4 to 8 ms of 13 (`sched_getcpu` told so; a
+pause between the arms made it worse). Under ``omp`` the documented form over ours was 1.11 (0.77
+to 1.88) in single calls, and 1.15 (1.13 to 1.17) with ten in a row.
 """
 
 from __future__ import annotations
