@@ -2,6 +2,12 @@
 
 Numba has one threading layer for each process, so what is compared with its own threads runs in a
 process for each layer.
+
+Mandelbrot calls stand ten in a row in each arm. Single calls that take turns told more of the arm
+before: OpenMP's threads spin for some milliseconds after a loop, and after others' threads Linux
+has put both of ours on one of two cores for the first 4 to 8 ms of 13 (`sched_getcpu` told so; a
+pause between the arms made it worse). Under ``omp`` the documented form over ours was 1.11 (0.77
+to 1.88) in single calls, and 1.15 (1.13 to 1.17) with ten in a row.
 """
 
 from __future__ import annotations
@@ -308,7 +314,7 @@ def _against_numba(settings: Settings) -> list[Comparison]:
                 Arm("prange", partial(steps_prange, counts)),
             ]
             if layer == "tbb":
-                arms.append(Arm("prange, chunks of 16", partial(_chunked_prange, counts)))
+                arms.append(Arm("prange, chunks of 16", _in_chunks(partial(steps_prange, counts))))
             arms.append(Arm("guvectorize", partial(_guvectorized, _gufunc(), counts)))
             arms += _mapped(stack, steps, counts)
             even = name == "even"
@@ -347,13 +353,17 @@ def _guvectorized(func: Any, counts: np.ndarray) -> np.ndarray:
     return result
 
 
-def _chunked_prange(counts: np.ndarray) -> np.ndarray:
-    before = numba.set_parallel_chunksize(16)
-    try:
-        result: np.ndarray = steps_prange(counts)
-    finally:
-        numba.set_parallel_chunksize(before)
-    return result
+def _in_chunks(call: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+    """The call with pieces of 16 turns, which TBB gives to whichever thread is free."""
+
+    def run() -> np.ndarray:
+        before = numba.set_parallel_chunksize(16)
+        try:
+            return call()
+        finally:
+            numba.set_parallel_chunksize(before)
+
+    return run
 
 
 def _mandelbrot(settings: Settings, layer: str) -> Comparison:
@@ -363,15 +373,19 @@ def _mandelbrot(settings: Settings, layer: str) -> Comparison:
     limit = 20
     with ExitStack() as stack:
         options = {"args": (xs, limit), "out_shape": len(xs), "dtype": np.uint8}
+        by_rows = partial(mandelbrot_rows, ys, xs, limit)
         arms = [
             Arm(SERIAL, partial(mandelbrot_serial, ys, xs, limit)),
             Arm("parallel=True, as documented", partial(mandelbrot_prange, ys, xs, limit)),
-            Arm("parallel=True, by rows", partial(mandelbrot_rows, ys, xs, limit)),
-            *_mapped(stack, mandelbrot_row, ys, **options),
+            Arm("parallel=True, by rows", by_rows),
         ]
+        if layer == "tbb":
+            arms.append(Arm("by rows, chunks of 16", _in_chunks(by_rows)))
+        arms += _mapped(stack, mandelbrot_row, ys, **options)
+        calls = settings.pick(full=10, quick=3, tiny=1)
         return compare(
             f"kernels: Mandelbrot, {len(ys)} x {len(xs)}, by rows, threading layer {layer}",
-            arms,
+            [Arm(arm.name, repeated(arm.run, calls)) for arm in arms],
             rounds=settings.turns(full=7, quick=3),
             reference=OURS["dynamic"],
             promises=[Promise("parallel=True, as documented", OURS["dynamic"], 1.2, 1.4)],

@@ -251,10 +251,11 @@ class Ledger:
     def addressed(cls, n_workers: int) -> Self:
         """A fresh one for compiled loops in threads of this process, which know where words lie."""
         buffer = np.zeros(ledger_nbytes(n_workers) + ALIGNMENT, np.uint8)
-        begin = -address_of(buffer) % ALIGNMENT
+        address = address_of(buffer)
+        begin = -address % ALIGNMENT
         words = buffer[begin : begin + ledger_nbytes(n_workers)].data.cast("q")
         ledger = cls(words, ThreadCursor(), ThreadAgreement())
-        ledger.address = address_of(buffer) + begin
+        ledger.address = address + begin
         ledger.reset(n_workers)
         return ledger
 

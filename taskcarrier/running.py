@@ -162,7 +162,7 @@ def decide(
     choice = choices.choose(
         settings.n_jobs,
         settings.backend,
-        choices.facts_now(),
+        choices.facts_now(follows_joblib=settings.n_jobs is None or settings.backend is None),
         releases_gil=known,
         own_threads=has_own_threads(func, extras),
         lists=lists,

@@ -18,6 +18,7 @@ from taskcarrier.layout import (
     footprint,
     has_internal_overlap,
     is_mostly_gaps,
+    items_first,
     without_gaps,
 )
 from tests import layouts
@@ -39,6 +40,16 @@ def assert_gathered(copy, array):
     for one, two in pairwise(sorted(axes, key=lambda axis: abs(array.strides[axis]))):
         if abs(array.strides[one]) < abs(array.strides[two]):
             assert abs(copy.strides[one]) < abs(copy.strides[two])
+
+
+class TestItemsFirst:
+    @pytest.mark.parametrize("axis", [0, 1, 2])
+    def test_is_numpys_view(self, axis):
+        array = np.arange(24).reshape(2, 3, 4)
+        view, expected = items_first(array, axis), np.moveaxis(array, axis, 0)
+        assert np.array_equal(view, expected)
+        assert view.strides == expected.strides
+        assert np.shares_memory(view, array)
 
 
 class TestBounds:

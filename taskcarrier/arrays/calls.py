@@ -238,6 +238,7 @@ class ArrayCall:
             self.row,
             writable=self.writable,
             collects=self.collects,
+            in_threads=choice.backend == "threading",
         )
         if fusion is not None and in_place:
             if fusion.casts:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import monotonic_ns
 from typing import Any
 
@@ -27,6 +27,7 @@ from taskcarrier.arrays.targets import Stray
 from taskcarrier.backends.functions import has_own_threads, is_jitted, is_numba_ufunc
 from taskcarrier.backends.given import Call
 from taskcarrier.backends.parts import Fault
+from taskcarrier.layout import items_first
 
 _COPIES = "the kernel takes arrays or records that it may write to: it gets private copies"
 _NO_LOOP = (
@@ -122,7 +123,7 @@ def ready(
     extras = kernels.bound(func, len(chunks), call.args, call.kwargs)
     if by_item:
         chunks = [
-            np.moveaxis(chunk, axis, 0)[0] for chunk, axis in zip(chunks, inputs.axes, strict=True)
+            items_first(chunk, axis)[0] for chunk, axis in zip(chunks, inputs.axes, strict=True)
         ]
     called, demands, returned = kernels.compiled_for(func, chunks, extras, writable=writable)
     if in_processes:
@@ -235,7 +236,14 @@ class Fusion:
 
 
 def fused(
-    call: Call, inputs: Inputs, plan: Plan, row: Row | None, *, writable: bool, collects: bool
+    call: Call,
+    inputs: Inputs,
+    plan: Plan,
+    row: Row | None,
+    *,
+    writable: bool,
+    collects: bool,
+    in_threads: bool,
 ) -> Fusion | None:
     """A fused loop for a function of items, or None if it cannot be had."""
     if not is_jitted(call.func) or not all(type(a) is np.ndarray for a in inputs.arrays):
@@ -258,10 +266,10 @@ def fused(
     axes = tuple(normalize_axis(axis, len(shape) + 1, "out_axis") for axis in wanted)
     native = Spec(tuple((dtype, shape) for dtype in found.dtypes), axes, found.several)
     outputs = plan.outputs_for(len(found.dtypes))
-    dtypes = [o.dtype or d for o, d in zip(outputs, found.dtypes, strict=True)]
-    spec = native.of_dtypes(dtypes)
-    replace(plan, promotes=False).check(spec)  # the dtypes are known
-    casts = spec.parts != native.parts
+    dtypes = tuple(o.dtype or d for o, d in zip(outputs, found.dtypes, strict=True))
+    casts = dtypes != found.dtypes
+    spec = native.of_dtypes(dtypes) if casts else native
+    plan.check(spec, promotes=False)  # the dtypes are known
     if casts:
         shapes = native.shapes(inputs.n_items)
         results = [np.empty(*pair) for pair in zip(shapes, found.dtypes, strict=True)]
@@ -269,10 +277,11 @@ def fused(
         places = plan.allocation.places(spec, outputs)
         assert places is not None  # for the type checker: kernels return no objects
         results = [opened(place) for place in places]
-    outs = [np.moveaxis(result, axis, 0) for result, axis in zip(results, axes, strict=True)]
+    outs = [items_first(*pair) for pair in zip(results, axes, strict=True)]
     out_lies = [kernels.Lie.of(one, 0) for one in outs]
     loop = kernels.fused_loop(call.func, lies, extras, out_lies, found, rows_out=row is not None)
-    if has_own_threads(call.func, extras.all):
+    # Threads are chosen for none that has its own (`taskcarrier.backends.choice`).
+    if not in_threads and has_own_threads(call.func, extras.all):
         loop = _Alone(loop)
     task = FusedTask(
         loop,

@@ -19,7 +19,7 @@ from taskcarrier.arrays.specs import Spec
 from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parts import Parts
 from taskcarrier.backends.work import NOTHING, Agree, Deliver, Job
-from taskcarrier.layout import address_of
+from taskcarrier.layout import address_of, items_first
 from taskcarrier.ledger import Ledger
 
 
@@ -58,6 +58,16 @@ class FusedTask:
     collects: bool
     _ledgers: list[Ledger] = field(default_factory=list)
 
+    @cached_property
+    def array_arguments(self) -> list[Any]:
+        """The mapped arrays as the loop takes them."""
+        return _all_arguments(self.arrays, self.axes)
+
+    @cached_property
+    def out_arguments(self) -> list[Any]:
+        """The outputs as the loop takes them."""
+        return _all_arguments(self.outs, [0] * len(self.outs))
+
     def halt(self) -> None:
         """The call is over: loops that are told what to run write nothing any more."""
         for ledger in list(self._ledgers):
@@ -74,8 +84,6 @@ class FusedCells:
         self._task = task
         # What is passed by address must live as long as this.
         self._extras = [own_or_read_only(value, own=task.owns_args) for value in task.extras]
-        self._arrays = _all_arguments(task.arrays, task.axes)
-        self._outs = _all_arguments(task.outs, [0] * len(task.outs))
         self._after: list[Any] = []
         for value in self._extras:
             if isinstance(value, np.ndarray):
@@ -93,7 +101,7 @@ class FusedCells:
         while True:
             try:
                 claims = (first, last, len(job.grid), chunksize)
-                self._run(ledger, worker, (begin, end, *claims), self._arrays)
+                self._run(ledger, worker, (begin, end, *claims), self._task.array_arguments)
                 break
             except Exception as error:
                 cell, item = ledger.held(worker)
@@ -112,10 +120,10 @@ class FusedCells:
         """Run one range, with private copies if the kernel wants them."""
         ledger = self._own_ledger
         parts = Parts([], [])
-        arrays = self._arrays
+        arrays = self._task.array_arguments
         if self._task.takes_copies:
             copies = [
-                _copied(np.moveaxis(array, axis, 0)[start:stop])
+                _copied(items_first(array, axis)[start:stop])
                 for array, axis in zip(self._task.arrays, self._task.axes, strict=True)
             ]
             arrays = _all_arguments(copies, [0] * len(copies))
@@ -157,7 +165,7 @@ class FusedCells:
             *ranges,
             self._task.n_items,
             *arrays,
-            *self._outs,
+            *self._task.out_arguments,
             *self._after,
         )
 

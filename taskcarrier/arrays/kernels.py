@@ -19,7 +19,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numba
@@ -35,6 +35,7 @@ from numba.np.arrayobj import make_array, populate_array
 from taskcarrier.arrays.inputs import read_only
 from taskcarrier.backends.crews import at_shutdown
 from taskcarrier.backends.given import add_note
+from taskcarrier.layout import items_first
 from taskcarrier.ledger import CURSOR_AT, IN_HAND_AT, ITEM_AT, ITEMS_AT, RANGES_AT
 
 _WORD = ir.IntType(64)
@@ -128,7 +129,7 @@ class Lie:
     @classmethod
     def of(cls, array: np.ndarray, axis: int) -> Lie:
         """Of an array whose items lie along `axis`."""
-        item = np.moveaxis(array, axis, 0)
+        item = items_first(array, axis)
         whole = item[0] if item.ndim > 1 else item
         layout = "C" if whole.flags.c_contiguous else "F" if whole.flags.f_contiguous else "A"
         return cls(array.dtype, item.ndim - 1, layout, bool(array.flags.aligned))
@@ -170,11 +171,14 @@ class Returns:
         Whether it is a tuple.
     demands : Demands
         What it must be able to write to.
+    loops : dict
+        Loops that were compiled for it, by how the outputs lie.
     """
 
     dtypes: tuple[np.dtype[Any], ...]
     several: bool
     demands: Demands
+    loops: dict[tuple[Lie, ...], Callable[..., None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -232,8 +236,8 @@ def _binding(
 def typed(extras: Sequence[Any], *, writable: bool) -> tuple[types.Type, ...]:
     """The types of further arguments; arrays among them are read-only unless `writable`."""
     return tuple(
-        numba.typeof(value).copy(readonly=not writable)
-        if isinstance(value, np.ndarray)
+        numba.typeof(value).copy(readonly=False)
+        if writable and isinstance(value, np.ndarray)
         else numba.typeof(read_only(value))
         for value in extras
     )
@@ -340,12 +344,11 @@ def returns(
         return None
     # Numba takes 0.15 ms to look it up.
     key = (tuple(lies), extra_types, len(extras.before), out, writable)
-    known = _made_for(kernel).returns
-    if key not in known:
-        found = _found_out(kernel, lies, extras, out, writable=writable)
-        known = _made_for(kernel).returns  # the kernel may only be compiled now
-        known[key] = found
-    return known[key]
+    with suppress(KeyError):
+        return _made_for(kernel).returns[key]
+    found = _found_out(kernel, lies, extras, out, writable=writable)
+    # The kernel may only be compiled now. Of threads that come at once the first counts.
+    return _made_for(kernel).returns.setdefault(key, found)
 
 
 def _keeps_nothing(kind: types.Type) -> bool:
@@ -375,7 +378,6 @@ class _Made:
     def __init__(self) -> None:
         self.first_overload: Any = None
         self.returns: dict[Any, Returns | None] = {}
-        self.loops: dict[Any, Callable[..., None]] = {}
         self.without_gil: dict[int, Any] = {}
 
     def is_outdated_by(self, first_overload: Any) -> bool:
@@ -478,7 +480,7 @@ def fused_loop(
     *,
     rows_out: bool,
 ) -> Callable[..., None]:
-    """The compiled loop for a kernel over arrays that lie so; made once.
+    """The compiled loop for a kernel over arrays that lie so; made once for what `returns` found.
 
     Its arguments are the addresses of the ledger's words and of the worker's row in it, the items
     that are left of a range (begin, end), the worker's own ranges (first, last; last is -1 where
@@ -486,13 +488,12 @@ def fused_loop(
     array and each output address, stride, shape and strides of an item; then the extras, arrays
     as address, shape and strides.
     """
-    extra_types = typed(extras.all, writable=found.demands.args)
-    row_at = len(extras.before) if rows_out else None
-    key = (tuple(lies), tuple(outs), extra_types, found.several, found.demands, row_at)
-    loops = _made_for(kernel).loops
+    loops, key = found.loops, tuple(outs)
     if key not in loops:  # looked up before: nobody waits for other kernels to be compiled
         with _compiling:
             if key not in loops:
+                extra_types = typed(extras.all, writable=found.demands.args)
+                row_at = len(extras.before) if rows_out else None
                 loops[key] = _compiled(kernel, lies, extra_types, outs, found, row_at=row_at)
     return loops[key]
 

@@ -90,7 +90,7 @@ class Plan:
             )
         return self.out_axis
 
-    def check(self, spec: Spec) -> None:
+    def check(self, spec: Spec, *, promotes: bool) -> None:
         """An error if what was asked for cannot be had with results like these."""
         outputs = self.outputs_for(len(spec.parts))
         for output, shape in zip(outputs, spec.shapes(self.n_items), strict=True):
@@ -98,7 +98,7 @@ class Plan:
                 raise ValueError(f"out has shape {output.shape}, but the results need {shape}")
             if isinstance(output.place, NpyPlace) and any(d.hasobject for d, _ in spec.parts):
                 raise TypeError("Python objects cannot be mapped in a .npy file; out= an array")
-        if not self.promotes:  # else the dtype may still change
+        if not promotes:  # else the dtype may still change
             for dtype, _ in spec.parts:
                 self.fill.of(dtype)
 
@@ -182,7 +182,7 @@ class Sink:
 
     def _settle(self, start: int, spec: Spec) -> None:
         self.first = (start, spec)
-        self._plan.check(spec)
+        self._plan.check(spec, promotes=self._plan.promotes)
         earlier = self._plan.settled
         if earlier is not None:  # files do not tell whether they were one result or a tuple
             earlier = replace(earlier, several=spec.several)

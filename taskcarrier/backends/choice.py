@@ -218,12 +218,14 @@ def _followed(facts: Facts) -> str | None:
     return None if active is None else _ALIASES.get(active, active)
 
 
-def facts_now() -> Facts:
-    """The state of this process."""
+def facts_now(*, follows_joblib: bool = True) -> Facts:
+    """The state of this process; of joblib's configuration only if it is to be followed."""
     if in_worker():
         return Facts(cores=1, in_worker=True)
     load_joblib()
-    active_backend, active_n_jobs, nested = _joblib_config()
+    active_backend, active_n_jobs, nested = (
+        _joblib_config() if follows_joblib else (None, None, False)
+    )
     multiprocessing = sys.modules.get("multiprocessing")
     return Facts(
         cores=count_cores(),
@@ -276,17 +278,17 @@ def _joblib_config() -> tuple[str | None, int | None, bool]:
         return None, None, False
     from joblib.parallel import get_active_backend  # noqa: PLC0415  # loaded already
 
-    _, n_jobs = get_active_backend()
-    backend, _ = get_active_backend(prefer="threads")
+    backend, n_jobs = get_active_backend()
     nested = bool(getattr(backend, "nesting_level", 0))
     # joblib does not say whether the backend was set or is its default; but a preference
     # changes only a default.
-    try:
-        other, _ = get_active_backend(prefer="processes")
-    except ValueError:  # the configuration requires shared memory, which only threads have
-        return _joblib_name(backend), n_jobs, nested
-    if type(backend) is not type(other):
-        return None, n_jobs, nested
+    for prefer in ("threads", "processes"):
+        try:
+            other, _ = get_active_backend(prefer=prefer)
+        except ValueError:  # the configuration requires shared memory, which only threads have
+            break
+        if type(other) is not type(backend):
+            return None, n_jobs, nested
     return _joblib_name(backend), n_jobs, nested
 
 

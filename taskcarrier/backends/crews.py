@@ -129,18 +129,15 @@ def _new_crew(key: _Key) -> Crew:
 _crews = _Crews()
 
 
-@contextmanager
-def thread_crew(n: int) -> Iterator[ThreadCrew]:
+def thread_crew(n: int) -> AbstractContextManager[ThreadCrew]:
     """A warm crew of `n` threads for the length of a ``with`` block."""
-    with _lent(("threading", n, True)) as crew:
-        yield cast("ThreadCrew", crew)
+    return cast("AbstractContextManager[ThreadCrew]", _lent(("threading", n, True)))
 
 
-@contextmanager
-def process_crew(n: int) -> Iterator[ProcessCrew]:
+def process_crew(n: int) -> AbstractContextManager[ProcessCrew]:
     """A warm crew of `n` worker processes for the length of a ``with`` block."""
-    with _lent(("loky", n, caller_memory.available())) as crew:
-        yield cast("ProcessCrew", crew)
+    key = ("loky", n, caller_memory.available())
+    return cast("AbstractContextManager[ProcessCrew]", _lent(key))
 
 
 @contextmanager

@@ -22,9 +22,9 @@ def is_jitted(func: Callable[..., Any]) -> bool:
 def has_own_threads(func: Callable[..., Any], extras: Iterable[Any] = ()) -> bool:
     """Whether a function is known to start threads of numba's own (``parallel=True``).
 
-    It, a jitted function that it refers to (by name, in a tuple, in a module), or one among its
-    arguments. What a Python function calls inside, and ufuncs compiled with ``target="parallel"``,
-    cannot be seen.
+    It, a jitted function that it refers to (by name, in a tuple, in a module, as a default), or
+    one among its arguments. What a Python function calls inside, and ufuncs compiled with
+    ``target="parallel"``, cannot be seen.
     """
     seen: list[Any] = []
     found = [func, *extras]
@@ -41,7 +41,8 @@ def has_own_threads(func: Callable[..., Any], extras: Iterable[Any] = ()) -> boo
 
 
 def _referred_to(function: Any) -> Iterator[Any]:
-    """Values of the global and enclosing names in a Python function, and of modules there."""
+    """Values of global and enclosing names in a Python function, of modules there; defaults."""
+    yield from function.__defaults__ or ()
     names = function.__code__.co_names
     for name in names:
         value = function.__globals__.get(name)

@@ -509,7 +509,8 @@ class TestKernels:
         assert last_report().compiling > 0
         for balance in ("static", "dynamic"):
             assert_same(map_items(kernel, X, n_jobs=2, balance=balance), X * 5)
-        assert len(kernels._made_for(kernel).loops) == 1
+        (found,) = kernels._made_for(kernel).returns.values()
+        assert len(found.loops) == 1
         assert len(kernel.signatures) == 1
 
     def test_by_several_threads_at_once(self):

@@ -149,11 +149,10 @@ def test_loops_are_made_once_for_each_way_arrays_lie():
     kernel = numba.njit(lambda x: x * 2)
     C = Lie(np.dtype("f8"), 0, "C", True)
     A = Lie(np.dtype("f8"), 0, "A", True)
-    found = kernels.returns(kernel, (C,), Extras(()), None, writable=False)
-    loops = [
-        kernels.fused_loop(kernel, (lie,), Extras(()), (C,), found, rows_out=False)
-        for lie in (C, A, C)
-    ]
+    loops = []
+    for lie in (C, A, C):
+        found = kernels.returns(kernel, (lie,), Extras(()), None, writable=False)
+        loops.append(kernels.fused_loop(kernel, (lie,), Extras(()), (C,), found, rows_out=False))
     assert loops[0] is loops[2]
     assert loops[0] is not loops[1]
     assert len(kernel.signatures) == 1

@@ -292,6 +292,11 @@ class TestFactsNow:
         assert facts_now().active_backend is None
         assert facts_now().active_n_jobs is None
 
+    def test_a_configuration_that_is_not_to_be_followed(self):
+        outside = facts_now()
+        with joblib.parallel_config(backend="threading", n_jobs=3):
+            assert facts_now(follows_joblib=False) == outside
+
     def test_nested_configurations(self):
         with (
             joblib.parallel_config(backend="loky", n_jobs=3),

@@ -81,6 +81,11 @@ def test_own_threads():
         assert has_own_threads(func) is False
 
 
+def test_own_threads_of_a_default():
+    parallel = numba.njit(parallel=True)(plain)
+    assert has_own_threads(numba.njit(lambda x, func=parallel: func(x))) is True
+
+
 def test_numba_ufuncs():
     assert is_numba_ufunc(numba.vectorize(plain)) is True
     assert is_numba_ufunc(numba.guvectorize("(n)->()")(lambda x, out: None)) is True
