@@ -31,7 +31,7 @@ from taskcarrier.running import Settings
 _WITHOUT_GIL = ("sklearn.tree", "sklearn.ensemble._forest")
 # Predictions are cut into about this many ranges, if that leaves them a mebibyte each: every call
 # of a forest costs as much as some thousand rows.
-_N_RANGES = 32
+_N_RANGES = 16
 
 
 @documented
@@ -206,7 +206,7 @@ def predict_array(
         Where workers run. Default: what an active `joblib.parallel_config` says, else threads for
         scikit-learn's trees and forests, which release the GIL, else processes.
     chunksize : int, optional
-        Rows for each call. Default: a 32nd of all, but at least about 1 MiB.
+        Rows for each call. Default: a 16th of all, but at least about 1 MiB.
     {out}
     dtype : dtype, optional
         What the results are cast to, where that loses nothing.
