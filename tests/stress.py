@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import errno
 import faulthandler
+import itertools
 import json
 import os
 import random
@@ -190,6 +191,51 @@ def deaths(rng: random.Random) -> Done:
     return done
 
 
+def streams(rng: random.Random) -> Done:
+    """Streams of results whose workers are killed, which are left early, or interrupted."""
+    done: Done = Counter()
+
+    def kill() -> None:
+        victims = workers()
+        if victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rng.choice(victims).kill()
+                done["kills"] += 1
+
+    for _ in range(12):
+        n_items = rng.choice([5, 300, 3000])
+        mapper = DynamicParallelMapper(2, backend="loky", chunksize=rng.choice([None, 1, 20]))
+        ordered = rng.random() < 0.7  # mostly
+        results = mapper.imap(
+            slow_double,
+            iter(range(n_items)),
+            ordered=ordered,
+            buffersize=rng.choice([None, 1, 50]),
+            retries=rng.choice([2, 5]),
+        )
+        leaves_at = rng.choice([n_items, n_items, n_items // 2])
+        came: list[float] = []
+        delay = rng.uniform(0, 0.1)
+        what = rng.choice([kill, kill, lambda: os.kill(os.getpid(), signal.SIGINT)])
+        try:
+            with soon(delay, what), soon(2 * delay, kill):
+                try:
+                    came += itertools.islice(results, leaves_at)
+                finally:
+                    results.close()
+        except WorkerDiedError:
+            done["died errors"] += 1
+        except KeyboardInterrupt:
+            done["interrupted"] += 1
+        else:
+            check(len(came) == leaves_at, "results are missing")
+            done["right results"] += 1
+        expected = [2 * n for n in range(len(came) if ordered else n_items)]
+        check(came == expected if ordered else set(came) <= set(expected), "a wrong result")
+        check(len(set(came)) == len(came), "a result came twice")
+    return done
+
+
 def interrupts(rng: random.Random) -> Done:
     """Ctrl-C at a random moment, but not within a first import, which leaves half a module."""
     done: Done = Counter()
@@ -334,7 +380,7 @@ def resumes(rng: random.Random) -> Done:
 
 
 ROUNDS: dict[str, Callable[[random.Random], Done]] = {
-    one.__name__: one for one in (deaths, interrupts, timeouts, disks, resumes)
+    one.__name__: one for one in (deaths, streams, interrupts, timeouts, disks, resumes)
 }
 
 
