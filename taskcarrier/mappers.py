@@ -203,6 +203,7 @@ class Mapper:
         *iterables: Iterable[Any],
         ordered: bool = True,
         buffersize: int | None = None,
+        chunksize: int | None = None,
         shared: Mapping[str, Any] | None = None,
         rng: Any = None,
         timeout: float | None = None,
@@ -231,8 +232,10 @@ class Mapper:
             done, so that a slow item does not hold up others.
         buffersize : int, optional
             Items that may have been read and whose results have not been handed out. Default: four
-            blocks for each worker; a block is one item, or as many as take some milliseconds (a
-            thousand at most), or the mapper's `chunksize`.
+            blocks for each worker.
+        chunksize : int, optional
+            Items of a block, which is what a worker is handed at a time. Default: the mapper's, else
+            one, or as many as take some milliseconds, a thousand at most.
         shared : dict, optional
             As for `map`.
         {item_rng}
@@ -268,7 +271,7 @@ class Mapper:
             settings,
             func,
             (iterable, *iterables),
-            self.chunksize,
+            self.chunksize if chunksize is None else check_chunksize(chunksize),
             ordered=ordered,
             buffersize=buffersize,
             rng=rng,

@@ -142,6 +142,8 @@ def test_blocks_of_the_mapper_s_chunksize(parallel):
     mapper = parallel(chunksize=7)
     assert list(mapper.imap(abs, range(30))) == list(range(30))
     assert (mapper.report.chunksize, mapper.report.ranges) == (7, 5)
+    assert list(mapper.imap(abs, range(30), chunksize=10)) == list(range(30))
+    assert (mapper.report.chunksize, mapper.report.ranges) == (10, 3)
 
 
 def test_a_slow_item_holds_up_others_only_in_order(parallel, tmp_path):
@@ -436,6 +438,7 @@ def test_retry_on(make, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        ({"chunksize": 0}, ValueError, "chunksize must be at least 1, got 0"),
         ({"buffersize": 0}, ValueError, "buffersize must be at least 1, got 0"),
         ({"buffersize": 2.5}, TypeError, "buffersize must be a positive integer or None"),
         ({"retries": -1}, ValueError, "retries must be 0 or more"),
