@@ -234,8 +234,8 @@ class Mapper:
             Items that may have been read and whose results have not been handed out. Default: four
             blocks for each worker.
         chunksize : int, optional
-            Items of a block, which is what a worker is handed at a time. Default: the mapper's, else
-            one, or as many as take some milliseconds, a thousand at most.
+            Items of a block, which is what a worker is handed at a time. Default: the mapper's own,
+            else one, or as many as take some milliseconds, a thousand at most.
         shared : dict, optional
             As for `map`.
         {item_rng}
