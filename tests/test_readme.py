@@ -1,10 +1,13 @@
 """The examples of README.md and docs/ run as they stand there, and what pages promise is tested."""
 
+import inspect
 import re
 import traceback
 from pathlib import Path
 
 import pytest
+
+import taskcarrier
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -101,3 +104,23 @@ def test_an_example_that_fails_says_where():
     with pytest.raises(AssertionError, match="too small") as caught:
         run(TWO, "README.md")
     assert caught.value.__notes__ == ["in the example at README.md:10, raised from its line 13"]
+
+
+def test_the_table_of_options_says_what_there_is():
+    text = README.read_text(encoding="utf-8").partition("## Which option is where\n")[2]
+    head, _, *lines = [
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in text.strip().partition("\n\n")[0].splitlines()
+    ]
+    verbs = [name.strip("`") for name in head[1:]]
+    said = {verb: set() for verb in verbs}
+    for first, *cells in lines:
+        options = re.findall(r"`(\w+)`", first)
+        for verb, cell in zip(verbs, cells, strict=False):
+            own = re.findall(r"`(\w+)`", cell)
+            said[verb].update(own or (options if cell else []))
+    for verb, options in said.items():
+        where = taskcarrier.SerialMapper if verb.startswith("mapper.") else taskcarrier
+        function = getattr(where, verb.removeprefix("mapper."))
+        parameters = inspect.signature(function).parameters.values()
+        assert options == {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}, verb
