@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from taskcarrier.partition import (
     CELL_NBYTES,
     MAX_CELLS,
-    MAX_LIST_CELLS,
     MIN_CELLS,
     MIN_CELLS_SMALL,
     SMALL_CELL_NBYTES,
@@ -19,6 +18,7 @@ from taskcarrier.partition import (
     Partition,
     check_chunksize,
     chunk_grid,
+    item_grid,
     list_grid,
 )
 
@@ -221,15 +221,16 @@ class TestChunkGrid:
         assert chunk_grid(n_items, item_nbytes, chunksize) == Grid(n_items, chunksize)
 
 
-class TestListGrid:
-    @given(st.integers(0, 10**9))
-    def test_about_a_thousand_cells_at_most(self, n_items):
-        grid = list_grid(n_items)
-        assert len(grid) <= MAX_LIST_CELLS
-        assert grid.chunksize == 1 or len(grid) > MAX_LIST_CELLS // 2
+@pytest.mark.parametrize(("grid_of", "most"), [(item_grid, 1024), (list_grid, 128)])
+class TestGridsOfItems:
+    @given(n_items=st.integers(0, 10**9))
+    def test_so_many_cells_at_most(self, grid_of, most, n_items):
+        grid = grid_of(n_items)
+        assert len(grid) <= most
+        assert grid.chunksize == 1 or len(grid) > most // 2
 
-    def test_chunksize_is_taken_as_it_is(self):
-        assert list_grid(10**6, 3) == Grid(10**6, 3)
+    def test_chunksize_is_taken_as_it_is(self, grid_of, most):
+        assert grid_of(most * 10, 3) == Grid(most * 10, 3)
 
 
 class TestCheckChunksize:

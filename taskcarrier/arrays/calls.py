@@ -24,7 +24,7 @@ from taskcarrier.backends.choice import Choice, check_for_arrays
 from taskcarrier.backends.given import Call, add_note
 from taskcarrier.backends.parts import Fault, Parts
 from taskcarrier.backends.work import Failure, Task
-from taskcarrier.partition import Grid, check_chunksize, chunk_grid, list_grid
+from taskcarrier.partition import Grid, check_chunksize, chunk_grid, item_grid
 from taskcarrier.recovery import Retried
 from taskcarrier.running import (
     Kept,
@@ -91,7 +91,7 @@ class ArrayCall:
             settings,
             Call(func, extra_args, extra_kwargs),
             inputs,
-            list_grid(inputs.n_items, size)
+            item_grid(inputs.n_items, size)
             if by_item
             else chunk_grid(inputs.n_items, inputs.item_nbytes, size, n_deep),
             halo,

@@ -240,7 +240,7 @@ def pack_apart(own: object, shared: object) -> list[memoryview]:
     """
     blocks: list[memoryview] = []
     packed = _dumps(shared, functools.partial(_keep_in_band, blocks))
-    return [memoryview(_dumps(own)), memoryview(packed), *blocks]
+    return [memoryview(_dumps(own)), memoryview(packed), *(b.toreadonly() for b in blocks)]
 
 
 class _UserPickler(_Pickler):
