@@ -47,6 +47,9 @@ _LOOK_NS = 2_000_000
 _LONGEST_WAIT = 0.1
 
 
+Tick = Callable[[Ledger], None]
+"""Shows how far a run has come."""
+
 _streams: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 
@@ -117,13 +120,15 @@ def _streamed(
 ) -> Generator[Any, None, None]:
     with (
         progress.shown(settings.verbosity, None, job.n_workers) as tick,
-        _feed(settings, job, choice, pace) as feed,
+        _feed(settings, job, choice, pace, tick) as feed,
     ):
         yield from _Stream(feed, source, pace, tick).results(ordered)
 
 
 @contextmanager
-def _feed(settings: Settings, job: Job, choice: Choice, pace: Pace) -> Iterator[Feed]:
+def _feed(
+    settings: Settings, job: Job, choice: Choice, pace: Pace, tick: Tick | None
+) -> Iterator[Feed]:
     """Workers for as long as the stream is open; then the report is kept."""
     started_ns = monotonic_ns()
     owner = os.getpid()
@@ -152,6 +157,8 @@ def _feed(settings: Settings, job: Job, choice: Choice, pace: Pace) -> Iterator[
         finally:
             if os.getpid() == owner:  # a forked child leaves its parent's workers alone
                 ran = feed.close()
+                if tick is not None:  # the last results came before they were counted
+                    tick(feed.ledger)
                 report = report_of(
                     job,
                     choice,
@@ -251,9 +258,7 @@ class Pace:
 class _Stream:
     """Items on their way to workers, and results on their way to the caller."""
 
-    def __init__(
-        self, feed: Feed, source: Source, pace: Pace, tick: Callable[[Ledger], None] | None
-    ) -> None:
+    def __init__(self, feed: Feed, source: Source, pace: Pace, tick: Tick | None) -> None:
         self._feed = feed
         self._source = source
         self._pace = pace
