@@ -23,7 +23,7 @@ from taskcarrier.arrays.inputs import check_inputs
 from taskcarrier.arrays.mapping import map_array
 from taskcarrier.arrays.options import documented
 from taskcarrier.backends.work import in_worker_process
-from taskcarrier.partition import CELL_NBYTES, as_integer
+from taskcarrier.partition import as_integer
 from taskcarrier.recovery import RETRIES
 from taskcarrier.running import Settings
 
@@ -32,6 +32,7 @@ _WITHOUT_GIL = ("sklearn.tree", "sklearn.ensemble._forest")
 # Predictions are cut into about this many ranges, if that leaves them a mebibyte each: every call
 # of a forest costs as much as some thousand rows.
 _N_RANGES = 16
+_MIN_ROWS = 1000
 
 
 @documented
@@ -206,7 +207,7 @@ def predict_array(
         Where workers run. Default: what an active `joblib.parallel_config` says, else threads for
         scikit-learn's trees and forests, which release the GIL, else processes.
     chunksize : int, optional
-        Rows for each call. Default: a 16th of all, but at least about 1 MiB.
+        Rows for each call. Default: a 16th of all, but at least a thousand.
     {out}
     dtype : dtype, optional
         What the results are cast to, where that loses nothing.
@@ -243,8 +244,7 @@ def predict_array(
         raise TypeError(f"{type(estimator).__name__} has no method {method!r}")
     inputs = check_inputs((X,), 0)
     if chunksize is None:
-        by_bytes = CELL_NBYTES // max(1, inputs.item_nbytes)
-        chunksize = max(1, by_bytes, -(-inputs.n_items // _N_RANGES))
+        chunksize = max(_MIN_ROWS, -(-inputs.n_items // _N_RANGES))
     settings = Settings.of_call(
         balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=()
     )

@@ -16,7 +16,7 @@ from taskcarrier.arrays.reducing import reduce_array
 from taskcarrier.backends.choice import check_backend, check_n_jobs
 from taskcarrier.backends.crews import held_warm
 from taskcarrier.balance import Balance, Dynamic, Static
-from taskcarrier.partition import check_chunksize
+from taskcarrier.partition import as_integer, check_chunksize
 from taskcarrier.recovery import RETRIES, Recovery
 from taskcarrier.report import Report, keep_report
 from taskcarrier.running import Settings
@@ -96,7 +96,7 @@ class Mapper:
         chunksize: int | None = None,
     ) -> None:
         self.n_jobs = n_jobs
-        self.verbosity = verbosity
+        self.verbosity = as_integer(verbosity, "verbosity", "0, 1 or 2 (the backend has its name)")
         self.temp_folder = temp_folder
         self.backend = backend
         self.chunksize = check_chunksize(chunksize)
@@ -152,7 +152,7 @@ class Mapper:
             depend on it.
         shared : dict, optional
             What every call of `func` gets by name. Arrays in it are read-only; to processes they
-            are sent once for all calls, and not at all if they come from `share`, `empty`, `load`
+            are sent once for each `map`, and not at all if they come from `share`, `empty`, `load`
             or an earlier map in processes.
         {item_rng}
         {timeout}

@@ -44,13 +44,13 @@ class Report:
     n_jobs : int
         Workers that were there to take part (never more than ranges).
     chunksize : int
-        Items per range; the last range may be shorter.
+        Items per range at most; but for streams, all but the last have so many.
     ranges, items : int
         Ranges and items of the whole run.
     bytes_copied : int
-        Bytes of arrays and arguments that worker processes have read, or that were copied for
-        them, in this run; 0 for what they see where it is. On a registered backend those that it
-        was given to send.
+        Bytes of arrays, and of the items of lists, that worker processes have read or that were
+        copied for them in this run; 0 for what they see where it is. On a registered backend those
+        that it was given to send.
     seconds : float
         From the first step of the call to its last, without `compiling`.
     workers : tuple of WorkerReport
@@ -80,7 +80,8 @@ class Report:
 
     def __str__(self) -> str:
         head = (
-            f"{self.items:,} items in {self.ranges:,} ranges of {self.chunksize:,}, "
+            f"{counted(self.items, 'item')} in {counted(self.ranges, 'range')} of up to "
+            f"{self.chunksize:,}, "
             f"{self.balance} balance, backend {self.backend} ({self.reason})\n"
             f"{self.seconds:.4g} s in all, {self.bytes_copied:,} bytes read or copied by processes"
         )
@@ -94,6 +95,15 @@ class Report:
             for worker in self.workers
         ]
         return "\n".join([head, *self.notes, *lines])
+
+
+def counted(n: int, what: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "range"), counted(1200, "range")
+    ('1 range', '1,200 ranges')
+    """
+    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 _last = threading.local()

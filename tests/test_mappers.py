@@ -301,7 +301,7 @@ def test_a_report_adds_up(backend, balance):
     lines = str(report).splitlines()
     for worker in report.workers:
         assert sum(line.startswith(f"{worker.name} ") for line in lines) == 1
-    assert "203 items in 21 ranges of 10" in lines[0]
+    assert "203 items in 21 ranges of up to 10" in lines[0]
     assert report.as_dict()["workers"][0]["items"] == report.workers[0].items
     assert pickle.loads(pickle.dumps(report)) == report
 
@@ -349,7 +349,7 @@ def test_the_report_is_logged_for_those_who_ask(caplog):
         SerialMapper(verbosity=1)(abs, [1])
         assert caplog.text == ""
         SerialMapper(verbosity=2)(abs, [1])
-    assert "1 items in 1 ranges" in caplog.text
+    assert "1 item in 1 range of" in caplog.text
 
 
 # joblib's configuration

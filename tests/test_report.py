@@ -49,7 +49,8 @@ def test_as_dict_is_json(report):
 def test_text(report):
     lines = str(report).splitlines()
     assert lines[0] == (
-        "1,234,567 items in 1,235 ranges of 1,000, dynamic balance, backend loky (the default)"
+        "1,234,567 items in 1,235 ranges of up to 1,000, dynamic balance, "
+        "backend loky (the default)"
     )
     assert lines[1] == "1.25 s in all, 9,876,543 bytes read or copied by processes"
     assert lines[2].split() == ["worker", "ranges", "items", "busy", "s", "idle", "s"]

@@ -37,8 +37,8 @@ def calls(name):
 
 def test_no_code_unpickles_from_a_file():
     assert not list(calls("pickle.load"))
-    # What is unpickled from memory came over a worker's own socket, from the backend that a user has
-    # registered, or lies in nameless memory.
+    # What is unpickled from memory came over a worker's own socket, by the backend a user
+    # has registered, or lies in nameless memory.
     assert {where for where, _, _ in calls("pickle.loads")} <= {
         "backends/parcels.py",
         "backends/registered.py",

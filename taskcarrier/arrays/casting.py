@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-_REMEDY = "return that dtype from func, or ask for another one with dtype= or out="
+_REMEDY = "return that dtype from func, or another one with dtype= or out="
 
 
 def check_dtype(dtype: object, name: str = "dtype") -> np.dtype[Any] | None:

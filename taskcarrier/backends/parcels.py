@@ -34,6 +34,7 @@ from taskcarrier.backends.given import Call, add_note, text_of
 from taskcarrier.errors import TaskError, WorkerTracebackError
 from taskcarrier.layout import is_mostly_gaps
 from taskcarrier.mapped_files import located
+from taskcarrier.report import counted
 from taskcarrier.segments import Segment, SharedView, Staging
 
 try:
@@ -164,10 +165,11 @@ class _Packer:
 
     def notes(self) -> list[str]:
         """What the report says of closures, partials and bound methods."""
-        n = len(self._carried)
-        what = f"{n} array{'s' * (n != 1)} of {sum(self._carried):,} bytes"
-        where = "seen by workers in shared memory, not pickled"
-        return [f"the function carries {what}: {where}"] if n else []
+        if not self._carried:
+            return []
+        what = f"{counted(len(self._carried), 'array')} of {sum(self._carried):,} bytes"
+        where = "workers see them in shared memory (which `share` saves filling for every call)"
+        return [f"the function carries {what}: {where}"]
 
     def view(self, array: np.ndarray) -> SharedView | None:
         """Where an array that the user gave goes as it lies; None to pickle it.
