@@ -509,3 +509,8 @@ def test_a_chunk_that_the_function_keeps_is_never_overwritten():
         found = [mapper.map_array(look, X + number) for number in range(1, 4)]
         assert all((one == 0).all() for one in found)
         mapper.map_array(forget, X)
+
+
+def test_a_backend_in_the_place_of_verbosity_is_refused():
+    with pytest.raises(TypeError, match="verbosity must be 0, 1 or 2"):
+        DynamicParallelMapper(2, "threading")
