@@ -15,8 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol, cast
 
 from taskcarrier.backends.parts import Parts
-from taskcarrier.backends.work import Account, Deliver, FedCells, Job, Ran, be_at_work
-from taskcarrier.backends.work import Feed as Source
+from taskcarrier.backends.work import Account, Deliver, FedCells, Feeder, Job, Ran, be_at_work
 from taskcarrier.ledger import Ledger
 from taskcarrier.recovery import Again
 
@@ -118,7 +117,7 @@ class SerialFeed:
         return Ran.read([self._account], self.ledger)
 
 
-Begin = Callable[[int, Source, Deliver, Callable[[Account], None]], None]
+Begin = Callable[[int, Feeder, Deliver, Callable[[Account], None]], None]
 """Has a worker begin: takes its number, where its ranges come from, where its results go, and what
 takes its account at the end."""
 

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 
 from taskcarrier.backends.feeds import ThreadFeed
 from taskcarrier.backends.inner import limit_this_thread, limited, serial_joblib
-from taskcarrier.backends.work import Account, Deliver, Feed, Job, Ran, outlet_here, work
+from taskcarrier.backends.work import Account, Deliver, Feeder, Job, Ran, outlet_here, work
 from taskcarrier.ledger import Ledger
 
 # Seconds between two looks at a run whose progress is shown.
@@ -106,7 +106,7 @@ class ThreadCrew:
         """Have the threads wait for blocks of items; the crew is its own until it is closed."""
         ledger = Ledger.local(job.n_workers)
 
-        def begin(number: int, feed: Feed, deliver: Deliver, ended: Ended) -> None:
+        def begin(number: int, feed: Feeder, deliver: Deliver, ended: Ended) -> None:
             part = partial(work, job, ledger, number, outlet_here(deliver), feed=feed)
             self._begin(number, job, part, ended)
 

@@ -306,7 +306,7 @@ Outlet = tuple[Deliver, Callable[[], None]]
 # A range that is given out again, or was fed, and its number among these; or a cell.
 _Held = tuple[Again, int] | int
 
-Feed = Callable[[FedCells], Iterable[_Held]]
+Feeder = Callable[[FedCells], Iterable[_Held]]
 """Hands blocks of items to a worker's cells, and yields what it is to run of them."""
 
 
@@ -322,7 +322,7 @@ def work(
     outlet: Outlet,
     again: Sequence[Again] = (),
     *,
-    feed: Feed | None = None,
+    feed: Feeder | None = None,
 ) -> Account:
     """Run ranges until there are none, one fails, or the run is halted.
 
@@ -338,7 +338,7 @@ def work(
         Where results go that are not in place yet.
     again : sequence of Again
         Ranges that this worker is to run before its cells, because another has died on them.
-    feed : Feed, optional
+    feed : Feeder, optional
         Where its other ranges come from, instead of the grid.
     """
     account = Account(worker)
