@@ -416,7 +416,7 @@ def _fit(
             _set_random_states(estimator, rng)
         drawn = None if rows is None else rows.of(one.number)
         if draw_rows is not None:
-            drawn = np.asarray(draw_rows(rng))
+            drawn = _as_rows(draw_rows(rng), X.shape[0])
         if draw_weights is not None:
             weights = np.asarray(draw_weights(rng))
         elif by_fit and weights is not None:

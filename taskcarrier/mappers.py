@@ -235,7 +235,8 @@ class Mapper:
             blocks for each worker.
         chunksize : int, optional
             Items of a block, which is what a worker is handed at a time. Default: the mapper's own,
-            else one, or as many as take some milliseconds, a thousand at most.
+            else one with ``timeout=`` or ``retries=0``, and otherwise as many as take some
+            milliseconds, a thousand at most.
         shared : dict, optional
             As for `map`.
         {item_rng}
@@ -255,7 +256,7 @@ class Mapper:
         Exception
             Whatever `func` or the input raises, with a note that names the item, when it is that
             item's turn: with ``ordered=True`` after the results of all items before it. It ends the
-            iterator.
+            iterator. (A `StopIteration` of `func` comes as a `RuntimeError`, as in generators.)
 
         Examples
         --------

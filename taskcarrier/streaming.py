@@ -103,7 +103,11 @@ def imapped(
         narrows=True,
         folder=settings.folder,
     )
-    pace = Pace(choice.n_jobs, buffersize, 1 if choice.backend == "sequential" else chunksize)
+    # Where a block may be given up as a whole, it is one item, unless the user says otherwise.
+    goes_alone = settings.recovery.timeout is not None or settings.recovery.retries == 0
+    if choice.backend == "sequential" or (goes_alone and chunksize is None):
+        chunksize = 1
+    pace = Pace(choice.n_jobs, buffersize, chunksize)
     stream = _streamed(settings, job, choice, Source(items), pace, ordered=ordered)
     _streams.add(stream)
     return stream
@@ -196,6 +200,11 @@ class Source:
         self.has_ended = True
         return items
 
+    @property
+    def has_ended_by_error(self) -> bool:
+        """Whether there is something to raise."""
+        return self._error is not None
+
     def end(self, error: Exception) -> None:
         """Nothing more is to be read, because of this."""
         self.has_ended, self._error = True, error
@@ -266,6 +275,7 @@ class _Stream:
         self._n_given = self._n_come = self._n_out = 0  # items
         self._arrived: dict[int, Came] = {}
         self._look_at_ns = 0
+        self._owner = os.getpid()
 
     def results(self, ordered: bool) -> Iterator[Any]:
         """All of them; what an item or the input raises comes in its turn."""
@@ -286,24 +296,45 @@ class _Stream:
             start = next(iter(self._arrived), -1) if due is None else due
             if start in self._arrived:
                 return self._arrived.pop(start)
-            self._give()
-            if self._n_come == self._n_given:
+            reading_ns = self._give()
+            if self._n_come == self._n_given and self._source.has_ended:
                 return None
-            self._take(_LONGEST_WAIT)
+            # A slow input is read on, but not before a result has had some time to come.
+            self._take(reading_ns / 10e9 if reading_ns else _LONGEST_WAIT)
 
-    def _give(self) -> None:
+    def _give(self) -> int:
+        """Hand out what there is room for, up to a slow read: its time (ns), else 0."""
+        if not self._feed.runs_here and os.getpid() != self._owner:
+            raise RuntimeError(
+                "this stream belongs to the process that began it, and this one was forked "
+                "from that since; begin a new one here"
+            )
         while self._feed.has_room and not self._source.has_ended:
             room = self._pace.ahead - (self._n_given - self._n_out)
             if room < 1:
-                return
+                return 0
+            began = monotonic_ns()
             items = self._source.block(min(self._pace.size, room))
-            if not items:
-                return
-            try:
-                self._feed.give(self._n_given, items)
-            except Exception as error:  # noqa: BLE001  # items that cannot be sent: in their turn
+            reading_ns = monotonic_ns() - began
+            if items:
+                self._hand_out(items)
+            if reading_ns > _LOOK_NS and not self._feed.runs_here:
+                return reading_ns
+        return 0
+
+    def _hand_out(self, items: list[Any]) -> None:
+        """Give a block to a worker, up to the first item that cannot be sent."""
+        try:
+            self._feed.give(self._n_given, items)
+        except Exception as error:  # noqa: BLE001  # whatever pickling raises: in its turn
+            if len(items) == 1:
                 self._source.end(error)
                 return
+            middle = len(items) // 2
+            self._hand_out(items[:middle])
+            if not self._source.has_ended_by_error:
+                self._hand_out(items[middle:])
+        else:
             self._n_given += len(items)
 
     def _take(self, seconds: float) -> None:
@@ -327,12 +358,20 @@ def _each(came: Came) -> Iterator[Any]:
     parts.faults.clear()
     for _, results in parts.results:
         yield from results[: start - came.start]
+    if isinstance(error, StopIteration):  # which would end the iterator without a word
+        error = _not_the_end(error)
     add_note(error, f"while mapping {describe(start, stop)}")
     try:
         raise error
     finally:
         # The traceback refers to this frame, which must not refer to the error.
         del error
+
+
+def _not_the_end(cause: StopIteration) -> RuntimeError:
+    error = RuntimeError("func raised StopIteration")
+    error.__cause__ = cause
+    return error
 
 
 @dataclass(frozen=True, eq=False)

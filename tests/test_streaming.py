@@ -3,6 +3,7 @@
 import functools
 import gc
 import itertools
+import multiprocessing
 import os
 import signal
 import threading
@@ -355,6 +356,29 @@ def test_inside_a_worker_it_is_serial(make):
     assert list(make().imap(inner, range(4))) == [(sum(range(n)), "sequential") for n in range(4)]
 
 
+FORKED_AND_GONE_ON = """
+import os, sys
+from taskcarrier import DynamicParallelMapper
+
+results = DynamicParallelMapper(2, backend=sys.argv[1]).imap(abs, range(10**5))
+next(results)
+if os.fork() == 0:
+    try:
+        list(results)
+    except RuntimeError as error:
+        assert "belongs to the process that began it" in str(error)
+        os._exit(0)
+    os._exit(1)
+assert os.wait()[1] == 0
+assert list(results) == list(range(1, 10**5))
+"""
+
+
+@pytest.mark.parametrize("backend", ["threading", "loky"])
+def test_a_forked_child_cannot_go_on_with_it(tmp_path, backend):
+    run_script(tmp_path, FORKED_AND_GONE_ON, backend)
+
+
 FORKED = """
 import os, sys
 from taskcarrier import DynamicParallelMapper
@@ -481,6 +505,82 @@ def test_the_bar_counts_items(parallel, capsys):
     assert "30item" in capsys.readouterr().err
 
 
+def test_stop_iteration_is_an_error(make):
+    def ends_early(n):
+        if n == 5:
+            raise StopIteration
+        return n
+
+    came = []
+    with pytest.raises(RuntimeError, match="func raised StopIteration") as caught:
+        came.extend(make().imap(ends_early, range(10)))
+    assert came == list(range(5))
+    assert "while mapping item 5" in caught.value.__notes__
+
+
+@pytest.mark.parametrize("kind", ["item", "result"])
+def test_what_cannot_be_sent_is_named(processes, kind):
+    def items():
+        yield from range(150)
+        yield threading.Lock() if kind == "item" else 150
+        yield from range(1000)
+
+    results = processes.imap(lambda n: threading.Lock() if n == 150 else n, items())
+    came = []
+    with pytest.raises(TypeError) as caught:
+        came.extend(results)
+    assert came == list(range(150))
+    where = "could not pickle items 150:151" if kind == "item" else "while mapping item 150"
+    assert any(where in note for note in caught.value.__notes__)
+
+
+def test_without_retries_and_with_time_limits_items_go_alone(processes):
+    for options in ({"retries": 0}, {"timeout": LONG}):
+        assert list(processes.imap(abs, range(50), **options)) == list(range(50))
+        assert processes.report.chunksize == 1
+
+
+def test_time_that_the_caller_takes_does_not_count(make):
+    # The results are larger than what a socket holds.
+    results = make().imap(lambda n: b"x" * 10**6, range(6), timeout=0.3)
+    for result in results:
+        assert len(result) == 10**6
+        time.sleep(0.4)
+
+
+def test_time_limits_in_the_caller():
+    results = SerialMapper().imap(time.sleep, [0, 0.2], timeout=0.05)
+    assert next(results) is None
+    with pytest.raises(TimeoutError):
+        next(results)
+
+
+def test_results_do_not_wait_for_a_slow_input(parallel):
+    began = []
+
+    def items():
+        for n in range(4):
+            began.append(n)
+            yield n
+            time.sleep(0.3)
+
+    list(parallel().imap(abs, range(10)))  # workers that the last test has killed are there again
+    results = parallel().imap(abs, items())
+    assert next(results) == 0
+    assert len(began) <= 2
+    assert list(results) == [1, 2, 3]
+
+
+def test_blocks_of_very_many_arrays(processes):
+    # Where they lie is more than a socket holds.
+    a = np.zeros(2048)
+    blocks = ([a.view() for _ in range(20_000)] for _ in range(5))
+    assert (
+        list(processes.imap(lambda arrays: "y" * 10**6 * len(arrays[:1]), blocks))
+        == ["y" * 10**6] * 5
+    )
+
+
 # Workers that die
 
 
@@ -531,6 +631,27 @@ def test_workers_killed_while_the_caller_does_something_else(processes):
         if n % 60 == 30:
             os.kill(pid, signal.SIGKILL)
     assert len(pids) > 2
+
+
+def made_in_the_other_worker_only():
+    if multiprocessing.current_process().name.endswith("-0"):
+        os._exit(3)
+    return abs
+
+
+class MadeThere:
+    def __call__(self, item):
+        return item
+
+    def __reduce__(self):
+        return made_in_the_other_worker_only, ()
+
+
+def test_a_worker_that_dies_whenever_it_begins(processes):
+    with pytest.raises(WorkerDiedError, match="exited with code 3 between two ranges"):
+        list(processes.imap(MadeThere(), range(10)))
+    assert processes.map(str, range(10)) == [str(n) for n in range(10)]
+    assert list(processes.imap(str, range(10))) == [str(n) for n in range(10)]
 
 
 @pytest.mark.parametrize("chunksize", [1, 5])

@@ -15,7 +15,16 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol, cast
 
 from taskcarrier.backends.parts import Parts
-from taskcarrier.backends.work import Account, Deliver, FedCells, Feeder, Job, Ran, be_at_work
+from taskcarrier.backends.work import (
+    Account,
+    Deliver,
+    FedCells,
+    Feeder,
+    Job,
+    Ran,
+    be_at_work,
+    in_time,
+)
 from taskcarrier.ledger import Ledger
 from taskcarrier.recovery import Again
 
@@ -84,6 +93,7 @@ class SerialFeed:
 
     def __init__(self, job: Job) -> None:
         self.ledger = Ledger.local(1)
+        self._job = job
         self._account = Account(0, "caller")
         self._cells = cast("FedCells", job.task.open(self.ledger.agree))
         self._came: list[Came] = []
@@ -95,10 +105,14 @@ class SerialFeed:
 
     def give(self, start: int, items: Sequence[Any]) -> None:
         """Run the items."""
+        again = Again(start, start + len(items))
         self._cells.hold(start, partial(_itself, items))
         busy_before = be_at_work(True)
         try:
-            came = self._cells(start, start + len(items))
+            if self._job.recovery.timeout is None:
+                came = self._cells(again.start, again.stop)
+            else:
+                came = came_of(in_time(self._job, self.ledger, 0, self._cells, again))
         finally:
             be_at_work(busy_before)
         self._came.append(came)

@@ -12,6 +12,7 @@ says, before new blocks; if that is given up, the error comes in place of the re
 from __future__ import annotations
 
 import contextlib
+import pickle
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from taskcarrier.backends.work import Account, Death, Job, Ran, timeout_error
 from taskcarrier.backends.worker_process import (
     KEPT,
     RESULTS,
+    PackedBlock,
     account_from,
     block_order,
     order,
@@ -45,8 +47,7 @@ class _Block:
 
     again: Again
     first: int
-    packed: bytes
-    places: list[tuple[int, int]]
+    packed: PackedBlock
     segment: Segment | None
     nbytes: int
 
@@ -115,14 +116,16 @@ class ProcessFeed:
             raise
         nbytes = len(packed) + sum(map(len, large))
         self._nbytes_sent += nbytes
-        if len(packed) > _SENT_NBYTES:
-            large.append(memoryview(packed))
-            packed = b""
         staging, segment, places = Staging(self._job.folder), None, []
         for block in large:
             segment, offset = staging.add(block)
             places.append((offset, len(block)))
-        self._waiting.append(_Block(Again(start, stop), start, packed, places, segment, nbytes))
+        content = pickle.dumps((packed, places))
+        where: PackedBlock = content
+        if len(content) > _SENT_NBYTES:
+            segment, offset = staging.add(memoryview(content))
+            where = (offset, len(content))
+        self._waiting.append(_Block(Again(start, stop), start, where, segment, nbytes))
         self._hand_out()
 
     def take(self, seconds: float) -> list[Came]:
@@ -185,11 +188,11 @@ class ProcessFeed:
 
     def _end(self, seconds: float) -> None:
         """Tell workers that nothing more comes; those that do not report soon are killed."""
-        for worker in self._to_end.values():
-            self._send(worker, b"", [])
-        self._to_end = {}
         deadline = time.monotonic() + seconds
         try:
+            for number in list(self._to_end):
+                self._send(self._to_end[number], b"", [])
+                del self._to_end[number]
             while self._workers and (left := deadline - time.monotonic()) > 0:
                 for number, worker, has_ended in self._watch.wait(left):
                     says_more = self._take_in(number, worker, [])
@@ -198,10 +201,13 @@ class ProcessFeed:
                         worker.kill()
                         worker.reap()
         finally:
-            for number, worker in list(self._workers.items()):
-                self._leave(number)
+            # Also whoever was not told: it would take the next run for a block of this one.
+            for number, worker in {**self._to_end, **self._workers}.items():
+                if number in self._workers:
+                    self._leave(number)
                 worker.kill()
                 worker.reap()
+            self._to_end = {}
 
     # Blocks and results
 
@@ -213,7 +219,7 @@ class ProcessFeed:
             block = self._waiting.popleft()
             self._handed[number].append(block)
             fds = [] if block.segment is None else [block.segment.fd]
-            message = block_order(block.again, block.first, block.packed, block.places)
+            message = block_order(block.again, block.first, block.packed)
             self._send(self._workers[number], message, fds)
 
     def _take_in(self, number: int, worker: Worker, came: list[Came]) -> bool:
@@ -260,6 +266,7 @@ class ProcessFeed:
         """A worker has died: see to what it had in hand, and put another in its place."""
         held, overdue = self._in_hand(number), self._overdue.get(number)
         self._leave(number)
+        del self._to_end[number]
         exitcode = worker.reap()
         was_late = held is not None and overdue == held[:2]
         death = Death(

@@ -409,7 +409,7 @@ def _go_through(
             begin = monotonic_ns()
             try:
                 if timeout_ns:
-                    result = _in_time(job, ledger, worker, cells, Again(start, stop, attempt))
+                    result = in_time(job, ledger, worker, cells, Again(start, stop, attempt))
                 else:
                     result = cells(start, stop)
                 if result is not NOTHING:
@@ -442,13 +442,14 @@ def _again(ledger: Ledger, worker: int, again: Sequence[Again]) -> Iterator[_Hel
         yield one, number
 
 
-def _in_time(job: Job, ledger: Ledger, worker: int, cells: Cells, again: Again) -> Any:
+def in_time(job: Job, ledger: Ledger, worker: int, cells: Cells, again: Again) -> Any:
     """The result of a range; the worker itself sees when it is over that it has taken too long."""
     while True:
         begin = monotonic_ns()
         ledger.note_time(worker, begin)
         result = cells(again.start, again.stop)
         taken_ns = monotonic_ns() - begin
+        ledger.note_time(worker, 0)  # sending the result, which may have to wait, does not count
         if taken_ns <= job.recovery.timeout_ns:
             return result
         if not (nexts := job.recovery.after_timeout(again)):

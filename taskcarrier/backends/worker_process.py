@@ -53,6 +53,8 @@ from taskcarrier.segments import Segment, Staging, descriptors_are_scarce
 _BATCH_NBYTES = 1 << 20
 _BATCH_SECONDS = 0.02
 _FIRST_BATCH_SECONDS = 0.0005
+# An array that is less than this part of a batch's shared memory is copied out of it.
+_KEPT_PARTS = 4
 
 # More different warnings than this are not sent; arbitrary.
 _MAX_WARNINGS = 100
@@ -76,13 +78,14 @@ def order(again: list[Again], parcel: bytes, *, fed: bool = False) -> bytes:
     return _ORDER.pack(fed, len(first)) + first + parcel
 
 
-def block_order(again: Again, first: int, packed: bytes, places: list[tuple[int, int]]) -> bytes:
-    """A message to a worker that is fed: a range, and the block that it is of.
+PackedBlock = bytes | tuple[int, int]
+"""A block's pickle and where its large arrays lie, pickled, or where that lies itself: offsets and
+lengths in the segment that comes with it."""
 
-    The block begins with item `first`; its pickle, or, where that is empty, the last of the places,
-    refers to what lies at these offsets, so many bytes each, of the segment that comes with it.
-    """
-    return pickle.dumps((tuple(again), first, packed, places))
+
+def block_order(again: Again, first: int, packed: PackedBlock) -> bytes:
+    """A message to a worker that is fed: a range, and the block that it is of, from `first` on."""
+    return pickle.dumps((tuple(again), first, packed))
 
 
 def _taken_apart(message: bytes) -> tuple[list[Again], bytes, bool]:
@@ -188,11 +191,11 @@ class _Fed:
         number = 0
         while (message := self._next()) is not None:
             data, fds = message
-            again, first, packed, places = pickle.loads(data)
+            again, first, packed = pickle.loads(data)
             segment = Segment(fds[0], on_disk=False) if fds else None
             if self._ledger.halted:
                 return
-            cells.hold(first, functools.partial(_block_items, segment, packed, places))
+            cells.hold(first, functools.partial(_block_items, segment, packed))
             self._ledger.hold_again(self._worker, number)
             yield Again(*again), number
             number += 1
@@ -211,16 +214,18 @@ class _Fed:
                 os.close(fd)
 
 
-def _block_items(
-    segment: Segment | None, packed: bytes, places: list[tuple[int, int]]
-) -> Sequence[Any]:
+def _block_items(segment: Segment | None, packed: PackedBlock) -> Sequence[Any]:
     """The items of a block; arrays among them are this worker's own."""
-    large: list[memoryview] = []
+    memory = memoryview(b"")
     if segment is not None:
         segment.nbytes = os.fstat(segment.fd).st_size
         memory = memoryview(segment.map("private"))
-        large = [memory[offset : offset + nbytes] for offset, nbytes in places]
-    items: Sequence[Any] = pickle.loads(packed or large.pop(), buffers=large)
+
+    def at(place: tuple[int, int]) -> memoryview:
+        return memory[place[0] : sum(place)]
+
+    pickled, places = pickle.loads(packed if isinstance(packed, bytes) else at(packed))
+    items: Sequence[Any] = pickle.loads(pickled, buffers=map(at, places))
     return items
 
 
@@ -284,14 +289,13 @@ class _Outbox:
             self.flush()
 
     def deliver_or_fault(self, start: int, result: Came | Parts) -> None:
-        """What cannot be sent comes as a fault of its range."""
+        """What cannot be sent comes as a fault of its item, after what could be sent before it."""
         try:
             self.deliver(start, result)
-        except Exception as error:
+        except Exception:
             if not isinstance(result, Came):
                 raise
-            fault = (start, result.stop, error)
-            self.deliver(start, result._replace(result=Parts([], [fault])))
+            self.deliver(start, result._replace(result=_up_to_a_fault(start, result.result)))
 
     def _put(self, block: memoryview) -> tuple[int, int]:
         self._segment, offset = self._staging.add(block)
@@ -305,21 +309,43 @@ class _Outbox:
             self._begin()
 
 
+def _up_to_a_fault(start: int, result: list[Any] | Parts) -> Parts:
+    """Results up to the first that cannot be pickled, or fails anyway."""
+    values = result if isinstance(result, list) else result.results[0][1]
+    faults = [] if isinstance(result, list) else result.faults
+    end = start + len(values) if not faults else faults[0][0]
+    for n, value in enumerate(values[: end - start]):
+        try:
+            pack_items(value)
+        except Exception as error:  # noqa: BLE001  # whatever pickling a user's object raises
+            add_note(error, "taskcarrier could not pickle the result for the caller")
+            faults = [(start + n, start + n + 1, error)]
+            values = values[:n]
+            break
+    return Parts([(slice(start, start + len(values)), values)], faults[:1])
+
+
 def results_from(message: Message, on_disk: bool) -> Iterator[tuple[int, bytes, list[Any]]]:
     """Starts of ranges, their pickled results, and the large arrays' bytes, in the caller.
 
-    The bytes are shared memory that nobody else knows of any more. Once so much is mapped that
-    descriptors get scarce, they are copied.
+    The bytes are shared memory that nobody else knows of any more. What is a small part of it is
+    copied, or it would keep the rest alive; so is everything once so much is mapped that
+    descriptors get scarce.
     """
     data, fds = message
     batch: list[PackedResult] = pickle.loads(data[1:])
-    large: Any = None
+    memory = memoryview(b"")
+    least = 0
     if fds:
-        large = memoryview(Segment.taken_over(fds[0], on_disk).map("write"))
-        if descriptors_are_scarce():
-            large = memoryview(bytearray(large))
+        memory = memoryview(Segment.taken_over(fds[0], on_disk).map("write"))
+        least = len(memory) + 1 if descriptors_are_scarce() else len(memory) // _KEPT_PARTS
+
+    def block(offset: int, nbytes: int) -> Any:
+        found = memory[offset : offset + nbytes]
+        return found if nbytes >= least else bytearray(found)
+
     for start, packed, places in batch:
-        yield start, packed, [large[offset : offset + nbytes] for offset, nbytes in places]
+        yield start, packed, [block(*place) for place in places]
 
 
 def _packed_account(account: Account) -> bytes:

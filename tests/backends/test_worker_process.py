@@ -203,7 +203,7 @@ class TestOutbox:
         assert sent.n_fds == [1]
         places = [locate(array) for array in (first, second, rest[1])]
         assert places[0].segment is places[1].segment
-        assert places[2] is None
+        assert places[2] is None  # small: it was pickled
         assert second.flags.f_contiguous
         first[:] = 1  # the caller's own
         np.testing.assert_array_equal(second, arrays[1])
@@ -216,6 +216,15 @@ class TestOutbox:
         outbox.deliver(3, np.arange(3))
         assert sent.n_fds == [1, 1, 1, 0]
         assert [int(array[-1]) for message in sent.messages for _, array in message] == [0, 1, 2, 2]
+
+    def test_a_small_part_does_not_keep_the_batch(self, outbox, sent, monkeypatch):
+        monkeypatch.setattr(outbox, "_seconds", LONG)
+        for start in range(5):
+            outbox.deliver(start, np.full(5000, start))
+        outbox.flush()
+        arrays = [array for _, array in sent.messages[0]]
+        assert [int(array[-1]) for array in arrays] == list(range(5))
+        assert all(array.flags.writeable and locate(array) is None for array in arrays)
 
     def test_large_arrays_count_as_bytes(self, outbox, sent, monkeypatch):
         monkeypatch.setattr(outbox, "_seconds", LONG)
