@@ -37,7 +37,12 @@ from taskcarrier.backends.process_feeds import ProcessFeed
 from taskcarrier.backends.process_runs import ProcessRun
 from taskcarrier.backends.threads import TICK
 from taskcarrier.backends.work import Deliver, Job, Ran
-from taskcarrier.backends.worker_process import is_readable, ledger_over, worker_main
+from taskcarrier.backends.worker_process import (
+    WITHOUT_SEMAPHORE,
+    is_readable,
+    ledger_over,
+    worker_main,
+)
 from taskcarrier.ledger import (
     OWN_MARKS,
     FileAgreement,
@@ -129,7 +134,7 @@ class ProcessCrew:
     def __init__(self, n: int) -> None:
         # What the user has set for the allocator stays.
         allocator = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
-        self._environment = inner_environment() | allocator
+        self._environment = inner_environment() | allocator | WITHOUT_SEMAPHORE
         self._workers: dict[int, WorkerProcess] = {}
         self._fds: list[int] = []
         try:

@@ -59,6 +59,11 @@ _KEPT_PARTS = 4
 # More different warnings than this are not sent; arbitrary.
 _MAX_WARNINGS = 100
 
+WITHOUT_SEMAPHORE = {"JOBLIB_MULTIPROCESSING": "00"}
+"""Environment in which joblib is imported. By default it makes a semaphore to see whether that
+works, and a worker that is killed at that moment leaves it in /dev/shm. Other words for zero are
+the user's own."""
+
 RESULTS, ACCOUNT = b"R", b"A"
 """What a message to the caller is: results of ranges, or the end of a run."""
 KEPT, FREE = b"K", b"F"
@@ -112,6 +117,9 @@ def is_readable(fd: int, seconds: float = 0) -> bool:
 def worker_main(number: int, down: Connection, life: Connection) -> None:
     """A worker process, from its start to the end of its socket."""
     mark_worker_process()
+    for name, value in WITHOUT_SEMAPHORE.items():
+        if os.environ.get(name) == value:  # programs that the function starts are not concerned
+            del os.environ[name]
     _die_with(life.fileno())
     # Ctrl-C reaches the whole terminal; what becomes of a run is the caller's decision. A
     # handler, not SIG_IGN, so that programs started by the user's function are not deaf to it.

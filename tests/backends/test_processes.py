@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import joblib
 import psutil
 import pytest
 from joblib.externals.loky.backend import fork_exec
@@ -325,9 +326,27 @@ class TestInside:
             crew.close()
         assert found == ["1", "1"]
 
+    @pytest.mark.parametrize("own", [None, "1", "0"])
+    def test_joblib_makes_no_semaphore(self, monkeypatch, own):
+        # A worker that is killed while joblib makes one, to see whether it can, leaves it behind.
+        if own is None:
+            monkeypatch.delenv("JOBLIB_MULTIPROCESSING", raising=False)
+        else:
+            monkeypatch.setenv("JOBLIB_MULTIPROCESSING", own)
+        crew = ProcessCrew(1)
+        try:
+            _, ((_, found),) = run(crew, of_joblib, n_items=2, n_workers=1)
+        finally:
+            crew.close()
+        assert found == (None, None)
+
     def test_daemons_of_nobody(self, warm):
         # multiprocessing would wait for its children when the program ends.
         assert pids(warm).isdisjoint(child.pid for child in multiprocessing.active_children())
+
+
+def of_joblib(start, stop):
+    return joblib._multiprocessing_helpers.mp, os.environ.get("JOBLIB_MULTIPROCESSING")
 
 
 def environment(start, stop, names):
