@@ -275,6 +275,7 @@ class _Stream:
         self._n_given = self._n_come = self._n_out = 0  # items
         self._arrived: dict[int, Came] = {}
         self._look_at_ns = 0
+        self._is_slow = False  # the input, when it was last read
         self._owner = os.getpid()
 
     def results(self, ordered: bool) -> Iterator[Any]:
@@ -286,7 +287,8 @@ class _Stream:
                 self._n_out += 1
                 yield result
                 if not self._feed.runs_here and monotonic_ns() > self._look_at_ns:
-                    self._give()
+                    if not self._is_slow:  # results that are there do not wait for the input
+                        self._give()
                     self._take(0)
         self._source.raise_error()
 
@@ -318,7 +320,8 @@ class _Stream:
             reading_ns = monotonic_ns() - began
             if items:
                 self._hand_out(items)
-            if reading_ns > _LOOK_NS and not self._feed.runs_here:
+            self._is_slow = reading_ns > _LOOK_NS and not self._feed.runs_here
+            if self._is_slow:
                 return reading_ns
         return 0
 

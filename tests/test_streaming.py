@@ -571,6 +571,26 @@ def test_results_do_not_wait_for_a_slow_input(parallel):
     assert list(results) == [1, 2, 3]
 
 
+def test_results_that_are_there_do_not_wait_for_an_input_that_has_become_slow(parallel):
+    read = []
+
+    def items():
+        for n in range(2000):
+            if n >= 1000:
+                time.sleep(0.05)
+            read.append(n)
+            yield n
+
+    mapper = parallel(chunksize=100)
+    results = mapper.imap(abs, items(), buffersize=1100)
+    for n in range(1000):
+        assert next(results) == n
+        if n % 10 == 0:
+            time.sleep(0.003)  # a look is due
+    assert len(read) <= 1002
+    results.close()
+
+
 def test_blocks_of_very_many_arrays(processes):
     # Where they lie is more than a socket holds.
     a = np.zeros(2048)
@@ -633,8 +653,8 @@ def test_workers_killed_while_the_caller_does_something_else(processes):
     assert len(pids) > 2
 
 
-def made_in_the_other_worker_only():
-    if multiprocessing.current_process().name.endswith("-0"):
+def made_in_no_worker():
+    if multiprocessing.current_process().name.startswith("taskcarrier-"):
         os._exit(3)
     return abs
 
@@ -644,10 +664,10 @@ class MadeThere:
         return item
 
     def __reduce__(self):
-        return made_in_the_other_worker_only, ()
+        return made_in_no_worker, ()
 
 
-def test_a_worker_that_dies_whenever_it_begins(processes):
+def test_workers_that_die_whenever_they_begin(processes):
     with pytest.raises(WorkerDiedError, match="exited with code 3 between two ranges"):
         list(processes.imap(MadeThere(), range(10)))
     assert processes.map(str, range(10)) == [str(n) for n in range(10)]

@@ -317,8 +317,8 @@ class _Outbox:
             self._begin()
 
 
-def _up_to_a_fault(start: int, result: list[Any] | Parts) -> Parts:
-    """Results up to the first that cannot be pickled, or fails anyway."""
+def _up_to_a_fault(start: int, result: list[Any] | Parts) -> list[Any] | Parts:
+    """Results up to the first that cannot be pickled, or fails anyway, if there is one."""
     values = result if isinstance(result, list) else result.results[0][1]
     faults = [] if isinstance(result, list) else result.faults
     end = start + len(values) if not faults else faults[0][0]
@@ -330,6 +330,8 @@ def _up_to_a_fault(start: int, result: list[Any] | Parts) -> Parts:
             faults = [(start + n, start + n + 1, error)]
             values = values[:n]
             break
+    if not faults:
+        return values
     return Parts([(slice(start, start + len(values)), values)], faults[:1])
 
 
