@@ -6,7 +6,6 @@ import functools
 import inspect
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, Self
 
 from taskcarrier import sequences, streaming
@@ -17,7 +16,7 @@ from taskcarrier.backends.choice import check_backend, check_n_jobs
 from taskcarrier.backends.crews import held_warm
 from taskcarrier.balance import Balance, Dynamic, Static
 from taskcarrier.partition import as_integer, check_chunksize
-from taskcarrier.recovery import RETRIES, Recovery
+from taskcarrier.recovery import RETRIES, USUAL, Recovery
 from taskcarrier.report import Report, keep_report
 from taskcarrier.running import Settings
 from taskcarrier.segments import Recycler
@@ -184,12 +183,12 @@ class Mapper:
         >>> SerialMapper()(pow, [2, 3, 4], [5, 2])
         [32, 9]
         """
-        settings = replace(self._settings(), recovery=Recovery.checked(timeout, retries, retry_on))
+        settings = self._settings(Recovery.checked(timeout, retries, retry_on))
         return sequences.mapped(
             settings,
             func,
             (seq1, *seqs),
-            self.chunksize if chunksize is None else check_chunksize(chunksize),
+            check_chunksize(chunksize) or self.chunksize,
             on_error=on_error,
             rng=rng,
             shared=shared,
@@ -267,12 +266,12 @@ class Mapper:
         (0, 1, 4)
         >>> squares.close()
         """
-        settings = replace(self._settings(), recovery=Recovery.checked(timeout, retries, retry_on))
+        settings = self._settings(Recovery.checked(timeout, retries, retry_on))
         return streaming.imapped(
             settings,
             func,
             (iterable, *iterables),
-            self.chunksize if chunksize is None else check_chunksize(chunksize),
+            check_chunksize(chunksize) or self.chunksize,
             ordered=ordered,
             buffersize=buffersize,
             rng=rng,
@@ -310,7 +309,7 @@ class Mapper:
             self._recycler.close()
             self._recycler = None
 
-    def _settings(self) -> Settings:
+    def _settings(self, recovery: Recovery = USUAL) -> Settings:
         return Settings(
             self._balance,
             self._n_jobs,
@@ -319,6 +318,7 @@ class Mapper:
             self.temp_folder,
             self._recycler,
             self._keep_report,
+            recovery,
         )
 
     def _keep_report(self, report: Report) -> None:

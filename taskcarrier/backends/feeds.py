@@ -196,11 +196,14 @@ class ThreadFeed:
         if isinstance(one, Came):
             self._n_out -= 1
             return [one]
-        one.name = f"thread {one.worker}"
-        self._accounts[one.worker] = one
+        self._write_down(one)
         if one.failure is not None:
             raise_and_forget(one)
         return []
+
+    def _write_down(self, account: Account) -> None:
+        account.name = f"thread {account.worker}"
+        self._accounts[account.worker] = account
 
     def _ranges(self, cells: FedCells) -> Iterator[tuple[Again, int]]:
         """In a worker: blocks from the queue."""
@@ -225,8 +228,7 @@ class ThreadFeed:
             while len(self._accounts) < self._n_workers:
                 one = self._arrivals.get(timeout=max(0.0, deadline - time.monotonic()))
                 if isinstance(one, Account):
-                    one.name = f"thread {one.worker}"
-                    self._accounts[one.worker] = one
+                    self._write_down(one)
         except Empty:
             pass  # they have had their time
         finally:

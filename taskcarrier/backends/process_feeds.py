@@ -22,7 +22,7 @@ from taskcarrier.backends.feeds import AHEAD, Came, came_of, raise_and_forget
 from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parcels import Parcel, pack_items, unpack_items
 from taskcarrier.backends.parts import Parts
-from taskcarrier.backends.process_runs import GRACE_SECONDS, Watch, Worker, late
+from taskcarrier.backends.process_runs import GRACE_SECONDS, Watch, Worker, end_the_late
 from taskcarrier.backends.work import Account, Death, Job, Ran, timeout_error
 from taskcarrier.backends.worker_process import (
     KEPT,
@@ -135,7 +135,10 @@ class ProcessFeed:
         while True:
             left = max(0.0, deadline - time.monotonic())
             if (timeout := self._job.recovery.timeout) is not None:
-                left = min(left, self._seconds_left(timeout))
+                next_due = end_the_late(
+                    timeout, self._workers, self._in_hand, self.ledger, self._overdue
+                )
+                left = min(left, next_due)
             for number, worker, has_ended in self._watch.wait(left):
                 says_more = self._take_in(number, worker, came)
                 if number not in self._workers:
@@ -251,32 +254,13 @@ class ProcessFeed:
             return None
         return self._handed[number][0].again
 
-    def _seconds_left(self, timeout: float) -> float:
-        """Seconds until the next range has taken too long; those that have are ended."""
-        in_hand = [
-            (number, self._in_hand(number), self.ledger.since(number)) for number in self._workers
-        ]
-        left, too_late = late(timeout, in_hand)
-        for number in too_late.keys() - self._overdue.keys():
-            self._overdue[number] = too_late[number]
-            self._workers[number].kill()
-        return left
-
     def _bury(self, number: int, worker: Worker, came: list[Came]) -> None:
         """A worker has died: see to what it had in hand, and put another in its place."""
         held, overdue = self._in_hand(number), self._overdue.get(number)
         self._leave(number)
         del self._to_end[number]
         exitcode = worker.reap()
-        was_late = held is not None and overdue == held[:2]
-        death = Death(
-            number,
-            worker.name,
-            exitcode,
-            None if held is None else held[:2],
-            1 if held is None else held.attempt,
-            was_late,
-        )
+        death = Death.of(number, worker.name, exitcode, held, overdue)
         self._deaths.append(death)
         items = self.ledger.items_of(number)
         self._accounts.append(Account(number, worker.name, self._n_come[number], items))
@@ -291,7 +275,7 @@ class ProcessFeed:
                 raise self._error_of(death)
         else:
             block = rest.popleft()
-            if was_late:
+            if death.was_late:
                 parts = recovery.after_timeout(held)
             elif overdue is not None:  # it had come to this one meanwhile, which is not to blame
                 parts = [held]
@@ -300,7 +284,7 @@ class ProcessFeed:
             nexts = [replace(block, again=part) for part in parts]
             if not parts:
                 error: Exception
-                if was_late:
+                if death.was_late:
                     error = timeout_error(recovery)
                     add_note(error, f"{worker.name} was killed")
                 else:

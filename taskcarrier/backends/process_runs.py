@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import select
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -83,25 +83,30 @@ class Watch:
                 yield *self._by_fd[fd], fd in ended
 
 
-def late(
-    timeout: float, in_hand: Iterable[tuple[int, Again | None, int]]
-) -> tuple[float, dict[int, tuple[int, int]]]:
-    """Seconds until the next range has taken too long, and the ranges that have, by worker.
+def end_the_late(
+    timeout: float,
+    workers: dict[int, Worker],
+    in_hand: Callable[[int], Again | None],
+    ledger: Ledger,
+    overdue: dict[int, tuple[int, int]],
+) -> float:
+    """Seconds until the next range has taken too long.
 
-    Of each worker is given what it has in hand, and since when (ns; 0 if it is not known).
+    Workers with one that has are killed, and it is written down in `overdue`.
     """
     now = time.monotonic_ns()
     left = timeout
-    too_late = {}
-    for number, held, since in in_hand:
+    for number, worker in workers.items():
+        held, since = in_hand(number), ledger.since(number)
         if held is None or not since:
             continue
         due = timeout - (now - since) / 1e9
         if due > 0:
             left = min(left, due)
-        else:
-            too_late[number] = held[:2]
-    return left, too_late
+        elif number not in overdue:
+            overdue[number] = held[:2]
+            worker.kill()
+    return left
 
 
 class ProcessRun:
@@ -208,14 +213,7 @@ class ProcessRun:
 
     def _seconds_left(self, timeout: float) -> float:
         """Seconds until the next range has taken too long; those that have are ended."""
-        in_hand = [
-            (number, self._held(number), self._ledger.since(number)) for number in self.at_work
-        ]
-        left, too_late = late(timeout, in_hand)
-        for number in too_late.keys() - self._overdue.keys():
-            self._overdue[number] = too_late[number]
-            self.at_work[number].kill()
-        return left
+        return end_the_late(timeout, self.at_work, self._held, self._ledger, self._overdue)
 
     # Deaths
 
@@ -251,14 +249,7 @@ class ProcessRun:
         if held is not None and rest and rest[0] == held:
             del rest[0]
         self._accounts.append(self._account_of_dead(number, worker))
-        death = Death(
-            number,
-            worker.name,
-            exitcode,
-            None if held is None else held[:2],
-            1 if held is None else held.attempt,
-            held is not None and overdue == held[:2],
-        )
+        death = Death.of(number, worker.name, exitcode, held, overdue)
         nexts = self._nexts(death, held, overdue, worker)
         if self._has_ended:
             self._lost += [part[:2] for part in (*nexts, *rest)]

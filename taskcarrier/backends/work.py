@@ -226,6 +226,20 @@ class Death:
     attempt: int = 1
     was_late: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        worker: int,
+        name: str,
+        exitcode: int | None,
+        held: Again | None,
+        overdue: tuple[int, int] | None,
+    ) -> Death:
+        """Of a worker with this range in hand, which was killed because of `overdue`, if it was."""
+        if held is None:
+            return cls(worker, name, exitcode, None)
+        return cls(worker, name, exitcode, held[:2], held.attempt, overdue == held[:2])
+
 
 @dataclass
 class Ran:
