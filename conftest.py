@@ -44,6 +44,9 @@ Things = dict[str, dict[object, str]]
 # A first call starts workers or compiles, later ones do not: no deadline tells the two apart.
 hypothesis.settings.register_profile("taskcarrier", deadline=None)
 hypothesis.settings.load_profile("taskcarrier")
+# What decides whether a change is taken has the same examples every time; others are looked for
+# wherever else the tests are run.
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:

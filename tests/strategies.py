@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 import taskcarrier
@@ -61,6 +62,18 @@ def warm_crews(*n_jobs: int) -> None:
 
 def cooled_crews() -> None:
     taskcarrier.shutdown()
+
+
+def kept_crews(*n_jobs: int) -> Any:
+    """A fixture: these crews are warm throughout a module."""
+
+    @pytest.fixture(scope="module", autouse=True)
+    def crews() -> Iterator[None]:
+        warm_crews(*n_jobs)
+        yield
+        cooled_crews()
+
+    return crews
 
 
 def same_bits(result: np.ndarray, expected: np.ndarray) -> bool:

@@ -32,20 +32,15 @@ from tests.strategies import (
     assert_same,
     axes_of,
     chunksizes,
-    cooled_crews,
+    kept_crews,
     samples,
-    warm_crews,
 )
 
 KINDS = [SerialMapper, StaticParallelMapper, DynamicParallelMapper]
 OF_BALANCE = {"static": StaticParallelMapper, "dynamic": DynamicParallelMapper}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import taskcarrier
 from taskcarrier import DynamicParallelMapper, SerialMapper, StaticParallelMapper
-from tests.strategies import cooled_crews, run_script, same_bits, warm_crews
+from tests.strategies import kept_crews, run_script, same_bits
 
 MAKERS = {
     "serial": lambda **options: SerialMapper(n_jobs=2, **options),
@@ -25,11 +25,7 @@ MAKERS = {
 ORDERED = ["serial", "dynamic threads", "dynamic processes"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 @pytest.fixture(params=sorted(MAKERS))

@@ -26,7 +26,7 @@ from taskcarrier import (
     shutdown,
 )
 from taskcarrier.streaming import Pace, Source
-from tests.strategies import cooled_crews, run_script, warm_crews
+from tests.strategies import kept_crews, run_script
 
 MAKERS = {
     "serial": lambda **options: SerialMapper(n_jobs=2, **options),
@@ -38,11 +38,7 @@ PARALLEL = ["dynamic threads", "dynamic processes"]
 LONG = 60  # seconds that no test waits for
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 @pytest.fixture(params=sorted(MAKERS))

@@ -6,16 +6,12 @@ import pytest
 from taskcarrier import SerialMapper, map_array, map_chunks, map_items, reduce_array
 from taskcarrier.mappers import DynamicParallelMapper, StaticParallelMapper
 from taskcarrier.streams import Streams
-from tests.strategies import EVERYWHERE, RUNS, assert_same, contract, cooled_crews, warm_crews
+from tests.strategies import EVERYWHERE, RUNS, assert_same, contract, kept_crews
 
 X = np.arange(40.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2, 3, 8)
-    yield
-    cooled_crews()
+crews = kept_crews(2, 3, 8)
 
 
 def draw(item, rng):

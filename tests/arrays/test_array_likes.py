@@ -6,16 +6,12 @@ import numpy as np
 import pytest
 
 from taskcarrier import last_report, map_array, map_chunks, map_items, reduce_array, share
-from tests.strategies import PARALLEL, assert_same, cooled_crews, run_script, warm_crews
+from tests.strategies import PARALLEL, assert_same, kept_crews, run_script
 
 RUNS = [("sequential", "static"), *PARALLEL]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 @pytest.fixture(params=RUNS, ids=" ".join)

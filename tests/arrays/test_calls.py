@@ -10,17 +10,13 @@ from hypothesis import strategies as st
 
 from taskcarrier import FailedRange, TaskError, map_array, map_chunks, map_items, share
 from taskcarrier.segments import locate
-from tests.strategies import PARALLEL, assert_same, cooled_crews, run_script, warm_crews
+from tests.strategies import PARALLEL, assert_same, kept_crews, run_script
 
 RUNS = [("sequential", "static"), *PARALLEL]
 VERBS = [map_array, map_items]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 @pytest.fixture(params=RUNS, ids=" ".join)

@@ -7,14 +7,9 @@ import numpy as np
 import pytest
 
 from taskcarrier import last_report, map_chunks
-from tests.strategies import EVERYWHERE, cooled_crews, warm_crews
+from tests.strategies import EVERYWHERE, kept_crews
 
-
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 @pytest.fixture(params=EVERYWHERE, ids="-".join)

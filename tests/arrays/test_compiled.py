@@ -13,7 +13,7 @@ import pytest
 
 from taskcarrier import last_report, map_array, map_chunks, map_items, reduce_array
 from taskcarrier.arrays import kernels
-from tests.strategies import assert_same, cooled_crews, run_script, start_script, warm_crews
+from tests.strategies import assert_same, kept_crews, run_script, start_script
 
 X = np.random.default_rng(0).random((1000, 3))
 RUNS = [
@@ -24,11 +24,7 @@ RUNS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2, 3)
-    yield
-    cooled_crews()
+crews = kept_crews(2, 3)
 
 
 @pytest.fixture(params=RUNS, ids=str)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from taskcarrier import last_report, load, map_array, map_items, reduce_array
-from tests.strategies import PARALLEL, assert_same, cooled_crews, same_bits, warm_crews
+from tests.strategies import PARALLEL, assert_same, kept_crews, same_bits
 
 RUNS = [("sequential", "static"), *PARALLEL]
 LOKY = {"backend": "loky", "n_jobs": 2}
@@ -23,11 +23,7 @@ VIEWS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 @pytest.fixture(params=RUNS, ids=" ".join)

@@ -17,10 +17,9 @@ from tests.strategies import (
     assert_same,
     axes_of,
     chunksizes,
-    cooled_crews,
+    kept_crews,
     same_bits,
     samples,
-    warm_crews,
 )
 
 RUNS = [
@@ -31,11 +30,7 @@ RUNS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2, 3)
-    yield
-    cooled_crews()
+crews = kept_crews(2, 3)
 
 
 @pytest.fixture(params=RUNS, ids=lambda run: f"{run[0]}-{run[1]}-{run[2]}")

@@ -11,9 +11,8 @@ from tests.strategies import (
     PARALLEL,
     assert_same,
     contract,
-    cooled_crews,
+    kept_crews,
     same_bits,
-    warm_crews,
 )
 
 RUNS = [("sequential", "static"), *PARALLEL]
@@ -28,11 +27,7 @@ PADS = {
 SOME = [("sequential", "static", 1), ("threading", "dynamic", 2), ("loky", "static", 2)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 @pytest.fixture(params=RUNS, ids=" ".join)

@@ -17,18 +17,12 @@ from tests.strategies import (
     axes_of,
     chunksizes,
     contract,
-    cooled_crews,
+    kept_crews,
     same_bits,
     samples,
-    warm_crews,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 @pytest.fixture(params=EVERYWHERE, ids="-".join)

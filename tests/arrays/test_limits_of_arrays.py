@@ -11,18 +11,14 @@ import pytest
 from numpy.lib.format import open_memmap
 
 from taskcarrier import last_report, load, map_array, map_chunks, map_items, reduce_array
-from tests.strategies import PARALLEL, assert_same, contract, cooled_crews, warm_crews
+from tests.strategies import PARALLEL, assert_same, contract, kept_crews
 
 RUNS = [("sequential", "static"), *PARALLEL]
 MAX_AXES = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
 GIB = 1 << 30
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 def of_many_axes(longest):

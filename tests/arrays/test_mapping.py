@@ -21,19 +21,13 @@ from tests.strategies import (
     axes_of,
     chunksizes,
     contract,
-    cooled_crews,
     filled,
+    kept_crews,
     same_bits,
     samples,
-    warm_crews,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2, 3, 8)
-    yield
-    cooled_crews()
+crews = kept_crews(2, 3, 8)
 
 
 def quiet(func):

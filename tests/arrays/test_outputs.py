@@ -20,18 +20,14 @@ from taskcarrier.arrays.casting import Fill
 from taskcarrier.arrays.outputs import Plan, Sink, check_out_axis
 from taskcarrier.arrays.specs import DisagreementError, Spec
 from taskcarrier.segments import Segment
-from tests.strategies import PARALLEL, assert_same, cooled_crews, warm_crews
+from tests.strategies import PARALLEL, assert_same, kept_crews
 
 RUNS = [("sequential", "static"), *PARALLEL]
 # Where the lowest failing range is raised, the same on every run.
 ORDERED = [run for run in RUNS if run[0] == "sequential" or run[1] == "dynamic"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 def said(error):

@@ -16,18 +16,12 @@ from tests.strategies import (
     REALS,
     RUNS,
     axes_of,
-    cooled_crews,
+    kept_crews,
     same_bits,
     samples,
-    warm_crews,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2, 3, 8)
-    yield
-    cooled_crews()
+crews = kept_crews(2, 3, 8)
 
 
 @pytest.fixture(params=EVERYWHERE, ids="-".join)

@@ -20,17 +20,13 @@ from taskcarrier import (
 )
 from taskcarrier.arrays.resuming import KeptLedger
 from tests.faults.functions import note, noted
-from tests.strategies import EVERYWHERE, assert_same, cooled_crews, warm_crews
+from tests.strategies import EVERYWHERE, assert_same, kept_crews
 
 SERIAL = {"backend": "sequential", "n_jobs": 1}
 X = np.arange(80.0).reshape(40, 2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 class Halfway:

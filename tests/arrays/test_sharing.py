@@ -21,17 +21,13 @@ from taskcarrier import (
 )
 from taskcarrier.segments import locate
 from tests.layouts import EMPTY, GATHERED, KEPT
-from tests.strategies import PARALLEL, assert_same, cooled_crews, same_bits, warm_crews
+from tests.strategies import PARALLEL, assert_same, kept_crews, same_bits, warm_crews
 
 LAYOUTS = {**KEPT, **GATHERED, **EMPTY}
 LOKY = {"backend": "loky", "n_jobs": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 def held():

@@ -38,18 +38,14 @@ from tests.layouts import (
     facts_of_slices,
     unaligned,
 )
-from tests.strategies import axes_of, cooled_crews, filled, run_script, samples, warm_crews
+from tests.strategies import axes_of, filled, kept_crews, run_script, samples
 
 LAYOUTS = {**KEPT, **GATHERED}
 CHUNKSIZES = [1, 2, 3, 1000]
 LOKY = {"backend": "loky", "n_jobs": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 def set_whole_nbytes(chunk, nbytes):

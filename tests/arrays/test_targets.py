@@ -16,6 +16,7 @@ from tests.strategies import (
     PARALLEL,
     assert_same,
     cooled_crews,
+    kept_crews,
     run_script,
     same_bits,
     samples,
@@ -27,11 +28,7 @@ ONE_OF_EACH = [("sequential", "static"), ("threading", "dynamic"), ("loky", "sta
 SHAPE = (30, 4)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 @pytest.fixture(params=RUNS, ids=" ".join)

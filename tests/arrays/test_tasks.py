@@ -8,16 +8,12 @@ import pytest
 
 import taskcarrier
 from taskcarrier import last_report, map_array, map_chunks, map_items, reduce_array
-from tests.strategies import PARALLEL, assert_same, cooled_crews, run_script, warm_crews
+from tests.strategies import PARALLEL, assert_same, kept_crews, run_script, warm_crews
 
 RUNS = [("sequential", "static"), *PARALLEL]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 @pytest.fixture(params=RUNS, ids=" ".join)

@@ -26,17 +26,13 @@ from taskcarrier import (
 )
 from tests.faults.functions import note, noted, pid_chunk, span, times
 from tests.faults.helpers import BALANCES, OF_BALANCE, RUNS, all_gone, present, worker_pids
-from tests.strategies import assert_same, cooled_crews, run_script, warm_crews
+from tests.strategies import assert_same, kept_crews, run_script
 
 LOKY = {"n_jobs": 2, "backend": "loky"}
 HERE = [run for run in RUNS if run[0] != "loky"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 KILLS = {

@@ -27,18 +27,12 @@ from tests.faults.helpers import (
     output_of,
 )
 from tests.strategies import (
-    cooled_crews,
+    kept_crews,
     run_script,
     start_script,
-    warm_crews,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 def unshared(*mounts):

@@ -34,17 +34,11 @@ from tests.faults.helpers import (
 )
 from tests.strategies import (
     assert_same,
-    cooled_crews,
+    kept_crews,
     run_script,
-    warm_crews,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 LONG = """

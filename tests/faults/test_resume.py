@@ -9,16 +9,12 @@ import pytest
 from taskcarrier import map_array
 from tests.faults.functions import note, noted
 from tests.faults.helpers import running
-from tests.strategies import assert_same, cooled_crews, run_script, warm_crews
+from tests.strategies import assert_same, kept_crews, run_script
 
 SERIAL = {"backend": "sequential", "chunksize": 4}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 KILLED = """

@@ -20,17 +20,11 @@ from tests.faults.helpers import BALANCES, OF_BALANCE, ORDERED, RUNS
 from tests.strategies import (
     PARALLEL,
     assert_same,
-    cooled_crews,
+    kept_crews,
     start_script,
-    warm_crews,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
-    yield
-    cooled_crews()
+crews = kept_crews(2)
 
 
 class TwoWordsError(Exception):
