@@ -12,6 +12,7 @@ says, before new blocks; if that is given up, the error comes in place of the re
 from __future__ import annotations
 
 import contextlib
+import math
 import pickle
 import time
 from collections import deque
@@ -22,7 +23,13 @@ from taskcarrier.backends.feeds import AHEAD, Came, came_of, raise_and_forget
 from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parcels import Parcel, pack_items, unpack_items
 from taskcarrier.backends.parts import Parts
-from taskcarrier.backends.process_runs import GRACE_SECONDS, Watch, Worker, end_the_late
+from taskcarrier.backends.process_runs import (
+    GRACE_SECONDS,
+    LONGEST_WAIT,
+    Watch,
+    Worker,
+    end_the_late,
+)
 from taskcarrier.backends.work import Account, Death, Job, Ran, timeout_error
 from taskcarrier.backends.worker_process import (
     KEPT,
@@ -154,11 +161,15 @@ class ProcessFeed:
                 return came
 
     def close(self) -> Ran:
-        """Stop: workers at the end of their range, or soon by force."""
-        if self._waiting or any(self._handed.values()):
+        """Stop: workers at the end of their range, or soon by force.
+
+        When all is done, a worker that is there still is one that has just been started.
+        """
+        is_done = not self._waiting and not any(self._handed.values())
+        if not is_done:
             self.ledger.halt()
         try:
-            self._end(GRACE_SECONDS)
+            self._end(math.inf if is_done else GRACE_SECONDS)
         finally:
             if self._memory_kept:
                 for segment in self._parcel.segments:
@@ -197,7 +208,7 @@ class ProcessFeed:
                 self._send(self._to_end[number], b"", [])
                 del self._to_end[number]
             while self._workers and (left := deadline - time.monotonic()) > 0:
-                for number, worker, has_ended in self._watch.wait(left):
+                for number, worker, has_ended in self._watch.wait(min(left, LONGEST_WAIT)):
                     says_more = self._take_in(number, worker, [])
                     if number in self._workers and (has_ended or not says_more):
                         self._leave(number)

@@ -28,9 +28,9 @@ from taskcarrier.recovery import Again
 
 GRACE_SECONDS = 0.5
 """How long an interrupted run waits for a worker to finish its cell before it is killed."""
-# A signal that comes just before the caller begins to wait is not seen until something else
-# happens; so it looks now and then.
-_LONGEST_WAIT = 1.0
+LONGEST_WAIT = 1.0
+"""A signal that comes just before the caller begins to wait is not seen until something else
+happens; so it looks now and then."""
 
 
 class Worker(Protocol):
@@ -172,7 +172,7 @@ class ProcessRun:
     def step(self, seconds: float | None) -> None:
         """Wait for something to happen, and take it in."""
         timeout = self._job.recovery.timeout
-        waits = [_LONGEST_WAIT, *([] if seconds is None else [seconds])]
+        waits = [LONGEST_WAIT, *([] if seconds is None else [seconds])]
         if timeout is not None:
             waits.append(self._seconds_left(timeout))
         for number, worker, has_ended in self._watch.wait(min(waits)):

@@ -248,6 +248,12 @@ def test_closed_with_blocks_in_hand(crew, monkeypatch):
     feed.close()
 
 
+def test_workers_that_are_still_starting_when_all_is_done(crew, monkeypatch):
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0)
+    ran = fed(crew, double).close()
+    assert [account.worker for account in ran.accounts] == [0, 1]
+
+
 def test_descriptors_stay_flat(warm):
     def n_open():
         return len(list(Path("/proc/self/fd").iterdir()))

@@ -297,6 +297,7 @@ class TestPagesThatAreTakenOut:
         import numpy as np
         from taskcarrier import empty, map_chunks
         from taskcarrier.segments import locate
+        map_chunks(len, np.ones(2), backend="loky", n_jobs=2)  # old loky forks: before there is X
         X = empty(1 << 20)
         X[:] = 1
         map_chunks(len, X, backend="loky", n_jobs=2)
