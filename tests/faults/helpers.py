@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -19,7 +18,6 @@ RUNS = [("sequential", "static"), *PARALLEL]
 ORDERED = [run for run in RUNS if run[0] == "sequential" or run[1] == "dynamic"]
 BALANCES = ["static", "dynamic"]
 OF_BALANCE = {"static": StaticParallelMapper, "dynamic": DynamicParallelMapper}
-SHM = Path("/dev/shm")
 
 
 def gone(process):
@@ -54,6 +52,7 @@ def running(folder, code, *arguments, ready="ready", **environment):
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 one.kill()
         process.communicate()
+        assert all_gone(below, 60)  # until then they may hold locks
 
 
 def present(missing, n_items):
