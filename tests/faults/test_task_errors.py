@@ -16,6 +16,7 @@ import pytest
 
 import taskcarrier
 from taskcarrier import TaskError, map_array, map_chunks, map_items, reduce_array
+from tests.faults.functions import note, noted
 from tests.faults.helpers import BALANCES, OF_BALANCE, ORDERED, RUNS
 from tests.strategies import (
     PARALLEL,
@@ -88,17 +89,22 @@ def test_of_two_errors_at_once_the_other_is_in_the_notes(backend, balance, tmp_p
 
 @pytest.mark.fault(2)
 @pytest.mark.parametrize("balance", BALANCES)
-def test_workers_stop_at_their_next_range_after_an_error(balance):
+def test_workers_stop_at_their_next_range_after_an_error(balance, tmp_path):
+    log = tmp_path / "log"
+
     def func(chunk):
+        note(log, chunk[0])
         if chunk[0] == 0:
             raise LookupError
-        time.sleep(0.02)
+        while "0" not in noted(log):
+            time.sleep(0.001)
+        time.sleep(0.05)
         return chunk
 
-    began = time.monotonic()
     with pytest.raises(LookupError):
         map_array(func, np.arange(400), chunksize=1, n_jobs=2, backend="loky", balance=balance)
-    assert time.monotonic() - began < 2  # all of it takes four seconds
+    # Where one is late to raise the error, the other may do some of its 200 or more meanwhile.
+    assert len(noted(log)) < 100
 
 
 @pytest.mark.fault(3)
@@ -245,7 +251,7 @@ def test_what_a_failed_function_held_goes_without_the_garbage_collector(on_error
     try:
         with suppress(LookupError):
             map_array(failing, np.arange(4.0), on_error=on_error, **options)
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 60
         while any(one() for one in held) and time.monotonic() < deadline:
             time.sleep(0.01)  # a thread may just be letting go of it
         assert [one() for one in held] == [None] * len(held)
