@@ -23,6 +23,7 @@ from taskcarrier.ledger import DONE
 from taskcarrier.partition import Grid
 from taskcarrier.recovery import Recovery
 from taskcarrier.segments import Segment, SharedView
+from tests.clocks import stopped_clock
 
 BALANCES = [Static(), Dynamic()]
 LONG = 60  # seconds that no test waits for
@@ -143,12 +144,13 @@ class TestRun:
         assert sum(account.items for account in accounts) == 14
         assert marks.all()
 
-    def test_a_range_that_takes_too_long_is_run_to_its_end(self, crew, balance):
+    def test_a_range_that_takes_too_long_is_run_to_its_end(self, crew, balance, monkeypatch):
+        clock = stopped_clock(monkeypatch)
         finished = []
 
         def slow(start, stop):
             if start == 4:
-                time.sleep(0.3)
+                clock.sleep(0.3)
             finished.append(start)
             return start
 
@@ -251,15 +253,24 @@ class TestWatching:
     def test_those_that_had_reported_stay(self, crew, monkeypatch):
         monkeypatch.setattr(module, "TICK", 0.01)
         release = threading.Event()
-        ticks = []
+        reported = []
+        begin = crew._begin
+
+        def watched(number, job, part, ended):
+            def told(account):
+                ended(account)
+                reported.append(number)
+
+            begin(number, job, part, told)
+
+        monkeypatch.setattr(crew, "_begin", watched)
 
         def one_is_stuck(start, stop):
             if start == 0:
                 assert release.wait(LONG)
 
         def interrupt(ledger):
-            ticks.append(ledger.items_done(3))
-            if ticks[-1] == 4 and len(ticks) > 10:
+            if len(reported) == 2:
                 raise KeyboardInterrupt
 
         before = [worker.thread for worker in crew._workers]
@@ -287,6 +298,12 @@ def left_behind(verb, func, *, n_before, **options):
             assert release.wait(LONG)
         return func(items)
 
+    def heard(*_):
+        # Only once, wherever the caller is when further signals come.
+        if not caught.is_set():
+            caught.set()
+            raise KeyboardInterrupt
+
     def interrupt():
         deadline = time.monotonic() + LONG
         while len(stuck) < 2 and time.monotonic() < deadline:
@@ -302,17 +319,18 @@ def left_behind(verb, func, *, n_before, **options):
             thread.join(LONG)
         assert not any(thread.is_alive() for thread in stuck)
 
+    before = signal.signal(signal.SIGINT, heard)
     other = threading.Thread(target=interrupt)
     other.start()
     try:
         with pytest.raises(KeyboardInterrupt):
             verb(waits, ITEMS, n_jobs=2, backend="threading", chunksize=2, **options)
-        caught.set()
         assert len(stuck) == 2
         yield let_go
     finally:
         caught.set()
         other.join()
+        signal.signal(signal.SIGINT, before)
         let_go()
 
 
@@ -436,7 +454,7 @@ def call_interrupted_at(number):
     # In a thread of its own, so that this one does not wait at a door for ever.
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    thread.join(10)
+    thread.join(LONG)
     return ended[0] if ended else f"stuck after an interrupt at step {number}"
 
 
