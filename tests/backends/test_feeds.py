@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from taskcarrier.backends import threads
 from taskcarrier.backends.crews import thread_crew
 from taskcarrier.backends.feeds import AHEAD, Came, SerialFeed, came_of, raise_and_forget
 from taskcarrier.backends.parts import Parts
@@ -12,6 +13,7 @@ from taskcarrier.backends.work import Account, Failure, Job, in_worker
 from taskcarrier.balance import Dynamic
 from taskcarrier.partition import Grid
 from taskcarrier.recovery import Recovery
+from tests.clocks import LATE
 
 LONG = 60  # seconds that no test waits for
 
@@ -89,6 +91,11 @@ class TestSerial:
 
 
 class TestThreads:
+    @pytest.fixture(autouse=True)
+    def patience(self, monkeypatch):
+        """Threads that have nothing to do any more may be late to say so."""
+        monkeypatch.setattr(threads, "_GRACE_SECONDS", LONG)
+
     def test_what_is_given_comes(self):
         with thread_crew(2) as crew:
             feed = crew.feed(job_of(lambda item: item * 2))
@@ -135,20 +142,26 @@ class TestThreads:
             feed.give(1, [1])
             while not ran_items:
                 time.sleep(0.001)
-            threading.Timer(0.05, first.set).start()
+            closing = threading.Thread(target=once_halted, args=(feed.ledger, first.set))
+            closing.start()
             ran = feed.close()
+            closing.join()
         assert ran_items == [0]
         assert ran.halted
 
     def test_a_stuck_thread_is_replaced(self, monkeypatch):
-        from taskcarrier.backends import threads  # only here
+        monkeypatch.setattr(threads, "_GRACE_SECONDS", LATE)  # for the one that is not stuck
+        begun, stuck = threading.Event(), threading.Event()
 
-        monkeypatch.setattr(threads, "_GRACE_SECONDS", 0.05)
-        stuck = threading.Event()
+        def func(item):
+            begun.set()
+            stuck.wait(LONG)
+
         with thread_crew(2) as crew:
             before = [worker.thread for worker in crew._workers]
-            feed = crew.feed(job_of(lambda item: item or stuck.wait(LONG)))
+            feed = crew.feed(job_of(func))
             feed.give(0, [0])
+            assert begun.wait(LONG)
             assert feed.take(0.05) == []
             ran = feed.close()
             assert len(ran.accounts) == 1
@@ -181,6 +194,13 @@ class TestThreads:
         assert came[:2] == (3, 4)
         ((start, stop, error),) = came.result.faults
         assert (start, stop, type(error)) == (3, 4, TimeoutError)
+
+
+def once_halted(ledger, then):
+    deadline = time.monotonic() + LONG
+    while not ledger.halted and time.monotonic() < deadline:
+        time.sleep(0.001)
+    then()
 
 
 def test_a_fault_alone_knows_its_range():

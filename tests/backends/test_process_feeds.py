@@ -18,6 +18,7 @@ from taskcarrier.balance import Dynamic
 from taskcarrier.partition import Grid
 from taskcarrier.recovery import Recovery
 from taskcarrier.segments import Staging
+from tests.clocks import LATE
 
 LONG = 60  # seconds that no test waits for
 
@@ -45,6 +46,14 @@ class Held:
 
     def facts(self):
         return None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patience():
+    """Workers that have nothing to do any more may be late to say so, and are not killed for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "GRACE_SECONDS", LONG)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +158,19 @@ def test_items_that_cannot_be_pickled(warm):
     feed.close()
 
 
-def test_nothing_comes_in_time(warm):
-    feed = fed(warm, time.sleep)
-    feed.give(0, [0.3])
+def wait_for(path):
+    deadline = time.monotonic() + LONG
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_nothing_comes_in_time(warm, tmp_path):
+    gate = tmp_path / "gate"
+    feed = fed(warm, wait_for)
+    feed.give(0, [gate])
     assert feed.take(0.05) == []
+    gate.touch()
     assert results(feed, 1) == [(0, 1, [None])]
     feed.close()
 
@@ -223,7 +241,7 @@ def test_a_worker_that_dies_while_it_has_nothing_to_do(crew):
 
 
 def test_a_range_that_takes_too_long(crew):
-    feed = fed(crew, time.sleep, 1, recovery=Recovery(timeout=0.2))
+    feed = fed(crew, time.sleep, 1, recovery=Recovery(timeout=LATE))
     feed.give(0, [LONG])
     feed.give(1, [0])
     came = results(feed, 2)
