@@ -44,6 +44,7 @@ from taskcarrier.ledger import (
 from taskcarrier.partition import Grid
 from taskcarrier.recovery import Again, Recovery
 from taskcarrier.segments import Segment, SharedView, Staging
+from tests.clocks import LATE
 
 BALANCES = [Static(), Dynamic()]
 LONG = 60  # seconds that no test waits for
@@ -1053,7 +1054,7 @@ class InPlace:
 @by_balance
 class TestRealTimeouts:
     def test_the_worker_is_killed(self, crew, balance, tmp_path):
-        recovery = Recovery(timeout=0.3)
+        recovery = Recovery(timeout=LATE)
         ran, _ = run(crew, hangs, 4, 9, str(tmp_path), balance=balance, recovery=recovery)
         (failure,) = ran.failures
         (death,) = ran.deaths
@@ -1064,7 +1065,7 @@ class TestRealTimeouts:
         assert (ran.fatal, ran.missing) == ([], [])
 
     def test_collected(self, crew, balance, tmp_path):
-        recovery = Recovery(timeout=0.3)
+        recovery = Recovery(timeout=LATE)
         ran, delivered = run(
             crew, hangs, 4, 9, str(tmp_path), balance=balance, recovery=recovery, collects=True
         )
@@ -1077,7 +1078,7 @@ class TestRealTimeouts:
         assert not ran.halted
 
     def test_run_again(self, crew, balance, tmp_path):
-        recovery = Recovery(timeout=0.3, retries=2, retry_on=(TimeoutError,))
+        recovery = Recovery(timeout=LATE, retries=2, retry_on=(TimeoutError,))
         ran, delivered = run(crew, hangs, 4, 2, str(tmp_path), balance=balance, recovery=recovery)
         assert [death.range for death in ran.deaths] == [(4, 6)] * 2
         assert ran.failures == []

@@ -378,7 +378,8 @@ class TestEnd:
         crew.close()
         assert not any(psutil.pid_exists(pid) for pid in found)
 
-    def test_exit_hooks_of_idle_workers_run(self, tmp_path):
+    def test_exit_hooks_of_idle_workers_run(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(module, "_EXIT_SECONDS", LONG)
         crew = ProcessCrew(1)
         run(crew, hook, str(tmp_path / "mark"), n_workers=1)
         crew.close()

@@ -24,6 +24,7 @@ from taskcarrier.ledger import DONE, FREE, SENT, TAKEN_BACK, Ledger
 from taskcarrier.partition import Grid
 from taskcarrier.recovery import Again, Recovery
 from taskcarrier.segments import Segment, SharedView
+from tests.clocks import stopped_clock
 
 BALANCES = [Static(), Dynamic()]
 
@@ -297,27 +298,12 @@ class TestAgain:
         assert ledger.marks[0] == SENT
 
 
-class Clock:
-    """Stands for the time; it goes on only where it is told to."""
-
-    def __init__(self):
-        self.now_ns = 10**9
-
-    def __call__(self):
-        return self.now_ns
-
-    def sleep(self, seconds):
-        self.now_ns += round(seconds * 1e9)
-
-
 class TestTimeout:
     SHORT = Recovery(timeout=2.5)
 
     @pytest.fixture
     def clock(self, monkeypatch):
-        made = Clock()
-        monkeypatch.setattr(module, "monotonic_ns", made)
-        return made
+        return stopped_clock(monkeypatch)
 
     @pytest.fixture
     def slow(self, clock):
