@@ -24,8 +24,11 @@ from taskcarrier import (
     WorkerDiedError,
     share,
     shutdown,
+    streaming,
 )
+from taskcarrier.backends import process_feeds, threads
 from taskcarrier.streaming import Pace, Source
+from tests.clocks import LATE, stopped_clock
 from tests.strategies import kept_crews, run_script
 
 MAKERS = {
@@ -54,6 +57,19 @@ def parallel(request):
 @pytest.fixture
 def processes():
     return MAKERS["dynamic processes"]()
+
+
+@pytest.fixture
+def patience(monkeypatch):
+    """Workers that are late to report when a stream is closed are in its report all the same."""
+    monkeypatch.setattr(process_feeds, "GRACE_SECONDS", LONG)
+    monkeypatch.setattr(threads, "_GRACE_SECONDS", LONG)
+
+
+@pytest.fixture
+def quick_input(monkeypatch):
+    """Reading a block is never taken for slow, whatever else the machine does meanwhile."""
+    monkeypatch.setattr(streaming, "_BLOCK_NS", LONG * 10**9)
 
 
 @settings(max_examples=40)
@@ -121,6 +137,7 @@ def test_by_default_a_few_blocks_for_each_worker(parallel):
     assert next(read) <= 20_000 + 8 * 1024
 
 
+@pytest.mark.usefixtures("patience")
 def test_slow_items_go_alone(parallel):
     mapper = parallel()
     list(mapper.imap(lambda _: time.sleep(0.02), range(8)))
@@ -128,6 +145,7 @@ def test_slow_items_go_alone(parallel):
     assert mapper.report.ranges == 8
 
 
+@pytest.mark.usefixtures("patience")
 def test_light_items_go_together(parallel):
     mapper = parallel()
     list(mapper.imap(abs, range(3000)))
@@ -135,6 +153,7 @@ def test_light_items_go_together(parallel):
     assert mapper.report.items == 3000
 
 
+@pytest.mark.usefixtures("patience", "quick_input")
 def test_blocks_of_the_mapper_s_chunksize(parallel):
     mapper = parallel(chunksize=7)
     assert list(mapper.imap(abs, range(30))) == list(range(30))
@@ -285,6 +304,7 @@ def test_a_function_that_cannot_be_pickled(processes):
 # Ends
 
 
+@pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("how", ["close", "drop", "break"])
 def test_stopping_early(make, how):
     mapper = make()
@@ -303,7 +323,8 @@ def test_stopping_early(make, how):
     assert mapper(abs, [-1, 2]) == [1, 2]
 
 
-def test_stopping_early_kills_a_process_that_does_not_come_to_an_end(processes):
+def test_stopping_early_kills_a_process_that_does_not_come_to_an_end():
+    processes = MAKERS["dynamic processes"](chunksize=1)
     results = processes.imap(lambda n: n if n < 4 else time.sleep(LONG), itertools.count())
     assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
     began = time.monotonic()
@@ -537,14 +558,16 @@ def test_without_retries_and_with_time_limits_items_go_alone(processes):
 
 def test_time_that_the_caller_takes_does_not_count(make):
     # The results are larger than what a socket holds.
-    results = make().imap(lambda n: b"x" * 10**6, range(6), timeout=0.3)
-    for result in results:
+    results = make().imap(lambda n: b"x" * 10**6, range(6), timeout=LATE)
+    for n, result in enumerate(results):
         assert len(result) == 10**6
-        time.sleep(0.4)
+        if n == 0:  # further ones are on their way
+            time.sleep(LATE + 0.5)
 
 
-def test_time_limits_in_the_caller():
-    results = SerialMapper().imap(time.sleep, [0, 0.2], timeout=0.05)
+def test_time_limits_in_the_caller(monkeypatch):
+    clock = stopped_clock(monkeypatch)
+    results = SerialMapper().imap(clock.sleep, [0, 0.2], timeout=0.05)
     assert next(results) is None
     with pytest.raises(TimeoutError):
         next(results)
@@ -557,7 +580,7 @@ def test_results_do_not_wait_for_a_slow_input(parallel):
         for n in range(4):
             began.append(n)
             yield n
-            time.sleep(0.3)
+            time.sleep(LATE if n == 0 else 0.05)  # so long the first result may take
 
     list(parallel().imap(abs, range(10)))  # workers that the last test has killed are there again
     results = parallel().imap(abs, items())
@@ -572,7 +595,7 @@ def test_results_that_are_there_do_not_wait_for_an_input_that_has_become_slow(pa
     def items():
         for n in range(2000):
             if n >= 1000:
-                time.sleep(0.05)
+                time.sleep(LATE if n == 1000 else 0.05)  # then all before it are there
             read.append(n)
             yield n
 
@@ -672,17 +695,18 @@ def test_workers_that_die_whenever_they_begin(processes):
 @pytest.mark.parametrize("chunksize", [1, 5])
 def test_an_item_that_takes_too_long(processes, chunksize):
     mapper = MAKERS["dynamic processes"](chunksize=chunksize)
-    results = mapper.imap(lambda n: time.sleep(LONG) if n == 12 else n, range(30), timeout=0.3)
+    results = mapper.imap(lambda n: time.sleep(LONG) if n == 12 else n, range(30), timeout=LATE)
     came = []
-    with pytest.raises(TimeoutError, match=r"longer than timeout=0\.3 seconds") as caught:
+    with pytest.raises(TimeoutError, match=rf"longer than timeout={LATE} seconds") as caught:
         came.extend(results)
     assert came == list(range(12 // chunksize * chunksize))
     assert any("was killed" in note for note in caught.value.__notes__)
 
 
-def test_an_item_that_took_too_long_in_a_thread():
+def test_an_item_that_took_too_long_in_a_thread(monkeypatch):
+    clock = stopped_clock(monkeypatch)
     mapper = MAKERS["dynamic threads"](chunksize=1)
-    results = mapper.imap(lambda n: time.sleep(0.2) if n == 3 else n, range(6), timeout=0.05)
+    results = mapper.imap(lambda n: clock.sleep(0.2) if n == 3 else n, range(6), timeout=0.05)
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(TimeoutError, match=r"longer than timeout=0\.05 seconds"):
         next(results)
@@ -730,6 +754,7 @@ class TestPace:
 
 
 class TestSource:
+    @pytest.mark.usefixtures("quick_input")
     def test_blocks_until_the_end(self):
         source = Source(iter(range(7)))
         assert [source.block(3) for _ in range(3)] == [[0, 1, 2], [3, 4, 5], [6]]
@@ -745,6 +770,7 @@ class TestSource:
         source = Source(items())
         assert [source.block(100) for _ in range(4)] == [[0], [1], [2], []]
 
+    @pytest.mark.usefixtures("quick_input")
     def test_its_error_is_kept_for_later(self):
         def items():
             yield 1
