@@ -35,6 +35,7 @@ from taskcarrier.running import (
     raise_failure,
 )
 from taskcarrier.segments import Recycler, Segment, SharedView
+from tests.clocks import LATE, stopped_clock
 
 BACKENDS = {"sequential": 1, "threading": 2, "loky": 2}
 
@@ -490,7 +491,7 @@ def hang_at_four(start, stop):
 
 class TestTimeout:
     def test_in_processes(self):
-        outcome, _ = run(hang_at_four, "loky", recovery=Recovery(timeout=0.3))
+        outcome, _ = run(hang_at_four, "loky", recovery=Recovery(timeout=LATE))
         (failure,) = outcome.failures
         assert failure.range == (4, 6)
         assert isinstance(failure.error, TimeoutError)
@@ -498,12 +499,13 @@ class TestTimeout:
         assert (outcome.deaths, outcome.missing) == ([], [])
 
     @pytest.mark.parametrize("backend", ["sequential", "threading"])
-    def test_where_nothing_can_be_stopped(self, backend):
+    def test_where_nothing_can_be_stopped(self, backend, monkeypatch):
+        clock = stopped_clock(monkeypatch)
         ended = []
 
         def slow(start, stop):
             if start == 4:
-                time.sleep(0.3)
+                clock.sleep(0.3)
             ended.append(start)
             return start, stop
 
