@@ -28,15 +28,21 @@ LEAKS = {
     ),
     "orphan": (
         """
-        import subprocess
-        subprocess.run(["sh", "-c", "sleep 302 >/dev/null 2>&1 &"], check=True)
+        import subprocess, time
+        from pathlib import Path
+        code = "sleep 302 >/dev/null 2>&1 & echo $!"
+        told = subprocess.run(["sh", "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+        words = Path(f"/proc/{int(told.stdout)}/cmdline")
+        while words.read_bytes() != b"sleep\\x00302\\x00":  # it is the shell's copy before
+            time.sleep(0.01)
         """,
         "process: * sleep 302",
     ),
     "zombie": (
         """
         import os
-        os.posix_spawnp("true", ["true"], os.environ)
+        pid = os.posix_spawnp("true", ["true"], os.environ)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         """,
         "process: * zombie true",
     ),
@@ -113,9 +119,9 @@ CLEAN = """
 def run(pytester, monkeypatch):
     """Runs pytest on a test module in parts, under our conftest.py, in a process of its own."""
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
-    pytester.makeconftest((ROOT / "conftest.py").read_text() + "\nGRACE = 0.3\n")
 
-    def run_module(*parts):
+    def run_module(*parts, grace=0.3):
+        pytester.makeconftest((ROOT / "conftest.py").read_text() + f"\nGRACE = {grace}\n")
         pytester.makepyfile("\n".join(map(textwrap.dedent, parts)))
         result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-W", "error")
         clean_up(result.stdout.str())
@@ -157,7 +163,7 @@ def test_a_leak_after_the_last_test_fails_the_session(run):
 
 
 def test_nothing_is_said_where_nothing_leaks(run):
-    run(CLEAN).assert_outcomes(passed=4)
+    run(CLEAN, grace=60).assert_outcomes(passed=4)
 
 
 def test_a_failed_test_may_hold_descriptors_but_nothing_else(run):
@@ -177,7 +183,8 @@ def test_a_deadlock_prints_all_stacks_and_fails(run, pytester):
         def test_next():
             pass
     """
-    pytester.makeini("[pytest]\ntimeout = 1\ntimeout_method = signal\n")
+    # Long enough for what is not stuck, too.
+    pytester.makeini("[pytest]\ntimeout = 6\ntimeout_method = signal\n")
     result = run(stuck)
     result.stdout.fnmatch_lines(["*lock.acquire()*", "*Timeout*"])
     result.assert_outcomes(failed=1, passed=1)
