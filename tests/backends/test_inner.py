@@ -218,12 +218,13 @@ def products(chunk):
     return chunk
 
 def n_busy(call):
-    before, begin = cpu_of_threads(), time.perf_counter()
-    while time.perf_counter() - begin < 1.5:
+    # By the time that all have had together, which does not depend on other programs.
+    before, begin = cpu_of_threads(), time.process_time()
+    while time.process_time() - begin < 3:
         call()
-    ticks = 100 * (time.perf_counter() - begin)
     after = cpu_of_threads()
-    return sum(after[task] - before.get(task, 0) > 0.15 * ticks for task in after)
+    spent = [after[task] - before.get(task, 0) for task in after]
+    return sum(one > 0.3 * sum(spent) / max(2, n_blas) for one in spent)
 
 def of_blas():
     return max(lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas")
