@@ -137,7 +137,6 @@ def test_by_default_a_few_blocks_for_each_worker(parallel):
     assert next(read) <= 20_000 + 8 * 1024
 
 
-@pytest.mark.usefixtures("patience")
 def test_slow_items_go_alone(parallel):
     mapper = parallel()
     list(mapper.imap(lambda _: time.sleep(0.02), range(8)))
@@ -145,7 +144,6 @@ def test_slow_items_go_alone(parallel):
     assert mapper.report.ranges == 8
 
 
-@pytest.mark.usefixtures("patience")
 def test_light_items_go_together(parallel):
     mapper = parallel()
     list(mapper.imap(abs, range(3000)))
@@ -153,7 +151,7 @@ def test_light_items_go_together(parallel):
     assert mapper.report.items == 3000
 
 
-@pytest.mark.usefixtures("patience", "quick_input")
+@pytest.mark.usefixtures("quick_input")
 def test_blocks_of_the_mapper_s_chunksize(parallel):
     mapper = parallel(chunksize=7)
     assert list(mapper.imap(abs, range(30))) == list(range(30))

@@ -219,14 +219,16 @@ class ThreadFeed:
 
     def close(self) -> Ran:
         """Stop the threads; one still in a range is left to finish it on its own."""
-        if self._n_out:
+        is_done = not self._n_out
+        if not is_done:
             self.ledger.halt()
         for _ in range(self._n_workers):
             self._given.put(None)
         deadline = time.monotonic() + self._grace
         try:
             while len(self._accounts) < self._n_workers:
-                one = self._arrivals.get(timeout=max(0.0, deadline - time.monotonic()))
+                left = None if is_done else max(0.0, deadline - time.monotonic())
+                one = self._arrivals.get(timeout=left)
                 if isinstance(one, Account):
                     self._write_down(one)
         except Empty:

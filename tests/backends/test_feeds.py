@@ -93,7 +93,7 @@ class TestSerial:
 class TestThreads:
     @pytest.fixture(autouse=True)
     def patience(self, monkeypatch):
-        """Threads that have nothing to do any more may be late to say so."""
+        """A thread that is late to see that it is to stop is waited for, if not asked otherwise."""
         monkeypatch.setattr(threads, "_GRACE_SECONDS", LONG)
 
     def test_what_is_given_comes(self):

@@ -50,7 +50,7 @@ class Held:
 
 @pytest.fixture(scope="module", autouse=True)
 def patience():
-    """Workers that have nothing to do any more may be late to say so, and are not killed for it."""
+    """A worker that is late to see that it is to stop is not killed for it, if not asked for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "GRACE_SECONDS", LONG)
         yield
