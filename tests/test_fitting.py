@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from taskcarrier import fit_many, last_report, predict_array, share
+from taskcarrier import StaticParallelMapper, fit_many, last_report, predict_array, share
 from taskcarrier.streams import Streams
 from tests.strategies import EVERYWHERE, ROOT, assert_same, cooled_crews, warm_crews
 
@@ -158,6 +158,29 @@ class TestWhatIsGiven:
             assert [one.seen for one in ours] == [[0, number] for number in X[:5, 0].tolist()]
         assert given.seen == [0]
 
+    def test_what_more_there_is_to_an_estimator_than_plain_parameters(self, run):
+        scaler = StandardScaler().set_output(transform="default")  # is kept beside the parameters
+        nested = make_pipeline(scaler, Ridge(alpha=2))
+        theirs = clone(nested).fit(X, y)
+        for one in fit_many([nested] * 3, X, y, **run):
+            assert one[0]._sklearn_output_config == theirs[0]._sklearn_output_config
+            assert one[1] is not nested[1]
+            assert np.allclose(one.predict(X), theirs.predict(X), rtol=1e-12)
+        for one in fit_many([scaler] * 3, X, **run):
+            assert one._sklearn_output_config == scaler._sklearn_output_config
+
+    def test_data_in_other_orders(self, run):
+        turned = np.asfortranarray(np.tile(X, (4, 1)))
+        targets = np.tile(y, 4)
+        rows = [np.arange(0, 600, step) for step in (2, 3)]
+        orders = [one.order for one in fit_many([Order()] * 2, turned, targets, rows=rows, **run)]
+        assert orders == [turned[some].strides for some in rows]
+
+    def test_rows_out_of_bounds_among_many(self):
+        rows = [np.arange(3)] * 100 + [np.array([0, -151])]
+        with pytest.raises(IndexError, match="-151"):
+            fit_many(Ridge(), X, y, rows=rows, n_jobs=1)
+
     def test_what_cannot_be_cloned_is_an_error_before_anything_is_started(self, run):
         with pytest.raises(RuntimeError, match="constructor"):
             fit_many(Changing(alpha=1), X, rows=[[0], [1]], **run)
@@ -205,6 +228,14 @@ class Growing(BaseEstimator):
         return self
 
 
+class Order(BaseEstimator):
+    """Tells how its rows lie."""
+
+    def fit(self, X, y):
+        self.order = X.strides
+        return self
+
+
 class Changing(BaseEstimator):
     """Does not keep what it is given."""
 
@@ -227,11 +258,22 @@ class Moody(BaseEstimator):
         return self
 
 
+def warns(item):
+    warnings.warn("careful", stacklevel=1)
+
+
 class TestSurroundings:
     def test_settings_of_scikit_learn_go_along(self, run):
         with sklearn.config_context(assume_finite=True), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert all(one.sklearn_says_ for one in fit_many([Moody()] * 3, X, **run))
+
+    def test_filters_of_warnings_do_not_stay(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit_many([Moody()] * 3, X, n_jobs=2, backend="loky")
+        with pytest.warns(UserWarning, match="careful"):
+            StaticParallelMapper(n_jobs=2, backend="loky").map(warns, [0, 1])
 
     @pytest.mark.parametrize("backend", ["sequential", "loky"])
     def test_filters_of_warnings_go_along(self, backend):
