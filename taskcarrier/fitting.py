@@ -304,14 +304,15 @@ class _Parameters:
         found = cls(type(estimator), estimator.get_params(deep=False))
         if not all(value is None or type(value) in _PLAIN for value in found.values.values()):
             return None
-        same = _same_attributes(vars(estimator), found.values)
-        return found if same and _same_attributes(vars(found.fresh()), found.values) else None
+        same = _has_only(estimator, found.values)
+        return found if same and _has_only(found.fresh(), found.values) else None
 
     def fresh(self) -> Any:
         return self.kind(**self.values)
 
 
-def _same_attributes(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+def _has_only(estimator: Any, expected: dict[str, Any]) -> bool:
+    found = getattr(estimator, "__dict__", {})  # there is none where there are slots
     return found.keys() == expected.keys() and all(found[name] is expected[name] for name in found)
 
 
