@@ -27,6 +27,7 @@ from taskcarrier import (
     streaming,
 )
 from taskcarrier.backends import process_feeds, threads
+from taskcarrier.backends.parcels import Channel
 from taskcarrier.streaming import Pace, Source
 from tests.clocks import LATE, stopped_clock
 from tests.strategies import kept_crews, run_script
@@ -329,6 +330,30 @@ def test_stopping_early_kills_a_process_that_does_not_come_to_an_end():
     results.close()
     assert time.monotonic() - began < LONG / 2
     assert processes(abs, range(10)) == list(range(10))
+
+
+def test_workers_are_used_again_after_an_interrupt_that_has_cut_off_a_result(
+    processes, monkeypatch
+):
+    take_fds = Channel._take_fds
+
+    def interrupted(channel, n_fds):
+        fds = take_fds(channel, n_fds)
+        if fds:
+            monkeypatch.setattr(Channel, "_take_fds", take_fds)
+            channel._received_fds[:0] = fds  # as if it came just before
+            raise KeyboardInterrupt
+        return fds
+
+    def rows(n):
+        return np.full(1 << 14, n)
+
+    monkeypatch.setattr(Channel, "_take_fds", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(processes.imap(rows, range(20), chunksize=1))
+    for n, row in enumerate(processes.imap(rows, range(100, 140), chunksize=1)):
+        assert row[0] == 100 + n
+    assert [row[0] for row in processes.map(rows, range(7))] == list(range(7))
 
 
 def test_stopping_early_does_not_wait_for_a_stuck_thread():

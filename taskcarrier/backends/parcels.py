@@ -46,6 +46,7 @@ _cloudpickle_impl = sys.modules[cloudpickle.Pickler.__module__]
 
 # Arrays in arguments, closures and results from this size on go into shared memory.
 _SHARED_NBYTES = 1 << 14
+_TOO_MANY = "too many open files for the shared arrays of this call"
 # The kernel's limit for one message.
 _MAX_DESCRIPTORS = 253
 _FDS_SPACE = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
@@ -392,6 +393,9 @@ class Channel:
         self._socket = sock
         self._received = bytearray()
         self._received_fds: list[int] = []
+        # An exception, such as Ctrl-C, may come between a piece's arrival and its being kept. Then
+        # nothing that comes after it is what it seems: descriptors go to the wrong messages.
+        self._is_torn = False
 
     def fileno(self) -> int:
         """The descriptor to wait on."""
@@ -424,18 +428,20 @@ class Channel:
     def _piece(self, nbytes: int, flags: int = 0) -> bytes:
         """Bytes that have come; descriptors that came with them are kept."""
         flags |= socket.MSG_CMSG_CLOEXEC
-        data, ancillary, _, _ = self._socket.recvmsg(nbytes, _FDS_SPACE, flags)
+        data, ancillary, came, _ = self._socket.recvmsg(nbytes, _FDS_SPACE, flags)
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 fds = array.array("i")
                 fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
                 self._received_fds += fds
+        if came & socket.MSG_CTRUNC:  # the kernel drops what a process may not open
+            raise OSError(errno.EMFILE, _TOO_MANY)
         return data
 
     def _take_fds(self, n_fds: int) -> list[int]:
         """The descriptors of a message: the first that have come and were not taken."""
-        if len(self._received_fds) < n_fds:  # the kernel drops what a process may not open
-            raise OSError(errno.EMFILE, "too many open files for the shared arrays of this call")
+        if len(self._received_fds) < n_fds:
+            raise OSError(errno.EMFILE, _TOO_MANY)
         fds, self._received_fds = self._received_fds[:n_fds], self._received_fds[n_fds:]
         return fds
 
@@ -449,26 +455,38 @@ class Channel:
         return bytes(data)
 
     def read(self) -> bool:
-        """Take in what has come so far, without waiting; whether more may come."""
+        """Take in what has come so far, without waiting; whether more may come.
+
+        Nothing does once an exception has cut this short.
+        """
+        if self._is_torn:
+            return False
+        self._is_torn = True
+        says_more = True
         try:
             for _ in range(_MAX_READS):
                 piece = self._piece(1 << 20, socket.MSG_DONTWAIT)
                 if not piece:
-                    return False
+                    says_more = False
+                    break
                 self._received += piece
         except BlockingIOError:
             pass  # nothing more for now
         except ConnectionResetError:
-            return False
-        return True
+            says_more = False
+        self._is_torn = False
+        return says_more
 
     def messages(self) -> Iterator[Message]:
         """Whole messages that were read; one cut off by the sender's death is never among them."""
-        while len(self._received) >= _HEADER.size:
+        while len(self._received) >= _HEADER.size and not self._is_torn:
             nbytes, n_fds = _HEADER.unpack_from(self._received)
             end = _HEADER.size + nbytes
             if len(self._received) < end:
                 return
             data = bytes(self._received[_HEADER.size : end])
+            self._is_torn = True
             del self._received[:end]
-            yield data, self._take_fds(n_fds)
+            fds = self._take_fds(n_fds)
+            self._is_torn = False
+            yield data, fds

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 import socket
 import struct
 import sys
@@ -569,6 +570,43 @@ class TestChannel:
         assert ready(channel) == ([], False)
         with pytest.raises(BrokenPipeError):
             channel.send(b"more")
+
+    @pytest.mark.parametrize("step", ["_piece", "_take_fds"])
+    def test_nothing_is_read_after_an_interrupt(self, pair, monkeypatch, step):
+        # Else the next message would come with the descriptor of the one that was lost.
+        files = [os.memfd_create(f"file{n}") for n in range(2)]
+        done = getattr(pair[1], step)
+
+        def interrupted(*args):
+            for fd in done(*args) if step == "_take_fds" else []:
+                os.close(fd)  # they are lost with the message
+            raise KeyboardInterrupt
+
+        pair[0].send(b"one", files[:1])
+        with monkeypatch.context() as patch:
+            patch.setattr(pair[1], step, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                ready(pair[1])
+        pair[0].send(b"two", files[1:])
+        assert ready(pair[1]) == ([], False)
+        for fd in files:
+            os.close(fd)
+
+    def test_nothing_is_read_after_the_kernel_has_dropped_a_descriptor(self, pair):
+        file = os.memfd_create("file")
+        pair[0].send(b"one", [file])
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest_free = os.dup(file)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+        try:
+            with pytest.raises(OSError, match="too many open files for the shared arrays"):
+                pair[1].read()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        pair[0].send(b"two", [file])
+        assert ready(pair[1]) == ([], False)
+        os.close(file)
 
     def test_can_be_waited_on(self, pair):
         assert pair[0].fileno() == pair[0]._socket.fileno() >= 0
