@@ -263,7 +263,8 @@ class ProcessFeed:
         position = self.ledger.again_in_hand(number)
         if position is None or position < self._n_come[number]:
             return None
-        return self._handed[number][0].again
+        # Results of ranges before it may have come and not been read yet.
+        return self._handed[number][position - self._n_come[number]].again
 
     def _bury(self, number: int, worker: Worker, came: list[Came]) -> None:
         """A worker has died: see to what it had in hand, and put another in its place."""

@@ -251,6 +251,32 @@ def test_a_range_that_takes_too_long(crew):
     assert [death.was_late for death in ran.deaths] == [True]
 
 
+def called_with(item, log):
+    path, is_long = item
+    with log.open("a") as file:
+        file.write(f"{path}\n")
+    if is_long:
+        time.sleep(LONG)
+
+
+def test_a_range_takes_too_long_while_nobody_takes_the_results_before_it(crew, tmp_path):
+    log = tmp_path / "calls"
+    recovery = Recovery(timeout=LATE, retries=0)
+    feed = fed(crew, lambda item: called_with(item, log), 1, recovery=recovery)
+    feed.give(0, [("short", False)])
+    feed.give(1, [("long", True)])
+    deadline = time.monotonic() + LONG
+    while not (log.exists() and "long" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    feed.ledger.note_time(0, time.monotonic_ns() - LONG * 10**9)
+    came = results(feed, 2)
+    assert came[0] == (0, 1, [None])
+    assert isinstance(came[1][2].faults[0][2], TimeoutError)
+    assert [(death.range, death.was_late) for death in feed.close().deaths] == [((1, 2), True)]
+    assert log.read_text().split() == ["short", "long"]
+
+
 def test_closed_with_blocks_in_hand(crew, monkeypatch):
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.1)
     feed = fed(crew, time.sleep)
