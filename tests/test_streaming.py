@@ -303,6 +303,22 @@ def test_a_function_that_cannot_be_pickled(processes):
 # Ends
 
 
+@pytest.mark.parametrize("parallel", PARALLEL, indirect=True)
+def test_what_late_workers_have_done_is_in_the_report(parallel, monkeypatch):
+    monkeypatch.setattr(process_feeds, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(threads, "_GRACE_SECONDS", 0.1)
+    gate = threading.Event()
+    mapper = parallel(chunksize=1)
+    forever = gate.wait if mapper.backend == "threading" else time.sleep
+    results = mapper.imap(lambda n: n if n < 8 else forever(LONG), range(20), buffersize=12)
+    assert [next(results) for _ in range(8)] == list(range(8))
+    results.close()
+    gate.set()
+    assert mapper.report.items == mapper.report.ranges == 8
+    assert sum(worker.items for worker in mapper.report.workers) == 8
+    shutdown()
+
+
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("how", ["close", "drop", "break"])
 def test_stopping_early(make, how):

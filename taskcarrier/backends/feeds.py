@@ -234,7 +234,11 @@ class ThreadFeed:
         except Empty:
             pass  # they have had their time
         finally:
-            self._replace(set(range(self._n_workers)) - set(self._accounts))
+            late = set(range(self._n_workers)) - set(self._accounts)
+            for number in late:  # what they have finished counts
+                ranges, items = self.ledger.again_done(number), self.ledger.items_of(number)
+                self._write_down(Account(number, ranges=ranges, items=items))
+            self._replace(late)
         return Ran.read([self._accounts[number] for number in sorted(self._accounts)], self.ledger)
 
 

@@ -88,6 +88,7 @@ class ProcessFeed:
         self._to_end: dict[int, Worker] = {}  # those that wait to be told that nothing more comes
         self._handed: dict[int, deque[_Block]] = {}
         self._n_come: dict[int, int] = {}  # results since the worker began
+        self._items_come: dict[int, int] = {}  # ... and items in them
         self._waiting: deque[_Block] = deque()  # to be handed out before new blocks
         self._overdue: dict[int, tuple[int, int]] = {}
         self._idle_deaths: dict[int, int] = {}
@@ -185,7 +186,7 @@ class ProcessFeed:
     def _begin(self, number: int) -> None:
         worker = self._living(number)
         self.ledger.begin(number)
-        self._n_come[number] = 0
+        self._n_come[number] = self._items_come[number] = 0
         self._handed[number] = deque()
         self._workers[number] = self._to_end[number] = worker
         self._watch.add(number, worker)
@@ -211,17 +212,23 @@ class ProcessFeed:
                 for number, worker, has_ended in self._watch.wait(min(left, LONGEST_WAIT)):
                     says_more = self._take_in(number, worker, [])
                     if number in self._workers and (has_ended or not says_more):
-                        self._leave(number)
-                        worker.kill()
-                        worker.reap()
+                        self._give_up(number, worker)
         finally:
             # Also whoever was not told: it would take the next run for a block of this one.
             for number, worker in {**self._to_end, **self._workers}.items():
-                if number in self._workers:
-                    self._leave(number)
-                worker.kill()
-                worker.reap()
+                self._give_up(number, worker)
             self._to_end = {}
+
+    def _give_up(self, number: int, worker: Worker) -> None:
+        """End a worker that has not reported, or was not told to; what came of it counts."""
+        if number in self._workers:
+            self._leave(number)
+            self._accounts.append(self._account_of_dead(number, worker))
+        worker.kill()
+        worker.reap()
+
+    def _account_of_dead(self, number: int, worker: Worker) -> Account:
+        return Account(number, worker.name, self._n_come[number], self._items_come[number])
 
     # Blocks and results
 
@@ -245,6 +252,7 @@ class ProcessFeed:
                 for _, packed, large in results_from(message, on_disk=on_disk):
                     block = self._handed[number].popleft()
                     self._n_come[number] += 1
+                    self._items_come[number] += block.again.stop - block.again.start
                     came.append(_unpacked(block, packed, large))
             else:
                 account = account_from(data[2:])
@@ -274,8 +282,7 @@ class ProcessFeed:
         exitcode = worker.reap()
         death = Death.of(number, worker.name, exitcode, held, overdue)
         self._deaths.append(death)
-        items = self.ledger.items_of(number)
-        self._accounts.append(Account(number, worker.name, self._n_come[number], items))
+        self._accounts.append(self._account_of_dead(number, worker))
         rest = self._handed.pop(number)
         nexts: list[_Block] = []
         recovery = self._job.recovery

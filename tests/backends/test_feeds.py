@@ -164,7 +164,7 @@ class TestThreads:
             assert begun.wait(LONG)
             assert feed.take(0.05) == []
             ran = feed.close()
-            assert len(ran.accounts) == 1
+            assert [account.items for account in ran.accounts] == [0, 0]
             after = [worker.thread for worker in crew._workers]
             assert sum(one is other for one, other in zip(before, after, strict=True)) == 1
             stuck.set()
