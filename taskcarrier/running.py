@@ -293,7 +293,7 @@ def execute(
         )
     # A filter may make an exception of a warning, which must not take the place of a real one.
     with suppress(Warning) if failures else nullcontext():
-        _warn_again(accounts)
+        warn_again(accounts)
     return Outcome(accounts, failures, ran.fatal, ran.missing, report, ran.agreed)
 
 
@@ -304,7 +304,7 @@ def _balance(choice: Choice, settings: Settings) -> Balance:
     return settings.balance if choice.backend in choices.OWN else Dynamic()
 
 
-def _warn_again(accounts: list[Account]) -> None:
+def warn_again(accounts: list[Account]) -> None:
     """Give the caller's filters what worker processes have warned of, once."""
     heard = {one.key: one for account in accounts for one in account.warnings}
     for one in heard.values():

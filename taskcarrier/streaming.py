@@ -11,7 +11,7 @@ import atexit
 import os
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from time import monotonic_ns
 from typing import Any
@@ -29,7 +29,7 @@ from taskcarrier.backends.work import Agree, Job
 from taskcarrier.balance import Dynamic
 from taskcarrier.ledger import Ledger
 from taskcarrier.partition import Grid, as_integer
-from taskcarrier.running import Settings, decide, recovered, report_of
+from taskcarrier.running import Settings, decide, recovered, report_of, warn_again
 from taskcarrier.segments import Staging
 from taskcarrier.sequences import Calls, describe
 
@@ -156,8 +156,10 @@ def _feed(
             notes = parcel.notes
             processes = stack.enter_context(process_crew(choice.n_jobs))
             feed = processes.feed(job, parcel)
+        ended_well = False
         try:
             yield feed
+            ended_well = True
         finally:
             if os.getpid() == owner:  # a forked child leaves its parent's workers alone
                 ran = feed.close()
@@ -176,6 +178,9 @@ def _feed(
                 )
                 settings.keep_report(report)
                 progress.log_report(settings.verbosity, report)
+                # As in `execute`; nor may one take the place of what closes the stream.
+                with nullcontext() if ended_well else suppress(Warning):
+                    warn_again(ran.accounts)
 
 
 class Source:

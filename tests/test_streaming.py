@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 
 import joblib
 import numpy as np
@@ -553,6 +554,37 @@ def test_bad_arguments_at_once(make):
         make().imap(range(3), abs)
     with pytest.raises(TypeError, match="'int' object is not iterable"):
         make().imap(abs, 3)
+
+
+def warn_of(n):
+    if n % 2:
+        warnings.warn("odd", UserWarning, stacklevel=2)
+    return n
+
+
+@pytest.mark.fault(10)
+@pytest.mark.usefixtures("patience")
+@pytest.mark.parametrize("stop", [6, None])
+def test_warnings_of_processes_come_when_the_stream_ends(processes, stop):
+    results = processes.imap(warn_of, range(10), chunksize=1)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        assert list(itertools.islice(results, stop)) == list(range(stop or 10))
+        results.close()
+    assert [str(one.message) for one in heard] == ["odd"]
+
+
+@pytest.mark.fault(10)
+def test_a_warning_that_is_made_an_error(processes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = processes.imap(warn_of, range(3))
+        assert list(itertools.islice(results, 3)) == [0, 1, 2]
+        with pytest.raises(UserWarning, match="odd"):
+            next(results)
+        with pytest.raises(ZeroDivisionError):
+            list(processes.imap(lambda n: warn_of(n) / (2 - n), range(3)))
+    assert processes.map(abs, range(3)) == [0, 1, 2]
 
 
 def test_the_bar_counts_items(parallel, capsys):
