@@ -216,7 +216,7 @@ class Mapper:
         `buffersize`. Workers take the next items when they are free, whatever the mapper's balance;
         a `SerialMapper` reads one item at a time. Between two questions each worker finishes what
         it was given, so the caller may take its time. Closing the iterator, or dropping it, ends
-        the work within about a second.
+        the work within about a second. Warnings of worker processes come when it ends.
 
         What is demanded of `func` is the same as for `map`.
 

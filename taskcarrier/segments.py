@@ -62,7 +62,20 @@ class Mapping(mmap.mmap):
     private: bool
 
 
-_live: weakref.WeakSet[Mapping] = weakref.WeakSet()
+# No `WeakSet`: it is told of every mapping that goes, by Python code, and Ctrl-C that comes while a
+# finalizer runs is lost. Entries of mappings that are gone are thrown out when there are many.
+_live: dict[int, weakref.ref[Mapping]] = {}
+_numbers = count()
+_MOST_GONE = 64
+
+
+def _enter(mapping: Mapping) -> None:
+    """Have a mapping among those that live."""
+    _live[next(_numbers)] = weakref.ref(mapping)
+    if len(_live) % _MOST_GONE == 0:
+        for number, reference in _live.copy().items():
+            if reference() is None:
+                _live.pop(number, None)
 
 
 n_forks = 0
@@ -83,11 +96,8 @@ if hasattr(os, "register_at_fork"):
 
 def live_mappings() -> list[Mapping]:
     """The mappings of this process that something refers to."""
-    while True:
-        try:
-            return list(_live)
-        except RuntimeError:  # another thread has mapped something meanwhile
-            continue
+    found = [reference() for reference in _live.copy().values()]
+    return [mapping for mapping in found if mapping is not None]
 
 
 def trim_files() -> None:
@@ -109,7 +119,7 @@ def descriptors_are_scarce() -> bool:
     import resource  # noqa: PLC0415  # POSIX only
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft != resource.RLIM_INFINITY and 2 * len(_live) > soft // 4
+    return soft != resource.RLIM_INFINITY and 2 * len(live_mappings()) > soft // 4
 
 
 _labels = count(1)
@@ -280,7 +290,7 @@ class Segment:
         mapping = Mapping(self.fd, self.nbytes, access=_ACCESS[mode], **_MMAP_OPTIONS)
         mapping.segment = self
         mapping.private = mode == "private"
-        _live.add(mapping)
+        _enter(mapping)
         return mapping
 
     def write(self, offset: int, block: memoryview) -> None:

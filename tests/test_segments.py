@@ -9,6 +9,7 @@ import resource
 import stat
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from taskcarrier.segments import (
     SharedView,
     Staging,
     descriptors_are_scarce,
+    live_mappings,
     locate,
 )
 from tests.layouts import CACHE_LINE, EMPTY, GATHERED, KEPT, address, extent
@@ -676,7 +678,7 @@ class TestScarceDescriptors:
         gc.collect()
         segment = Segment.create()
         segment.reserve(1)
-        already = len(segments._live)
+        already = len(segments.live_mappings())
         soft_limit(8 * (already + 10))
         mappings = [segment.map("read") for _ in range(10)]
         assert descriptors_are_scarce() is False
@@ -689,8 +691,27 @@ class TestScarceDescriptors:
     def test_never_without_a_limit(self, monkeypatch):
         unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         monkeypatch.setattr(resource, "getrlimit", lambda _: unlimited)
-        monkeypatch.setattr(segments, "_live", range(10**6))
+        monkeypatch.setattr(segments, "live_mappings", lambda: range(10**6))
         assert descriptors_are_scarce() is False
+
+
+class TestLiveMappings:
+    def test_no_python_code_is_run_when_one_goes(self):
+        # Ctrl-C that came meanwhile would be lost.
+        mapping = shared(np.arange(10.0)).segment.map("read")
+        assert [one.__callback__ for one in weakref.getweakrefs(mapping)] == [None]
+        assert mapping in live_mappings()
+        name = id(mapping)
+        del mapping
+        gc.collect()
+        assert name not in map(id, live_mappings())
+
+    def test_those_that_are_gone_are_not_kept_track_of(self):
+        segment = Segment.create()
+        segment.reserve(1)
+        for _ in range(2000):
+            segment.map("read")
+        assert len(segments._live) <= len(live_mappings()) + 64
 
 
 class TestSharedView:

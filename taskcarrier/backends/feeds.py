@@ -24,6 +24,7 @@ from taskcarrier.backends.work import (
     Ran,
     be_at_work,
     in_time,
+    in_worker,
 )
 from taskcarrier.ledger import Ledger
 from taskcarrier.recovery import Again
@@ -225,9 +226,12 @@ class ThreadFeed:
         for _ in range(self._n_workers):
             self._given.put(None)
         deadline = time.monotonic() + self._grace
+        # In a worker a forgotten stream may be closed by the garbage collector: maybe in one of
+        # its own, which would wait for itself.
+        waits = is_done and not in_worker()
         try:
             while len(self._accounts) < self._n_workers:
-                left = None if is_done else max(0.0, deadline - time.monotonic())
+                left = None if waits else max(0.0, deadline - time.monotonic())
                 one = self._arrivals.get(timeout=left)
                 if isinstance(one, Account):
                     self._write_down(one)

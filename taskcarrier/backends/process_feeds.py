@@ -283,6 +283,8 @@ class ProcessFeed:
         death = Death.of(number, worker.name, exitcode, held, overdue)
         self._deaths.append(death)
         self._accounts.append(self._account_of_dead(number, worker))
+        if self.ledger.halted:  # by a worker that did not live to tell why
+            raise self._error_of(death)
         rest = self._handed.pop(number)
         nexts: list[_Block] = []
         recovery = self._job.recovery

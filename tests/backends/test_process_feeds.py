@@ -1,5 +1,6 @@
 """Feeds of worker processes: what is sent, what comes, and what is made good."""
 
+import functools
 import os
 import signal
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from taskcarrier import WorkerDiedError
 from taskcarrier.backends import process_feeds as module
 from taskcarrier.backends.feeds import AHEAD, Came
 from taskcarrier.backends.given import Call
@@ -238,6 +240,23 @@ def test_a_worker_that_dies_while_it_has_nothing_to_do(crew):
         feed.give(start, [start])
     assert [result[0][0] for _, _, result in results(feed, 3)] == [1, 2, 3]
     assert len(feed.close().deaths) == 1
+
+
+def dies_behind(gate, item):
+    (gate / "begun").touch()
+    wait_for(gate / "open")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_before_it_has_told_why_all_stop(crew, tmp_path):
+    feed = fed(crew, functools.partial(dies_behind, tmp_path), 1)
+    feed.give(0, [0])
+    wait_for(tmp_path / "begun")
+    feed.ledger.halt()  # as a worker does that ends by an exit
+    (tmp_path / "open").touch()
+    with pytest.raises(WorkerDiedError, match="item 0"):
+        feed.take(LONG)
+    feed.close()
 
 
 def test_a_range_that_takes_too_long(crew):
