@@ -30,9 +30,15 @@ MIN_CELLS_DEEP = 8
 MAX_CELLS = 4096
 # `map_items` has at most this many cells, which for compiled loops cost next to nothing.
 MAX_ITEM_CELLS = 1024
-# A list has at most this many: 16 workers have some to balance with, and 20,000 items of 50 ns take
-# 3.3 ms in processes. They took 8 ms with 1024 cells, and take 3 ms with half as many.
+# A list has at most this many: 16 workers have some to balance with. In processes each costs some
+# 10 µs, in the caller and the worker together.
 MAX_LIST_CELLS = 128
+# So lists of at least so many items, which are light as a rule, have so many cells for each worker
+# process: 20,000 calls of 50 ns on two workers take 2.6 to 2.8 ms with 16 a worker, 2.8 to 3.0 ms
+# with 32, and 3.3 to 3.4 ms with 128 in all (`python -m bench lists`). Where a long list begins is
+# arbitrary.
+LONG_LIST = 8192
+LONG_LIST_CELLS = 16
 
 
 class Partition(Sequence[slice]):
@@ -175,13 +181,20 @@ def item_grid(n_items: int, chunksize: int | None = None) -> Grid:
     return Grid(n_items, chunksize or max(1, -(-n_items // MAX_ITEM_CELLS)))
 
 
-def list_grid(n_items: int, chunksize: int | None = None) -> Grid:
-    """The grid of a list: by `chunksize`, else about a hundred cells.
+def list_grid(n_items: int, chunksize: int | None = None, n_processes: int | None = None) -> Grid:
+    """The grid of a list: by `chunksize`, else about a hundred cells, for few processes fewer.
+
+    Results are told by item, so they do not depend on how a list is cut.
 
     >>> list_grid(100), list_grid(20_000)
     (Grid(n_items=100, chunksize=1), Grid(n_items=20000, chunksize=157))
+    >>> list_grid(100, n_processes=2), list_grid(20_000, n_processes=2)
+    (Grid(n_items=100, chunksize=1), Grid(n_items=20000, chunksize=625))
     """
-    return Grid(n_items, chunksize or max(1, -(-n_items // MAX_LIST_CELLS)))
+    n_cells = MAX_LIST_CELLS
+    if n_processes is not None and n_items >= LONG_LIST:
+        n_cells = min(n_cells, LONG_LIST_CELLS * n_processes)
+    return Grid(n_items, chunksize or max(1, -(-n_items // n_cells)))
 
 
 def check_chunksize(chunksize: object) -> int | None:

@@ -47,7 +47,6 @@ def mapped(
     check_callable(func)
     collects = check_on_error(on_error, ("raise", "collect")) == "collect"
     items = _gathered(sequences)
-    grid = list_grid(len(items), chunksize)
     nothing = Choice("sequential", 1, "there is nothing to map")
     calls = Calls.checked(
         func,
@@ -58,11 +57,21 @@ def mapped(
         shared=shared,
     )
     choice = decide(settings, func, lists=True) if items else nothing
-    staging = None
+    # A time limit is for each range: it must not depend on the number of workers what that is.
+    by_workers = choice.backend == "loky" and settings.recovery.timeout is None
+    grid = list_grid(len(items), chunksize, choice.n_jobs if by_workers else None)
+    staging = supply = None
     task: _ItemTask | _PackedTask
     if choice.backend == "loky":
         staging = settings.staging()
-        blocks = Blocks.pack(lambda start, stop: items[start:stop], grid, staging, describe)
+        blocks = Blocks.room(grid, staging)
+        supply = partial(
+            blocks.fill,
+            read=lambda start, stop: items[start:stop],
+            grid=grid,
+            staging=staging,
+            describe=describe,
+        )
         task = _PackedTask(calls, blocks, grid.chunksize)
     else:
         task = _ItemTask(calls, items)
@@ -76,6 +85,7 @@ def mapped(
         staging=staging,
         collects=collects,
         narrows=True,
+        supply=supply,
         deliver=done.__setitem__,
     )
     raise_failure(outcome, describe)

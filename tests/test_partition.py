@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 
 from taskcarrier.partition import (
     CELL_NBYTES,
+    LONG_LIST,
+    LONG_LIST_CELLS,
     MAX_CELLS,
+    MAX_LIST_CELLS,
     MIN_CELLS,
     MIN_CELLS_SMALL,
     SMALL_CELL_NBYTES,
@@ -231,6 +234,23 @@ class TestGridsOfItems:
 
     def test_chunksize_is_taken_as_it_is(self, grid_of, most):
         assert grid_of(most * 10, 3) == Grid(most * 10, 3)
+
+
+class TestListsInProcesses:
+    @given(n_items=st.integers(0, 10**6), n_processes=st.integers(1, 100))
+    def test_long_ones_are_cut_by_the_number_of_workers(self, n_items, n_processes):
+        grid = list_grid(n_items, None, n_processes)
+        if n_items < LONG_LIST:
+            assert grid == list_grid(n_items)
+        else:
+            most = min(MAX_LIST_CELLS, LONG_LIST_CELLS * n_processes)
+            assert most // 2 < len(grid) <= most
+
+    def test_a_hundred_items_are_a_hundred_cells(self):
+        assert len(list_grid(100, None, 2)) == 100
+
+    def test_chunksize_is_taken_as_it_is(self):
+        assert list_grid(10**6, 3, 2) == Grid(10**6, 3)
 
 
 class TestCheckChunksize:

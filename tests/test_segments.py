@@ -117,6 +117,28 @@ class TestRoundTrip:
         same_bits(one.open("read"), np.arange(10.0))
         same_bits(two.open("read"), np.arange(100_000.0))
 
+    def test_pieces_one_behind_the_other(self, folder):
+        staging = Staging(folder)
+        segment, begin = staging.place(10)
+        pieces = [b"", *(os.urandom(n) for n in (1, 30_000, 100_000, 3))]
+        places = [staging.append(segment, piece) for piece in pieces]
+        assert places[0][0] == begin + 10
+        assert [start for start, _ in places[1:]] == [stop for _, stop in places[:-1]]
+        assert staging.nbytes == 10 + sum(map(len, pieces))
+        for (start, stop), piece in zip(places, pieces, strict=True):
+            assert segment.read(start, stop - start) == piece
+        assert segment.nbytes == os.fstat(segment.fd).st_size >= places[-1][1]
+
+    def test_room_is_not_made_for_every_piece(self, monkeypatch):
+        staging = Staging()
+        segment, _ = staging.place(1)
+        made = []
+        reserve = Segment.reserve
+        monkeypatch.setattr(Segment, "reserve", lambda *args: made.append(args) or reserve(*args))
+        for _ in range(100):
+            staging.append(segment, b"x" * 500)
+        assert len(made) == 1
+
     @given(st.data())
     def test_any_view(self, data):
         dtype = data.draw(hnp.scalar_dtypes())
@@ -518,10 +540,18 @@ class TestRecycler:
         assert os.fstat(view.segment.fd).st_ino == inode
         same_bits(view.open("read"), np.arange(999.0))
 
-    @pytest.mark.parametrize("nbytes", [499, 1001])
-    def test_only_if_it_fits(self, recycler, nbytes):
-        inode = self.used(recycler, 1000)
-        assert os.fstat(recycler.segment(nbytes, None).fd).st_ino != inode
+    @pytest.mark.parametrize("nbytes", [(1 << 20) - 1, (2 << 20) + 1])
+    def test_only_if_it_fits(self, nbytes):
+        recycler = Recycler()
+        inode = self.used(recycler, 2 << 20)
+        assert (os.fstat(recycler.segment(nbytes, None).fd).st_ino == inode) is False
+        assert os.fstat(recycler.segment(1 << 20, None).fd).st_ino == inode
+        recycler.close()
+
+    def test_a_small_one_for_whatever_is_smaller(self, recycler):
+        inode = self.used(recycler, 100_000)
+        assert os.fstat(recycler.segment(100_001, None).fd).st_ino != inode
+        assert os.fstat(recycler.segment(1, None).fd).st_ino == inode
 
     def test_the_best_fit(self, recycler):
         one, two = recycler.segment(1500, None), recycler.segment(1200, None)

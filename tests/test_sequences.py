@@ -214,6 +214,13 @@ def test_the_lowest_item_that_fails_is_raised_on_every_run(kind):
         assert caught.value.args == (7,)
 
 
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_a_time_limit_is_for_the_same_ranges_on_any_number_of_workers(timeout):
+    mapper = MAKERS["dynamic processes"]()
+    assert mapper(abs, range(20_000), timeout=timeout) == list(range(20_000))
+    assert mapper.report.ranges == (32 if timeout is None else 128)
+
+
 @pytest.mark.parametrize("kind", ["static processes", "dynamic processes"])
 def test_what_cannot_be_pickled_is_an_error_that_says_which(kind):
     mapper, lock = MAKERS[kind](chunksize=1), threading.Lock()
@@ -221,6 +228,9 @@ def test_what_cannot_be_pickled_is_an_error_that_says_which(kind):
     with pytest.raises(TypeError, match="lock") as caught:
         mapper(ran.append, [1, 2, lock])
     assert any("item 2" in note and "threading" in note for note in caught.value.__notes__)
+    with pytest.raises(TypeError, match="lock") as caught:
+        mapper(abs, [*range(500), lock])  # workers are at work by then
+    assert any("item 500" in note for note in caught.value.__notes__)
     with pytest.raises(TypeError, match="lock") as caught:
         mapper(lambda i: lock, range(4))
     assert any("the function" in note for note in caught.value.__notes__)

@@ -23,7 +23,6 @@ import struct
 import sys
 import threading
 import traceback
-from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import CodeType
 from typing import Any
@@ -134,9 +133,9 @@ class _Packer:
         file = io.BytesIO()
         pickler = pickle.Pickler(file, protocol=5)
         # typeshed's idea of what a reducer returns differs between the two tables.
-        common: Any = copyreg.dispatch_table
         reducers: Any = {Segment: self._reduce_segment, Call: self._reduce_call}
-        pickler.dispatch_table = ChainMap(reducers, common)
+        # A plain dict: it is asked about every object.
+        pickler.dispatch_table = {**copyreg.dispatch_table, **reducers}
         pickler.dump(task)
         return file.getvalue()
 
