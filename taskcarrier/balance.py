@@ -8,11 +8,10 @@ all cells below it were taken before, and are finished. Cells with a mark are le
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 
-from taskcarrier.ledger import Ledger
+from taskcarrier.ledger import FREE, Ledger
 from taskcarrier.partition import Partition
 
 
@@ -24,10 +23,11 @@ class Static:
 
     def cells(self, ledger: Ledger, worker: int, n_workers: int, n_cells: int) -> Iterator[int]:
         """The cells of one worker, each in its hand when it is yielded."""
+        marks = ledger.marks
         for cell in self.planned(worker, n_workers, n_cells):
             if ledger.halted:
                 return
-            if ledger.is_to_run(cell):
+            if marks is None or marks[cell] == FREE:
                 ledger.hold(worker, cell)
                 yield cell
 
@@ -35,12 +35,6 @@ class Static:
         """The cells that only this worker will run."""
         parts = Partition(n_workers, n_cells)
         return range(parts[worker].start, parts[worker].stop) if worker < len(parts) else range(0)
-
-    def order(self, n_workers: int, n_cells: int) -> Iterable[int]:
-        """All cells in about the order in which workers come to them: the first of each, ..."""
-        parts = [self.planned(worker, n_workers, n_cells) for worker in range(n_workers)]
-        rounds = zip_longest(*parts)
-        return (cell for cells in rounds for cell in cells if cell is not None)
 
 
 @dataclass(frozen=True)
@@ -51,17 +45,14 @@ class Dynamic:
 
     def cells(self, ledger: Ledger, worker: int, n_workers: int, n_cells: int) -> Iterator[int]:  # noqa: ARG002  # the rules share one signature
         """The cells of one worker, each in its hand when it is yielded."""
+        marks = ledger.marks
         while not ledger.halted and (cell := ledger.claim(worker)) < n_cells:
-            if ledger.is_to_run(cell):
+            if marks is None or marks[cell] == FREE:
                 yield cell
 
     def planned(self, worker: int, n_workers: int, n_cells: int) -> range:  # noqa: ARG002  # the rules share one signature
         """No cell belongs to one worker alone."""
         return range(0)
-
-    def order(self, n_workers: int, n_cells: int) -> Iterable[int]:  # noqa: ARG002  # the rules share one signature
-        """All cells in the order in which workers come to them."""
-        return range(n_cells)
 
 
 Balance = Static | Dynamic

@@ -39,7 +39,6 @@ import os
 import pickle
 import struct
 import threading
-import time
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -69,15 +68,9 @@ SENT = 2
 """Mark of a cell whose result is on its way to the caller."""
 TAKEN_BACK = 3
 """Mark of a cell that the caller gives out again, whole or in pieces."""
-COMING = 4
-"""Mark of a cell whose items are not there yet."""
 OWN_MARKS = 4096
 """So many cells are marked beside the words; no grid has more by default."""
 
-
-# How long to wait before looking again whether a cell's items are there: at first, and at most.
-# Arbitrary; to wake up takes as long as the first.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.0001, 0.002
 
 _LENGTH = struct.Struct("<Q")
 
@@ -291,17 +284,6 @@ class Ledger:
         self.marks = given if given is not None or own is None else own[:n_cells]
 
     # What workers do
-
-    def is_to_run(self, cell: int) -> bool:
-        """Whether a cell has still to be run; if its items are coming, when they are there."""
-        marks = self.marks
-        if marks is None:
-            return True
-        pause = _FIRST_PAUSE
-        while marks[cell] == COMING and not self.halted:
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
-        return marks[cell] == FREE
 
     def claim(self, worker: int) -> int:
         """Take the next cell off the cursor; it is in the worker's hand from then on."""

@@ -31,7 +31,6 @@ from taskcarrier.backends.work import (
     Failure,
     Job,
     Ran,
-    Supply,
     Task,
     outlet_here,
     work,
@@ -194,7 +193,6 @@ def execute(
     collects: bool = False,
     narrows: bool = False,
     kept: Kept | None = None,
-    supply: Supply | None = None,
     deliver: Deliver = lambda start, result: None,  # noqa: ARG005  # for tasks that put all in place
 ) -> Outcome:
     """Run a task over all cells of a grid.
@@ -225,8 +223,6 @@ def execute(
         Whether the task can run parts of a cell.
     kept : Kept, optional
         What an earlier run has finished, which is left out.
-    supply : callable, optional
-        Brings the items of cells to where workers find them, in processes only.
     deliver : callable, optional
         Takes ``(start, result)`` of every range whose result is not put in place by the task;
         called from worker threads or from this one.
@@ -267,7 +263,7 @@ def execute(
             parcel = pack(job, staging)
             notes = [*notes, *parcel.notes]
             with process_crew(choice.n_jobs) as processes:
-                ran = processes.run(job, parcel, deliver, tick, supply)
+                ran = processes.run(job, parcel, deliver, tick)
     accounts = ran.accounts
     report = report_of(
         job,

@@ -51,10 +51,6 @@ _MMAP_OPTIONS: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13
 
 # From this size on, memory is asked after before it is used (reading the limits costs 60 µs).
 _CHECKED_NBYTES = 64 << 20
-# What is added piece by piece has so much room made at once, or such a part of what there is.
-# Arbitrary: a call of the kernel for each piece would be a quarter of the price of a small one.
-_ROOM_NBYTES = 1 << 16
-_ROOM_PARTS = 4
 # A segment of less is recycled for whatever fits into it; arbitrary.
 _SMALL_NBYTES = 1 << 20
 # One pwrite moves 2 GiB at most.
@@ -310,11 +306,11 @@ class Segment:
             piece = block[written : written + _PWRITE_NBYTES]
             written += os.pwrite(self.fd, piece, offset + written)
 
-    def read(self, offset: int, nbytes: int) -> bytes:
-        """A copy of bytes that were written, whatever the segment's size was when it came."""
+    def read(self, begin: int, end: int) -> bytes:
+        """A copy of bytes that were written."""
         block = b""
-        while len(block) < nbytes:
-            block += os.pread(self.fd, nbytes - len(block), offset + len(block))
+        while begin + len(block) < end:
+            block += os.pread(self.fd, end - begin - len(block), begin + len(block))
         return block
 
 
@@ -466,16 +462,6 @@ class Staging:
         segment, offset = self.place(len(block))
         segment.write(offset, block)
         return segment, offset
-
-    def append(self, segment: Segment, block: bytes) -> tuple[int, int]:
-        """Copy one of many small pieces right behind what is in the segment: its begin and end."""
-        begin, end = self._end, self._end + len(block)
-        if end > segment.nbytes:
-            segment.reserve(end + max(_ROOM_NBYTES, end // _ROOM_PARTS))
-        segment.write(begin, memoryview(block))
-        self._end = end
-        self.nbytes += len(block)
-        return begin, end
 
     def _prepare(self, nbytes: int) -> None:
         """Have the segment, and reserve at once what is known to be needed."""

@@ -60,18 +60,11 @@ def mapped(
     # A time limit is for each range: it must not depend on the number of workers what that is.
     by_workers = choice.backend == "loky" and settings.recovery.timeout is None
     grid = list_grid(len(items), chunksize, choice.n_jobs if by_workers else None)
-    staging = supply = None
+    staging = None
     task: _ItemTask | _PackedTask
     if choice.backend == "loky":
         staging = settings.staging()
-        blocks = Blocks.room(grid, staging)
-        supply = partial(
-            blocks.fill,
-            read=lambda start, stop: items[start:stop],
-            grid=grid,
-            staging=staging,
-            describe=describe,
-        )
+        blocks = Blocks.pack(lambda start, stop: items[start:stop], grid, staging, describe)
         task = _PackedTask(calls, blocks, grid.chunksize)
     else:
         task = _ItemTask(calls, items)
@@ -85,7 +78,6 @@ def mapped(
         staging=staging,
         collects=collects,
         narrows=True,
-        supply=supply,
         deliver=done.__setitem__,
     )
     raise_failure(outcome, describe)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskcarrier.balance import Dynamic, Static, get_balance
-from taskcarrier.ledger import COMING, DONE, FREE, SENT, TAKEN_BACK, Ledger
+from taskcarrier.ledger import DONE, FREE, SENT, TAKEN_BACK, Ledger
 
 RULES = [Static(), Dynamic()]
 
@@ -123,36 +123,6 @@ class TestBoth:
                 assert ledger.in_hand(worker, 7) == cell
                 ledger.lay_down(worker, 1)
         assert seen == [0, 2, 5]
-
-    def test_all_cells_in_the_order_in_which_workers_come_to_them(self, rule):
-        for n_workers, n_cells in [(1, 5), (2, 7), (3, 3), (5, 2), (4, 1)]:
-            order = list(rule.order(n_workers, n_cells))
-            assert sorted(order) == list(range(n_cells))
-            place = order.index
-            for worker in range(n_workers):
-                cells = rule.planned(worker, n_workers, n_cells)
-                assert sorted(cells, key=place) == list(cells)
-                assert all(place(cell) < (n + 1) * n_workers for n, cell in enumerate(cells))
-
-    def test_a_cell_is_waited_for_until_its_items_are_there(self, rule):
-        ledger = Ledger.local(1)
-        ledger.marks = memoryview(bytearray([FREE, COMING, DONE, FREE]))
-        cells = rule.cells(ledger, 0, 1, 4)
-        assert next(cells) == 0
-        timer = threading.Timer(0.02, ledger.marks.__setitem__, (1, FREE))
-        timer.start()
-        assert next(cells) == 1
-        assert ledger.in_hand(0, 4) == 1
-        timer.join()
-        assert list(cells) == [3]
-
-    def test_nobody_waits_once_halted(self, rule):
-        ledger = Ledger.local(1)
-        ledger.marks = memoryview(bytearray([COMING] * 4))
-        timer = threading.Timer(0.02, ledger.halt)
-        timer.start()
-        assert list(rule.cells(ledger, 0, 1, 4)) == []
-        timer.join()
 
     def test_marks_made_meanwhile_count(self, rule):
         ledger = Ledger.local(1)

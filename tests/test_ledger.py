@@ -13,7 +13,6 @@ from itertools import chain
 import pytest
 
 from taskcarrier.ledger import (
-    COMING,
     DONE,
     FREE,
     OWN_MARKS,
@@ -404,19 +403,6 @@ class TestMarks:
         ledger.mark_in(None, N_CELLS)
         assert ledger.marks is None
         assert Ledger.local(2).marks is None
-
-    @pytest.mark.parametrize("mark", [FREE, DONE, SENT, TAKEN_BACK])
-    def test_only_what_has_no_mark_is_to_run(self, mark):
-        ledger = Ledger.local(1)
-        assert ledger.is_to_run(0)  # there are no marks
-        ledger.marks = memoryview(bytes([mark]))
-        assert ledger.is_to_run(0) is (mark == FREE)
-
-    def test_what_is_coming_is_not_to_run_once_halted(self):
-        ledger = Ledger.local(1)
-        ledger.marks = memoryview(bytes([COMING]))
-        ledger.halt()
-        assert not ledger.is_to_run(0)
 
     def test_in_its_own_bytes(self):
         own = bytearray(OWN_MARKS)

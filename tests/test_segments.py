@@ -117,27 +117,11 @@ class TestRoundTrip:
         same_bits(one.open("read"), np.arange(10.0))
         same_bits(two.open("read"), np.arange(100_000.0))
 
-    def test_pieces_one_behind_the_other(self, folder):
-        staging = Staging(folder)
-        segment, begin = staging.place(10)
-        pieces = [b"", *(os.urandom(n) for n in (1, 30_000, 100_000, 3))]
-        places = [staging.append(segment, piece) for piece in pieces]
-        assert places[0][0] == begin + 10
-        assert [start for start, _ in places[1:]] == [stop for _, stop in places[:-1]]
-        assert staging.nbytes == 10 + sum(map(len, pieces))
-        for (start, stop), piece in zip(places, pieces, strict=True):
-            assert segment.read(start, stop - start) == piece
-        assert segment.nbytes == os.fstat(segment.fd).st_size >= places[-1][1]
-
-    def test_room_is_not_made_for_every_piece(self, monkeypatch):
-        staging = Staging()
-        segment, _ = staging.place(1)
-        made = []
-        reserve = Segment.reserve
-        monkeypatch.setattr(Segment, "reserve", lambda *args: made.append(args) or reserve(*args))
-        for _ in range(100):
-            staging.append(segment, b"x" * 500)
-        assert len(made) == 1
+    def test_bytes_in_the_middle(self, folder):
+        content = os.urandom(100_000)
+        segment, begin = Staging(folder).add(memoryview(content))
+        assert segment.read(begin + 10, begin + 99_000) == content[10:99_000]
+        assert segment.read(begin, begin) == b""
 
     @given(st.data())
     def test_any_view(self, data):

@@ -20,16 +20,7 @@ import numpy as np
 from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parcels import Channel, Parcel, unpack_items
 from taskcarrier.backends.parts import Parts
-from taskcarrier.backends.work import (
-    Account,
-    Death,
-    Deliver,
-    Failure,
-    Job,
-    Ran,
-    Supply,
-    timeout_error,
-)
+from taskcarrier.backends.work import Account, Death, Deliver, Failure, Job, Ran, timeout_error
 from taskcarrier.backends.worker_process import KEPT, RESULTS, account_from, order, results_from
 from taskcarrier.ledger import DONE, FREE, SENT, TAKEN_BACK, Ledger
 from taskcarrier.partition import Partition
@@ -40,8 +31,6 @@ GRACE_SECONDS = 0.5
 LONGEST_WAIT = 1.0
 """A signal that comes just before the caller begins to wait is not seen until something else
 happens; so it looks now and then."""
-# How often the caller looks at what has come while it packs items; arbitrary.
-_LOOK_SECONDS = 0.005
 
 
 class Worker(Protocol):
@@ -160,19 +149,6 @@ class ProcessRun:
         # A worker that is just dying is seen by its descriptor.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             worker.channel.send(order(list(again), self._parcel.data), self._parcel.fds)
-
-    def hand_over(self, supply: Supply) -> None:
-        """Let workers have the cells as their items arrive; now and then, take in what has come."""
-        marks, job = self._ledger.marks, self._job
-        assert marks is not None  # for the type checker: as below
-        look = time.monotonic() + _LOOK_SECONDS
-        for cell in supply(job.balance.order(job.n_workers, len(job.grid))):
-            marks[cell] = FREE
-            if self._ledger.halted:
-                break
-            if time.monotonic() >= look:
-                self.step(0)
-                look = time.monotonic() + _LOOK_SECONDS
 
     def goes_on(self) -> bool:
         """Whether anybody is at work; if all are done, what got lost is shared out again."""

@@ -36,7 +36,7 @@ from taskcarrier.backends.parcels import Channel, Parcel
 from taskcarrier.backends.process_feeds import ProcessFeed
 from taskcarrier.backends.process_runs import ProcessRun
 from taskcarrier.backends.threads import TICK
-from taskcarrier.backends.work import Deliver, Job, Ran, Supply
+from taskcarrier.backends.work import Deliver, Job, Ran
 from taskcarrier.backends.worker_process import (
     WITHOUT_SEMAPHORE,
     is_readable,
@@ -44,7 +44,6 @@ from taskcarrier.backends.worker_process import (
     worker_main,
 )
 from taskcarrier.ledger import (
-    COMING,
     OWN_MARKS,
     FileAgreement,
     FileCursor,
@@ -168,11 +167,9 @@ class ProcessCrew:
         parcel: Parcel,
         deliver: Deliver,
         tick: Callable[[Ledger], None] | None,
-        supply: Supply | None = None,
     ) -> Ran:
         """Run a packed job to its end; accounts in the order of the workers.
 
-        With `supply` items are brought to workers while these are beginning already.
         When interrupted, workers stop at their next cell, and those that do not come to it soon
         are killed.
         """
@@ -182,14 +179,10 @@ class ProcessCrew:
         ledger.mark_in(job.marks_here(), len(job.grid))
         if job.marks is None and ledger.marks is not None:
             ledger.marks[:] = bytes(len(job.grid))
-        if supply is not None and ledger.marks is not None:
-            ledger.marks[:] = bytes([COMING]) * len(job.grid)
         run = ProcessRun(job, ledger, deliver, parcel, self._living)
         try:
             for number, worker in enumerate(workers):
                 run.start(number, worker)
-            if supply is not None:
-                run.hand_over(supply)
             while run.goes_on():
                 run.step(None if tick is None else TICK)
                 if tick is not None:

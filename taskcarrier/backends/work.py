@@ -286,10 +286,6 @@ class Ran:
 Deliver = Callable[[int, Any], None]
 """Takes the start of a range and its result."""
 
-Supply = Callable[[Iterable[int]], Iterator[int]]
-"""Brings the items of cells to where workers find them: takes cells, and yields each one whose
-items are there."""
-
 _state = threading.local()
 _in_worker_process = False
 

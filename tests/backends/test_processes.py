@@ -61,10 +61,10 @@ def crew():
     vars(made).clear()
 
 
-def run(crew, func, *args, balance=None, n_items=20, n_workers=2, tick=None, supply=None, **others):
+def run(crew, func, *args, balance=None, n_items=20, n_workers=2, tick=None, **others):
     delivered = []
     job = Job(Calls(Call(func, args)), balance or Dynamic(), Grid(n_items, 2), n_workers, **others)
-    ran = crew.run(job, pack(job, Staging()), lambda *one: delivered.append(one), tick, supply)
+    ran = crew.run(job, pack(job, Staging()), lambda *one: delivered.append(one), tick)
     return ran, delivered
 
 
@@ -88,15 +88,6 @@ def wait_until(condition):
 
 def both(start, stop):
     return start, stop
-
-
-def touched(start, stop, folder):
-    (folder / str(start)).touch()
-    return start, stop
-
-
-def divide_by_zero(start, stop):
-    return 1 // 0
 
 
 def in_place(start, stop):
@@ -134,44 +125,6 @@ class TestRun:
         assert [account.name for account in accounts] == [f"process {a.facts}" for a in accounts]
         assert {account.facts for account in accounts} == pids(warm)
         assert os.getpid() not in pids(warm)
-
-    def test_cells_are_run_once_their_items_are_there(self, warm, balance, tmp_path):
-        there = []
-
-        def supply(cells):
-            for cell in cells:
-                time.sleep(0.003)
-                assert not (tmp_path / str(2 * cell)).exists()
-                there.append(cell)
-                yield cell
-
-        ran, delivered = run(warm, touched, tmp_path, balance=balance, supply=supply)
-        assert there == list(balance.order(2, 10))
-        assert sorted(delivered) == ALL
-        assert sum(account.items for account in ran.accounts) == 20
-
-    def test_no_more_items_are_brought_once_a_range_has_failed(self, warm, balance):
-        brought = []
-
-        def supply(cells):
-            for cell in cells:
-                brought.append(cell)
-                yield cell
-                wait_until(lambda: warm._ledger.halted)
-
-        ran, _ = run(warm, divide_by_zero, balance=balance, supply=supply)
-        assert [type(a.failure.error) for a in ran.accounts if a.failure] == [ZeroDivisionError]
-        assert brought == list(balance.order(2, 10))[:2]
-
-    @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
-    def test_items_that_do_not_come_end_the_run(self, warm, balance, error):
-        def supply(cells):
-            yield next(iter(cells))
-            raise error("no more")
-
-        with pytest.raises(error, match="no more"):
-            run(warm, both, balance=balance, supply=supply)
-        assert sorted(run(warm, both, balance=balance)[1]) == ALL
 
     def test_the_same_processes_again(self, warm, balance):
         before = pids(warm)
@@ -338,25 +291,6 @@ class TestWatching:
         with pytest.raises(KeyboardInterrupt):
             run(crew, nap, n_items=8_000, tick=interrupt)
         assert sorted(run(crew, both)[1]) == ALL
-
-    def test_a_death_while_items_are_on_their_way(self, crew):
-        seen = []
-
-        def supply(cells):
-            for cell in cells:
-                yield cell
-                if cell == 2:
-                    os.kill(crew._workers[0].pid, signal.SIGKILL)
-                    wait_until(lambda: not crew._workers[0].alive)
-                    time.sleep(0.01)  # the caller looks every 5 ms
-                if cell == 4:
-                    seen.extend(pids(crew))
-
-        ran, delivered = run(crew, both, supply=supply)
-        assert sorted(delivered) == ALL
-        assert len(ran.deaths) == 1
-        assert ran.fatal == []
-        assert set(seen) == pids(crew)
 
     def test_an_error_in_the_caller_s_own_part(self, crew):
         def refuse_result(start, result):
