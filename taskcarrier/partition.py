@@ -197,6 +197,15 @@ def list_grid(n_items: int, chunksize: int | None = None, n_processes: int | Non
     return Grid(n_items, chunksize or max(1, -(-n_items // n_cells)))
 
 
+def in_words(start: int, stop: int) -> str:
+    """A range of a list's items in words.
+
+    >>> in_words(5, 6), in_words(5, 9)
+    ('item 5', 'items 5:9')
+    """
+    return f"item {start}" if stop == start + 1 else f"items {start}:{stop}"
+
+
 def check_chunksize(chunksize: object) -> int | None:
     """`chunksize` as a positive int or None; anything else is an error naming it."""
     if chunksize is None:

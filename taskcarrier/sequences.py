@@ -20,7 +20,7 @@ from taskcarrier.backends.given import Call, add_note
 from taskcarrier.backends.parts import Fault, Parts
 from taskcarrier.backends.work import Agree
 from taskcarrier.blocks import Blocks
-from taskcarrier.partition import list_grid
+from taskcarrier.partition import in_words, list_grid
 from taskcarrier.recovery import Recovery, Retried
 from taskcarrier.running import (
     Settings,
@@ -64,7 +64,7 @@ def mapped(
     task: _ItemTask | _PackedTask
     if choice.backend == "loky":
         staging = settings.staging()
-        blocks = Blocks.pack(lambda start, stop: items[start:stop], grid, staging, describe)
+        blocks = Blocks.pack(lambda start, stop: items[start:stop], grid, staging, in_words)
         task = _PackedTask(calls, blocks, grid.chunksize)
     else:
         task = _ItemTask(calls, items)
@@ -80,14 +80,14 @@ def mapped(
         narrows=True,
         deliver=done.__setitem__,
     )
-    raise_failure(outcome, describe)
+    raise_failure(outcome, in_words)
     results, faults, missing = _joined(done, len(items))
     if outcome.deaths and missing:
-        raise died_error(outcome, describe, missing, results)
+        raise died_error(outcome, in_words, missing, results)
     if not collects:
         return results
     for start, stop, error in faults:
-        add_note(error, f"while mapping {describe(start, stop)}")
+        add_note(error, f"while mapping {in_words(start, stop)}")
     return results, failed_ranges(faults)
 
 
@@ -124,11 +124,6 @@ def _joined(
         missing.append((len(results), n_items))
         results += [None] * (n_items - len(results))
     return results, faults, missing
-
-
-def describe(start: int, stop: int) -> str:
-    """A range of a list's items in words."""
-    return f"item {start}" if stop == start + 1 else f"items {start}:{stop}"
 
 
 @dataclass(frozen=True, eq=False)

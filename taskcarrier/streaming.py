@@ -28,10 +28,10 @@ from taskcarrier.backends.parts import Parts
 from taskcarrier.backends.work import Agree, Job
 from taskcarrier.balance import Dynamic
 from taskcarrier.ledger import Ledger
-from taskcarrier.partition import Grid, as_integer
+from taskcarrier.partition import Grid, as_integer, in_words
 from taskcarrier.running import Settings, decide, recovered, report_of, warn_again
 from taskcarrier.segments import Staging
-from taskcarrier.sequences import Calls, describe
+from taskcarrier.sequences import Calls
 
 # A block is to take so long: some fifty times what it costs to hand it out.
 _BLOCK_NS = 5_000_000
@@ -368,7 +368,7 @@ def _each(came: Came) -> Iterator[Any]:
         yield from results[: start - came.start]
     if isinstance(error, StopIteration):  # which would end the iterator without a word
         error = _not_the_end(error)
-    add_note(error, f"while mapping {describe(start, stop)}")
+    add_note(error, f"while mapping {in_words(start, stop)}")
     try:
         raise error
     finally:

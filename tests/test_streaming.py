@@ -260,7 +260,7 @@ def test_items_that_cannot_be_sent(processes):
     assert [next(results) for _ in range(5)] == list(range(5))
     with pytest.raises(TypeError) as caught:
         next(results)
-    assert any("could not pickle items 5:6" in note for note in caught.value.__notes__)
+    assert any("could not pickle item 5 for" in note for note in caught.value.__notes__)
 
 
 class Unreadable:
@@ -617,7 +617,7 @@ def test_what_cannot_be_sent_is_named(processes, kind):
     with pytest.raises(TypeError) as caught:
         came.extend(results)
     assert came == list(range(150))
-    where = "could not pickle items 150:151" if kind == "item" else "while mapping item 150"
+    where = "could not pickle item 150 for" if kind == "item" else "while mapping item 150"
     assert any(where in note for note in caught.value.__notes__)
 
 

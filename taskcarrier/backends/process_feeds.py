@@ -41,6 +41,7 @@ from taskcarrier.backends.worker_process import (
     results_from,
 )
 from taskcarrier.ledger import Ledger
+from taskcarrier.partition import in_words
 from taskcarrier.recovery import Again
 from taskcarrier.segments import Segment, Staging
 
@@ -118,7 +119,7 @@ class ProcessFeed:
         except Exception as error:
             add_note(
                 error,
-                f"taskcarrier could not pickle items {start}:{stop} for worker processes; use "
+                f"taskcarrier could not pickle {in_words(start, stop)} for worker processes; use "
                 "backend='threading' if they cannot be pickled",
             )
             raise
@@ -320,8 +321,7 @@ class ProcessFeed:
 
         if death.range is None:
             return death_of(death, None)
-        start, stop = death.range
-        return death_of(death, f"item {start}" if stop == start + 1 else f"items {start}:{stop}")
+        return death_of(death, in_words(*death.range))
 
 
 def _unpacked(block: _Block, packed: bytes, large: list[memoryview]) -> Came:

@@ -154,7 +154,7 @@ def test_items_that_cannot_be_pickled(warm):
     feed = fed(warm, double)
     with pytest.raises(TypeError) as caught:
         feed.give(0, [(n for n in range(3))])
-    assert any("could not pickle items 0:1" in note for note in caught.value.__notes__)
+    assert any("could not pickle item 0 for" in note for note in caught.value.__notes__)
     feed.give(0, [4])
     assert results(feed, 1) == [(0, 1, [8])]
     feed.close()
