@@ -47,7 +47,8 @@ from taskcarrier.layout import ALIGNMENT, address_of
 
 # The words of a ledger (signed 64-bit): a row for what all look at, one for what all change, then
 # one for each worker.
-_ROW = 8  # 64 bytes: two workers never write one cache line
+# 128 bytes: two workers never write one cache line, nor one of a pair, which are fetched together.
+_ROW = 16
 _HALTED = 0
 _CURSOR = _ROW  # where compiled loops claim
 _IN_HAND, _ITEMS, _ITEM, _RANGES, _SINCE, _AGAIN = range(6)

@@ -351,9 +351,9 @@ class TestLedger:
         ledger.hold_again(1, 2)
         ledger.lay_down_again(1, 2, 5)
         changed = [i for i in range(len(buffer)) if buffer[i] != before[i]]
-        # One cache line, that of worker 1 behind two of the run and that of worker 0.
+        # One pair of cache lines, that of worker 1 behind two of the run and that of worker 0.
         assert changed
-        assert {i // 64 for i in changed} == {3}
+        assert {i // 128 for i in changed} == {3}
 
     def test_the_words_fit(self):
         for n_workers in (1, 2, 50):

@@ -26,6 +26,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.core.errors import ForceLiteralArg, NumbaError, TypingError
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
@@ -75,6 +76,18 @@ def _store(_context: Any, _address: Any, _value: Any) -> Any:
         return target.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _copy(_context: Any, _to: Any, _begin: Any, _nbytes: Any) -> Any:
+    """Copy bytes from one address to another."""
+
+    def codegen(target: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        to, begin = (builder.inttoptr(address, cgutils.voidptr_t) for address in args[:2])
+        cgutils.raw_memcpy(builder, to, begin, args[2], 1)
+        return target.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
 
 
 def _maker(array_type: types.Array) -> Any:
@@ -514,6 +527,7 @@ def _compiled(
         "take": _take,
         "load": _load,
         "store": _store,
+        "copy": _copy,
     }
     parameters = ["words", "row", "begin", "end", "first", "last", "n_cells", "size", "n_items"]
     signature: list[types.Type] = [word] * len(parameters)
@@ -557,9 +571,10 @@ def _compiled(
     if row_at is not None:  # so many of the extras come before it
         names["row_dtype"] = found.dtypes[0]
         before.append("filled = np.empty(y0_shape, row_dtype)")
+        before.append("filled_at, filled_nbytes = filled.ctypes.data, filled.nbytes")
         arguments.insert(len(lies) + row_at, "filled")
         within.append(f"kernel({', '.join(arguments)})")
-        written = [f"{targets[0]}[...] = filled" if outs[0].ndim else f"{targets[0]} = filled[()]"]
+        written = [_put_in_place(targets[0], outs[0], found.dtypes[0])]
     else:
         within.append(f"value = kernel({', '.join(arguments)})")
         written = [
@@ -584,6 +599,16 @@ def _compiled(
     loop.disable_compile()
     run: Callable[..., None] = loop
     return run
+
+
+def _put_in_place(target: str, lie: Lie, dtype: np.dtype[Any]) -> str:
+    """The statement that copies a filled row of some dtype to its place in the output."""
+    if lie.ndim == 0:
+        return f"{target} = filled[()]"
+    if lie.layout == "C" and lie.dtype == dtype:
+        # Assigning takes compiled code about 1 ns an element: 5 % of a picture of small numbers.
+        return "copy(y0 + i * y0_step, filled_at, filled_nbytes)"
+    return f"{target}[...] = filled"
 
 
 # What every fused loop does; how arrays, kernel and results look like is filled in.
