@@ -88,6 +88,16 @@ class WorkerTracebackError(Exception):
         return f"\n{self.args[0]}"
 
 
+# Why a process may have died of a signal.
+_HINTS = {
+    "SIGKILL": "; the kernel kills so when memory runs out",
+    **dict.fromkeys(
+        ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT"),
+        "; some library or compiled function has crashed",
+    ),
+}
+
+
 class _Ended(Protocol):
     """A worker that died (`taskcarrier.backends.work.Death`)."""
 
@@ -105,11 +115,7 @@ def obituary(death: _Ended, where: str | None) -> str:
     if death.was_late:
         return f"worker {death.worker} ({death.name}) was stopped {at_work}: it took too long"
     tried = f", attempt {death.attempt}" if death.attempt > 1 else ""
-    hint = (
-        "; the kernel kills so when memory runs out, and some libraries crash so"
-        if death.exitcode is not None and death.exitcode < 0
-        else ""
-    )
+    hint = _HINTS.get(_signal_name(death.exitcode), "")
     return (
         f"worker {death.worker} ({death.name}{tried}) {describe_exit(death.exitcode)} "
         f"{at_work}{hint}"
@@ -133,8 +139,11 @@ def describe_exit(exitcode: int | None) -> str:
         return "gone"
     if exitcode >= 0:
         return f"exited with code {exitcode}"
+    return f"killed by signal {-exitcode} ({_signal_name(exitcode)})"
+
+
+def _signal_name(exitcode: int | None) -> str:
     try:
-        name = signal.Signals(-exitcode).name
+        return signal.Signals(-(exitcode or 0)).name
     except ValueError:
-        name = "no standard signal"
-    return f"killed by signal {-exitcode} ({name})"
+        return "no standard signal"

@@ -8,7 +8,14 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 
 import taskcarrier
-from taskcarrier.errors import TaskError, WorkerDiedError, WorkerTracebackError, describe_exit
+from taskcarrier.backends.work import Death
+from taskcarrier.errors import (
+    TaskError,
+    WorkerDiedError,
+    WorkerTracebackError,
+    describe_exit,
+    obituary,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +31,21 @@ from taskcarrier.errors import TaskError, WorkerDiedError, WorkerTracebackError,
 )
 def test_describe_exit(exitcode, text):
     assert describe_exit(exitcode) == text
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "end"),
+    [
+        (-signal.SIGKILL, "; the kernel kills so when memory runs out"),
+        (-signal.SIGSEGV, "; some library or compiled function has crashed"),
+        (-signal.SIGTERM, " while mapping item 3"),
+        (3, " while mapping item 3"),
+        (None, " while mapping item 3"),
+    ],
+)
+def test_obituary_hints_at_a_cause(exitcode, end):
+    death = Death(0, "process 7", exitcode, (3, 4), 1)
+    assert obituary(death, "item 3").endswith(end)
 
 
 class TestWorkerDiedError:

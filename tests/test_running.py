@@ -542,7 +542,7 @@ class TestInterrupt:
 
 DEATH = (
     "worker 2 (process 7, attempt 3) killed by signal 9 (SIGKILL) while mapping <12:14>; "
-    "the kernel kills so when memory runs out, and some libraries crash so"
+    "the kernel kills so when memory runs out"
 )
 
 
