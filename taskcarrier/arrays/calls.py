@@ -406,7 +406,7 @@ def _worded(
         f"func returned {failure.error.spec.describe(stop - start)} for axis "
         f"{call.inputs.axes[0]}, items {start}:{stop}, but {expected}; it must return the same "
         "dtype and the same shape but for the mapped axis for every chunk (for example with "
-        ".astype, or pass dtype=)"
+        ".astype, or pass dtype=); results of any shape go to map_chunks, or to a mapper"
     )
 
 
