@@ -253,9 +253,10 @@ class Mapper:
         WorkerDiedError, TimeoutError
             As for `map`.
         Exception
-            Whatever `func` or the input raises, with a note that names the item, when it is that
+            Whatever `func` raises, with a note that names the item, or the input, when it is that
             item's turn: with ``ordered=True`` after the results of all items before it. It ends the
-            iterator. (A `StopIteration` of `func` comes as a `RuntimeError`, as in generators.)
+            iterator; to go on after errors of `func`, catch them in it. (Its `StopIteration` comes
+            as a `RuntimeError`, as in generators.)
             What cannot be unpickled, an item or a result, takes its whole block with it.
 
         Examples
