@@ -570,8 +570,10 @@ def _compiled(
             arguments.append(name)
     if row_at is not None:  # so many of the extras come before it
         names["row_dtype"] = found.dtypes[0]
-        before.append("filled = np.empty(y0_shape, row_dtype)")
-        before.append("filled_at, filled_nbytes = filled.ctypes.data, filled.nbytes")
+        before += [
+            "filled = np.empty(y0_shape, row_dtype)",
+            "filled_at, filled_nbytes = filled.ctypes.data, filled.nbytes",
+        ]
         arguments.insert(len(lies) + row_at, "filled")
         within.append(f"kernel({', '.join(arguments)})")
         written = [_put_in_place(targets[0], outs[0], found.dtypes[0])]
