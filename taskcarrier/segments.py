@@ -449,11 +449,12 @@ class Staging:
     def place(self, nbytes: int, low: int = 0) -> tuple[Segment, int]:
         """Room for `nbytes` whose original address is `low`: the segment and an offset."""
         offset = aligned(self._end) + low % ALIGNMENT
-        self._end = offset + nbytes
+        end = offset + nbytes
         if self._segment is None:
-            self._prepare(self._end)
+            self._prepare(end)
+        self._end = end
         assert self._segment is not None  # for the type checker
-        self._segment.reserve(self._end)
+        self._segment.reserve(end)
         self.nbytes += nbytes
         return self._segment, offset
 

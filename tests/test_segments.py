@@ -123,6 +123,10 @@ class TestRoundTrip:
         assert segment.read(begin + 10, begin + 99_000) == content[10:99_000]
         assert segment.read(begin, begin) == b""
 
+    def test_bytes_that_come_first_reserve_no_more_than_their_own_room(self, folder):
+        segment, begin = Staging(folder).add(memoryview(bytes(1_000_000)))
+        assert segment.nbytes == begin + 1_000_000
+
     @given(st.data())
     def test_any_view(self, data):
         dtype = data.draw(hnp.scalar_dtypes())
