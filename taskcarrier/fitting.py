@@ -299,7 +299,7 @@ class _Parameters:
     @classmethod
     def of(cls, estimator: Any) -> _Parameters | None:
         """Those of an estimator that was cloned just now; None if there is more to it."""
-        if not hasattr(estimator, "get_params"):
+        if not hasattr(estimator, "get_params") or _clones_itself(estimator):
             return None
         found = cls(type(estimator), estimator.get_params(deep=False))
         if not all(value is None or type(value) in _PLAIN for value in found.values.values()):
@@ -309,6 +309,13 @@ class _Parameters:
 
     def fresh(self) -> Any:
         return self.kind(**self.values)
+
+
+def _clones_itself(estimator: Any) -> bool:
+    """Whether its class says how it is cloned, other than scikit-learn's estimators do."""
+    base = sys.modules.get("sklearn.base")
+    common = None if base is None else getattr(base.BaseEstimator, "__sklearn_clone__", None)
+    return getattr(type(estimator), "__sklearn_clone__", common) is not common
 
 
 def _has_only(estimator: Any, expected: dict[str, Any]) -> bool:

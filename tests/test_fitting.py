@@ -169,6 +169,12 @@ class TestWhatIsGiven:
         for one in fit_many([scaler] * 3, X, **run):
             assert one._sklearn_output_config == scaler._sklearn_output_config
 
+    def test_an_estimator_that_says_how_it_is_cloned(self, run):
+        given = ClonesItself.with_level(2)
+        for one in fit_many([given] * 3, X, **run):
+            assert one.level == 2
+            assert one.seen == len(X)
+
     def test_data_in_other_orders(self, run):
         turned = np.asfortranarray(np.tile(X, (4, 1)))
         targets = np.tile(y, 4)
@@ -215,6 +221,26 @@ class TestWhatIsGiven:
         shared, targets = share(np.tile(X, (50, 1))), share(np.tile(y, 50).astype(float))
         fit_many([Ridge()] * 4, shared, targets, n_jobs=2, backend="loky")
         assert last_report().bytes_copied < 10_000  # the estimators themselves
+
+
+class ClonesItself:
+    """Nothing but plain parameters, but not made by its constructor."""
+
+    @classmethod
+    def with_level(cls, level):
+        made = cls()
+        made.level = level
+        return made
+
+    def get_params(self, deep=True):
+        return {"level": self.level}
+
+    def __sklearn_clone__(self):
+        return self.with_level(self.level)
+
+    def fit(self, X):
+        self.seen = len(X)
+        return self
 
 
 class Growing(BaseEstimator):
