@@ -339,6 +339,23 @@ def test_stopping_early(make, how):
     assert mapper(abs, [-1, 2]) == [1, 2]
 
 
+def test_a_thread_that_closes_its_own_stream_before_it_begins(monkeypatch):
+    # As the garbage collector may do, when all has come and nobody wants more of it.
+    came, closed, numbers = threading.Event(), threading.Event(), itertools.count()
+
+    def limit_this_thread():
+        if next(numbers) == 1:
+            came.wait(LONG)
+            results.close()
+            closed.set()
+
+    monkeypatch.setattr(threads, "limit_this_thread", limit_this_thread)
+    results = MAKERS["dynamic threads"]().imap(abs, [-1])
+    assert next(results) == 1
+    came.set()
+    assert closed.wait(LONG)
+
+
 def test_stopping_early_kills_a_process_that_does_not_come_to_an_end():
     processes = MAKERS["dynamic processes"](chunksize=1)
     results = processes.imap(lambda n: n if n < 4 else time.sleep(LONG), itertools.count())

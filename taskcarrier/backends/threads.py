@@ -17,7 +17,16 @@ from queue import SimpleQueue
 
 from taskcarrier.backends.feeds import ThreadFeed
 from taskcarrier.backends.inner import limit_this_thread, limited, serial_joblib
-from taskcarrier.backends.work import Account, Deliver, Feeder, Job, Ran, outlet_here, work
+from taskcarrier.backends.work import (
+    Account,
+    Deliver,
+    Feeder,
+    Job,
+    Ran,
+    be_at_work,
+    outlet_here,
+    work,
+)
 from taskcarrier.ledger import Ledger
 
 # Seconds between two looks at a run whose progress is shown.
@@ -44,6 +53,8 @@ class _Worker:
 
     def _live(self) -> None:
         serial_joblib()
+        # Between two runs, too: the garbage collector may close a stream at any moment.
+        be_at_work(True)
         while (run := self.inbox.get()) is not None:
             run()
             del run  # nothing of a run is kept while waiting for the next
