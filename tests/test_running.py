@@ -21,7 +21,7 @@ from taskcarrier.backends.parts import Parts
 from taskcarrier.backends.work import NOTHING, Account, Death, Failure
 from taskcarrier.balance import Dynamic, Static
 from taskcarrier.errors import WorkerDiedError
-from taskcarrier.ledger import DONE, OWN_MARKS
+from taskcarrier.ledger import DONE, OWN_MARKS, ledger_nbytes
 from taskcarrier.partition import Grid
 from taskcarrier.recovery import USUAL, Recovery
 from taskcarrier.report import Report, last_report
@@ -394,7 +394,8 @@ class Watch:
 
 
 def ledger_workers(ledger):
-    return len(ledger._words) // 8 - 2
+    of_none, of_one = ledger_nbytes(0), ledger_nbytes(1)
+    return (8 * len(ledger._words) - of_none) // (of_one - of_none)
 
 
 @pytest.mark.parametrize("balance", [Static(), Dynamic()], ids=lambda rule: rule.name)

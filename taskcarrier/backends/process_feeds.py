@@ -12,7 +12,6 @@ says, before new blocks; if that is given up, the error comes in place of the re
 from __future__ import annotations
 
 import contextlib
-import math
 import pickle
 import time
 from collections import deque
@@ -45,6 +44,8 @@ from taskcarrier.partition import in_words
 from taskcarrier.recovery import Again
 from taskcarrier.segments import Segment, Staging
 
+# A worker starts, and imports what the function needs, in less; after that it has hung.
+_STARTING_SECONDS = 60.0
 # A pickle from this size on lies in a segment too. Far below what a socket holds.
 _SENT_NBYTES = 1 << 14
 
@@ -165,13 +166,14 @@ class ProcessFeed:
     def close(self) -> Ran:
         """Stop: workers at the end of their range, or soon by force.
 
-        When all is done, a worker that is there still is one that has just been started.
+        When all is done, a worker that is there still is one that has just been started: it gets
+        the time to.
         """
         is_done = not self._waiting and not any(self._handed.values())
         if not is_done:
             self.ledger.halt()
         try:
-            self._end(math.inf if is_done else GRACE_SECONDS)
+            self._end(_STARTING_SECONDS if is_done else GRACE_SECONDS)
         finally:
             if self._memory_kept:
                 for segment in self._parcel.segments:
