@@ -8,8 +8,12 @@ collected, then the workers are ended by `taskcarrier.shutdown()`, and what is s
 neither there before the test nor when the session began is a leak. `tests/test_conftest.py` sees
 each sort found.
 
-The session has a temporary folder of its own. That makes every entry in it ours, and it marks our
-processes: an orphan has left the tree of children, but its environment still names the folder.
+Only what this session's own process tree has made is looked at, so other programs, another session
+of these tests among them, may run beside it. The session has a folder of its own. TMPDIR is in it:
+every entry there is ours, and the path marks our processes. (An orphan has left the tree of
+children, but its environment still names the folder.) The folders of pytest's `tmp_path` are in it
+too; sessions that share one clean up for each other. What of /dev/shm is ours is decided in
+`tests/shared_memory.py`.
 """
 
 import builtins
@@ -24,22 +28,27 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
 import psutil
 import pytest
 
-SHARED = Path("/dev/shm")
+from tests.shared_memory import SharedMemoryWatch, all_entries
+
 DESCRIPTORS = Path("/proc/self/fd")
-FOLDER = tempfile.mkdtemp(prefix="taskcarrier-tests-")
+FOLDER = Path(tempfile.mkdtemp(prefix="taskcarrier-tests-"))
+TEMPORARY = FOLDER / "temporary"  # watched
+TMP_PATHS = FOLDER / "pytest"  # not watched: pytest keeps what is in it until the session ends
+SHARED_MEMORY = SharedMemoryWatch()
 # These are not ours: what is asked of every process, many thousand times, is not asked of them.
 THERE_BEFORE = set(psutil.pids())
 GRACE = 5.0  # seconds for threads and processes that are already ending; arbitrary
 
 # What each sort of leak is called, and what identifies one: an ident, a pid, a number and its
 # target, a path. Values are what the failure shows.
-Things = dict[str, dict[object, str]]
+Things = dict[str, dict[Any, str]]
 
 # A first call starts workers or compiles, later ones do not: no deadline tells the two apart.
 hypothesis.settings.register_profile("taskcarrier", deadline=None)
@@ -56,11 +65,12 @@ def pytest_configure(config: pytest.Config) -> None:
         name: os.environ.get(name)
         for name in ("TMPDIR", "PYTEST_DEBUG_TEMPROOT", "JOBLIB_TEMP_FOLDER")
     }
-    # pytest keeps its tmp_path folders on purpose, so they stay where they were.
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    TEMPORARY.mkdir()
+    TMP_PATHS.mkdir()
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(TMP_PATHS))
     # Names another place than TMPDIR, which would not be watched.
     os.environ.pop("JOBLIB_TEMP_FOLDER", None)
-    os.environ["TMPDIR"] = FOLDER
+    os.environ["TMPDIR"] = str(TEMPORARY)
     tempfile.tempdir = None  # asks the environment again
     if np.lib.NumpyVersion(np.__version__) < "2.0.0":
         # NumPy 1 counts the threads that have an errstate of their own without a lock: the end of
@@ -69,7 +79,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    shutil.rmtree(FOLDER, ignore_errors=True)
+    # What a failed test had in its tmp_path is for whoever looks into the failure.
+    shutil.rmtree(TEMPORARY if failed in config.stash else FOLDER, ignore_errors=True)
     for name, value in config.stash[previous].items():
         if value is None:
             os.environ.pop(name, None)
@@ -142,10 +153,7 @@ def left_behind(*allowed: Things) -> Things:
             break
         time.sleep(0.01)
         gc.collect()
-    if shared := leaked.get("shared memory"):
-        for path in held_by_others(shared):
-            del shared[path]
-    return {sort: things for sort, things in leaked.items() if things}
+    return leaked
 
 
 def complain(leaked: Things, who: str) -> None:
@@ -155,12 +163,16 @@ def complain(leaked: Things, who: str) -> None:
 
 
 def everything() -> Things:
+    in_memory = all_entries()  # before the processes, among which their makers then are
+    children = processes()
+    family = {pid for pid, _ in children} | {os.getpid()} | resource_trackers()
+    in_memory = SHARED_MEMORY.entries_of(family, in_memory)
     return {
         "thread": threads(),
-        "process": processes(),
+        "process": children,
         "descriptor": descriptors(),
-        "temporary entry": entries(Path(FOLDER)),
-        "shared memory": entries(SHARED),
+        "temporary entry": {path: str(path) for path in TEMPORARY.iterdir()},
+        "shared memory": {path: str(path) for path in in_memory},
     }
 
 
@@ -179,7 +191,7 @@ def threads() -> dict[object, str]:
     return {thread: repr(thread) for thread in threading.enumerate()}
 
 
-def processes() -> dict[object, str]:
+def processes() -> dict[tuple[int, float], str]:
     """All children, grandchildren and orphans, zombies too."""
     trackers = resource_trackers()
     pids = {child.pid for child in psutil.Process().children(recursive=True)}
@@ -197,7 +209,7 @@ def is_marked(pid: int) -> bool:
     """Whether a process was started with our temporary folder, or with one inside it."""
     try:
         with open(f"/proc/{pid}/environ", "rb") as environment:  # noqa: PTH123 - read hundreds of times a test
-            return b"TMPDIR=" + os.fsencode(FOLDER) in environment.read()
+            return b"TMPDIR=" + bytes(FOLDER) in environment.read()
     except OSError:  # gone, or somebody else's
         return False
 
@@ -221,23 +233,6 @@ def descriptors() -> dict[object, str]:
         if number not in trackers:
             found[number, target] = f"{number} -> {target}"
     return found
-
-
-def entries(folder: Path) -> dict[object, str]:
-    return {path: str(path) for path in folder.iterdir()} if folder.is_dir() else {}
-
-
-def held_by_others(paths: Iterable[object]) -> set[object]:
-    """Those that a process outside this session has mapped; /dev/shm is the whole machine's."""
-    family = {pid for pid, _ in processes()} | {os.getpid()} | resource_trackers()
-    held: set[object] = set()
-    for pid in set(psutil.pids()) - family:
-        try:
-            maps = Path(f"/proc/{pid}/maps").read_text()
-        except OSError:
-            continue
-        held.update(path for path in paths if str(path) in maps)
-    return held
 
 
 def loaded_trackers() -> list:

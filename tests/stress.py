@@ -45,9 +45,9 @@ from taskcarrier import (
     map_items,
     reduce_array,
 )
+from tests.shared_memory import SharedMemoryWatch, all_entries
 
 ROOT = Path(__file__).parents[1]
-SHARED = Path("/dev/shm")
 BALANCES = ("static", "dynamic")
 HANGS_AFTER = 180.0  # seconds
 MOST_FOUND = 5  # then it is enough
@@ -427,14 +427,6 @@ def wait_for(condition: Callable[[], bool], otherwise: str) -> None:
         time.sleep(0.02)
 
 
-def in_memory() -> set[Path]:
-    return set(SHARED.iterdir()) if SHARED.is_dir() else set()
-
-
-def new_in_memory(before: set[Path]) -> set[Path]:
-    return in_memory() - before
-
-
 def run_round(kind: str, seed: int) -> tuple[Done, str]:
     """What a round did, and what is wrong with it."""
     with tempfile.TemporaryDirectory(prefix="taskcarrier-stress-") as name:
@@ -447,7 +439,7 @@ def run_round(kind: str, seed: int) -> tuple[Done, str]:
             mount = f"mount -t tmpfs -o size=4m tmpfs '{disk}' && exec \"$@\""
             command = ["unshare", "--mount", "sh", "-c", mount, "sh", *command]
         environment = {**os.environ, "TMPDIR": str(temp), "STRESS_DISK": str(disk)}
-        before = in_memory()
+        shared_memory = SharedMemoryWatch()
         program = subprocess.Popen(
             command,
             env=environment,
@@ -475,8 +467,10 @@ def run_round(kind: str, seed: int) -> tuple[Done, str]:
         try:
             wait_for(lambda: not marked_processes(str(temp)), "processes are left")
             check(not list(temp.iterdir()), f"files are left: {list(temp.iterdir())}")
-            # What other programs have there for a moment goes.
-            wait_for(lambda: not new_in_memory(before), "shared memory is left")
+            # No process of the round is left, so whatever belongs to it has been left behind.
+            wait_for(
+                lambda: not shared_memory.entries_of(set(), all_entries()), "shared memory is left"
+            )
         except AssertionError as error:
             return done, str(error)
         return done, ""

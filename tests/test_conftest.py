@@ -3,7 +3,10 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -77,6 +80,32 @@ LEAKS = {
         """,
         "shared memory: /dev/shm/stray-*",
     ),
+    "shared_by_dead": (
+        """
+        import subprocess
+        subprocess.run(["sh", "-c", ": > /dev/shm/stray-$$-dead"], check=True)
+        """,
+        "shared memory: /dev/shm/stray-*-dead",
+    ),
+    "shared_and_open": (
+        """
+        import os
+        os.open("/dev/shm/stray-open", os.O_CREAT | os.O_RDONLY, 0o600)
+        """,
+        "shared memory: /dev/shm/stray-open",
+    ),
+    "shared_and_mapped": (
+        """
+        import builtins, mmap, os
+        from multiprocessing import resource_tracker, shared_memory
+        tracked, resource_tracker.register = resource_tracker.register, lambda *_: None
+        builtins.kept_segment = shared_memory.SharedMemory("stray-mapped", create=True, size=8)
+        resource_tracker.register = tracked
+        os.close(builtins.kept_segment._fd)
+        builtins.kept_segment._fd = -1
+        """,
+        "shared memory: /dev/shm/stray-mapped",
+    ),
 }
 LATE = """
     import os, pytest
@@ -115,10 +144,41 @@ CLEAN = """
 """
 
 
+# What another program may do in /dev/shm meanwhile: entries with its number, as joblib makes them,
+# and one without, come and go; those that are there when it is killed stay.
+NEIGHBOUR = """
+import os, sys, time
+from pathlib import Path
+entries = [Path(f"/dev/shm/stray_{os.getpid()}_{i}") for i in range(3)]
+entries.append(Path("/dev/shm/stray-unnumbered"))
+while os.getppid() == int(sys.argv[1]):
+    for entry in entries:
+        entry.mkdir()
+    print("ready", flush=True)
+    time.sleep(0.02)
+    for entry in entries:
+        entry.rmdir()
+"""
+WITH_A_NEIGHBOUR = """
+    import os, signal, time
+
+    def test_while_it_lives():
+        time.sleep(0.1)
+
+    def test_while_it_is_killed():
+        os.kill({pid}, signal.SIGKILL)
+        while os.path.exists("/proc/{pid}"):
+            time.sleep(0.01)
+
+    def test_afterwards():
+        pass
+"""
+
+
 @pytest.fixture
 def run(pytester, monkeypatch):
     """Runs pytest on a test module in parts, under our conftest.py, in a process of its own."""
-    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    set_environment(pytester, monkeypatch)
 
     def run_module(*parts, grace=0.3):
         pytester.makeconftest((ROOT / "conftest.py").read_text() + f"\nGRACE = {grace}\n")
@@ -130,11 +190,21 @@ def run(pytester, monkeypatch):
     return run_module
 
 
+def set_environment(pytester, monkeypatch):
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    monkeypatch.delenv("PYTEST_DEBUG_TEMPROOT", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for what conftest.py imports
+    # A session with a failed test keeps its folder.
+    folder = pytester.path / "folder of the session"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+
+
 def clean_up(output):
     """Ends what was reported to be left behind: this test is not to leak it either."""
     for pid in set(re.findall(r"process: (\d+) \S+ sleep 30", output)):
         os.kill(int(pid), signal.SIGKILL)
-    for path in set(re.findall(r"shared memory: (\S+/stray-\d+)", output)):
+    for path in set(re.findall(r"shared memory: (/dev/shm/stray-\S+)", output)):
         Path(path).unlink()
 
 
@@ -164,6 +234,38 @@ def test_a_leak_after_the_last_test_fails_the_session(run):
 
 def test_nothing_is_said_where_nothing_leaks(run):
     run(CLEAN, grace=60).assert_outcomes(passed=4)
+
+
+def test_what_other_programs_have_in_shared_memory_is_not_looked_at(run):
+    command = [sys.executable, "-c", NEIGHBOUR, str(os.getpid())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as neighbour:
+        assert neighbour.stdout.readline() == "ready\n"
+        # So that it can go on printing, and leaves no zombie.
+        threading.Thread(target=neighbour.communicate).start()
+        try:
+            result = run(WITH_A_NEIGHBOUR.format(pid=neighbour.pid))
+        finally:
+            neighbour.kill()
+    for path in Path("/dev/shm").glob("stray[-_]*"):
+        path.rmdir()
+    result.assert_outcomes(passed=3)
+
+
+def test_a_session_keeps_to_a_folder_of_its_own(pytester, monkeypatch):
+    set_environment(pytester, monkeypatch)
+    pytester.makeconftest((ROOT / "conftest.py").read_text())
+    pytester.makepyfile("""
+        import os
+        from pathlib import Path
+
+        def test_it(tmp_path):
+            folder = Path(os.environ["TMPDIR"]).parent
+            assert tmp_path.is_relative_to(folder)
+            Path("where").write_text(str(folder))
+    """)
+    result = pytester.run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
+    result.assert_outcomes(passed=1)
+    assert not Path(Path("where").read_text()).exists()
 
 
 def test_a_failed_test_may_hold_descriptors_but_nothing_else(run):
