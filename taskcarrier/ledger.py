@@ -284,6 +284,12 @@ class Ledger:
         own = self._own_marks
         self.marks = given if given is not None or own is None else own[:n_cells]
 
+    def marked(self, mark: int) -> list[int]:
+        """The cells with this mark; none where cells are not marked."""
+        if self.marks is None:
+            return []
+        return np.flatnonzero(np.frombuffer(self.marks, np.uint8) == mark).tolist()
+
     # What workers do
 
     def claim(self, worker: int) -> int:
@@ -326,6 +332,10 @@ class Ledger:
     def halt(self) -> None:
         """Ask every worker to stop at its next cell."""
         self._words[_HALTED] = 1
+
+    def go_on(self) -> None:
+        """Take back what `halt` asked for, from workers that have not seen it yet."""
+        self._words[_HALTED] = 0
 
     @property
     def halted(self) -> bool:

@@ -132,7 +132,7 @@ class Outcome:
     deaths : list of Death
         Workers that ended by themselves and whose ranges were not run by others.
     missing : list of (int, int)
-        Ranges without a result because of these, ascending.
+        Ranges without a result, ascending, as far as marks tell.
     report : Report
         For people.
     agreed : object
@@ -287,10 +287,7 @@ def execute(
     failures.sort(key=lambda failure: failure.place)
     done = sum(account.items for account in accounts)
     if done != grid.n_items and not failures and not ran.deaths and kept is None:
-        raise RuntimeError(
-            f"only {done} of {grid.n_items} items were run, though nothing failed; did the "
-            "function fork, or write to memory that is not its own?"
-        )
+        raise _lost_silently(f"only {done} of {grid.n_items} items were run")
     # A filter may make an exception of a warning, which must not take the place of a real one.
     with suppress(Warning) if failures else nullcontext():
         warn_again(accounts)
@@ -372,7 +369,32 @@ def raise_failure(outcome: Outcome, describe: Describe) -> None:
             account.failure = None
 
 
-def died_error(
+def refuse_missing(
+    outcome: Outcome,
+    describe: Describe,
+    missing: list[tuple[int, int]],
+    partial: Callable[[], object],
+) -> None:
+    """Raise if ranges have no result: the last count before a result is returned as whole.
+
+    `partial` makes what there is of it.
+    """
+    if not missing:
+        return
+    if outcome.deaths:
+        raise _died_error(outcome, describe, missing, partial())
+    others = f" and {len(missing) - 1} more ranges" if missing[1:] else ""
+    raise _lost_silently(f"there is no result for {describe(*missing[0])}{others}")
+
+
+def _lost_silently(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{what}, though nothing failed; did the function fork, or write to memory that is not "
+        "its own?"
+    )
+
+
+def _died_error(
     outcome: Outcome, describe: Describe, missing: list[tuple[int, int]], partial: object
 ) -> WorkerDiedError:
     """The error for workers that died, with everything the others did finish."""
@@ -422,7 +444,7 @@ def _run_here(job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None)
     with limited.open():
         account = work(job, ledger, 0, outlet_here(deliver))
     account.name = "caller"
-    return Ran.read([account], ledger)
+    return Ran.read([account], ledger, job.grid)
 
 
 def report_of(

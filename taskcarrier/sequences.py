@@ -25,9 +25,9 @@ from taskcarrier.recovery import Recovery, Retried
 from taskcarrier.running import (
     Settings,
     decide,
-    died_error,
     execute,
     raise_failure,
+    refuse_missing,
 )
 from taskcarrier.streams import Streams, WithStream
 
@@ -82,8 +82,7 @@ def mapped(
     )
     raise_failure(outcome, in_words)
     results, faults, missing = _joined(done, len(items))
-    if outcome.deaths and missing:
-        raise died_error(outcome, in_words, missing, results)
+    refuse_missing(outcome, in_words, missing, lambda: results)
     if not collects:
         return results
     for start, stop, error in faults:

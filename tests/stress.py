@@ -111,6 +111,27 @@ def some_run(rng: random.Random, **options: Any) -> Run:
     return lambda: mapper.map(slow_double, values, **options), [2 * one for one in values]
 
 
+def failing_run(rng: random.Random, **options: Any) -> Callable[[], Any]:
+    """A map that must not come to a result: its error is large, so that it takes time to send."""
+    n_items = rng.choice([2, 40, 400])
+    fails_at = float(rng.randrange(n_items))
+
+    def func(item: float) -> float:
+        time.sleep(0.0002)
+        if item == fails_at:
+            raise ValueError(bytes(20_000_000))
+        return item
+
+    X = np.arange(float(n_items))
+    balance = rng.choice(BALANCES)
+    options = {"n_jobs": 2, "backend": "loky", **options}
+    if rng.random() < 0.5:  # one way or the other
+        return lambda: map_items(func, X, balance=balance, **options)
+    kind = StaticParallelMapper if balance == "static" else DynamicParallelMapper
+    mapper = kind(options.pop("n_jobs"), backend=options.pop("backend"))
+    return lambda: mapper.map(func, X.tolist(), **options)
+
+
 def sum_of(left: float, right: float) -> float:
     return left + right
 
@@ -176,16 +197,25 @@ def deaths(rng: random.Random) -> Done:
 
     for _ in range(12):
         retries = rng.choice([0, 1, 2, 2, 5])
-        call, expected = some_run(rng, retries=retries)
+        fails = rng.random() < 0.3  # some
+        if fails:
+            call, expected = failing_run(rng, retries=retries), None
+        else:
+            call, expected = some_run(rng, retries=retries)
         delays = [rng.uniform(0, 0.05), rng.uniform(0, 0.3)]
         with soon(delays[0], kill), soon(delays[1], kill):
             try:
                 result = call()
             except WorkerDiedError as error:
                 done["died errors"] += 1
-                check_partial(error, expected)
+                if not fails:
+                    check_partial(error, expected)
+            except ValueError:
+                done["right errors"] += 1
+                check(fails, "an error out of nowhere")
             else:
                 done["right results"] += 1
+                check(not fails, "a result of a run that has failed")
                 check(same(result, expected), "a wrong result")
     call, expected = some_run(rng)
     check(same(call(), expected), "a wrong result after all kills")

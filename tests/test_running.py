@@ -13,15 +13,16 @@ from time import monotonic_ns
 import numpy as np
 import pytest
 
-from taskcarrier import map_array, progress
+from taskcarrier import StaticParallelMapper, map_array, map_chunks, progress, reduce_array
 from taskcarrier.backends.choice import Choice
 from taskcarrier.backends.crews import shutdown
 from taskcarrier.backends.given import Call
 from taskcarrier.backends.parts import Parts
+from taskcarrier.backends.process_runs import ProcessRun
 from taskcarrier.backends.work import NOTHING, Account, Death, Failure
 from taskcarrier.balance import Dynamic, Static
 from taskcarrier.errors import WorkerDiedError
-from taskcarrier.ledger import DONE, OWN_MARKS, ledger_nbytes
+from taskcarrier.ledger import DONE, FREE, OWN_MARKS, ledger_nbytes
 from taskcarrier.partition import Grid
 from taskcarrier.recovery import USUAL, Recovery
 from taskcarrier.report import Report, last_report
@@ -30,9 +31,9 @@ from taskcarrier.running import (
     Outcome,
     Settings,
     decide,
-    died_error,
     execute,
     raise_failure,
+    refuse_missing,
 )
 from taskcarrier.segments import Recycler, Segment, SharedView
 from tests.clocks import LATE, stopped_clock
@@ -497,7 +498,8 @@ class TestTimeout:
         assert failure.range == (4, 6)
         assert isinstance(failure.error, TimeoutError)
         assert failure.worker.startswith("process ")
-        assert (outcome.deaths, outcome.missing) == ([], [])
+        assert outcome.deaths == []
+        assert (4, 6) in outcome.missing
 
     @pytest.mark.parametrize("backend", ["sequential", "threading"])
     def test_where_nothing_can_be_stopped(self, backend, monkeypatch):
@@ -616,11 +618,20 @@ class TestRaiseFailure:
             gc.enable()
 
 
-class TestDiedError:
-    def test_facts(self):
+def refused(outcome, missing, partial=None):
+    with pytest.raises((WorkerDiedError, RuntimeError)) as info:
+        refuse_missing(outcome, describe, missing, lambda: partial)
+    return info.value
+
+
+class TestRefuseMissing:
+    def test_nothing_is_missing(self):
+        refuse_missing(outcome_with(deaths=[Death(0, "a", 3, None)]), describe, [], pytest.fail)
+
+    def test_facts_of_a_death(self):
         deaths = [Death(1, "process 7", 3, None), Death(0, "process 8", -11, (4, 6), 3)]
         missing = [(4, 6), (18, 19)]
-        error = died_error(outcome_with(deaths=deaths), describe, missing, "partial")
+        error = refused(outcome_with(deaths=deaths), missing, "partial")
         assert isinstance(error, WorkerDiedError)
         assert (error.worker, error.exitcode, error.in_hand) == ("process 8", -11, (4, 6))
         assert error.attempt == 3
@@ -634,18 +645,98 @@ class TestDiedError:
             "also, worker 1 (process 7) exited with code 3 between two ranges"
         ]
 
-    def test_the_lowest_range_names_it(self):
+    def test_the_lowest_range_names_the_death(self):
         deaths = [Death(0, "a", 3, (8, 9)), Death(1, "b", 4, (2, 3)), Death(2, "c", 5, (4, 5))]
-        error = died_error(outcome_with(deaths=deaths), describe, [(2, 3)], None)
+        error = refused(outcome_with(deaths=deaths), [(2, 3)])
         assert (error.worker, error.in_hand) == ("b", (2, 3))
         assert "1 range without a result" in str(error)
         assert [note.split()[3] for note in error.__notes__] == ["(c)", "(a)"]
 
-    def test_nothing_in_hand(self):
-        outcome = outcome_with(deaths=[Death(1, "process 7", None, None)])
-        error = died_error(outcome, describe, [], None)
+    def test_a_death_with_nothing_in_hand(self):
+        error = refused(outcome_with(deaths=[Death(1, "process 7", None, None)]), [(0, 1)])
         assert error.in_hand is None
         assert "worker 1 (process 7) gone between two ranges" in str(error)
+
+    @pytest.mark.parametrize(
+        ("missing", "text"),
+        [
+            ([(2, 4)], "there is no result for <2:4>, though nothing failed"),
+            ([(2, 4), (6, 8), (8, 9)], "there is no result for <2:4> and 2 more ranges, though"),
+        ],
+    )
+    def test_no_death_is_known(self, missing, text):
+        error = refused(outcome_with(), missing)
+        assert type(error) is RuntimeError
+        assert text in str(error)
+
+
+# The last count: each takes away from a run what nothing of the run itself notices.
+
+
+def lose_a_claim(monkeypatch):
+    claimed = Static.cells
+
+    def cells(self, ledger, worker, n_workers, n_cells):
+        return (cell for cell in claimed(self, ledger, worker, n_workers, n_cells) if cell != 3)
+
+    monkeypatch.setattr(Static, "cells", cells)
+
+
+def lose_a_mark(monkeypatch):
+    ran = ProcessRun.ran
+
+    def without_one(self):
+        self._ledger.marks[3] = FREE
+        return ran(self)
+
+    monkeypatch.setattr(ProcessRun, "ran", without_one)
+
+
+def lose_a_result(monkeypatch):
+    unpack = ProcessRun._unpack_result
+
+    def all_but_one(self, worker, start, packed, large):
+        if start != 3:
+            unpack(self, worker, start, packed, large)
+
+    monkeypatch.setattr(ProcessRun, "_unpack_result", all_but_one)
+
+
+@pytest.mark.parametrize("backend", ["sequential", "threading"])
+def test_a_range_that_nobody_ran_is_refused(backend, monkeypatch, tmp_path):
+    options = {"chunksize": 1, "n_jobs": BACKENDS[backend], "backend": backend}
+    X = np.arange(8.0)
+    lose_a_claim(monkeypatch)
+    with pytest.raises(RuntimeError, match="only 7 of 8 items were run, though nothing failed"):
+        map_array(np.sqrt, X, **options)
+    Y = tmp_path / "Y.npy"
+    with pytest.raises(RuntimeError, match="no result for axis 0, items 3:4 of an array"):
+        map_array(np.sqrt, X, out=Y, resume=True, **options)
+    assert not Y.exists()
+    monkeypatch.undo()
+    assert np.array_equal(map_array(np.sqrt, X, out=Y, resume=True, **options), np.sqrt(X))
+
+
+def test_a_range_without_a_mark_is_refused(monkeypatch, tmp_path):
+    options = {"chunksize": 1, "n_jobs": 2, "backend": "loky"}
+    X = np.arange(8.0)
+    lose_a_mark(monkeypatch)
+    for more in ({}, {"out": np.empty(8)}, {"out": tmp_path / "Y.npy"}):
+        with pytest.raises(RuntimeError, match="no result for axis 0, items 3:4 of an array"):
+            map_array(np.sqrt, X, **options, **more)
+    assert not (tmp_path / "Y.npy").exists()
+
+
+def test_a_result_that_never_came_is_refused(monkeypatch):
+    options = {"chunksize": 1, "n_jobs": 2, "backend": "loky"}
+    X = np.arange(8.0)
+    lose_a_result(monkeypatch)
+    with pytest.raises(RuntimeError, match="no result for axis 0, items 3:4 of an array"):
+        map_chunks(np.sqrt, X, **options)
+    with pytest.raises(RuntimeError, match="no result for axis 0, items 3:4 of an array"):
+        reduce_array(np.sum, X, combine=np.add, **options)
+    with pytest.raises(RuntimeError, match="no result for item 3, though"):
+        StaticParallelMapper(2, backend="loky", chunksize=1).map(float, range(8))
 
 
 def test_an_account_is_turned_into_a_report():

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from time import monotonic_ns
 from typing import Any
 
-import numpy as np
-
 from taskcarrier.arrays.allocations import LocalAllocation, Output, SharedAllocation
 from taskcarrier.arrays.casting import Fill
 from taskcarrier.arrays.compiled import Fusion, Row, fused, ready
@@ -31,9 +29,9 @@ from taskcarrier.running import (
     Outcome,
     Settings,
     decide,
-    died_error,
     execute,
     raise_failure,
+    refuse_missing,
 )
 from taskcarrier.segments import Staging
 from taskcarrier.streams import Streams, WithStream
@@ -177,24 +175,17 @@ class ArrayCall:
             arrays = None
             if spec is not None:
                 arrays = targets.filled(plan, spec, strays, [fault[:2] for fault in faults])
-            self._check_alive(outcome, spec, arrays)
             if arrays is None or spec is None:
+                refuse_missing(outcome, self.inputs.describe, outcome.missing, lambda: None)
                 return None, faults
+            partial = tuple(arrays) if spec.several else arrays[0]
+            refuse_missing(outcome, self.inputs.describe, outcome.missing, lambda: partial)
             return targets.finish(plan, spec, arrays), faults
         finally:
             if fusion is not None:
                 fusion.task.halt()
             allocation.close()
             targets.discard()
-
-    def _check_alive(
-        self, outcome: Outcome, spec: Spec | None, arrays: list[np.ndarray] | None
-    ) -> None:
-        if outcome.deaths and outcome.missing:
-            partial = None
-            if arrays is not None and spec is not None:
-                partial = tuple(arrays) if spec.several else arrays[0]
-            raise died_error(outcome, self.inputs.describe, outcome.missing, partial)
 
     def returned(self) -> tuple[dict[int, Any], list[Fault]]:
         """Run with results for the caller: by the start of their range, and what failed."""
@@ -210,9 +201,11 @@ class ArrayCall:
         done = results.keys() | {start for start, _, _ in faults}
         ranges = list(map(self.grid.bounds, range(len(self.grid))))
         missing = [one for one in ranges if one[0] not in done]
-        if outcome.deaths and missing:
-            partial = [results.get(start) for start, _ in ranges]
-            raise died_error(outcome, self.inputs.describe, missing, partial)
+
+        def partial() -> list[Any]:
+            return [results.get(start) for start, _ in ranges]
+
+        refuse_missing(outcome, self.inputs.describe, missing, partial)
         return results, faults
 
     def _choice(self) -> Choice:

@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-
 from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parcels import Channel, Parcel, unpack_items
 from taskcarrier.backends.parts import Parts
@@ -135,8 +133,9 @@ class ProcessRun:
         self._accounts: list[Account] = []
         self._deaths: list[Death] = []
         self._fatal: list[Death] = []
-        self._lost: list[tuple[int, int]] = []  # parts of cells that were not run
+        self._lost: list[tuple[int, int]] = []  # ranges given out again that were not run
         self._failures: list[Failure] = []  # seen from here
+        self._is_over = False  # an error has come, or the caller stops
         self.memory_kept = False
 
     def start(self, number: int, worker: Worker, again: Sequence[Again] = ()) -> None:
@@ -166,8 +165,12 @@ class ProcessRun:
 
     @property
     def _has_ended(self) -> bool:
-        """Whether nothing more is to be begun."""
-        return bool(self._fatal) or self._ledger.halted
+        """Whether nothing more is to be begun.
+
+        The halt word does not tell: a worker sets it before it sends its error, which may not
+        arrive.
+        """
+        return self._is_over or bool(self._fatal)
 
     def step(self, seconds: float | None) -> None:
         """Wait for something to happen, and take it in."""
@@ -188,7 +191,7 @@ class ProcessRun:
 
     def abort(self) -> None:
         """Stop: workers at their next cell, or soon by force."""
-        self._ledger.halt()
+        self._halt()
         deadline = time.monotonic() + GRACE_SECONDS
         try:
             while self.at_work and (left := deadline - time.monotonic()) > 0:
@@ -205,9 +208,15 @@ class ProcessRun:
         ran = Ran.read(self._accounts, self._ledger)
         ran.deaths, ran.fatal = self._deaths, self._fatal
         ran.failures = self._failures
-        if self._fatal:
-            ran.missing = sorted({*self._lost, *map(self._job.grid.bounds, self._lost_cells())})
+        ran.missing = sorted({*self._lost, *map(self._job.grid.bounds, self._lost_cells())})
+        if ran.missing and not self._is_over:
+            ran.fatal = self._fatal or self._deaths  # whichever it was, not all were made good
         return ran
+
+    def _halt(self) -> None:
+        """Have the workers stop at their next cell; nothing more is begun."""
+        self._is_over = True
+        self._ledger.halt()
 
     # Time
 
@@ -244,6 +253,9 @@ class ProcessRun:
         `overdue` is the range for which it was killed, if it was.
         """
         exitcode = worker.reap()
+        if not self._has_ended:
+            # If it had halted the run for an error, that did not arrive: it is a death like others.
+            self._ledger.go_on()
         held = self._held(number)
         rest = list(self._again[number][self._ledger.again_done(number) :])
         if held is not None and rest and rest[0] == held:
@@ -310,7 +322,8 @@ class ProcessRun:
             self._deliver(start, Parts([], [(start, stop, error)]))
         else:
             self._failures.append(Failure((start, stop), error, worker.name, attempt))
-            self._ledger.halt()
+            self._lost.append((start, stop))
+            self._halt()
 
     def _take_back(self, held: Again) -> None:
         """Mark the cell of a range that is seen to from here."""
@@ -321,16 +334,9 @@ class ProcessRun:
 
     def _lost_cells(self) -> list[int]:
         """Cells that nobody will run any more, and whose results are not there."""
-        marks, job = self._ledger.marks, self._job
-        assert marks is not None  # for the type checker: as above
-        found = np.frombuffer(marks, np.uint8)
-        lost = np.flatnonzero(found == FREE).tolist()
-        lost += [
-            cell
-            for cell in np.flatnonzero(found == SENT).tolist()
-            if job.grid.bounds(cell)[0] not in self._received
-        ]
-        return sorted(lost)
+        size = self._job.grid.chunksize
+        on_their_way = {cell * size for cell in self._ledger.marked(SENT)} - self._received
+        return sorted([*self._ledger.marked(FREE), *(start // size for start in on_their_way)])
 
     def _share_out(self, cells: list[int]) -> None:
         """Have workers run cells that got lost."""
@@ -357,6 +363,10 @@ class ProcessRun:
                 self.memory_kept |= data[1:2] == KEPT
                 account.name = worker.name
                 self._accounts.append(account)
+                if account.failure is not None:
+                    self._halt()
+                undone = self._again[number][self._ledger.again_done(number) :]
+                self._lost += [again[:2] for again in undone]
                 self._leave(number, worker)
         return open_
 
@@ -367,7 +377,7 @@ class ProcessRun:
             add_note(error, "taskcarrier could not unpickle this result of a worker process")
             where = self._job.grid.bounds(start // self._job.grid.chunksize)
             self._failures.append(Failure(where, error, worker.name))
-            self._ledger.halt()
+            self._halt()
         else:
             self._received.add(start)
             self._deliver(start, result)

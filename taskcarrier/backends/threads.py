@@ -111,7 +111,7 @@ class ThreadCrew:
                     self._replace(set(range(n)) - set(accounts))
         for number, account in accounts.items():
             account.name = f"thread {number}"
-        return Ran.read([accounts[number] for number in range(n)], ledger)
+        return Ran.read([accounts[number] for number in range(n)], ledger, job.grid)
 
     def feed(self, job: Job) -> ThreadFeed:
         """Have the threads wait for blocks of items; the crew is its own until it is closed."""

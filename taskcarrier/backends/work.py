@@ -20,7 +20,7 @@ import numpy as np
 from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parts import Parts
 from taskcarrier.balance import Balance
-from taskcarrier.ledger import DONE, SENT, Ledger
+from taskcarrier.ledger import DONE, FREE, SENT, Ledger
 from taskcarrier.partition import Grid
 from taskcarrier.recovery import USUAL, Again, Recovery
 from taskcarrier.segments import SharedView
@@ -256,7 +256,7 @@ class Ran:
     fatal : list of Death
         Those that were not made good.
     missing : list of (int, int)
-        Ranges that were not run because of deaths, ascending.
+        Ranges without a result, ascending, as far as marks tell.
     given_out : int
         Cells below this number were claimed.
     agreed : object
@@ -278,9 +278,16 @@ class Ran:
     nbytes_sent: int = 0
 
     @classmethod
-    def read(cls, accounts: list[Account], ledger: Ledger) -> Ran:
-        """From the ledger of a run that is over, before the crew is lent to another."""
-        return cls(accounts, ledger.given_out(), ledger.agreed(), ledger.halted)
+    def read(cls, accounts: list[Account], ledger: Ledger, grid: Grid | None = None) -> Ran:
+        """From the ledger of a run that is over, before the crew is lent to another.
+
+        With the grid of a run whose results are in place once they are marked, unmarked ranges
+        are missing.
+        """
+        ran = cls(accounts, ledger.given_out(), ledger.agreed(), ledger.halted)
+        if grid is not None:
+            ran.missing = [grid.bounds(cell) for cell in ledger.marked(FREE)]
+        return ran
 
 
 Deliver = Callable[[int, Any], None]

@@ -1062,7 +1062,8 @@ class TestRealTimeouts:
         assert isinstance(failure.error, TimeoutError)
         assert death.exitcode == SIGKILL
         assert ran.halted
-        assert (ran.fatal, ran.missing) == ([], [])
+        assert ran.fatal == []
+        assert (4, 6) in ran.missing
 
     def test_collected(self, crew, balance, tmp_path):
         recovery = Recovery(timeout=LATE)

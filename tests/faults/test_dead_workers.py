@@ -6,6 +6,7 @@ import random
 import signal
 import threading
 import time
+import warnings
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -53,6 +54,52 @@ def mapped_list(func, X, *, balance, **options):
 
 def mapped_items(func, X, **options):
     return map_items(func, X, chunksize=8, **LOKY, **options)
+
+
+class DeadlyError(Exception):
+    """Ends the process that sends it to the caller."""
+
+    def __reduce__(self):
+        os._exit(3)
+
+
+class DeadlyExit(SystemExit):
+    """The same, of a kind that is no `Exception`."""
+
+    def __reduce__(self):
+        os._exit(3)
+
+
+class DeadlyWarning(UserWarning):
+    """The same, sent when a worker has finished."""
+
+    def __reduce__(self):
+        os._exit(3)
+
+
+def fails_on_five(x, kind=DeadlyError):
+    if np.any(np.asarray(x) == 5):
+        raise kind("five")
+    return x
+
+
+# Every verb, and what it returns when all goes well.
+VERBS = {
+    "map_array": lambda func, X, **run: map_array(func, X, chunksize=1, **LOKY, **run),
+    "map_items": lambda func, X, **run: map_items(func, X, chunksize=2, **LOKY, **run),
+    "map_chunks": lambda func, X, **run: np.concatenate(
+        map_chunks(func, X, chunksize=2, **LOKY, **run)
+    ),
+    "reduce_array": lambda func, X, **run: reduce_array(
+        func, X, chunksize=1, combine=lambda *both: np.concatenate(both), **LOKY, **run
+    ),
+    "map": lambda func, X, balance, **run: np.array(
+        OF_BALANCE[balance](**LOKY).map(func, X.tolist(), **run)
+    ),
+    "imap": lambda func, X, balance, **run: np.array(
+        list(OF_BALANCE[balance](**LOKY).imap(func, X.tolist(), **run))
+    ),
+}
 
 
 # A worker dies, and its range is run again
@@ -117,6 +164,103 @@ def test_results_that_were_on_their_way_are_computed_again(balance, tmp_path):
 
     mapper = OF_BALANCE[balance](**LOKY, chunksize=1)
     assert mapper(func, range(600)) == [[i] for i in range(600)]
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize(
+    ("retries", "kind", "balance"),
+    [(0, DeadlyError, "static"), (1, DeadlyError, "dynamic"), (0, DeadlyExit, "dynamic")],
+)
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_error_that_kills_on_its_way_is_a_death(verb, retries, kind, balance):
+    X, func = np.arange(10.0), partial(fails_on_five, kind=kind)
+    with pytest.raises(WorkerDiedError, match="exited with code 3 while mapping") as caught:
+        VERBS[verb](func, X, balance=balance, retries=retries)
+    start, stop = caught.value.in_hand
+    assert start <= 5 < stop
+    if verb != "imap":  # results before it were handed out
+        assert any(start <= 5 < stop for start, stop in caught.value.missing)
+    assert_same(VERBS[verb](lambda x: x, X, balance=balance), X)
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize("balance", BALANCES)
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_error_that_kills_on_its_way_once_costs_nothing(verb, balance, tmp_path):
+    log = tmp_path / "log"
+
+    def fails_once(x):
+        if np.any(np.asarray(x) == 5) and times(log, 5) == 1:
+            raise DeadlyError("five")
+        return x
+
+    X = np.arange(10.0)
+    assert_same(VERBS[verb](fails_once, X, balance=balance), X)
+    assert noted(log) == ["5", "5"]
+    assert any("exited with code 3" in text for text in last_report().notes)
+
+
+@pytest.mark.fault(10, 11)
+@pytest.mark.parametrize("balance", BALANCES)
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_warning_that_kills_on_its_way_costs_nothing(verb, balance):
+    def warns(x):
+        if np.any(np.asarray(x) == 5):
+            warnings.warn(DeadlyWarning("five"), stacklevel=1)
+        return x
+
+    X = np.arange(10.0)
+    assert_same(VERBS[verb](warns, X, balance=balance), X)
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize("balance", BALANCES)
+def test_an_error_that_kills_on_its_way_completes_no_file(balance, tmp_path):
+    X, Y = np.arange(10.0), tmp_path / "Y.npy"
+    switch = tmp_path / "switch"
+
+    def func(chunk):
+        if chunk[0] == 5 and not switch.exists():
+            raise DeadlyError("five")
+        return chunk * 2
+
+    for options in ({}, {"resume": True}):
+        with pytest.raises(WorkerDiedError, match="items 5:6"):
+            map_array(func, X, out=Y, chunksize=1, balance=balance, retries=0, **options, **LOKY)
+        assert not Y.exists()
+    switch.touch()
+    result = map_array(func, X, out=Y, chunksize=1, balance=balance, resume=True, **LOKY)
+    assert np.array_equal(result, X * 2)
+
+
+@pytest.mark.fault(11, 13)
+def test_an_error_that_kills_on_its_way_can_be_collected():
+    X = np.arange(10.0)
+    result, (failed,) = map_items(fails_on_five, X, on_error="collect", retries=0, **LOKY)
+    assert (failed.start, failed.stop) == (5, 6)
+    assert isinstance(failed.error, WorkerDiedError)
+    assert_same(np.delete(result, 5), np.delete(X, 5))
+
+
+@pytest.mark.fault(2, 11)
+@pytest.mark.parametrize("balance", BALANCES)
+def test_an_error_that_arrives_is_raised_though_another_kills_on_its_way(balance, tmp_path):
+    log = tmp_path / "log"
+
+    def func(i):
+        if i == 0:
+            note(log, i)
+            raise DeadlyError("zero")
+        if i == 9:
+            while len(noted(log)) < 2:  # after the death, the run goes on
+                time.sleep(0.005)
+            raise ValueError("nine")
+        return i
+
+    mapper = OF_BALANCE[balance](**LOKY, chunksize=1)
+    with pytest.raises(ValueError, match="nine"):
+        mapper.map(func, range(10))
+    assert mapper.map(float, range(10)) == list(range(10))
 
 
 @pytest.mark.fault(11)
