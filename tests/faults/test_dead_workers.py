@@ -245,13 +245,16 @@ def test_an_error_that_kills_on_its_way_can_be_collected():
 @pytest.mark.fault(2, 11)
 @pytest.mark.parametrize("balance", BALANCES)
 def test_an_error_that_arrives_is_raised_though_another_kills_on_its_way(balance, tmp_path):
-    log = tmp_path / "log"
+    log, begun = tmp_path / "log", tmp_path / "begun"
 
     def func(i):
         if i == 0:
+            while not begun.exists():  # else the other may find the run halted, and go
+                time.sleep(0.005)
             note(log, i)
             raise DeadlyError("zero")
         if i == 9:
+            begun.touch()
             while len(noted(log)) < 2:  # after the death, the run goes on
                 time.sleep(0.005)
             raise ValueError("nine")
