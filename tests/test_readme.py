@@ -69,7 +69,7 @@ def test_every_row_of_the_page_about_faults_is_named_by_tests():
     named = set()
     for path in Path(__file__).parent.rglob("test_*.py"):
         for numbers in re.findall(
-            r"^@pytest\.mark\.fault\(([\d, ]+)\)$", path.read_text(encoding="utf-8"), re.MULTILINE
+            r"^ *@pytest\.mark\.fault\(([\d, ]+)\)$", path.read_text(encoding="utf-8"), re.MULTILINE
         ):
             named |= {int(n) for n in numbers.split(",")}
     assert named == rows

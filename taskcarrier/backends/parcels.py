@@ -49,6 +49,8 @@ _TOO_MANY = "too many open files for the shared arrays of this call"
 # The kernel's limit for one message.
 _MAX_DESCRIPTORS = 253
 _FDS_SPACE = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
+# The other end may be gone: an error, whatever the program does about SIGPIPE.
+_FLAGS = socket.MSG_NOSIGNAL
 # Before each message stand its length and the number of descriptors that come with it.
 _HEADER = struct.Struct("<QI")
 # Reads of a megabyte before what has come is looked at, so that one worker that sends without
@@ -389,6 +391,7 @@ class Channel:
     """
 
     def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(None)  # the program may have set another default for its own sockets
         self._socket = sock
         self._received = bytearray()
         self._received_fds: list[int] = []
@@ -411,9 +414,11 @@ class Channel:
         """Send one message."""
         fds = fds or []
         message = memoryview(_HEADER.pack(len(data), len(fds)) + data)
-        # The descriptors arrive with the first byte.
-        sent = socket.send_fds(self._socket, [message], fds) if fds else 0
-        self._socket.sendall(message[sent:])
+        sent = 0
+        if fds:  # they arrive with the first byte
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+            sent = self._socket.sendmsg([message], [rights], _FLAGS)
+        self._socket.sendall(message[sent:], _FLAGS)
 
     def receive(self) -> Message:
         """Wait for one message; `EOFError` when the other end is closed."""

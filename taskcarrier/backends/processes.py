@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import threading
@@ -38,7 +39,6 @@ from taskcarrier.backends.process_runs import ProcessRun
 from taskcarrier.backends.threads import TICK
 from taskcarrier.backends.work import Deliver, Job, Ran
 from taskcarrier.backends.worker_process import (
-    WITHOUT_SEMAPHORE,
     is_readable,
     ledger_over,
     worker_main,
@@ -61,14 +61,33 @@ _EXIT_SECONDS = 5.0
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(32 << 20)}
 
 
+# One for all workers of this program: `hash` of a text must be the same in each of them, or a
+# function that goes by it gives results that depend on who runs what.
+_HASH_SEED = str(random.SystemRandom().randrange(1, 1 << 32))
+
+
+def _own_environment() -> dict[str, str]:
+    """Variables for a worker alone, and not for programs that the function starts.
+
+    joblib makes a semaphore when it is imported, to see whether that works, and a worker that is
+    killed at that moment leaves it in /dev/shm; so it is told not to.
+    """
+    environment = {"JOBLIB_MULTIPROCESSING": "0"}
+    if os.environ.get("PYTHONHASHSEED", "random") in {"random", ""}:
+        environment["PYTHONHASHSEED"] = _HASH_SEED
+    return environment
+
+
 class WorkerProcess:
     """A worker process as the caller sees it."""
 
     def __init__(self, number: int, environment: dict[str, str], fds: list[int]) -> None:
+        own = _own_environment()
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             our_end, their_end = socket.socketpair()
             self.channel = Channel(our_end)
             ours.callback(self.channel.close)
+            their_end.settimeout(None)  # likewise; here it is the end itself that would not wait
             down = theirs.enter_context(Connection(their_end.detach()))
             life_end, self._life = os.pipe()
             ours.callback(os.close, self._life)
@@ -76,8 +95,8 @@ class WorkerProcess:
             self.process = get_context("loky").Process(
                 target=worker_main,
                 name=f"taskcarrier-{number}",
-                args=(number, down, life),
-                env=environment,
+                args=(number, down, life, {name: os.environ.get(name) for name in own}),
+                env=environment | own,
                 daemon=False,
             )
             try:
@@ -134,7 +153,7 @@ class ProcessCrew:
     def __init__(self, n: int) -> None:
         # What the user has set for the allocator stays.
         allocator = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
-        self._environment = inner_environment() | allocator | WITHOUT_SEMAPHORE
+        self._environment = inner_environment() | allocator
         self._workers: dict[int, WorkerProcess] = {}
         self._fds: list[int] = []
         try:

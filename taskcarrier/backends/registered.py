@@ -42,6 +42,7 @@ from taskcarrier.backends.parcels import (
     unpack_error,
     unpack_items,
 )
+from taskcarrier.backends.surroundings import Surroundings
 from taskcarrier.backends.work import Account, Deliver, Failure, Job, Ran, be_at_work
 from taskcarrier.ledger import Ledger
 
@@ -196,10 +197,10 @@ class _Sender:
 
     def __init__(self, job: Job) -> None:
         self._calls: Calls = cast("ListTask", job.task).calls.opened()
-        self._errstate = job.surroundings.errstate
+        self._surroundings = job.surroundings
 
     def task(self, items: Sequence[Any], start: int) -> _Task:
-        return _run, (self._calls, items, start, self._errstate), {}
+        return _run, (self._calls, items, start, self._surroundings), {}
 
 
 class _ByteSender(_Sender):
@@ -207,9 +208,9 @@ class _ByteSender(_Sender):
 
     def __init__(self, job: Job) -> None:
         calls = cast("ListTask", job.task).calls
-        self._errstate = job.surroundings.errstate
+        own = replace(calls, call=Call(calls.call.func)), job.surroundings
         try:
-            packed = pack_apart(replace(calls, call=Call(calls.call.func)), calls.call.kwargs)
+            packed = pack_apart(own, calls.call.kwargs)
         except Exception as error:
             add_note(
                 error,
@@ -224,7 +225,7 @@ class _ByteSender(_Sender):
         packed = pack_items(items)
         self.nbytes += len(packed)
         where = start, start + len(items)
-        return _run_packed, (packed, where, self._errstate, *self._pieces), {}
+        return _run_packed, (packed, where, *self._pieces), {}
 
 
 def _until_halted(
@@ -265,13 +266,13 @@ def _closed(results: Generator[_Done, None, None]) -> Iterator[Generator[_Done, 
             results.close()
 
 
-def _run(calls: Calls, items: Sequence[Any], start: int, errstate: dict[str, Any]) -> _Done:
+def _run(calls: Calls, items: Sequence[Any], start: int, surroundings: Surroundings) -> _Done:
     """In a worker: one block."""
     begin = monotonic_ns()
     failed = False
     busy_before = be_at_work(True)
     try:
-        with limited.open(), np.errstate(**errstate):
+        with limited.open(), surroundings.within():
             result = calls.of(items, start)
     except BaseException as error:  # noqa: BLE001  # also exits: the caller raises
         result, failed = error, True
@@ -280,16 +281,14 @@ def _run(calls: Calls, items: Sequence[Any], start: int, errstate: dict[str, Any
     return _Done(start, len(items), _Worker.here(), monotonic_ns() - begin, failed, result)
 
 
-def _run_packed(
-    packed_items: bytes, where: tuple[int, int], errstate: dict[str, Any], *pieces: np.ndarray
-) -> _Done:
+def _run_packed(packed_items: bytes, where: tuple[int, int], *pieces: np.ndarray) -> _Done:
     """In a worker that has nothing of the caller's: the same, from bytes to bytes."""
     begin = monotonic_ns()
     start, stop = where
     doing = "unpickled the function or its arguments"
     try:
         own, shared, *blocks = (piece.data for piece in pieces)
-        calls = pickle.loads(own)
+        calls, surroundings = pickle.loads(own)
         kwargs = pickle.loads(shared, buffers=blocks)
         calls = replace(calls, call=Call(calls.call.func, (), kwargs)).opened()
         doing = "unpickled these items"
@@ -299,7 +298,7 @@ def _run_packed(
         busy_ns = monotonic_ns() - begin
         done = _Done(start, stop - start, _Worker.here(), busy_ns, failed=True, result=error)
     else:
-        done = _run(calls, items, start, errstate)
+        done = _run(calls, items, start, surroundings)
     return _packed(done)
 
 

@@ -127,7 +127,7 @@ class ThreadCrew:
         """Have a thread begin its part of a run."""
 
         def run() -> None:
-            job.surroundings.take_on()
+            job.surroundings.take_on(in_process=False)
             limit_this_thread()
             ended(part())
 

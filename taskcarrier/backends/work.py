@@ -15,10 +15,9 @@ from itertools import chain
 from time import monotonic_ns
 from typing import Any, NamedTuple, Protocol, cast
 
-import numpy as np
-
 from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parts import Parts
+from taskcarrier.backends.surroundings import Surroundings
 from taskcarrier.balance import Balance
 from taskcarrier.ledger import DONE, FREE, SENT, Ledger
 from taskcarrier.partition import Grid
@@ -64,29 +63,6 @@ class Sweep(Protocol):
 
     def sweep(self, job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> None:
         """Run cells until there are none or the run is halted; the ledger knows how far it came."""
-
-
-@dataclass(frozen=True, eq=False)
-class Surroundings:
-    """What of the caller's own state the function sees in every worker."""
-
-    folder: str | None
-    errstate: dict[str, Any]
-
-    @classmethod
-    def here(cls) -> Surroundings:
-        """Those of this thread."""
-        try:
-            folder = os.getcwd()
-        except FileNotFoundError:  # it was removed
-            folder = None
-        return cls(folder, dict(np.geterr()))
-
-    def take_on(self) -> None:
-        """Make them those of this thread."""
-        if self.folder is not None and _in_worker_process and os.getcwd() != self.folder:
-            os.chdir(self.folder)
-        np.seterr(**self.errstate)
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,11 +59,6 @@ _KEPT_PARTS = 4
 # More different warnings than this are not sent; arbitrary.
 _MAX_WARNINGS = 100
 
-WITHOUT_SEMAPHORE = {"JOBLIB_MULTIPROCESSING": "00"}
-"""Environment in which joblib is imported. By default it makes a semaphore to see whether that
-works, and a worker that is killed at that moment leaves it in /dev/shm. Other words for zero are
-the user's own."""
-
 RESULTS, ACCOUNT = b"R", b"A"
 """What a message to the caller is: results of ranges, or the end of a run."""
 KEPT, FREE = b"K", b"F"
@@ -114,12 +109,20 @@ def is_readable(fd: int, seconds: float = 0) -> bool:
     return bool(poll.poll(seconds * 1e3))
 
 
-def worker_main(number: int, down: Connection, life: Connection) -> None:
-    """A worker process, from its start to the end of its socket."""
+def worker_main(
+    number: int, down: Connection, life: Connection, environment: dict[str, str | None]
+) -> None:
+    """A worker process, from its start to the end of its socket.
+
+    `environment` is what programs that the function starts are to find of the variables that were
+    set for this process alone; None for what they are not to find.
+    """
     mark_worker_process()
-    for name, value in WITHOUT_SEMAPHORE.items():
-        if os.environ.get(name) == value:  # programs that the function starts are not concerned
+    for name, value in environment.items():
+        if value is None:
             del os.environ[name]
+        else:
+            os.environ[name] = value
     _die_with(life.fileno())
     # Ctrl-C reaches the whole terminal; what becomes of a run is the caller's decision. A
     # handler, not SIG_IGN, so that programs started by the user's function are not deaf to it.
@@ -156,15 +159,17 @@ def _die_with(life: int) -> None:
 def _run_parcel(number: int, channel: Channel, ledger: Ledger, data: bytes, fds: list[int]) -> None:
     again, parcel, is_fed = _taken_apart(data)
     fed = _Fed(channel, ledger, number) if is_fed else None
+    doing = "unpickled the function or its arguments"
     try:
         job = unpack(parcel, fds)
+        doing = "took on the caller's folder and settings"
+        job.surroundings.take_on(in_process=True)
     except BaseException as error:  # noqa: BLE001  # the caller raises it
         ledger.halt()
-        add_note(error, "while a worker process unpickled the function or its arguments")
+        add_note(error, f"while a worker process {doing}")
         account = Account(number, failure=Failure(None, error))
     else:
         outbox = _Outbox(channel, job.folder)
-        job.surroundings.take_on()
         deliver: Deliver = outbox.deliver
         if is_fed:
             deliver = outbox.deliver_or_fault

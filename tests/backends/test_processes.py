@@ -338,7 +338,7 @@ class TestInside:
             _, ((_, found),) = run(crew, of_joblib, n_items=2, n_workers=1)
         finally:
             crew.close()
-        assert found == (None, None)
+        assert found == (None, own)
 
     def test_daemons_of_nobody(self, warm):
         # multiprocessing would wait for its children when the program ends.

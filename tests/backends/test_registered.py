@@ -1,10 +1,12 @@
 """Lists on backends that others have registered with joblib."""
 
+import decimal
 import operator
 import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 
 import joblib
 import numpy as np
@@ -393,6 +395,31 @@ def test_what_numpy_warns_of_is_the_caller_s_to_say(mapper):
         mapper(lambda x: float(1 / x), [np.float64(0)] * 4)
 
 
+def test_decimals_and_handlers_of_errors_are_the_caller_s(mapper):
+    def third(_):
+        return str(Decimal(1) / 3), decimal.getcontext().flags[decimal.Inexact]
+
+    with decimal.localcontext() as context:
+        context.prec = 4
+        context.clear_flags()
+        assert {text for text, _ in mapper(third, range(4))} == {"0.3333"}
+        assert not context.flags[decimal.Inexact]
+    assert {text for text, _ in mapper(third, range(4))} == {third(0)[0]}
+
+    class HandlerError(Exception):
+        pass
+
+    def handler(kind, flag):
+        raise HandlerError(kind)
+
+    before = np.seterrcall(handler)
+    try:
+        with np.errstate(divide="call"), pytest.raises(HandlerError, match="divide by zero"):
+            mapper(lambda x: float(1 / x), [np.float64(0)] * 4)
+    finally:
+        np.seterrcall(before)
+
+
 def test_a_bar_counts_items(backend, capsys):
     DynamicParallelMapper(2, 1, backend=backend)(abs, range(33))
     assert "33/33" in capsys.readouterr().err
@@ -489,6 +516,7 @@ def test_fit_loops(backend):
 
 
 SCRIPT = """
+import decimal
 import os
 import joblib
 import numpy as np

@@ -649,3 +649,111 @@ def test_the_first_calls_may_come_from_several_threads(backend, tmp_path):
     """
     for _ in range(3):
         assert run_script(tmp_path, textwrap.dedent(code), backend).strip() == "[True, True, True]"
+
+
+# What a program sets for all of itself must not reach what is ours.
+
+DEFAULTS = """
+import os, signal, socket, sys, time
+import numpy as np
+from taskcarrier import StaticParallelMapper
+
+socket.setdefaulttimeout(float(sys.argv[1]))
+mapper = StaticParallelMapper(2, backend="loky", chunksize=1)
+
+def large(i):
+    time.sleep(0.05)
+    return bytes([i]) * 3_000_000
+
+def pids():
+    return {*mapper.map(lambda _: os.getpid(), range(20))}
+
+expected = [bytes([i]) * 3_000_000 for i in range(6)]
+before = pids()
+assert mapper.map(large, range(6)) == expected
+assert list(mapper.imap(large, range(6))) == expected
+assert mapper.map(len, expected) == [3_000_000] * 6
+assert list(mapper.imap(len, expected)) == [3_000_000] * 6
+time.sleep(float(sys.argv[2]))  # as long as a worker that waits would have waited
+assert pids() == before
+"""
+
+
+@pytest.mark.fault(35)
+@pytest.mark.parametrize(("timeout", "idle"), [("0.01", "0.1"), ("0", "0"), ("1", "1.5")])
+def test_time_limits_of_the_programs_sockets_are_not_ours(timeout, idle, tmp_path):
+    run_script(tmp_path, DEFAULTS, timeout, idle)
+
+
+PIPES = """
+import os, signal
+from taskcarrier import StaticParallelMapper, WorkerDiedError
+
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+mapper = StaticParallelMapper(2, backend="loky", chunksize=1)
+
+def dies(i):
+    os._exit(3)
+
+for _ in range(5):
+    try:
+        mapper.map(dies, range(4), retries=1)
+    except WorkerDiedError:
+        pass
+    # One that was just killed may not be known to be dead when it is sent something.
+    for pid in mapper.map(lambda _: os.getpid(), range(4)):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    assert list(mapper.imap(abs, range(200))) == list(range(200))
+print("alive")
+"""
+
+
+@pytest.mark.fault(35)
+def test_a_program_that_a_broken_pipe_would_kill(tmp_path):
+    assert run_script(tmp_path, PIPES) == "alive\n"
+
+
+HASHES = """
+import os, sys, time
+from taskcarrier import StaticParallelMapper, map_items, shutdown
+import numpy as np
+
+def hashed(_):
+    return hash("a")
+
+def inherited(_):
+    return os.environ.get("PYTHONHASHSEED"), os.environ.get("JOBLIB_MULTIPROCESSING")
+
+def found(n_jobs):
+    mapper = StaticParallelMapper(n_jobs, backend="loky", chunksize=1)
+    return set(mapper.map(hashed, range(8))) | set(mapper.imap(hashed, range(8)))
+
+def dies_once(i):
+    if i == 3 and not os.path.exists(sys.argv[1]):
+        open(sys.argv[1], "w").close()
+        os._exit(1)
+    return hash("a")
+
+if __name__ == "__main__":
+    values = found(2) | found(3)
+    shutdown()
+    values |= found(2) | set(StaticParallelMapper(2, backend="loky").map(dies_once, range(8)))
+    values |= set(map_items(hashed, np.arange(8), n_jobs=2, backend="loky").tolist())
+    assert len(values) == 1, values
+    # What the function starts finds the program's own environment.
+    assert set(StaticParallelMapper(2, backend="loky").map(inherited, range(4))) == {inherited(0)}
+    print(*values, hash("a"))
+"""
+
+
+@pytest.mark.fault(37)
+def test_texts_have_one_hash_in_all_workers(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    run_script(tmp_path, HASHES, str(tmp_path / "mark"))
+    for name, value in {"PYTHONHASHSEED": "7", "JOBLIB_MULTIPROCESSING": "1"}.items():
+        monkeypatch.setenv(name, value)
+    there, here = run_script(tmp_path, HASHES, str(tmp_path / "mark")).split()
+    assert there == here
