@@ -349,8 +349,9 @@ class Recycler:
                     for kept in self._free
                     if kept.on_disk == on_disk and nbytes <= kept.nbytes <= most
                 ]
-                if fits:
-                    chosen = min(fits, key=lambda kept: kept.nbytes)
+                chosen = min(fits, key=lambda kept: kept.nbytes, default=None)
+                # It may be gone: a finalizer may have begun a map in this thread just now.
+                if chosen in self._free:
                     self._free.remove(chosen)
                     return Segment._owned(chosen, recycler=self)
         return Segment.create(folder, recycler=self)

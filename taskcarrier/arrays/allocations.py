@@ -111,14 +111,15 @@ class LocalAllocation:
         """The whole outputs, the same for every thread that asks."""
         with self._lock:
             if self._made is None:
-                self._made = []
+                made = []
                 for (dtype, _), shape, output in zip(
                     spec.parts, spec.shapes(self._n_items), outputs, strict=True
                 ):
                     place = output.where(dtype, shape, self._order)
                     if place is None:
                         place = np.empty(shape, dtype, self._order)
-                    self._made.append(place)
+                    made.append(place)
+                self._made = made
             return self._made
 
     def door(self) -> threading.Lock | None:  # noqa: D102  # as in Allocation

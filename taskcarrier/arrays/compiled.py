@@ -7,8 +7,6 @@ here, and only for such functions.
 
 from __future__ import annotations
 
-import os
-import threading
 from dataclasses import dataclass
 from time import monotonic_ns
 from typing import Any
@@ -28,6 +26,7 @@ from taskcarrier.backends.functions import has_own_threads, is_jitted, is_numba_
 from taskcarrier.backends.given import Call
 from taskcarrier.backends.parts import Fault
 from taskcarrier.layout import items_first
+from taskcarrier.locks import ModuleLock
 
 _COPIES = "the kernel takes arrays or records that it may write to: it gets private copies"
 _NO_LOOP = (
@@ -140,7 +139,7 @@ def ready(
     return Ready(ours, demands.items, demands.args, notes, monotonic_ns() - begin)
 
 
-_compiling = threading.Lock()
+_compiling = ModuleLock()
 
 
 def _compile_ufunc(func: Any, given: list[Any]) -> None:
@@ -173,7 +172,7 @@ class _Typed:
 
 
 # Under some of numba's threading layers two calls at once of what brings its own threads abort.
-_own_threads = threading.Lock()
+_own_threads = ModuleLock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,15 +184,6 @@ class _Alone:
     def __call__(self, *given: Any) -> Any:
         with _own_threads:
             return self.func(*given)
-
-
-def _locks_anew() -> None:
-    """In a forked child, where whoever held a lock is gone."""
-    global _compiling, _own_threads
-    _compiling, _own_threads = threading.Lock(), threading.Lock()
-
-
-os.register_at_fork(after_in_child=_locks_anew)
 
 
 @dataclass(frozen=True, eq=False)

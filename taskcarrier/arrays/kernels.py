@@ -14,8 +14,6 @@ numba's cache on disk never finds again, so they are not cached there.
 from __future__ import annotations
 
 import inspect
-import os
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -38,6 +36,7 @@ from taskcarrier.backends.crews import at_shutdown
 from taskcarrier.backends.given import add_note
 from taskcarrier.layout import items_first
 from taskcarrier.ledger import CURSOR_AT, IN_HAND_AT, ITEM_AT, ITEMS_AT, RANGES_AT
+from taskcarrier.locks import ModuleLock
 
 _WORD = ir.IntType(64)
 
@@ -402,7 +401,7 @@ class _Made:
 # weak table nor an attribute of the kernel would let go of kernel and loop: the last ones are kept.
 _MAX_KERNELS = 32  # arbitrary
 _made: OrderedDict[Any, _Made] = OrderedDict()
-_making = threading.Lock()
+_making = ModuleLock()
 at_shutdown(_made.clear)
 
 
@@ -417,15 +416,6 @@ def _made_for(kernel: Any) -> _Made:
         if len(_made) > _MAX_KERNELS:
             _made.popitem(last=False)
     return made
-
-
-def _locks_anew() -> None:
-    """In a forked child, where whoever held a lock is gone."""
-    global _making, _compiling
-    _making, _compiling = threading.Lock(), threading.Lock()
-
-
-os.register_at_fork(after_in_child=_locks_anew)
 
 
 def _found_out(
@@ -481,7 +471,7 @@ def _as_dtype(kind: types.Type) -> np.dtype[Any] | None:
     return None
 
 
-_compiling = threading.Lock()
+_compiling = ModuleLock()
 
 
 def fused_loop(

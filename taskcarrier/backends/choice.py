@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from taskcarrier.backends.work import in_worker
+from taskcarrier.locks import ModuleLock
 from taskcarrier.partition import as_integer
 
 BACKENDS = ("sequential", "threading", "loky", "multiprocessing")
@@ -238,7 +238,7 @@ def facts_now(*, follows_joblib: bool = True) -> Facts:
     )
 
 
-_loading = threading.RLock()
+_loading = ModuleLock(forks_wait=True)
 
 
 def load_joblib() -> None:

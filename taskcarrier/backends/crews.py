@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, cast
 
 from taskcarrier import caller_memory
@@ -40,14 +40,18 @@ class _Crews:
 
     def take(self, key: _Key) -> Crew:
         with self._changed:
-            for position in range(len(self._idle) - 1, -1, -1):
-                if self._idle[position][1] == key:
-                    crew = self._idle.pop(position)[2]
-                    break
-            else:
-                crew = _new_crew(key)
+            crew = self._idle_one(key) or _new_crew(key)
             self._lent.add(crew)
         return crew
+
+    def _idle_one(self, key: _Key) -> Crew | None:
+        for entry in reversed(self._idle.copy()):
+            if entry[1] == key:
+                # It may be gone: a signal handler may have begun a map in this thread just now.
+                with suppress(ValueError):
+                    self._idle.remove(entry)
+                    return entry[2]
+        return None
 
     def give_back(self, key: _Key, crew: Crew) -> None:
         with self._changed:

@@ -14,8 +14,10 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+from taskcarrier.locks import ModuleLock
 
 _VARIABLES = (
     "OMP_NUM_THREADS",
@@ -46,8 +48,9 @@ class _CountedLimit:
     """One limit on BLAS threads for all runs of this process that overlap."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._runs = 0
+        self._lock = ModuleLock()
+        self._runs: set[object] = set()  # those that are open
+        self._is_on = False
         self._limited: list[tuple[Any, int]] = []  # what was limited, and to what it is set again
         self._controller: Any = None
         self._n_modules = -1
@@ -55,18 +58,21 @@ class _CountedLimit:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        generation = self._generation
-        with self._lock:
-            if self._runs == 0:
-                self._put_on()
-            self._runs += 1
+        generation, run = self._generation, object()
         try:
+            with self._lock:
+                # Entered first: another run of this thread may begin and end while it is put on.
+                self._runs.add(run)
+                if not self._is_on:
+                    self._put_on()
+                    self._is_on = True
             yield
         finally:
             if generation == self._generation:  # else this is a forked child, see `restart`
                 with self._lock:
-                    self._runs -= 1
-                    if self._runs == 0:
+                    self._runs.discard(run)
+                    if not self._runs:
+                        self._is_on = False
                         self._lift()
 
     def _put_on(self) -> None:
@@ -76,21 +82,20 @@ class _CountedLimit:
             before = library.get_num_threads() if library.user_api == "blas" else None
             if before is not None and before != INNER_THREADS:
                 self._limited.append((library, before))
-                library.set_num_threads(INNER_THREADS)
-        _let_others_limit()
+                _limit(library, INNER_THREADS)
 
     def _lift(self) -> None:
-        while self._limited:
-            library, before = self._limited.pop()
-            library.set_num_threads(before)
-        _let_others_limit()
+        with suppress(IndexError):  # none left: another run of this thread may have come between
+            while True:
+                library, before = self._limited.pop()
+                _limit(library, before)
 
     def restart(self) -> None:
-        """In a forked child: the runs, and whoever holds the lock, are its parent's."""
+        """In a forked child: the runs are its parent's."""
         self._generation += 1
-        self._lock = threading.Lock()
         if self._runs:
-            self._runs = 0
+            self._runs = set()
+            self._is_on = False
             self._lift()
 
     def found(self) -> Any:
@@ -104,17 +109,15 @@ class _CountedLimit:
         return self._controller
 
 
-def _let_others_limit() -> None:
-    """Give up this thread's control of OpenBLAS.
+def _limit(library: Any, n_threads: int) -> None:
+    """Set the number of threads of a library, whichever thread asks.
 
     From threadpoolctl 3.8 on, the thread that limits OpenBLAS first is the only one whose limits
-    count until it gives this up; but the last run to end may belong to another thread.
+    count until it gives this up, and who does is asked under a lock that a signal handler in the
+    same thread would wait for. But the last run to end may belong to another thread, and a run may
+    begin in a signal handler.
     """
-    from threadpoolctl import OpenBLASController  # noqa: PLC0415  # runs only
-
-    give_up = getattr(OpenBLASController, "clear_controlling_thread", None)
-    if give_up is not None:
-        give_up()
+    getattr(library, "_real_set_num_threads", library.set_num_threads)(n_threads)
 
 
 limited = _CountedLimit()

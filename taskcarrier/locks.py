@@ -1,0 +1,84 @@
+"""Locks that outlast every call: those of modules.
+
+Three things happen to them that do not happen to a lock of one run. A signal handler, or a
+finalizer that the garbage collector runs, may begin a map in a thread that is inside one: so each
+can be taken again by the thread that holds it, and what it guards must be right if that happens at
+any point. A program may fork while another thread is inside: the child has no such thread, so each
+is renewed there. And if the other thread is importing a module, the child would wait for ever for
+Python's own lock on that module: so a fork waits until such a lock is free.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import TracebackType
+
+_locks: list[ModuleLock] = []
+
+
+class ModuleLock:
+    """A lock for the variables of a module: ``with lock:``.
+
+    Parameters
+    ----------
+    forks_wait : bool
+        Whether a fork of this process waits until no other thread is inside.
+    """
+
+    def __init__(self, *, forks_wait: bool = False) -> None:
+        self._lock = threading.RLock()
+        self._forks_wait = forks_wait
+        _locks.append(self)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lock.release()
+
+    def before_fork(self) -> None:
+        """Wait, if forks do."""
+        if self._forks_wait:
+            self._lock.acquire()
+
+    def after_fork(self) -> None:
+        """Undo `before_fork`, in parent and child."""
+        if self._forks_wait:
+            self._lock.release()
+
+    def renew(self) -> None:
+        """In a forked child: nobody but this thread can be inside."""
+        self.after_fork()
+        if self._lock.acquire(blocking=False):
+            self._lock.release()
+        else:
+            self._lock = threading.RLock()
+
+
+def _before_fork() -> None:
+    for lock in _locks:
+        lock.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    for lock in _locks:
+        lock.after_fork()
+
+
+def _after_fork_in_child() -> None:
+    for lock in _locks:
+        lock.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
