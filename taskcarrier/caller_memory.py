@@ -18,6 +18,7 @@ import os
 
 import numpy as np
 
+from taskcarrier.descriptors import above_standard
 from taskcarrier.layout import ALIGNMENT, address_of
 
 _PATH = "/proc/self/mem"
@@ -33,7 +34,8 @@ def opened() -> int | None:
     Whoever asked for it closes it.
     """
     try:
-        return os.open(_PATH, os.O_RDONLY | os.O_CLOEXEC)
+        with above_standard:
+            return os.open(_PATH, os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, PermissionError):
         return None
 

@@ -43,6 +43,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from taskcarrier.descriptors import above_standard
 from taskcarrier.layout import ALIGNMENT, address_of
 
 # The words of a ledger (signed 64-bit): a row for what all look at, one for what all change, then
@@ -408,8 +409,9 @@ def _row(worker: int) -> int:
 
 def _memory_file(flags: int) -> int:
     """A new memory file, opened through /proc: the kernel serialises the position of these."""
-    raw = os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC)
-    try:
-        return os.open(f"/proc/self/fd/{raw}", os.O_RDWR | os.O_CLOEXEC | flags)
-    finally:
-        os.close(raw)
+    with above_standard:
+        raw = os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC)
+        try:
+            return os.open(f"/proc/self/fd/{raw}", os.O_RDWR | os.O_CLOEXEC | flags)
+        finally:
+            os.close(raw)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from taskcarrier.descriptors import above_standard
 from taskcarrier.layout import address_of, byte_bounds
 from taskcarrier.segments import Mapping, Segment, SharedView, locate
 
@@ -112,7 +113,8 @@ def _reopened(line: _Mapped, *, writable: bool) -> Segment | None:
     if line.path.endswith(" (deleted)") or not line.path.startswith("/"):
         return None
     try:
-        fd = os.open(line.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        with above_standard:
+            fd = os.open(line.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     except OSError:
         return None
     segment = Segment(fd, on_disk=True, nbytes=os.fstat(fd).st_size)

@@ -36,6 +36,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from taskcarrier.descriptors import above_standard
 from taskcarrier.layout import ALIGNMENT, address_of, aligned, byte_bounds, bytes_at, footprint
 from taskcarrier.limits import check_memory
 
@@ -198,10 +199,13 @@ class Segment:
     def create(cls, folder: str | None = None, recycler: Recycler | None = None) -> Segment:
         """An empty segment, in memory or in a file without a name in `folder`."""
         if folder is not None:
-            return cls(_nameless_file(folder), on_disk=True, recycler=recycler)
+            with above_standard:
+                fd = _nameless_file(folder)
+            return cls(fd, on_disk=True, recycler=recycler)
         import fcntl  # noqa: PLC0415  # POSIX only
 
-        fd = os.memfd_create("taskcarrier", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        with above_standard:
+            fd = os.memfd_create("taskcarrier", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         return cls._owned(_Memory(fd, 0, on_disk=False, label=0), recycler)
 
@@ -289,7 +293,8 @@ class Segment:
 
     def map(self, mode: Mode) -> Mapping:
         """The reserved bytes, mapped. The segment must not be empty."""
-        mapping = Mapping(self.fd, self.nbytes, access=_ACCESS[mode], **_MMAP_OPTIONS)
+        with above_standard:  # before Python 3.13 it keeps a duplicate of the descriptor
+            mapping = Mapping(self.fd, self.nbytes, access=_ACCESS[mode], **_MMAP_OPTIONS)
         mapping.segment = self
         mapping.private = mode == "private"
         _enter(mapping)

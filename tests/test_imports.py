@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "taskcarrier"
 # its modules.
 LAYERS = [
     ["errors", "locks"],
+    ["descriptors"],
     ["partition", "report", "layout", "limits", "fingerprint"],
     ["ledger", "recovery", "segments", "streams", "caller_memory"],
     ["balance", "mapped_files", "kept_mappings"],

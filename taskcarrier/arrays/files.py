@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from taskcarrier.descriptors import above_standard
 from taskcarrier.layout import ALIGNMENT, contiguous_strides
 from taskcarrier.segments import Segment, SharedView
 
@@ -87,7 +88,8 @@ def load(path: str | os.PathLike[str], mode: str = "r") -> np.ndarray:
         nothing = np.empty(shape, dtype, order)
         nothing.flags.writeable = mode == "r+"
         return nothing
-    fd = os.open(text, (os.O_RDONLY if mode == "r" else os.O_RDWR) | os.O_CLOEXEC)
+    with above_standard:
+        fd = os.open(text, (os.O_RDONLY if mode == "r" else os.O_RDWR) | os.O_CLOEXEC)
     segment = Segment(fd, on_disk=True, nbytes=os.fstat(fd).st_size)
     if segment.nbytes < offset + nbytes:
         raise ValueError(
@@ -153,7 +155,8 @@ def open_own(path: str) -> int:
         errno.EEXIST, "there is no ordinary file of this user's; remove it first", path
     )
     try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        with above_standard:
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         if error.errno not in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
             raise
@@ -250,7 +253,9 @@ def _new_file(path: str) -> int:
     """A new, empty file, locked for this run."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
-        return locked(os.open(path, flags, 0o666), path)
+        with above_standard:
+            fd = os.open(path, flags, 0o666)
+        return locked(fd, path)
     except FileExistsError:  # it was not there a moment ago
         raise busy(path) from None
 

@@ -40,6 +40,7 @@ from taskcarrier.arrays.files import busy, ledger_path, locked, open_own
 from taskcarrier.arrays.halos import Halo
 from taskcarrier.arrays.inputs import Inputs
 from taskcarrier.backends.given import Call
+from taskcarrier.descriptors import above_standard
 from taskcarrier.fingerprint import Fingerprint
 from taskcarrier.ledger import DONE, FREE
 from taskcarrier.mapped_files import located, synced
@@ -127,7 +128,8 @@ class KeptLedger:
             self._fd = open_own(self.path)
         except FileNotFoundError:
             self.is_new = True
-            self._fd = self._made()
+            with above_standard:
+                self._fd = self._made()
         else:
             self.is_new = False
             locked(self._fd, self.path)
@@ -205,7 +207,9 @@ class KeptLedger:
         end = found["marks_at"] + self._n_cells
         if os.fstat(self._fd).st_size < end:  # it was cut off: those ranges are run again
             os.posix_fallocate(self._fd, 0, end)
-        return Segment(os.dup(self._fd), on_disk=True, nbytes=end)
+        with above_standard:
+            fd = os.dup(self._fd)
+        return Segment(fd, on_disk=True, nbytes=end)
 
 
 def _nameless(folder: str) -> tuple[int, str]:

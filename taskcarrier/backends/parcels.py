@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from taskcarrier.backends.given import Call, add_note, text_of
+from taskcarrier.descriptors import above_standard
 from taskcarrier.errors import TaskError, WorkerTracebackError
 from taskcarrier.layout import is_mostly_gaps
 from taskcarrier.mapped_files import located
@@ -432,7 +433,8 @@ class Channel:
     def _piece(self, nbytes: int, flags: int = 0) -> bytes:
         """Bytes that have come; descriptors that came with them are kept."""
         flags |= socket.MSG_CMSG_CLOEXEC
-        data, ancillary, came, _ = self._socket.recvmsg(nbytes, _FDS_SPACE, flags)
+        with above_standard:
+            data, ancillary, came, _ = self._socket.recvmsg(nbytes, _FDS_SPACE, flags)
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 fds = array.array("i")

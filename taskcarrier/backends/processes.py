@@ -19,15 +19,18 @@ can be held open by a process that the worker forked.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import process as multiprocessing_process
 from multiprocessing.connection import Connection
+from typing import Any
 
 from joblib.externals.loky.backend import get_context
 
@@ -43,6 +46,7 @@ from taskcarrier.backends.worker_process import (
     ledger_over,
     worker_main,
 )
+from taskcarrier.descriptors import above_standard
 from taskcarrier.ledger import (
     OWN_MARKS,
     FileAgreement,
@@ -83,7 +87,7 @@ class WorkerProcess:
 
     def __init__(self, number: int, environment: dict[str, str], fds: list[int]) -> None:
         own = _own_environment()
-        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+        with above_standard, contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             our_end, their_end = socket.socketpair()
             self.channel = Channel(our_end)
             ours.callback(self.channel.close)
@@ -100,7 +104,8 @@ class WorkerProcess:
                 daemon=False,
             )
             try:
-                self.process.start()
+                with _streams_that_can_be_flushed():
+                    self.process.start()
             except UnboundLocalError as error:  # how loky fails where it cannot open a pipe
                 raise error.__context__ or error from None
             # Its end is ours to see to: multiprocessing would join it when the program exits.
@@ -157,12 +162,13 @@ class ProcessCrew:
         self._workers: dict[int, WorkerProcess] = {}
         self._fds: list[int] = []
         try:
-            self._fds.append(os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC))
-            os.ftruncate(self._fds[0], ledger_nbytes(n) + OWN_MARKS)
-            self._fds.append(FileCursor.create())
-            self._fds.append(FileAgreement.create())
-            self._ledger = ledger_over(*self._fds)
-            memory_fd = caller_memory.opened()
+            with above_standard:
+                self._fds.append(os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC))
+                os.ftruncate(self._fds[0], ledger_nbytes(n) + OWN_MARKS)
+                self._fds.append(FileCursor.create())
+                self._fds.append(FileAgreement.create())
+                self._ledger = ledger_over(*self._fds)
+                memory_fd = caller_memory.opened()
         except BaseException:
             self._close_files()
             raise
@@ -245,6 +251,20 @@ class ProcessCrew:
     def _close_files(self) -> None:
         for fd in self._fds:
             os.close(fd)
+
+
+@contextlib.contextmanager
+def _streams_that_can_be_flushed() -> Iterator[None]:
+    """Loky flushes both before it starts a process; they may be None, closed, or anything else."""
+    with contextlib.ExitStack() as stack:
+        for name in ("stdout", "stderr"):
+            stream: Any = getattr(sys, name)
+            try:
+                stream.flush()
+            except Exception:  # noqa: BLE001  # whatever the program has put there
+                stack.callback(setattr, sys, name, stream)
+                setattr(sys, name, io.StringIO())
+        yield
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ from taskcarrier.backends.work import (
     mark_worker_process,
     work,
 )
+from taskcarrier.descriptors import above_standard
 from taskcarrier.ledger import OWN_MARKS, FileAgreement, FileCursor, Ledger
 from taskcarrier.recovery import Again
 from taskcarrier.segments import Segment, Staging, descriptors_are_scarce
@@ -130,13 +131,15 @@ def worker_main(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     serial_joblib()
     kept_mappings.keep()
-    channel = Channel(socket.socket(fileno=os.dup(down.fileno())))
+    with above_standard:
+        channel = Channel(socket.socket(fileno=os.dup(down.fileno())))
     down.close()
     with contextlib.suppress(EOFError, ConnectionResetError):
         _, (words_fd, cursor_fd, agreement_fd, *memory_fd) = channel.receive()
         for fd in memory_fd:
             caller_memory.attach(fd)
-        ledger = ledger_over(words_fd, cursor_fd, agreement_fd)
+        with above_standard:
+            ledger = ledger_over(words_fd, cursor_fd, agreement_fd)
         os.close(words_fd)
         while True:
             data, fds = channel.receive()
