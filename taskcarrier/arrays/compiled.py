@@ -67,7 +67,8 @@ class _Filled:
     row: Row
 
     def __call__(self, *given: Any, **options: Any) -> np.ndarray:
-        row = np.empty(self.row.shape, self.row.dtype)
+        # Compiled functions take this machine's byte order alone; the output is cast.
+        row = np.empty(self.row.shape, self.row.dtype.newbyteorder("="))
         self.func(*given, row, **options)
         return row
 

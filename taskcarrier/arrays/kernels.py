@@ -39,6 +39,8 @@ from taskcarrier.ledger import CURSOR_AT, IN_HAND_AT, ITEM_AT, ITEMS_AT, RANGES_
 from taskcarrier.locks import ModuleLock
 
 _WORD = ir.IntType(64)
+# The beginning of the name of what makes a Python object of an array.
+_TO_PYTHON = "NRT_adapt_ndarray_to_python"
 
 
 def _pointer(builder: Any, address: Any) -> Any:
@@ -246,7 +248,20 @@ def _binding(
 
 
 def typed(extras: Sequence[Any], *, writable: bool) -> tuple[types.Type, ...]:
-    """The types of further arguments; arrays among them are read-only unless `writable`."""
+    """The types of further arguments; arrays among them are read-only unless `writable`.
+
+    Raises
+    ------
+    TypeError
+        For values of the other byte order: numba takes dates of that kind for others.
+    """
+    for value in extras:
+        dtype = getattr(value, "dtype", None)
+        if isinstance(dtype, np.dtype) and not dtype.isnative:
+            raise TypeError(
+                f"numba takes no values of dtype {dtype}, which has another byte order than this "
+                "machine: pass X.astype(X.dtype.newbyteorder('='))"
+            )
     return tuple(
         numba.typeof(value).copy(readonly=False)
         if writable and isinstance(value, np.ndarray)
@@ -344,13 +359,13 @@ def returns(
     writable : bool
         Whether it is to get private copies.
     """
-    if any(lie.dtype.hasobject for lie in lies):
+    if any(lie.dtype.hasobject or not lie.dtype.isnative for lie in lies):
         return None
     try:
         for lie in lies:
             lie.item(writable=False)
         extra_types = typed(extras.all, writable=False)
-    except (NumbaError, ValueError):
+    except (NumbaError, ValueError, TypeError):
         return None  # a dtype or an argument that numba does not know
     if any(lie.ndim for lie in lies) and not all(map(_keeps_nothing, extra_types)):
         return None
@@ -444,12 +459,23 @@ def _found_out(
         return None  # it is compiled for values, which numba knows when it is called
     if not kernel._can_compile and not _takes_as_they_are(signature, arguments(demands)):
         return None
-    if any(lie.ndim for lie in lies) and any(one.lifted for one in kernel.overloads.values()):
-        return None  # Python code within it (`objmode`) may keep rows
+    if any(isinstance(kind, types.Array) for kind in arguments(demands)) and any(
+        map(_makes_objects_of_arrays, kernel.overloads.values())
+    ):
+        return None
     if out is not None:
         return Returns((out.dtype,), several=False, demands=demands)
     scalars = _returned(signature.return_type)
     return None if scalars is None else Returns(*scalars, demands)
+
+
+def _makes_objects_of_arrays(overload: Any) -> bool:
+    """Whether compiled code, or what it calls, makes Python objects of arrays.
+
+    It does where it turns to Python code (`objmode`), and for exceptions that have an array among
+    their arguments. Python may keep them, but arrays of loops lie over memory that they do not own.
+    """
+    return _TO_PYTHON in str(overload.library._get_module_for_linking())
 
 
 def _returned(kind: types.Type) -> tuple[tuple[np.dtype[Any], ...], bool] | None:

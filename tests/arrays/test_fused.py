@@ -1,5 +1,6 @@
 """Kernels of numba over items, fused into loops: the same as a list comprehension, on every run."""
 
+import gc
 import os
 import signal
 import threading
@@ -37,6 +38,19 @@ crews = kept_crews(2, 3)
 def run(request):
     backend, balance, n_jobs = request.param
     return {"backend": backend, "balance": balance, "n_jobs": n_jobs}
+
+
+RAISES_WITH_ROW = """
+@numba.njit
+def check(row, argument):
+    if row[0] >= 3:
+        raise ValueError("too large", row, argument)
+
+@numba.njit(cache=cached)
+def kernel(row, argument):
+    check(row, argument)
+    return row[0]
+"""
 
 
 @numba.njit
@@ -440,6 +454,50 @@ class TestKernels:
         map_items(keep, np.arange(4.0).repeat(50_000).reshape(4, -1), **run)
         assert sorted(row[7] for row in kept) == [0, 1, 2, 3]
 
+    def test_whose_helpers_run_python_code_may_keep_their_rows(self, run):
+        kept = []
+
+        @numba.njit
+        def helper(row):
+            with numba.objmode():
+                kept.append(row)
+            return row[0]
+
+        kernel = numba.njit(lambda row: helper(row) + 1)
+        map_items(kernel, np.arange(4.0).repeat(50_000).reshape(4, -1), **run)
+        gc.collect()
+        assert sorted(row[7] for row in kept) == [0, 1, 2, 3]
+
+    @pytest.mark.parametrize("cached", [False, True])
+    @pytest.mark.parametrize("on_error", ["raise", "collect"])
+    def test_that_raise_with_their_row(self, on_error, cached, run, tmp_path, monkeypatch):
+        monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+        (tmp_path / "kernels.py").write_text(RAISES_WITH_ROW)
+        code = compile(RAISES_WITH_ROW, str(tmp_path / "kernels.py"), "exec")
+        for _ in range(2):  # the second time, a cached one is read from its file
+            exec(code, namespace := {"numba": numba, "cached": cached})
+            rows = np.arange(6.0).repeat(50_000).reshape(6, -1)
+            if on_error == "raise":
+                with pytest.raises(ValueError, match="too large") as caught:
+                    map_items(namespace["kernel"], rows, args=(np.full(50_000, 8.0),), **run)
+                errors = [caught.value]
+            else:
+                options = {"args": (np.full(50_000, 8.0),), "on_error": on_error, **run}
+                result, failures = map_items(namespace["kernel"], rows, **options)
+                assert_same(result, np.array([0.0, 1, 2, np.nan, np.nan, np.nan]))
+                errors = [failed.error for failed in failures]
+                assert [error.args[1][0] for error in errors] == [3, 4, 5]
+            del rows
+            gc.collect()
+            others = [np.full(50_000, 99.0) for _ in range(20)]  # where the rows were
+            for error in errors:
+                _, row, argument = error.args
+                assert row.shape == argument.shape == (50_000,)
+                assert np.all(row == row[0])
+                assert 3 <= row[0] <= 5
+                assert np.all(argument == 8)
+            del others
+
     def test_recompiled_ones_are_made_anew(self, run):
         namespace = {"K": 2.0}
         exec("def scaled(x):\n    return x * K", namespace)
@@ -666,3 +724,46 @@ class TestTogether:
             signal.signal(signal.SIGINT, before)
         interrupt.join()
         assert_same(map_items(root, X, n_jobs=2), np.sqrt(X) + 1)
+
+
+class TestByteOrder:
+    """Compiled code takes this machine's alone; numba takes dates of the other for others."""
+
+    DATES = np.array(["2020-01-01", "NaT", "2021-05-05T01:02:03"], ">M8[s]")
+
+    @pytest.fixture(params=[*RUNS, ("loky", "static", 2)], ids=lambda run: f"{run[0]}-{run[1]}")
+    def run(self, request):
+        backend, balance, n_jobs = request.param
+        return {"backend": backend, "balance": balance, "n_jobs": n_jobs}
+
+    @pytest.mark.parametrize("dtype", [">M8[s]", ">m8[us]", ">f8", ">i4"])
+    def test_of_items(self, dtype, run):
+        values = self.DATES.astype(dtype) if dtype[1] == "M" else np.arange(3).astype(dtype)
+        native = values.astype(values.dtype.newbyteorder("="))
+        assert_same(map_items(same, values, **run), native)
+        out = np.empty(3, dtype)
+        assert_same(map_items(same, values, out=out, **run), values)
+        assert_same(map_items(same, native, dtype=dtype, **run), values)
+
+    @pytest.mark.parametrize("dtype", [">f8", ">M8[s]", ">i2", ">c16"])
+    @pytest.mark.parametrize("jitted", [False, True])
+    def test_of_rows_that_are_filled(self, jitted, dtype, run):
+        values = np.arange(3).astype(dtype)
+        native = values.astype(values.dtype.newbyteorder("="))
+
+        def fill(value, row):
+            row[:] = value
+
+        kernel = numba.njit(fill) if jitted else fill
+        result = map_items(kernel, native, out_shape=(2,), dtype=dtype, **run)
+        assert_same(result, np.stack([values, values], axis=1).astype(dtype))
+
+    @pytest.mark.parametrize(
+        "values", [DATES, np.arange(3).astype(">f8"), np.zeros(3, [("a", ">M8[s]"), ("b", "f8")])]
+    )
+    def test_of_chunks_and_arguments_is_refused(self, values, run):
+        with pytest.raises(TypeError, match="another byte order than this machine"):
+            map_array(same, values, **run)
+        first = numba.njit(lambda x, values: x + 1)
+        with pytest.raises(TypeError, match="another byte order than this machine"):
+            map_items(first, X, args=(values,), **run)
