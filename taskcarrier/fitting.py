@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from taskcarrier import sequences
-from taskcarrier.arrays.inputs import check_inputs
+from taskcarrier.arrays.inputs import check_inputs, refuse_masked
 from taskcarrier.arrays.mapping import map_array
 from taskcarrier.arrays.options import documented
 from taskcarrier.backends.work import in_worker_process
@@ -410,6 +410,7 @@ class _Weights:
     def checked(cls, sample_weight: Any, n_samples: int) -> _Weights:
         if sample_weight is None or callable(sample_weight):
             return cls(None, None)
+        refuse_masked(sample_weight, "sample_weight", "pass its .filled(value)")
         values = np.asarray(sample_weight)
         if values.ndim not in {1, 2} or values.shape[-1] != n_samples:
             raise ValueError(
@@ -473,7 +474,9 @@ def _fit(
         if draw_rows is not None:
             drawn = _as_rows(draw_rows(rng), X.shape[0])
         if draw_weights is not None:
-            weights = np.asarray(draw_weights(rng))
+            weights = draw_weights(rng)
+            refuse_masked(weights, "what sample_weight returned", "return its .filled(value)")
+            weights = np.asarray(weights)
         elif by_fit and weights is not None:
             weights = weights[number]
         if y is not None and columns is not None:
@@ -591,6 +594,7 @@ def _as_rows(rows: Any, n_samples: int) -> np.ndarray:
 
 def _as_indices(rows: Any, n_samples: int) -> np.ndarray:
     """Indices or a mask; whether there are such samples is another question."""
+    refuse_masked(rows, "rows", "pass its .filled(value), or a boolean mask of the samples")
     try:
         found = np.asarray(rows)
     except ValueError as error:

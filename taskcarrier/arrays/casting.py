@@ -23,8 +23,9 @@ def check_dtype(dtype: object, name: str = "dtype") -> np.dtype[Any] | None:
 def checked_cast(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     """`values` as `dtype`.
 
-    Floats are cast within their kind (``same_kind``), integers when every value fits, strings,
-    dates and structures only when it is safe.
+    Floats are cast within their kind (``same_kind``), integers to integers when every value fits,
+    strings, dates and structures only when it is safe. Integers become floats as NumPy rounds
+    them, which it calls safe: 2**53 + 1 as a double is 2**53.
 
     Raises
     ------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ _LOSSY = {
     "scipy.sparse": "a sparse matrix: pass X.toarray(), or map over its index pointer",
     "dask": "a dask array: pass X.compute(), or use dask's own map_blocks",
 }
+_MASKED_RANGES = (
+    "have it give plain arrays (of a netCDF4 variable, set_auto_mask(False)), or fill them before"
+)
 # Types with a dtype and a shape whose values are in memory: they become their values.
 _IN_MEMORY = ("pandas", "xarray")
 
@@ -125,6 +129,42 @@ def check_callable(func: object, name: str = "func") -> None:
         )
 
 
+def refuse_masked(value: object, what: str, remedy: str) -> None:
+    """A `TypeError` for a masked array, or a sequence with one in it: NumPy drops the masks."""
+    if holds_mask(value):
+        raise TypeError(f"{what} is masked, or has masked items, and masks would be lost: {remedy}")
+
+
+def holds_mask(value: object) -> bool:
+    """Whether a value is a masked array, or a list or tuple of such, however deep."""
+    if isinstance(value, (list, tuple)):
+        kinds = set(map(type, value))
+        if any(issubclass(kind, np.ma.MaskedArray) for kind in kinds):
+            return True
+        return any(issubclass(kind, (list, tuple)) for kind in kinds) and any(
+            map(holds_mask, value)
+        )
+    return isinstance(value, np.ma.MaskedArray)
+
+
+def as_plain_range(items: object) -> np.ndarray:
+    """Items that an array-like gave for a range, as an array."""
+    refuse_masked(items, "what the array gives for a range", _MASKED_RANGES)
+    return np.asarray(items)
+
+
+def arrays_within(value: object) -> Iterator[np.ndarray]:
+    """A value if it is an array, or the arrays in a container, however deep."""
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from arrays_within(one)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for one in value:
+            yield from arrays_within(one)
+
+
 def read_only(value: Any) -> Any:
     """The value, through which nothing of the caller can be written to.
 
@@ -167,6 +207,8 @@ def _as_array(value: object, number: int) -> Any:
             )
         array: Any = load(value)
     elif _is_read_by_range(value):
+        with suppress(Exception):  # not all can give no items; of those, ranges are looked at
+            refuse_masked(value[:0], f"what is read from {which}", _MASKED_RANGES)  # type: ignore[index]  # as was asked
         array = value
     else:
         array = _in_memory(value, which)
@@ -180,8 +222,11 @@ def _as_array(value: object, number: int) -> Any:
 
 
 def _in_memory(value: object, which: str) -> np.ndarray:
+    refuse_masked(value, which, "pass each item's .filled(value)")
     try:
-        return np.asarray(value)
+        array = np.asanyarray(value)
+        refuse_masked(array, f"what {which} becomes as an array", "pass its .filled(value)")
+        return np.asarray(array)
     except ValueError as error:
         if isinstance(value, Iterable):
             error.add_note(

@@ -25,7 +25,7 @@ from taskcarrier.arrays.allocations import (
     Writer,
 )
 from taskcarrier.arrays.casting import Fill, checked_cast
-from taskcarrier.arrays.inputs import normalize_axis
+from taskcarrier.arrays.inputs import holds_mask, normalize_axis
 from taskcarrier.arrays.specs import DisagreementError, Spec
 from taskcarrier.backends.work import Agree
 
@@ -231,7 +231,7 @@ class Sink:
 def _as_result(value: Any) -> np.ndarray:
     if type(value) is np.ndarray:
         return value
-    if isinstance(value, np.ma.MaskedArray):
+    if holds_mask(value):
         raise TypeError(
             "func returned a masked array, whose mask would be lost; return result.filled(value) "
             "or a tuple of data and mask"

@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from taskcarrier.arrays.inputs import check_inputs
+from taskcarrier.arrays.inputs import as_plain_range, check_inputs
 from taskcarrier.layout import contiguous_strides
 from taskcarrier.segments import Segment, SharedView
 
@@ -106,5 +106,5 @@ def share(X: Any) -> np.ndarray:
     flags = getattr(array, "flags", None)
     order = "F" if flags and flags.f_contiguous and not flags.c_contiguous else "C"
     shared = empty(array.shape, array.dtype, order)
-    shared[...] = array[...]
+    shared[...] = as_plain_range(array[...])
     return shared

@@ -15,7 +15,7 @@ import numpy as np
 
 from taskcarrier import caller_memory
 from taskcarrier.arrays.halos import Halo
-from taskcarrier.arrays.inputs import Inputs, read_only
+from taskcarrier.arrays.inputs import Inputs, as_plain_range, read_only
 from taskcarrier.backends.given import Call
 from taskcarrier.blocks import Blocks
 from taskcarrier.kept_mappings import open_for_reading
@@ -128,7 +128,7 @@ class ArrayLikeSource:
     def open(self) -> Reader:  # noqa: D102  # as in Source
         before = (slice(None),) * self.axis
         array: Any = self.given.func
-        return lambda start, stop: read_only(np.asarray(array[(*before, slice(start, stop))]))
+        return lambda start, stop: read_only(as_plain_range(array[(*before, slice(start, stop))]))
 
 
 @dataclass(frozen=True, eq=False)

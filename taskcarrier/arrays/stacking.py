@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.arrays.inputs import normalize_axis
+from taskcarrier.arrays.inputs import holds_mask, normalize_axis
 
 _PYTHON_NUMBERS = {bool: np.bool_, float: np.float64, complex: np.complex128}
 
@@ -155,14 +155,16 @@ def _arrays(
     values: Sequence[Any], start: int, *, takes_objects: bool, dtype: np.dtype[Any] | None
 ) -> list[np.ndarray]:
     """Every value as an array, all of one shape."""
-    arrays = [np.asarray(value, dtype) for value in values]
-    shape = arrays[0].shape
-    for number, (array, value) in enumerate(zip(arrays, values, strict=True)):
-        if isinstance(value, np.ma.MaskedArray):
+    arrays = []
+    for number, value in enumerate(values):
+        if holds_mask(value):
             raise TypeError(
                 f"func returned a masked array for item {start + number}, whose mask would be "
                 "lost; return its .filled(value), or data and mask"
             )
+        arrays.append(np.asarray(value, dtype))
+    shape = arrays[0].shape
+    for number, (array, value) in enumerate(zip(arrays, values, strict=True)):
         if isinstance(value, tuple):
             raise ValueError(  # noqa: TRY004  # as for tuples of different lengths
                 f"func returned {_short(values[0])} for item {start}, but a tuple for item "

@@ -19,7 +19,7 @@ from taskcarrier.arrays.allocations import (
 )
 from taskcarrier.arrays.casting import check_dtype
 from taskcarrier.arrays.files import NpyWriter, check_path, header_of, load
-from taskcarrier.arrays.inputs import Inputs, normalize_axis
+from taskcarrier.arrays.inputs import Inputs, arrays_within, normalize_axis
 from taskcarrier.arrays.outputs import Plan
 from taskcarrier.arrays.specs import Spec
 from taskcarrier.backends.given import add_note
@@ -244,7 +244,7 @@ def check_targets(
     if len(axes) != len(entries):
         raise ValueError(f"out_axis has {len(axes)} entries, out has {len(entries)}")
     wanted = (dtypes or (None,)) * (1 if several else len(entries))
-    seen = [array for array in (*inputs.arrays, *others) if isinstance(array, np.ndarray)]
+    seen = list(arrays_within([*inputs.arrays, *others]))
     for entry, axis, kind in zip(entries, axes, wanted, strict=True):
         if isinstance(entry, np.ndarray):
             _check_array(entry, axis, kind, inputs.n_items)

@@ -19,6 +19,7 @@ import numpy as np
 from taskcarrier.arrays.halos import Halo
 from taskcarrier.arrays.inputs import own_or_read_only
 from taskcarrier.arrays.outputs import Plan, Sink
+from taskcarrier.arrays.ownership import owned, owned_objects
 from taskcarrier.arrays.sources import Source
 from taskcarrier.arrays.specs import Spec
 from taskcarrier.arrays.stacking import Mixed, stacked
@@ -125,7 +126,9 @@ class _Cells(ABC):
     def _keep(self, start: int, stop: int, result: Any) -> Sequence[tuple[Where, Any]]:
         """Put a result in place; what cannot be is returned, for the caller."""
         if self._sink is None:
-            return ((slice(start, stop), _owned(result)),)
+            return ((slice(start, stop), owned(result)),)
+        if not self._trims:  # what comes from a process is a copy
+            result = owned_objects(result)
         margins = (0, 0) if self._halo is None else self._halo.margins(start, stop)
         left = self._sink.place(start, stop, result, margins)
         return () if left is None else ((slice(start, stop), left),)
@@ -257,17 +260,6 @@ class _Items(_Cells):
             (start + positions, self._sink.checked(start, len(positions), group))
             for positions, group in result.groups
         ]
-
-
-def _owned(result: Any) -> Any:
-    """The result, or copies of arrays in it that are chunks, or views of chunks."""
-    if type(result) in {tuple, list}:
-        return type(result)(map(_owned, result))
-    if type(result) is dict:
-        return {key: _owned(value) for key, value in result.items()}
-    if isinstance(result, np.ndarray) and not result.flags.writeable:
-        return result.copy(order="K")
-    return result
 
 
 def _check_complete(values: list[Any], n_items: int) -> None:

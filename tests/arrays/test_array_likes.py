@@ -197,6 +197,20 @@ class TestSequences:
         assert "array 1" in "\n".join(caught.value.__notes__)
 
 
+class MaskedReads:
+    """Gives masked arrays for what has so many items or more, as netCDF4 for missing values."""
+
+    def __init__(self, least):
+        self.values = np.arange(12.0).reshape(4, 3)
+        self.least = least
+
+    shape, ndim, dtype = (4, 3), 2, np.dtype("f8")
+
+    def __getitem__(self, index):
+        found = self.values[index]
+        return found if found.size < self.least else np.ma.masked_array(found, found == 2)
+
+
 @pytest.mark.fault(31)
 class TestRefused:
     @pytest.mark.parametrize("number", [0, 1])
@@ -205,6 +219,39 @@ class TestRefused:
         arrays[number] = np.ma.masked_array(np.zeros(3), [0, 1, 0])
         with pytest.raises(TypeError, match=rf"array {number} is a masked array.*X\.filled"):
             map_array(never, *arrays)
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            [np.ma.masked_array([1.0, 2.0], [0, 1])] * 2,
+            (np.zeros(2), np.ma.masked_array([1.0, 2.0])),
+            [1.0, np.ma.masked],
+            [[np.zeros(2)], [np.ma.zeros(2)]],
+        ],
+    )
+    @pytest.mark.parametrize("verb", [map_array, map_items, map_chunks, share])
+    def test_sequences_of_masked_arrays(self, verb, value):
+        with pytest.raises(TypeError, match=r"array 0 .* masks would be lost: pass each item's"):
+            verb(never, value) if verb is not share else share(value)
+
+    def test_objects_that_become_masked_arrays(self):
+        class Masked:
+            def __array__(self, dtype=None, copy=None):
+                return np.ma.masked_array([1.0, 2.0], [0, 1])
+
+        with pytest.raises(TypeError, match=r"array 0 .* masks would be lost: pass its"):
+            map_array(never, Masked())
+
+    @pytest.mark.parametrize("verb", [map_array, map_items, map_chunks, share])
+    def test_array_likes_that_read_masked_arrays(self, verb):
+        with pytest.raises(TypeError, match="masks would be lost: have it give plain arrays"):
+            verb(never, MaskedReads(0)) if verb is not share else share(MaskedReads(0))
+
+    @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_array_likes_that_read_some_masked_arrays(self, axis, backend):
+        with pytest.raises(TypeError, match="masks would be lost: have it give plain arrays"):
+            map_array(np.sqrt, MaskedReads(1), axis=axis, chunksize=2, n_jobs=2, backend=backend)
 
     @pytest.mark.parametrize("kind", ["csr_array", "coo_matrix", "lil_array", "csc_matrix"])
     def test_sparse_arrays(self, kind):

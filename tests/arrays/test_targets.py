@@ -328,6 +328,12 @@ class TestRefusals:
     def test_without_the_axis(self, axis):
         self.refused(np.empty(SHAPE), "axis", out_axis=axis, error=np.exceptions.AxisError)
 
+    @pytest.mark.parametrize("within", [list, tuple, lambda one: {"a": [(1, *one)]}])
+    def test_that_is_in_an_argument_too(self, within):
+        out = np.empty(SHAPE)
+        self.refused(out, "overlaps", args=(within([out[::2]]),))
+        self.refused(out, "overlaps", kwargs={"extra": within([out.T])})
+
     def test_masked(self):
         self.refused(np.ma.zeros(SHAPE), "masked", error=TypeError)
 

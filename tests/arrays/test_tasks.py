@@ -135,6 +135,14 @@ class TestResultsThatAreNone:
         with pytest.raises(TypeError, match="masked"):
             map_items(lambda x: np.ma.masked_array([x]), np.arange(8.0), **run)
 
+    def test_sequences_of_masked(self, run):
+        with pytest.raises(TypeError, match="masked"):
+            map_array(lambda c: [np.ma.masked_array([x]) for x in c], np.arange(8.0), **run)
+        with pytest.raises(TypeError, match="masked"):
+            map_items(lambda x: [x, np.ma.masked], np.arange(8.0), **run)
+        with pytest.raises(TypeError, match="masked"):
+            map_items(lambda x: np.ma.masked_array([x]), np.arange(8.0), dtype=object, **run)
+
     def test_masked_items(self, run):
         # The warning that NumPy gives on the way may come first; no number may.
         with pytest.raises((TypeError, UserWarning), match="masked"):
