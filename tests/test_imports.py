@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "taskcarrier"
 # its modules.
 LAYERS = [
     ["errors", "locks"],
-    ["descriptors"],
+    ["descriptors", "cgroups"],
     ["partition", "report", "layout", "limits", "fingerprint"],
     ["ledger", "recovery", "segments", "streams", "caller_memory"],
     ["balance", "mapped_files", "kept_mappings"],

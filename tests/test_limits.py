@@ -7,35 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskcarrier import limits
+from taskcarrier import cgroups, limits
 from taskcarrier.limits import _available_memory, check_memory
 
 MEMINFO = "/proc/meminfo"
-V2 = "/sys/fs/cgroup"
-V1 = "/sys/fs/cgroup/memory"
-
 GIB = 1 << 30
 KERNEL = {MEMINFO: "MemTotal: 16777216 kB\nMemAvailable:    8388608 kB\nBuffers: 5 kB\n"}
 
 
-def cgroup_v2(limit, used, reclaimable=0):
-    return {
-        f"{V2}/memory.max": f"{limit}\n",
-        f"{V2}/memory.current": f"{used}\n",
-        f"{V2}/memory.stat": f"anon 7\nactive_file 11\ninactive_file {reclaimable}\n",
-    }
-
-
-def cgroup_v1(limit, used, reclaimable=0):
-    return {
-        f"{V1}/memory.limit_in_bytes": f"{limit}\n",
-        f"{V1}/memory.usage_in_bytes": f"{used}\n",
-        f"{V1}/memory.stat": f"cache 7\ninactive_file {reclaimable}\ntotal_inactive_file 13\n",
-    }
-
-
-def available(files):
-    """What a machine with these files would say."""
+def available(files, *groups):
+    """What a machine with these files would say, and with so much left by its cgroups."""
 
     def text_of(path):
         if path not in files:
@@ -43,7 +24,8 @@ def available(files):
         return files[path]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(limits, "_text_of", text_of)
+        patch.setattr(limits, "text_of", text_of)
+        patch.setattr(cgroups, "memory_left", lambda: list(groups))
         return _available_memory()
 
 
@@ -57,39 +39,23 @@ class TestAvailableMemory:
     def test_by_the_kernel(self):
         assert available(KERNEL) == (8 * GIB, "MemAvailable in /proc/meminfo")
 
-    @pytest.mark.parametrize(
-        ("cgroup", "name"),
-        [(cgroup_v2, f"{V2}/memory.max"), (cgroup_v1, f"{V1}/memory.limit_in_bytes")],
-    )
-    def test_by_the_cgroup_if_it_allows_less(self, cgroup, name):
-        assert available(KERNEL | cgroup(3 * GIB, GIB)) == (2 * GIB, name)
-        assert available(cgroup(3 * GIB, GIB)) == (2 * GIB, name)
-        assert available(KERNEL | cgroup(30 * GIB, GIB))[0] == 8 * GIB
-
-    @pytest.mark.parametrize("cgroup", [cgroup_v2, cgroup_v1])
-    def test_file_cache_can_be_had_again(self, cgroup):
-        assert available(cgroup(3 * GIB, 2 * GIB, GIB // 2))[0] == GIB + GIB // 2
-
-    def test_a_cgroup_without_a_limit(self):
-        assert available(KERNEL | cgroup_v2("max", GIB))[0] == 8 * GIB
-
-    def test_a_cgroup_that_uses_more_than_its_limit(self):
-        assert available(KERNEL | cgroup_v2(GIB, 2 * GIB))[0] < 0
+    def test_by_a_cgroup_if_it_allows_less(self):
+        group = (2 * GIB, "/sys/fs/cgroup/a/memory.max")
+        assert available(KERNEL, group) == group
+        assert available({}, (3 * GIB, "b"), group) == group
+        assert available(KERNEL, (30 * GIB, "a"))[0] == 8 * GIB
 
     @pytest.mark.parametrize("files", [{}, {MEMINFO: "MemTotal: 16777216 kB\n"}])
     def test_without_anything_that_tells(self, files):
         assert available(files) == (sys.maxsize, "no limit known")
 
-    @given(st.lists(st.integers(0, 1 << 50), min_size=6, max_size=6))
+    @given(st.lists(st.integers(-100, 1 << 50), min_size=1, max_size=6))
     def test_the_lowest_counts(self, numbers):
-        kernel, *rest = numbers
-        limit_2, used_2, limit_1, used_1, reclaimable = rest
+        kernel, *groups = numbers
         found, _ = available(
-            {MEMINFO: f"MemAvailable: {kernel} kB"}
-            | cgroup_v2(limit_2, used_2, reclaimable)
-            | cgroup_v1(limit_1, used_1)
+            {MEMINFO: f"MemAvailable: {kernel} kB"}, *((left, "a group") for left in groups)
         )
-        assert found == min(kernel * 1024, limit_2 - used_2 + reclaimable, limit_1 - used_1)
+        assert found == min(kernel * 1024, *groups, sys.maxsize)
 
 
 class TestCheckMemory:

@@ -6,11 +6,13 @@ facts into a `Choice`, and can be tested without any worker.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from taskcarrier import cgroups
 from taskcarrier.backends.work import in_worker
 from taskcarrier.locks import ModuleLock
 from taskcarrier.partition import as_integer
@@ -258,17 +260,21 @@ _cores: dict[object, int] = {}
 
 
 def count_cores() -> int:
-    """Cores this process may use, as `joblib.cpu_count` counts them.
+    """Cores this process may use, as loky counts them, and by the quotas of all its cgroups.
 
-    Kept for as long as affinity and joblib's own limit stay the same (counting takes 80 µs,
-    most of it reading the cgroup's quota).
+    Not by `joblib.cpu_count`: that is 1 where joblib can make no semaphore (`/dev/shm` is full, or
+    not there), which our workers do not need. Kept for as long as affinity and joblib's own limits
+    stay the same (counting takes 80 µs, most of it reading quotas).
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    key = (affinity, os.environ.get("LOKY_MAX_CPU_COUNT"))
+    switch = os.environ.get("JOBLIB_MULTIPROCESSING", "1")
+    key = (affinity, os.environ.get("LOKY_MAX_CPU_COUNT"), switch)
     if key not in _cores:
-        import joblib  # noqa: PLC0415  # takes 140 ms, and only runs need it
+        from joblib.externals.loky import cpu_count  # noqa: PLC0415  # takes 140 ms, for runs only
 
-        _cores[key] = joblib.cpu_count()
+        quota = cgroups.cores()
+        allowed = cpu_count() if quota == float("inf") else min(cpu_count(), math.ceil(quota))
+        _cores[key] = 1 if switch.strip() == "0" else max(1, allowed)
     return _cores[key]
 
 
