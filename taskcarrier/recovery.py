@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.partition import as_integer
 
 RETRIES = 2
@@ -162,8 +163,11 @@ class Retried:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What it returns, at the latest in the last attempt."""
         for _ in range(self.retries):
-            with suppress(*self.retry_on):
+            try:
                 return self._called(args, kwargs)
+            except self.retry_on as error:
+                if is_of_the_program(error):
+                    raise
         try:
             return self._called(args, kwargs)
         except self.retry_on as error:

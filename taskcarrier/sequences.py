@@ -20,6 +20,7 @@ from taskcarrier.backends.given import Call, add_note
 from taskcarrier.backends.parts import Fault, Parts
 from taskcarrier.backends.work import Agree
 from taskcarrier.blocks import Blocks
+from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.partition import in_words, list_grid
 from taskcarrier.recovery import Recovery, Retried
 from taskcarrier.running import (
@@ -196,7 +197,11 @@ class Calls:
                 raise StopIteration("func raised StopIteration")  # noqa: TRY301  # one way for all
             except BaseException as error:
                 failed = start + len(results)
-                if not self.collects or not isinstance(error, Exception):
+                if (
+                    not self.collects
+                    or not isinstance(error, Exception)
+                    or is_of_the_program(error)
+                ):
                     add_note(error, f"func failed on item {failed}")
                     raise
                 faults.append((failed, failed + 1, error))

@@ -21,12 +21,13 @@ from taskcarrier.arrays.inputs import check_callable
 from taskcarrier.backends import choice as choices
 from taskcarrier.backends.choice import Choice
 from taskcarrier.backends.crews import process_crew, thread_crew
-from taskcarrier.backends.feeds import Came, Feed, SerialFeed
+from taskcarrier.backends.feeds import Came, Feed, SerialFeed, UnsendableError
 from taskcarrier.backends.given import add_note
 from taskcarrier.backends.inner import limited
 from taskcarrier.backends.parts import Parts
 from taskcarrier.backends.work import Agree, Job
 from taskcarrier.balance import Dynamic
+from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.ledger import Ledger
 from taskcarrier.partition import Grid, as_integer, in_words
 from taskcarrier.running import Settings, decide, recovered, report_of, warn_again
@@ -195,14 +196,18 @@ class Source:
         """Up to so many items; fewer if they are slow to come, none at the end."""
         items: list[Any] = []
         until = monotonic_ns() + _BLOCK_NS
-        try:
-            for item in self._items:
-                items.append(item)
-                if len(items) >= size or monotonic_ns() > until:
-                    return items
-        except Exception as error:  # noqa: BLE001  # whatever the user's iterator raises: in its turn
-            self._error = error
-        self.has_ended = True
+        while not items or (len(items) < size and monotonic_ns() <= until):
+            try:
+                item = next(self._items)
+            except StopIteration:
+                self.has_ended = True
+                break
+            except Exception as error:
+                if is_of_the_program(error):
+                    raise
+                self.end(error)  # it is raised in its turn
+                break
+            items.append(item)
         return items
 
     @property
@@ -334,9 +339,9 @@ class _Stream:
         """Give a block to a worker, up to the first item that cannot be sent."""
         try:
             self._feed.give(self._n_given, items)
-        except Exception as error:  # noqa: BLE001  # whatever pickling raises: in its turn
+        except UnsendableError as found:
             if len(items) == 1:
-                self._source.end(error)
+                self._source.end(found.error)
                 return
             middle = len(items) // 2
             self._hand_out(items[:middle])

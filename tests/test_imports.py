@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "taskcarrier"
 # `arrays`) modules also import from each other, but never in a circle. A folder stands for all of
 # its modules.
 LAYERS = [
-    ["errors", "locks"],
+    ["errors", "locks", "interrupts"],
     ["descriptors", "cgroups"],
     ["partition", "report", "layout", "limits", "fingerprint"],
     ["ledger", "recovery", "segments", "streams", "caller_memory"],

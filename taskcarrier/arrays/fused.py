@@ -19,6 +19,7 @@ from taskcarrier.arrays.specs import Spec
 from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parts import Parts
 from taskcarrier.backends.work import NOTHING, Agree, Deliver, Job
+from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.layout import address_of, items_first
 from taskcarrier.ledger import Ledger
 
@@ -138,7 +139,7 @@ class FusedCells:
                 break
             except Exception as error:
                 _, item = ledger.held(0)
-                if not self._task.collects:
+                if not self._task.collects or is_of_the_program(error):
                     add_note(error, f"func failed on item {item}")
                     raise
                 parts.faults.append((item, item + 1, error))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from taskcarrier.arrays.files import load
+from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.layout import is_mostly_gaps, without_gaps
 from taskcarrier.mapped_files import located
 from taskcarrier.partition import as_integer
@@ -207,9 +207,8 @@ def _as_array(value: object, number: int) -> Any:
             )
         array: Any = load(value)
     elif _is_read_by_range(value):
-        with suppress(Exception):  # not all can give no items; of those, ranges are looked at
-            refuse_masked(value[:0], f"what is read from {which}", _MASKED_RANGES)  # type: ignore[index]  # as was asked
         array = value
+        refuse_masked(_no_items_of(array), f"what is read from {which}", _MASKED_RANGES)
     else:
         array = _in_memory(value, which)
     if array.ndim == 0:
@@ -234,6 +233,16 @@ def _in_memory(value: object, which: str) -> np.ndarray:
                 "sequences that are no array there are mappers: StaticParallelMapper()(func, items)"
             )
         raise
+
+
+def _no_items_of(array: Any) -> object:
+    """An empty range of an array-like; None where it can give none, but ranges are looked at."""
+    try:
+        return array[:0]
+    except Exception as error:
+        if is_of_the_program(error):
+            raise
+        return None
 
 
 def _is_from(value: object, prefixes: Iterable[str]) -> bool:

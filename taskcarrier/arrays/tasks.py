@@ -26,6 +26,7 @@ from taskcarrier.arrays.stacking import Mixed, stacked
 from taskcarrier.backends.given import Call, add_note
 from taskcarrier.backends.parts import Fault, Parts, Where
 from taskcarrier.backends.work import NOTHING, Agree
+from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.segments import trim_files
 
 # After so many bytes of chunks a worker lets go of the files it has mapped; arbitrary.
@@ -174,7 +175,9 @@ class _Chunks(_Cells):
         narrows = middle > start and self._sink is not None and not self._task.numbered
         try:
             result = self._computed(start, stop)
-        except Exception as error:  # noqa: BLE001  # the user's, collected as asked for
+        except Exception as error:
+            if is_of_the_program(error):
+                raise
             if not narrows:
                 parts.faults.append((start, stop, error))
         else:
@@ -231,7 +234,9 @@ class _Items(_Cells):
                 # On an error the values so far stay, so their number tells the item.
                 values.extend(calls)
                 _check_complete(values, stop - start)
-            except Exception as error:  # noqa: BLE001  # the user's, collected as asked for
+            except Exception as error:
+                if is_of_the_program(error):
+                    raise
                 self._explained(error)
                 failed = start + len(values)
                 fault.append((failed, failed + 1, error))

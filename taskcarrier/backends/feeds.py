@@ -33,6 +33,14 @@ AHEAD = 2
 """Blocks that are handed to a worker at most: one in hand, one to go on with."""
 
 
+class UnsendableError(Exception):
+    """Items of a block cannot be sent to workers; nobody but a stream sees this."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 class Came(NamedTuple):
     """What fed cells return for a range.
 
@@ -75,7 +83,10 @@ class Feed(Protocol):
         """Whether a worker would take a further block."""
 
     def give(self, start: int, items: Sequence[Any]) -> None:
-        """Have the items from `start` on run; only while there is room."""
+        """Have the items from `start` on run; only while there is room.
+
+        `UnsendableError` if they cannot be sent.
+        """
 
     def take(self, seconds: float) -> list[Came]:
         """What has come; if nothing has, wait until something does, or so many seconds.

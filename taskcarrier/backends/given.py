@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from taskcarrier.interrupts import is_of_the_program
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,11 @@ class Call:
 
 def add_note(error: BaseException, note: str) -> None:
     """Add a note to a user's exception; one that refuses notes stays what it is."""
-    with contextlib.suppress(Exception):
+    try:
         error.add_note(note)
+    except Exception as trouble:
+        if is_of_the_program(trouble):
+            raise
 
 
 def text_of(error: BaseException) -> str:

@@ -32,6 +32,7 @@ import numpy as np
 from taskcarrier.backends.given import Call, add_note, text_of
 from taskcarrier.descriptors import above_standard
 from taskcarrier.errors import TaskError, WorkerTracebackError
+from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.layout import is_mostly_gaps
 from taskcarrier.mapped_files import located
 from taskcarrier.report import counted
@@ -303,7 +304,10 @@ def unpack_error(packed: bytes) -> BaseException:
     """The exception of a worker, with the traceback it had there as its cause."""
     try:
         error, text = unpack_items(packed)
-    except Exception as trouble:  # noqa: BLE001  # it survived in the worker, not here
+    except Exception as trouble:
+        if is_of_the_program(trouble):
+            raise
+        # It survived in the worker, not here.
         return TaskError(
             "an exception arrived from the worker that cannot be read here "
             f"({type(trouble).__name__}: {text_of(trouble)})"
@@ -326,8 +330,10 @@ def pack_items(items: object, beside: list[memoryview] | None = None) -> bytes:
     keep = None if beside is None else functools.partial(_keep_in_band, beside)
     try:
         packed = pickle.dumps(items, protocol=5, buffer_callback=keep)
-    except Exception:  # noqa: BLE001  # lambdas, local classes, ...: cloudpickle's error counts
-        packed = b"__main__"
+    except Exception as error:
+        if is_of_the_program(error):
+            raise
+        packed = b"__main__"  # lambdas, local classes, ...: cloudpickle's error counts
     if b"__main__" not in packed:
         return packed
     if beside is not None:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from taskcarrier.backends.feeds import AHEAD, Came, came_of, raise_and_forget
+from taskcarrier.backends.feeds import AHEAD, Came, UnsendableError, came_of, raise_and_forget
 from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parcels import Parcel, pack_items, unpack_items
 from taskcarrier.backends.parts import Parts
@@ -39,6 +39,7 @@ from taskcarrier.backends.worker_process import (
     order,
     results_from,
 )
+from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.ledger import Ledger
 from taskcarrier.partition import in_words
 from taskcarrier.recovery import Again
@@ -118,12 +119,14 @@ class ProcessFeed:
         try:
             packed = pack_items(items, large)
         except Exception as error:
+            if is_of_the_program(error):
+                raise
             add_note(
                 error,
                 f"taskcarrier could not pickle {in_words(start, stop)} for worker processes; use "
                 "backend='threading' if they cannot be pickled",
             )
-            raise
+            raise UnsendableError(error) from None
         nbytes = len(packed) + sum(map(len, large))
         self._nbytes_sent += nbytes
         staging, segment, places = Staging(self._job.folder), None, []
@@ -331,7 +334,9 @@ def _unpacked(block: _Block, packed: bytes, large: list[memoryview]) -> Came:
     nbytes = block.nbytes + len(packed) + sum(map(len, large))
     try:
         result = unpack_items(packed, large)
-    except Exception as error:  # noqa: BLE001  # whatever a user's object raises
+    except Exception as error:
+        if is_of_the_program(error):
+            raise
         add_note(error, "taskcarrier could not unpickle this result of a worker process")
         result = Parts([], [(start, stop, error)])
     return came_of(result)._replace(nbytes=nbytes)

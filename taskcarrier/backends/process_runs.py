@@ -20,6 +20,7 @@ from taskcarrier.backends.parcels import Channel, Parcel, unpack_items
 from taskcarrier.backends.parts import Parts
 from taskcarrier.backends.work import Account, Death, Deliver, Failure, Job, Ran, timeout_error
 from taskcarrier.backends.worker_process import KEPT, RESULTS, account_from, order, results_from
+from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.ledger import DONE, FREE, SENT, TAKEN_BACK, Ledger
 from taskcarrier.partition import Partition
 from taskcarrier.recovery import Again
@@ -373,7 +374,9 @@ class ProcessRun:
     def _unpack_result(self, worker: Worker, start: int, packed: bytes, large: list[Any]) -> None:
         try:
             result = unpack_items(packed, large)
-        except Exception as error:  # noqa: BLE001  # whatever a user's object raises
+        except Exception as error:
+            if is_of_the_program(error):
+                raise
             add_note(error, "taskcarrier could not unpickle this result of a worker process")
             where = self._job.grid.bounds(start // self._job.grid.chunksize)
             self._failures.append(Failure(where, error, worker.name))

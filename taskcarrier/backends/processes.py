@@ -47,6 +47,7 @@ from taskcarrier.backends.worker_process import (
     worker_main,
 )
 from taskcarrier.descriptors import above_standard
+from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.ledger import (
     OWN_MARKS,
     FileAgreement,
@@ -261,7 +262,9 @@ def _streams_that_can_be_flushed() -> Iterator[None]:
             stream: Any = getattr(sys, name)
             try:
                 stream.flush()
-            except Exception:  # noqa: BLE001  # whatever the program has put there
+            except Exception as error:  # whatever the program has put there
+                if is_of_the_program(error):
+                    raise
                 stack.callback(setattr, sys, name, stream)
                 setattr(sys, name, io.StringIO())
         yield

@@ -44,6 +44,7 @@ from taskcarrier.backends.parcels import (
 )
 from taskcarrier.backends.surroundings import Surroundings
 from taskcarrier.backends.work import Account, Deliver, Failure, Job, Ran, be_at_work
+from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.ledger import Ledger
 
 
@@ -239,7 +240,9 @@ def _until_halted(
         start, stop = job.grid.bounds(cell)
         try:
             task = sender.task(items[start:stop], start)
-        except Exception as error:  # noqa: BLE001  # whatever pickling a user's object raises
+        except Exception as error:
+            if is_of_the_program(error):
+                raise
             add_note(
                 error,
                 "taskcarrier could not pickle these items for the backend's workers; use "
@@ -322,7 +325,9 @@ def _failure(done: _Done, deliver: Deliver, worker: str) -> Failure | None:
     if done.is_packed:
         try:
             result = unpack_items(result)
-        except Exception as error:  # noqa: BLE001  # whatever a user's object raises
+        except Exception as error:
+            if is_of_the_program(error):
+                raise
             add_note(error, "taskcarrier could not unpickle this result of a worker")
             return Failure(where, error, worker)
     deliver(done.start, result)

@@ -11,7 +11,7 @@ import pytest
 
 from taskcarrier import WorkerDiedError
 from taskcarrier.backends import process_feeds as module
-from taskcarrier.backends.feeds import AHEAD, Came
+from taskcarrier.backends.feeds import AHEAD, Came, UnsendableError
 from taskcarrier.backends.given import Call
 from taskcarrier.backends.parcels import pack
 from taskcarrier.backends.processes import ProcessCrew
@@ -152,9 +152,10 @@ def test_large_items_and_results_both_ways_at_once(warm):
 
 def test_items_that_cannot_be_pickled(warm):
     feed = fed(warm, double)
-    with pytest.raises(TypeError) as caught:
+    with pytest.raises(UnsendableError) as caught:
         feed.give(0, [(n for n in range(3))])
-    assert any("could not pickle item 0 for" in note for note in caught.value.__notes__)
+    assert isinstance(caught.value.error, TypeError)
+    assert any("could not pickle item 0 for" in note for note in caught.value.error.__notes__)
     feed.give(0, [4])
     assert results(feed, 1) == [(0, 1, [8])]
     feed.close()
