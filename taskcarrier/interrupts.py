@@ -14,7 +14,7 @@ def is_of_the_program(error: BaseException) -> bool:
 
     A handler may raise while any code of the user's runs in the main thread; the usual time limit
     does. That ends the call as Ctrl-C does, and is no error of the function or the input. A handler
-    that has been replaced since was the business of whoever replaced it.
+    that has been replaced since belongs to the code that replaced it.
     """
     if threading.current_thread() is not threading.main_thread():
         return False  # no handler runs there

@@ -53,7 +53,7 @@ class ModuleLock:
             self._lock.release()
 
     def renew(self) -> None:
-        """In a forked child: nobody but this thread can be inside."""
+        """In a forked child: no other thread can be inside."""
         self.after_fork()
         if self._lock.acquire(blocking=False):
             self._lock.release()

@@ -34,7 +34,7 @@ AHEAD = 2
 
 
 class UnsendableError(Exception):
-    """Items of a block cannot be sent to workers; nobody but a stream sees this."""
+    """Items of a block cannot be sent to workers; only streams catch this."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(error)

@@ -74,8 +74,8 @@ _HASH_SEED = str(random.SystemRandom().randrange(1, 1 << 32))
 def _own_environment() -> dict[str, str]:
     """Variables for a worker alone, and not for programs that the function starts.
 
-    joblib makes a semaphore when it is imported, to see whether that works, and a worker that is
-    killed at that moment leaves it in /dev/shm; so it is told not to.
+    joblib makes a semaphore when it is imported, to see whether that works. A worker that is killed
+    at that moment would leave it in /dev/shm, so the first variable turns this off.
     """
     environment = {"JOBLIB_MULTIPROCESSING": "0"}
     if os.environ.get("PYTHONHASHSEED", "random") in {"random", ""}:

@@ -35,7 +35,7 @@ class Surroundings:
     errcall : Call or None
         The handler that `errstate` asks for, if it does.
     decimals : decimal.Context or None
-        That of `decimal`, without flags; None if nobody has loaded it.
+        That of `decimal`, without flags; None if `decimal` is not loaded.
     recursion_limit : int
         As `sys.getrecursionlimit` tells it.
     """
