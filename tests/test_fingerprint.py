@@ -10,10 +10,13 @@ import operator
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import types
+import weakref
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -229,13 +232,13 @@ class TestValues:
         assert digest(one) != digest(other) or not_looked_into(one)
 
     def test_what_is_not_looked_into_is_named(self):
-        value = operator.itemgetter(1)
-        kind = "operator.itemgetter"
+        value = threading.Lock()
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
         assert not_looked_into({"a": [1, value]}) == [f"value['a'][1] ({kind})"]
         assert not_looked_into(lambda x, y=value: x) == [f"value.defaults[0] ({kind})"]
 
     def test_names_of_it_do_not_depend_on_addresses(self):
-        found = [not_looked_into({iter([n]): iter([n])}) for n in (1, 2)]
+        found = [not_looked_into({threading.Lock(): threading.Lock()}) for _ in range(2)]
         assert found[0] == found[1]
         assert len(found[0]) == 2
 
@@ -364,7 +367,7 @@ class TestFunctions:
         assert digest(enclosing(np.zeros(3))) != digest(enclosing(np.ones(3)))
         inner = [enclosing(enclosing(enclosing(n))) for n in (1, 1, 2)]
         assert digest(inner[0]) == digest(inner[1]) != digest(inner[2])
-        assert not_looked_into(enclosing(iter([])))[0].startswith("value.value (")
+        assert not_looked_into(enclosing(threading.Lock()))[0].startswith("value.value (")
 
     def test_what_is_enclosed_and_not_bound_yet(self):
         def outer():
@@ -448,6 +451,463 @@ class TestFunctions:
             return Adder()
 
         assert digest(adder(1)) == digest(adder(1)) != digest(adder(2))
+
+
+# Programs that bind `f`; they differ by `{n}`, which decides what `f` returns.
+DECIDING = {
+    "number": "N = {n}",
+    "array": "N = np.full(3, {n})",
+    "dataclass": """
+        @dataclasses.dataclass
+        class Settings:
+            rate: int = 0
+        N = Settings({n})
+        """,
+    "frozen dataclass with slots": """
+        @dataclasses.dataclass(frozen=True, slots=True)
+        class Settings:
+            rate: int = 0
+        N = Settings({n})
+        """,
+    "default of a dataclass": """
+        @dataclasses.dataclass
+        class Settings:
+            rate: int = {n}
+        def f(x):
+            return Settings().rate * x
+        """,
+    "default factory of a dataclass": """
+        @dataclasses.dataclass
+        class Settings:
+            rates: list = dataclasses.field(default_factory=lambda: [{n}])
+        def f(x):
+            return Settings().rates * x
+        """,
+    "argparse.Namespace": "N = argparse.Namespace(rate={n})",
+    "SimpleNamespace": "N = types.SimpleNamespace(rate={n})",
+    "class attribute": """
+        class Settings:
+            rate = {n}
+        def f(x):
+            return Settings.rate * x
+        """,
+    "attribute of a base class": """
+        class Base:
+            rate = {n}
+        class Settings(Base):
+            pass
+        def f(x):
+            return Settings.rate * x
+        """,
+    "attribute of a metaclass": """
+        class Meta(type):
+            rate = {n}
+        class Settings(metaclass=Meta):
+            pass
+        def f(x):
+            return Settings.rate * x
+        """,
+    "attribute of the class of an object": """
+        class Settings:
+            rates = np.full(3, {n})
+        N = Settings()
+        """,
+    "property": """
+        class Settings:
+            @property
+            def rate(self):
+                return {n}
+        N = Settings()
+        """,
+    "cached property": """
+        class Settings:
+            @functools.cached_property
+            def rate(self):
+                return {n}
+        N = Settings()
+        """,
+    "static method": """
+        class Settings:
+            @staticmethod
+            def rate():
+                return {n}
+        N = Settings()
+        """,
+    "class method": """
+        class Settings:
+            @classmethod
+            def rate(cls):
+                return {n}
+        def f(x):
+            return Settings.rate() * x
+        """,
+    "descriptor": """
+        class Rate:
+            def __get__(self, *_):
+                return {n}
+        class Settings:
+            rate = Rate()
+        N = Settings()
+        """,
+    "class that is called": """
+        class Scale:
+            def __init__(self, x):
+                self.scaled = {n} * x
+        def f(x):
+            return Scale(x).scaled
+        """,
+    "callable object": """
+        class Scale:
+            def __init__(self, n):
+                self.n = n
+            def __call__(self, x):
+                return self.n * x
+        N = Scale({n})
+        """,
+    "bound method": """
+        class Scale:
+            def __init__(self, n):
+                self.n = n
+            def scaled(self, x):
+                return self.n * x
+        N = Scale({n}).scaled
+        """,
+    "object with slots": """
+        class Scale:
+            __slots__ = ("n",)
+        N = Scale()
+        N.n = {n}
+        """,
+    "object with slots and a dict": """
+        class Base:
+            __slots__ = ("n",)
+        class Scale(Base):
+            pass
+        N = Scale()
+        N.n = {n}
+        """,
+    "object that says what pickle is to send": """
+        class Scale:
+            def __init__(self, n):
+                self.n = n
+                self.lock = threading.Lock()
+            def __getstate__(self):
+                return self.n
+            def __setstate__(self, n):
+                self.__init__(n)
+        N = Scale({n})
+        """,
+    "subclass of list": """
+        class Rates(list):
+            pass
+        N = Rates([{n}])
+        """,
+    "subclass of dict": """
+        class Rates(dict):
+            pass
+        N = Rates(rate={n})
+        """,
+    "subclass of set": """
+        class Rates(set):
+            pass
+        N = Rates([{n}])
+        """,
+    "subclass of str": """
+        class Rate(str):
+            pass
+        N = Rate("{n}")
+        """,
+    "subclass of float": """
+        class Rate(float):
+            pass
+        N = Rate({n})
+        """,
+    "enumeration": """
+        class Rate(enum.Enum):
+            HIGH = {n}
+        def f(x):
+            return Rate.HIGH.value * x
+        """,
+    "member of an enumeration": """
+        class Rate(enum.IntEnum):
+            HIGH = {n}
+        N = Rate.HIGH
+        """,
+    "method of an enumeration": """
+        class Rate(enum.Enum):
+            HIGH = 7
+            def scaled(self, x):
+                return {n} * x
+        N = Rate.HIGH
+        """,
+    "flags": """
+        class Rate(enum.Flag):
+            A = {n}
+            B = 8
+        N = Rate.A | Rate.B
+        """,
+    "namedtuple": "N = collections.namedtuple('Settings', 'rate')({n})",
+    "NamedTuple": """
+        class Settings(typing.NamedTuple):
+            rate: int = 0
+        N = Settings({n})
+        """,
+    "default of a NamedTuple": """
+        class Settings(typing.NamedTuple):
+            rate: int = {n}
+        def f(x):
+            return Settings().rate * x
+        """,
+    "OrderedDict": "N = collections.OrderedDict(rate={n})",
+    "order of an OrderedDict": "N = collections.OrderedDict([({n}, 1), (5, 1)][:: 2 * {n} - 3])",
+    "defaultdict": "N = collections.defaultdict(lambda: {n})",
+    "Counter": "N = collections.Counter(rate={n})",
+    "ChainMap": "N = collections.ChainMap(dict(rate={n}))",
+    "deque": "N = collections.deque([{n}])",
+    "length of a deque": "N = collections.deque([1], maxlen={n})",
+    "MappingProxyType": "N = types.MappingProxyType(dict(rate={n}))",
+    "array.array": "N = array.array('i', [{n}])",
+    "Decimal": "N = decimal.Decimal({n})",
+    "Fraction": "N = fractions.Fraction({n})",
+    "date": "N = datetime.date(2000, 1, {n})",
+    "timezone": "N = datetime.timezone(datetime.timedelta(hours={n}))",
+    "regular expression": "N = re.compile('{n}')",
+    "itemgetter": "N = operator.itemgetter({n})",
+    "methodcaller": "N = operator.methodcaller('replace', 'n', '{n}')",
+    "iterator": "N = iter([{n}])",
+    "partial": "N = functools.partial(max, {n})",
+    "subclass of partial": """
+        class Part(functools.partial):
+            pass
+        N = Part(max, {n})
+        """,
+    "partialmethod": """
+        class Scale:
+            def scaled(self, n, x):
+                return n * x
+            f = functools.partialmethod(scaled, {n})
+        N = Scale()
+        """,
+    "partial of a function that reads a global": """
+        M = {n}
+        def scaled(x):
+            return M * x
+        N = functools.partial(scaled)
+        """,
+    "np.vectorize": "N = np.vectorize(lambda x: x + {n})",
+    "np.poly1d": "N = np.poly1d([{n}])",
+    "np.recarray": "N = np.rec.array([({n}, 2)])",
+    "masked array": "N = np.ma.array([1, 2], mask=[{n} == 1, False])",
+    "Generator": "N = np.random.default_rng({n})",
+    "RandomState": "N = np.random.RandomState({n})",
+    "random.Random": "N = random.Random({n})",
+    "path": "N = pathlib.Path('{n}')",
+    "DataFrame": "import pandas; N = pandas.DataFrame(dict(rate=[{n}]))",
+    "Series with an index": "import pandas; N = pandas.Series([1], index=[{n}])",
+    "sparse matrix": "import scipy.sparse; N = scipy.sparse.eye_array({n})",
+    "estimator": "import sklearn.svm; N = sklearn.svm.SVC(C={n})",
+    "fitted tree": """
+        import sklearn.tree
+        N = sklearn.tree.DecisionTreeRegressor().fit([[0], [1]], [0, {n}])
+        """,
+    "kernel": "N = numba.njit(lambda x: x + {n})",
+    "ufunc of a kernel": "N = numba.vectorize(['f8(f8)'])(lambda x: x + {n})",
+    "lru_cache": """
+        @functools.lru_cache
+        def scaled(x):
+            return {n} * x
+        def f(x):
+            return scaled(x)
+        """,
+    "function that was wrapped": """
+        def logged(func):
+            @functools.wraps(func)
+            def inner(x):
+                return func(x)
+            return inner
+        @logged
+        def f(x):
+            return {n} * x
+        """,
+    "context manager": """
+        @contextlib.contextmanager
+        def rate():
+            yield {n}
+        def f(x):
+            with rate() as n:
+                return n * x
+        """,
+    "singledispatch": """
+        @functools.singledispatch
+        def scaled(x):
+            return x
+        @scaled.register
+        def _(x: int):
+            return {n} * x
+        def f(x):
+            return scaled(x)
+        """,
+    "function of a function": """
+        def helper(x):
+            return other(x)
+        def other(x):
+            return {n} * x
+        def f(x):
+            return helper(x)
+        """,
+    "functions that call each other": """
+        def even(x):
+            return x == 0 or odd(x - 1)
+        def odd(x):
+            return x != 0 and even(x - {n})
+        def f(x):
+            return even(x)
+        """,
+    "function in a table": """
+        def helper(x):
+            return {n} * x
+        N = dict(helper=helper, other=len)
+        """,
+    "global of a method": """
+        M = {n}
+        class Scale:
+            def scaled(self, x):
+                return M * x
+        N = Scale()
+        """,
+    "attribute of a module": """
+        settings = types.ModuleType("settings")
+        settings.rate = {n}
+        def f(x):
+            return settings.rate * x
+        """,
+    "function of a module": """
+        settings = types.ModuleType("settings")
+        exec("def scaled(x): return {n} * x", vars(settings))
+        def f(x):
+            return settings.scaled(x)
+        """,
+    "attribute of a module in a package": """
+        package = types.ModuleType("package")
+        package.settings = types.ModuleType("package.settings")
+        package.settings.rate = {n}
+        def f(x):
+            return package.settings.rate * x
+        """,
+    "imported by the function": """
+        sys.modules["settings_of_tests"] = settings = types.ModuleType("settings_of_tests")
+        settings.rate = {n}
+        def f(x):
+            from settings_of_tests import rate
+            return rate * x
+        """,
+    "imported by the function, relatively": """
+        __package__ = "package_of_tests"
+        name = "package_of_tests.settings"
+        sys.modules[name] = settings = types.ModuleType(name)
+        settings.rate = {n}
+        def f(x):
+            from .settings import rate
+            return rate * x
+        """,
+}
+
+_NAMES = """
+import array, argparse, collections, contextlib, dataclasses, datetime, decimal, enum, fractions
+import functools, operator, pathlib, random, re, sys, threading, types, typing
+import numba
+import numpy as np
+
+def f(x):
+    return N, x
+"""
+
+
+def program(kind, n):
+    """The function `f` of a program."""
+    source = textwrap.dedent(DECIDING[kind])
+    names = {"__name__": "program_of_tests"}
+    sys.modules["program_of_tests"] = types.ModuleType("program_of_tests")
+    try:
+        exec(_NAMES + source.replace("{n}", str(n)), names)
+    finally:
+        del sys.modules["program_of_tests"]
+    return names["f"]
+
+
+class TestGlobals:
+    @pytest.mark.parametrize("kind", DECIDING)
+    def test_what_they_are_decides(self, kind):
+        found = Fingerprint()
+        one = found.of(program(kind, 1), "value")
+        assert found.not_looked_into == []
+        assert one == digest(program(kind, 1))
+        assert one != digest(program(kind, 2))
+
+    @pytest.mark.parametrize(
+        "value",
+        [threading.Lock(), sys.stderr, (n for n in ()), memoryview(b""), weakref.ref(Point)],
+        ids=["lock", "file", "generator", "memoryview", "weak reference"],
+    )
+    def test_what_cannot_be_told_is_named(self, value):
+        f = defined("def f(x):\n    return N, x", N=value)
+        assert not_looked_into(f)[0].startswith("value.global N")
+
+    def test_modules_of_the_program_are_named_where_they_are_used_whole(self):
+        settings = types.ModuleType("settings")
+        f = defined("def f(x):\n    return getattr(settings, x)", settings=settings)
+        assert not_looked_into(f) == ["value.global settings (builtins.module)"]
+
+    def test_modules_that_are_not_imported_yet_are_named(self):
+        f = defined("def f(x):\n    from no_such_module_of_tests import y\n    return x + y")
+        assert not_looked_into(f) == ["value.import no_such_module_of_tests.y (builtins.module)"]
+
+    def test_modules_of_installed_packages_count_by_name_and_version(self, monkeypatch):
+        f = defined("def f(x):\n    import numpy\n    return np.sqrt(x), numpy", np=np)
+        before = digest(f)
+        assert not_looked_into(f) == []
+        monkeypatch.setattr(np, "__version__", "0.0")
+        assert digest(f) != before
+
+    def test_functions_of_installed_packages_are_not_followed(self):
+        found = Fingerprint()
+        found.of(np.median, "value")
+        found.of(np.vectorize(len), "value")
+        assert found.not_looked_into == []
+
+    def test_many_functions_that_call_each_other_are_looked_at_once_each(self):
+        names = [f"f{n}" for n in range(40)]
+        calls = ", ".join(f"{name}(x)" for name in names)
+        table = {}
+        exec("\n".join(f"def {name}(x): return {calls}" for name in names), table)
+        assert len(digest(table["f0"])) == 32
+
+    def test_what_is_nested_too_deep_is_named(self):
+        deep = []
+        for _ in range(100_000):
+            deep = [deep]
+        found = Fingerprint()
+        found.of(deep, "value")
+        assert found.not_looked_into == ["value (builtins.list)"]
+
+    def test_an_exception_of_a_signal_handler_is_raised(self):
+        class TimeIsUpError(Exception):
+            pass
+
+        def raising(*_):
+            raise TimeIsUpError
+
+        class Slow:
+            def __reduce__(self):
+                signal.raise_signal(signal.SIGUSR1)
+                return Slow, ()
+
+        before = signal.signal(signal.SIGUSR1, raising)
+        try:
+            with pytest.raises(TimeIsUpError):
+                digest(Slow())
+        finally:
+            signal.signal(signal.SIGUSR1, before)
 
 
 class TestKernels:

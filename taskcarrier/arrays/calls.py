@@ -10,10 +10,11 @@ from typing import Any
 from taskcarrier.arrays.allocations import LocalAllocation, Output, SharedAllocation
 from taskcarrier.arrays.casting import Fill
 from taskcarrier.arrays.compiled import Fusion, Row, fused, ready
+from taskcarrier.arrays.computation import Computation
 from taskcarrier.arrays.halos import Halo, check_halo
 from taskcarrier.arrays.inputs import Inputs, check_callable, check_extras, check_inputs
 from taskcarrier.arrays.outputs import Plan
-from taskcarrier.arrays.resuming import KeptLedger, what_decides
+from taskcarrier.arrays.resuming import KeptLedger
 from taskcarrier.arrays.sources import sources_for_processes, sources_here
 from taskcarrier.arrays.specs import DisagreementError, Spec
 from taskcarrier.arrays.targets import Targets
@@ -119,8 +120,8 @@ class ArrayCall:
             "rng": self.streams,
             **options,
         }
-        computes = what_decides(self.call, self.inputs, self.grid, self.halo, words)
-        return KeptLedger(path, len(self.grid), computes)
+        computation = Computation.of(self.call, self.inputs, self.grid, self.halo, words)
+        return KeptLedger(path, len(self.grid), computation)
 
     def in_place(
         self,

@@ -113,6 +113,11 @@ def map_array(
     Exception
         Whatever `func` raises, with a note that names the range.
 
+    Warns
+    -----
+    UserWarning
+        With `resume`, of what can be compared with an earlier run by its type or in samples only.
+
     Notes
     -----
     An array without items is passed to `func` once, in the caller.

@@ -5,9 +5,9 @@ The file ``Y.npy.ledger`` stands beside ``Y.npy.part`` until ``Y.npy`` is comple
 =====================  =========================================================================
 bytes                  what
 =====================  =========================================================================
-first line             ``TaskCarrier ledger 1``
-second line            one JSON object in ASCII: ``marks_at``, ``cells``, and under ``computes`` the
-                       names and digests of all that decides values (`taskcarrier.fingerprint`)
+first line             ``TaskCarrier ledger 2``
+second line            one JSON object in ASCII: ``marks_at``, ``cells``, and under ``computes`` all
+                       that decides values (`taskcarrier.arrays.computation`)
 up to ``marks_at``     zeros; a multiple of 4096
 ``cells`` bytes more   one for each range of the run: 1 if its result is in the output, else
                        anything else
@@ -31,71 +31,21 @@ import json
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 
+from taskcarrier.arrays.computation import Computation
 from taskcarrier.arrays.files import busy, ledger_path, locked, open_own
-from taskcarrier.arrays.halos import Halo
-from taskcarrier.arrays.inputs import Inputs
-from taskcarrier.backends.given import Call
 from taskcarrier.descriptors import above_standard
-from taskcarrier.fingerprint import Fingerprint
 from taskcarrier.ledger import DONE, FREE
-from taskcarrier.mapped_files import located, synced
-from taskcarrier.partition import Grid
 from taskcarrier.segments import Segment, SharedView
 
-_FIRST_LINE = b"TaskCarrier ledger 1\n"
+_FIRST_LINE = b"TaskCarrier ledger 2\n"
 # Far more than the names of any call; a file that says more is none of ours.
 _MAX_HEADER = 1 << 26
+# What `marks_at` itself takes in the header.
+_PLACE_NBYTES = 64
 _DESCRIPTORS = "/proc/self/fd/"
-_UNKNOWN = "not looked into"
-
-
-def what_decides(
-    call: Call, inputs: Inputs, grid: Grid, halo: Halo | None, options: Mapping[str, object]
-) -> dict[str, str]:
-    """Names and digests of all that decides the values of a call, as far as that can be told.
-
-    Parameters
-    ----------
-    call : Call
-        The function, and what it gets besides.
-    inputs : Inputs
-        The mapped arrays: those in files by size, time of the last change and place in the file,
-        others by content.
-    grid : Grid
-        What a chunk is.
-    halo : Halo or None
-        Neighbours.
-    options : mapping of str to object
-        What else counts, as a text.
-    """
-    found = Fingerprint()
-    digests = {"func": found.of(call.func, "func")}
-    digests |= {f"args[{n}]": found.of(one, f"args[{n}]") for n, one in enumerate(call.args)}
-    named = {f"kwargs[{name!r}]": one for name, one in call.kwargs.items()}
-    digests |= {name: found.of(one, name) for name, one in named.items()}
-    for number, array in enumerate(inputs.arrays):
-        digests[f"array {number}"] = _of_input(array, f"array {number}", found)
-    words = {"axis": inputs.axes, "items": grid.n_items, "chunksize": grid.chunksize}
-    words |= {"order": inputs.order}  # so the output lies
-    digests |= {name: repr(value) for name, value in {**words, **options, "depth": halo}.items()}
-    digests[_UNKNOWN] = "; ".join(sorted(found.not_looked_into))
-    return digests
-
-
-def _of_input(array: Any, name: str, found: Fingerprint) -> str:
-    view = located(synced(array)) if isinstance(array, np.ndarray) else None
-    if view is not None and view.segment is not None and view.segment.on_disk:
-        file = os.fstat(view.segment.fd)
-        place = (view.offset, view.shape, view.strides, view.dtype)
-        return found.of(repr((file.st_size, file.st_mtime_ns, place)), name)
-    if isinstance(array, np.ndarray):
-        return found.of(array, name)
-    return found.of((repr((array.shape, array.dtype)), array), name)
 
 
 class KeptLedger:
@@ -107,8 +57,13 @@ class KeptLedger:
         Where the output is to be in the end.
     n_cells : int
         Ranges of the run.
-    computes : mapping of str to str
-        The names and digests of all that decides values.
+    computation : Computation
+        All that decides values.
+
+    Attributes
+    ----------
+    notes : list of str
+        What the report should say.
 
     Raises
     ------
@@ -116,14 +71,18 @@ class KeptLedger:
         If there is one of another computation; says what differs.
     BlockingIOError
         If another run is at work with it.
+
+    Warns
+    -----
+    UserWarning
+        Of what cannot be compared, or in samples only.
     """
 
-    def __init__(self, path: str, n_cells: int, computes: Mapping[str, str]) -> None:
+    def __init__(self, path: str, n_cells: int, computation: Computation) -> None:
         self.path = ledger_path(path)
+        self.notes = computation.notes()
         self._n_cells = n_cells
-        header: dict[str, Any] = {"marks_at": 0, "cells": n_cells, "computes": dict(computes)}
-        header["marks_at"] = _aligned(len(_FIRST_LINE) + len(json.dumps(header)) + 16)
-        self._header = header
+        self._computation = computation
         try:
             self._fd = open_own(self.path)
         except FileNotFoundError:
@@ -140,16 +99,10 @@ class KeptLedger:
             raise
 
     @property
-    def notes(self) -> list[str]:
-        """What the report should say."""
-        unknown = self._header["computes"].get(_UNKNOWN)
-        return [f"resume: told by its type alone was {unknown}"] if unknown else []
-
-    @property
     def marks(self) -> SharedView:
         """Where the cells are marked."""
-        at, n = self._header["marks_at"], self._n_cells
-        return SharedView(self._segment, at, (n,), (1,), np.dtype(np.uint8))
+        n = self._n_cells
+        return SharedView(self._segment, self._marks_at, (n,), (1,), np.dtype(np.uint8))
 
     def begin(self, *, anew: bool) -> int:
         """Have marks of finished ranges alone, or none at all; how many there are."""
@@ -169,8 +122,10 @@ class KeptLedger:
 
     def _made(self) -> int:
         """A new file with a whole header and no marks, put in place at once."""
-        text = json.dumps(self._header).encode("ascii") + b"\n"
-        content = (_FIRST_LINE + text).ljust(self._header["marks_at"], b"\0")
+        header = {"cells": self._n_cells, "computes": self._computation.to_json()}
+        marks_at = _aligned(len(_FIRST_LINE) + len(json.dumps(header)) + _PLACE_NBYTES)
+        text = json.dumps({"marks_at": marks_at, **header}).encode("ascii") + b"\n"
+        content = (_FIRST_LINE + text).ljust(marks_at, b"\0")
         folder, own_name = os.path.split(self.path)
         folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -197,14 +152,17 @@ class KeptLedger:
 
     def _checked(self) -> Segment:
         """The file as a segment, if it is of this computation."""
-        found = _header_of(self._fd, self.path)
-        if differing := _differences(found, self._header):
+        self._marks_at, n_cells, earlier = _header_of(self._fd, self.path)
+        differing = self._computation.differences(earlier)
+        differing += ["the number of ranges"] if n_cells != self._n_cells else []
+        if differing:
             raise ValueError(
                 f"{self.path} is of another computation; what differs: {', '.join(differing)}. To "
                 "begin anew, remove it, or choose another out="
             )
-        self._header["marks_at"] = found["marks_at"]
-        end = found["marks_at"] + self._n_cells
+        if not self.is_new:
+            self.notes += self._computation.doubts(earlier)
+        end = self._marks_at + self._n_cells
         if os.fstat(self._fd).st_size < end:  # it was cut off: those ranges are run again
             os.posix_fallocate(self._fd, 0, end)
         with above_standard:
@@ -231,29 +189,19 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _header_of(fd: int, path: str) -> dict[str, Any]:
+def _header_of(fd: int, path: str) -> tuple[int, int, Computation]:
+    """Where the marks begin, how many there are, and what was computed."""
     lines = os.pread(fd, _MAX_HEADER, 0).split(b"\n", 2)
     try:
         if lines[0] + b"\n" != _FIRST_LINE:
             raise ValueError("its first line is another")  # noqa: TRY301  # one way out for all
         found = json.loads(lines[1])
-        marks_at, cells, computes = (found[key] for key in ("marks_at", "cells", "computes"))
+        marks_at, cells = found["marks_at"], found["cells"]
+        computation = Computation.from_json(found["computes"])
         if not (isinstance(marks_at, int) and isinstance(cells, int) and marks_at > 0):
             raise TypeError("its numbers are none")  # noqa: TRY301  # likewise
-        dict.items(computes)
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(
             f"{path} is no ledger of this version of TaskCarrier ({error}); remove it to begin anew"
         ) from None
-    return {"marks_at": marks_at, "cells": cells, "computes": computes}
-
-
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Names of what two computations do not have in common."""
-    names: Iterable[str] = {**wanted["computes"], **found["computes"]}
-    differing = [
-        name for name in names if found["computes"].get(name) != wanted["computes"].get(name)
-    ]
-    if found["cells"] != wanted["cells"]:
-        differing.append("the number of ranges")
-    return differing
+    return marks_at, cells, computation

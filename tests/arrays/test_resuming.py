@@ -1,9 +1,11 @@
 """Runs that go on where an earlier one has ended; the ledger that is kept beside an output."""
 
 import json
-import operator
 import os
+import shutil
 import stat
+import threading
+from contextlib import nullcontext
 
 import numba
 import numpy as np
@@ -18,15 +20,58 @@ from taskcarrier import (
     map_items,
     share,
 )
+from taskcarrier.arrays import computation
+from taskcarrier.arrays.computation import Computation
 from taskcarrier.arrays.resuming import KeptLedger
 from tests.faults.functions import note, noted
-from tests.strategies import EVERYWHERE, assert_same, kept_crews
+from tests.strategies import EVERYWHERE, assert_same, kept_crews, run_script
 
 SERIAL = {"backend": "sequential", "n_jobs": 1}
 X = np.arange(80.0).reshape(40, 2)
 
 
 crews = kept_crews(2)
+
+
+class Stored:
+    """Something like an array, read by range."""
+
+    def __init__(self, values):
+        self.values, self.shape, self.dtype = values, values.shape, values.dtype
+        self.ndim = values.ndim
+        self.read = []
+
+    def __getitem__(self, key):
+        first = key if isinstance(key, slice) else key[0]
+        self.read.append((first.start, first.stop))
+        return self.values[key]
+
+
+ZARR = """
+import os, sys, warnings
+import zarr
+from taskcarrier import map_array
+
+path, value, stop = sys.argv[1:]
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of zarr
+    stored = zarr.open(path, mode="w", shape=(4, 1), chunks=(2, 1), dtype="f8")
+    stored[:] = 0
+    stored[3] = float(value)
+
+def func(chunk):
+    if os.path.exists(stop):
+        raise LookupError("stop")
+    return chunk + 1
+
+try:
+    result = map_array(
+        func, stored, out="Y.npy", resume=True, chunksize=1, n_jobs=1, backend="sequential"
+    )
+    print(result.ravel().tolist())
+except (LookupError, ValueError) as error:
+    print(error)
+"""
 
 
 class Halfway:
@@ -72,7 +117,7 @@ def halfway(tmp_path):
 
 
 def doubling(halfway, factor=2):
-    def func(chunk, *more):
+    def func(chunk, *more, **options):
         halfway(chunk[0, 0])
         return chunk * factor
 
@@ -303,20 +348,187 @@ class TestResults:
         assert_same(np.array(halfway.tried(func, X, **options)), expected)
 
 
+MAY_HAVE_CHANGED = r"resume compared samples of array 0 \(.*\), which may have changed\. The sam"
+
+
 class TestInputs:
-    def test_files_are_told_by_size_and_time(self, halfway):
+    def test_a_file_is_the_same_that_was_not_touched(self, halfway):
         path = halfway.folder / "in.npy"
         np.save(path, X)
         func = doubling(halfway.check)
         halfway.stopped(func, path)
         assert_same(np.array(halfway.tried(func, load(path))), X * 2)
         assert halfway.ran() == LATER
-        halfway.log.unlink()
-        halfway.out.unlink()
+        assert len(last_report().notes) == 1
+
+    @pytest.mark.fault(27)
+    @pytest.mark.parametrize("how", ["other time", "other name", "copied with its times"])
+    def test_a_file_that_may_have_changed_is_named(self, how, halfway):
+        path, other = halfway.folder / "in.npy", halfway.folder / "other.npy"
+        np.save(path, X)
+        func = doubling(halfway.check)
         halfway.stopped(func, path)
-        os.utime(path, ns=(0, 0))
+        if how == "other time":
+            os.utime(path, ns=(0, 0))
+        elif how == "other name":
+            path = path.rename(other)
+        else:
+            shutil.copy2(path, other)
+            other.replace(path)
+        with pytest.warns(UserWarning, match=MAY_HAVE_CHANGED) as caught:
+            result = halfway.tried(func, load(path))
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+        assert str(path) in str(caught[0].message)
+        assert any(str(path) in note for note in last_report().notes)
+        assert_same(np.array(result), X * 2)
+        assert halfway.ran() == LATER
+
+    @pytest.mark.fault(27)
+    @pytest.mark.parametrize("keeps_inode", [True, False])
+    @pytest.mark.parametrize("item", [0, 39])
+    def test_a_file_of_the_same_size_and_time_with_other_values_is_refused(
+        self, item, keeps_inode, halfway
+    ):
+        path, other = halfway.folder / "in.npy", halfway.folder / "other.npy"
+        np.save(path, X)
+        func = doubling(halfway.check)
+        halfway.stopped(func, path)
+        before = path.stat()
+        changed = X.copy()
+        changed[item, 1] = -5
+        np.save(other, changed)
+        if keeps_inode:
+            path.write_bytes(other.read_bytes())
+        else:
+            other.replace(path)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (
+            before.st_size,
+            before.st_mtime_ns,
+        )
         with pytest.raises(ValueError, match=r"what differs: array 0\."):
             halfway.tried(func, path)
+
+    @pytest.mark.fault(27)
+    def test_every_page_of_64_is_compared(self, halfway):
+        path = halfway.folder / "in.npy"
+        raw = np.repeat(np.arange(40.0) * 2, 816).reshape(40, 816)
+        np.save(path, raw)
+        assert 63 * 4096 + 2000 < path.stat().st_size < 64 * 4096
+        func = doubling(halfway.check)
+        for page in range(64):
+            halfway.stop.touch()
+            np.save(path, raw)
+            with pytest.raises(LookupError, match="stop"):
+                map_array(func, path, out=halfway.out, resume=True, chunksize=20, **SERIAL)
+            stored = np.memmap(path, "u1", "r+")
+            stored[page * 4096 + 2000] ^= 1
+            stored.flush()
+            os.utime(path, ns=(0, 0))
+            with pytest.raises(ValueError, match=r"what differs: array 0\."):
+                map_array(func, path, out=halfway.out, resume=True, chunksize=20, **SERIAL)
+            halfway.ledger.unlink()
+
+    def test_another_part_of_a_file_is_another_array(self, halfway):
+        path = halfway.folder / "in.npy"
+        np.save(path, np.concatenate([X, X]))
+        func = doubling(halfway.check)
+        halfway.stopped(func, load(path)[:40])
+        with pytest.raises(ValueError, match=r"what differs: array 0\."):
+            halfway.tried(func, load(path)[40:])
+        with pytest.raises(ValueError, match=r"what differs: array 0\."):
+            halfway.tried(func, load(path)[:40][::-1])
+
+    @pytest.mark.parametrize("shape", [(40,), (40, 2), (40, 3, 5)])
+    @pytest.mark.parametrize("stored", [True, False])
+    def test_arrays_of_any_shape(self, stored, shape, halfway):
+        raw = np.arange(float(np.prod(shape))).reshape(shape)
+        array = Stored(raw)
+        if stored:
+            array = halfway.folder / "in.npy"
+            np.save(array, raw)
+        calls = halfway.folder / "calls"
+
+        def func(chunk):
+            note(calls, "called")
+            if len(noted(calls)) == 6:
+                raise LookupError("stop")
+            return chunk * 2
+
+        with pytest.raises(LookupError, match="stop"):
+            halfway.tried(func, array)
+        with nullcontext() if stored else pytest.warns(UserWarning, match=MAY_HAVE_CHANGED):
+            result = halfway.tried(func, array)
+        assert_same(np.array(result), raw * 2)
+        assert len(noted(calls)) == 6 + 5
+
+    @pytest.mark.fault(27)
+    def test_array_likes_are_compared_in_samples(self, halfway):
+        func = doubling(halfway.check)
+        halfway.stopped(func, Stored(X))
+        for item in (0, 17, 39):
+            changed = X.copy()
+            changed[item, 0] = -5
+            with pytest.raises(ValueError, match=r"what differs: array 0\."):
+                halfway.tried(func, Stored(changed))
+        with pytest.warns(UserWarning, match=MAY_HAVE_CHANGED) as caught:
+            result = halfway.tried(func, Stored(X.copy()))
+        assert "array 0 (tests.arrays.test_resuming.Stored)" in str(caught[0].message)
+        assert_same(np.array(result), X * 2)
+        assert halfway.ran() == LATER
+
+    def test_of_large_items_few_are_sampled(self, halfway, monkeypatch):
+        monkeypatch.setattr(computation, "_SAMPLED_NBYTES", 3 * 16)
+        array = Stored(X)
+        func = doubling(halfway.check)
+        halfway.stopped(func, array)
+        assert array.read[1:4] == [(0, 1), (19, 20), (39, 40)]
+        with pytest.warns(UserWarning, match=MAY_HAVE_CHANGED):
+            halfway.tried(func, array)
+
+    @pytest.mark.fault(27)
+    def test_a_zarr_array_that_was_rewritten(self, tmp_path):
+        pytest.importorskip("zarr", reason="zarr arrays are what this is about")
+        path, stop = tmp_path / "X.zarr", tmp_path / "stop"
+
+        def said(value):  # in a program of its own: zarr leaves threads behind
+            return run_script(tmp_path, ZARR, str(path), str(value), str(stop), cwd=tmp_path)
+
+        stop.touch()
+        assert said(0) == "stop\n"
+        stop.unlink()
+        assert "what differs: array 0." in said(1)
+        assert said(0) == "[1.0, 1.0, 1.0, 1.0]\n"
+
+    @pytest.mark.fault(27)
+    def test_what_cannot_be_compared_is_named_at_the_start_and_in_the_report(self, halfway):
+        lock = threading.Lock()
+
+        def func(chunk):
+            with lock:
+                halfway.check(chunk[0, 0])
+            return chunk * 2
+
+        halfway.stop.touch()
+        named = r"resume compares the type alone of func\.lock \(_thread\.lock\)"
+        with (
+            pytest.raises(LookupError, match="stop"),
+            pytest.warns(UserWarning, match=named) as caught,
+        ):
+            halfway.tried(func, X)
+        assert caught[0].filename == __file__
+        halfway.stop.unlink()
+        with pytest.warns(UserWarning, match=named):
+            halfway.tried(func, X)
+        assert any("func.lock" in note for note in last_report().notes)
+
+    @pytest.mark.fault(27)
+    def test_a_warning_that_is_an_error_leaves_nothing_behind(self, halfway):
+        lock = threading.Lock()
+        with pytest.raises(UserWarning, match=r"func\.lock"):
+            halfway.tried(lambda chunk: (lock, chunk)[1], X)
+        assert halfway.left() == []
 
     def test_arrays_in_memory_are_told_by_content(self, halfway):
         func = doubling(halfway.check)
@@ -583,14 +795,16 @@ class TestTheFile:
         func = doubling(halfway.check)
         halfway.stopped(func, X, X, kwargs={}, args=(3, "x"))
         first, header, marks = self.parsed(halfway.ledger)
-        assert first == b"TaskCarrier ledger 1"
+        assert first == b"TaskCarrier ledger 2"
         assert set(header) == {"marks_at", "cells", "computes"}
         assert header["marks_at"] % 4096 == 0
         assert header["cells"] == 10
         assert marks[:5] == b"\1" * 5
         assert len(marks) == 10
         assert 1 not in marks[5:]
-        computes = header["computes"]
+        assert set(header["computes"]) == {"digests", "sampled"}
+        assert header["computes"]["sampled"] == {}
+        computes = header["computes"]["digests"]
         assert {"func", "args[0]", "args[1]", "array 0", "array 1"} < set(computes)
         assert {"axis", "items", "chunksize", "dtype", "out_axis", "depth"} < set(computes)
         assert all(isinstance(word, str) for word in computes.values())
@@ -614,8 +828,7 @@ class TestTheFile:
     @pytest.mark.parametrize("n", [100, 1000, 30_000])
     def test_many_names_make_a_long_header(self, n, halfway):
         func = doubling(halfway.check)
-        unknown = [operator.itemgetter(1)] * n
-        options = {"args": (unknown, *range(n // 100))}
+        options = {"args": tuple(range(n // 100)), "kwargs": {"n" * n: 1}}
         halfway.stopped(func, X, **options)
         _, header, marks = self.parsed(halfway.ledger)
         assert header["marks_at"] % 4096 == 0
@@ -630,7 +843,7 @@ class TestTheFile:
 
         halfway.stopped(func, X, kwargs={"größe": 1, "\n": 2})
         _, header, _ = self.parsed(halfway.ledger)
-        assert {"kwargs['größe']", "kwargs['\\n']"} < set(header["computes"])
+        assert {"kwargs['größe']", "kwargs['\\n']"} < set(header["computes"]["digests"])
         with pytest.raises(ValueError, match=r"what differs: kwargs\['größe'\]\."):
             halfway.tried(func, X, kwargs={"größe": 2, "\n": 2})
         assert_same(np.array(halfway.tried(func, X, kwargs={"größe": 1, "\n": 2})), X * 2)
@@ -640,17 +853,18 @@ class TestTheFile:
         halfway.stopped(func, X)
         _, header, marks = self.parsed(halfway.ledger)
         header["marks_at"] = 4 * 4096
-        text = b"TaskCarrier ledger 1\n" + json.dumps(header).encode() + b"\n"
+        text = b"TaskCarrier ledger 2\n" + json.dumps(header).encode() + b"\n"
         halfway.ledger.write_bytes(text.ljust(4 * 4096, b"\0") + marks)
         assert_same(np.array(halfway.tried(func, X)), X * 2)
         assert halfway.ran() == LATER
 
 
 class TestKeptLedger:
-    COMPUTES = {"func": "ab", "array 0": "cd"}  # noqa: RUF012  # nobody changes it
+    DIGESTS = {"func": "ab", "array 0": "cd"}  # noqa: RUF012  # nobody changes it
 
     def kept(self, folder, n=5, **changes):
-        return KeptLedger(str(folder / "Y.npy"), n, {**self.COMPUTES, **changes})
+        digests = {**self.DIGESTS, **changes}
+        return KeptLedger(str(folder / "Y.npy"), n, Computation(digests, {}, []))
 
     def test_marks_outlive_it(self, tmp_path):
         kept = self.kept(tmp_path)

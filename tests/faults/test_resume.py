@@ -1,5 +1,6 @@
 """Runs that are killed and go on: the same bytes as an undisturbed run, and nothing done twice."""
 
+import json
 import os
 from collections import Counter
 
@@ -167,6 +168,12 @@ def test_ranges_with_torn_marks_are_run_again(stopped, tmp_path):
     assert ran == [4, 12, 16, 20, 24, 28, 32, 36]
 
 
+def header(marks_at, computes):
+    """What a ledger begins with."""
+    second = json.dumps({"marks_at": marks_at, "cells": 10, "computes": computes})
+    return f"TaskCarrier ledger 2\n{second}\n".encode()
+
+
 @pytest.mark.fault(27)
 @pytest.mark.parametrize(
     "content",
@@ -174,16 +181,17 @@ def test_ranges_with_torn_marks_are_run_again(stopped, tmp_path):
         b"",
         b"notes to myself\n",
         b"\x93NUMPY\x01\x00",
-        b"TaskCarrier ledger 2\n{}\n",
-        b"TaskCarrier ledger 1\n",
         b"TaskCarrier ledger 1\n{}\n",
-        b"TaskCarrier ledger 1\nnull\n",
-        b'TaskCarrier ledger 1\n{"marks_at": "x", "cells": 10, "computes": {}}\n',
-        b'TaskCarrier ledger 1\n{"marks_at": 4096, "cells": 10, "computes": []}\n',
-        b"TaskCarrier ledger 1\n" + b"[" * 100_000 + b"\n",
+        b"TaskCarrier ledger 2\n",
+        b"TaskCarrier ledger 2\n{}\n",
+        b"TaskCarrier ledger 2\nnull\n",
+        header(4096, []),
+        header("x", {"digests": {}, "sampled": {}}),
+        header(4096, {"digests": {}, "sampled": {"array 0": {}}}),
+        b"TaskCarrier ledger 2\n" + b"[" * 100_000 + b"\n",
         os.urandom(10_000),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_a_file_that_is_no_ledger_is_refused_and_kept(content, stopped, tmp_path):
     ledger = tmp_path / "Y.npy.ledger"
