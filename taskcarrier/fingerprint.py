@@ -48,6 +48,7 @@ from typing import Any
 import numpy as np
 
 from taskcarrier.interrupts import is_of_the_program
+from taskcarrier.mapped_files import written_through
 
 _DIGEST_NBYTES = 16
 # An array that is no single piece of memory is looked at in pieces of about this many bytes.
@@ -68,10 +69,19 @@ _MADE_OF: dict[type, tuple[str, ...]] = {
 
 
 class Fingerprint:
-    """Digests of values, and the names of what could only be told by its type."""
+    """Digests of values.
+
+    Attributes
+    ----------
+    not_looked_into : list of str
+        Names of what could only be told by its type.
+    takes_writes : list of str
+        Names of arrays that a function may write to, so that the caller sees it.
+    """
 
     def __init__(self) -> None:
         self.not_looked_into: list[str] = []
+        self.takes_writes: list[str] = []
         self._within: list[int] = []  # what is being looked at, for what refers to itself
         # Functions and classes that were looked at, by address: their numbers, and themselves, so
         # that no other object comes to have the address.
@@ -157,6 +167,8 @@ class Fingerprint:
         return f"[{key!r}]" if self._plain(key) is not None else "[...]"
 
     def _array(self, value: np.ndarray, name: str) -> bytes:
+        if written_through(value) is not None:
+            self.takes_writes.append(name)
         plain = np.asarray(value)
         if plain.dtype.hasobject:
             own = _joined("objects", repr(value.shape).encode(), *self._all(plain.flat, name))

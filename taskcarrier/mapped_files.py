@@ -27,6 +27,34 @@ def located(array: np.ndarray, *, writable: bool = False) -> SharedView | None:
     return locate(array) or _in_file(array, writable=writable)
 
 
+def written_through(array: np.ndarray) -> SharedView | None:
+    """Where a function that carries an array writes to it, so that the caller sees it.
+
+    That is decided by the memory: of `empty`, `share` and `load`, or of a file that is mapped for
+    writing. None if what workers write to the array stays their own.
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be opened for that.
+    """
+    if not array.flags.writeable or array.nbytes == 0:
+        return None
+    view = locate(array)
+    if view is not None:
+        return view if view.segment is not None and view.segment.takes_writes else None
+    if not _maps_a_file_for_writing(array):
+        return None
+    view = _in_file(array, writable=True)
+    if view is None:
+        raise ValueError(
+            f"func carries a memmap of shape {array.shape}, and its file cannot be opened for "
+            "writing (it was removed, replaced or cut off, or permission has gone): what workers "
+            "write to it would be lost. If func only reads it, set its flags.writeable = False"
+        )
+    return view
+
+
 def synced(array: np.ndarray) -> np.ndarray:
     """The array; what was written to the file it maps is there, and in its time of change.
 
@@ -77,6 +105,11 @@ class _Mapped:
     file: tuple[str, str]
     path: str
 
+    @property
+    def is_of_a_file(self) -> bool:
+        """Whether it is of a file that has, or had, a name; anonymous memory has one of these."""
+        return self.path.startswith("/") and not self.path.startswith(("/dev/zero (", "/memfd:"))
+
 
 def _in_file(array: np.ndarray, *, writable: bool) -> SharedView | None:
     owner = _owner(array)
@@ -105,6 +138,17 @@ def _goes_on(line: _Mapped, first: _Mapped, *, writable: bool) -> bool:
         (line.file, line.offset - line.low) == (first.file, first.offset - first.low)
         and line.permissions[3] == "s"
         and (not writable or line.permissions[1] == "w")
+    )
+
+
+def _maps_a_file_for_writing(array: np.ndarray) -> bool:
+    owner = _owner(array)
+    if owner is None or isinstance(owner, Mapping) or not os.path.exists(_MAPS):
+        return False
+    lines = _lines_over(*byte_bounds(array))
+    return all(
+        line.permissions.startswith("rw") and line.permissions[3] == "s" and line.is_of_a_file
+        for line in lines
     )
 
 

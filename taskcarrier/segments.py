@@ -176,9 +176,15 @@ class Segment:
         Where the descriptor goes when the segment is no longer used, instead of being closed.
     label : int, optional
         In a worker: what the caller calls this segment; 0 if it is not to be kept mapped.
+
+    Attributes
+    ----------
+    takes_writes : bool
+        Whether a function that carries an array in it may write there: the user has asked for
+        memory that is shared. Else what a worker writes stays its own.
     """
 
-    __slots__ = ("_maker", "_recycler", "fd", "label", "nbytes", "on_disk")
+    __slots__ = ("_maker", "_recycler", "fd", "label", "nbytes", "on_disk", "takes_writes")
 
     def __init__(
         self,
@@ -192,6 +198,7 @@ class Segment:
         self.on_disk = on_disk
         self.nbytes = nbytes
         self.label = label
+        self.takes_writes = False
         self._recycler = recycler
         self._maker = 0  # the process that may take the pages out, if any
 

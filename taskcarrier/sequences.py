@@ -16,7 +16,7 @@ from typing import Any
 from taskcarrier.arrays.calls import check_on_error, failed_ranges
 from taskcarrier.arrays.inputs import check_callable, check_extras, read_only
 from taskcarrier.backends.choice import Choice
-from taskcarrier.backends.given import Call, add_note
+from taskcarrier.backends.given import CARRIED, Call, add_note, is_of_read_only
 from taskcarrier.backends.parts import Fault, Parts
 from taskcarrier.backends.work import Agree
 from taskcarrier.blocks import Blocks
@@ -173,7 +173,8 @@ class Calls:
         if not self.call.kwargs:
             return self
         shared = {name: read_only(value) for name, value in self.call.kwargs.items()}
-        return replace(self, call=Call(partial(self.call.func, **shared)))
+        func = partial(self.call.func, **shared)
+        return replace(self, call=replace(self.call, func=func))
 
     def of(self, items: Sequence[Any], start: int) -> list[Any] | Parts:
         """Results of items from `start` on; with what failed, if anything did."""
@@ -197,6 +198,8 @@ class Calls:
                 raise StopIteration("func raised StopIteration")  # noqa: TRY301  # one way for all
             except BaseException as error:
                 failed = start + len(results)
+                if self.call.kwargs and is_of_read_only(error):
+                    add_note(error, f"arrays in shared= are read-only; {CARRIED}")
                 if (
                     not self.collects
                     or not isinstance(error, Exception)

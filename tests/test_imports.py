@@ -15,11 +15,12 @@ PACKAGE = Path(__file__).parents[1] / "taskcarrier"
 # `arrays`) modules also import from each other, but never in a circle. A folder stands for all of
 # its modules.
 LAYERS = [
-    ["errors", "locks", "interrupts"],
+    ["errors", "locks", "interrupts", "advice"],
     ["descriptors", "cgroups"],
-    ["partition", "report", "layout", "limits", "fingerprint"],
+    ["partition", "report", "layout", "limits"],
     ["ledger", "recovery", "segments", "streams", "caller_memory"],
     ["balance", "mapped_files", "kept_mappings"],
+    ["fingerprint"],
     ["backends"],
     ["blocks"],
     ["progress"],

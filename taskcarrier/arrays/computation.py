@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import mmap
 import os
-import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from types import FrameType
 from typing import Any
 
 import numpy as np
 
+from taskcarrier.advice import advise
 from taskcarrier.arrays.halos import Halo
 from taskcarrier.arrays.inputs import Inputs
 from taskcarrier.arrays.sources import ArrayLikeSource
@@ -87,7 +85,7 @@ class Computation:
         halo: Halo | None,
         options: Mapping[str, object],
     ) -> Computation:
-        """Of a call.
+        """Of a call; a `ValueError` if its function may write to arrays of the caller.
 
         Parameters
         ----------
@@ -104,6 +102,13 @@ class Computation:
         """
         found = Fingerprint()
         digests = {"func": found.of(call.func, "func")}
+        if found.takes_writes:
+            raise ValueError(
+                f"resume=True cannot go with a function that may write to arrays of the caller: "
+                f"{', '.join(found.takes_writes)}. A range that an earlier run has finished is not "
+                "run again, so what it wrote there would be missing. Return the values instead; "
+                "if func only reads the array, pass it in args= or set its flags.writeable = False"
+            )
         digests |= {f"args[{n}]": found.of(one, f"args[{n}]") for n, one in enumerate(call.args)}
         named = {f"kwargs[{name!r}]": one for name, one in call.kwargs.items()}
         digests |= {name: found.of(one, name) for name, one in named.items()}
@@ -150,7 +155,8 @@ class Computation:
         names = self.by_type[:_N_NAMES]
         names += [f"{len(self.by_type) - _N_NAMES} more"] if self.by_type[_N_NAMES:] else []
         note = f"resume compares the type alone of {', '.join(names)}"
-        return warned([note], "If a value changes, results that were made before stay as they are")
+        advise(f"{note}. If a value changes, results that were made before stay as they are")
+        return [note]
 
     def doubts(self, earlier: Computation) -> list[str]:
         """Of inputs that may differ from those of an earlier computation; the program is warned."""
@@ -159,22 +165,9 @@ class Computation:
             for name, own in self.sampled.items()
             if not own.status or own.status != earlier.sampled[name].status
         ]
-        return warned(notes, "The samples are equal, so the run goes on")
-
-
-def warned(notes: list[str], consequence: str) -> list[str]:
-    """Notes for the report, of which the program is warned as well, at the line that calls."""
-    level = 1
-    frame: FrameType | None = sys._getframe()  # no other way finds the caller's line in 3.11
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
-        frame = frame.f_back
-        level += 1
-    for note in notes:
-        warnings.warn(f"{note}. {consequence}", UserWarning, stacklevel=level)
-    return notes
-
-
-_PACKAGE = __name__.partition(".")[0] + "."
+        for note in notes:
+            advise(f"{note}. The samples are equal, so the run goes on")
+        return notes
 
 
 def _samples(sampled: Sampled | None) -> str | None:

@@ -41,7 +41,8 @@ def load(path: str | os.PathLike[str], mode: str = "r") -> np.ndarray:
     path : str or path-like
         A file in NumPy's ``.npy`` format, of any dtype but Python objects.
     mode : {"r", "r+"}, default "r"
-        Whether the array is read-only, or writes go to the file.
+        Whether the array is read-only, or writes go to the file: those of the caller, and those of
+        functions that carry the array, as with `empty`.
 
     Returns
     -------
@@ -69,7 +70,11 @@ def load(path: str | os.PathLike[str], mode: str = "r") -> np.ndarray:
     """
     if mode not in {"r", "r+"}:
         raise ValueError(f"mode must be 'r' or 'r+', got {mode!r}")
-    text = check_path(path)
+    return mapped(check_path(path), mode, takes_writes=mode == "r+")
+
+
+def mapped(text: str, mode: str, *, takes_writes: bool = False) -> np.ndarray:
+    """A ``.npy`` file as an array, and whether functions that carry it may write to it."""
     with open(text, "rb") as file:
         try:
             version = np.lib.format.read_magic(file)
@@ -91,6 +96,7 @@ def load(path: str | os.PathLike[str], mode: str = "r") -> np.ndarray:
     with above_standard:
         fd = os.open(text, (os.O_RDONLY if mode == "r" else os.O_RDWR) | os.O_CLOEXEC)
     segment = Segment(fd, on_disk=True, nbytes=os.fstat(fd).st_size)
+    segment.takes_writes = takes_writes
     if segment.nbytes < offset + nbytes:
         raise ValueError(
             f"{text} is cut off: {segment.nbytes:,} bytes, but its header says {offset + nbytes:,}"

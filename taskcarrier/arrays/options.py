@@ -50,7 +50,8 @@ out : ndarray, memmap, path or tuple, optional
     there, or is as it was. Default: a new array.
 dtype : dtype or tuple, optional
     What results are cast to. Floats are cast within their kind, integers when every value fits,
-    strings and dates when it is safe; else an error tells the value. A tuple has one for each
+    strings and dates when it is safe; else an error tells the value. Integers become floats as
+    NumPy rounds them: 2**53 + 1 loses a unit in double precision. A tuple has one for each
     result. Default: what `func` returns.
 out_axis : int or tuple of int, optional
     Where the mapped axis stands in what `func` returns, and so in the result. Default:
@@ -115,9 +116,10 @@ resume : bool, default False
     later one can. Needs `out` as a path (or several): beside ``Y.npy.part`` a file
     ``Y.npy.ledger`` says which ranges are done; both stay when the call fails, and go when the
     output is complete. The other call must have computed the same, or it is refused with what
-    differs: the same function (its code, not that of functions it calls), arguments, arrays (files
-    by size and time of change), `chunksize` and options; `n_jobs`, `backend` and `balance` may
-    differ. Items must give one dtype.
+    differs: the same function (with all that it encloses and reads by global names), arguments,
+    arrays, `chunksize` and options; `n_jobs`, `backend` and `balance` may differ. What can be
+    compared in part only is named in a `UserWarning`. A function that carries arrays to write to
+    (see `empty`) is refused. Items must give one dtype.
 """
 
 

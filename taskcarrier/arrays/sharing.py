@@ -20,6 +20,10 @@ def empty(
 
     It is an ordinary, writable array. Any view of it goes to worker processes as a description
     of where it lies: nothing is copied, and what is written into it is seen by the next call.
+    A function that carries it (in a closure, a partial, a bound object or a global name of
+    ``__main__``) may write to it on every backend but those that others have registered with
+    joblib, and the caller sees what was written. Different items should write to different places;
+    what is run again after a worker has died writes again.
     The memory has no name and is freed when the last view dies, whatever workers have seen of it;
     only if this process was forked meanwhile, not before that child and the workers have ended.
 
@@ -52,6 +56,16 @@ def empty(
     >>> X
     array([[1., 1., 1.],
            [1., 1., 1.]], dtype=float32)
+
+    Written to by a function that carries it:
+
+    >>> from taskcarrier import StaticParallelMapper
+    >>> squares = empty(4, "i8")
+    >>> def square(i):
+    ...     squares[i] = i**2
+    >>> _ = StaticParallelMapper(n_jobs=2, backend="loky").map(square, range(4))
+    >>> squares
+    array([0, 1, 4, 9])
     """
     lengths = shape if isinstance(shape, tuple) else (shape,)
     dims = tuple(operator.index(n) for n in lengths)
@@ -66,6 +80,7 @@ def empty(
     segment = None
     if nbytes:
         segment = Segment.create()
+        segment.takes_writes = True
         segment.reserve(nbytes)
     strides = contiguous_strides(dims, kind.itemsize, order)
     return SharedView(segment, 0, dims, strides, kind).open("write")

@@ -23,7 +23,7 @@ from taskcarrier.arrays.ownership import owned, owned_objects
 from taskcarrier.arrays.sources import Source
 from taskcarrier.arrays.specs import Spec
 from taskcarrier.arrays.stacking import Mixed, stacked
-from taskcarrier.backends.given import Call, add_note
+from taskcarrier.backends.given import CARRIED, Call, add_note, is_of_read_only
 from taskcarrier.backends.parts import Fault, Parts, Where
 from taskcarrier.backends.work import NOTHING, Agree
 from taskcarrier.interrupts import is_of_the_program
@@ -85,10 +85,6 @@ class ArrayTask:
         return (_Items if self.by_item else _Chunks)(self, agree)
 
 
-# What errors say of read-only arrays: numba's, which are TypeErrors, then NumPy's ValueErrors.
-_OF_READ_ONLY = (("Cannot modify readonly", "No matching definition"), ("read-only",))
-
-
 class _Cells(ABC):
     """An `ArrayTask` opened in one worker."""
 
@@ -147,10 +143,11 @@ class _Cells(ABC):
 
     def _explained(self, error: BaseException) -> None:
         """Add what the user may want to know about an error of the function."""
-        if not self._writable and isinstance(error, (ValueError, TypeError)):
-            text = str(error)
-            if any(words in text for words in _OF_READ_ONLY[type(error) is ValueError]):
+        if is_of_read_only(error):
+            if not self._writable:
                 add_note(error, "chunks are read-only; pass writable=True for private copies")
+            if self._args or self._kwargs:
+                add_note(error, f"arrays in args and kwargs are read-only; {CARRIED}")
 
     def facts(self) -> tuple[int, Spec] | None:
         """Where this worker's first result came from, and what it was like."""

@@ -29,14 +29,15 @@ from typing import Any
 
 import numpy as np
 
+from taskcarrier.advice import advise
 from taskcarrier.backends.given import Call, add_note, text_of
 from taskcarrier.descriptors import above_standard
 from taskcarrier.errors import TaskError, WorkerTracebackError
 from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.layout import is_mostly_gaps
-from taskcarrier.mapped_files import located
+from taskcarrier.mapped_files import located, written_through
 from taskcarrier.report import counted
-from taskcarrier.segments import Segment, SharedView, Staging
+from taskcarrier.segments import Mode, Segment, SharedView, Staging
 
 try:
     import cloudpickle
@@ -162,7 +163,9 @@ class _Packer:
         file = io.BytesIO()
         pickler = _UserPickler(file, self)
         n_before = len(self._found)
+        pickler.is_at_function = True
         pickler.dump(call.func)
+        pickler.is_at_function = False
         self._carried += self._found[n_before:]
         pickler.dump((call.args, call.kwargs))
         return _received_call, (file.getvalue(),)
@@ -190,12 +193,12 @@ class _Packer:
             self._found.append(array.nbytes)
         return view
 
-    def describe(self, view: SharedView) -> tuple[Any, ...]:
+    def describe(self, view: SharedView, mode: Mode) -> tuple[Any, ...]:
         """A view in terms that travel inside the user's pickle."""
         segment = view.segment
         assert segment is not None  # for the type checker
         place = (view.offset, view.shape, view.strides, view.dtype)
-        return self._terms(segment), place
+        return self._terms(segment), place, mode
 
     def keep_in_band(self, buffer: Any) -> bool:
         block = _large_block(buffer)
@@ -243,30 +246,86 @@ def pack_apart(own: object, shared: object) -> list[memoryview]:
 
     A pickle of what becomes a worker's own, one of what is read by all, and then the memory of
     each large array in the latter, as it lies.
+
+    Warns
+    -----
+    UserWarning
+        Of arrays in `own` that the caller would see written in any other backend.
     """
     blocks: list[memoryview] = []
     packed = _dumps(shared, functools.partial(_keep_in_band, blocks))
-    return [memoryview(_dumps(own)), memoryview(packed), *(b.toreadonly() for b in blocks)]
+    file = io.BytesIO()
+    pickler = _CopyingPickler(file, protocol=5)
+    pickler.dump(own)
+    if pickler.n_copied:
+        advise(
+            f"func carries {counted(pickler.n_copied, 'array')} made by empty, share or load, or "
+            "mapped for writing. On this backend workers get copies: what func writes to them is "
+            "lost. If it only reads them, set their flags.writeable = False"
+        )
+    return [file.getbuffer(), memoryview(packed), *(b.toreadonly() for b in blocks)]
+
+
+class _CopyingPickler(_Pickler):
+    """Counts the arrays that a function might write to in vain."""
+
+    n_copied = 0
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, np.ndarray) and written_through(obj) is not None:
+            self.n_copied += 1
+        return super().reducer_override(obj)
 
 
 class _UserPickler(_Pickler):
-    """Pickles what the user gave; arrays go as descriptions where they can."""
+    """Pickles what the user gave; arrays go as descriptions where they can.
+
+    Attributes
+    ----------
+    is_at_function : bool
+        Whether it is the function that is pickled: it may write to arrays that it carries.
+    """
+
+    is_at_function = False
 
     def __init__(self, file: io.BytesIO, packer: _Packer) -> None:
         super().__init__(file, protocol=5, buffer_callback=packer.keep_in_band)
         self._packer = packer
 
     def reducer_override(self, obj: Any) -> Any:
-        if type(obj) is np.ndarray or isinstance(obj, np.memmap):
-            view = self._packer.view(obj)
+        if isinstance(obj, np.ndarray):
+            view = written_through(obj) if self.is_at_function else None
             if view is not None:
-                return _received_view, self._packer.describe(view)
+                return _received_array, (self._packer.describe(view, "write"), *_dressing(obj))
+            if type(obj) is np.ndarray or isinstance(obj, np.memmap):
+                view = self._packer.view(obj)
+                if view is not None:
+                    return _received_view, self._packer.describe(view, "private")
         return super().reducer_override(obj)
 
 
-def _received_view(segment: tuple[Any, ...], place: tuple[Any, ...]) -> np.ndarray:
-    """Private, as everything the user gave is: what is written to it stays in the worker."""
-    return SharedView(_received_segment(*segment), *place).open("private")
+def _dressing(array: np.ndarray) -> tuple[Any, ...]:
+    """What a subclass has beside the values: its type and attributes; memmaps go as arrays."""
+    if type(array) is np.ndarray or isinstance(array, np.memmap):
+        return ()
+    return type(array), dict(getattr(array, "__dict__", {}))
+
+
+def _received_array(
+    terms: tuple[Any, ...], kind: type[np.ndarray] | None = None, state: Any = None
+) -> np.ndarray:
+    array = _received_view(*terms)
+    if kind is None:
+        return array
+    dressed = array.view(kind)
+    if state:
+        vars(dressed).update(state)
+    return dressed
+
+
+def _received_view(segment: tuple[Any, ...], place: tuple[Any, ...], mode: Mode) -> np.ndarray:
+    """Private but for what a function may write to: what is written to it stays in the worker."""
+    return SharedView(_received_segment(*segment), *place).open(mode)
 
 
 def _received_segment(number: int, on_disk: bool, label: int) -> Segment:

@@ -18,6 +18,7 @@ from taskcarrier import (
     DynamicParallelMapper,
     SerialMapper,
     StaticParallelMapper,
+    empty,
     fit_many,
     last_report,
     map_array,
@@ -124,6 +125,24 @@ def kinds(monkeypatch):
 @pytest.fixture(params=sorted(KINDS))
 def backend(request):
     return request.param
+
+
+@pytest.mark.fault(40)
+def test_what_a_copy_takes_in_vain_is_said(recwarn):
+    array = empty(3)
+
+    def put(i):
+        array[i] = i
+
+    StaticParallelMapper(n_jobs=2, backend="test-threads").map(put, range(3))
+    assert array.tolist() == [0, 1, 2]
+    assert not recwarn
+    with pytest.warns(UserWarning, match="func carries 1 array made by empty") as caught:
+        StaticParallelMapper(n_jobs=2, backend="test-elsewhere").map(put, range(3))
+    assert caught[0].filename == __file__
+    array.flags.writeable = False
+    mapper = StaticParallelMapper(n_jobs=2, backend="test-elsewhere")
+    assert mapper.map(lambda i: float(array[i]), range(3)) == [0, 1, 2]
 
 
 @pytest.fixture(params=[StaticParallelMapper, DynamicParallelMapper])
