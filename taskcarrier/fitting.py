@@ -158,7 +158,6 @@ def fit_many(
     fit = partial(
         _fit,
         template=fits.template,
-        rows=fits.rows,
         columns=fits.columns,
         draw_rows=rows if callable(rows) else None,
         draw_weights=sample_weight if callable(sample_weight) else None,
@@ -172,7 +171,7 @@ def fit_many(
         None,
         on_error=on_error,
         rng=rng,
-        shared=data,
+        shared={**data, "rows": fits.rows},
     )
 
 
@@ -456,9 +455,9 @@ def _fit(
     X: Any,
     y: Any = None,
     weights: np.ndarray | None = None,
+    rows: _Rows | _FlatRows | None,
     rng: np.random.Generator | None = None,
     template: _Parameters | _Template | _PackedTemplate | None,
-    rows: _Rows | _FlatRows | None,
     columns: list[int] | None,
     draw_rows: Callable[[Any], Any] | None,
     draw_weights: Callable[[Any], Any] | None,

@@ -8,6 +8,7 @@ no result; raising is the face's decision, so that it can say it in the face's w
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -306,7 +307,20 @@ def warn_again(accounts: list[Account]) -> None:
     heard = {one.key: one for account in accounts for one in account.warnings}
     for one in heard.values():
         message: Any = one.message  # a text or a warning, as it was given
-        warnings.warn_explicit(message, one.category, one.filename, one.lineno, one.module)
+        place = one.filename, one.lineno, one.module
+        warnings.warn_explicit(message, one.category, *place, _shown_of(one.module))
+
+
+_shown_elsewhere: dict[str | None, dict[Any, Any]] = {}
+
+
+def _shown_of(module: str | None) -> dict[Any, Any]:
+    """What Python has shown of a module's warnings: filters such as "default" go by it."""
+    found = sys.modules.get(module or "")
+    if found is None:  # workers alone have imported it
+        return _shown_elsewhere.setdefault(module, {})
+    shown: dict[Any, Any] = vars(found).setdefault("__warningregistry__", {})
+    return shown
 
 
 def _marks(grid: Grid, choice: Choice) -> SharedView | None:

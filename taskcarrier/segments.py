@@ -322,7 +322,13 @@ class Segment:
         """A copy of bytes that were written."""
         block = b""
         while begin + len(block) < end:
-            block += os.pread(self.fd, end - begin - len(block), begin + len(block))
+            piece = os.pread(self.fd, end - begin - len(block), begin + len(block))
+            if not piece:
+                raise EOFError(
+                    f"a segment ends at byte {begin + len(block):,}, before byte {end:,} of what "
+                    "was written to it: the file was cut off"
+                )
+            block += piece
         return block
 
 

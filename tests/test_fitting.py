@@ -9,7 +9,7 @@ import pytest
 
 from taskcarrier import StaticParallelMapper, fit_many, last_report, predict_array, share
 from taskcarrier.streams import Streams
-from tests.strategies import EVERYWHERE, ROOT, assert_same, cooled_crews, warm_crews
+from tests.strategies import EVERYWHERE, ROOT, assert_same, cooled_crews, run_script, warm_crews
 
 sklearn = pytest.importorskip("sklearn", reason="scikit-learn is optional")
 from sklearn import datasets  # noqa: E402  # only where it is there
@@ -384,6 +384,49 @@ class TestPredict:
     def test_methods_that_are_not_there(self):
         with pytest.raises(TypeError, match="LinearRegression has no method 'predict_proba'"):
             predict_array(LinearRegression().fit(X, y), X, "predict_proba")
+
+
+def test_the_report_does_not_count_rows_among_what_the_function_carries():
+    rows = [np.arange(10_000), np.arange(10_000, 20_000)]
+    wide = np.ones((20_000, 2))
+    fit_many(DummyClassifier(), wide, np.zeros(20_000), rows=rows, n_jobs=2, backend="loky")
+    assert last_report().notes == ()
+
+
+PLACES = """
+import numpy as np
+from taskcarrier import StaticParallelMapper, fit_many
+
+class Base:
+    __slots__ = "alpha"
+
+class Mean(Base):
+    __slots__ = ("mean_", "__hidden")
+    def __init__(self, alpha=1): self.alpha = alpha
+    def get_params(self, deep=True): return {"alpha": self.alpha}
+    def set_params(self, **parameters):
+        for name, value in parameters.items(): setattr(self, name, value)
+        return self
+    def fit(self, X, y):
+        self.mean_ = X.mean() * self.alpha
+        self.__hidden = self.mean_ + 1
+        return self
+    def hidden(self): return float(self.__hidden)
+
+def doubled(mean):
+    assert not hasattr(mean, "__dict__")
+    return Mean(mean.alpha * 2)
+
+if __name__ == "__main__":
+    run = {"n_jobs": 2, "backend": "loky"}
+    fitted = fit_many([Mean(1), Mean(2)], np.ones((4, 2)), np.zeros(4), **run)
+    print([(float(one.mean_), one.hidden()) for one in fitted])
+    print([one.alpha for one in StaticParallelMapper(**run).map(doubled, [Mean(1), Mean(2)])])
+"""
+
+
+def test_estimators_of_a_program_that_have_no_dict(tmp_path):
+    assert run_script(tmp_path, PLACES) == "[(1.0, 2.0), (2.0, 3.0)]\n[2, 4]\n"
 
 
 def test_without_scikit_learn():

@@ -37,6 +37,7 @@ from taskcarrier.running import (
 )
 from taskcarrier.segments import Recycler, Segment, SharedView
 from tests.clocks import LATE, stopped_clock
+from tests.strategies import start_script
 
 BACKENDS = {"sequential": 1, "threading": 2, "loky": 2}
 
@@ -321,6 +322,32 @@ def marks_of(n_cells):
     segment = Segment.create()
     segment.reserve(n_cells)
     return SharedView(segment, 0, (n_cells,), (1,), np.dtype(np.uint8))
+
+
+AGAIN = """
+import warnings
+from taskcarrier import StaticParallelMapper
+
+def func(n):
+    warnings.warn("look", stacklevel=1)
+    return n
+
+if __name__ == "__main__":
+    for filters in ("default", "always", "once", "default"):
+        with warnings.catch_warnings():
+            warnings.simplefilter(filters)
+            for _ in range(3):
+                StaticParallelMapper(n_jobs=2, backend="BACKEND").map(func, range(1))
+    print("end")
+"""
+
+
+@pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+def test_filters_that_show_a_warning_once_do_so_over_several_runs(backend, tmp_path):
+    with start_script(tmp_path, AGAIN.replace("BACKEND", backend)) as program:
+        out, err = program.communicate(timeout=60)
+    assert out == "end\n"
+    assert err.count("UserWarning: look") == 1 + 3 + 1 + 1
 
 
 def warn_and_fail(start, stop):

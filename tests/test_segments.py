@@ -247,6 +247,14 @@ class TestSegment:
         with pytest.raises(TypeError, match="can only be pickled as part of a run"):
             pickle.dumps(segment)
 
+    def test_what_was_cut_off_cannot_be_read(self, tmp_path):
+        segment = Segment.create(str(tmp_path))
+        segment.reserve(100)
+        os.ftruncate(segment.fd, 40)
+        assert segment.read(10, 40) == bytes(30)
+        with pytest.raises(EOFError, match=r"ends at byte 40, before byte 41 .*cut off"):
+            segment.read(10, 41)
+
     def test_shrinking_is_refused_by_the_kernel(self):
         segment = Segment.create()
         segment.reserve(1 << 16)

@@ -228,7 +228,23 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is CodeType:
             return _code_of_file, (obj.co_filename, *self.dispatch_table[CodeType](obj))
-        return super().reducer_override(obj)
+        sent = super().reducer_override(obj)
+        if isinstance(obj, type) and "__slots__" in vars(obj) and isinstance(sent, tuple):
+            return _with_places(obj, *sent)
+        return sent
+
+
+def _with_places(kind: type, make: Any, args: tuple[Any, ...], *rest: Any) -> tuple[Any, ...]:
+    """What cloudpickle sends of a class; its objects have no dict in the worker either.
+
+    cloudpickle 3.1.3 makes the class before it sets ``__slots__``, which has no effect then: what
+    pickle sends of its objects does not fit those of the other process.
+    """
+    if make is _cloudpickle_impl._make_skeleton_class:
+        constructor, name, bases, namespace, *others = args
+        namespace = {**namespace, "__slots__": vars(kind)["__slots__"]}
+        args = constructor, name, bases, namespace, *others
+    return make, args, *rest
 
 
 def _code_of_file(name: str, make: Callable[..., CodeType], args: tuple[Any, ...]) -> CodeType:

@@ -37,6 +37,30 @@ def doubled(chunk):
     return chunk * 2
 
 
+@numba.njit
+def named(x, row):
+    row[0] = "ab" if x > 1 else "c"
+
+
+@numba.njit
+def names(chunk):
+    out = np.empty(len(chunk), "U2")
+    for i in range(len(chunk)):
+        out[i] = "ab" if chunk[i] > 1 else "c"
+    return out
+
+
+class TestTexts:
+    """Kernels that fill arrays of strings."""
+
+    def test_by_chunks(self, run):
+        assert_same(map_array(names, np.arange(4.0), **run), np.array(["c", "c", "ab", "ab"]))
+
+    def test_by_items(self, run):
+        result = map_items(named, np.arange(4.0), out_shape=(1,), dtype="U2", **run)
+        assert_same(result, np.array([["c"], ["c"], ["ab"], ["ab"]]))
+
+
 class TestChunks:
     @pytest.mark.fault(33)
     @pytest.mark.parametrize("nogil", [False, True])

@@ -52,7 +52,7 @@ import os, sys, warnings
 import zarr
 from taskcarrier import map_array
 
-path, value, stop = sys.argv[1:]
+path, out, value, stop = sys.argv[1:]
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of zarr
     stored = zarr.open(path, mode="w", shape=(4, 1), chunks=(2, 1), dtype="f8")
@@ -66,7 +66,7 @@ def func(chunk):
 
 try:
     result = map_array(
-        func, stored, out="Y.npy", resume=True, chunksize=1, n_jobs=1, backend="sequential"
+        func, stored, out=out, resume=True, chunksize=1, n_jobs=1, backend="sequential"
     )
     print(result.ravel().tolist())
 except (LookupError, ValueError) as error:
@@ -493,7 +493,8 @@ class TestInputs:
         path, stop = tmp_path / "X.zarr", tmp_path / "stop"
 
         def said(value):  # in a program of its own: zarr leaves threads behind
-            return run_script(tmp_path, ZARR, str(path), str(value), str(stop), cwd=tmp_path)
+            words = map(str, (path, tmp_path / "Y.npy", value, stop))
+            return run_script(tmp_path, ZARR, *words)
 
         stop.touch()
         assert said(0) == "stop\n"
