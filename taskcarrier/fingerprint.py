@@ -94,6 +94,17 @@ class Fingerprint:
         except RecursionError:  # deeper than can be followed
             return self._by_type(value, name).hex()
 
+    def of_parts(self, value: Any, name: str) -> dict[str, str]:
+        """The digests of what a function is made of, by name; of other values, the one digest."""
+        if not isinstance(value, FunctionType) or is_installed(_module_of(value)):
+            return {name: self.of(value, name)}
+        found = {name: self._code(value.__code__).hex()}
+        for part, one in self._parts(value).items():
+            # Each by itself, so that one that differs does not make others differ.
+            self._numbers = {id(value): (0, value)}
+            found[_member(name, part)] = self.of(one, _member(name, part))
+        return found
+
     def _digest(self, value: Any, name: str) -> bytes:
         plain = self._plain(value)
         if plain is not None:
@@ -186,7 +197,7 @@ class Fingerprint:
     def _members(self, parts: Mapping[str, Any], name: str) -> list[bytes]:
         """Of attributes, in the order of their names."""
         return [
-            _joined(part, self._digest(value, f"{name}.{part}"))
+            _joined(part, self._digest(value, _member(name, part)))
             for part, value in sorted(parts.items())
         ]
 
@@ -218,21 +229,25 @@ class Fingerprint:
         return self._class(value, name)
 
     def _function(self, function: FunctionType, name: str) -> bytes:
-        values: dict[str, Any] = {
-            "defaults": function.__defaults__,
-            "kwdefaults": function.__kwdefaults__,
+        members = self._members(self._parts(function), name)
+        module = _module_of(function)
+        if is_installed(module):
+            own = _named(module, function.__code__.co_qualname).encode()
+            return _joined("installed", own, *members)
+        return _joined("function", self._code(function.__code__), *members)
+
+    def _parts(self, function: FunctionType) -> dict[str, Any]:
+        """What a function is made of besides its code, by names of which none is another's."""
+        found: dict[str, Any] = {
+            "default values": function.__defaults__,
+            "keyword defaults": function.__kwdefaults__,
         }
         overloads = getattr(function, "registry", None)
         if isinstance(overloads, Mapping):  # of a `singledispatch`; it encloses what it remembers
-            values["registry"] = dict(overloads)
+            found["overloads for types"] = dict(overloads)
         else:
-            values |= _enclosed(function)
-        module = str(function.__globals__.get("__name__"))
-        if is_installed(module):
-            own = _named(module, function.__code__.co_qualname).encode()
-            return _joined("installed", own, *self._members(values, name))
-        values |= self._read_by(function)
-        return _joined("function", self._code(function.__code__), *self._members(values, name))
+            found |= _enclosed(function)
+        return found if is_installed(_module_of(function)) else found | self._read_by(function)
 
     def _read_by(self, function: FunctionType) -> dict[str, Any]:
         """The global names that a function reads, and the attributes that it reads of modules."""
@@ -405,6 +420,15 @@ def _origin(package: str) -> str | None:
             return None
         return None if spec is None else spec.origin
     return getattr(found, "__file__", None) or next(iter(getattr(found, "__path__", ())), None)
+
+
+def _member(name: str, part: str) -> str:
+    return f"{name}: {part}" if " " in part else f"{name}.{part}"
+
+
+def _module_of(function: FunctionType) -> str:
+    """Where a function was written, whatever its ``__module__`` says of it."""
+    return str(function.__globals__.get("__name__"))
 
 
 def _enclosed(function: FunctionType) -> dict[str, Any]:

@@ -235,7 +235,7 @@ class TestValues:
         value = threading.Lock()
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         assert not_looked_into({"a": [1, value]}) == [f"value['a'][1] ({kind})"]
-        assert not_looked_into(lambda x, y=value: x) == [f"value.defaults[0] ({kind})"]
+        assert not_looked_into(lambda x, y=value: x) == [f"value: default values[0] ({kind})"]
 
     def test_names_of_it_do_not_depend_on_addresses(self):
         found = [not_looked_into({threading.Lock(): threading.Lock()}) for _ in range(2)]
@@ -368,6 +368,41 @@ class TestFunctions:
         inner = [enclosing(enclosing(enclosing(n))) for n in (1, 1, 2)]
         assert digest(inner[0]) == digest(inner[1]) != digest(inner[2])
         assert not_looked_into(enclosing(threading.Lock()))[0].startswith("value.value (")
+
+    def test_what_they_enclose_is_no_default(self):
+        def enclosing(value, default):
+            defaults = __defaults__ = value
+            return lambda x, y=default: (x, y, defaults, __defaults__)
+
+        assert digest(enclosing(1, 2)) != digest(enclosing(1, 3))
+        assert digest(enclosing(1, 2)) != digest(enclosing(2, 2))
+
+    def test_parts_differ_each_by_itself(self):
+        source = "def f(x, y=1):\n    return g(x), h(x), N, M, f"
+        globals_ = [
+            {
+                "g": defined(f"f = lambda x: x + {n}"),
+                "h": defined("f = lambda x: x"),
+                "N": 1,
+                "M": m,
+            }
+            for n, m in ((1, 1), (2, 1), (1, 2))
+        ]
+        first, other_g, other_m = (
+            Fingerprint().of_parts(defined(source, **names), "func") for names in globals_
+        )
+        assert set(first) == {
+            "func",
+            "func: default values",
+            "func: keyword defaults",
+            *(f"func: global {name}" for name in ("M", "N", "f", "g", "h")),
+        }
+        assert {name for name in first if first[name] != other_g[name]} == {"func: global g"}
+        assert {name for name in first if first[name] != other_m[name]} == {"func: global M"}
+
+    def test_what_is_no_function_is_one_part(self):
+        value = functools.partial(len)
+        assert Fingerprint().of_parts(value, "func") == {"func": digest(value)}
 
     def test_what_is_enclosed_and_not_bound_yet(self):
         def outer():
@@ -861,16 +896,16 @@ class TestGlobals:
     )
     def test_what_cannot_be_told_is_named(self, value):
         f = defined("def f(x):\n    return N, x", N=value)
-        assert not_looked_into(f)[0].startswith("value.global N")
+        assert not_looked_into(f)[0].startswith("value: global N")
 
     def test_modules_of_the_program_are_named_where_they_are_used_whole(self):
         settings = types.ModuleType("settings")
         f = defined("def f(x):\n    return getattr(settings, x)", settings=settings)
-        assert not_looked_into(f) == ["value.global settings (builtins.module)"]
+        assert not_looked_into(f) == ["value: global settings (builtins.module)"]
 
     def test_modules_that_are_not_imported_yet_are_named(self):
         f = defined("def f(x):\n    from no_such_module_of_tests import y\n    return x + y")
-        assert not_looked_into(f) == ["value.import no_such_module_of_tests.y (builtins.module)"]
+        assert not_looked_into(f) == ["value: import no_such_module_of_tests.y (builtins.module)"]
 
     def test_modules_of_installed_packages_count_by_name_and_version(self, monkeypatch):
         f = defined("def f(x):\n    import numpy\n    return np.sqrt(x), numpy", np=np)

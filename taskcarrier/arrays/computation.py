@@ -101,7 +101,7 @@ class Computation:
             What else counts, as a text.
         """
         found = Fingerprint()
-        digests = {"func": found.of(call.func, "func")}
+        digests = found.of_parts(call.func, "func")
         if found.takes_writes:
             raise ValueError(
                 f"resume=True cannot go with a function that may write to arrays of the caller: "

@@ -685,8 +685,9 @@ class TestRefusals:
     def test_the_function(self, halfway):
         func = doubling(halfway.check)
         halfway.stopped(func, X)
-        self.refused(halfway, ["func"], lambda chunk: chunk * 2, X)
-        self.refused(halfway, ["func"], doubling(halfway.check, 3), X)
+        parts = ["func", "func.halfway", "func.factor"]
+        self.refused(halfway, parts, lambda chunk: chunk * 2, X)
+        self.refused(halfway, ["func.factor"], doubling(halfway.check, 3), X)
         assert_same(np.array(halfway.tried(doubling(halfway.check), X)), X * 2)
 
     def test_arguments(self, halfway):
