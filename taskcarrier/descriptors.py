@@ -28,8 +28,9 @@ class _AboveStandard:
         with self._lock:
             self._n_inside += 1
             while not all(map(_is_open, STANDARD)):
-                # Of this kind nothing can be read, and nothing written: as if it were closed.
-                plug = os.open("/", os.O_PATH | os.O_CLOEXEC)
+                # Of this kind nothing can be read, and nothing written: as if it were closed. Older
+                # lokys let children inherit it, and Python does not start on a folder.
+                plug = os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
                 if plug not in STANDARD:  # another thread has opened something
                     os.close(plug)
                     break
@@ -59,8 +60,10 @@ def _is_open(fd: int) -> bool:
 
 
 def _is_plug(fd: int) -> bool:
+    import fcntl  # noqa: PLC0415  # POSIX only
+
     with suppress(OSError):
-        return os.path.samestat(os.fstat(fd), os.stat("/"))
+        return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH)
     return False
 
 

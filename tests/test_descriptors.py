@@ -41,6 +41,9 @@ def close_all():
 def there():
     return [fd for fd in range(3) if os.path.islink(f"/proc/self/fd/{fd}")]
 
+def named():
+    return [os.readlink(f"/proc/self/fd/{fd}") for fd in there()]
+
 def write_to_all():
     for fd in range(3):
         try:
@@ -83,8 +86,10 @@ def run():
                 assert all((row == i).all() for i, row in enumerate(results))
             assert there() == before
         if backend == "loky":
-            found = mapper.map(lambda _: there(), range(4))
-            assert found == [[] if who == "worker" else before] * 4, found
+            found = {name for names in mapper.map(lambda _: named(), range(4)) for name in names}
+            # Of the program's own; older lokys let workers have less of these, or nothing's place.
+            own = set() if who == "worker" else set(named())
+            assert found <= {*own, "/dev/null"}, found
             shutdown()
 
 try:
