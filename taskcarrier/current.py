@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Self
 
 from taskcarrier.backends.choice import facts_now
+from taskcarrier.contexts import contextmanager
 from taskcarrier.mappers import Mapper, SerialMapper
 
 _chosen: ContextVar[Mapper | None] = ContextVar("taskcarrier_mapper", default=None)

@@ -23,6 +23,7 @@ from taskcarrier.arrays.inputs import check_inputs, refuse_masked
 from taskcarrier.arrays.mapping import map_array
 from taskcarrier.arrays.options import documented
 from taskcarrier.backends.work import in_worker_process
+from taskcarrier.notes import add_note
 from taskcarrier.partition import as_integer
 from taskcarrier.recovery import RETRIES
 from taskcarrier.running import Settings
@@ -597,9 +598,10 @@ def _as_indices(rows: Any, n_samples: int) -> np.ndarray:
     try:
         found = np.asarray(rows)
     except ValueError as error:
-        error.add_note(
+        add_note(
+            error,
             "each entry of rows= must be one array of indices or one mask; of a splitter's pairs, "
-            "pass the first: rows=[train for train, test in folds]"
+            "pass the first: rows=[train for train, test in folds]",
         )
         raise
     if found.dtype == bool and found.shape != (n_samples,):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
+from taskcarrier.contexts import contextmanager
 from taskcarrier.ledger import Ledger
 from taskcarrier.report import Report
 

@@ -8,11 +8,11 @@ suspected, until one item is left.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from taskcarrier.interrupts import is_of_the_program
+from taskcarrier.notes import add_note
 from taskcarrier.partition import as_integer
 
 RETRIES = 2
@@ -171,9 +171,7 @@ class Retried:
         try:
             return self._called(args, kwargs)
         except self.retry_on as error:
-            # An exception may refuse notes, and stays what it is.
-            with suppress(Exception):
-                error.add_note(f"func was called {self.retries + 1} times")
+            add_note(error, f"func was called {self.retries + 1} times")
             raise
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -38,6 +38,7 @@ from taskcarrier.backends.work import (
 )
 from taskcarrier.balance import Balance, Dynamic, Static, get_balance
 from taskcarrier.ledger import OWN_MARKS, Ledger
+from taskcarrier.notes import raise_again
 from taskcarrier.partition import Grid
 from taskcarrier.recovery import USUAL, Recovery
 from taskcarrier.report import Report, WorkerReport, keep_report
@@ -370,7 +371,7 @@ def raise_failure(outcome: Outcome, describe: Describe) -> None:
     for death in outcome.deaths:
         add_note(error, f"also, {_obituary(death, describe)}")
     try:
-        raise error
+        raise_again(error)
     finally:
         # The traceback refers to this frame and, where the caller did the work, to those below
         # it, so none of them may refer to the error: a cycle would keep the run's shared memory

@@ -11,7 +11,7 @@ import atexit
 import os
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from time import monotonic_ns
 from typing import Any
@@ -27,8 +27,10 @@ from taskcarrier.backends.inner import limited
 from taskcarrier.backends.parts import Parts
 from taskcarrier.backends.work import Agree, Job
 from taskcarrier.balance import Dynamic
+from taskcarrier.contexts import contextmanager
 from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.ledger import Ledger
+from taskcarrier.notes import raise_again
 from taskcarrier.partition import Grid, as_integer, in_words
 from taskcarrier.running import Settings, decide, recovered, report_of, warn_again
 from taskcarrier.segments import Staging
@@ -224,7 +226,7 @@ class Source:
         error, self._error = self._error, None
         try:
             if error is not None:
-                raise error
+                raise_again(error)
         finally:
             del error
 
@@ -375,7 +377,7 @@ def _each(came: Came) -> Iterator[Any]:
         error = _not_the_end(error)
     add_note(error, f"while mapping {in_words(start, stop)}")
     try:
-        raise error
+        raise_again(error)
     finally:
         # The traceback refers to this frame, which must not refer to the error.
         del error

@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parents[1] / "taskcarrier"
 # its modules.
 LAYERS = [
     ["errors", "locks", "interrupts", "advice"],
-    ["descriptors", "cgroups"],
+    ["descriptors", "cgroups", "notes"],
+    ["contexts"],
     ["partition", "report", "layout", "limits"],
     ["ledger", "recovery", "segments", "streams", "caller_memory"],
     ["balance", "mapped_files", "kept_mappings"],

@@ -14,6 +14,7 @@ from taskcarrier.arrays.files import load
 from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.layout import is_mostly_gaps, without_gaps
 from taskcarrier.mapped_files import located
+from taskcarrier.notes import add_note
 from taskcarrier.partition import as_integer
 
 # Types that `numpy.asarray` would take, losing something; by the module that defines them.
@@ -228,9 +229,11 @@ def _in_memory(value: object, which: str) -> np.ndarray:
         return np.asarray(array)
     except ValueError as error:
         if isinstance(value, Iterable):
-            error.add_note(
+            add_note(
+                error,
                 f"{which} could not become an array (its items have different lengths?); for "
-                "sequences that are no array there are mappers: StaticParallelMapper()(func, items)"
+                "sequences that are no array there are mappers: "
+                "StaticParallelMapper()(func, items)",
             )
         raise
 

@@ -12,11 +12,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, cast
 
 from taskcarrier import caller_memory
 from taskcarrier.backends.threads import ThreadCrew
+from taskcarrier.contexts import contextmanager
 
 if TYPE_CHECKING:
     from taskcarrier.backends.processes import ProcessCrew

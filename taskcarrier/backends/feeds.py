@@ -27,6 +27,7 @@ from taskcarrier.backends.work import (
     in_worker,
 )
 from taskcarrier.ledger import Ledger
+from taskcarrier.notes import raise_again
 from taskcarrier.recovery import Again
 
 AHEAD = 2
@@ -266,6 +267,6 @@ def raise_and_forget(account: Account) -> None:
     failure, account.failure = account.failure, None
     assert failure is not None  # for the type checker: who calls has looked
     try:
-        raise vars(failure).pop("error")
+        raise_again(vars(failure).pop("error"))
     finally:
         del failure, account

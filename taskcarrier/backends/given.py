@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from taskcarrier.interrupts import is_of_the_program
+from taskcarrier.notes import add_note, text_of
+
+__all__ = ["Call", "add_note", "text_of"]
 
 
 @dataclass(frozen=True)
@@ -16,15 +18,6 @@ class Call:
     func: Callable[..., Any]
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-
-
-def add_note(error: BaseException, note: str) -> None:
-    """Add a note to a user's exception; one that refuses notes stays what it is."""
-    try:
-        error.add_note(note)
-    except Exception as trouble:
-        if is_of_the_program(trouble):
-            raise
 
 
 # What errors say of read-only arrays: numba's, which are TypeErrors, then NumPy's ValueErrors.
@@ -44,11 +37,3 @@ def is_of_read_only(error: BaseException) -> bool:
         return False
     text = text_of(error)
     return any(words in text for words in _OF_READ_ONLY[isinstance(error, ValueError)])
-
-
-def text_of(error: BaseException) -> str:
-    """The exception's text, whatever its ``__str__`` does."""
-    try:
-        return str(error)
-    except Exception as trouble:  # noqa: BLE001  # a user's __str__ may raise anything
-        return f"<str() raised {type(trouble).__name__}>"

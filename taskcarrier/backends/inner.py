@@ -14,9 +14,10 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
+from taskcarrier.contexts import contextmanager
 from taskcarrier.locks import ModuleLock
 
 _VARIABLES = (

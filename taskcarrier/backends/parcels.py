@@ -22,7 +22,6 @@ import socket
 import struct
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import CodeType
 from typing import Any
@@ -30,9 +29,9 @@ from typing import Any
 import numpy as np
 
 from taskcarrier.advice import advise
-from taskcarrier.backends.given import Call, add_note, text_of
+from taskcarrier.backends.decorated import reduce_cached, reduce_dispatching
+from taskcarrier.backends.given import Call, add_note
 from taskcarrier.descriptors import above_standard
-from taskcarrier.errors import TaskError, WorkerTracebackError
 from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.layout import is_mostly_gaps
 from taskcarrier.mapped_files import located, written_through
@@ -219,19 +218,22 @@ def _large_block(buffer: Any) -> memoryview | None:
     return None if len(block) < _SHARED_NBYTES else block
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
+class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
     """cloudpickle, but functions keep the name of their file, for tracebacks that show lines.
 
     cloudpickle 3.1.3 drops the name, so that equal functions have equal pickles.
     """
 
     def reducer_override(self, obj: Any) -> Any:
+        """How an object is pickled, if not as its class says."""
         if type(obj) is CodeType:
             return _code_of_file, (obj.co_filename, *self.dispatch_table[CodeType](obj))
-        sent = super().reducer_override(obj)
-        if isinstance(obj, type) and "__slots__" in vars(obj) and isinstance(sent, tuple):
-            return _with_places(obj, *sent)
-        return sent
+        reduced = super().reducer_override(obj)
+        if reduced is NotImplemented:
+            return reduce_cached(obj)
+        if isinstance(obj, type) and "__slots__" in vars(obj):
+            return _with_places(obj, *reduced)
+        return reduce_dispatching(obj) or reduced
 
 
 def _with_places(kind: type, make: Any, args: tuple[Any, ...], *rest: Any) -> tuple[Any, ...]:
@@ -251,9 +253,15 @@ def _code_of_file(name: str, make: Callable[..., CodeType], args: tuple[Any, ...
     return make(*args).replace(co_filename=name)
 
 
-def _dumps(obj: object, buffer_callback: Callable[[Any], bool] | None = None) -> bytes:
+def dumps(
+    obj: object,
+    buffer_callback: Callable[[Any], bool] | None = None,
+    *,
+    pickler: type[Pickler] = Pickler,
+) -> bytes:
+    """An object of the user's, pickled."""
     file = io.BytesIO()
-    _Pickler(file, protocol=5, buffer_callback=buffer_callback).dump(obj)
+    pickler(file, protocol=5, buffer_callback=buffer_callback).dump(obj)
     return file.getvalue()
 
 
@@ -269,7 +277,7 @@ def pack_apart(own: object, shared: object) -> list[memoryview]:
         Of arrays in `own` that the caller would see written in any other backend.
     """
     blocks: list[memoryview] = []
-    packed = _dumps(shared, functools.partial(_keep_in_band, blocks))
+    packed = dumps(shared, functools.partial(_keep_in_band, blocks))
     file = io.BytesIO()
     pickler = _CopyingPickler(file, protocol=5)
     pickler.dump(own)
@@ -282,7 +290,7 @@ def pack_apart(own: object, shared: object) -> list[memoryview]:
     return [file.getbuffer(), memoryview(packed), *(b.toreadonly() for b in blocks)]
 
 
-class _CopyingPickler(_Pickler):
+class _CopyingPickler(Pickler):
     """Counts the arrays that a function might write to in vain."""
 
     n_copied = 0
@@ -293,7 +301,7 @@ class _CopyingPickler(_Pickler):
         return super().reducer_override(obj)
 
 
-class _UserPickler(_Pickler):
+class _UserPickler(Pickler):
     """Pickles what the user gave; arrays go as descriptions where they can.
 
     Attributes
@@ -357,42 +365,6 @@ def _received_call(pickled: bytes) -> Call:
     return Call(func, *unpickler.load())
 
 
-def pack_error(error: BaseException) -> bytes:
-    """An exception for the way to the caller: itself if it survives, else a `TaskError`."""
-    text = "".join(traceback.format_exception(error)).rstrip()
-    try:
-        packed = _dumps((error, text))
-        if not isinstance(pickle.loads(packed)[0], BaseException):
-            raise TypeError("it unpickles as something else")  # noqa: TRY301  # one way out for all
-    except Exception as trouble:  # noqa: BLE001  # whatever pickling a user's object raises
-        kind = type(error)
-        stand_in = TaskError(
-            f"{kind.__qualname__}: {text_of(error)} (the exception itself could not be sent from "
-            f"the worker: {type(trouble).__name__}: {text_of(trouble)})",
-            f"{kind.__module__}.{kind.__qualname__}",
-        )
-        packed = pickle.dumps((stand_in, text))
-    return packed
-
-
-def unpack_error(packed: bytes) -> BaseException:
-    """The exception of a worker, with the traceback it had there as its cause."""
-    try:
-        error, text = unpack_items(packed)
-    except Exception as trouble:
-        if is_of_the_program(trouble):
-            raise
-        # It survived in the worker, not here.
-        return TaskError(
-            "an exception arrived from the worker that cannot be read here "
-            f"({type(trouble).__name__}: {text_of(trouble)})"
-        )
-    cause = WorkerTracebackError(text)
-    cause.__cause__ = error.__cause__
-    error.__cause__ = cause
-    return error  # type: ignore[no-any-return]  # pickle is untyped
-
-
 def pack_items(items: object, beside: list[memoryview] | None = None) -> bytes:
     """Plain data (items of a list, results), by pickle where it can, else by cloudpickle.
 
@@ -413,7 +385,7 @@ def pack_items(items: object, beside: list[memoryview] | None = None) -> bytes:
         return packed
     if beside is not None:
         beside.clear()
-    return _dumps(items, keep)
+    return dumps(items, keep)
 
 
 def _keep_in_band(beside: list[memoryview], buffer: Any) -> bool:
@@ -424,7 +396,7 @@ def _keep_in_band(beside: list[memoryview], buffer: Any) -> bool:
 
 
 def unpack_items(packed: bytes, beside: Iterable[Any] = ()) -> Any:
-    """What `pack_items` or a worker's `pack_error` packed, read in the caller.
+    """What `pack_items` packed, or else a worker, read in the caller.
 
     A class that the caller sent to a worker by value comes back by value with its instances.
     cloudpickle then finds the caller's own class, but sets all its attributes anew, to functions

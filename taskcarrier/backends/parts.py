@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from taskcarrier.notes import related, set_plainly
+
 Where = slice | np.ndarray
 """Items along the mapped axis."""
 
@@ -32,7 +34,7 @@ class Parts:
 
     def __reduce__(self) -> Any:
         # Exceptions need care on their way to the caller.
-        from taskcarrier.backends.parcels import pack_error  # noqa: PLC0415  # loads joblib
+        from taskcarrier.backends.exceptions import pack_error  # noqa: PLC0415  # loads joblib
 
         if self._packed is None:  # pickling may be tried twice
             self._packed = [(start, stop, pack_error(error)) for start, stop, error in self.faults]
@@ -43,15 +45,14 @@ class Parts:
         return _unpacked_parts, (self.results, self._packed)
 
 
-def _forget_tracebacks(error: BaseException | None) -> None:
-    while error is not None and error.__traceback__ is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
+def _forget_tracebacks(error: BaseException) -> None:
+    for one in related(error):
+        set_plainly(one, "__traceback__", None)
 
 
 def _unpacked_parts(
     results: list[tuple[Where, Any]], packed: list[tuple[int, int, bytes]]
 ) -> Parts:
-    from taskcarrier.backends.parcels import unpack_error  # noqa: PLC0415  # loads joblib
+    from taskcarrier.backends.exceptions import unpack_error  # noqa: PLC0415  # loads joblib
 
     return Parts(results, [(start, stop, unpack_error(error)) for start, stop, error in packed])

@@ -46,6 +46,7 @@ from taskcarrier.backends.worker_process import (
     ledger_over,
     worker_main,
 )
+from taskcarrier.contexts import contextmanager
 from taskcarrier.descriptors import above_standard
 from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.ledger import (
@@ -254,7 +255,7 @@ class ProcessCrew:
             os.close(fd)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _streams_that_can_be_flushed() -> Iterator[None]:
     """Loky flushes both before it starts a process; they may be None, closed, or anything else."""
     with contextlib.ExitStack() as stack:
@@ -270,7 +271,7 @@ def _streams_that_can_be_flushed() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
+@contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Ctrl-C is heard at the end: a worker started by half would wait for the rest until we end.
 

@@ -23,7 +23,7 @@ import pickle
 import socket
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from time import monotonic_ns
 from typing import Any, NamedTuple, Protocol, cast
@@ -33,17 +33,17 @@ import numpy as np
 from joblib.parallel import get_active_backend
 
 from taskcarrier.backends.choice import Choice
+from taskcarrier.backends.exceptions import pack_error, unpack_error
 from taskcarrier.backends.given import Call, add_note
 from taskcarrier.backends.inner import limited
 from taskcarrier.backends.parcels import (
     pack_apart,
-    pack_error,
     pack_items,
-    unpack_error,
     unpack_items,
 )
 from taskcarrier.backends.surroundings import Surroundings
 from taskcarrier.backends.work import Account, Deliver, Failure, Job, Ran, be_at_work
+from taskcarrier.contexts import contextmanager
 from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.ledger import Ledger
 

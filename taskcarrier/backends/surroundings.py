@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from taskcarrier.backends.given import Call
+from taskcarrier.contexts import contextmanager
 
 # What NumPy can be told to do about an error that needs the handler of `numpy.seterrcall`.
 _CALLING = {"call", "log"}
@@ -75,7 +76,7 @@ class Surroundings:
 
             decimal.setcontext(self.decimals.copy())
 
-    @contextlib.contextmanager
+    @contextmanager
     def within(self) -> Iterator[None]:
         """Make them those of this thread for the length of a block, but for those of a process."""
         handler = np.geterrcall()

@@ -21,16 +21,15 @@ from types import FrameType
 from typing import Any
 
 from taskcarrier import caller_memory, kept_mappings
+from taskcarrier.backends.exceptions import pack_error, pack_warning, unpack_error
 from taskcarrier.backends.feeds import Came
 from taskcarrier.backends.given import add_note
 from taskcarrier.backends.inner import serial_joblib
 from taskcarrier.backends.parcels import (
     Channel,
     Message,
-    pack_error,
     pack_items,
     unpack,
-    unpack_error,
     unpack_items,
 )
 from taskcarrier.backends.parts import Parts
@@ -43,6 +42,7 @@ from taskcarrier.backends.work import (
     mark_worker_process,
     work,
 )
+from taskcarrier.contexts import contextmanager
 from taskcarrier.descriptors import above_standard
 from taskcarrier.ledger import OWN_MARKS, FileAgreement, FileCursor, Ledger
 from taskcarrier.recovery import Again
@@ -245,7 +245,7 @@ def _block_items(segment: Segment | None, packed: PackedBlock) -> Sequence[Any]:
     return items
 
 
-@contextlib.contextmanager
+@contextmanager
 def _warnings_heard() -> Iterator[dict[Any, Heard]]:
     """Warnings of the function, each once: the caller's filters decide what becomes of them."""
     heard: dict[Any, Heard] = {}
@@ -378,8 +378,7 @@ def _packed_account(account: Account) -> bytes:
 
 def _packed_warning(heard: Heard) -> bytes:
     try:
-        packed = pack_items(heard)
-        pickle.loads(packed)
+        packed = pack_warning(heard)
     except Exception:  # noqa: BLE001  # whatever pickling a user's object raises
         text = f"{heard.category.__qualname__}: {heard.message}"
         packed = pickle.dumps(heard._replace(message=text, category=UserWarning))

@@ -18,12 +18,9 @@ from taskcarrier.backends.parcels import (
     Channel,
     pack,
     pack_apart,
-    pack_error,
     pack_items,
     unpack,
-    unpack_error,
 )
-from taskcarrier.errors import TaskError, WorkerTracebackError
 from taskcarrier.segments import Segment, Staging
 
 SMALL = parcels._SHARED_NBYTES // 8 - 1
@@ -235,113 +232,6 @@ class TestSegments:
     def test_a_parcel_keeps_its_segments(self):
         parcel = pack(Call(module_level, (np.arange(float(LARGE)),)), Staging())
         assert os.fstat(parcel.fds[0]).st_size >= 8 * LARGE
-
-
-class LostError(Exception):
-    """Can be pickled, but not read again."""
-
-    def __init__(self, one, two):
-        super().__init__(f"{one} and {two}")
-
-
-class StubbornError(Exception):
-    """Cannot be pickled."""
-
-    def __reduce__(self):
-        raise RuntimeError("I stay")
-
-
-class SpeechlessError(StubbornError):
-    def __str__(self):
-        raise ZeroDivisionError
-
-
-class DisguisedError(Exception):
-    """Pickles as something that is no exception."""
-
-    def __reduce__(self):
-        return dict, ()
-
-
-def raised(error, cause=None):
-    try:
-        raise error from cause
-    except type(error) as caught:
-        return caught
-
-
-class TestErrors:
-    @pytest.mark.parametrize(
-        "error",
-        [
-            ValueError("no", 3),
-            SystemExit(3),
-            KeyboardInterrupt(),
-            KeyError("k"),
-            OSError(2, "none", "file"),
-            UnicodeDecodeError("ascii", b"\xff", 0, 1, "r"),
-            ExceptionGroup("g", [ValueError("a"), TypeError("b")]),
-            TaskError("text", "kind"),
-        ],
-    )
-    def test_arrive_as_themselves(self, error):
-        arrived = unpack_error(pack_error(raised(error)))
-        assert type(arrived) is type(error)
-        assert repr(arrived) == repr(error)
-        assert str(arrived) == str(error)
-
-    def test_carry_the_worker_s_traceback(self):
-        arrived = unpack_error(pack_error(raised(ValueError("no"), KeyError("why"))))
-        assert isinstance(arrived.__cause__, WorkerTracebackError)
-        text = str(arrived.__cause__)
-        assert "in raised" in text
-        assert "KeyError: 'why'" in text
-        assert text.endswith("ValueError: no")
-
-    def test_keep_notes_and_attributes(self):
-        error = ValueError("no")
-        error.add_note("on item 3")
-        error.extra = [1, 2]
-        arrived = unpack_error(pack_error(error))
-        assert arrived.__notes__ == ["on item 3"]
-        assert arrived.extra == [1, 2]
-
-    def test_of_local_classes(self):
-        class LocalError(Exception):
-            pass
-
-        arrived = unpack_error(pack_error(LocalError("no")))
-        assert type(arrived).__name__ == "LocalError"
-        assert arrived.args == ("no",)
-
-    @pytest.mark.parametrize(
-        ("error", "text"),
-        [
-            (LostError(1, 2), "LostError: 1 and 2"),
-            (StubbornError("no"), "StubbornError: no"),
-            (ValueError(threading.Lock()), "ValueError: <unlocked _thread.lock"),
-            (SpeechlessError("no"), "SpeechlessError: <str() raised ZeroDivisionError>"),
-        ],
-    )
-    def test_those_that_do_not_survive(self, error, text):
-        arrived = unpack_error(pack_error(raised(error)))
-        assert type(arrived) is TaskError
-        assert str(arrived).startswith(text)
-        assert "could not be sent from the worker" in str(arrived)
-        assert arrived.type_name == f"{type(error).__module__}.{type(error).__qualname__}"
-        assert "in raised" in str(arrived.__cause__)
-
-    def test_those_that_arrive_as_something_else(self):
-        arrived = unpack_error(pack_error(raised(DisguisedError("no"))))
-        assert type(arrived) is TaskError
-        assert arrived.type_name.endswith("DisguisedError")
-
-    def test_those_that_cannot_be_read_here(self, monkeypatch):
-        packed = pack_error(LostError.__new__(LostError, "x", "y"))
-        monkeypatch.delattr(sys.modules[__name__], "LostError")
-        arrived = unpack_error(packed)
-        assert type(arrived) is TaskError
-        assert "cannot be read here (AttributeError" in str(arrived)
 
 
 class TestItems:

@@ -1,5 +1,6 @@
 """Lists on backends that others have registered with joblib."""
 
+import dataclasses
 import decimal
 import operator
 import pickle
@@ -363,6 +364,23 @@ def test_what_cannot_be_pickled_is_an_error_that_says_which(mapper):
 
     with pytest.raises(taskcarrier.TaskError, match="LockedError: held"):
         mapper(held, range(4))
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    code: int
+
+
+@pytest.mark.fault(60)
+def test_errors_that_refuse_attributes_arrive_as_themselves(mapper):
+    def func(i):
+        raise FrozenError(i) from KeyError("why")
+
+    with pytest.raises(FrozenError) as caught:
+        mapper(func, range(4))
+    assert caught.value == FrozenError(0)
+    assert type(caught.value.__cause__) is KeyError
+    assert any("item 0" in note for note in caught.value.__notes__)
 
 
 class Unreadable:

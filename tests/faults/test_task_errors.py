@@ -1,5 +1,6 @@
 """What goes wrong in the function: the caller sees it, and where it was."""
 
+import dataclasses
 import gc
 import os
 import sys
@@ -15,7 +16,14 @@ import psutil
 import pytest
 
 import taskcarrier
-from taskcarrier import TaskError, map_array, map_chunks, map_items, reduce_array
+from taskcarrier import (
+    DynamicParallelMapper,
+    TaskError,
+    map_array,
+    map_chunks,
+    map_items,
+    reduce_array,
+)
 from tests.faults.functions import note, noted
 from tests.faults.helpers import BALANCES, OF_BALANCE, ORDERED, RUNS
 from tests.strategies import (
@@ -276,6 +284,114 @@ if __name__ == "__main__":
     assert "ValueError: as it was raised" in err
     assert "while mapping axis 0, items 2:3 of an array of shape (4,)" in err
     assert 'if chunk[0] == 2: raise ValueError("as it was raised")' in err
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    code: int
+    text: str = dataclasses.field(kw_only=True)
+
+
+class LockedError(Exception):
+    __slots__ = ("code",)
+
+    def __init__(self, code, *, text):
+        object.__setattr__(self, "code", code)
+        object.__setattr__(self, "text", text)
+
+    def __setattr__(self, name, value):
+        raise TypeError("no attributes")
+
+
+def _first_error(collected):
+    raise collected[1][0].error
+
+
+VERBS = {
+    "map_array": lambda f, **how: map_array(f, np.arange(4), **how),
+    "map_items": lambda f, **how: map_items(f, np.arange(4), **how),
+    "map_chunks": lambda f, **how: map_chunks(f, np.arange(4), **how),
+    "reduce_array": lambda f, **how: reduce_array(f, np.arange(4), combine=np.add, **how),
+    "collected": lambda f, **how: _first_error(
+        map_array(f, np.arange(4), on_error="collect", **how)
+    ),
+    "map": lambda f, **how: DynamicParallelMapper(**how).map(f, range(4)),
+    "map, collected": lambda f, **how: _first_error(
+        DynamicParallelMapper(**how).map(f, range(4), on_error="collect")
+    ),
+    "map, retried": lambda f, **how: DynamicParallelMapper(**how).map(
+        f, range(4), retry_on=Exception, retries=1
+    ),
+    "imap": lambda f, **how: list(DynamicParallelMapper(**how).imap(f, range(4))),
+    "with": lambda f, **how: _within(DynamicParallelMapper(**how), f),
+}
+
+
+def _within(mapper, func):
+    with mapper, taskcarrier.use_mapper(mapper):
+        return mapper.map(func, range(4))
+
+
+@pytest.mark.fault(60)
+@pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+@pytest.mark.parametrize("verb", sorted(VERBS))
+@pytest.mark.parametrize("kind", [FrozenError, LockedError])
+def test_exceptions_that_refuse_attributes_arrive_with_all_that_they_lead_to(backend, verb, kind):
+    def func(x):
+        try:
+            {}["context"]
+        except KeyError:
+            raise kind(3, text="x") from ExceptionGroup("cause", [kind(4, text="y")])
+
+    with pytest.raises(kind) as caught:
+        VERBS[verb](func, n_jobs=2, backend=backend)
+    error = caught.value
+    assert (error.code, error.text) == (3, "x")
+    assert any("while mapping" in note for note in error.__notes__)
+    assert type(error.__context__) is KeyError
+    assert error.__suppress_context__
+    (member,) = error.__cause__.exceptions
+    assert (type(member), member.code, member.text) == (kind, 4, "y")
+    if backend == "loky":
+        assert "raise kind(3" in str(error.__cause__.__cause__)
+
+
+@pytest.mark.fault(60)
+@pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+def test_a_context_is_not_replaced_by_what_the_caller_is_handling(backend):
+    def func(x):
+        try:
+            {}["first"]
+        except KeyError:
+            raise FrozenError(3, text="x")  # noqa: B904  # it is the context that is tried
+
+    def while_handling(verb):
+        try:
+            raise LookupError("of the caller")  # noqa: TRY301  # as above
+        except LookupError:
+            verb(func, n_jobs=2, backend=backend)
+
+    for verb in (VERBS["map_array"], VERBS["imap"]):
+        with pytest.raises(FrozenError) as caught:
+            while_handling(verb)
+        assert caught.value.__cause__ is None
+        assert caught.value.__context__.args == ("first",)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenWarning(UserWarning):
+    code: int
+
+
+@pytest.mark.fault(10, 60)
+def test_warnings_that_refuse_attributes_arrive_as_themselves():
+    def func(chunk):
+        warnings.warn(FrozenWarning(3), stacklevel=1)
+        return chunk
+
+    with pytest.warns(FrozenWarning) as seen:
+        map_array(func, np.arange(4), n_jobs=2, backend="loky")
+    assert [one.message for one in seen] == [FrozenWarning(3)]
 
 
 class Stubborn(Exception):  # noqa: N818  # it is no error of ours

@@ -1,0 +1,71 @@
+"""Notes on exceptions that refuse them, and exceptions that are raised again."""
+
+import pytest
+
+from taskcarrier.notes import add_note, raise_again, related, text_of
+from tests.backends.test_exceptions import FrozenError, SlottedError
+
+
+class NotelessError(Exception):
+    def add_note(self, note):
+        raise RuntimeError("no notes")
+
+
+class OwnNotesError(Exception):
+    @property
+    def __notes__(self):
+        raise RuntimeError("mine")
+
+
+@pytest.mark.parametrize("error", [ValueError(3), FrozenError(3, text="x"), SlottedError(3)])
+def test_notes_reach_exceptions_that_refuse_attributes(error):
+    add_note(error, "one")
+    add_note(error, "two")
+    assert error.__notes__ == ["one", "two"]
+
+
+@pytest.mark.parametrize("error", [NotelessError("no"), OwnNotesError("no")])
+def test_exceptions_that_want_no_notes_get_none(error):
+    add_note(error, "one")
+    assert "__notes__" not in vars(error)
+
+
+def test_a_text_that_cannot_be_made_is_told():
+    class SpeechlessError(Exception):
+        def __str__(self):
+            raise ZeroDivisionError
+
+    assert text_of(SpeechlessError()) == "<str() raised ZeroDivisionError>"
+
+
+def test_related_exceptions_are_found_once():
+    cause, context, member = KeyError(), LookupError(), ValueError()
+    group = ExceptionGroup("g", [member])
+    group.__cause__, group.__context__, member.__context__ = cause, context, cause
+    cause.__context__ = group
+    assert related(group) == [group, cause, context, member]
+
+
+def raised_again_while_handling(error, handled):
+    try:
+        raise handled
+    except LookupError:
+        raise_again(error)
+
+
+@pytest.mark.parametrize("error", [ValueError(3), FrozenError(3, text="x")])
+def test_what_is_raised_again_keeps_its_context(error):
+    context = KeyError("there")
+    BaseException.__setattr__(error, "__context__", context)
+    with pytest.raises(type(error)) as caught:
+        raised_again_while_handling(error, LookupError("here"))
+    assert caught.value is error
+    assert error.__context__ is context
+    assert not error.__suppress_context__
+
+
+def test_what_has_no_context_gets_the_caller_s():
+    error, handled = ValueError(3), LookupError("here")
+    with pytest.raises(ValueError, match="3"):
+        raised_again_while_handling(error, handled)
+    assert error.__context__ is handled
