@@ -8,7 +8,8 @@ it does, as far as that can be told from outside:
   enclosed, and every global name that they read. Of a module of the program, the attributes that
   they read;
 - classes of the program by their attributes and methods, those of their bases too;
-- objects by their class and by what pickle would send of them;
+- objects by their class and by what pickle would send of them (of a mapper only its chunksize: the
+  rest of it decides no values, and its report changes with each run);
 - functions, classes and modules of installed packages by name, with the version of the package;
 - anything else by its type alone, under its name: it is listed among what was `not looked into`.
 
@@ -292,6 +293,11 @@ class Fingerprint:
         if isinstance(value, enum.Enum):
             members = {"name": value.name, "value": value.value}
             return _joined("member", *self._class_of(value, name), *self._members(members, name))
+        deciding = getattr(type(value), "_taskcarrier_deciding", None)
+        if deciding is not None:
+            state = {one: getattr(value, one) for one in deciding}
+            kind = type(value).__qualname__.encode()
+            return _joined("of ours", kind, *self._members(state, name))
         try:
             sent = _reduced(value)
         except RecursionError:

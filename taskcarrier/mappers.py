@@ -84,6 +84,8 @@ class Mapper:
 
     _balance: Balance
     _sequential = False
+    # What of a mapper that a function holds decides its values (`taskcarrier.fingerprint`).
+    _taskcarrier_deciding = ("chunksize",)
 
     def __init__(
         self,
@@ -305,6 +307,10 @@ class Mapper:
     def __exit__(self, *_: object) -> None:
         if self._open:
             self._open.pop().close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets, here or in a worker: all but the open blocks and what they keep."""
+        return {**vars(self), "_recycler": None, "_open": []}
 
     def _let_go(self) -> None:
         if self._recycler is not None:

@@ -1,5 +1,6 @@
 """The mappers: one interface, and everything that `map_array` can."""
 
+import copy
 import inspect
 import operator
 import os
@@ -240,6 +241,84 @@ def test_a_block_keeps_workers_and_can_be_nested_and_used_again(backend, balance
                 assert_same(result, X + number)
     assert len(workers) == 2
     assert_same(mapper.map_array(np.negative, X), -X)
+
+
+class _Holder:
+    """Maps its own methods."""
+
+    def __init__(self, mapper):
+        self.mapper = mapper
+
+    def twice(self, x):
+        return 2 * x
+
+    def both(self, x):
+        with self.mapper:
+            return self.mapper.map(self.twice, [x, -x])
+
+
+@pytest.mark.fault(61)
+@pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+@pytest.mark.parametrize("kind", [StaticParallelMapper, DynamicParallelMapper])
+def test_an_object_that_holds_its_mapper_maps_its_own_methods(backend, kind):
+    holder = _Holder(kind(2, backend=backend))
+    X = np.arange(6)
+    with holder.mapper as mapper:
+        for _ in range(2):
+            assert mapper.map(holder.twice, range(3)) == [0, 2, 4]
+            assert mapper.map(holder.both, range(3)) == [[0, 0], [2, -2], [4, -4]]
+            assert list(mapper.imap(holder.twice, range(3))) == [0, 2, 4]
+            assert mapper.map(lambda one: one.twice(2), [holder, holder]) == [4, 4]
+            assert mapper.map_array(holder.twice, X).tolist() == (2 * X).tolist()
+            assert mapper.map_items(holder.twice, X).tolist() == (2 * X).tolist()
+            assert mapper.map_chunks(holder.twice, X, chunksize=6)[0].tolist() == (2 * X).tolist()
+            assert mapper.reduce_array(holder.twice, X[:1], combine=np.add) == [0]
+            assert map_array(holder.twice, X, n_jobs=2, backend="loky").tolist() == (2 * X).tolist()
+
+
+@pytest.mark.fault(61)
+@pytest.mark.parametrize("kind", [SerialMapper, StaticParallelMapper, DynamicParallelMapper])
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))]
+)
+def test_a_copy_of_an_open_mapper_is_closed_and_of_its_own(kind, copied):
+    mapper = kind(2, backend="threading", chunksize=3)
+    mapper.named = "mine"
+    with mapper:
+        mapper.map(abs, [-1])
+        there = copied(mapper)
+        assert there._recycler is None
+        with there:
+            assert there.map(abs, [-1, 2]) == [1, 2]
+            assert there._recycler is not mapper._recycler
+        assert mapper._recycler is not None
+        assert mapper.map(abs, [-1]) == [1]
+    assert mapper._recycler is None
+    assert (type(there), repr(there), there.named) == (kind, repr(mapper), "mine")
+
+
+@pytest.mark.fault(27, 61)
+def test_the_mapper_that_a_function_holds_does_not_keep_a_run_from_going_on(tmp_path):
+    holder = _Holder(DynamicParallelMapper(2, backend="threading"))
+    flag = tmp_path / "fails"
+    flag.touch()
+
+    def func(chunk, holder):
+        if chunk[0] == 5 and flag.exists():
+            raise LookupError
+        return holder.twice(chunk)
+
+    def run(mapper):
+        return mapper.map_array(
+            func, np.arange(10), args=(holder,), chunksize=1, out=tmp_path / "Y.npy", resume=True
+        )
+
+    with pytest.raises(LookupError):
+        run(holder.mapper)
+    flag.unlink()
+    holder.mapper.n_jobs = 3
+    with holder.mapper as mapper:
+        assert run(mapper).tolist() == [*range(0, 20, 2)]
 
 
 @pytest.mark.parametrize("balance", ["static", "dynamic"])
