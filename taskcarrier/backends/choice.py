@@ -6,14 +6,18 @@ facts into a `Choice`, and can be tested without any worker.
 
 from __future__ import annotations
 
+import _thread
+import atexit
 import math
 import os
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from taskcarrier import cgroups
 from taskcarrier.backends.work import in_worker
+from taskcarrier.contexts import contextmanager
 from taskcarrier.locks import ModuleLock
 from taskcarrier.partition import as_integer
 
@@ -44,6 +48,8 @@ class Facts:
         Whether the interpreter has a global lock.
     has_processes : bool
         Whether the platform can run our worker processes.
+    has_threads : bool
+        Whether Python starts threads (before 3.12.2 no more once the main thread has ended).
     """
 
     cores: int
@@ -54,6 +60,7 @@ class Facts:
     daemonic: bool = False
     has_gil: bool = True
     has_processes: bool = True
+    has_threads: bool = True
 
 
 @dataclass(frozen=True)
@@ -183,6 +190,8 @@ def choose(
             raise OSError("worker processes need Linux; pass backend='threading'")
         if facts.daemonic:
             where, reason = "sequential", "a daemonic process may not start worker processes"
+    if where == "threading" and not facts.has_threads:
+        where, reason = "sequential", "the program is ending, and Python starts no more threads"
     return Choice(where, 1 if where == "sequential" else workers, reason)
 
 
@@ -237,7 +246,21 @@ def facts_now(*, follows_joblib: bool = True) -> Facts:
         daemonic=multiprocessing is not None and bool(multiprocessing.current_process().daemon),
         has_gil=getattr(sys, "_is_gil_enabled", lambda: True)(),
         has_processes=sys.platform == "linux",
+        has_threads=not _is_ending() or _starts_threads(),
     )
+
+
+def _is_ending() -> bool:
+    """Whether the main thread has ended, or is waiting for the others to end."""
+    return bool(threading._SHUTTING_DOWN)  # type: ignore[attr-defined]  # no public way
+
+
+def _starts_threads() -> bool:
+    try:
+        _thread.start_new_thread(int, ())
+    except RuntimeError:
+        return False
+    return True
 
 
 _loading = ModuleLock(forks_wait=True)
@@ -245,8 +268,26 @@ _loading = ModuleLock(forks_wait=True)
 
 def load_joblib() -> None:
     """Import joblib, one thread at a time: its modules import each other in circles."""
-    with _loading:
+    with _loading, _late_hooks():
         import joblib.parallel  # noqa: PLC0415, F401  # takes 140 ms, and only runs need it
+
+
+@contextmanager
+def _late_hooks() -> Iterator[None]:
+    """Have modules loaded that joblib needs, also by a thread that outlives the main thread.
+
+    From then on Python takes no hooks of executors that end their threads, and their modules cannot
+    be imported. What is registered here is called when all threads of the program have ended.
+    """
+    register = threading._register_atexit  # type: ignore[attr-defined]  # no public way
+    if not _is_ending():
+        yield
+        return
+    threading._register_atexit = atexit.register  # type: ignore[attr-defined]  # likewise
+    try:
+        yield
+    finally:
+        threading._register_atexit = register  # type: ignore[attr-defined]  # likewise
 
 
 def load_processes() -> None:

@@ -60,10 +60,17 @@ class _Crews:
                 self._lent.discard(crew)
                 self._idle.append((time.monotonic(), key, crew))
                 if self._keeper is None:
-                    self._keeper = threading.Thread(
-                        target=self._keep, name="taskcarrier-keeper", daemon=True
-                    )
-                    self._keeper.start()
+                    self._keeper = self._new_keeper()
+
+    def _new_keeper(self) -> threading.Thread | None:
+        keeper = threading.Thread(target=self._keep, name="taskcarrier-keeper", daemon=True)
+        try:
+            keeper.start()  # it waits for the lock that we hold
+        except RuntimeError:
+            # There are too many threads, or the program is ending. Crews stay until the next call
+            # has more luck, or until the program has ended; what this call has done is not lost.
+            return None
+        return keeper
 
     @contextmanager
     def held_warm(self) -> Iterator[None]:

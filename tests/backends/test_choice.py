@@ -21,6 +21,7 @@ from taskcarrier.backends.choice import (
     count_workers,
     facts_now,
 )
+from tests.strategies import run_script
 
 KNOWN = "the function releases the GIL"
 OWN = "parallel=True: one range at a time, on numba's own threads"
@@ -48,6 +49,12 @@ class TestChoose:
                 {"has_gil": False, "has_processes": False},
                 ("threading", 4, KNOWN),
             ),
+            (
+                {"backend": "threading"},
+                {"has_threads": False},
+                ("sequential", 1, "the program is ending, and Python starts no more threads"),
+            ),
+            ({}, {"has_threads": False}, ("loky", 4, "the default")),
             # asked for
             ({"backend": "loky"}, {}, ("loky", 4, "asked for")),
             ({"backend": "threading"}, {}, ("threading", 4, "asked for")),
@@ -359,3 +366,67 @@ class TestCores:
         assert count_cores() == 1
         monkeypatch.delenv("LOKY_MAX_CPU_COUNT")
         assert count_cores() == joblib.cpu_count()
+
+
+# Maps when the main thread has ended: in a thread, in a hook, and in a hook that comes after ours.
+LATE = """
+import atexit, os, sys, threading
+_, backend, when, warm = sys.argv
+if when == "late hook":
+    atexit.register(lambda: late())
+import numpy as np
+from taskcarrier import DynamicParallelMapper, last_report, map_array
+
+def twice(x):
+    return 2 * x
+
+def late():
+    if when == "thread":
+        threading.main_thread().join()
+    for n in (2, 3):
+        mapper = DynamicParallelMapper(n, backend=backend)
+        expected = [*range(0, 12, 2)]
+        found = map_array(twice, np.arange(6), n_jobs=n, backend=backend)
+        assert found.tolist() == expected
+        assert mapper.map(twice, range(6)) == expected
+        assert list(mapper.imap(twice, range(6))) == expected
+        print(last_report().backend)
+
+if __name__ == "__main__":
+    if warm == "warm":
+        map_array(twice, np.arange(6), n_jobs=2, backend=backend)
+    if when == "thread":
+        threading.Thread(target=late).start()
+    elif when == "hook":
+        atexit.register(late)
+"""
+
+
+@pytest.mark.fault(62)
+@pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+@pytest.mark.parametrize(
+    ("when", "warm"),
+    [("thread", "cold"), ("thread", "warm"), ("hook", "cold"), ("late hook", "warm")],
+)
+def test_maps_after_the_end_of_the_main_thread(backend, when, warm, tmp_path):
+    refused = (3, 12) <= sys.version_info < (3, 12, 2)  # Python itself: has_threads
+    where = "sequential" if backend == "threading" and refused else backend
+    assert run_script(tmp_path, LATE, backend, when, warm).split() == [where, where]
+
+
+def test_what_python_takes_no_hooks_for_is_registered_for_the_end(tmp_path):
+    code = """
+import threading
+from taskcarrier.backends.choice import _late_hooks
+
+def late():
+    threading.main_thread().join()
+    register = threading._register_atexit
+    with _late_hooks():
+        threading._register_atexit(print, "at the end")
+    assert threading._register_atexit is register
+    print("registered")
+
+threading.Thread(target=late).start()
+"""
+    assert run_script(tmp_path, code).splitlines() == ["registered", "at the end"]

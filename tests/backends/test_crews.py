@@ -212,6 +212,18 @@ class TestShutdown:
         assert workers(crew) == []
         assert keepers() == []
 
+    def test_a_keeper_that_cannot_start_is_tried_again(self, monkeypatch):
+        def refuse(thread):
+            raise RuntimeError("can't start new thread")
+
+        with process_crew(1) as crew:
+            run(crew)
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", refuse)
+                with process_crew(1):
+                    pass
+        assert len(keepers()) == 1
+
     def test_a_keeper_that_has_only_just_started_ends_too(self):
         with module._crews._changed:  # before the keeper comes to wait
             with thread_crew(1):
