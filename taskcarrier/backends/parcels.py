@@ -224,6 +224,13 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
     cloudpickle 3.1.3 drops the name, so that equal functions have equal pickles.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # The main module of a child that multiprocessing has started is no module in our workers.
+        main = sys.modules["__main__"]
+        if main.__name__ == "__mp_main__":
+            cloudpickle.register_pickle_by_value(main)
+        super().__init__(*args, **kwargs)
+
     def reducer_override(self, obj: Any) -> Any:
         """How an object is pickled, if not as its class says."""
         if type(obj) is CodeType:
@@ -380,8 +387,8 @@ def pack_items(items: object, beside: list[memoryview] | None = None) -> bytes:
     except Exception as error:
         if is_of_the_program(error):
             raise
-        packed = b"__main__"  # lambdas, local classes, ...: cloudpickle's error counts
-    if b"__main__" not in packed:
+        packed = b"_main__"  # lambdas, local classes, ...: cloudpickle's error counts
+    if b"_main__" not in packed:  # nor `__mp_main__`
         return packed
     if beside is not None:
         beside.clear()

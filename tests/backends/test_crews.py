@@ -216,12 +216,13 @@ class TestShutdown:
         def refuse(thread):
             raise RuntimeError("can't start new thread")
 
-        with process_crew(1) as crew:
-            run(crew)
+        with process_crew(2) as crew:
             with monkeypatch.context() as patch:
                 patch.setattr(threading.Thread, "start", refuse)
                 with process_crew(1):
                     pass
+            assert keepers() == []
+            assert len(run(crew)) == 2
         assert len(keepers()) == 1
 
     def test_a_keeper_that_has_only_just_started_ends_too(self):

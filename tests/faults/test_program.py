@@ -757,3 +757,71 @@ def test_texts_have_one_hash_in_all_workers(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     there, here = run_script(tmp_path, HASHES, str(tmp_path / "mark")).split()
     assert there == here
+
+
+# A child of multiprocessing knows the main module by another name.
+CHILD = """
+import functools, multiprocessing, sys
+from concurrent.futures import ProcessPoolExecutor
+import numpy as np
+from taskcarrier import DynamicParallelMapper, last_report, map_array, map_items, reduce_array
+
+OFFSET = 5
+
+class Point:
+    def __init__(self, x):
+        self.x = x
+
+    def plus(self, y):
+        return self.x + y
+
+class PointError(Exception):
+    pass
+
+def shifted(x):
+    return x + OFFSET
+
+def fails(x):
+    raise PointError(x)
+
+@functools.cache
+def cached(x):
+    return x + 1
+
+def work(n):
+    X = np.arange(n)
+    mapper = DynamicParallelMapper(2, backend="loky")
+    assert map_array(shifted, X, n_jobs=2, backend="loky").tolist() == (X + 5).tolist()
+    assert last_report().backend == "loky"
+    assert map_items(shifted, X, n_jobs=2, backend="loky").tolist() == (X + 5).tolist()
+    total = reduce_array(np.sum, X, combine=np.add, chunksize=2, n_jobs=2, backend="loky")
+    assert total == X.sum()
+    assert mapper.map(cached, range(n)) == [*range(1, n + 1)]
+    assert list(mapper.imap(Point(2).plus, range(n))) == [*range(2, n + 2)]
+    points = mapper.map(lambda point: point, [Point(3), Point(4)])
+    assert [type(point) for point in points] == [Point, Point]
+    try:
+        mapper.map(fails, range(n))
+    except PointError as error:
+        assert error.args == (0,)
+    return mapper.map(Point, range(n))
+
+def put(queue):
+    queue.put(work(4))
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    queue = context.SimpleQueue()
+    child = context.Process(target=put, args=(queue,))
+    child.start()
+    print([point.x for point in queue.get()])
+    child.join()
+    with ProcessPoolExecutor(1, context) as executor:
+        print([point.x for point in executor.submit(work, 4).result()])
+"""
+
+
+@pytest.mark.fault(63)
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+def test_children_of_multiprocessing_map_functions_of_the_main_module(method, tmp_path):
+    assert run_script(tmp_path, CHILD, method).splitlines() == ["[0, 1, 2, 3]"] * 2
