@@ -413,5 +413,18 @@ def _memory_file(flags: int) -> int:
         raw = os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC)
         try:
             return os.open(f"/proc/self/fd/{raw}", os.O_RDWR | os.O_CLOEXEC | flags)
+        except (FileNotFoundError, PermissionError):  # there is no /proc, or not for us
+            return _temporary_file(flags)
         finally:
             os.close(raw)
+
+
+def _temporary_file(flags: int) -> int:
+    """The same on disk, without a name; what is written to it is next to nothing."""
+    import fcntl  # noqa: PLC0415  # rarely needed, as the next one
+    import tempfile  # noqa: PLC0415  # slow
+
+    with tempfile.TemporaryFile() as file:
+        fd = os.dup(file.fileno())
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | flags)
+    return fd

@@ -9,6 +9,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from pathlib import Path
 
 import pytest
 
@@ -69,9 +70,25 @@ print(*(chr(FileAgreement(fd).settle(own + b"." * at)[0]) for at, fd in enumerat
 """
 
 
+@pytest.fixture(params=["/proc", "no /proc"])
+def opened_by(request, monkeypatch):
+    """Whether memory files can be opened by /proc."""
+    if request.param == "no /proc":
+        opens = os.open
+
+        def refuses(path, *args, **kwargs):
+            if str(path).startswith("/proc"):
+                raise FileNotFoundError(path)
+            return opens(path, *args, **kwargs)
+
+        monkeypatch.setattr(os, "open", refuses)
+    return request.param
+
+
 @pytest.fixture
-def cursor_fd():
+def cursor_fd(opened_by):
     fd = FileCursor.create()
+    assert ("memfd" in Path(f"/proc/self/fd/{fd}").readlink().name) == (opened_by == "/proc")
     yield fd
     os.close(fd)
 
@@ -82,7 +99,7 @@ def cursor(request, cursor_fd):
 
 
 @pytest.fixture
-def agreement_fd():
+def agreement_fd(opened_by):
     fd = FileAgreement.create()
     yield fd
     os.close(fd)
@@ -211,7 +228,7 @@ class TestAgreement:
             finally:
                 sys.setswitchinterval(before)
 
-    def test_processes_that_propose_at_once_settle_on_one(self):
+    def test_processes_that_propose_at_once_settle_on_one(self, opened_by):
         fds = [FileAgreement.create() for _ in range(40)]
         try:
             with contenders(PROPOSER, [(name, *fds) for name in "abc"], fds) as programs:

@@ -174,8 +174,10 @@ def _nameless(folder: str) -> tuple[int, str]:
     """A new file that is its owner's alone, and by what it can be linked to its place.
 
     It has no name until then, so nothing is left of it however a run ends; but on file systems that
-    know no such files.
+    know no such files, and where there is no /proc.
     """
+    if not os.path.exists(_DESCRIPTORS):
+        return tempfile.mkstemp(".new", ".ledger-", folder)
     try:
         fd = os.open(folder, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
     except OSError as error:

@@ -67,6 +67,65 @@ if __name__ == "__main__":
     assert run_script(tmp_path, code, prefix=prefix) == "fine\n"
 
 
+NO_PROC = """
+import os, sys
+import numpy as np
+from pathlib import Path
+from taskcarrier import (
+    DynamicParallelMapper, StaticParallelMapper, last_report, map_array, map_chunks, map_items,
+    reduce_array, share,
+)
+
+def twice(x):
+    return 2 * x
+
+def exits_once(x):
+    if x == 2 and not Path("exited").exists():
+        Path("exited").touch()
+        os._exit(3)
+    return 2 * x
+
+if __name__ == "__main__":
+    assert os.listdir("/proc") == []
+    backend = sys.argv[1]
+    os.chdir(sys.argv[2])
+    how = {"n_jobs": 2, "backend": backend}
+    X = np.arange(300_000.0)
+    np.save("X.npy", X)
+    M = np.memmap("M", float, "w+", shape=X.shape)
+    M[:] = X
+    for given in (X, X[:3], M, X.reshape(500, 600)[:, ::3], share(X)):
+        for balance in ("static", "dynamic"):
+            Y = map_array(twice, given, balance=balance, **how)
+            assert last_report().backend == backend
+            assert np.array_equal(Y, 2 * np.asarray(given))
+    assert np.array_equal(map_array(twice, "X.npy", **how), 2 * X)
+    assert np.array_equal(map_array(twice, X, out="Y.npy", **how), 2 * X)
+    assert np.array_equal(map_array(twice, X, out="Z.npy", resume=True, **how), 2 * X)
+    assert np.array_equal(np.load("Z.npy"), 2 * X)
+    assert np.array_equal(map_array(twice, M, out=np.empty_like(X), **how), 2 * X)
+    assert map_items(twice, X[:9], **how).tolist() == (2 * X[:9]).tolist()
+    assert sum(map(len, map_chunks(twice, X, **how))) == len(X)
+    assert reduce_array(np.sum, X, combine=np.add, **how) == X.sum()
+    func = exits_once if backend == "loky" else twice
+    for kind in (StaticParallelMapper, DynamicParallelMapper):
+        mapper = kind(2, backend=backend, temp_folder=".")
+        assert mapper.map(func, range(5)) == [0, 2, 4, 6, 8]
+        assert list(mapper.imap(func, range(5))) == [0, 2, 4, 6, 8]
+        assert np.array_equal(mapper.map_array(twice, X), 2 * X)
+    print("fine")
+"""
+
+
+@pytest.mark.fault(64)
+@pytest.mark.parametrize("backend", ["threading", "loky"])
+def test_all_works_without_proc(tmp_path, backend):
+    prefix = unshared("mount -t tmpfs tmpfs /proc")
+    if prefix is None:
+        pytest.skip("mounting needs root")
+    assert run_script(tmp_path, NO_PROC, backend, str(tmp_path), prefix=prefix) == "fine\n"
+
+
 @pytest.mark.fault(23)
 def test_a_full_disk_is_an_error_with_sizes_and_leaves_nothing(tmp_path):
     disk = tmp_path / "disk"
