@@ -36,8 +36,11 @@ class Worker(Protocol):
     """A worker process, as a run needs it (`taskcarrier.backends.processes.WorkerProcess`)."""
 
     name: str
-    pidfd: int
     channel: Channel
+
+    @property
+    def pidfd(self) -> int:
+        """A descriptor that is readable once it has ended; -1 if it was reaped."""
 
     def kill(self) -> None:
         """End it now."""

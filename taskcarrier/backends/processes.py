@@ -12,8 +12,8 @@ only writer is the caller, and has asked the kernel to be killed when that pipe 
 (``O_ASYNC`` with ``F_SETSIG``; unlike ``PR_SET_PDEATHSIG`` this does not mistake the end of
 the thread that started the worker for the end of the process).
 
-How deaths are seen. By the process's own descriptor (`os.pidfd_open`): the end of the socket
-can be held open by a process that the worker forked.
+How deaths are seen. By the process's own descriptor (`taskcarrier.backends.endings`): the end of
+the socket can be held open by a process that the worker forked.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from typing import Any
 from joblib.externals.loky.backend import get_context
 
 from taskcarrier import caller_memory
+from taskcarrier.backends.endings import Ending, is_readable
 from taskcarrier.backends.inner import inner_environment
 from taskcarrier.backends.parcels import Channel, Parcel
 from taskcarrier.backends.process_feeds import ProcessFeed
@@ -42,7 +43,6 @@ from taskcarrier.backends.process_runs import ProcessRun
 from taskcarrier.backends.threads import TICK
 from taskcarrier.backends.work import Deliver, Job, Ran
 from taskcarrier.backends.worker_process import (
-    is_readable,
     ledger_over,
     worker_main,
 )
@@ -110,15 +110,29 @@ class WorkerProcess:
                     self.process.start()
             except UnboundLocalError as error:  # how loky fails where it cannot open a pipe
                 raise error.__context__ or error from None
+            except PermissionError as error:
+                error.add_note(
+                    "worker processes cannot be started (has this program become another user?); "
+                    "pass backend='threading'"
+                )
+                raise
             # Its end is ours to see to: multiprocessing would join it when the program exits.
             multiprocessing_process._children.discard(self.process)  # type: ignore[attr-defined]  # no public way
-            # If anything fails from here on, the end of the pipe ends the process.
             self.pid: int = self.process.pid
             self.name = f"process {self.pid}"
-            self.pidfd = os.pidfd_open(self.pid)
-            ours.callback(os.close, self.pidfd)
+            # If anything fails from here on, nothing is left of it.
+            told = ours.enter_context(contextlib.ExitStack())
+            ours.callback(self.process.join)
+            ours.callback(os.kill, self.pid, signal.SIGKILL)
+            self._ending = Ending(self.pid)
+            told.callback(self._ending.close)
             self.channel.send(b"", fds)
             ours.pop_all()
+
+    @property
+    def pidfd(self) -> int:
+        """A descriptor that is readable once it has ended; -1 if it was reaped."""
+        return self._ending.fd
 
     @property
     def alive(self) -> bool:
@@ -127,23 +141,28 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """End it now."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        try:
+            self._ending.kill()
+        except PermissionError:
+            # The program has become another user since. The worker itself has asked the kernel to
+            # be killed when this pipe is closed.
+            os.close(self._life)
+            self._life = -1
 
     def reap(self) -> int | None:
         """Exit code of a process that has ended; its descriptors are closed."""
         self.process.join()
         exitcode: int | None = self.process.exitcode
-        self.forget()
+        self.forget(forked=False)
         return exitcode
 
-    def forget(self) -> None:
+    def forget(self, *, forked: bool = True) -> None:
         """Close this process's descriptors, without a word to the worker."""
         self.channel.close()
-        for fd in (self.pidfd, self._life):
-            with contextlib.suppress(OSError):
-                os.close(fd)
-        self.pidfd = self._life = -1
+        self._ending.close(forked=forked)
+        with contextlib.suppress(OSError):
+            os.close(self._life)
+        self._life = -1
 
 
 class ProcessCrew:

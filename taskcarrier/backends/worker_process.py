@@ -8,7 +8,6 @@ import functools
 import mmap
 import os
 import pickle
-import select
 import signal
 import socket
 import struct
@@ -21,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from taskcarrier import caller_memory, kept_mappings
+from taskcarrier.backends.endings import is_readable
 from taskcarrier.backends.exceptions import pack_error, pack_warning, unpack_error
 from taskcarrier.backends.feeds import Came
 from taskcarrier.backends.given import add_note
@@ -101,13 +101,6 @@ def ledger_over(words_fd: int, cursor_fd: int, agreement_fd: int) -> Ledger:
     memory = memoryview(mmap.mmap(words_fd, 0))
     words, marks = memory[:-OWN_MARKS].cast("q"), memory[-OWN_MARKS:]
     return Ledger(words, FileCursor(cursor_fd), FileAgreement(agreement_fd), marks)
-
-
-def is_readable(fd: int, seconds: float = 0) -> bool:
-    """Whether there is something to read; not by `select`, which ends at descriptor 1023."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(seconds * 1e3))
 
 
 def worker_main(

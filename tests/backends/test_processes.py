@@ -192,7 +192,38 @@ class TestTheDead:
             assert ran.fatal == []
             assert sorted(set(delivered)) == ALL
 
-    def test_no_descriptor_is_left(self, crew):
+    @pytest.fixture(params=["pidfd", "no pidfd"])
+    def way(self, request, monkeypatch):
+        if request.param == "no pidfd":
+            monkeypatch.delattr(os, "pidfd_open")
+
+    @pytest.mark.fault(65)
+    def test_seen_without_a_descriptor_of_the_process_too(self, way, crew):
+        ran, delivered = run(crew, die, 6, recovery=Recovery(retries=1))
+        assert [death.exitcode for death in ran.deaths] == [7, 7]
+        ran, delivered = run(crew, both)
+        assert (ran.deaths, sorted(delivered)) == ([], ALL)
+        os.kill(crew._workers[0].pid, signal.SIGKILL)
+        ran, delivered = run(crew, both)
+        assert sorted(set(delivered)) == ALL
+
+    @pytest.mark.fault(65)
+    @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+    def test_nothing_is_left_of_one_that_could_not_be_started_whole(self, crew, monkeypatch, error):
+        def fails(pid):
+            started.append(pid)
+            raise error("no")
+
+        started = []
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "Ending", fails)
+            with pytest.raises(error, match="no"):
+                run(crew, both)
+        (pid,) = started
+        assert not psutil.pid_exists(pid)
+        assert sorted(run(crew, both)[1]) == ALL
+
+    def test_no_descriptor_is_left(self, way, crew):
         run(crew, both)
         run(crew, both)
         before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208  # names are compared, as strings

@@ -1,10 +1,8 @@
 """A worker process: what it makes of its orders, and what it sends back."""
 
-import contextlib
 import mmap
 import os
 import signal
-import socket
 import sys
 import time
 import warnings
@@ -17,14 +15,13 @@ import pytest
 from taskcarrier.backends import processes
 from taskcarrier.backends import worker_process as module
 from taskcarrier.backends.given import Call
-from taskcarrier.backends.parcels import Channel, pack, unpack_items
+from taskcarrier.backends.parcels import pack, unpack_items
 from taskcarrier.backends.parts import Parts
 from taskcarrier.backends.processes import ProcessCrew
 from taskcarrier.backends.work import Account, Failure, Heard, Job, in_worker
 from taskcarrier.backends.worker_process import (
     RESULTS,
     account_from,
-    is_readable,
     ledger_over,
     order,
     results_from,
@@ -537,22 +534,3 @@ def fork_at_four(start, stop):
     if start == 4 and (pid := os.fork()):
         os.waitpid(pid, 0)
     return start
-
-
-class TestReadable:
-    def test_once_there_is_something(self):
-        read, write = os.pipe()
-        try:
-            assert not is_readable(read)
-            assert not is_readable(read, 0.01)
-            os.write(write, b"x")
-            assert is_readable(read)
-        finally:
-            os.close(read)
-            os.close(write)
-
-    def test_at_the_end(self):
-        one, other = socket.socketpair()
-        with contextlib.closing(Channel(one)) as channel:
-            other.close()
-            assert is_readable(channel.fileno())

@@ -1,5 +1,6 @@
 """The life of a program: interrupts, kills, forks, maps in maps. Nothing lost, nothing left."""
 
+import errno
 import gc
 import os
 import signal
@@ -825,3 +826,76 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
 def test_children_of_multiprocessing_map_functions_of_the_main_module(method, tmp_path):
     assert run_script(tmp_path, CHILD, method).splitlines() == ["[0, 1, 2, 3]"] * 2
+
+
+# The kernel refuses both calls with this error, as it does in old containers.
+SANDBOX = """
+import ctypes, os, struct, sys, time
+number = int(sys.argv[1])
+
+def instruction(code, if_true, if_false, operand):
+    return struct.pack("HBBI", code, if_true, if_false, operand)
+
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+
+code = instruction(0x20, 0, 0, 0)  # the number of the call
+for call in (434, 424):  # pidfd_open, pidfd_send_signal
+    code += instruction(0x15, 0, 1, call) + instruction(0x06, 0, 0, 0x50000 | number)
+code += instruction(0x06, 0, 0, 0x7FFF0000)
+memory = ctypes.create_string_buffer(code)
+program = Program(len(code) // 8, ctypes.addressof(memory))
+libc = ctypes.CDLL(None)
+libc.prctl(38, 1, 0, 0, 0)  # no new privileges
+if libc.prctl(22, 2, ctypes.byref(program), 0, 0) != 0:  # a filter of calls
+    sys.exit("no filters here")
+try:
+    os.pidfd_open(os.getpid())
+except OSError as error:
+    assert error.errno == number
+
+from pathlib import Path
+import numpy as np
+import psutil
+from taskcarrier import DynamicParallelMapper, WorkerDiedError, map_array, shutdown
+
+folder = Path(sys.argv[2])
+
+def exits_once(x):
+    if x == 2 and not (folder / "exited").exists():
+        (folder / "exited").touch()
+        os._exit(3)
+    return x
+
+def hangs(x):
+    if x == 2:
+        time.sleep(60)
+    return x
+
+def forks_and_exits(x):
+    if os.fork() == 0:
+        time.sleep(60)  # holds whatever the worker held
+    os._exit(5)
+
+if __name__ == "__main__":
+    mapper = DynamicParallelMapper(2, backend="loky")
+    assert map_array(np.sqrt, np.arange(9.0), n_jobs=2, backend="loky")[4] == 2
+    assert mapper.map(exits_once, range(4)) == [0, 1, 2, 3]
+    results, (late,) = mapper.map(hangs, range(4), timeout=1, on_error="collect")
+    assert (results, type(late.error)) == ([0, 1, None, 3], TimeoutError)
+    assert list(mapper.imap(abs, range(4))) == [0, 1, 2, 3]
+    try:
+        mapper.map(forks_and_exits, range(4), retries=0)
+    except WorkerDiedError as error:
+        assert error.exitcode == 5
+    assert mapper.map(abs, range(4)) == [0, 1, 2, 3]
+    shutdown()
+    print([one.pid for one in psutil.Process().children() if one.status() == "zombie"])
+"""
+
+
+@pytest.mark.fault(65)
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS])
+def test_a_sandbox_may_refuse_descriptors_of_processes(number, tmp_path):
+    with running(tmp_path, SANDBOX, str(number), str(tmp_path), ready="[]"):
+        pass
