@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # As long as joblib keeps idle workers.
 IDLE_SECONDS = 300.0
 
-# Backend, number of workers, and whether the workers can read the caller's memory.
-_Key = tuple[str, int, bool]
+# Backend, number of workers, whether they can read the caller's memory, and as whom they run.
+_Key = tuple[str, int, bool, tuple[int, ...]]
 
 
 class _Crews:
@@ -82,6 +82,14 @@ class _Crews:
             with self._changed:
                 self._held_warm -= 1
 
+    def end_those_of_others(self, user: tuple[int, ...]) -> None:
+        """End idle processes that run as somebody whom this program has given up to be."""
+        with self._changed:
+            others = [entry for entry in self._idle if entry[1][3] not in {(), user}]
+            self._idle = [entry for entry in self._idle if entry not in others]
+        for _, _, crew in others:
+            crew.close()
+
     def shutdown(self, *, wait: bool) -> None:
         with self._changed:
             idle, self._idle = self._idle, []
@@ -130,7 +138,7 @@ class _Crews:
 
 
 def _new_crew(key: _Key) -> Crew:
-    backend, n_jobs, _ = key
+    backend, n_jobs, *_ = key
     if backend == "threading":
         return ThreadCrew(n_jobs)
     from taskcarrier.backends.processes import ProcessCrew  # noqa: PLC0415  # loads joblib
@@ -143,12 +151,15 @@ _crews = _Crews()
 
 def thread_crew(n: int) -> AbstractContextManager[ThreadCrew]:
     """A warm crew of `n` threads for the length of a ``with`` block."""
-    return cast("AbstractContextManager[ThreadCrew]", _lent(("threading", n, True)))
+    return cast("AbstractContextManager[ThreadCrew]", _lent(("threading", n, True, ())))
 
 
 def process_crew(n: int) -> AbstractContextManager[ProcessCrew]:
     """A warm crew of `n` worker processes for the length of a ``with`` block."""
-    key = ("loky", n, caller_memory.available())
+    # A function must not run as root once the program has given that up.
+    user = (*os.getresuid(), *os.getresgid(), *os.getgroups())
+    _crews.end_those_of_others(user)
+    key = ("loky", n, caller_memory.available(), user)
     return cast("AbstractContextManager[ProcessCrew]", _lent(key))
 
 

@@ -19,6 +19,7 @@ the socket can be held open by a process that the worker forked.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import random
@@ -88,6 +89,13 @@ class WorkerProcess:
     """A worker process as the caller sees it."""
 
     def __init__(self, number: int, environment: dict[str, str], fds: list[int]) -> None:
+        if not os.access(sys.executable, os.X_OK, effective_ids=True):
+            raise PermissionError(
+                errno.EACCES,
+                "worker processes cannot be started, for this user cannot run Python; pass "
+                "backend='threading'",
+                sys.executable,
+            )
         own = _own_environment()
         with above_standard, contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             our_end, their_end = socket.socketpair()
@@ -110,12 +118,6 @@ class WorkerProcess:
                     self.process.start()
             except UnboundLocalError as error:  # how loky fails where it cannot open a pipe
                 raise error.__context__ or error from None
-            except PermissionError as error:
-                error.add_note(
-                    "worker processes cannot be started (has this program become another user?); "
-                    "pass backend='threading'"
-                )
-                raise
             # Its end is ours to see to: multiprocessing would join it when the program exits.
             multiprocessing_process._children.discard(self.process)  # type: ignore[attr-defined]  # no public way
             self.pid: int = self.process.pid
@@ -146,8 +148,12 @@ class WorkerProcess:
         except PermissionError:
             # The program has become another user since. The worker itself has asked the kernel to
             # be killed when this pipe is closed.
+            self._close_life()
+
+    def _close_life(self) -> None:
+        with contextlib.suppress(OSError):  # it was, or the program closes what it likes
             os.close(self._life)
-            self._life = -1
+        self._life = -1
 
     def reap(self) -> int | None:
         """Exit code of a process that has ended; its descriptors are closed."""
@@ -160,9 +166,7 @@ class WorkerProcess:
         """Close this process's descriptors, without a word to the worker."""
         self.channel.close()
         self._ending.close(forked=forked)
-        with contextlib.suppress(OSError):
-            os.close(self._life)
-        self._life = -1
+        self._close_life()
 
 
 class ProcessCrew:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -222,6 +223,32 @@ class TestTheDead:
         (pid,) = started
         assert not psutil.pid_exists(pid)
         assert sorted(run(crew, both)[1]) == ALL
+
+    @pytest.mark.fault(66)
+    def test_a_python_that_cannot_be_run_is_an_error_that_says_so(
+        self, crew, monkeypatch, tmp_path
+    ):
+        other = tmp_path / "python"
+        other.touch(mode=0o600)
+        monkeypatch.setattr(sys, "executable", str(other))
+        with pytest.raises(PermissionError, match="pass backend='threading'") as caught:
+            run(crew, both)
+        assert caught.value.filename == str(other)
+        monkeypatch.undo()
+        assert sorted(run(crew, both)[1]) == ALL
+
+    @pytest.mark.fault(66)
+    def test_one_that_is_another_user_s_is_killed_by_its_pipe(self, crew, monkeypatch):
+        def refuse(*_):
+            raise PermissionError
+
+        run(crew, both)
+        monkeypatch.setattr(os, "kill", refuse)
+        monkeypatch.setattr(signal, "pidfd_send_signal", refuse)
+        for worker in crew._workers.values():
+            worker.kill()
+            worker.kill()
+            assert worker.reap() == -signal.SIGKILL
 
     def test_no_descriptor_is_left(self, way, crew):
         run(crew, both)

@@ -3,7 +3,6 @@
 import errno
 import gc
 import os
-import subprocess
 import sys
 import textwrap
 import threading
@@ -25,6 +24,7 @@ from tests.faults.helpers import (
     BALANCES,
     OF_BALANCE,
     output_of,
+    unshared,
 )
 from tests.strategies import (
     kept_crews,
@@ -33,17 +33,6 @@ from tests.strategies import (
 )
 
 crews = kept_crews(2)
-
-
-def unshared(*mounts):
-    """A prefix that runs a command in mounts of its own, or None where that is not permitted."""
-    script = " && ".join(["mount --make-rprivate /", *mounts, 'exec "$@"'])
-    prefix = ("unshare", "-m", "sh", "-c", script, "sh")
-    try:
-        tried = subprocess.run([*prefix, "true"], capture_output=True, check=False)
-    except FileNotFoundError:
-        return None
-    return prefix if tried.returncode == 0 else None
 
 
 @pytest.mark.fault(23)

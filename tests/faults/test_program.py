@@ -29,8 +29,10 @@ from tests.faults.helpers import (
     RUNS,
     all_gone,
     gone,
+    opened_up,
     output_of,
     running,
+    unshared,
 )
 from tests.strategies import (
     assert_same,
@@ -899,3 +901,65 @@ if __name__ == "__main__":
 def test_a_sandbox_may_refuse_descriptors_of_processes(number, tmp_path):
     with running(tmp_path, SANDBOX, str(number), str(tmp_path), ready="[]"):
         pass
+
+
+ANOTHER_USER = """
+import os, time
+import numpy as np
+import psutil
+from taskcarrier import DynamicParallelMapper, WorkerDiedError, map_array, share
+
+def who(x):
+    return os.getresuid()
+
+def sleeps(x):
+    if x > 0:
+        time.sleep(60)
+    return x
+
+def exits(x):
+    if x == 2:
+        os._exit(3)
+    return x
+
+def workers(uid):
+    found = [one for one in psutil.Process().children() if one.uids().real == uid]
+    return [one for one in found if "popen_loky" in str(one.cmdline())]
+
+if __name__ == "__main__":
+    X, shared = np.arange(300_000.0), share(np.arange(9.0))
+    mapper = DynamicParallelMapper(2, backend="loky")
+    with mapper:
+        stream = mapper.imap(sleeps, range(9))
+        assert next(stream) == 0
+        assert mapper.map(who, range(4)) == [(0, 0, 0)] * 4
+        kept = mapper.map_array(np.negative, X)
+        assert len(workers(0)) == 4
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        assert mapper.map(who, range(4)) == [(65534, 65534, 65534)] * 4
+        assert len(workers(0)) == 2  # those of the stream
+        stream.close()
+        assert (len(workers(0)), len(workers(65534))) == (0, 2)
+        for given in (X, kept, X.reshape(500, 600)[:, ::3]):
+            assert np.array_equal(mapper.map_array(np.negative, given), -given)
+        assert mapper.map_array(np.negative, shared).tolist() == (-shared).tolist()
+        assert list(mapper.imap(abs, range(4))) == [0, 1, 2, 3]
+        results, (dead,) = mapper.map(exits, range(4), on_error="collect")
+        assert (results, type(dead.error)) == ([0, 1, None, 3], WorkerDiedError)
+        results, late = mapper.map(sleeps, range(2), timeout=1, on_error="collect")
+        assert (results, type(late[0].error)) == ([0, None], TimeoutError)
+        assert map_array(np.negative, shared, n_jobs=2, backend="threading").sum() == -36
+    print("fine", len(workers(0)))
+"""
+
+
+@pytest.mark.fault(66)
+def test_a_program_may_give_up_root_after_its_first_map(tmp_path):
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    prefix = unshared(*opened_up(aside))
+    if prefix is None or os.getuid() != 0:
+        pytest.skip("becoming another user needs root")
+    assert run_script(tmp_path, ANOTHER_USER, prefix=prefix) == "fine 0\n"
