@@ -40,6 +40,7 @@ def test_no_code_unpickles_from_a_file():
     # What is unpickled from memory came over a worker's own socket, by the backend a user
     # has registered, or lies in nameless memory.
     assert {where for where, _, _ in calls("pickle.loads")} <= {
+        "backends/exceptions.py",
         "backends/parcels.py",
         "backends/registered.py",
         "backends/worker_process.py",
