@@ -15,33 +15,53 @@ from types import FunctionType
 from typing import Any
 
 _CACHED = type(functools.lru_cache(lambda: None))
-_DISPATCHING = functools.singledispatch(lambda one: one).__code__  # type: ignore[attr-defined]  # it is a function
+_sample: Any = functools.singledispatch(lambda one: one)
+_GENERIC, _DISPATCH = _sample.__code__, _sample.dispatch.__code__
 # What `functools` itself sets on them.
 _OWN = {"__wrapped__", "cache_parameters", "registry", "dispatch", "register", "_clear_cache"}
 
 
 def reduce_cached(obj: Any) -> Any:
-    """How a cached function or property is pickled; `NotImplemented` for all else."""
+    """How a cached function or property, or a generic method, is pickled.
+
+    `NotImplemented` for all else.
+    """
     kind = type(obj)
     if kind is functools.cached_property:
         return kind, (obj.func,), {name: one for name, one in vars(obj).items() if name != "lock"}
+    if kind is functools.singledispatchmethod:
+        return kind, (obj.func,), (dict(obj.dispatcher.registry), {}), None, None, _register
     if kind is not _CACHED or _is_importable(obj) or not hasattr(obj, "cache_parameters"):
         return NotImplemented
     return _cached, (obj.__wrapped__, obj.cache_parameters()), _extras(obj)
 
 
 def reduce_dispatching(obj: Any) -> tuple[Any, ...] | None:
-    """How a generic function is pickled that has no name in a worker; None for all else."""
-    if type(obj) is not FunctionType or obj.__code__ is not _DISPATCHING:
+    """How a generic function is pickled that has no name in a worker; None for all else.
+
+    A generic method that is bound holds the part of one that finds the implementation.
+    """
+    if type(obj) is not FunctionType:
         return None
     func: Any = obj
-    # Implementations may call it: so they come when it is there.
-    state = (dict(func.registry), _extras(func))
-    return functools.singledispatch, (func.__wrapped__,), state, None, None, _register
+    if func.__code__ is _GENERIC:
+        # Implementations may call it: so they come when it is there.
+        state = (dict(func.registry), _extras(func))
+        return functools.singledispatch, (func.__wrapped__,), state, None, None, _register
+    if func.__code__ is _DISPATCH:
+        place = _DISPATCH.co_freevars.index("registry")
+        return _dispatch, (dict(func.__closure__[place].cell_contents),)
+    return None
 
 
 def _cached(func: Callable[..., Any], parameters: dict[str, Any]) -> Any:
     return functools.lru_cache(**parameters)(func)
+
+
+def _dispatch(implementations: dict[type, Any]) -> Any:
+    func = functools.singledispatch(implementations[object])
+    _register(func, (implementations, {}))
+    return func.dispatch
 
 
 def _register(func: Any, state: tuple[dict[type, Any], dict[str, Any]]) -> None:
