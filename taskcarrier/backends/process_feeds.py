@@ -110,7 +110,7 @@ class ProcessFeed:
     @property
     def has_room(self) -> bool:
         """Whether a worker would take a further block."""
-        return not self._waiting and any(len(held) < AHEAD for held in self._handed.values())
+        return not self._waiting and any(len(self._handed[one]) < AHEAD for one in self._workers)
 
     def give(self, start: int, items: Sequence[object]) -> None:
         """Hand items to the worker that has least to do."""
@@ -239,8 +239,9 @@ class ProcessFeed:
     # Blocks and results
 
     def _hand_out(self) -> None:
-        while self._waiting:
-            number = min(self._handed, key=lambda one: len(self._handed[one]))
+        # Some may have left, because of another whose error has not come yet.
+        while self._waiting and self._workers:
+            number = min(self._workers, key=lambda one: len(self._handed[one]))
             if len(self._handed[number]) >= AHEAD:
                 return
             block = self._waiting.popleft()

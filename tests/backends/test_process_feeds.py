@@ -103,6 +103,25 @@ def double(item):
     return 2 * item
 
 
+def test_workers_that_have_left_are_given_nothing(warm):
+    """They leave when another fails, and its error may come after that."""
+    feed = fed(warm, double)
+    feed.ledger.halt()
+    feed.give(0, [1])
+    feed.give(1, [2])
+    deadline = time.monotonic() + LONG
+    while feed._workers and time.monotonic() < deadline:
+        assert feed.take(0.01) == []
+    assert not feed._workers
+    assert not feed.has_room
+    feed.give(2, [3])
+    assert feed.close().given_out == 0
+    feed = fed(warm, double)
+    feed.give(0, [1])
+    assert results(feed, 1) == [(0, 1, [2])]
+    feed.close()
+
+
 def test_what_is_given_comes(warm):
     feed = fed(warm, double)
     for start in range(0, 2 * AHEAD * 3, 3):
