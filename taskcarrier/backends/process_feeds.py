@@ -216,7 +216,7 @@ class ProcessFeed:
                 del self._to_end[number]
             while self._workers and (left := deadline - time.monotonic()) > 0:
                 for number, worker, has_ended in self._watch.wait(min(left, LONGEST_WAIT)):
-                    says_more = self._take_in(number, worker, [])
+                    says_more = self._take_in(number, worker, None)
                     if number in self._workers and (has_ended or not says_more):
                         self._give_up(number, worker)
         finally:
@@ -250,7 +250,8 @@ class ProcessFeed:
             message = block_order(block.again, block.first, block.packed)
             self._send(self._workers[number], message, fds)
 
-    def _take_in(self, number: int, worker: Worker, came: list[Came]) -> bool:
+    def _take_in(self, number: int, worker: Worker, came: list[Came] | None) -> bool:
+        """Read what a worker says; without `came` results are counted and not unpickled."""
         says_more = worker.channel.read()
         for message in worker.channel.messages():
             data, _ = message
@@ -260,7 +261,8 @@ class ProcessFeed:
                     block = self._handed[number].popleft()
                     self._n_come[number] += 1
                     self._items_come[number] += block.again.stop - block.again.start
-                    came.append(_unpacked(block, packed, large))
+                    if came is not None:
+                        came.append(_unpacked(block, packed, large))
             else:
                 account = account_from(data[2:])
                 self._memory_kept |= data[1:2] == KEPT

@@ -122,6 +122,19 @@ def test_workers_that_have_left_are_given_nothing(warm):
     feed.close()
 
 
+def test_results_that_come_too_late_are_not_unpickled(warm, monkeypatch):
+    read = []
+    monkeypatch.setattr(module, "unpack_items", lambda *packed: read.append(packed))
+    feed = fed(warm, double)
+    feed.give(0, [1])
+    deadline = time.monotonic() + LONG
+    while feed.ledger.items_done(2) == 0:  # then it has been sent
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert sum(account.items for account in feed.close().accounts) == 1
+    assert read == []
+
+
 def test_what_is_given_comes(warm):
     feed = fed(warm, double)
     for start in range(0, 2 * AHEAD * 3, 3):
