@@ -287,7 +287,7 @@ class Fingerprint:
         return _joined("class", named, *of, *bases, *self._members(members, name))
 
     def _instance(self, value: Any, name: str) -> bytes | None:
-        """Of an object: its class, and what pickle would send of it."""
+        """Of an object: its class, and what decides what it does."""
         if isinstance(value, os.PathLike):
             return _joined("path", os.fsencode(value))
         if isinstance(value, enum.Enum):
@@ -298,6 +298,10 @@ class Fingerprint:
             state = {one: getattr(value, one) for one in deciding}
             kind = type(value).__qualname__.encode()
             return _joined("of ours", kind, *self._members(state, name))
+        return self._sent(value, name)
+
+    def _sent(self, value: Any, name: str) -> bytes | None:
+        """Of what pickle would send of an object; None if it cannot be pickled."""
         try:
             sent = _reduced(value)
         except RecursionError:
