@@ -327,16 +327,24 @@ def _joblib_config() -> tuple[str | None, int | None, bool]:
 
     backend, n_jobs = get_active_backend()
     nested = bool(getattr(backend, "nesting_level", 0))
-    # joblib does not say whether the backend was set or is its default; but a preference
-    # changes only a default.
-    for prefer in ("threads", "processes"):
-        try:
-            other, _ = get_active_backend(prefer=prefer)
-        except ValueError:  # the configuration requires shared memory, which only threads have
-            break
-        if type(other) is not type(backend):
-            return None, n_jobs, nested
+    # joblib does not say whether the backend was set or is its default, but it makes its default
+    # for everybody who asks. (Its kind does not tell: without semaphores the default is threads.)
+    was_set = get_active_backend()[0] is backend
+    if not was_set and not _requires_threads():
+        return None, n_jobs, nested
     return _joblib_name(backend), n_jobs, nested
+
+
+def _requires_threads() -> bool:
+    """Whether joblib's configuration requires shared memory, which only threads have."""
+    from joblib.parallel import get_active_backend  # noqa: PLC0415  # loaded already
+
+    try:
+        # What is preferred changes only a default; but what contradicts is an error.
+        get_active_backend(prefer="processes")
+    except ValueError:
+        return True
+    return False
 
 
 def _joblib_name(backend: object) -> str:

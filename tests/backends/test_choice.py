@@ -293,6 +293,18 @@ class TestFactsNow:
         assert found.active_backend == "threading"
         assert found.active_n_jobs == peer.n_jobs
 
+    def test_a_default_of_joblib_is_no_wish(self, monkeypatch):
+        """As where it can make no semaphores, and all that it can do is threads."""
+        for name in ("DEFAULT_BACKEND", "DEFAULT_PROCESS_BACKEND"):
+            monkeypatch.setattr(joblib.parallel, name, "threading", raising=False)
+        assert facts_now().active_backend is None
+        with joblib.parallel_config(n_jobs=3):
+            assert (facts_now().active_backend, facts_now().active_n_jobs) == (None, 3)
+        with joblib.parallel_config(backend="threading"):
+            assert facts_now().active_backend == "threading"
+        with joblib.parallel_config(require="sharedmem"):
+            assert facts_now().active_backend == "threading"
+
     def test_configurations_end(self):
         with joblib.parallel_config(backend="threading", n_jobs=3):
             assert facts_now().active_backend == "threading"

@@ -20,6 +20,7 @@ from taskcarrier import (
     segments,
     share,
 )
+from taskcarrier.backends.choice import count_cores
 from tests.faults.helpers import (
     BALANCES,
     OF_BALANCE,
@@ -113,6 +114,72 @@ def test_all_works_without_proc(tmp_path, backend):
     if prefix is None:
         pytest.skip("mounting needs root")
     assert run_script(tmp_path, NO_PROC, backend, str(tmp_path), prefix=prefix) == "fine\n"
+
+
+# What a program finds at /dev/shm, where joblib tries to make a semaphore when it is imported.
+SHARED_MEMORY = {
+    "full": "mount -t tmpfs -o size=4k tmpfs /dev/shm && (cat /dev/zero > /dev/shm/full || true)",
+    "read-only": "mount -t tmpfs -o ro tmpfs /dev/shm",
+    "absent": (
+        "mount --rbind /dev '{folder}' && mount -t tmpfs tmpfs /dev && "
+        "for name in null zero full random urandom tty; do "
+        "touch /dev/$name && mount --bind '{folder}'/$name /dev/$name; done"
+    ),
+}
+
+
+@pytest.mark.fault(23)
+@pytest.mark.parametrize("state", SHARED_MEMORY)
+def test_without_a_shared_memory_file_system_workers_are_as_many_and_where_they_were(
+    state, tmp_path
+):
+    folder = tmp_path / "devices"
+    folder.mkdir()
+    prefix = unshared(SHARED_MEMORY[state].format(folder=folder) + " 2> /dev/null")
+    if prefix is None:
+        pytest.skip("mounting needs root")
+    code = """
+import sys, warnings
+import numpy as np
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # joblib says that it will be serial
+    import joblib
+from joblib._multiprocessing_helpers import mp
+from taskcarrier import DynamicParallelMapper, last_report, map_array, reduce_array
+
+
+def plus_one(c):
+    return c + 1
+
+
+def how():
+    report = last_report()
+    return report.backend, report.n_jobs, report.reason
+
+
+if __name__ == "__main__":
+    assert mp is None
+    X = np.arange(100_000.0)
+    assert (map_array(plus_one, X, n_jobs=2) == X + 1).all()
+    assert how() == ("loky", 2, "the default")
+    assert (map_array(np.sqrt, X, n_jobs=2) == np.sqrt(X)).all()
+    assert how() == ("threading", 2, "the function releases the GIL")
+    assert reduce_array(np.sum, X, combine=np.add, n_jobs=2, backend="loky") == X.sum()
+    assert how() == ("loky", 2, "asked for")
+    mapper = DynamicParallelMapper(2)
+    assert mapper(abs, range(-99, 0)) == list(range(99, 0, -1))
+    assert how() == ("loky", 2, "the default")
+    assert list(mapper.imap(abs, range(-99, 0))) == list(range(99, 0, -1))
+    assert how() == ("loky", 2, "the default")
+    with joblib.parallel_config(backend="threading", n_jobs=2):
+        assert (map_array(plus_one, X) == X + 1).all()
+    assert how() == ("threading", 2, "joblib's active configuration")
+    map_array(plus_one, X, backend="threading")
+    assert last_report().n_jobs == int(sys.argv[1])
+    print("fine")
+"""
+    n_jobs = str(count_cores())
+    assert run_script(tmp_path, code, n_jobs, prefix=prefix) == "fine\n"
 
 
 @pytest.mark.fault(23)
