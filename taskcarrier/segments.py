@@ -38,7 +38,7 @@ import numpy as np
 
 from taskcarrier.descriptors import above_standard
 from taskcarrier.layout import ALIGNMENT, address_of, aligned, byte_bounds, bytes_at, footprint
-from taskcarrier.limits import check_memory
+from taskcarrier.limits import check_memory, room_for
 
 Mode = Literal["read", "write", "private"]
 
@@ -50,8 +50,6 @@ _ACCESS = {
 # Python 3.13 can map without keeping a duplicate of the descriptor.
 _MMAP_OPTIONS: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
-# From this size on, memory is asked after before it is used (reading the limits costs 60 µs).
-_CHECKED_NBYTES = 64 << 20
 # A segment of less is recycled for whatever fits into it; arbitrary.
 _SMALL_NBYTES = 1 << 20
 # One pwrite moves 2 GiB at most.
@@ -265,7 +263,8 @@ class Segment:
         Raises
         ------
         OSError
-            On disk: the file system has no room (``ENOSPC``), with sizes.
+            The file system has no room (``ENOSPC``), or files may not be so large (``EFBIG``), with
+            sizes.
         MemoryError
             In memory: less is available than asked for, with sizes.
         """
@@ -274,34 +273,32 @@ class Segment:
             self.nbytes = os.fstat(self.fd).st_size
         if nbytes <= self.nbytes:
             return
-        if self.on_disk:
-            self._reserve_on_disk(nbytes)
-        else:
-            if nbytes - self.nbytes >= _CHECKED_NBYTES:
-                check_memory(nbytes - self.nbytes)
-            # The seal refuses to shrink: another worker has reserved more meanwhile.
-            with contextlib.suppress(PermissionError):
-                os.ftruncate(self.fd, nbytes)
+        if not self.on_disk:
+            check_memory(nbytes - self.nbytes)
+        with room_for(self.fd, nbytes):
+            if self.on_disk:
+                os.posix_fallocate(self.fd, 0, nbytes)
+            else:
+                # The seal refuses to shrink: another worker has reserved more meanwhile.
+                with contextlib.suppress(PermissionError):
+                    os.ftruncate(self.fd, nbytes)
         self.nbytes = os.fstat(self.fd).st_size
 
-    def _reserve_on_disk(self, nbytes: int) -> None:
-        try:
-            os.posix_fallocate(self.fd, 0, nbytes)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            info = os.fstatvfs(self.fd)
-            raise OSError(
-                errno.ENOSPC,
-                f"no room for a shared array of {nbytes:,} bytes: the folder for temporary "
-                f"files has {info.f_bavail * info.f_frsize:,} bytes left; choose another "
-                "temp_folder, or none to use memory",
-            ) from None
-
     def map(self, mode: Mode) -> Mapping:
-        """The reserved bytes, mapped. The segment must not be empty."""
-        with above_standard:  # before Python 3.13 it keeps a duplicate of the descriptor
-            mapping = Mapping(self.fd, self.nbytes, access=_ACCESS[mode], **_MMAP_OPTIONS)
+        """The reserved bytes, mapped. The segment must not be empty.
+
+        `MemoryError` with sizes where no address space is left for them.
+        """
+        try:
+            with above_standard:  # before Python 3.13 it keeps a duplicate of the descriptor
+                mapping = Mapping(self.fd, self.nbytes, access=_ACCESS[mode], **_MMAP_OPTIONS)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            raise MemoryError(
+                f"{self.nbytes:,} bytes of shared memory cannot be mapped: this process may have "
+                "no more address space (RLIMIT_AS, `ulimit -v`) or mappings (vm.max_map_count)"
+            ) from None
         mapping.segment = self
         mapping.private = mode == "private"
         _enter(mapping)

@@ -461,6 +461,16 @@ class TestFolder:
 
 @pytest.mark.fault(23)
 class TestMemoryCheck:
+    def test_no_address_space(self, monkeypatch):
+        def refuse(*_, **__):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+        segment = Segment.create()
+        segment.reserve(1 << 20)
+        monkeypatch.setattr(segments, "Mapping", refuse)
+        with pytest.raises(MemoryError, match="1,048,576 bytes of shared memory cannot be mapped"):
+            segment.map("read")
+
     def test_refused_with_sizes(self, monkeypatch):
         monkeypatch.setattr(limits, "_available_memory", lambda: (100 << 20, "a test"))
         segment = Segment.create()
@@ -484,7 +494,7 @@ class TestMemoryCheck:
 
     def test_disk_is_not_memory(self, monkeypatch, tmp_path):
         monkeypatch.setattr(limits, "_available_memory", lambda: (0, "a test"))
-        monkeypatch.setattr(segments, "_CHECKED_NBYTES", 1 << 10)
+        monkeypatch.setattr(limits, "CHECKED_NBYTES", 1 << 10)
         segment = Segment.create(str(tmp_path))
         segment.reserve(1 << 20)
         assert segment.nbytes == 1 << 20

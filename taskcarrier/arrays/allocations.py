@@ -18,6 +18,7 @@ import numpy as np
 from taskcarrier.arrays.files import header_of
 from taskcarrier.arrays.specs import Spec
 from taskcarrier.layout import ALIGNMENT, contiguous_strides
+from taskcarrier.limits import check_memory
 from taskcarrier.segments import Segment, SharedView, descriptors_are_scarce
 
 Place = np.ndarray | SharedView
@@ -35,8 +36,7 @@ class NpyPlace:
         header = header_of(dtype, shape, order)
         offset = len(header)
         nbytes = math.prod(shape) * dtype.itemsize
-        if nbytes:
-            self.segment.reserve(offset + nbytes)
+        self.segment.reserve(offset + nbytes)
         # Before the first result, so that a later run finds out what results are like.
         self.segment.write(0, memoryview(header))
         strides = contiguous_strides(shape, dtype.itemsize, order)
@@ -88,6 +88,10 @@ class Allocation(Protocol):
         """The call is over."""
 
 
+# What to do where the memory of this process has no room.
+_SMALLER = "map over fewer items at once, or pass out= as a path that ends in .npy"
+
+
 class CallIsOverError(Exception):
     """A worker comes with a result after the call has returned; nobody sees this."""
 
@@ -117,6 +121,7 @@ class LocalAllocation:
                 ):
                     place = output.where(dtype, shape, self._order)
                     if place is None:
+                        check_memory(math.prod(shape) * dtype.itemsize, "the result", _SMALLER)
                         place = np.empty(shape, dtype, self._order)
                     made.append(place)
                 self._made = made

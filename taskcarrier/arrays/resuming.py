@@ -38,6 +38,7 @@ from taskcarrier.arrays.computation import Computation
 from taskcarrier.arrays.files import busy, ledger_path, locked, open_own
 from taskcarrier.descriptors import above_standard
 from taskcarrier.ledger import DONE, FREE
+from taskcarrier.limits import room_for
 from taskcarrier.segments import Segment, SharedView
 
 _FIRST_LINE = b"TaskCarrier ledger 2\n"
@@ -131,7 +132,9 @@ class KeptLedger:
         try:
             fd, name = _nameless(folder)
             try:
-                os.posix_fallocate(fd, 0, len(content) + self._n_cells)
+                end = len(content) + self._n_cells
+                with room_for(fd, end):
+                    os.posix_fallocate(fd, 0, end)
                 os.pwrite(fd, content, 0)
                 fcntl.flock(fd, fcntl.LOCK_EX)
                 # Not over one that another run has made meanwhile. Where a folder's descriptor is
@@ -164,7 +167,8 @@ class KeptLedger:
             self.notes += self._computation.doubts(earlier)
         end = self._marks_at + self._n_cells
         if os.fstat(self._fd).st_size < end:  # it was cut off: those ranges are run again
-            os.posix_fallocate(self._fd, 0, end)
+            with room_for(self._fd, end):
+                os.posix_fallocate(self._fd, 0, end)
         with above_standard:
             fd = os.dup(self._fd)
         return Segment(fd, on_disk=True, nbytes=end)

@@ -34,6 +34,7 @@ from taskcarrier.backends.given import Call, add_note
 from taskcarrier.descriptors import above_standard
 from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.layout import is_mostly_gaps
+from taskcarrier.limits import is_no_room
 from taskcarrier.mapped_files import located, written_through
 from taskcarrier.report import counted
 from taskcarrier.segments import Mode, Segment, SharedView, Staging
@@ -89,11 +90,12 @@ def pack(task: object, staging: Staging) -> Parcel:
     try:
         pickled = packer.pickle(task)
     except Exception as error:
-        add_note(
-            error,
-            "taskcarrier could not pickle the function or its arguments for worker processes; "
-            "make them picklable, or use backend='threading'",
-        )
+        if not is_no_room(error):  # which is no fault of theirs
+            add_note(
+                error,
+                "taskcarrier could not pickle the function or its arguments for worker processes; "
+                "make them picklable, or use backend='threading'",
+            )
         raise
     if packer.buffers:
         table = [(packer.number(segment), offset, n) for segment, offset, n in packer.buffers]

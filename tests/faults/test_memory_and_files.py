@@ -16,7 +16,10 @@ import pytest
 from taskcarrier import (
     StaticParallelMapper,
     empty,
+    limits,
+    map_array,
     map_chunks,
+    map_items,
     segments,
     share,
 )
@@ -227,6 +230,126 @@ if __name__ == "__main__":
     print("fine")
 """
     assert run_script(tmp_path, code, str(disk), prefix=prefix) == "fine\n"
+
+
+@pytest.mark.fault(23)
+@pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+def test_an_output_file_that_has_no_room_is_named_with_sizes(backend, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    prefix = unshared(f"mount -t tmpfs -o size=1m tmpfs '{disk}'")
+    if prefix is None:
+        pytest.skip("mounting needs root")
+    code = """
+import errno, os, sys
+import numpy as np
+from taskcarrier import map_array, map_items
+
+
+def wide(rows):
+    return np.ones((len(rows), 4000))
+
+
+def widened(row):
+    return np.ones(4000)
+
+
+if __name__ == "__main__":
+    disk, backend = sys.argv[1:]
+    path = os.path.join(disk, "Y.npy")
+    calls = [(map_array, wide), (map_items, widened)]
+    for verb, func in calls:
+        for more in ({}, {"resume": True}, {"on_error": "collect"}):
+            try:
+                verb(func, np.arange(100.0), out=path, n_jobs=2, backend=backend, **more)
+            except OSError as error:
+                assert error.errno == errno.ENOSPC, error
+                assert error.filename == path + ".part", error
+                assert "no room for a file of 3,200,128 bytes" in str(error), error
+                assert "bytes left" in str(error), error
+            else:
+                raise SystemExit("no error")
+            assert not os.path.exists(path)
+            for left in os.listdir(disk):  # of resume=True
+                os.unlink(os.path.join(disk, left))
+    print("fine")
+"""
+    assert run_script(tmp_path, code, str(disk), backend, prefix=prefix) == "fine\n"
+
+
+@pytest.mark.fault(23)
+def test_a_limit_on_files_is_told_with_sizes(tmp_path):
+    code = """
+import errno, os, resource, sys
+import numpy as np
+from taskcarrier import DynamicParallelMapper, map_array, map_chunks, share
+
+
+def wide(rows):
+    return np.ones((len(rows), 1000))
+
+
+def large(item):
+    return np.ones(1 << 18)
+
+
+if __name__ == "__main__":
+    (folder,) = sys.argv[1:]
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    path = os.path.join(folder, "Y.npy")
+    X = np.ones(1000)
+    mapper = DynamicParallelMapper(2, backend="loky")
+    loky = {"backend": "loky", "n_jobs": 2}
+    for call in (
+        lambda: map_array(wide, X, out=path, n_jobs=1),
+        lambda: map_array(wide, X, out=path, n_jobs=2, backend="threading"),
+        lambda: map_array(wide, X, out=path, **loky),
+        lambda: map_array(wide, X, **loky),
+        lambda: map_chunks(wide, X, chunksize=500, **loky),
+        lambda: map_array(len, X, args=(np.ones(1 << 18),), **loky),
+        lambda: mapper.map(large, [1, 2]),
+        lambda: mapper.map(len, [b"x" * (2 << 20)]),
+        lambda: mapper.map(large, [1], shared={"table": np.ones(1 << 18)}),
+        lambda: list(mapper.imap(large, [1, 2])),
+        lambda: list(mapper.imap(len, [b"x" * (2 << 20)])),
+        lambda: share(wide(X)),
+    ):
+        try:
+            call()
+        except OSError as error:
+            assert error.errno == errno.EFBIG, error
+            assert "may have 1,048,576 bytes (RLIMIT_FSIZE" in str(error), error
+            # It is none of what the user gave.
+            assert not any("pickle" in note for note in getattr(error, "__notes__", [])), error
+        else:
+            raise SystemExit("no error")
+        assert os.listdir(folder) == []
+    # Ordinary memory is no file.
+    assert (map_array(wide, X, n_jobs=2, backend="threading") == 1).all()
+    print("fine")
+"""
+    folder = tmp_path / "outputs"
+    folder.mkdir()
+    assert run_script(tmp_path, code, str(folder)) == "fine\n"
+
+
+@pytest.mark.fault(23)
+@pytest.mark.parametrize("backend", ["sequential", "threading"])
+@pytest.mark.parametrize("more", [{}, {"on_error": "fill"}, {"dtype": "f4"}])
+def test_memory_that_is_too_small_for_a_result_is_an_error_with_sizes(backend, more, monkeypatch):
+    monkeypatch.setattr(limits, "_available_memory", lambda: (100 << 20, "a test"))
+    halved = more == {"dtype": "f4"}
+    n = 40_000_000 if halved else 20_000_000
+    for verb, func, X in (
+        (map_array, lambda c: np.broadcast_to(0.0, (len(c), n // 10)), np.arange(10.0)),
+        (map_items, lambda _: (1.0, np.broadcast_to(0.0, n // 10)), np.arange(10.0)),
+    ):
+        asked = {"dtype": (None, "f4")} if halved and verb is map_items else more
+        with pytest.raises(MemoryError, match=r"the result needs 160,000,000 bytes") as info:
+            verb(func, X, n_jobs=2, chunksize=1, backend=backend, **asked)
+        assert "104,857,600 are available (a test)" in str(info.value)
+        assert r"pass out= as a path" in str(info.value)
 
 
 @pytest.mark.fault(24)
