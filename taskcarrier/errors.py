@@ -92,8 +92,12 @@ class WorkerTracebackError(Exception):
 _HINTS = {
     "SIGKILL": "; the kernel kills so when memory runs out",
     **dict.fromkeys(
-        ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT"),
+        ("SIGSEGV", "SIGFPE", "SIGILL", "SIGABRT"),
         "; some library or compiled function has crashed",
+    ),
+    "SIGBUS": (
+        "; a file that it maps was cut off by another program, or some library or compiled "
+        "function has crashed"
     ),
 }
 

@@ -73,8 +73,8 @@ def is_no_room(error: Exception) -> bool:
 
 
 def _no_room(number: int, fd: int, nbytes: int) -> OSError:
-    named = _named(fd)
-    is_temporary = named is not None and os.path.isdir(named)
+    name = named(fd)
+    is_temporary = name is not None and os.path.isdir(name)
     if number == errno.ENOSPC:
         info = os.fstatvfs(fd)
         where = "the folder for temporary files" if is_temporary else "its file system"
@@ -83,13 +83,13 @@ def _no_room(number: int, fd: int, nbytes: int) -> OSError:
         why = "a quota allows less"
     else:
         why = _largest_file(nbytes)
-    what = "a file" if named is not None and not is_temporary else "a shared array"
+    what = "a file" if name is not None and not is_temporary else "a shared array"
     remedy = "; choose another temp_folder, or none to use memory" if is_temporary else ""
     text = f"no room for {what} of {nbytes:,} bytes: {why}{remedy}"
-    return OSError(number, text) if named is None else OSError(number, text, named)
+    return OSError(number, text) if name is None else OSError(number, text, name)
 
 
-def _named(fd: int) -> str | None:
+def named(fd: int) -> str | None:
     """The path of an open file, or the folder of one without a name; None of memory."""
     try:
         path = os.readlink(f"/proc/self/fd/{fd}")

@@ -17,13 +17,14 @@ import numpy as np
 
 from taskcarrier.descriptors import above_standard
 from taskcarrier.layout import address_of, byte_bounds
-from taskcarrier.segments import Mapping, Segment, SharedView, locate
+from taskcarrier.segments import Mapping, Segment, SharedView, cut_off, locate
 
 _MAPS = "/proc/self/maps"
 
 
 def located(array: np.ndarray, *, writable: bool = False) -> SharedView | None:
     """Where workers can map an array: in a segment or a file; None if it is in neither."""
+    check_whole(array)
     return locate(array) or _in_file(array, writable=writable)
 
 
@@ -53,6 +54,44 @@ def written_through(array: np.ndarray) -> SharedView | None:
             "write to it would be lost. If func only reads it, set its flags.writeable = False"
         )
     return view
+
+
+def check_whole(array: np.ndarray) -> None:
+    """A `ValueError` for an array over a file that was cut off since it was mapped.
+
+    Whoever looks at what is missing is ended by the kernel (SIGBUS), or finds zeros in the file's
+    last page. A file that is cut off later ends the process that looks at it all the same.
+    """
+    owner = _owner(array)
+    if owner is None or not array.nbytes:
+        return
+    if isinstance(owner, Mapping):
+        if not owner.segment.on_disk:
+            return
+        size, offset = os.fstat(owner.segment.fd).st_size, 0
+    else:
+        size, offset = owner.size(), _offset_in_file(array)
+    begin = address_of(np.frombuffer(owner, np.uint8))
+    low, high = byte_bounds(array)
+    end = offset + high - begin
+    if end <= size or not os.path.exists(_MAPS):
+        return
+    line = _lines_over(low, low + 1)[0]
+    if line.permissions[3] == "p":  # what was written to in the last page is this process's own
+        size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    if end > size:
+        raise cut_off(line.path, size, end)
+
+
+def _offset_in_file(array: np.ndarray) -> int:
+    """Where the mapping begins in its file, as far as a `numpy.memmap` tells; else 0."""
+    owner: Any = array
+    while isinstance(owner, np.ndarray):
+        if isinstance(owner, np.memmap) and hasattr(owner, "offset"):
+            offset = int(owner.offset)
+            return offset - offset % mmap.ALLOCATIONGRANULARITY
+        owner = owner.base
+    return 0
 
 
 def synced(array: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ import numpy as np
 
 from taskcarrier.descriptors import above_standard
 from taskcarrier.layout import ALIGNMENT, address_of, aligned, byte_bounds, bytes_at, footprint
-from taskcarrier.limits import check_memory, room_for
+from taskcarrier.limits import check_memory, named, room_for
 
 Mode = Literal["read", "write", "private"]
 
@@ -292,6 +292,11 @@ class Segment:
         try:
             with above_standard:  # before Python 3.13 it keeps a duplicate of the descriptor
                 mapping = Mapping(self.fd, self.nbytes, access=_ACCESS[mode], **_MMAP_OPTIONS)
+        except ValueError:
+            size = os.fstat(self.fd).st_size
+            if size < self.nbytes:  # just now
+                raise cut_off(named(self.fd) or "shared memory", size, self.nbytes) from None
+            raise
         except OSError as error:
             if error.errno != errno.ENOMEM:
                 raise
@@ -423,11 +428,24 @@ class SharedView:
             array = np.empty(self.shape, self.dtype)
             array.flags.writeable = mode != "read"
             return array
+        end = self.offset + self.dtype.itemsize
+        end += sum(
+            (n - 1) * step for n, step in zip(self.shape, self.strides, strict=True) if step > 0
+        )
+        if end > self.segment.nbytes:
+            raise cut_off(named(self.segment.fd) or "shared memory", self.segment.nbytes, end)
         return self.over(self.segment.map(mode))
 
     def over(self, mapping: Mapping) -> np.ndarray:
         """The array over a mapping of its segment."""
         return np.ndarray(self.shape, self.dtype, mapping, self.offset, self.strides)
+
+
+def cut_off(path: str, size: int, end: int) -> ValueError:
+    """The error for a file that is shorter than an array in it."""
+    return ValueError(
+        f"{path} was cut off: it has {size:,} bytes, but the array that maps it needs {end:,}"
+    )
 
 
 class Staging:

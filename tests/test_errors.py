@@ -38,6 +38,13 @@ def test_describe_exit(exitcode, text):
     [
         (-signal.SIGKILL, "; the kernel kills so when memory runs out"),
         (-signal.SIGSEGV, "; some library or compiled function has crashed"),
+        (
+            -signal.SIGBUS,
+            (
+                "; a file that it maps was cut off by another program, or some library or "
+                "compiled function has crashed"
+            ),
+        ),
         (-signal.SIGTERM, " while mapping item 3"),
         (3, " while mapping item 3"),
         (None, " while mapping item 3"),

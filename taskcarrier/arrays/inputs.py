@@ -13,7 +13,7 @@ import numpy as np
 from taskcarrier.arrays.files import load
 from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.layout import is_mostly_gaps, without_gaps
-from taskcarrier.mapped_files import located
+from taskcarrier.mapped_files import check_whole, located
 from taskcarrier.notes import add_note
 from taskcarrier.partition import as_integer
 
@@ -85,6 +85,9 @@ def check_inputs(arrays: Sequence[object], axis: object) -> Inputs:
     axes = [
         normalize_axis(one, array.ndim, "axis") for one, array in zip(wanted, checked, strict=True)
     ]
+    for array in checked:
+        if isinstance(array, np.ndarray):
+            check_whole(array)
     lengths = [array.shape[one] for one, array in zip(axes, checked, strict=True)]
     if len(set(lengths)) > 1:
         raise ValueError(
@@ -116,6 +119,9 @@ def check_extras(
         kwargs = {}
     if not isinstance(kwargs, Mapping) or not all(isinstance(key, str) for key in kwargs):
         raise TypeError(f"{name} must be a dict of keyword arguments or None, got {kwargs!r}")
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, np.ndarray):
+            check_whole(value)
     # As for the mapped arrays: processes would get copies of other strides than threads see.
     gathered = {key: _without_wide_gaps(value) for key, value in kwargs.items()}
     return tuple(map(_without_wide_gaps, args)), gathered

@@ -25,7 +25,7 @@ from taskcarrier.arrays.specs import Spec
 from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parts import Where
 from taskcarrier.layout import has_internal_overlap
-from taskcarrier.mapped_files import file_of, located, region
+from taskcarrier.mapped_files import check_whole, file_of, located, region
 
 # How hard to look whether two interleaved views share an item; arbitrary.
 _MAX_WORK: Any = 10_000
@@ -282,6 +282,7 @@ def _check_array(out: np.ndarray, axis: int, dtype: np.dtype[Any] | None, n_item
             f"out has length {length} along axis {axis} (shape {out.shape}), but there are "
             f"{n_items} items"
         )
+    check_whole(out)
     if has_internal_overlap(out):
         raise ValueError("out overlaps with itself: some of its items lie in the same memory")
 

@@ -17,6 +17,7 @@ from taskcarrier import (
     StaticParallelMapper,
     empty,
     limits,
+    load,
     map_array,
     map_chunks,
     map_items,
@@ -350,6 +351,84 @@ def test_memory_that_is_too_small_for_a_result_is_an_error_with_sizes(backend, m
             verb(func, X, n_jobs=2, chunksize=1, backend=backend, **asked)
         assert "104,857,600 are available (a test)" in str(info.value)
         assert r"pass out= as a path" in str(info.value)
+
+
+def plus_sum(chunk, *arrays, **more):
+    return chunk + sum(one.sum() for one in (*arrays, *more.values()))
+
+
+CALLS_WITH_A_FILE = {
+    "array": lambda m, run: map_array(np.sqrt, m, **run),
+    "view": lambda m, run: map_array(np.sqrt, m[::-3], **run),
+    "plain view": lambda m, run: map_items(np.sqrt, np.asarray(m)[5:], **run),
+    "second": lambda m, run: map_chunks(np.add, np.ones(len(m)), m, **run),
+    "args": lambda m, run: map_array(plus_sum, np.ones(3), args=(m,), **run),
+    "kwargs": lambda m, run: map_array(plus_sum, np.ones(3), kwargs={"m": m}, **run),
+    "shared": lambda m, run: StaticParallelMapper(**run).map(plus_sum, [1, 2], shared={"m": m}),
+    "out": lambda m, run: map_array(np.sqrt, np.ones(len(m)), out=m, **run),
+}
+
+
+@pytest.mark.fault(50)
+class TestFilesThatAreCutOff:
+    @pytest.fixture
+    def path(self, tmp_path):
+        np.save(tmp_path / "X.npy", np.ones(50_000))  # after 128 bytes of header
+        return tmp_path / "X.npy"
+
+    @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+    @pytest.mark.parametrize("how", ["numpy", "ours"])
+    @pytest.mark.parametrize("call", CALLS_WITH_A_FILE)
+    @pytest.mark.parametrize("left", [200_000, 400_100])
+    def test_it_is_named_before_anything_runs(self, call, how, backend, left, path):
+        mapped = load(path, "r+") if how == "ours" else np.load(path, mmap_mode="r+")
+        os.truncate(path, left)
+        with pytest.raises(ValueError, match=rf"X\.npy was cut off: it has {left:,} bytes") as info:
+            CALLS_WITH_A_FILE[call](mapped, {"backend": backend, "n_jobs": 2})
+        assert "needs 400,128" in str(info.value)
+
+    def test_what_is_there_can_be_mapped(self, path):
+        mapped = np.memmap(path, "f8", "r", offset=128)
+        os.truncate(path, 200_128)
+        assert map_array(np.negative, mapped[:25_000]).sum() == -25_000
+        with pytest.raises(ValueError, match="needs 200,136"):
+            map_array(np.negative, mapped[:25_001])
+
+    def test_pages_that_are_private_stay(self, path):
+        os.truncate(path, 1000)
+        mapped = np.memmap(path, "f8", "c", shape=125)
+        mapped[:] = 2
+        os.truncate(path, 500)  # in the same page, which is a copy now
+        assert map_array(np.negative, mapped).sum() == -250
+        os.truncate(path, 0)
+        with pytest.raises(ValueError, match="it has 0 bytes"):
+            map_array(np.negative, mapped)
+
+    def test_with_an_offset_of_many_pages(self, path):
+        mapped = np.memmap(path, "f8", "r", offset=80_000)
+        os.truncate(path, 399_000)  # longer than what is mapped
+        for backend in ("threading", "loky"):
+            with pytest.raises(ValueError, match="needs 400,128"):
+                map_array(np.negative, mapped, backend=backend, n_jobs=2)
+
+    def test_in_a_closure(self, path):
+        mapped = np.load(path, mmap_mode="r")
+        os.truncate(path, 200_000)
+        with pytest.raises(ValueError, match="was cut off"):
+            map_array(lambda chunk: chunk + mapped.sum(), np.ones(3), backend="loky", n_jobs=2)
+
+    @pytest.mark.parametrize("balance", BALANCES)
+    def test_while_processes_are_at_it(self, balance, path):
+        mapped = np.load(path, mmap_mode="r")
+
+        def cut(chunk):
+            os.truncate(path, 128)
+            return chunk + 1
+
+        run = {"balance": balance, "backend": "loky", "n_jobs": 2}
+        with pytest.raises(ValueError, match=r"X\.npy was cut off: it has 128 bytes"):
+            map_array(cut, mapped, **run)
+        assert (map_array(np.negative, np.ones(9), **run) == -1).all()
 
 
 @pytest.mark.fault(24)
