@@ -126,17 +126,27 @@ def halvings(start: int, stop: int) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
+# More seconds than a clock of nanoseconds counts in 64 bits, some 292 years, are no limit.
+_LONGEST_TIMEOUT = 2**63 / 1e9
+
+
 def check_timeout(timeout: Any) -> float | None:
-    """`timeout` as a positive number of seconds or None."""
+    """`timeout` as a positive number of seconds; None for any time.
+
+    >>> check_timeout(3), check_timeout(float("inf"))
+    (3.0, None)
+    """
     if timeout is None:
         return None
     try:
         seconds = float(timeout)
+    except OverflowError:  # an integer or a fraction beyond all floats
+        seconds = float("inf") if timeout > 0 else 0.0
     except (TypeError, ValueError):
         seconds = float("nan")
-    if isinstance(timeout, (bool, str, bytes)) or not 0 < seconds < float("inf"):
+    if isinstance(timeout, (bool, str, bytes)) or not seconds > 0:
         raise ValueError(f"timeout must be a positive number of seconds or None, got {timeout!r}")
-    return seconds
+    return seconds if seconds < _LONGEST_TIMEOUT else None
 
 
 @dataclass(frozen=True, eq=False)

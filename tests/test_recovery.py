@@ -2,12 +2,16 @@
 
 import itertools
 import math
+from decimal import Decimal
+from fractions import Fraction
 
+import joblib
 import numba
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from joblib.parallel import ThreadingBackend, register_parallel_backend
 
 from taskcarrier import DynamicParallelMapper, map_array, map_chunks, map_items, reduce_array
 from taskcarrier.recovery import RETRIES, USUAL, Again, Recovery, Retried, check_timeout, halvings
@@ -106,10 +110,41 @@ class TestArguments:
         assert Recovery.checked(timeout, 2, ()).timeout == float(timeout)
         assert Recovery.checked(timeout, 2, ()).timeout_ns == round(float(timeout) * 1e9)
 
+    @pytest.mark.parametrize(
+        "timeout",
+        [math.inf, np.float32("inf"), 1e300, 1e10, 10**400, Fraction(10**400), Decimal("1e999")],
+    )
+    def test_what_no_clock_counts_is_no_limit(self, timeout):
+        assert Recovery.checked(timeout, 2, ()).timeout is None
+        assert Recovery.checked(timeout, 2, ()).timeout_ns == 0
+
+    @pytest.mark.parametrize("timeout", [1e300, math.inf, 10**400, 9e9])
+    @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+    def test_no_limit_everywhere(self, timeout, backend):
+        run = {"backend": backend, "n_jobs": 2}
+        X = np.arange(50.0)
+        assert (map_array(np.negative, X, timeout=timeout, **run) == -X).all()
+        assert (map_items(np.negative, X, timeout=timeout, **run) == -X).all()
+        assert reduce_array(np.sum, X, combine=np.add, timeout=timeout, **run) == X.sum()
+        assert map_chunks(len, X, chunksize=25, timeout=timeout, **run) == [25, 25]
+        mapper = DynamicParallelMapper(**run)
+        assert mapper.map(abs, range(-9, 0), timeout=timeout) == list(range(9, 0, -1))
+        assert list(mapper.imap(abs, range(-9, 0), timeout=timeout)) == list(range(9, 0, -1))
+
+    def test_no_limit_on_a_registered_backend(self):
+        register_parallel_backend("taskcarrier-recovery", ThreadingBackend)
+        try:
+            mapper = DynamicParallelMapper(2, backend="taskcarrier-recovery")
+            assert mapper.map(abs, [-1, -2], timeout=math.inf) == [1, 2]
+        finally:
+            del joblib.parallel.BACKENDS["taskcarrier-recovery"]
+
     def test_a_timeout_is_never_rounded_to_none(self):
         assert Recovery.checked(1e-12, 2, ()).timeout_ns == 1
 
-    @pytest.mark.parametrize("timeout", [0, -1, math.inf, math.nan, "3", True, [1], object, 1j])
+    @pytest.mark.parametrize(
+        "timeout", [0, -1, -math.inf, -(10**400), math.nan, "3", True, [1], object, 1j]
+    )
     def test_no_seconds(self, timeout):
         with pytest.raises(ValueError, match=r"timeout must be a positive number of seconds"):
             check_timeout(timeout)

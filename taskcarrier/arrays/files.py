@@ -70,11 +70,11 @@ def load(path: str | os.PathLike[str], mode: str = "r") -> np.ndarray:
     """
     if mode not in {"r", "r+"}:
         raise ValueError(f"mode must be 'r' or 'r+', got {mode!r}")
-    return mapped(check_path(path), mode, takes_writes=mode == "r+")
+    return _mapped(check_path(path), mode, takes_writes=mode == "r+")
 
 
-def mapped(text: str, mode: str, *, takes_writes: bool = False) -> np.ndarray:
-    """A ``.npy`` file as an array, and whether functions that carry it may write to it."""
+def _mapped(text: str, mode: str, *, takes_writes: bool = False) -> np.ndarray:
+    """A ``.npy`` file as an array, whatever its name ends in; see `Segment.takes_writes`."""
     with open(text, "rb") as file:
         try:
             version = np.lib.format.read_magic(file)
@@ -178,7 +178,8 @@ class NpyWriter:
     """A ``.npy`` file in the making: filled beside its place, and renamed when it is complete.
 
     Half a result never looks whole: until `finish` there is only a file with ``.part`` added to its
-    name, and `discard` removes that. The file has the permissions that new files have here.
+    name, and `discard` removes that. The file has the permissions and the group of the one that it
+    replaces, from the start, and those of new files where there is none.
 
     Parameters
     ----------
@@ -205,6 +206,8 @@ class NpyWriter:
             os.close(fd)
             fd = None
         self.segment = Segment(_new_file(self.part) if fd is None else fd, on_disk=True)
+        # Its owner may write to it for now, whatever becomes of it then.
+        _take_on(self.segment.fd, self.path, stat.S_IRUSR | stat.S_IWUSR)
 
     def header(self) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
         """What an earlier writer has left says of its dtype and shape; None if it says nothing."""
@@ -217,12 +220,15 @@ class NpyWriter:
             return None
         return (dtype, shape) if is_whole and not dtype.hasobject else None
 
-    def finish(self, array: np.ndarray, header: bytes) -> None:
-        """Write the header, and give the file its name."""
+    def finish(self, array: np.ndarray, header: bytes) -> np.ndarray:
+        """Write the header, and give the file its name; the file, mapped."""
         self.segment.write(0, memoryview(header))
         os.truncate(self.segment.fd, len(header) + array.nbytes)
+        file = _mapped(self.part, "r+")
+        _take_on(self.segment.fd, self.path)
         os.replace(self.part, self.path)
         self._let_go()
+        return file
 
     def discard(self) -> None:
         """Remove what is there, unless it was finished or is to be kept."""
@@ -236,6 +242,33 @@ class NpyWriter:
         """Another run may write to this path from now on."""
         fcntl.flock(self.segment.fd, fcntl.LOCK_UN)
         self.part = ""
+
+
+def _take_on(fd: int, path: str, more: int | None = None) -> None:
+    """Give a file the permissions and the group of the one at `path`, if there is one.
+
+    With `more` permissions as long as it is not finished; when it is, its owner too, which only
+    root can give.
+    """
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return
+    own = os.fstat(fd)
+    mode = stat.S_IMODE(there.st_mode) & 0o777
+    owner = there.st_uid if more is None and os.geteuid() == 0 else own.st_uid
+    if (owner, there.st_gid) != (own.st_uid, own.st_gid):
+        try:
+            os.fchown(fd, owner, there.st_gid)
+        except OSError as error:
+            # Not a group of this user's (EPERM), or one that its namespace does not know (EINVAL).
+            if error.errno not in {errno.EPERM, errno.EINVAL}:
+                raise
+            # The group that it has instead may do what everybody may.
+            mode = mode & ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
+    mode |= more or 0
+    if mode != stat.S_IMODE(own.st_mode):  # some file systems cannot change it
+        os.fchmod(fd, mode)
 
 
 def ledger_path(path: str) -> str:

@@ -44,10 +44,10 @@ item_chunksize : int, optional
 out : ndarray, memmap, path or tuple, optional
     Where results go: an array of the right shape (any strides; results are cast to its dtype),
     a memmap, or a path that ends in ``.npy``. A file is filled beside its place, under a name
-    with ``.part`` added, and renamed when it is complete, over what was there; the result is the
-    file, mapped: what you write into it goes to the file. A tuple has one for each result. It
-    must not overlap with an input. After an error its contents are arbitrary; a file is not
-    there, or is as it was. Default: a new array.
+    with ``.part`` added, and renamed when it is complete, over what was there, whose permissions
+    and group it takes on; the result is the file, mapped: what you write into it goes to the file.
+    A tuple has one for each result. It must not overlap with an input. After an error its contents
+    are arbitrary; a file is not there, or is as it was. Default: a new array.
 dtype : dtype or tuple, optional
     What results are cast to. Floats are cast within their kind, integers when every value fits,
     strings and dates when it is safe; else an error tells the value. Integers become floats as
@@ -99,7 +99,7 @@ item_rng : int, SeedSequence or Generator, optional
 timeout : float, optional
     Seconds that one range may take; then there is a `TimeoutError` that names it. A worker process
     is killed for it. In threads and in the caller, where nothing can be stopped, the range is run
-    to its end first. Default: any time.
+    to its end first. Default: any time, which is infinity too.
 retries : int, default 2
     How often a range is run again after the worker process that had it in hand has died; after
     that, it is cut into halves until the item that kills is found (a chunk with `depth` is not

@@ -18,7 +18,7 @@ from taskcarrier.arrays.allocations import (
     opened,
 )
 from taskcarrier.arrays.casting import check_dtype
-from taskcarrier.arrays.files import NpyWriter, check_path, header_of, mapped
+from taskcarrier.arrays.files import NpyWriter, check_path, header_of
 from taskcarrier.arrays.inputs import Inputs, arrays_within, normalize_axis
 from taskcarrier.arrays.outputs import Plan
 from taskcarrier.arrays.specs import Spec
@@ -186,8 +186,8 @@ class Targets:
             entry = None if self.entries is None else self.entries[number]
             if isinstance(entry, str):
                 order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-                self._writers[number].finish(array, header_of(array.dtype, array.shape, order))
-                results.append(mapped(entry, "r+"))
+                header = header_of(array.dtype, array.shape, order)
+                results.append(self._writers[number].finish(array, header))
             elif entry is not None:
                 if output.place is None:
                     entry[...] = array

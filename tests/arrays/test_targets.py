@@ -1,5 +1,6 @@
 """Results where the caller wants them: in arrays of its own and in `.npy` files."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -557,6 +558,68 @@ class TestFiles:
         finally:
             os.umask(before)
         assert stat.S_IMODE((tmp_path / "Y.npy").stat().st_mode) == 0o666 & ~umask
+
+    @pytest.mark.fault(51)
+    @pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444, 0o000])
+    @pytest.mark.parametrize("more", [{}, {"resume": True}])
+    def test_keep_the_permissions_of_what_they_replace(self, mode, more, some_run, X, tmp_path):
+        path = tmp_path / "Y.npy"
+        path.touch()
+        path.chmod(mode)
+        part = path.with_name("Y.npy.part")
+
+        def seeing(chunk):
+            return np.full(len(chunk), stat.S_IMODE(part.stat().st_mode))
+
+        seen = map_array(seeing, X, out=path, **more, **some_run)
+        assert set(seen.tolist()) == {mode | 0o600}  # never readable for others
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+        seen[0] = 7  # what is returned can be written to all the same
+        path.chmod(0o600)
+        assert np.load(path)[0] == 7
+
+    @pytest.mark.fault(51)
+    def test_permissions_that_were_more_are_gone(self, X, tmp_path):
+        path = tmp_path / "Y.npy"
+        path.touch()
+        path.chmod(0o6755)  # to run it with the rights of its owner
+        map_array(double, X, out=path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o755
+
+    @pytest.mark.fault(51)
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+    def test_keep_the_group_and_the_owner_of_what_they_replace(self, some_run, X, tmp_path):
+        path = tmp_path / "Y.npy"
+        path.touch()
+        path.chmod(0o640)
+        os.chown(path, 65534, 65533)
+        map_array(double, X, out=path, **some_run)
+        facts = path.stat()
+        assert (facts.st_uid, facts.st_gid, stat.S_IMODE(facts.st_mode)) == (65534, 65533, 0o640)
+
+    @pytest.mark.fault(51)
+    @pytest.mark.parametrize("number", [errno.EPERM, errno.EINVAL])
+    def test_another_group_may_not_do_what_that_group_may(self, number, X, tmp_path, monkeypatch):
+        path = tmp_path / "Y.npy"
+        path.touch()
+        path.chmod(0o674)
+
+        def refuse(*_):
+            raise OSError(number, "no")
+
+        real = os.stat
+
+        def of_another_group(one, *more, **named):
+            found = real(one, *more, **named)
+            if one != str(path):
+                return found
+            return os.stat_result((*found[:5], found.st_gid + 1, *found[6:]))
+
+        monkeypatch.setattr(os, "stat", of_another_group)
+        monkeypatch.setattr(os, "fchown", refuse)
+        map_array(double, X, out=path)
+        monkeypatch.undo()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
     def test_are_not_there_before_they_are_complete(self, run, X, tmp_path):
         path = tmp_path / "Y.npy"
