@@ -12,7 +12,7 @@ import os
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic_ns
 from typing import Any
 
@@ -168,8 +168,9 @@ def _feed(
                 ran = feed.close()
                 if tick is not None:  # the last results came before they were counted
                     tick(feed.ledger)
+                n_begun = len({account.worker for account in ran.accounts})
                 report = report_of(
-                    job,
+                    replace(job, n_workers=max(1, n_begun)),
                     choice,
                     ran,
                     staging,

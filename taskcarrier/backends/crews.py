@@ -56,21 +56,25 @@ class _Crews:
 
     def give_back(self, key: _Key, crew: Crew) -> None:
         with self._changed:
-            if crew in self._lent:  # else: forgotten in a fork, or ended by `shutdown`
-                self._lent.discard(crew)
+            if crew not in self._lent:  # forgotten in a fork, or ended by `shutdown`
+                return
+            self._lent.discard(crew)
+            keeps = not crew.is_short and self._has_keeper()
+            if keeps:
                 self._idle.append((time.monotonic(), key, crew))
-                if self._keeper is None:
-                    self._keeper = self._new_keeper()
+        if not keeps:  # where no more can be started, nothing is kept from others
+            crew.close(wait=False)
 
-    def _new_keeper(self) -> threading.Thread | None:
-        keeper = threading.Thread(target=self._keep, name="taskcarrier-keeper", daemon=True)
-        try:
-            keeper.start()  # it waits for the lock that we hold
-        except RuntimeError:
-            # There are too many threads, or the program is ending. Crews stay until the next call
-            # has more luck, or until the program has ended; what this call has done is not lost.
-            return None
-        return keeper
+    def _has_keeper(self) -> bool:
+        """Whether there is one, or could be started."""
+        if self._keeper is None:
+            keeper = threading.Thread(target=self._keep, name="taskcarrier-keeper", daemon=True)
+            try:
+                keeper.start()
+            except (RuntimeError, MemoryError):
+                return False
+            self._keeper = keeper
+        return True
 
     @contextmanager
     def held_warm(self) -> Iterator[None]:

@@ -150,15 +150,15 @@ takes its account at the end."""
 
 
 class ThreadFeed:
-    """A feed of threads, which share one queue of blocks.
+    """A feed of threads, which share one queue of blocks. Another begins when all have a block.
 
     Parameters
     ----------
     n_workers : int
-        How many threads.
+        How many threads at most.
     begin : Begin
         Has one of them begin.
-    replace : callable
+    leave : callable
         Takes the numbers of those that are not waited for.
     grace : float
         Seconds that they have to come to the end of their range when the feed is closed.
@@ -171,19 +171,19 @@ class ThreadFeed:
         n_workers: int,
         ledger: Ledger,
         begin: Begin,
-        replace: Callable[[set[int]], None],
+        leave: Callable[[set[int]], None],
         grace: float,
     ) -> None:
         self.ledger = ledger
         self._n_workers = n_workers
-        self._replace = replace
+        self._begin = begin
+        self._leave = leave
         self._grace = grace
+        self._n_begun = 0
         self._n_out = 0  # blocks that were given and have not come
         self._given: SimpleQueue[tuple[int, Sequence[Any]] | None] = SimpleQueue()
         self._arrivals: SimpleQueue[Came | Account] = SimpleQueue()
         self._accounts: dict[int, Account] = {}
-        for number in range(n_workers):
-            begin(number, self._ranges, self._deliver, self._arrivals.put)
 
     @property
     def has_room(self) -> bool:
@@ -192,6 +192,9 @@ class ThreadFeed:
 
     def give(self, start: int, items: Sequence[Any]) -> None:
         """Put the items into the queue."""
+        if self._n_begun <= self._n_out and self._n_begun < self._n_workers:
+            self._begin(self._n_begun, self._ranges, self._deliver, self._arrivals.put)
+            self._n_begun += 1
         self._n_out += 1
         self._given.put((start, items))
 
@@ -235,14 +238,14 @@ class ThreadFeed:
         is_done = not self._n_out
         if not is_done:
             self.ledger.halt()
-        for _ in range(self._n_workers):
+        for _ in range(self._n_begun):
             self._given.put(None)
         deadline = time.monotonic() + self._grace
         # In a worker a forgotten stream may be closed by the garbage collector: maybe in one of
         # its own, which would wait for itself.
         waits = is_done and not in_worker()
         try:
-            while len(self._accounts) < self._n_workers:
+            while len(self._accounts) < self._n_begun:
                 left = None if waits else max(0.0, deadline - time.monotonic())
                 one = self._arrivals.get(timeout=left)
                 if isinstance(one, Account):
@@ -250,11 +253,11 @@ class ThreadFeed:
         except Empty:
             pass  # they have had their time
         finally:
-            late = set(range(self._n_workers)) - set(self._accounts)
+            late = set(range(self._n_begun)) - set(self._accounts)
             for number in late:  # what they have finished counts
                 ranges, items = self.ledger.again_done(number), self.ledger.items_of(number)
                 self._write_down(Account(number, ranges=ranges, items=items))
-            self._replace(late)
+            self._leave(late)
         return Ran.read([self._accounts[number] for number in sorted(self._accounts)], self.ledger)
 
 

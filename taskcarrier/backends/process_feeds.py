@@ -100,17 +100,18 @@ class ProcessFeed:
         self._failed: Account | None = None
         self._nbytes_sent = 0
         self._memory_kept = False
-        try:
-            for number in range(job.n_workers):
-                self._begin(number)
-        except BaseException:
-            self._end(0)
-            raise
 
     @property
     def has_room(self) -> bool:
-        """Whether a worker would take a further block."""
-        return not self._waiting and any(len(self._handed[one]) < AHEAD for one in self._workers)
+        """Whether a worker would take a further block, maybe one that has not begun."""
+        return not self._waiting and (
+            self._may_begin or any(len(self._handed[one]) < AHEAD for one in self._workers)
+        )
+
+    @property
+    def _may_begin(self) -> bool:
+        """Whether a further worker may; not once some have left because another has failed."""
+        return len(self._workers) == len(self._handed) < self._job.n_workers
 
     def give(self, start: int, items: Sequence[object]) -> None:
         """Hand items to the worker that has least to do."""
@@ -239,9 +240,13 @@ class ProcessFeed:
     # Blocks and results
 
     def _hand_out(self) -> None:
-        # Some may have left, because of another whose error has not come yet.
-        while self._waiting and self._workers:
-            number = min(self._workers, key=lambda one: len(self._handed[one]))
+        while self._waiting:
+            number = min(self._workers, key=lambda one: len(self._handed[one]), default=None)
+            if self._may_begin and (number is None or self._handed[number]):
+                number = len(self._handed)  # all have something in hand: another begins
+                self._begin(number)
+            if number is None:  # all have left, because of one whose error has not come yet
+                return
             if len(self._handed[number]) >= AHEAD:
                 return
             block = self._waiting.popleft()

@@ -37,6 +37,7 @@ from joblib.externals.loky.backend import get_context
 
 from taskcarrier import caller_memory
 from taskcarrier.backends.endings import Ending, is_readable
+from taskcarrier.backends.given import add_note
 from taskcarrier.backends.inner import inner_environment
 from taskcarrier.backends.parcels import Channel, Parcel
 from taskcarrier.backends.process_feeds import ProcessFeed
@@ -170,12 +171,17 @@ class WorkerProcess:
 
 
 class ProcessCrew:
-    """`n` worker processes that run jobs together.
+    """Up to `n` worker processes that run jobs together.
 
     Parameters
     ----------
     n : int
         The number of workers.
+
+    Attributes
+    ----------
+    is_short : bool
+        Whether one that was needed could not be started.
     """
 
     shares_memory = False
@@ -184,7 +190,9 @@ class ProcessCrew:
         # What the user has set for the allocator stays.
         allocator = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
         self._environment = inner_environment() | allocator
+        self._n = n
         self._workers: dict[int, WorkerProcess] = {}
+        self.is_short = False
         self._fds: list[int] = []
         try:
             with above_standard:
@@ -206,9 +214,20 @@ class ProcessCrew:
         if worker is not None and worker.pidfd >= 0 and not worker.alive:
             worker.reap()
         if worker is None or worker.pidfd < 0:
-            with _interrupts_held():
-                worker = WorkerProcess(number, self._environment, self._fds)
-                self._workers[number] = worker
+            try:
+                with _interrupts_held():
+                    worker = WorkerProcess(number, self._environment, self._fds)
+                    self._workers[number] = worker
+            except (OSError, RuntimeError, MemoryError) as error:
+                self.is_short = True
+                n_living = sum(one.pidfd >= 0 for one in self._workers.values())
+                add_note(
+                    error,
+                    f"only {n_living:,} of {self._n:,} worker processes could be started; pass a "
+                    "smaller n_jobs, or raise the limits (`ulimit -u`, `ulimit -n`, or the control "
+                    "group's)",
+                )
+                raise
         return worker
 
     def run(
@@ -247,7 +266,7 @@ class ProcessCrew:
             ledger.marks = None
 
     def feed(self, job: Job, parcel: Parcel) -> ProcessFeed:
-        """Have the workers wait for blocks of items; the crew is its own until it is closed."""
+        """Have workers wait for blocks of items; the crew is its own until it is closed."""
         self._ledger.reset(job.n_workers)
         return ProcessFeed(job, self._ledger, parcel, self._living)
 

@@ -1,10 +1,11 @@
 """Crews of threads.
 
-Who owns what. A `ThreadCrew` owns its threads; each waits at its own inbox for a run, and the
-last of a run to end wakes the caller. The threads are daemons of ours and not those of a
-`ThreadPoolExecutor`, which joins its threads when the interpreter exits: a thread stuck in a
-kernel would hold up the exit after Ctrl-C. They are named like an executor's threads because
-libraries that ask whether they run inside a thread pool look for that name.
+Who owns what. A `ThreadCrew` owns its threads, which are started when they are needed first; each
+waits at its own inbox for a run, and the last of a run to end wakes the caller. The threads are
+daemons of ours and not those of a `ThreadPoolExecutor`, which joins its threads when the
+interpreter exits: a thread stuck in a kernel would hold up the exit after Ctrl-C. They are named
+like an executor's threads because libraries that ask whether they run inside a thread pool look for
+that name.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from functools import partial
 from queue import SimpleQueue
 
 from taskcarrier.backends.feeds import ThreadFeed
+from taskcarrier.backends.given import add_note
 from taskcarrier.backends.inner import limit_this_thread, limited, serial_joblib
 from taskcarrier.backends.work import (
     Account,
@@ -49,7 +51,11 @@ class _Worker:
         self.thread = threading.Thread(
             target=self._live, name=f"ThreadPoolExecutor-taskcarrier-{number}", daemon=True
         )
-        self.thread.start()
+        try:
+            self.thread.start()
+        except BaseException:  # also Ctrl-C, when it runs already
+            self.inbox.put(None)
+            raise
 
     def _live(self) -> None:
         serial_joblib()
@@ -61,18 +67,41 @@ class _Worker:
 
 
 class ThreadCrew:
-    """`n` threads that run jobs together.
+    """Up to `n` threads that run jobs together.
 
     Parameters
     ----------
     n : int
         The number of threads.
+
+    Attributes
+    ----------
+    is_short : bool
+        Whether one that was needed could not be started.
     """
 
     shares_memory = True
 
     def __init__(self, n: int) -> None:
-        self._workers = [_Worker(number) for number in range(n)]
+        self._n = n
+        self._workers: dict[int, _Worker] = {}
+        self.is_short = False
+
+    def _living(self, number: int) -> _Worker:
+        """A worker: the one there is, or a new one if none was needed yet or it was left behind."""
+        worker = self._workers.get(number)
+        if worker is None:
+            try:
+                worker = self._workers[number] = _Worker(number)
+            except (RuntimeError, MemoryError) as error:
+                self.is_short = True
+                add_note(
+                    error,
+                    f"only {len(self._workers):,} of {self._n:,} threads could be started; pass a "
+                    "smaller n_jobs, or raise the limit (`ulimit -u`, or the control group's)",
+                )
+                raise
+        return worker
 
     def run(self, job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None) -> Ran:
         """Run a job to its end; accounts in the order of the workers.
@@ -81,6 +110,8 @@ class ThreadCrew:
         finish it on their own, find the way to the output closed, and do not come back to the crew.
         """
         n = job.n_workers
+        for number in range(n):
+            self._living(number)
         ledger = (Ledger.addressed if job.sweeps else Ledger.local)(n)
         ledger.marks = job.marks_here()
         accounts: dict[int, Account] = {}
@@ -108,20 +139,20 @@ class ThreadCrew:
                     if job.sweeps:
                         finished.acquire(timeout=_GRACE_SECONDS)
                 finally:
-                    self._replace(set(range(n)) - set(accounts))
+                    self._leave(set(range(n)) - set(accounts))
         for number, account in accounts.items():
             account.name = f"thread {number}"
         return Ran.read([accounts[number] for number in range(n)], ledger, job.grid)
 
     def feed(self, job: Job) -> ThreadFeed:
-        """Have the threads wait for blocks of items; the crew is its own until it is closed."""
+        """Have threads wait for blocks of items; the crew is its own until it is closed."""
         ledger = Ledger.local(job.n_workers)
 
         def begin(number: int, feed: Feeder, deliver: Deliver, ended: Ended) -> None:
             part = partial(work, job, ledger, number, outlet_here(deliver), feed=feed)
             self._begin(number, job, part, ended)
 
-        return ThreadFeed(job.n_workers, ledger, begin, self._replace, _GRACE_SECONDS)
+        return ThreadFeed(job.n_workers, ledger, begin, self._leave, _GRACE_SECONDS)
 
     def _begin(self, number: int, job: Job, part: Callable[[], Account], ended: Ended) -> None:
         """Have a thread begin its part of a run."""
@@ -132,24 +163,25 @@ class ThreadCrew:
             ended(part())
 
         context = copy_context()
-        self._workers[number].inbox.put(lambda: context.run(run))
+        self._living(number).inbox.put(lambda: context.run(run))
 
-    def _replace(self, stuck: set[int]) -> None:
+    def _leave(self, stuck: set[int]) -> None:
+        """Leave threads to end when they come to it; others take their place when needed."""
         for number in stuck:
-            self._workers[number].inbox.put(None)
-            self._workers[number] = _Worker(number)
+            self._workers.pop(number).inbox.put(None)
 
     def close(self, *, wait: bool = True) -> None:
         """End the threads; they are idle."""
-        for worker in self._workers:
+        workers = list(self._workers.values())
+        for worker in workers:
             worker.inbox.put(None)
         if wait:
-            for worker in self._workers:
+            for worker in workers:
                 worker.thread.join()
 
     def forget(self) -> None:
         """Drop the threads in a forked child, where they do not exist."""
-        self._workers = []
+        self._workers = {}
 
 
 def _wait(finished: threading.Lock, ledger: Ledger, tick: Callable[[Ledger], None] | None) -> None:

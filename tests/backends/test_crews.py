@@ -1,14 +1,27 @@
 """Crews are lent, kept warm, and ended when nobody needs them."""
 
+import errno
 import os
 import threading
 import time
 
+import numba
+import numpy as np
 import psutil
 import pytest
 
 import taskcarrier
+from taskcarrier import (
+    DynamicParallelMapper,
+    StaticParallelMapper,
+    last_report,
+    map_array,
+    map_chunks,
+    map_items,
+    reduce_array,
+)
 from taskcarrier.backends import crews as module
+from taskcarrier.backends import processes
 from taskcarrier.backends.crews import held_warm, process_crew, shutdown, thread_crew
 from taskcarrier.backends.given import Call
 from taskcarrier.backends.parcels import pack
@@ -50,7 +63,7 @@ def run(crew, func=where, n_workers=2):
 def workers(crew):
     """What is alive of a crew."""
     if crew.shares_memory:
-        return [worker.thread for worker in crew._workers if worker.thread.is_alive()]
+        return [w.thread for w in crew._workers.values() if w.thread.is_alive()]
     return [w.pid for w in crew._workers.values() if psutil.pid_exists(w.pid)]
 
 
@@ -63,6 +76,109 @@ def wait_until(condition):
 
 def keepers():
     return [t for t in threading.enumerate() if t.name == "taskcarrier-keeper"]
+
+
+def limit_starts(monkeypatch, backend, n):
+    """From now on only so many workers can be started, as where the system allows no more."""
+    left = iter(range(n))
+    if backend == "threading":
+        start = threading.Thread.start
+
+        def started(thread):
+            if thread.name.startswith("ThreadPoolExecutor-") and next(left, None) is None:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", started)
+        return
+    process = processes.WorkerProcess
+
+    def made(*args):
+        if next(left, None) is None:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return process(*args)
+
+    monkeypatch.setattr(processes, "WorkerProcess", made)
+
+
+CALLS = {
+    "map_array": lambda run: map_array(np.negative, np.arange(40.0), chunksize=1, **run),
+    "map_items": lambda run: map_items(np.negative, np.arange(40.0), chunksize=1, **run),
+    "map_chunks": lambda run: map_chunks(len, np.arange(40.0), chunksize=1, **run),
+    "map": lambda run: StaticParallelMapper(**run).map(abs, range(40)),
+    "imap": lambda run: list(DynamicParallelMapper(**run).imap(time.sleep, [0.2] * 40)),
+}
+
+
+@pytest.mark.fault(52)
+@pytest.mark.parametrize("call", CALLS)
+class TestTooManyWorkers:
+    @pytest.mark.parametrize("backend", LENDERS)
+    def test_one_error_and_none_stay(self, call, backend, monkeypatch):
+        before = set(threading.enumerate()), set(psutil.Process().children(recursive=True))
+        map_array(np.negative, np.arange(2.0), n_jobs=2, backend=backend)
+        shutdown()
+        limit_starts(monkeypatch, backend, 3)
+        started = RuntimeError if backend == "threading" else BlockingIOError
+        with pytest.raises(started) as info:
+            CALLS[call]({"n_jobs": 30, "backend": backend})
+        (note,) = [one for one in info.value.__notes__ if "could be started" in one]
+        assert note.startswith("only 3 of 30 ")
+        assert "pass a smaller n_jobs" in note
+        assert not module._crews._idle
+        # Without `shutdown`.
+        wait_until(lambda: not set(threading.enumerate()) - before[0] - set(keepers()))
+        trackers = 2  # of multiprocessing and of loky
+        wait_until(
+            lambda: len(set(psutil.Process().children(recursive=True)) - before[1]) <= trackers
+        )
+
+    @pytest.mark.parametrize("backend", LENDERS)
+    def test_the_next_call_may_have_fewer(self, call, backend, monkeypatch):
+        limit_starts(monkeypatch, backend, 3)
+        with pytest.raises((RuntimeError, BlockingIOError)):
+            CALLS[call]({"n_jobs": 30, "backend": backend})
+        monkeypatch.undo()
+        limit_starts(monkeypatch, backend, 2)
+        CALLS["map_array"]({"n_jobs": 2, "backend": backend})
+        assert last_report().n_jobs == 2
+
+
+@pytest.mark.fault(52)
+def test_without_a_keeper_nothing_is_kept(lend, monkeypatch):
+    start = threading.Thread.start
+
+    def started(thread):
+        if thread.name == "taskcarrier-keeper":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", started)
+    with lend(2) as crew:
+        assert len(run(crew)) == 2
+    wait_until(lambda: not workers(crew))
+    assert not module._crews._idle
+
+
+THREE_OF_FIVE_HUNDRED = {
+    "map_array": lambda run: map_array(np.negative, np.arange(3.0), **run),
+    "map_items": lambda run: map_items(np.negative, np.arange(3.0), **run),
+    "fused": lambda run: map_items(numba.njit(lambda x: -x), np.arange(3.0), **run),
+    "map_chunks": lambda run: map_chunks(len, np.arange(3.0), **run),
+    "reduce_array": lambda run: reduce_array(np.sum, np.arange(3.0), combine=np.add, **run),
+    "map": lambda run: StaticParallelMapper(**run).map(abs, range(3)),
+    "imap": lambda run: list(DynamicParallelMapper(**run).imap(abs, range(3))),
+}
+
+
+@pytest.mark.fault(52)
+@pytest.mark.parametrize("call", THREE_OF_FIVE_HUNDRED)
+@pytest.mark.parametrize("backend", LENDERS)
+def test_no_more_workers_are_started_than_there_are_tasks(call, backend):
+    THREE_OF_FIVE_HUNDRED[call]({"n_jobs": 500, "backend": backend})
+    (crew,) = [one for _, _, one in module._crews._idle]
+    assert 1 <= len(workers(crew)) <= 3
+    assert last_report().n_jobs <= 3
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +304,7 @@ class TestIdle:
     def test_held_warm(self):
         with held_warm():
             with held_warm(), thread_crew(2) as crew:
-                pass
+                run(crew)
             (keeper,) = keepers()
             time.sleep(1.3)  # the keeper looks every second at most
             assert len(workers(crew)) == 2

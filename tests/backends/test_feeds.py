@@ -151,26 +151,46 @@ class TestThreads:
 
     def test_a_stuck_thread_is_replaced(self, monkeypatch):
         monkeypatch.setattr(threads, "_GRACE_SECONDS", LATE)  # for the one that is not stuck
-        begun, stuck = threading.Event(), threading.Event()
+        begun, stuck = [], threading.Event()
 
         def func(item):
-            begun.set()
-            stuck.wait(LONG)
+            if item == 0:
+                begun.append(threading.current_thread())
+                stuck.wait(LONG)
 
         with thread_crew(2) as crew:
-            before = [worker.thread for worker in crew._workers]
             feed = crew.feed(job_of(func))
             feed.give(0, [0])
-            assert begun.wait(LONG)
-            assert feed.take(0.05) == []
+            feed.give(1, [1])
+            assert [came.start for came in feed.take(LONG)] == [1]
             ran = feed.close()
-            assert [account.items for account in ran.accounts] == [0, 0]
-            after = [worker.thread for worker in crew._workers]
-            assert sum(one is other for one, other in zip(before, after, strict=True)) == 1
+            assert sorted(account.items for account in ran.accounts) == [0, 1]
+            assert [worker.thread for worker in crew._workers.values()] != begun
+            assert len(crew._workers) == 1
+            feed = crew.feed(job_of(abs))
+            feed.give(0, [0])
+            feed.give(1, [-1])
+            assert len(all_of(feed, 2)) == 2
+            feed.close()
             stuck.set()
-            for thread in before:
-                if thread not in after:
-                    thread.join(LONG)
+            for thread in begun:
+                thread.join(LONG)
+
+    def test_another_begins_when_all_have_a_block(self):
+        gate = threading.Event()
+        with thread_crew(500) as crew:
+            feed = crew.feed(job_of(gate.wait, 500))
+            for start in range(3):
+                assert len(crew._workers) == start
+                feed.give(start, [LONG])
+            assert len(crew._workers) == 3
+            gate.set()
+            all_of(feed, 3)
+            for start in range(3, 20):
+                feed.give(start, [LONG])
+                all_of(feed, 1)
+            assert len(crew._workers) == 3
+            assert len(feed.close().accounts) == 3
 
     def test_an_exit_is_raised_where_results_are_taken(self):
         def leave(item):

@@ -62,7 +62,11 @@ def patience():
 def warm():
     """One crew for the tests that leave it whole, started before the watch for leaks begins."""
     made = ProcessCrew(2)
-    fed(made, double).close()
+    feed = fed(made, double)
+    for start in range(2):
+        feed.give(start, [0])
+    results(feed, 2)
+    feed.close()
     yield made
     made.close()
     vars(made).clear()  # as below
@@ -346,8 +350,40 @@ def test_closed_with_blocks_in_hand(crew, monkeypatch):
 
 def test_workers_that_are_still_starting_when_all_is_done(crew, monkeypatch):
     monkeypatch.setattr(module, "GRACE_SECONDS", 0)
-    ran = fed(crew, double).close()
-    assert [account.worker for account in ran.accounts] == [0, 1]
+    feed = fed(crew, double)
+    feed.give(0, [1])
+    results(feed, 1)
+    os.kill(dead := crew._workers[0].pid, signal.SIGKILL)
+    while crew._workers[0].pid == dead:
+        assert feed.take(0.1) == []
+    ran = feed.close()  # another has taken its place
+    assert [(account.worker, account.items) for account in ran.accounts] == [(0, 1), (0, 0)]
+    assert crew._workers[0].alive
+
+
+def test_another_begins_when_all_have_a_block(tmp_path):
+    crew = ProcessCrew(500)
+    try:
+        feed = fed(crew, waits_for, 500)
+        for start in range(2):
+            assert len(crew._workers) == start
+            feed.give(start, [str(tmp_path / "open")])
+        assert len(crew._workers) == 2
+        (tmp_path / "open").touch()
+        results(feed, 2)
+        for start in range(2, 6):
+            feed.give(start, [str(tmp_path / "open")])
+            results(feed, 1)
+        assert len(crew._workers) == 2
+        assert [account.worker for account in feed.close().accounts] == [0, 1]
+    finally:
+        crew.close()
+        vars(crew).clear()
+
+
+def waits_for(path):
+    while not os.path.exists(path):  # noqa: PTH110  # as it comes
+        time.sleep(0.01)
 
 
 def test_descriptors_stay_flat(warm):

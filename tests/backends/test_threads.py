@@ -64,6 +64,16 @@ def both(start, stop):
     return start, stop
 
 
+def started(crew):
+    """A crew of three whose threads are there."""
+    run(crew, both)
+    return crew
+
+
+def threads_of(crew):
+    return [crew._workers[number].thread for number in sorted(crew._workers)]
+
+
 @pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.name)
 class TestRun:
     def test_every_cell_is_delivered_once(self, crew, balance):
@@ -102,7 +112,7 @@ class TestRun:
         for _ in range(5):
             _, delivered, _ = run(crew, look, balance=balance)
             assert delivered == []
-        assert seen <= {worker.thread for worker in crew._workers}
+        assert seen <= {worker.thread for worker in crew._workers.values()}
 
     def test_a_failure_stops_the_others(self, crew, balance):
         error = ValueError("no")
@@ -194,7 +204,7 @@ class TestInside:
         assert seen == ["in", "cell", "out"]
 
     def test_daemons_named_like_an_executor_s(self, crew):
-        found = [worker.thread for worker in crew._workers]
+        found = threads_of(started(crew))
         assert all(thread.daemon for thread in found)
         assert all(thread.name.startswith("ThreadPoolExecutor-") for thread in found)
 
@@ -239,7 +249,7 @@ class TestWatching:
             if len(calls) == 3:
                 raise KeyboardInterrupt
 
-        before = [worker.thread for worker in crew._workers]
+        before = threads_of(started(crew))
         with pytest.raises(KeyboardInterrupt):
             run(crew, stuck, n_items=200, tick=interrupt)
         assert all(thread.is_alive() for thread in before)  # still in their cells
@@ -254,6 +264,7 @@ class TestWatching:
         monkeypatch.setattr(module, "TICK", 0.01)
         release = threading.Event()
         reported = []
+        before = threads_of(started(crew))
         begin = crew._begin
 
         def watched(number, job, part, ended):
@@ -273,13 +284,12 @@ class TestWatching:
             if len(reported) == 2:
                 raise KeyboardInterrupt
 
-        before = [worker.thread for worker in crew._workers]
         with pytest.raises(KeyboardInterrupt):
             run(crew, one_is_stuck, balance=Static(), n_items=6, tick=interrupt)
-        after = [worker.thread for worker in crew._workers]
+        after = threads_of(crew)
         release.set()
-        assert after[1:] == before[1:]
-        assert after[0] is not before[0]
+        assert after == before[1:]
+        assert threads_of(started(crew))[0] not in before
 
 
 @contextmanager
@@ -461,14 +471,13 @@ def call_interrupted_at(number):
 class TestEnd:
     def test_close_ends_idle_threads(self):
         crew = ThreadCrew(3)
-        run(crew, both)
-        found = [worker.thread for worker in crew._workers]
+        found = threads_of(started(crew))
         crew.close()
         assert not any(thread.is_alive() for thread in found)
 
     def test_without_waiting(self):
-        crew = ThreadCrew(2)
-        found = [worker.thread for worker in crew._workers]
+        crew = ThreadCrew(3)
+        found = threads_of(started(crew))
         began = time.monotonic()
         crew.close(wait=False)
         assert time.monotonic() - began < LONG
@@ -477,8 +486,8 @@ class TestEnd:
         assert not any(thread.is_alive() for thread in found)
 
     def test_a_forgotten_crew_closes_nothing(self):
-        crew = ThreadCrew(2)
-        workers = crew._workers
+        crew = started(ThreadCrew(3))
+        workers = list(crew._workers.values())
         crew.forget()
         crew.close()
         assert all(worker.thread.is_alive() for worker in workers)

@@ -558,6 +558,43 @@ print(count() - before)
     assert output_of(code) == "0"
 
 
+@pytest.mark.fault(52)
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user with no threads yet")
+def test_more_threads_than_a_user_may_have(tmp_path):
+    code = """
+import os, resource, threading, time
+import numpy as np
+from taskcarrier import DynamicParallelMapper, map_array
+
+if __name__ == "__main__":
+    map_array(np.negative, np.arange(4.0), n_jobs=2, backend="threading")  # imports everything
+    os.setresgid(54321, 54321, 54321)
+    os.setresuid(54321, 54321, 54321)
+    resource.setrlimit(resource.RLIMIT_NPROC, (100, 100))
+    before = threading.active_count()
+    X = np.arange(1000.0)
+    mapper = DynamicParallelMapper(1000, backend="threading")
+    gate = threading.Event()
+    for call in (
+        lambda: map_array(np.negative, X, n_jobs=1000, chunksize=1, backend="threading"),
+        lambda: list(mapper.imap(gate.wait, [60] * 1000)),
+    ):
+        try:
+            call()
+        except RuntimeError as error:
+            assert "of 1,000 threads could be started" in error.__notes__[0], error.__notes__
+        else:
+            raise SystemExit("no error")
+        gate.set()
+        while threading.active_count() > before:
+            time.sleep(0.01)
+    Y = map_array(np.negative, X, n_jobs=4, chunksize=1, backend="threading")
+    assert (Y == -X).all()
+    print("fine")
+"""
+    assert run_script(tmp_path, code) == "fine\n"
+
+
 class TestPagesThatAreTakenOut:
     """Nobody who still looks at shared memory sees zeros, and nothing is kept."""
 
