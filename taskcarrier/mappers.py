@@ -147,7 +147,8 @@ class Mapper:
         func : callable
             Called as ``func(item)``, with several sequences ``func(item1, item2, ...)``.
         seq1, *seqs : iterable
-            The items. With several, the shortest wins. Generators are used up first.
+            The items. With several, the shortest wins. Generators are used up first, so one that
+            fills one buffer again and again must give copies.
         chunksize : int, optional
             Items for each range that a worker takes. Default: the mapper's own. Results do not
             depend on it.
@@ -227,7 +228,9 @@ class Mapper:
         func : callable
             Called as ``func(item)``, with several iterables ``func(item1, item2, ...)``.
         iterable, *iterables : iterable
-            The items; an iterator may be endless. With several, the shortest wins.
+            The items; an iterator may be endless. With several, the shortest wins. Some are read
+            before the first is used, and none is copied: an input that fills one buffer again and
+            again must give copies, ``(buffer.copy() for buffer in readings)``.
         ordered : bool, default True
             Whether results come in the order of the items; if not, in the order in which they are
             done, so that a slow item does not hold up others.
@@ -269,6 +272,18 @@ class Mapper:
         >>> next(squares), next(squares), next(squares)
         (0, 1, 4)
         >>> squares.close()
+
+        An input that has one buffer for all of its items:
+
+        >>> import numpy as np
+        >>> def readings():
+        ...     buffer = np.empty(2)
+        ...     for n in range(3):
+        ...         buffer[:] = n
+        ...         yield buffer
+        >>> mapper = DynamicParallelMapper(2, backend="threading")
+        >>> [float(total) for total in mapper.imap(np.sum, (one.copy() for one in readings()))]
+        [0.0, 2.0, 4.0]
         """
         settings = self._settings(Recovery.checked(timeout, retries, retry_on))
         return streaming.imapped(

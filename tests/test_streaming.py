@@ -99,6 +99,22 @@ def test_several_inputs_the_shortest_wins(make):
     assert list(make().imap(pow, itertools.count(2), [3, 0, 1])) == [8, 1, 4]
 
 
+@pytest.mark.parametrize("chunksize", [None, 1, 7])
+def test_an_input_that_fills_one_buffer_again_and_again_gives_copies(make, chunksize):
+    """As the documentation says; what is read ahead would be overwritten."""
+
+    def readings():
+        buffer = np.empty(4)
+        for n in range(60):
+            buffer[:] = n
+            yield buffer
+
+    mapper = make(chunksize=chunksize)
+    totals = mapper.imap(np.sum, (buffer.copy() for buffer in readings()))
+    assert list(totals) == [4 * n for n in range(60)]
+    assert "must give copies" in " ".join(mapper.imap.__doc__.split())
+
+
 def test_an_endless_input_is_not_read_far_ahead(make):
     read = itertools.count()
     results = make().imap(lambda n: n * n, read, buffersize=10)
