@@ -96,7 +96,7 @@ def fit_many(
     balance : {"static", "dynamic"}, default "dynamic"
         How work is shared out: evenly beforehand, or always to whoever is free.
     {n_jobs}
-    backend : {"sequential", "threading", "loky", "multiprocessing"} or str, optional
+    backend : {"sequential", "threading", "loky", "threads", "processes"} or str, optional
         Where workers run; also any other that is registered with joblib, such as ``"dask"``, which
         keeps no `timeout`. Default: what an active `joblib.parallel_config` says, else threads for
         scikit-learn's trees and forests, which release the GIL, else processes.
@@ -210,7 +210,7 @@ def predict_array(
     balance : {"static", "dynamic"}, default "dynamic"
         How work is shared out: evenly beforehand, or always to whoever is free.
     {n_jobs}
-    backend : {"sequential", "threading", "loky", "multiprocessing"}, optional
+    backend : {"sequential", "threading", "loky", "threads", "processes"}, optional
         Where workers run. Default: what an active `joblib.parallel_config` says, else threads for
         scikit-learn's trees and forests, which release the GIL, else processes.
     chunksize : int, optional

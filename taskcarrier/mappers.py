@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from taskcarrier import sequences, streaming
 from taskcarrier.arrays.mapping import map_array, map_chunks, map_items
@@ -20,6 +20,18 @@ from taskcarrier.recovery import RETRIES, USUAL, Recovery
 from taskcarrier.report import Report, keep_report
 from taskcarrier.running import Settings
 from taskcarrier.segments import Recycler
+
+# What executors and pools have, and a mapper has not: what to write instead.
+_CALLS = (
+    "Gather the arguments in a list, and call mapper.map(func, items) for a list of results, "
+    "mapper.imap(func, items, ordered=False) for each as soon as it is done"
+)
+_END = "Its workers end by themselves; `taskcarrier.shutdown()` ends those that are idle now"
+_INSTEAD = {
+    **dict.fromkeys(("submit", "apply", "apply_async", "map_async", "starmap_async"), _CALLS),
+    "imap_unordered": "Call mapper.imap(func, items, ordered=False)",
+    **dict.fromkeys(("shutdown", "close", "join", "terminate"), _END),
+}
 
 # What a mapper decides itself, where functions are told.
 _DECIDED = {"balance", "n_jobs", "backend"}
@@ -74,7 +86,7 @@ class Mapper:
         An existing folder whose file system holds what is shared with worker processes (in
         files without a name). Default: the environment's ``JOBLIB_TEMP_FOLDER`` if set, else
         memory.
-    backend : {"sequential", "threading", "loky", "multiprocessing"} or str, optional
+    backend : {"sequential", "threading", "loky", "threads", "processes"} or str, optional
         Where workers run, see `map_array`; for sequences also the name of any other backend that is
         registered with joblib, such as ``"dask"``, see `map`. Default: decided for each call.
     chunksize : int, optional
@@ -195,6 +207,71 @@ class Mapper:
             on_error=on_error,
             rng=rng,
             shared=shared,
+        )
+
+    @documented
+    def starmap(
+        self,
+        func: Callable[..., Any],
+        iterable: Iterable[Iterable[Any]],
+        chunksize: int | None = None,
+        *,
+        shared: Mapping[str, Any] | None = None,
+        rng: Any = None,
+        timeout: float | None = None,
+        retries: int = RETRIES,
+        retry_on: type[Exception] | tuple[type[Exception], ...] = (),
+        on_error: str = "raise",
+    ) -> Any:
+        """Apply a function to tuples of arguments, like `itertools.starmap`.
+
+        All else is as for `map`: ``mapper.map(func, xs, ys)`` is
+        ``mapper.starmap(func, zip(xs, ys))``.
+
+        Parameters
+        ----------
+        func : callable
+            Called as ``func(*arguments)``.
+        iterable : iterable of tuple
+            The arguments of every call. A generator is used up first.
+        chunksize : int, optional
+            As for `map`.
+        shared : dict, optional
+            As for `map`.
+        {item_rng}
+        {timeout}
+        {retries}
+        {retry_on}
+        {collect_on_error}
+
+        Returns
+        -------
+        list
+            As of `map`.
+
+        Raises
+        ------
+        TypeError
+            An item that holds no arguments.
+        Exception
+            As for `map`.
+
+        Examples
+        --------
+        >>> from taskcarrier import SerialMapper
+        >>> SerialMapper().starmap(pow, [(2, 5), (3, 2)])
+        [32, 9]
+        """
+        settings = self._settings(Recovery.checked(timeout, retries, retry_on))
+        return sequences.mapped(
+            settings,
+            func,
+            (iterable,),
+            check_chunksize(chunksize) or self.chunksize,
+            on_error=on_error,
+            rng=rng,
+            shared=shared,
+            are_arguments=True,
         )
 
     @documented
@@ -347,6 +424,15 @@ class Mapper:
     def _keep_report(self, report: Report) -> None:
         self._report = report
         keep_report(report)
+
+    if not TYPE_CHECKING:  # which takes it for a word that there can be any attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """An error for what is not there; for what executors and pools have, a remedy."""
+            text = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if name in _INSTEAD:
+                text += f": a mapper maps. {_INSTEAD[name]}"
+            raise AttributeError(text, name=name, obj=self)
 
     def __repr__(self) -> str:
         return (

@@ -27,6 +27,20 @@ class WorkerReport:
     busy: float
     idle: float
 
+    @property
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """What stands in its row of the report's table."""
+        return (
+            self.name,
+            f"{self.ranges:,}",
+            f"{self.items:,}",
+            f"{self.busy:.4f}",
+            f"{self.idle:.4f}",
+        )
+
+
+_COLUMNS = ("worker", "ranges", "items", "busy s", "idle s")
+
 
 @dataclass(frozen=True)
 class Report:
@@ -78,23 +92,41 @@ class Report:
         """All of it as plain dicts, lists, strings and numbers."""
         return asdict(self)
 
-    def __str__(self) -> str:
-        head = (
+    @property
+    def _head(self) -> list[str]:
+        """What stands above the table, in lines."""
+        what = (
             f"{counted(self.items, 'item')} in {counted(self.ranges, 'range')} of up to "
             f"{self.chunksize:,}, "
-            f"{self.balance} balance, backend {self.backend} ({self.reason})\n"
+            f"{self.balance} balance, backend {self.backend} ({self.reason})"
+        )
+        how = (
             f"{self.seconds:.4g} s in all, {self.bytes_copied:,} bytes read or copied by processes"
         )
         if self.compiling:
-            head += f", after {self.compiling:.3g} s of compiling"
-        name = max([6, *(len(worker.name) for worker in self.workers)])
-        lines = [f"{'worker':<{name}}  {'ranges':>8}  {'items':>12}  {'busy s':>8}  {'idle s':>8}"]
-        lines += [
-            f"{worker.name:<{name}}  {worker.ranges:>8,}  {worker.items:>12,}  "
-            f"{worker.busy:>8.4f}  {worker.idle:>8.4f}"
+            how += f", after {self.compiling:.3g} s of compiling"
+        return [what, how, *self.notes]
+
+    def _repr_html_(self) -> str:
+        """The same as a table, which notebooks show."""
+        import html  # noqa: PLC0415  # few ask
+
+        head = "<br>".join(map(html.escape, self._head))
+        names = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in worker.cells) + "</tr>"
             for worker in self.workers
+        )
+        return f"<p>{head}</p><table><thead><tr>{names}</tr></thead><tbody>{rows}</tbody></table>"
+
+    def __str__(self) -> str:
+        name = max([6, *(len(worker.name) for worker in self.workers)])
+        rows = [_COLUMNS, *(worker.cells for worker in self.workers)]
+        lines = [
+            f"{worker:<{name}}  {ranges:>8}  {items:>12}  {busy:>8}  {idle:>8}"
+            for worker, ranges, items, busy, idle in rows
         ]
-        return "\n".join([head, *self.notes, *lines])
+        return "\n".join([*self._head, *lines])
 
 
 def counted(n: int, what: str) -> str:

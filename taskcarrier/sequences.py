@@ -30,7 +30,7 @@ from taskcarrier.running import (
     raise_failure,
     refuse_missing,
 )
-from taskcarrier.streams import Streams, WithStream
+from taskcarrier.streams import WithStream, streams_for
 
 
 def mapped(
@@ -42,17 +42,21 @@ def mapped(
     on_error: str = "raise",
     rng: object = None,
     shared: object = None,
+    are_arguments: bool = False,
 ) -> Any:
-    """``list(map(func, *sequences))`` on the workers that `settings` ask for."""
+    """``list(map(func, *sequences))`` on the workers that `settings` ask for.
+
+    Or ``list(starmap(func, *sequences))``, where the one sequence is of arguments.
+    """
     started_ns = monotonic_ns()
     check_callable(func)
     collects = check_on_error(on_error, ("raise", "collect")) == "collect"
-    items = _gathered(sequences)
+    items = _argument_tuples(*sequences) if are_arguments else _gathered(sequences)
     nothing = Choice("sequential", 1, "there is nothing to map")
     calls = Calls.checked(
         func,
         settings.recovery,
-        several=len(sequences) > 1,
+        several=are_arguments or len(sequences) > 1,
         collects=collects,
         rng=rng,
         shared=shared,
@@ -89,6 +93,19 @@ def mapped(
     for start, stop, error in faults:
         add_note(error, f"while mapping {in_words(start, stop)}")
     return results, failed_ranges(faults)
+
+
+def _argument_tuples(iterable: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Arguments of calls, each a tuple; a `TypeError` names what is none."""
+    found: list[tuple[Any, ...]] = []
+    for number, one in enumerate(iterable):
+        if not isinstance(one, Iterable):
+            raise TypeError(
+                f"starmap needs a tuple of arguments for every call, got {one!r} as item {number}; "
+                "for functions of one argument there is map"
+            )
+        found.append(tuple(one))
+    return found
 
 
 def _gathered(sequences: tuple[Iterable[Any], ...]) -> Sequence[Any]:
@@ -163,7 +180,7 @@ class Calls:
         if rng is not None and "rng" in kwargs:
             raise TypeError("rng is given twice: as an option, and in shared")
         if rng is not None:
-            func = WithStream(func, Streams.of_seed(rng))
+            func = WithStream(func, streams_for(func, rng))
         if recovery.retry_on:
             func = Retried(func, recovery.retry_on, recovery.retries)
         return cls(Call(func, (), kwargs), several, collects, rng is not None)
@@ -184,8 +201,8 @@ class Calls:
         several = self.several
         rest: Iterator[Any] = iter(items)
         if self.numbered:
-            numbers = range(start, start + len(items))
-            rest = zip(numbers, *(zip(*items, strict=True) if several else (items,)), strict=True)
+            numbered = enumerate(items, start)
+            rest = ((n, *item) for n, item in numbered) if several else numbered
             several = True
         # What has come of it when it raises stays in the list, whose length names the item.
         calls: Iterator[Any] = starmap(func, rest) if several else map(func, rest)

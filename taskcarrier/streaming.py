@@ -10,7 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from time import monotonic_ns
@@ -111,9 +111,22 @@ def imapped(
     if choice.backend == "sequential" or (goes_alone and chunksize is None):
         chunksize = 1
     pace = Pace(choice.n_jobs, buffersize, chunksize)
-    stream = _streamed(settings, job, choice, Source(items), pace, ordered=ordered)
+    source = Source(items, _length(iterables) if settings.verbosity >= 1 else None)
+    stream = _streamed(settings, job, choice, source, pace, ordered=ordered)
     _streams.add(stream)
     return stream
+
+
+def _length(iterables: Iterable[Iterable[Any]]) -> int | None:
+    """How many items there will be, if that is known; for the bar alone."""
+    lengths = []
+    for one in iterables:
+        if isinstance(one, Sized):
+            try:
+                lengths.append(len(one))
+            except (TypeError, OverflowError):  # it has none after all, or too great a one
+                return None
+    return min(lengths, default=None)
 
 
 def _streamed(
@@ -126,7 +139,7 @@ def _streamed(
     ordered: bool,
 ) -> Generator[Any, None, None]:
     with (
-        progress.shown(settings.verbosity, None, job.n_workers) as tick,
+        progress.shown(settings.verbosity, source.n_items, job.n_workers) as tick,
         _feed(settings, job, choice, pace, tick) as feed,
     ):
         yield from _Stream(feed, source, pace, tick).results(ordered)
@@ -188,10 +201,11 @@ def _feed(
 
 
 class Source:
-    """The input, read by blocks."""
+    """The input, read by blocks; how many items it has, if that is known."""
 
-    def __init__(self, items: Iterator[Any]) -> None:
+    def __init__(self, items: Iterator[Any], n_items: int | None = None) -> None:
         self._items = items
+        self.n_items = n_items
         self.has_ended = False
         self._error: Exception | None = None
 

@@ -10,6 +10,7 @@ spawning a child of a `SeedSequence` takes longer, and counts children in the pa
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -77,3 +78,34 @@ class WithStream:
     def __call__(self, number: int, *args: Any, **kwargs: Any) -> Any:
         """Have the function called with the stream of that number, always from its beginning."""
         return self.func(*args, rng=self.streams.stream(number), **kwargs)
+
+
+def streams_for(func: Callable[..., Any], rng: object) -> Streams:
+    """The streams of `rng` for a function that takes one; a `TypeError` for another.
+
+    >>> streams_for(abs, 3)
+    Traceback (most recent call last):
+    TypeError: rng= gives func a numpy.random.Generator as rng=, but abs has no such parameter: ...
+    """
+    streams = Streams.of_seed(rng)
+    if not _takes_rng(func):
+        raise TypeError(
+            "rng= gives func a numpy.random.Generator as rng=, but "
+            f"{getattr(func, '__name__', repr(func))} has no such parameter: write it as in "
+            "def func(x, rng), or leave rng= out"
+        )
+    return streams
+
+
+def _takes_rng(func: Callable[..., Any]) -> bool:
+    """Whether a function can be called with ``rng=``, as far as it tells."""
+    if isinstance(func, np.ufunc):
+        return False
+    try:
+        # Not that of what is wrapped: a wrapper may well take what it does not pass on.
+        parameters = inspect.signature(func, follow_wrapped=False).parameters
+    except (TypeError, ValueError):  # it tells nothing
+        return True
+    if "rng" in parameters:
+        return parameters["rng"].kind is not inspect.Parameter.POSITIONAL_ONLY
+    return any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())

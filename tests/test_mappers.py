@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import operator
 import os
 import pickle
@@ -63,6 +64,91 @@ def test_arguments_are_the_same_for_all(kind):
         kind(colour="red")
     with pytest.raises(ValueError, match="chunksize"):
         kind(chunksize=0)
+
+
+STARMAP_KINDS = [
+    (SerialMapper, None),
+    *itertools.product([StaticParallelMapper, DynamicParallelMapper], ["threading", "loky"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "backend"), STARMAP_KINDS)
+class TestStarmap:
+    def test_is_that_of_itertools(self, kind, backend):
+        mapper = kind(2, backend=backend)
+        for items in (
+            [(2, 5), (3, 2), (10, 3)],
+            [[2, 5], [3, 2, 5]],  # what pymoo gives are lists; lengths may differ
+            zip([2, 3], [5, 2], strict=True),
+            ((n, 2) for n in range(300)),
+            np.arange(6).reshape(3, 2) + 1,
+            [],
+        ):
+            calls = list(items)
+            found = mapper.starmap(pow, iter(calls))
+            assert found == list(itertools.starmap(pow, calls))
+            assert type(found) is list
+        assert mapper.starmap(dict, [(), ()]) == [{}, {}]
+
+    def test_has_the_options_of_map(self, kind, backend):
+        mapper = kind(2, backend=backend)
+        calls = [(1, 2), (3, 0), (5, 4)]
+        results, failures = mapper.starmap(operator.floordiv, calls, 1, on_error="collect")
+        assert results == [0, None, 1]
+        assert [(one.start, one.stop) for one in failures] == [(1, 2)]
+        assert mapper.starmap(scaled, calls, shared={"factor": 10}) == [30, 30, 90]
+        drawn = mapper.starmap(drawn_sum, [(1,), (1, 2), ()], rng=3, chunksize=2)
+        assert drawn == SerialMapper().starmap(drawn_sum, [(1,), (1, 2), ()], rng=3)
+        one_by_one = mapper.map(drawn_sum, [1], rng=3)
+        assert drawn[:1] == one_by_one
+        assert mapper.starmap(pow, calls, timeout=60, retries=1, retry_on=OSError) == [1, 1, 625]
+        with pytest.raises(ZeroDivisionError) as info:
+            mapper.starmap(operator.floordiv, calls)
+        assert "func failed on item 1" in info.value.__notes__
+
+    def test_what_is_no_tuple_is_named(self, kind, backend):
+        with pytest.raises(TypeError, match=r"got 5 as item 1; .* there is map"):
+            kind(2, backend=backend).starmap(abs, [(1,), 5])
+
+
+def scaled(a, b, factor):
+    return (a + b) * factor
+
+
+def drawn_sum(*numbers, rng):
+    return sum(numbers) + rng.random()
+
+
+def test_starmap_has_all_that_map_has():
+    options = dict(inspect.signature(SerialMapper.map).parameters)
+    for name in ("seq1", "seqs"):
+        del options[name]
+    own = dict(inspect.signature(SerialMapper.starmap).parameters)
+    del own["iterable"]
+    assert set(own) == set(options)
+    assert all(own[name].default == options[name].default for name in own)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("submit", ["mapper.map(func, items)", "mapper.imap(func, items, ordered=False)"]),
+        ("apply_async", ["mapper.map(func, items)"]),
+        ("imap_unordered", ["mapper.imap(func, items, ordered=False)"]),
+        ("shutdown", ["taskcarrier.shutdown()"]),
+        ("no_such_thing", []),
+    ],
+)
+def test_what_executors_have_is_answered_with_what_to_write_instead(kind, name, words):
+    mapper = kind(2)
+    assert not hasattr(mapper, name)
+    with pytest.raises(AttributeError) as info:
+        getattr(mapper, name)
+    assert str(info.value).startswith(f"{kind.__name__!r} object has no attribute {name!r}")
+    assert [word for word in words if word not in str(info.value)] == []
+    assert (info.value.name, info.value.obj) == (name, mapper)
+    assert copy.copy(mapper).n_jobs == 2
 
 
 @pytest.mark.parametrize("kind", [StaticParallelMapper, DynamicParallelMapper])

@@ -1,8 +1,10 @@
 """The report: a table for people, a dict for programs."""
 
+import html
 import json
 import threading
 from dataclasses import FrozenInstanceError, fields, replace
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -64,6 +66,33 @@ def test_notes_stand_below_the_head(report):
     plain, lines = str(report).splitlines(), str(noted).splitlines()
     assert lines == [*plain[:2], "array 0 is pickled", "array 1 too", *plain[2:]]
     assert json.loads(json.dumps(noted.as_dict()))["notes"] == list(noted.notes)
+
+
+def cells_of(page):
+    """What stands in the table of a page, by rows."""
+    root = ET.fromstring(f"<div>{page.replace('<br>', '<br/>')}</div>")
+    return [["".join(cell.itertext()) for cell in row] for row in root.iter("tr")]
+
+
+def test_notebooks_show_a_table(report):
+    page = report._repr_html_()
+    text = str(report).splitlines()
+    n_rows = 1 + len(report.workers)
+    rows = cells_of(page)
+    assert rows[0] == ["worker", "ranges", "items", "busy s", "idle s"]
+    assert [" ".join(row).split() for row in rows] == [line.split() for line in text[-n_rows:]]
+    for line in text[:-n_rows]:
+        assert html.escape(line) in page
+    assert repr(report).startswith("Report(backend=")
+
+
+def test_what_is_shown_is_escaped(report):
+    nasty = "<script>alert('x')</script> & \"more\""
+    worker = replace(report.workers[0], name=nasty)
+    page = replace(report, reason=nasty, notes=(nasty,), workers=(worker,))._repr_html_()
+    assert "<script>" not in page
+    assert page.count(html.escape(nasty)) == 3
+    assert cells_of(page)[1][0] == nasty
 
 
 def test_text_without_workers(report):

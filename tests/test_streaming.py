@@ -366,8 +366,8 @@ def test_a_thread_that_closes_its_own_stream_before_it_begins(monkeypatch):
             closed.set()
 
     monkeypatch.setattr(threads, "limit_this_thread", limit_this_thread)
-    results = MAKERS["dynamic threads"]().imap(abs, [-1])
-    assert next(results) == 1
+    results = MAKERS["dynamic threads"](chunksize=1).imap(abs, [-1, -2])
+    assert [next(results), next(results)] == [1, 2]  # of one thread
     came.set()
     assert closed.wait(LONG)
 
@@ -620,9 +620,49 @@ def test_a_warning_that_is_made_an_error(processes):
     assert processes.map(abs, range(3)) == [0, 1, 2]
 
 
-def test_the_bar_counts_items(parallel, capsys):
-    list(parallel(verbosity=1).imap(abs, range(30)))
+def test_the_bar_counts_items(make, capsys):
+    list(make(verbosity=1).imap(abs, iter(range(30))))
     assert "30item" in capsys.readouterr().err
+
+
+class LengthRefused(list):
+    """As data loaders of streams are: there is a length, and it raises."""
+
+    def __len__(self):
+        raise TypeError("it is a stream")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        (([-1] * 30,), "30/30"),
+        ((range(30), [1] * 20), "20/20"),
+        ((itertools.count(), [1] * 20), "20/20"),
+        ((np.arange(25.0),), "25/25"),
+        (({"a": 1, "b": 2},), "2/2"),
+        ((LengthRefused([1, 2, 3]),), "3item"),
+        (((n for n in range(3)),), "3item"),
+    ],
+)
+def test_the_bar_knows_a_length_that_the_input_has(make, inputs, expected, capsys):
+    found = list(make(verbosity=1).imap(lambda *items: len(items), *inputs))
+    assert set(found) == {len(inputs)}
+    assert expected in capsys.readouterr().err
+
+
+def test_a_length_beyond_all_lists_is_none(make, capsys):
+    results = make(verbosity=1).imap(abs, range(10**30))
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    results.close()
+    assert "item" in capsys.readouterr().err
+
+
+def test_no_length_is_asked_for_where_no_bar_is_shown(make):
+    class Asked(list):
+        def __len__(self):
+            raise AssertionError("nobody wants to know")
+
+    assert list(make().imap(abs, Asked([-1]))) == [1]
 
 
 def test_stop_iteration_is_an_error(make):

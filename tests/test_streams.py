@@ -1,5 +1,7 @@
 """Random streams: independent, and the same whoever runs what."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -122,6 +124,67 @@ def test_items_of_lists_have_them_too(kind, backend):
     several = mapper.map(lambda a, b, rng: a + b + rng.random(), X.tolist(), [1.0] * 40, rng=3)
     assert np.allclose(several, of_items(3) + 1)
     assert_same(mapper.map_items(draw, X, rng=3), of_items(3))
+
+
+def wrapped(func):
+    """A decorator that takes whatever comes, and whose signature is said to be the function's."""
+
+    @functools.wraps(func)
+    def wrapper(*args, **kwargs):
+        kwargs.pop("rng")
+        return func(*args, **kwargs)
+
+    return wrapper
+
+
+class Draws:
+    def __call__(self, x, *, rng):
+        return draw(x, rng)
+
+
+class TestFunctionsThatTakeNone:
+    @pytest.mark.parametrize(
+        ("func", "name"),
+        [
+            (np.sqrt, "sqrt"),
+            (abs, "abs"),
+            (lambda x: x, "<lambda>"),
+            (lambda x, rng, /: x, "<lambda>"),
+            (functools.partial(pow, 2), "functools.partial"),
+        ],
+    )
+    def test_are_refused_before_anything_starts(self, func, name):
+        mapper = DynamicParallelMapper(2)
+        for call in (
+            lambda: map_array(func, X, rng=3),
+            lambda: map_items(func, X, rng=3),
+            lambda: map_chunks(func, X, rng=3),
+            lambda: reduce_array(func, X, combine=np.add, rng=3),
+            lambda: mapper.map(func, [1, 2], rng=3),
+            lambda: mapper.starmap(func, [(1,), (2,)], rng=3),
+            lambda: mapper.imap(func, [1, 2], rng=3),
+        ):
+            with pytest.raises(
+                TypeError, match=r"has no such parameter: .* def func\(x, rng\)"
+            ) as info:
+                call()
+            assert name in str(info.value)
+
+    @pytest.mark.parametrize(
+        "func",
+        [
+            draw,
+            Draws(),
+            functools.partial(draw),
+            lambda x, **more: draw(x, more["rng"]),
+            functools.partial(lambda x, scale, rng: draw(x, rng), scale=2),
+        ],
+    )
+    def test_are_told_from_those_that_take_one(self, func):
+        assert_same(map_items(func, X, rng=3, n_jobs=1), of_items(3))
+
+    def test_a_wrapper_may_take_what_it_does_not_pass_on(self):
+        assert SerialMapper().map(wrapped(abs), [-1], rng=3) == [1]
 
 
 def test_several_arrays_results_and_arguments():

@@ -20,7 +20,7 @@ from taskcarrier.arrays.specs import DisagreementError, Spec
 from taskcarrier.arrays.targets import Targets
 from taskcarrier.arrays.tasks import ArrayTask
 from taskcarrier.backends.choice import Choice, check_for_arrays
-from taskcarrier.backends.given import Call, add_note
+from taskcarrier.backends.given import Call, add_note, text_of
 from taskcarrier.backends.parts import Fault, Parts
 from taskcarrier.backends.work import Failure, Task
 from taskcarrier.partition import Grid, check_chunksize, chunk_grid, item_grid
@@ -35,9 +35,20 @@ from taskcarrier.running import (
     refuse_missing,
 )
 from taskcarrier.segments import Staging
-from taskcarrier.streams import Streams, WithStream
+from taskcarrier.streams import Streams, WithStream, streams_for
 
 ON_ERROR = ("raise", "collect", "fill")
+
+
+# What to pass instead of an array that holds no numbers, by the kind of its dtype.
+_NO_NUMBERS = {
+    **dict.fromkeys(
+        "SUTO",
+        "pass X.astype(float) if its text is numbers, or the columns of numbers alone (of a data "
+        "frame, frame.select_dtypes('number'))",
+    ),
+    "V": "pass its fields one by one, X['name']",
+}
 
 
 @dataclass(eq=False)
@@ -99,7 +110,7 @@ class ArrayCall:
             collects,
             started_ns,
             row,
-            None if rng is None else Streams.of_seed(rng),
+            None if rng is None else streams_for(func, rng),
         )
 
     @property
@@ -166,6 +177,7 @@ class ArrayCall:
                     kept=kept_marks,
                 )
                 spec = fusion.spec
+            self._explain(outcome)
             raise_failure(outcome, self.inputs.describe)
             faults = self._faults(delivered)
             strays = [result for parts in delivered for result in parts.results]
@@ -191,6 +203,7 @@ class ArrayCall:
     def returned(self) -> tuple[dict[int, Any], list[Fault]]:
         """Run with results for the caller: by the start of their range, and what failed."""
         outcome, delivered = self._run(self._choice(), None)
+        self._explain(outcome)
         raise_failure(outcome, self.inputs.describe)
         results = {
             where.start: result
@@ -208,6 +221,14 @@ class ArrayCall:
 
         refuse_missing(outcome, self.inputs.describe, missing, partial)
         return results, faults
+
+    def _explain(self, outcome: Outcome) -> None:
+        """Say of errors of ufuncs which array holds no numbers."""
+        for failure in outcome.failures:
+            if isinstance(failure.error, TypeError) and "ufunc" in text_of(failure.error):
+                for number, dtype in enumerate(self.inputs.dtypes):
+                    if remedy := _NO_NUMBERS.get(dtype.kind):
+                        add_note(failure.error, f"array {number} has dtype {dtype}: {remedy}")
 
     def _choice(self) -> Choice:
         check_for_arrays(self.settings.backend)

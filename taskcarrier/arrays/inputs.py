@@ -25,6 +25,10 @@ _LOSSY = {
 _MASKED_RANGES = (
     "have it give plain arrays (of a netCDF4 variable, set_auto_mask(False)), or fill them before"
 )
+_SEVERAL_AXES = (
+    "To map over several axes of an array, make them one: X.reshape(-1, *X.shape[2:]) has the "
+    "first two as axis 0; reshape the result back"
+)
 # Types with a dtype and a shape whose values are in memory: they become their values.
 _IN_MEMORY = ("pandas", "xarray")
 
@@ -79,9 +83,18 @@ def check_inputs(arrays: Sequence[object], axis: object) -> Inputs:
     if not arrays:
         raise TypeError("expected at least one array to map over")
     checked = [_as_array(array, number) for number, array in enumerate(arrays)]
+    if axis is None or isinstance(axis, list):
+        raise TypeError(
+            "axis must be an integer, or a tuple that is one axis for each array, got "
+            f"{axis!r}. {_SEVERAL_AXES}"
+        )
     wanted = list(axis) if isinstance(axis, tuple) else [axis] * len(checked)
     if len(wanted) != len(checked):
-        raise ValueError(f"axis has {len(wanted)} entries for {len(checked)} arrays")
+        remedy = f". {_SEVERAL_AXES}" if len(wanted) > len(checked) else ""
+        raise ValueError(
+            f"axis has {len(wanted)} entries for {len(checked)} arrays: a tuple is one axis for "
+            f"each array{remedy}"
+        )
     axes = [
         normalize_axis(one, array.ndim, "axis") for one, array in zip(wanted, checked, strict=True)
     ]

@@ -20,7 +20,8 @@ _DESCRIPTIONS = """
     ndarray base-class arrays (a unit, for example, is lost). Arrays of Python objects are
     pickled by range for processes.
 axis : int or tuple of int, default 0
-    The mapped axis; a tuple has one for each array.
+    The mapped axis; a tuple has one for each array. To map over several axes of an array, reshape
+    it so that they are one.
 balance : {"static", "dynamic"}, default "static"
     How ranges are shared out. Static: each worker has one contiguous run of them, best
     when all take alike. Dynamic: the next range goes to whoever is free, best when times
@@ -29,8 +30,9 @@ n_jobs : int, optional
     Workers. Default: what an active `joblib.parallel_config` says, else all cores this
     process may use. Negative numbers count from all cores (-1) down, as in joblib. With 1
     the function runs in the caller.
-backend : {"sequential", "threading", "loky", "multiprocessing"}, optional
-    Where workers run: in the caller, in threads, or in processes (the last two words).
+backend : {"sequential", "threading", "loky", "threads", "processes", "multiprocessing"}, optional
+    Where workers run: in the caller, in threads, or in processes. ``"threads"`` is another word for
+    ``"threading"``, ``"processes"`` and ``"multiprocessing"`` for ``"loky"``.
     Default: what an active `joblib.parallel_config` says, else threads when `func` is
     known to release the GIL (a ufunc, a function that numba has compiled), else processes.
 chunksize : int, optional

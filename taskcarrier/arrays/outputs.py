@@ -86,7 +86,8 @@ class Plan:
             return (self.out_axis,) * n_results
         if len(self.out_axis) != n_results:
             raise ValueError(
-                f"out_axis has {len(self.out_axis)} entries, func returned {n_results}"
+                f"out_axis has {len(self.out_axis)} entries, func returned {n_results}; a tuple "
+                "is one axis for each result"
             )
         return self.out_axis
 

@@ -21,11 +21,13 @@ from taskcarrier.contexts import contextmanager
 from taskcarrier.locks import ModuleLock
 from taskcarrier.partition import as_integer
 
-BACKENDS = ("sequential", "threading", "loky", "multiprocessing")
 OWN = ("sequential", "threading", "loky")
 """Where our own workers run; any other name is one that was registered with joblib."""
 
-_ALIASES = {"multiprocessing": "loky"}  # the original's word means our processes
+# Other words for these; the original's word, which is joblib's too, means our processes.
+_ALIASES = {"threads": "threading", "processes": "loky", "multiprocessing": "loky"}
+
+BACKENDS = (*OWN, *_ALIASES)
 
 
 @dataclass(frozen=True)
@@ -225,8 +227,7 @@ def _where(
 
 def _followed(facts: Facts) -> str | None:
     """The backend of an active `joblib.parallel_config`, in our words."""
-    active = facts.active_backend
-    return None if active is None else _ALIASES.get(active, active)
+    return "loky" if facts.active_backend == "multiprocessing" else facts.active_backend
 
 
 def facts_now(*, follows_joblib: bool = True) -> Facts:

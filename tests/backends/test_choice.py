@@ -230,15 +230,27 @@ class TestCheckBackend:
     def test_good_ones_stay(self, backend):
         assert check_backend(backend) == backend
 
-    def test_the_original_s_word_means_processes(self):
-        assert check_backend("multiprocessing") == "loky"
+    @pytest.mark.parametrize(
+        ("word", "backend"),
+        [("multiprocessing", "loky"), ("processes", "loky"), ("threads", "threading")],
+    )
+    def test_other_words(self, word, backend):
+        assert check_backend(word) == backend
+
+    def test_what_is_registered_under_another_word_of_ours_is_followed_as_such(self, monkeypatch):
+        monkeypatch.setitem(joblib.parallel.BACKENDS, "threads", OtherBackend)
+        with joblib.parallel_config(backend="threads"):
+            found = facts_now()
+        assert choose(None, None, found, lists=True).backend == "threads"
 
     def test_names_that_are_registered_with_joblib_stay(self, monkeypatch):
         assert check_backend("dask") == "dask"  # joblib loads it when it is used
         monkeypatch.setitem(joblib.parallel.BACKENDS, "taskcarrier-test", OtherBackend)
         assert check_backend("taskcarrier-test") == "taskcarrier-test"
 
-    @pytest.mark.parametrize("backend", ["threads", "Loky", "", "Dask", 1, b"loky", ["loky"]])
+    @pytest.mark.parametrize(
+        "backend", ["thread", "Threads", "Loky", "", "Dask", 1, b"loky", ["loky"]]
+    )
     def test_others_are_refused_naming_the_allowed(self, backend):
         with pytest.raises(ValueError, match="backend must be None or one of") as info:
             check_backend(backend)

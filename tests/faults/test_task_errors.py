@@ -48,6 +48,30 @@ class HoldingError(Exception):
         self.lock = threading.Lock()
 
 
+@pytest.mark.fault(34)
+@pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+@pytest.mark.parametrize(
+    ("X", "words"),
+    [
+        (np.array(["1", "2"]), ["<U1", "X.astype(float)"]),
+        (np.array([b"1", b"2"]), ["S1", "X.astype(float)"]),
+        (np.array(["1", 2.0], object), ["object", "select_dtypes('number')"]),
+        (np.zeros(2, [("a", "f8"), ("b", "U1")]), ["'b'", "X['name']"]),
+    ],
+)
+def test_arrays_that_hold_no_numbers_are_named(backend, X, words):
+    run = {"backend": backend, "n_jobs": 2}
+    for call in (
+        lambda: map_array(np.sqrt, X, **run),
+        lambda: map_items(lambda x: np.sqrt(x) + 1, X, **run),
+        lambda: map_chunks(lambda numbers, x: np.sqrt(x), np.ones(2), X, **run),
+    ):
+        with pytest.raises(TypeError) as info:
+            call()
+        (note,) = [one for one in info.value.__notes__ if "has dtype" in one]
+        assert [word for word in words if word not in note] == []
+
+
 @pytest.mark.fault(1)
 @pytest.mark.parametrize(("backend", "balance"), RUNS)
 def test_an_error_keeps_its_type_and_arguments_and_names_axis_and_range(backend, balance):
