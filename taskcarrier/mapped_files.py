@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import stat
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +60,8 @@ def written_through(array: np.ndarray) -> SharedView | None:
 def check_whole(array: np.ndarray) -> None:
     """A `ValueError` for an array over a file that was cut off since it was mapped.
 
-    Whoever looks at what is missing is ended by the kernel (SIGBUS), or finds zeros in the file's
-    last page. A file that is cut off later ends the process that looks at it all the same.
+    The kernel ends a process that looks at what is missing (SIGBUS), or gives it zeros in the
+    file's last page. Nothing keeps a file from being cut off later.
     """
     owner = _owner(array)
     if owner is None or not array.nbytes:
@@ -70,17 +71,31 @@ def check_whole(array: np.ndarray) -> None:
             return
         size, offset = os.fstat(owner.segment.fd).st_size, 0
     else:
-        size, offset = owner.size(), _offset_in_file(array)
+        try:
+            size, offset = owner.size(), _offset_in_file(array)
+        except (OSError, ValueError):  # it has no descriptor of its own
+            return
     begin = address_of(np.frombuffer(owner, np.uint8))
     low, high = byte_bounds(array)
     end = offset + high - begin
     if end <= size or not os.path.exists(_MAPS):
         return
     line = _lines_over(low, low + 1)[0]
+    if size == 0 and _is_device(line.path):
+        return
     if line.permissions[3] == "p":  # what was written to in the last page is this process's own
         size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     if end > size:
         raise cut_off(line.path, size, end)
+
+
+def _is_device(path: str) -> bool:
+    """Whether what is mapped is no ordinary file, and so tells no size."""
+    try:
+        # Memory of /dev/zero is shown as a file that is gone.
+        return not stat.S_ISREG(os.stat(path.removesuffix(" (deleted)")).st_mode)
+    except OSError:
+        return False
 
 
 def _offset_in_file(array: np.ndarray) -> int:

@@ -660,7 +660,7 @@ def test_a_length_beyond_all_lists_is_none(make, capsys):
 def test_no_length_is_asked_for_where_no_bar_is_shown(make):
     class Asked(list):
         def __len__(self):
-            raise AssertionError("nobody wants to know")
+            raise AssertionError("it is not needed")
 
     assert list(make().imap(abs, Asked([-1]))) == [1]
 

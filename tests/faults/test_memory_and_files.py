@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import mmap
 import os
 import sys
 import textwrap
@@ -403,6 +404,19 @@ class TestFilesThatAreCutOff:
         os.truncate(path, 0)
         with pytest.raises(ValueError, match="it has 0 bytes"):
             map_array(np.negative, mapped)
+
+    def test_devices_have_no_size(self):
+        with open("/dev/zero", "r+b") as device:  # noqa: PTH123  # for its descriptor
+            mapped = np.frombuffer(mmap.mmap(device.fileno(), 8000), "f8")
+        for backend in ("sequential", "threading", "loky"):
+            assert not map_array(np.negative, mapped, backend=backend, n_jobs=2).any()
+
+    def test_a_mapping_without_a_descriptor_is_taken_as_it_is(self, path):
+        options = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+        with path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, **options)
+        mapped = np.frombuffer(mapping, "f8", offset=128)
+        assert map_array(np.negative, mapped, backend="threading", n_jobs=2).sum() == -50_000
 
     def test_with_an_offset_of_many_pages(self, path):
         mapped = np.memmap(path, "f8", "r", offset=80_000)
