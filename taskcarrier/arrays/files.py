@@ -205,7 +205,10 @@ class NpyWriter:
                     os.unlink(leftover)
             os.close(fd)
             fd = None
-        self.segment = Segment(_new_file(self.part) if fd is None else fd, on_disk=True)
+        if fd is None:
+            # One that replaces another is this user's alone until it has that one's permissions.
+            fd = _new_file(self.part, 0o600 if os.path.exists(self.path) else 0o666)
+        self.segment = Segment(fd, on_disk=True)
         # Its owner may write to it for now, whatever becomes of it then.
         _take_on(self.segment.fd, self.path, stat.S_IRUSR | stat.S_IWUSR)
 
@@ -288,12 +291,12 @@ def _left_open(path: str) -> int | None:
     return locked(fd, path)
 
 
-def _new_file(path: str) -> int:
+def _new_file(path: str, mode: int) -> int:
     """A new, empty file, locked for this run."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         with above_standard:
-            fd = os.open(path, flags, 0o666)
+            fd = os.open(path, flags, mode)
         return locked(fd, path)
     except FileExistsError:  # it was not there a moment ago
         raise busy(path) from None

@@ -98,7 +98,8 @@ class ThreadCrew:
                 add_note(
                     error,
                     f"only {len(self._workers):,} of {self._n:,} threads could be started; pass a "
-                    "smaller n_jobs, or raise the limit (`ulimit -u`, or the control group's)",
+                    "smaller n_jobs, or raise the limit (`ulimit -u`, `ulimit -v`, or the control "
+                    "group's)",
                 )
                 raise
         return worker
