@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.backends.given import add_note
 from taskcarrier.kept_mappings import open_for_reading
+from taskcarrier.notes import add_note
 from taskcarrier.partition import Grid
 from taskcarrier.segments import SharedView, Staging
 

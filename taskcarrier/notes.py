@@ -69,3 +69,22 @@ def raise_again(error: BaseException) -> NoReturn:
             set_plainly(error, "__context__", context)
         # The traceback refers to this frame, which must not refer to the error.
         del error, context
+
+
+# What errors say of read-only arrays: numba's, which are TypeErrors, then NumPy's ValueErrors.
+_OF_READ_ONLY = (("Cannot modify readonly", "No matching definition"), ("read-only",))
+
+
+CARRIED = (
+    "what every call is to write to must be made by taskcarrier.empty or share (or be a memmap) "
+    "and be carried by func: enclosed by it, or functools.partial(func, array)"
+)
+"""What to do instead of writing to read-only arrays."""
+
+
+def is_of_read_only(error: BaseException) -> bool:
+    """Whether an error says that an array is read-only."""
+    if not isinstance(error, (ValueError, TypeError)):
+        return False
+    text = text_of(error)
+    return any(words in text for words in _OF_READ_ONLY[isinstance(error, ValueError)])

@@ -23,7 +23,6 @@ from taskcarrier.backends import choice as choices
 from taskcarrier.backends.choice import Choice
 from taskcarrier.backends.crews import process_crew, thread_crew
 from taskcarrier.backends.functions import has_own_threads, releases_gil
-from taskcarrier.backends.given import add_note, text_of
 from taskcarrier.backends.inner import limited
 from taskcarrier.backends.work import (
     Account,
@@ -38,7 +37,7 @@ from taskcarrier.backends.work import (
 )
 from taskcarrier.balance import Balance, Dynamic, Static, get_balance
 from taskcarrier.ledger import OWN_MARKS, Ledger
-from taskcarrier.notes import raise_again
+from taskcarrier.notes import add_note, raise_again, text_of
 from taskcarrier.partition import Grid
 from taskcarrier.recovery import USUAL, Recovery
 from taskcarrier.report import Report, WorkerReport, keep_report

@@ -16,11 +16,12 @@ from typing import Any
 from taskcarrier.arrays.calls import check_on_error, failed_ranges
 from taskcarrier.arrays.inputs import check_callable, check_extras, read_only
 from taskcarrier.backends.choice import Choice
-from taskcarrier.backends.given import CARRIED, Call, add_note, is_of_read_only
+from taskcarrier.backends.given import Call
 from taskcarrier.backends.parts import Fault, Parts
 from taskcarrier.backends.work import Agree
 from taskcarrier.blocks import Blocks
 from taskcarrier.interrupts import is_of_the_program
+from taskcarrier.notes import CARRIED, add_note, is_of_read_only
 from taskcarrier.partition import in_words, list_grid
 from taskcarrier.recovery import Recovery, Retried
 from taskcarrier.running import (

@@ -22,7 +22,6 @@ from taskcarrier.backends import choice as choices
 from taskcarrier.backends.choice import Choice
 from taskcarrier.backends.crews import process_crew, thread_crew
 from taskcarrier.backends.feeds import Came, Feed, SerialFeed, UnsendableError
-from taskcarrier.backends.given import add_note
 from taskcarrier.backends.inner import limited
 from taskcarrier.backends.parts import Parts
 from taskcarrier.backends.work import Agree, Job
@@ -30,7 +29,7 @@ from taskcarrier.balance import Dynamic
 from taskcarrier.contexts import contextmanager
 from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.ledger import Ledger
-from taskcarrier.notes import raise_again
+from taskcarrier.notes import add_note, raise_again
 from taskcarrier.partition import Grid, as_integer, in_words
 from taskcarrier.running import Settings, decide, recovered, report_of, warn_again
 from taskcarrier.segments import Staging

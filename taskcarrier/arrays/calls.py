@@ -20,9 +20,10 @@ from taskcarrier.arrays.specs import DisagreementError, Spec
 from taskcarrier.arrays.targets import Targets
 from taskcarrier.arrays.tasks import ArrayTask
 from taskcarrier.backends.choice import Choice, check_for_arrays
-from taskcarrier.backends.given import Call, add_note, text_of
+from taskcarrier.backends.given import Call
 from taskcarrier.backends.parts import Fault, Parts
 from taskcarrier.backends.work import Failure, Task
+from taskcarrier.notes import add_note, text_of
 from taskcarrier.partition import Grid, check_chunksize, chunk_grid, item_grid
 from taskcarrier.recovery import Retried
 from taskcarrier.running import (

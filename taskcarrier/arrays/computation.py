@@ -27,6 +27,7 @@ from taskcarrier.arrays.sources import ArrayLikeSource
 from taskcarrier.backends.given import Call
 from taskcarrier.fingerprint import Fingerprint
 from taskcarrier.layout import address_of, byte_bounds
+from taskcarrier.limits import named
 from taskcarrier.mapped_files import located, synced
 from taskcarrier.partition import Grid
 from taskcarrier.segments import SharedView
@@ -110,8 +111,8 @@ class Computation:
                 "if func only reads the array, pass it in args= or set its flags.writeable = False"
             )
         digests |= {f"args[{n}]": found.of(one, f"args[{n}]") for n, one in enumerate(call.args)}
-        named = {f"kwargs[{name!r}]": one for name, one in call.kwargs.items()}
-        digests |= {name: found.of(one, name) for name, one in named.items()}
+        keyed = {f"kwargs[{name!r}]": one for name, one in call.kwargs.items()}
+        digests |= {name: found.of(one, name) for name, one in keyed.items()}
         sampled = {}
         for number, (array, axis) in enumerate(zip(inputs.arrays, inputs.axes, strict=True)):
             name = f"array {number}"
@@ -188,8 +189,8 @@ def _input(array: Any, axis: int, name: str, found: Fingerprint) -> tuple[str, S
     status = [file.st_dev, file.st_ino, file.st_ctime_ns, file.st_mtime_ns, file.st_size]
     place = repr((view.offset, view.shape, view.strides, view.dtype, file.st_size))
     samples = [found.of(page, name) for page in _pages(array, view)]
-    path = os.readlink(f"/proc/self/fd/{view.segment.fd}")
-    return found.of(place, name), Sampled(f"{name} ({path})", found.of(samples, name), status)
+    what = f"{name} ({named(view.segment.fd) or 'a file'})"
+    return found.of(place, name), Sampled(what, found.of(samples, name), status)
 
 
 def _pages(array: np.ndarray, view: SharedView) -> Iterator[bytes]:

@@ -16,12 +16,12 @@ import numpy as np
 
 from taskcarrier.arrays.inputs import own_or_read_only
 from taskcarrier.arrays.specs import Spec
-from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parts import Parts
 from taskcarrier.backends.work import NOTHING, Agree, Deliver, Job
 from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.layout import address_of, items_first
 from taskcarrier.ledger import Ledger
+from taskcarrier.notes import add_note
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,10 +33,10 @@ from numba.np.arrayobj import make_array, populate_array
 
 from taskcarrier.arrays.inputs import read_only
 from taskcarrier.backends.crews import at_shutdown
-from taskcarrier.backends.given import add_note
 from taskcarrier.layout import items_first
 from taskcarrier.ledger import CURSOR_AT, IN_HAND_AT, ITEM_AT, ITEMS_AT, RANGES_AT
 from taskcarrier.locks import ModuleLock
+from taskcarrier.notes import add_note
 
 _WORD = ir.IntType(64)
 # The beginning of the name of what makes a Python object of an array.

@@ -12,7 +12,7 @@ from taskcarrier.arrays.options import documented
 from taskcarrier.arrays.outputs import check_out_axis
 from taskcarrier.arrays.resuming import KeptLedger
 from taskcarrier.arrays.targets import Targets, check_targets
-from taskcarrier.backends.given import add_note
+from taskcarrier.notes import add_note
 from taskcarrier.recovery import RETRIES
 from taskcarrier.running import Settings
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.backends.given import add_note
+from taskcarrier.notes import add_note
 
 # What holds no array, and is not worth a look.
 _ATOMS = (

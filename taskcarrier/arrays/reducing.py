@@ -10,7 +10,7 @@ from taskcarrier.arrays.calls import ArrayCall
 from taskcarrier.arrays.inputs import check_callable
 from taskcarrier.arrays.mapping import UNSET
 from taskcarrier.arrays.options import documented
-from taskcarrier.backends.given import add_note
+from taskcarrier.notes import add_note
 from taskcarrier.recovery import RETRIES
 from taskcarrier.running import Settings
 

@@ -22,10 +22,10 @@ from taskcarrier.arrays.files import NpyWriter, check_path, header_of
 from taskcarrier.arrays.inputs import Inputs, arrays_within, normalize_axis
 from taskcarrier.arrays.outputs import Plan
 from taskcarrier.arrays.specs import Spec
-from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parts import Where
 from taskcarrier.layout import has_internal_overlap
 from taskcarrier.mapped_files import check_whole, file_of, located, region
+from taskcarrier.notes import add_note
 
 # How hard to look whether two interleaved views share an item; arbitrary.
 _MAX_WORK: Any = 10_000

@@ -23,10 +23,11 @@ from taskcarrier.arrays.ownership import owned, owned_objects
 from taskcarrier.arrays.sources import Source
 from taskcarrier.arrays.specs import Spec
 from taskcarrier.arrays.stacking import Mixed, stacked
-from taskcarrier.backends.given import CARRIED, Call, add_note, is_of_read_only
+from taskcarrier.backends.given import Call
 from taskcarrier.backends.parts import Fault, Parts, Where
 from taskcarrier.backends.work import NOTHING, Agree
 from taskcarrier.interrupts import is_of_the_program
+from taskcarrier.notes import CARRIED, add_note, is_of_read_only
 from taskcarrier.segments import trim_files
 
 # After so many bytes of chunks a worker lets go of the files it has mapped; arbitrary.

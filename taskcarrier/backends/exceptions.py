@@ -18,11 +18,10 @@ from collections.abc import Iterator
 from types import MemberDescriptorType
 from typing import Any
 
-from taskcarrier.backends.given import text_of
 from taskcarrier.backends.parcels import Pickler, dumps, unpack_items
 from taskcarrier.errors import TaskError, WorkerTracebackError
 from taskcarrier.interrupts import is_of_the_program
-from taskcarrier.notes import related, set_plainly
+from taskcarrier.notes import related, set_plainly, text_of
 
 _Link = tuple[int | None, int | None, bool]
 """Cause and context of an exception by their numbers, and whether the context is not shown."""

@@ -30,12 +30,13 @@ import numpy as np
 
 from taskcarrier.advice import advise
 from taskcarrier.backends.decorated import reduce_cached, reduce_dispatching
-from taskcarrier.backends.given import Call, add_note
+from taskcarrier.backends.given import Call
 from taskcarrier.descriptors import above_standard
 from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.layout import is_mostly_gaps
 from taskcarrier.limits import is_no_room
 from taskcarrier.mapped_files import located, written_through
+from taskcarrier.notes import add_note
 from taskcarrier.report import counted
 from taskcarrier.segments import Mode, Segment, SharedView, Staging
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from taskcarrier.backends.feeds import AHEAD, Came, UnsendableError, came_of, raise_and_forget
-from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parcels import Parcel, pack_items, unpack_items
 from taskcarrier.backends.parts import Parts
 from taskcarrier.backends.process_runs import (
@@ -41,6 +40,7 @@ from taskcarrier.backends.worker_process import (
 )
 from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.ledger import Ledger
+from taskcarrier.notes import add_note
 from taskcarrier.partition import in_words
 from taskcarrier.recovery import Again
 from taskcarrier.segments import Segment, Staging

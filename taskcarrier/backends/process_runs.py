@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parcels import Channel, Parcel, unpack_items
 from taskcarrier.backends.parts import Parts
 from taskcarrier.backends.work import Account, Death, Deliver, Failure, Job, Ran, timeout_error
 from taskcarrier.backends.worker_process import KEPT, RESULTS, account_from, order, results_from
 from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.ledger import DONE, FREE, SENT, TAKEN_BACK, Ledger
+from taskcarrier.notes import add_note
 from taskcarrier.partition import Partition
 from taskcarrier.recovery import Again
 

@@ -37,7 +37,6 @@ from joblib.externals.loky.backend import get_context
 
 from taskcarrier import caller_memory
 from taskcarrier.backends.endings import Ending, is_readable
-from taskcarrier.backends.given import add_note
 from taskcarrier.backends.inner import inner_environment
 from taskcarrier.backends.parcels import Channel, Parcel
 from taskcarrier.backends.process_feeds import ProcessFeed
@@ -58,6 +57,7 @@ from taskcarrier.ledger import (
     Ledger,
     ledger_nbytes,
 )
+from taskcarrier.notes import add_note
 
 # How long an idle worker has for its own exit hooks before it is killed.
 _EXIT_SECONDS = 5.0

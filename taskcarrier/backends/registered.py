@@ -34,7 +34,7 @@ from joblib.parallel import get_active_backend
 
 from taskcarrier.backends.choice import Choice
 from taskcarrier.backends.exceptions import pack_error, unpack_error
-from taskcarrier.backends.given import Call, add_note
+from taskcarrier.backends.given import Call
 from taskcarrier.backends.inner import limited
 from taskcarrier.backends.parcels import (
     pack_apart,
@@ -46,6 +46,7 @@ from taskcarrier.backends.work import Account, Deliver, Failure, Job, Ran, be_at
 from taskcarrier.contexts import contextmanager
 from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.ledger import Ledger
+from taskcarrier.notes import add_note
 
 
 class Calls(Protocol):

@@ -17,7 +17,6 @@ from functools import partial
 from queue import SimpleQueue
 
 from taskcarrier.backends.feeds import ThreadFeed
-from taskcarrier.backends.given import add_note
 from taskcarrier.backends.inner import limit_this_thread, limited, serial_joblib
 from taskcarrier.backends.work import (
     Account,
@@ -30,6 +29,7 @@ from taskcarrier.backends.work import (
     work,
 )
 from taskcarrier.ledger import Ledger
+from taskcarrier.notes import add_note
 
 # Seconds between two looks at a run whose progress is shown.
 TICK = 0.1

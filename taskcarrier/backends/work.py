@@ -15,11 +15,11 @@ from itertools import chain
 from time import monotonic_ns
 from typing import Any, NamedTuple, Protocol, cast
 
-from taskcarrier.backends.given import add_note
 from taskcarrier.backends.parts import Parts
 from taskcarrier.backends.surroundings import Surroundings
 from taskcarrier.balance import Balance
 from taskcarrier.ledger import DONE, FREE, SENT, Ledger
+from taskcarrier.notes import add_note
 from taskcarrier.partition import Grid
 from taskcarrier.recovery import USUAL, Again, Recovery
 from taskcarrier.segments import SharedView

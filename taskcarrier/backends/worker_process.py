@@ -23,7 +23,6 @@ from taskcarrier import caller_memory, kept_mappings
 from taskcarrier.backends.endings import is_readable
 from taskcarrier.backends.exceptions import pack_error, pack_warning, unpack_error
 from taskcarrier.backends.feeds import Came
-from taskcarrier.backends.given import add_note
 from taskcarrier.backends.inner import serial_joblib
 from taskcarrier.backends.parcels import (
     Channel,
@@ -45,6 +44,7 @@ from taskcarrier.backends.work import (
 from taskcarrier.contexts import contextmanager
 from taskcarrier.descriptors import above_standard
 from taskcarrier.ledger import OWN_MARKS, FileAgreement, FileCursor, Ledger
+from taskcarrier.notes import add_note
 from taskcarrier.recovery import Again
 from taskcarrier.segments import Segment, Staging, descriptors_are_scarce
 
