@@ -102,7 +102,7 @@ class Computation:
             What else counts, as a text.
         """
         found = Fingerprint()
-        digests = found.of_parts(call.func, "func")
+        digests = found.of_function(call.func, "func")
         if found.takes_writes:
             raise ValueError(
                 f"resume=True cannot go with a function that may write to arrays of the caller: "
