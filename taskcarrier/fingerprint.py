@@ -293,11 +293,13 @@ class Fingerprint:
         return _joined("subclass", own, (yield from self._made_of(_attributes(value), value, name)))
 
     def _function(self, function: FunctionType, name: str) -> _Steps:
+        module = function.__module__
+        if is_installed(module) and _is_found(function, module, function.__qualname__):
+            return _joined("function", _named(module, function.__qualname__).encode())
+        # Of a module of the program; or a decorator has made it, and it encloses one of these.
         code = yield function.__code__, name
         members = yield from self._members(_parts(function), name)
-        module = _written_in(function)
-        own = _named(module, function.__code__.co_qualname) if is_installed(module) else ""
-        return _joined("function", own.encode(), code, *members)
+        return _joined("function", code, *members)
 
     def _code(self, code: CodeType, name: str) -> _Steps:
         facts = (
@@ -316,6 +318,8 @@ class Fingerprint:
 
     def _class(self, kind: type, name: str) -> _Steps:
         """Of a class of the program."""
+        if _package(type(kind)) == "numba":  # such as of `jitclass`: its name is never the same
+            return (yield from self._by_type(kind, name))
         members = {key: one for key, one in vars(kind).items() if key not in _OF_EVERY_CLASS}
         if issubclass(kind, enum.Enum):
             own_names = {*kind.__members__, *(k for k in members if _IN_ENUMS.match(k))}
@@ -345,6 +349,8 @@ class Fingerprint:
                 parts: dict[str, Any] = {"func": func, "options": options}
                 if _at(value, "_can_compile") is False:  # its signatures were given
                     parts["signatures"] = str(_at(value, "signatures"))
+                if _at(value, "_frozen"):  # likewise
+                    parts["types"] = str(_at(value, "types"))
                 own = yield from self._made_of(parts, value, name)
                 del self.takes_writes[n_before:]  # arrays that kernels enclose are constants
                 return own
@@ -355,9 +361,14 @@ class Fingerprint:
     def _holder(self, value: Any, name: str) -> _Steps:
         """Of what holds functions, and says by attributes of its own which."""
         parts = next(parts for kind, parts in _MADE_OF.items() if issubclass(type(value), kind))
-        beside = {key: one for key, one in _attributes(value).items() if key != "lock"}
+        beside = {k: one for k, one in _attributes(value).items() if k not in {"lock", "_ufunc"}}
         members = {part: getattr(value, part) for part in parts}
         return self._made_of({**beside, **members}, value, name)
+
+    def _scalar(self, value: np.generic, name: str) -> _Steps:
+        """Of a class of the program that is a number of NumPy's as well."""
+        parts = {**_attributes(value), "value as array": np.asarray(value)}
+        return self._made_of(parts, value, name)
 
     def _path(self, value: Any, name: str) -> _Steps:
         own = yield type(value), f"the class of {name}"
@@ -403,6 +414,7 @@ class Fingerprint:
         found += yield from self._all(args, name)
         if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):  # noqa: PLR2004  # a dict or None, and values of slots
             state = {**(state[0] or {}), **state[1]}
+        state = {} if state is None else state
         if isinstance(state, dict) and all(isinstance(key, str) for key in state):
             kind = type(value)
             kept = {k: v for k, v in state.items() if not _is_cached_property(kind, k)}
@@ -432,6 +444,7 @@ _OF_EXACTLY: dict[type, _Look] = {
 _OF_KINDS: list[tuple[type | tuple[type, ...], _Look]] = [
     (type, Fingerprint._class),
     (np.ndarray, Fingerprint._array),
+    (np.generic, Fingerprint._scalar),
     (enum.Enum, Fingerprint._enum_member),
     ((set, frozenset), Fingerprint._set),
     (tuple(_MADE_OF), Fingerprint._holder),
@@ -451,7 +464,10 @@ _OF_EVERY_CLASS = {
     "__doc__",
     "__firstlineno__",
     "__module__",
+    "__orig_bases__",
+    "__parameters__",
     "__static_attributes__",
+    "__type_params__",
     "__weakref__",
     "_abc_impl",
 }
@@ -496,13 +512,18 @@ def _parts(function: FunctionType) -> dict[str, Any]:
         "default values": function.__defaults__,
         "keyword defaults": function.__kwdefaults__,
     }
-    attributes = vars(function)
+    attributes = _attributes(function)
     if function.__code__ is _DISPATCHING:  # it encloses what it remembers
-        found["overloads for types"] = dict(attributes["registry"])
-        return found
-    found |= {f"attribute {name}": one for name, one in attributes.items()}
-    found |= _enclosed(function)
-    return found if is_installed(_written_in(function)) else found | _read_by(function)
+        own = _attributes(functools.singledispatch(len)).keys() - {"registry"}
+        attributes = {name: one for name, one in attributes.items() if name not in own}
+        return {**found, **attributes}
+    if not is_installed(_written_in(function)):
+        found |= _read_by(function)
+    return {
+        **found,
+        **{f"attribute {name}": one for name, one in attributes.items()},
+        **_enclosed(function),
+    }
 
 
 def _read_by(function: FunctionType) -> dict[str, Any]:
@@ -561,7 +582,7 @@ def _name_of(value: Any, kind: type) -> str | None:
     if kind is BuiltinFunctionType and issubclass(type(value.__self__), (type, ModuleType)):
         module = value.__module__
         return _named(module, value.__qualname__) if is_installed(module) else None
-    return _STREAMS.get(id(value))
+    return _name_of_stream(value) if kind.__name__ in {"Random", "RandomState"} else None
 
 
 def _name_of_class(kind: type) -> str | None:
@@ -576,16 +597,12 @@ def _name_of_class(kind: type) -> str | None:
 _HEAP_TYPE = 1 << 9  # the interpreter's mark of classes that are made when a program runs
 
 
-def _global_streams() -> dict[int, str]:
-    """The generators behind the functions of `random` and `numpy.random`, by address."""
-    import random  # noqa: PLC0415  # NumPy imports it
-
-    found = {id(random._inst): "the stream of random"}
-    legacy = _attributes(sys.modules.get("numpy.random.mtrand")).get("_rand")
-    return found if legacy is None else {**found, id(legacy): "the stream of numpy.random"}
-
-
-_STREAMS = _global_streams()
+def _name_of_stream(value: Any) -> str | None:
+    """That of the generators behind the functions of `random` and `numpy.random`."""
+    for module, name in (("random", "_inst"), ("numpy.random.mtrand", "_rand")):
+        if _attributes(sys.modules.get(module)).get(name) is value:
+            return f"the stream of {module}"
+    return None
 
 
 def _module_of(kind: type) -> str:

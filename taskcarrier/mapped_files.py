@@ -7,7 +7,6 @@ cannot be identified (private mappings, deleted or replaced files) is read like 
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import stat
@@ -18,7 +17,7 @@ import numpy as np
 
 from taskcarrier.descriptors import above_standard
 from taskcarrier.layout import address_of, byte_bounds
-from taskcarrier.segments import Mapping, Segment, SharedView, cut_off, locate
+from taskcarrier.segments import Mapping, Segment, SharedView, cut_off, locate, memory_owner
 
 _MAPS = "/proc/self/maps"
 
@@ -51,7 +50,7 @@ def written_through(array: np.ndarray) -> SharedView | None:
     if view is None:
         raise ValueError(
             f"func carries a memmap of shape {array.shape}, and its file cannot be opened for "
-            "writing (it was removed, replaced or cut off, or permission has gone): what workers "
+            "writing (permission has gone, or it has no name and is not open): what workers "
             "write to it would be lost. If func only reads it, set its flags.writeable = False"
         )
     return view
@@ -109,17 +108,28 @@ def _offset_in_file(array: np.ndarray) -> int:
     return 0
 
 
-def synced(array: np.ndarray) -> np.ndarray:
-    """The array; what was written to the file it maps is there, and in its time of change.
+def settled(fd: int) -> bool:
+    """Whether the time of change of a file tells, from now on, of all that is written to it.
 
-    The kernel notes a change when a clean page is first written to: later ones go unnoticed until
-    the page has been written back.
+    The kernel notes a change through a mapping when a clean page is first written to. So the pages
+    are written back, whoever has written to them. Those of a file system in memory never are.
     """
-    owner = _owner(array)
-    if owner is not None and array.nbytes:
-        with contextlib.suppress(OSError, ValueError, TypeError):  # private, or for reading only
-            owner.flush()
-    return array
+    try:
+        os.fsync(fd)
+    except OSError:  # a file system that cannot
+        return False
+    return not _lies_in_memory(os.fstat(fd).st_dev)
+
+
+def _lies_in_memory(device: int) -> bool:
+    name = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            mounts = [line.split() for line in file]
+    except OSError:
+        return False
+    kinds = {mount[mount.index(b"-") + 1] for mount in mounts if mount[2] == name.encode()}
+    return not kinds.isdisjoint({b"tmpfs", b"ramfs", b"hugetlbfs", b"devtmpfs"})
 
 
 def region(array: np.ndarray) -> tuple[object, int, int]:
@@ -207,24 +217,54 @@ def _maps_a_file_for_writing(array: np.ndarray) -> bool:
 
 
 def _reopened(line: _Mapped, *, writable: bool) -> Segment | None:
-    """The file of a mapping, opened again; None if it is no longer there."""
+    """The file of a mapping, opened again; None if that cannot be."""
+    access = os.O_RDWR if writable else os.O_RDONLY
+    with above_standard:
+        fd = _opened_by_name(line, access)
+        if fd is None:
+            fd = _opened_already(line, access)
+    if fd is None:
+        return None
+    segment = Segment(fd, on_disk=True, nbytes=os.fstat(fd).st_size)
+    return segment if segment.nbytes else None
+
+
+def _opened_by_name(line: _Mapped, access: int) -> int | None:
     if line.path.endswith(" (deleted)") or not line.path.startswith("/"):
         return None
     try:
-        with above_standard:
-            fd = os.open(line.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        fd = os.open(line.path, access | os.O_CLOEXEC)
     except OSError:
         return None
-    segment = Segment(fd, on_disk=True, nbytes=os.fstat(fd).st_size)
-    return segment if segment.nbytes and _is_same(fd, line) else None
+    if _is_same(fd, line):
+        return fd
+    os.close(fd)
+    return None
+
+
+def _opened_already(line: _Mapped, access: int) -> int | None:
+    """A duplicate of a descriptor of this process: of a file that has lost its name, say.
+
+    A `mmap` keeps one, and so does `multiprocessing.shared_memory`.
+    """
+    import fcntl  # noqa: PLC0415  # POSIX only
+
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        try:
+            if str(os.fstat(fd).st_ino) != line.file[1] or not _is_same(fd, line):
+                continue
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE in {access, os.O_RDWR}:
+                return os.dup(fd)
+        except (OSError, ValueError):  # closed meanwhile, or nothing that can be mapped
+            continue
+    return None
 
 
 def _owner(array: np.ndarray) -> mmap.mmap | None:
     """The mapping that an array is a view of."""
-    owner: Any = array
-    while owner is not None and not isinstance(owner, mmap.mmap):
-        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
-    return owner
+    owner = memory_owner(array)
+    return owner if isinstance(owner, mmap.mmap) else None
 
 
 def _is_same(fd: int, line: _Mapped) -> bool:
@@ -233,6 +273,8 @@ def _is_same(fd: int, line: _Mapped) -> bool:
     Some file systems tell other device numbers for a file than for mappings of it, so two mappings
     are compared.
     """
+    if not os.fstat(fd).st_size:
+        return False
     with mmap.mmap(fd, 1, access=mmap.ACCESS_READ) as probe:
         return _file_at(probe) == line.file
 

@@ -522,12 +522,18 @@ class Staging:
         return SharedView(segment, start, array.shape, array.strides, array.dtype)
 
 
+def memory_owner(array: np.ndarray) -> object:
+    """What an array is a view of in the end, through arrays and memoryviews."""
+    owner: Any = array
+    while isinstance(owner, (np.ndarray, memoryview)):
+        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
+    return owner
+
+
 def locate(array: np.ndarray) -> SharedView | None:
     """The descriptor of an array over a mapping of this process; None if it is elsewhere."""
-    owner: Any = array
-    while owner is not None and not isinstance(owner, Mapping):
-        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
-    if owner is None or owner.private or array.nbytes == 0:
+    owner = memory_owner(array)
+    if not isinstance(owner, Mapping) or owner.private or array.nbytes == 0:
         return None
     origin = address_of(np.frombuffer(owner, np.uint8))
     low, high = byte_bounds(array)

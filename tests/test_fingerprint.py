@@ -5,6 +5,7 @@ import collections
 import datetime as dt
 import enum
 import functools
+import importlib
 import math
 import operator
 import os
@@ -296,6 +297,19 @@ class TestArrays:
             X.view("m8[s]"),
         ]
         assert len(set(map(array_digest, others))) == len(others)
+
+    @pytest.mark.parametrize("dtype", [np.longdouble, np.clongdouble])
+    def test_padding_of_long_doubles_does_not(self, dtype):
+        one = np.full(3, 1, dtype) / 3
+        raw = bytearray(one.tobytes())
+        if np.finfo(np.longdouble).nmant == 63 and one.itemsize >= 16:
+            for at in range(10, len(raw), 16):
+                raw[at : at + 6] = b"\x07" * 6
+        other = np.frombuffer(bytes(raw), dtype)
+        assert (one == other).all()
+        assert array_digest(one) == array_digest(other)
+        assert digest(one[0]) == digest(other[0])
+        assert array_digest(one) != array_digest(one * 2)
 
     def test_bits_count(self):
         assert array_digest(np.array([0.0])) != array_digest(np.array([-0.0]))
@@ -830,6 +844,114 @@ DECIDING = {
         def f(x):
             return package.settings.rate * x
         """,
+    "attribute of a function": """
+        def f(x):
+            return f.rate * x
+        f.rate = {n}
+        """,
+    "attribute of a helper": """
+        def helper(x):
+            return x
+        helper.rate = {n}
+        def f(x):
+            return helper.rate * x
+        """,
+    "attribute of a partial": """
+        N = functools.partial(max)
+        N.rate = {n}
+        """,
+    "attribute of a cached function": """
+        N = functools.cache(len)
+        N.rate = {n}
+        """,
+    "wrapper with a registry": """
+        def logged(func):
+            def inner(x):
+                return func(x)
+            inner.registry = {}
+            return inner
+        @logged
+        def f(x):
+            return {n} * x
+        """,
+    "default beside an enclosed name": """
+        def made(defaults):
+            def f(x, n={n}):
+                return defaults, n * x
+            return f
+        f = made(7)
+        """,
+    "make_dataclass": "N = dataclasses.make_dataclass('S', [('rate', int, {n})])",
+    "class that says it is of another module": """
+        class Settings:
+            rate = {n}
+        Settings.__module__ = "builtins"
+        N = Settings
+        """,
+    "new_class": "N = types.new_class('S', (), {}, lambda names: names.update(rate={n}))",
+    "enumeration with a value of its own": """
+        class Rate(enum.Enum):
+            def __new__(cls, number, rate):
+                member = object.__new__(cls)
+                member._value_ = number
+                member.rate = rate
+                return member
+            HIGH = (1, {n})
+        N = Rate.HIGH
+        """,
+    "enumeration that finds what is missing": """
+        class Rate(enum.Enum):
+            HIGH = 7
+            @classmethod
+            def _missing_(cls, value):
+                return {n}
+        N = Rate
+        """,
+    "order of an enumeration": """
+        Rate = enum.Enum("Rate", [("A", 1), ("B", 2)][:: 2 * {n} - 3])
+        N = Rate
+        """,
+    "object with a path": """
+        class Source:
+            def __init__(self, rate):
+                self.rate = rate
+            def __fspath__(self):
+                return "a.txt"
+        N = Source({n})
+        """,
+    "subclass of a number of NumPy": """
+        class Metres(np.float64):
+            factor = {n}
+        N = Metres(1)
+        """,
+    "subclass of a number of NumPy with an attribute": """
+        class Metres(np.float64):
+            pass
+        N = Metres(1)
+        N.factor = {n}
+        """,
+    "set with places": """
+        class Rates(set):
+            __slots__ = ("rate",)
+        N = Rates()
+        N.rate = {n}
+        """,
+    "order of a dict": "N = dict([('a', [1]), ('b', [2])][:: 2 * {n} - 3])",
+    "order of a table of functions": "N = dict([('a', len), ('b', abs)][:: 2 * {n} - 3])",
+    "signature of a kernel": "N = numba.njit(['', 'f8(f4)', 'f8(f8)'][{n}])(lambda x: x)",
+    "slice": "N = slice(np.full(3, {n}), None)",
+    "name among the builtins": """
+        import builtins
+        builtins.rate_of_tests = {n}
+        def f(x):
+            return rate_of_tests * x
+        """,
+    "class with a metaclass of the standard library": """
+        import abc
+        N = abc.ABCMeta("S", (), dict(rate={n}))
+        """,
+    "cfunc": "N = numba.cfunc('f8(f8)')(lambda x: x + {n})",
+    "kernel with a value for numba alone": "N = numba.njit(boundscheck={n} == 1)(lambda x: x)",
     "imported by the function": """
         sys.modules["settings_of_tests"] = settings = types.ModuleType("settings_of_tests")
         settings.rate = {n}
@@ -879,6 +1001,42 @@ def program(kind, n):
     return names["f"]
 
 
+class Node:
+    def __init__(self, value):
+        self.value, self.near = value, []
+
+
+def grid(n, value):
+    nodes = [[Node(value) for _ in range(n)] for _ in range(n)]
+    for i, row in enumerate(nodes):
+        for j, node in enumerate(row):
+            node.near = [nodes[i - 1][j], row[j - 1], nodes[i - n + 1][j], row[j - n + 1]]
+    return nodes[0][0]
+
+
+def doubled(n, value):
+    found = [value]
+    for _ in range(n):
+        found = [found, found]
+    return found
+
+
+def nested_sets(n, value):
+    found = frozenset([value])
+    for _ in range(n):
+        found = frozenset([(found, 1), (found, 2)])
+    return found
+
+
+def related_classes(n, value):
+    names = {"N0": value}
+    for level in range(n):
+        for name in "AB":
+            exec(f"class {name}{level}:\n    def method(self): return N{level}", names)
+        names[f"N{level + 1}"] = {names[f"A{level}"], names[f"B{level}"]}
+    return names[f"N{n}"]
+
+
 class TestGlobals:
     @pytest.mark.parametrize("kind", DECIDING)
     def test_what_they_are_decides(self, kind):
@@ -920,6 +1078,93 @@ class TestGlobals:
         found.of(np.median, "value")
         found.of(np.vectorize(len), "value")
         assert not found.not_looked_into
+
+    def test_proxies_are_named(self):
+        class Proxy:
+            def __init__(self, func):
+                self.func = func
+
+            @property
+            def __class__(self):
+                return types.FunctionType
+
+            def __reduce_ex__(self, protocol):
+                raise NotImplementedError
+
+        assert digest(Proxy(len)) != digest(len)
+        (named,) = not_looked_into(Proxy(len))
+        assert named.endswith("Proxy)")
+
+    def test_what_a_module_would_make_up_is_not_asked_for(self):
+        settings = types.ModuleType("settings")
+
+        def made_up(name):
+            raise ImportError(name)
+
+        settings.__getattr__ = made_up
+        f = defined("def f(x):\n    return x or settings.gpu", settings=settings)
+        assert not_looked_into(f) == ["value: global settings.gpu (builtins.module)"]
+
+    def test_functions_of_c_tell_no_module(self):
+        linalg = pytest.importorskip("scipy.linalg", reason="some of its functions are Cython's")
+        f = defined("def f(x):\n    return issymmetric(x)", issymmetric=linalg.issymmetric)
+        assert not_looked_into(f) == []
+
+    def test_objects_of_numba_that_are_no_kernels_are_named(self):
+        @numba.stencil
+        def neighbours(a):
+            return a[0] + a[-1]
+
+        f = defined("def f(x):\n    return N(x)", N=neighbours)
+        assert not_looked_into(f) == ["value: global N (numba.stencils.stencil.StencilFunc)"]
+
+    @pytest.mark.parametrize("module", ["random", "numpy.random"])
+    def test_streams_behind_functions_count_by_name(self, module):
+        stream = importlib.import_module(module)
+        gauss = stream.gauss if module == "random" else stream.normal
+        f = defined("def f(x):\n    return gauss(x)", gauss=gauss)
+        before = digest(f)
+        assert not_looked_into(f) == []
+        stream.seed(7)
+        assert digest(f) == before
+
+    def test_what_is_kept_of_earlier_calls_does_not_count(self):
+        class Thing:
+            @functools.cached_property
+            def found(self):
+                return 7
+
+        thing, vectorized = Thing(), np.vectorize(abs, otypes=[float])
+        cached = functools.cache(abs)
+        f = defined("def f(x):\n    return A, B, C", A=thing, B=vectorized, C=cached)
+        before = digest(f)
+        assert thing.found == vectorized(7) == cached(7) == 7
+        assert digest(f) == before
+
+    def test_surroundings_of_the_program_are_named(self):
+        f = defined("def f(x):\n    return environ", environ=os.environ)
+        before = digest(f)
+        assert not_looked_into(f) == ["value: global environ (os._Environ)"]
+        os.environ["TASKCARRIER_TEST"] = "7"
+        try:
+            assert digest(f) == before
+        finally:
+            del os.environ["TASKCARRIER_TEST"]
+
+    def test_a_chain_of_functions_longer_than_the_stack(self):
+        table = {}
+        exec("\n".join(f"def f{n}(x): return f{n + 1}(x)" for n in range(3000)), table)
+        exec("def f3000(x): return x", table)
+        before = digest(table["f0"])
+        assert not_looked_into(table["f0"]) == []
+        exec("def f3000(x): return x + 1", table)
+        assert digest(table["f0"]) != before
+
+    @pytest.mark.parametrize("kind", ["grid", "twice", "sets", "classes"])
+    def test_the_time_grows_with_what_there_is(self, kind):
+        makers = {"grid": grid, "twice": doubled, "sets": nested_sets, "classes": related_classes}
+        found = [digest(makers[kind](60, value)) for value in (1, 1, 2)]
+        assert found[0] == found[1] != found[2]
 
     def test_many_functions_that_call_each_other_are_looked_at_once_each(self):
         names = [f"f{n}" for n in range(40)]

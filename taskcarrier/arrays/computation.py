@@ -4,7 +4,7 @@ All that decides the values of a call is compared by digests (`taskcarrier.finge
 mapped arrays that may be too large for that:
 
 - A file is the same if its device, inode, times and size are. Otherwise 64 pages of it are
-  compared.
+  compared. One in memory (tmpfs) is compared as a whole: its times do not tell of all writes.
 - Of an array-like (a zarr array, for example) up to 64 items are compared.
 
 Where samples are equal, the rest may still differ: the run goes on with a warning.
@@ -28,7 +28,7 @@ from taskcarrier.backends.given import Call
 from taskcarrier.fingerprint import Fingerprint
 from taskcarrier.layout import address_of, byte_bounds
 from taskcarrier.limits import named
-from taskcarrier.mapped_files import located, synced
+from taskcarrier.mapped_files import located, settled
 from taskcarrier.partition import Grid
 from taskcarrier.segments import SharedView
 
@@ -182,8 +182,10 @@ def _input(array: Any, axis: int, name: str, found: Fingerprint) -> tuple[str, S
         samples = [found.of(item, name) for item in _items(array, axis)]
         digest = found.of((kind, array.shape, array.dtype), name)
         return digest, Sampled(f"{name} ({kind})", found.of(samples, name), [])
-    view = located(synced(array))
+    view = located(array)
     if view is None or view.segment is None or not view.segment.on_disk:
+        return found.of(array, name), None
+    if not settled(view.segment.fd):
         return found.of(array, name), None
     file = os.fstat(view.segment.fd)
     status = [file.st_dev, file.st_ino, file.st_ctime_ns, file.st_mtime_ns, file.st_size]

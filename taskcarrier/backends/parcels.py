@@ -330,7 +330,11 @@ class _UserPickler(Pickler):
         if isinstance(obj, np.ndarray):
             view = written_through(obj) if self.is_at_function else None
             if view is not None:
-                return _received_array, (self._packer.describe(view, "write"), *_dressing(obj))
+                terms = self._packer.describe(view, "write")
+                if type(obj) is np.ndarray or isinstance(obj, np.memmap):
+                    return _received_view, terms
+                state = object.__getstate__(obj)
+                return _received_subclass, (terms, type(obj)), state, None, None, _put_back
             if type(obj) is np.ndarray or isinstance(obj, np.memmap):
                 view = self._packer.view(obj)
                 if view is not None:
@@ -338,23 +342,17 @@ class _UserPickler(Pickler):
         return super().reducer_override(obj)
 
 
-def _dressing(array: np.ndarray) -> tuple[Any, ...]:
-    """What a subclass has beside the values: its type and attributes; memmaps go as arrays."""
-    if type(array) is np.ndarray or isinstance(array, np.memmap):
-        return ()
-    return type(array), dict(getattr(array, "__dict__", {}))
+def _received_subclass(terms: tuple[Any, ...], kind: type[np.ndarray]) -> np.ndarray:
+    return _received_view(*terms).view(kind)
 
 
-def _received_array(
-    terms: tuple[Any, ...], kind: type[np.ndarray] | None = None, state: Any = None
-) -> np.ndarray:
-    array = _received_view(*terms)
-    if kind is None:
-        return array
-    dressed = array.view(kind)
-    if state:
-        vars(dressed).update(state)
-    return dressed
+def _put_back(array: np.ndarray, state: Any) -> None:
+    """What an array of a subclass has beside its values: attributes, and those with places."""
+    attributes, places = state if isinstance(state, tuple) else (state, None)
+    if attributes:
+        vars(array).update(attributes)
+    for name, value in (places or {}).items():
+        object.__setattr__(array, name, value)
 
 
 def _received_view(segment: tuple[Any, ...], place: tuple[Any, ...], mode: Mode) -> np.ndarray:

@@ -2,8 +2,10 @@
 
 import functools
 import os
+import tempfile
 from multiprocessing import shared_memory
 
+import numba
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from taskcarrier import (
     map_array,
     map_chunks,
     map_items,
+    mapped_files,
     reduce_array,
     share,
 )
@@ -233,20 +236,82 @@ def test_globals_of_a_program(tmp_path):
 
 
 @pytest.mark.fault(40)
-class TestFilesThatCannotBeWritten:
-    @pytest.mark.parametrize("how", ["removed", "replaced"])
-    def test_are_refused_before_anything_runs(self, how, tmp_path):
+class TestFilesWithoutTheirName:
+    @staticmethod
+    def check(array):
+        StaticParallelMapper(n_jobs=2, backend="loky").map(by_closure(array), range(N))
+        assert_same(np.array(array), np.arange(1.0, N + 1))
+
+    @pytest.mark.parametrize("is_replaced", [False, True])
+    def test_removed(self, is_replaced, tmp_path):
         array = memmap(tmp_path)
         (tmp_path / "X.raw").unlink()
-        if how == "replaced":
+        if is_replaced:
             np.zeros(N).tofile(tmp_path / "X.raw")
+        self.check(array)
+        if is_replaced:
+            assert not np.fromfile(tmp_path / "X.raw").any()
+
+    def test_temporary(self, tmp_path):
+        with tempfile.TemporaryFile(dir=tmp_path) as file:
+            self.check(np.memmap(file, "f8", "w+", shape=(N,)))
+
+    def test_shared_memory_that_was_unlinked(self):
+        memory = shared_memory.SharedMemory(create=True, size=8 * N)
+        try:
+            memory.unlink()
+            self.check(np.ndarray(N, "f8", memory.buf))
+        finally:
+            memory.close()
+
+    def test_are_refused_where_nothing_leads_to_them(self, tmp_path, monkeypatch):
+        array = memmap(tmp_path)
+        (tmp_path / "X.raw").unlink()
+        monkeypatch.setattr(mapped_files, "_opened_already", lambda *_: None)
         mapper = StaticParallelMapper(n_jobs=2, backend="loky")
-        with pytest.raises(
-            ValueError, match=r"carries a memmap of shape \(9,\).*writeable = False"
-        ):
+        with pytest.raises(ValueError, match=r"memmap of shape \(9,\).*writeable = False"):
             mapper.map(by_closure(array), range(N))
         array.flags.writeable = False
         assert mapper.map(lambda i: float(array[i]), range(N)) == [0.0] * N
+
+
+class Measured(np.ndarray):
+    __slots__ = ("unit",)
+
+    def __reduce__(self):
+        return rebuilt, (np.asarray(self), self.unit)
+
+
+def rebuilt(values, unit):
+    array = values.view(Measured)
+    array.unit = unit
+    return array
+
+
+class Linked(np.ndarray):
+    def __array_finalize__(self, other):
+        self.links = getattr(other, "links", [])
+
+
+@pytest.mark.fault(40)
+class TestSubclasses:
+    def test_with_places(self):
+        array = empty(N).view(Measured)
+        array.unit = "m"
+        mapper = StaticParallelMapper(n_jobs=2, backend="loky")
+        assert mapper.map(lambda i: (by_closure(array)(i), array.unit)[1], range(N)) == ["m"] * N
+        assert_same(np.asarray(array), np.arange(1.0, N + 1))
+
+    def test_that_refer_to_themselves(self):
+        array = empty(N).view(Linked)
+        array.links = [array]
+
+        def put(i):
+            array.links[0][i] = i + 1
+            return array.links[0] is array
+
+        assert StaticParallelMapper(n_jobs=2, backend="loky").map(put, range(N)) == [True] * N
+        assert_same(np.asarray(array), np.arange(1.0, N + 1))
 
 
 @pytest.mark.fault(40)
@@ -263,6 +328,33 @@ class TestGoingOn:
             map_array(func, np.arange(float(N)), out=tmp_path / "Y.npy", resume=True)
         assert not np.array(array).any()
         assert not list(tmp_path.glob("Y.npy*"))
+
+    def test_is_refused_where_an_attribute_carries_it(self, tmp_path):
+        def func(chunk):
+            func.log[0] = 1
+            return chunk
+
+        func.log = empty(9)
+        with pytest.raises(ValueError, match=r"func: attribute log\. A range"):
+            map_array(func, np.arange(float(N)), out=tmp_path / "Y.npy", resume=True)
+
+    def test_is_right_for_kernels_which_only_read_such_arrays(self, tmp_path):
+        array = share(np.full(N, 2.0))
+        kernel = numba.njit(lambda chunk: chunk * array[0])
+        X = np.arange(float(N))
+        result = map_array(kernel, X, out=tmp_path / "Y.npy", resume=True, n_jobs=1)
+        assert_same(np.array(result), X * 2)
+
+    @pytest.mark.parametrize("place", ["input", "args"])
+    def test_is_right_for_inputs_and_arguments(self, place, tmp_path):
+        X, Z = np.arange(float(N)), memmap(tmp_path)
+        Z[:] = 2
+        out = {"out": tmp_path / "Y.npy", "resume": True, "n_jobs": 1}
+        if place == "input":
+            result = map_array(lambda z, x: z * x, Z, X, **out)
+        else:
+            result = map_array(lambda x, z: z * x, X, args=(Z[0:1],), **out)
+        assert_same(np.array(result), X * 2)
 
     def test_is_right_where_the_array_is_read_only(self, tmp_path):
         array = share(np.full(N, 2.0))

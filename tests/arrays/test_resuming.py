@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import threading
 from contextlib import nullcontext
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -429,6 +431,27 @@ class TestInputs:
             with pytest.raises(ValueError, match=r"what differs: array 0\."):
                 map_array(func, path, out=halfway.out, resume=True, chunksize=20, **SERIAL)
             halfway.ledger.unlink()
+
+    @pytest.mark.fault(27)
+    @pytest.mark.parametrize("folder", [None, "/dev/shm"])
+    def test_a_file_that_was_written_to_through_memory(self, folder, halfway):
+        """The kernel does not note each such write at once, and in memory none at all."""
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            path = Path(own) / "in.npy"
+            written = np.lib.format.open_memmap(path, "w+", "f8", (40, 8192))
+            written[:] = 2 * np.arange(40.0)[:, None]
+            halfway.stop.touch()
+            func = doubling(halfway.check)
+            with pytest.raises(LookupError, match="stop"):
+                halfway.tried(func, path)
+            halfway.stop.unlink()
+            written[3, 500:600] = -5  # in no page that is sampled
+            if folder is None:
+                with pytest.warns(UserWarning, match=MAY_HAVE_CHANGED):
+                    halfway.tried(func, path)
+            else:
+                with pytest.raises(ValueError, match=r"what differs: array 0\."):
+                    halfway.tried(func, path)
 
     def test_another_part_of_a_file_is_another_array(self, halfway):
         path = halfway.folder / "in.npy"

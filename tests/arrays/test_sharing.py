@@ -286,3 +286,23 @@ def test_a_chain_of_maps_copies_nothing(backend, balance):
     total = map_chunks(np.sum, both[0][:, ::-1], **run)
     assert last_report().bytes_copied == 0
     assert np.isclose(sum(total), (expected * 3).sum())
+
+
+class Endless:
+    """Memory whose owner has an owner, and so on."""
+
+    def __init__(self, values):
+        self.values, self.__array_interface__ = values, values.__array_interface__
+
+    @property
+    def base(self):
+        return Endless(self.values)
+
+
+@pytest.mark.parametrize("backend", ["threading", "loky"])
+def test_arrays_over_objects_that_have_a_base_of_their_own(backend):
+    X = np.asarray(Endless(np.arange(6.0)))
+    assert isinstance(X.base, Endless)
+    assert_same(map_array(np.sqrt, X, backend=backend, n_jobs=2), np.sqrt(np.arange(6.0)))
+    mapper = StaticParallelMapper(n_jobs=2, backend=backend)
+    assert mapper.map(lambda i: float(X[i]), range(6)) == list(range(6))
