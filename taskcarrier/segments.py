@@ -525,9 +525,14 @@ class Staging:
 def memory_owner(array: np.ndarray) -> object:
     """What an array is a view of in the end, through arrays and memoryviews."""
     owner: Any = array
-    while isinstance(owner, (np.ndarray, memoryview)):
-        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
-    return owner
+    while True:
+        if isinstance(owner, memoryview):
+            owner = owner.obj
+        # Others have a base without end. NumPy itself puts an object below views with strides.
+        elif isinstance(owner, np.ndarray) or type(owner).__module__.startswith("numpy."):
+            owner = getattr(owner, "base", None)
+        else:
+            return owner
 
 
 def locate(array: np.ndarray) -> SharedView | None:
