@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 
 from taskcarrier import cgroups
 from taskcarrier.cgroups import text_of
+from taskcarrier.contexts import contextmanager
 
 # From this size on, memory is asked after before it is used (reading the limits costs 60 µs).
 CHECKED_NBYTES = 64 << 20
@@ -37,7 +38,7 @@ def check_memory(
 def _available_memory() -> tuple[int, str]:
     """Bytes that can still be used, and what says so; unlimited where nothing tells."""
     limits = [(sys.maxsize, "no limit known"), *cgroups.memory_left()]
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         lines = text_of("/proc/meminfo").splitlines()
         facts = {name: value for name, _, value in (line.partition(":") for line in lines)}
         if "MemAvailable" in facts:
@@ -48,7 +49,7 @@ def _available_memory() -> tuple[int, str]:
     return min(limits)
 
 
-@contextlib.contextmanager
+@contextmanager
 def room_for(fd: int, nbytes: int) -> Iterator[None]:
     """What is done inside makes room for so many bytes in a file; an error with sizes if it fails.
 
