@@ -18,7 +18,8 @@ import os
 
 import numpy as np
 
-from taskcarrier.descriptors import above_standard
+from taskcarrier import descriptors
+from taskcarrier.descriptors import Descriptor
 from taskcarrier.layout import ALIGNMENT, address_of
 
 _PATH = "/proc/self/mem"
@@ -28,37 +29,28 @@ _READ_NBYTES = 1 << 30
 _fd = -1  # in a worker: the caller's memory
 
 
-def opened() -> int | None:
-    """A new descriptor of this process's memory, for its workers; None if there is none to be had.
-
-    Whoever asked for it closes it.
-    """
+def opened() -> Descriptor | None:
+    """A new descriptor of this process's memory, for its workers; None if it cannot be had."""
     try:
-        with above_standard:
-            return os.open(_PATH, os.O_RDONLY | os.O_CLOEXEC)
+        return descriptors.opened(os.open, _PATH, os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, PermissionError):
         return None
 
 
 def available() -> bool:
     """Whether this process's memory can be opened at all, now."""
-    fd = opened()
-    if fd is not None:
-        os.close(fd)
-    return fd is not None
+    return opened() is not None
 
 
 def readable(low: int, high: int) -> bool:
     """Whether workers will be able to read the bytes from `low` up to `high` of this process."""
-    fd = opened()
-    if fd is None:
+    memory = opened()
+    if memory is None:
         return False
     try:
-        return all(len(os.pread(fd, 1, address)) == 1 for address in (low, high - 1))
+        return all(len(os.pread(memory.fileno(), 1, one)) == 1 for one in (low, high - 1))
     except OSError:
         return False
-    finally:
-        os.close(fd)
 
 
 def attach(fd: int) -> None:

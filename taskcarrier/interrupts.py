@@ -1,12 +1,33 @@
-"""Exceptions that signal handlers of the program raise, told from those of the user's functions."""
+"""Exceptions that come from outside, at any moment: between any two steps of Python code.
+
+Signal handlers raise in the main thread, and `PyThreadState_SetAsyncExc` in any thread that it
+names. What they come in between is cut short, `finally` blocks among it. So whatever must be whole
+is done in one of four ways:
+
+- in a thread of its own, where nothing of this kind comes (`sheltered`);
+- by one call into C, or by a plain assignment: Python looks for such exceptions after a call, where
+  a function begins and where a loop goes round, and nowhere else;
+- owned before it is made, so that what is dropped on the way ends by itself
+  (`taskcarrier.descriptors`);
+- not written down at all, but found out again by the next call: who is gone (`Holders`,
+  `taskcarrier.backends.crews`), which workers are free.
+
+And they are told from exceptions of the user's functions (`is_of_the_program`).
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+import weakref
+from _thread import start_new_thread
+from collections.abc import Callable
 from functools import partial
+from queue import SimpleQueue
 from types import CodeType
-from typing import Any
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
 def is_of_the_program(error: BaseException) -> bool:
@@ -36,3 +57,85 @@ def _code_of(handler: Any) -> CodeType | None:
         if isinstance(code, CodeType):
             return code
     return None
+
+
+def sheltered(what: Callable[[], _T]) -> _T:
+    """Have something done in a thread of its own, and wait for its result.
+
+    There it is done to its end, even if this thread is interrupted meanwhile. (If no thread can be
+    started, it is done in this one.)
+    """
+    done: SimpleQueue[Any] = SimpleQueue()
+    thread = threading.Thread(
+        target=_do, args=(what, done), name="taskcarrier-sheltered", daemon=True
+    )
+    answer: Any = None
+    while not isinstance(answer, tuple):
+        if thread.ident is None:
+            starter = Holder()
+            gone = weakref.ref(starter, done.put)
+            try:
+                # Not by `thread.start` here, which takes locks and, cut short, would keep them. A
+                # new thread is taken for the one that starts it, for a moment, and may get an
+                # exception that is meant for that. Then it ends before it has begun.
+                start_new_thread(_start, (thread, what, done, starter))
+            except RuntimeError:
+                _do(what, done)
+            del starter
+        answer = done.get()
+    del gone
+    result, error = answer
+    del answer
+    try:
+        if error is not None:
+            raise error
+    finally:
+        del error  # its traceback refers to this frame
+    return result  # type: ignore[no-any-return]  # that of `what`
+
+
+def _start(
+    thread: threading.Thread,
+    what: Callable[[], Any],
+    done: SimpleQueue[Any],
+    _: Holder,  # ends with this
+) -> None:
+    try:
+        thread.start()
+    except RuntimeError:  # there are too many threads
+        _do(what, done)
+
+
+def _do(what: Callable[[], Any], done: SimpleQueue[Any]) -> None:
+    try:
+        done.put((what(), None))
+    except BaseException as error:  # noqa: BLE001  # raised where it is waited for
+        done.put((None, error))
+
+
+class Holder:
+    """Something that is held as long as this lives, or until it is given up."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Holders:
+    """Who holds something; one that is gone without a word does not count."""
+
+    def __init__(self) -> None:
+        self._holders: set[weakref.ref[Holder]] = set()
+
+    def add(self, holder: Holder) -> None:
+        """Count one in."""
+        self._holders.add(weakref.ref(holder))
+
+    def discard(self, holder: Holder) -> None:
+        """Count one out."""
+        self._holders.discard(weakref.ref(holder))
+
+    def __bool__(self) -> bool:
+        if not self._holders:
+            return False
+        gone = {holder for holder in self._holders.copy() if holder() is None}
+        self._holders -= gone
+        return bool(self._holders)

@@ -409,7 +409,7 @@ def _row(worker: int) -> int:
 
 def _memory_file(flags: int) -> int:
     """A new memory file, opened through /proc: the kernel serialises the position of these."""
-    with above_standard:
+    with above_standard():
         raw = os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC)
         try:
             return os.open(f"/proc/self/fd/{raw}", os.O_RDWR | os.O_CLOEXEC | flags)

@@ -6,18 +6,22 @@ can be taken again by the thread that holds it, and what it guards must be right
 any point. A program may fork while another thread is inside: the child has no such thread, so each
 is renewed there. And if the other thread is importing a module, the child would wait for ever for
 Python's own lock on that module: so a fork waits until such a lock is free.
+
+And an exception may come from outside (`taskcarrier.interrupts`) when one has just been taken. So
+``with`` must reach the C code of the lock itself: a method of ours between the two would be left
+with the lock taken, for good.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-from types import TracebackType
+from _thread import RLock
+from typing import Self
 
 _locks: list[ModuleLock] = []
 
 
-class ModuleLock:
+class ModuleLock(RLock):  # type: ignore[misc]  # it can be inherited from: the stubs are wrong
     """A lock for the variables of a module: ``with lock:``.
 
     Parameters
@@ -26,39 +30,31 @@ class ModuleLock:
         Whether a fork of this process waits until no other thread is inside.
     """
 
-    def __init__(self, *, forks_wait: bool = False) -> None:
-        self._lock = threading.RLock()
-        self._forks_wait = forks_wait
-        _locks.append(self)
+    _forks_wait: bool
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._lock.release()
+    def __new__(cls, *, forks_wait: bool = False) -> Self:  # noqa: D102  # as above
+        lock = super().__new__(cls)
+        lock._forks_wait = forks_wait
+        _locks.append(lock)
+        return lock
 
     def before_fork(self) -> None:
         """Wait, if forks do."""
         if self._forks_wait:
-            self._lock.acquire()
+            self.acquire()
 
     def after_fork(self) -> None:
         """Undo `before_fork`, in parent and child."""
         if self._forks_wait:
-            self._lock.release()
+            self.release()
 
     def renew(self) -> None:
         """In a forked child: no other thread can be inside."""
         self.after_fork()
-        if self._lock.acquire(blocking=False):
-            self._lock.release()
+        if self.acquire(blocking=False):
+            self.release()
         else:
-            self._lock = threading.RLock()
+            self._at_fork_reinit()  # type: ignore[attr-defined]  # what Python does to its own
 
 
 def _before_fork() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.descriptors import above_standard
+from taskcarrier.descriptors import Descriptor, above_standard, opened
 from taskcarrier.layout import address_of, byte_bounds
 from taskcarrier.segments import Mapping, Segment, SharedView, cut_off, locate, memory_owner
 
@@ -219,30 +219,25 @@ def _maps_a_file_for_writing(array: np.ndarray) -> bool:
 def _reopened(line: _Mapped, *, writable: bool) -> Segment | None:
     """The file of a mapping, opened again; None if that cannot be."""
     access = os.O_RDWR if writable else os.O_RDONLY
-    with above_standard:
-        fd = _opened_by_name(line, access)
-        if fd is None:
-            fd = _opened_already(line, access)
-    if fd is None:
+    with above_standard():
+        descriptor = _opened_by_name(line, access) or _opened_already(line, access)
+    if descriptor is None:
         return None
-    segment = Segment(fd, on_disk=True, nbytes=os.fstat(fd).st_size)
+    segment = Segment(descriptor, on_disk=True, nbytes=os.fstat(descriptor.fileno()).st_size)
     return segment if segment.nbytes else None
 
 
-def _opened_by_name(line: _Mapped, access: int) -> int | None:
+def _opened_by_name(line: _Mapped, access: int) -> Descriptor | None:
     if line.path.endswith(" (deleted)") or not line.path.startswith("/"):
         return None
     try:
-        fd = os.open(line.path, access | os.O_CLOEXEC)
+        descriptor = opened(os.open, line.path, access | os.O_CLOEXEC)
     except OSError:
         return None
-    if _is_same(fd, line):
-        return fd
-    os.close(fd)
-    return None
+    return descriptor if _is_same(descriptor.fileno(), line) else None
 
 
-def _opened_already(line: _Mapped, access: int) -> int | None:
+def _opened_already(line: _Mapped, access: int) -> Descriptor | None:
     """A duplicate of a descriptor of this process: of a file that has lost its name, say.
 
     A `mmap` keeps one, and so does `multiprocessing.shared_memory`.
@@ -255,7 +250,7 @@ def _opened_already(line: _Mapped, access: int) -> int | None:
             if str(os.fstat(fd).st_ino) != line.file[1] or not _is_same(fd, line):
                 continue
             if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE in {access, os.O_RDWR}:
-                return os.dup(fd)
+                return opened(os.dup, fd)
         except (OSError, ValueError):  # closed meanwhile, or nothing that can be mapped
             continue
     return None

@@ -36,7 +36,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from taskcarrier.descriptors import above_standard
+from taskcarrier.descriptors import Descriptor, above_standard, opened, own
+from taskcarrier.interrupts import sheltered
 from taskcarrier.layout import ALIGNMENT, address_of, aligned, byte_bounds, bytes_at, footprint
 from taskcarrier.limits import check_memory, named, room_for
 
@@ -143,20 +144,19 @@ def _load_punch() -> None:
 class _Memory(NamedTuple):
     """What a segment owns: a descriptor, and what has to be known to let go of it."""
 
-    fd: int
+    descriptor: Descriptor
     nbytes: int
     on_disk: bool
     label: int
 
     # What is called when the interpreter ends is bound here: names of the module are gone then.
-    def let_go(
-        self, _close: Any = os.close, _size: Any = os.fstat, _ending: Any = sys.is_finalizing
-    ) -> None:
+    def let_go(self, _size: Any = os.fstat, _ending: Any = sys.is_finalizing) -> None:
         """Close the descriptor; of memory that others may have mapped, take the pages out."""
         if self.label and _punch is not None and not _ending():
-            whole_pages = -(-_size(self.fd).st_size // mmap.PAGESIZE) * mmap.PAGESIZE
-            _punch(self.fd, _KEEP_SIZE | _PUNCH_HOLE, 0, whole_pages)
-        _close(self.fd)
+            fd = self.descriptor.fileno()
+            whole_pages = -(-_size(fd).st_size // mmap.PAGESIZE) * mmap.PAGESIZE
+            _punch(fd, _KEEP_SIZE | _PUNCH_HOLE, 0, whole_pages)
+        self.descriptor.close()
 
 
 class Segment:
@@ -164,8 +164,8 @@ class Segment:
 
     Parameters
     ----------
-    fd : int
-        An open descriptor; the segment owns and closes it.
+    descriptor : Descriptor
+        Of the memory; the segment closes it.
     on_disk : bool
         Whether it lies on a file system (and is reserved there) or in memory.
     nbytes : int
@@ -177,22 +177,38 @@ class Segment:
 
     Attributes
     ----------
+    fd : int
+        The number of the descriptor.
+    is_lent : bool
+        Whether workers have it: then it is not recycled, should the caller let go of it.
     takes_writes : bool
         Whether a function that carries an array in it may write there: the user has asked for
         memory that is shared. Else what a worker writes stays its own.
     """
 
-    __slots__ = ("_maker", "_recycler", "fd", "label", "nbytes", "on_disk", "takes_writes")
+    __slots__ = (
+        "_descriptor",
+        "_maker",
+        "_recycler",
+        "fd",
+        "is_lent",
+        "label",
+        "nbytes",
+        "on_disk",
+        "takes_writes",
+    )
 
     def __init__(
         self,
-        fd: int,
+        descriptor: Descriptor,
         on_disk: bool,
         nbytes: int = 0,
         recycler: Recycler | None = None,
         label: int = 0,
     ) -> None:
-        self.fd = fd
+        self._descriptor = descriptor
+        self.fd = descriptor.fileno()
+        self.is_lent = False
         self.on_disk = on_disk
         self.nbytes = nbytes
         self.label = label
@@ -204,27 +220,26 @@ class Segment:
     def create(cls, folder: str | None = None, recycler: Recycler | None = None) -> Segment:
         """An empty segment, in memory or in a file without a name in `folder`."""
         if folder is not None:
-            with above_standard:
-                fd = _nameless_file(folder)
-            return cls(fd, on_disk=True, recycler=recycler)
+            return cls(_nameless_file(folder), on_disk=True, recycler=recycler)
         import fcntl  # noqa: PLC0415  # POSIX only
 
-        with above_standard:
-            fd = os.memfd_create("taskcarrier", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        return cls._owned(_Memory(fd, 0, on_disk=False, label=0), recycler)
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        descriptor = opened(os.memfd_create, "taskcarrier", flags)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        return cls._owned(_Memory(descriptor, 0, on_disk=False, label=0), recycler)
 
     @classmethod
     def _owned(cls, memory: _Memory, recycler: Recycler | None) -> Segment:
-        fd, nbytes, on_disk, label = memory
-        segment = cls(fd, on_disk, nbytes, recycler, label)
+        descriptor, nbytes, on_disk, label = memory
+        segment = cls(descriptor, on_disk, nbytes, recycler, label)
         segment._maker = os.getpid()
         return segment
 
     @classmethod
-    def taken_over(cls, fd: int, on_disk: bool) -> Segment:
+    def taken_over(cls, descriptor: Descriptor, on_disk: bool) -> Segment:
         """What another process has made and filled for this one, and knows no more."""
-        return cls._owned(_Memory(fd, os.fstat(fd).st_size, on_disk, label=0), None)
+        nbytes = os.fstat(descriptor.fileno()).st_size
+        return cls._owned(_Memory(descriptor, nbytes, on_disk, label=0), None)
 
     def labelled(self) -> int:
         """What workers are to call this segment, so that they may keep it mapped; 0 if not.
@@ -239,12 +254,12 @@ class Segment:
     def __del__(
         self, _getpid: Any = os.getpid, _memory: Any = _Memory, _ending: Any = sys.is_finalizing
     ) -> None:
-        label = self.label if self._maker == _getpid() else 0
-        memory = _memory(self.fd, self.nbytes, self.on_disk, label)
-        if _ending():
-            memory.let_go()
+        if not hasattr(self, "_maker"):  # not made to the end; the descriptor closes by itself
             return
-        if self._recycler is None or not self._recycler.take_back(memory):
+        label = self.label if self._maker == _getpid() else 0
+        memory = _memory(self._descriptor, self.nbytes, self.on_disk, label)
+        recycler = None if _ending() or self.is_lent else self._recycler
+        if recycler is None or not recycler.take_back(memory):
             memory.let_go()
 
     def __reduce__(self) -> Any:
@@ -290,7 +305,7 @@ class Segment:
         `MemoryError` with sizes where no address space is left for them.
         """
         try:
-            with above_standard:  # before Python 3.13 it keeps a duplicate of the descriptor
+            with above_standard():  # before Python 3.13 it keeps a duplicate of the descriptor
                 mapping = Mapping(self.fd, self.nbytes, access=_ACCESS[mode], **_MMAP_OPTIONS)
         except ValueError:
             size = os.fstat(self.fd).st_size
@@ -349,14 +364,18 @@ class Recycler:
         Bytes kept in all.
     """
 
+    _free: list[_Memory] = []  # noqa: RUF012  # of one that was not made to the end
+    _open = False
+    _pid = 0
+
     def __init__(self, max_segments: int = 4, max_nbytes: int = 4 << 30) -> None:
         self._max_segments = max_segments
         self._max_nbytes = max_nbytes
         self._free: list[_Memory] = []
         self._open = True
-        self._pid = os.getpid()
         # Reentrant: a segment may be freed by the garbage collector inside `segment`.
         self._lock = threading.RLock()
+        self._pid = os.getpid()
 
     def segment(self, nbytes: int, folder: str | None) -> Segment:
         """A segment for about `nbytes`, recycled if one fits."""
@@ -548,7 +567,7 @@ def locate(array: np.ndarray) -> SharedView | None:
     return SharedView(owner.segment, offset, array.shape, array.strides, array.dtype)
 
 
-def _nameless_file(folder: str) -> int:
+def _nameless_file(folder: str) -> Descriptor:
     """A new file, readable by its owner alone, that has no name from the start or at once."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(
@@ -556,12 +575,16 @@ def _nameless_file(folder: str) -> int:
         )
     flags = os.O_RDWR | os.O_CLOEXEC
     try:
-        return os.open(folder, flags | os.O_TMPFILE, stat.S_IRUSR | stat.S_IWUSR)
+        return opened(os.open, folder, flags | os.O_TMPFILE, stat.S_IRUSR | stat.S_IWUSR)
     except OSError as error:
         if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}:
             raise
     import tempfile  # noqa: PLC0415  # only on file systems without O_TMPFILE
 
-    fd, path = tempfile.mkstemp(prefix="taskcarrier-", dir=folder)
-    os.unlink(path)
-    return fd
+    def made() -> Descriptor:
+        with above_standard():
+            fd, path = tempfile.mkstemp(prefix="taskcarrier-", dir=folder)
+        os.unlink(path)
+        return own(fd)
+
+    return sheltered(made)

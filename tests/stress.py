@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import errno
 import faulthandler
+import gc
 import itertools
 import json
 import os
@@ -299,6 +300,77 @@ def interrupts(rng: random.Random) -> Done:
     return done
 
 
+def small_call(rng: random.Random, backend: str) -> tuple[Any, Any]:
+    """A map of some milliseconds at most, done: its result and the right one."""
+    kind = rng.choice([StaticParallelMapper, DynamicParallelMapper])
+    mapper = kind(2, backend=backend)
+    way = rng.choice(["list", "array", "stream", "left", "within"])
+    if way == "array":
+        X = np.arange(12.0)
+        return mapper.map_array(np.negative, X), -X
+    if way == "stream":
+        return list(mapper.imap(abs, range(-5, 0))), [5, 4, 3, 2, 1]
+    if way == "left":
+        return next(mapper.imap(abs, range(-500, 0))), 500
+    with mapper if way == "within" else contextlib.nullcontext():
+        return mapper.map(abs, range(-5, 0)), [5, 4, 3, 2, 1]
+
+
+def n_open() -> dict[str, int]:
+    """Threads and descriptors of this program."""
+    return {name: len(list(Path(f"/proc/self/{name}").iterdir())) for name in ("task", "fd")}
+
+
+def exceptions(rng: random.Random) -> Done:
+    """Thousands of exceptions from outside, at random moments of small calls."""
+    done: Done = Counter()
+    backend = rng.choice(["threading", "threading", "loky"])
+    n_calls = 200 if backend == "loky" else 2000
+
+    def some_call() -> tuple[Any, Any]:
+        return small_call(rng, backend)
+
+    def heard(*_: object) -> None:
+        if awaited and rng.random() < 0.95:  # else one more comes while this one is seen to
+            awaited.clear()
+        elif awaited:
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 0.002))
+        else:
+            return
+        raise KeyboardInterrupt
+
+    for _ in range(30):
+        some_call()
+    before = n_open()
+    awaited: list[bool] = []
+    signal.signal(signal.SIGALRM, heard)
+    sys.unraisablehook = lambda _: None  # what comes in a finalizer is lost
+    while done["interrupted calls"] < n_calls:
+        try:
+            try:
+                awaited.append(True)
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 0.004))
+                result, expected = some_call()
+            finally:
+                awaited.clear()
+        except KeyboardInterrupt:
+            done["interrupted calls"] += 1
+        else:
+            check(same(result, expected), "a wrong result")
+            done["right results"] += 1
+        awaited.clear()
+    sys.unraisablehook = sys.__unraisablehook__
+    for _ in range(2):
+        some_call()
+    gc.collect()
+    limits = {"task": before["task"] + 2, "fd": before["fd"] + 16}
+    wait_for(lambda: all(n_open()[name] <= limits[name] for name in limits), f"left: {n_open()}")
+    mapper = DynamicParallelMapper(2, backend=backend)
+    mapper.map(abs, range(4))
+    check(mapper.report.backend == backend, "this thread is taken for a worker")
+    return done  # `shutdown` comes after it
+
+
 def timeouts(rng: random.Random) -> Done:
     """Some ranges take far too long."""
     done: Done = Counter()
@@ -418,7 +490,7 @@ def resumes(rng: random.Random) -> Done:
 
 
 ROUNDS: dict[str, Callable[[random.Random], Done]] = {
-    one.__name__: one for one in (deaths, streams, interrupts, timeouts, disks, resumes)
+    one.__name__: one for one in (deaths, streams, interrupts, exceptions, timeouts, disks, resumes)
 }
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from taskcarrier import caller_memory
 from taskcarrier.caller_memory import attach, opened, read, readable
+from taskcarrier.descriptors import own
 from taskcarrier.segments import Segment
 from tests.layouts import CACHE_LINE, address, byte_bounds
 
@@ -49,7 +50,8 @@ from taskcarrier import caller_memory
 text = ctypes.create_string_buffer(b"last words")
 channel = socket.socket(fileno=int(sys.argv[1]))
 low = ctypes.addressof(text)
-socket.send_fds(channel, [low.to_bytes(8, "little")], [caller_memory.opened()])
+memory = caller_memory.opened()
+socket.send_fds(channel, [low.to_bytes(8, "little")], [memory.fileno()])
 sys.stdin.read()
 """
 
@@ -61,39 +63,39 @@ def n_descriptors():
 
 def read_in_a_child(*requests):
     """What another process reads of this one: bytes and their address there, or an error."""
-    fd = opened()
+    memory = opened()
     try:
         child = subprocess.run(
             [sys.executable, "-c", READER],
-            input=pickle.dumps((fd, requests)),
+            input=pickle.dumps((memory.fileno(), requests)),
             stdout=subprocess.PIPE,
-            pass_fds=[fd],
+            pass_fds=[memory.fileno()],
             check=True,
             timeout=60,
         )
     finally:
-        os.close(fd)
+        memory.close()
     pid, answers = pickle.loads(child.stdout)
     assert pid != os.getpid()
     return answers
 
 
 @contextlib.contextmanager
-def attached(fd):
+def attached(memory):
     """This process as a worker; the descriptor is closed in the end."""
     before = caller_memory._fd
-    attach(fd)
+    attach(memory.fileno())
     try:
         yield
     finally:
         attach(before)
-        os.close(fd)
+        memory.close()
 
 
 @contextlib.contextmanager
 def end_of_memory():
     """A page of memory, and the address of its end, from where on no byte can be read."""
-    segment = Segment(os.memfd_create("end", os.MFD_CLOEXEC), on_disk=False)
+    segment = Segment(own(os.memfd_create("end", os.MFD_CLOEXEC)), on_disk=False)
     os.ftruncate(segment.fd, 2 * PAGE)
     segment.reserve(2 * PAGE)
     page = np.frombuffer(segment.map("write"), np.uint8, PAGE)
@@ -108,22 +110,15 @@ def refuse(*_, **__):
 
 class TestOpened:
     def test_for_reading_only(self):
-        fd = opened()
+        memory = opened()
         victim = np.zeros(8, np.uint8)
-        try:
-            assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
-            with pytest.raises(OSError, match="Bad file descriptor"):
-                os.pwrite(fd, b"x", address(victim))
-        finally:
-            os.close(fd)
+        assert fcntl.fcntl(memory, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.pwrite(memory.fileno(), b"x", address(victim))
         assert not victim.any()
 
     def test_closed_when_a_program_is_executed(self):
-        fd = opened()
-        try:
-            assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
-        finally:
-            os.close(fd)
+        assert fcntl.fcntl(opened(), fcntl.F_GETFD) & fcntl.FD_CLOEXEC
 
     def test_none_where_there_is_no_such_file(self, monkeypatch, tmp_path):
         monkeypatch.setattr(caller_memory, "_PATH", str(tmp_path / "missing"))
@@ -262,7 +257,7 @@ class TestRead:
                 )
             message, (fd,), _, _ = socket.recv_fds(ours, 8, 1)
         low = int.from_bytes(message, "little")
-        with attached(fd):
+        with attached(own(fd)):
             memory, begin = read(low, 10)
             assert memory[begin : begin + 10].tobytes() == b"last words"
             child.communicate(timeout=60)

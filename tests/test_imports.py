@@ -16,8 +16,9 @@ PACKAGE = Path(__file__).parents[1] / "taskcarrier"
 # its modules.
 LAYERS = [
     ["errors", "locks", "interrupts", "advice"],
-    ["descriptors", "cgroups", "notes"],
+    ["cgroups", "notes"],
     ["contexts"],
+    ["descriptors"],
     ["partition", "report", "layout", "limits"],
     ["ledger", "recovery", "segments", "streams", "caller_memory"],
     ["balance", "mapped_files", "kept_mappings"],

@@ -1,17 +1,26 @@
 """An exception of a signal handler ends the call, whatever it comes in between."""
 
 import functools
+import gc
+import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from taskcarrier import StaticParallelMapper, map_array, map_chunks, map_items
-from taskcarrier.interrupts import is_of_the_program
-from tests.strategies import BACKENDS, kept_crews
+import taskcarrier
+from taskcarrier import StaticParallelMapper, interrupts, map_array, map_chunks, map_items
+from taskcarrier.backends import inner
+from taskcarrier.interrupts import Holder, Holders, is_of_the_program, sheltered
+from tests.interrupted import interrupted_at
+from tests.strategies import BACKENDS, ROOT, kept_crews, warm_crews
 
 crews = kept_crews(2)
 
@@ -216,3 +225,161 @@ def test_other_errors_are_not_the_programs():
         assert found == [False]
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def in_lists(mapper):
+    assert mapper.map(abs, range(-5, 0)) == [5, 4, 3, 2, 1]
+
+
+def in_arrays(mapper):
+    assert np.array_equal(mapper.map_array(np.negative, np.arange(12.0)), -np.arange(12.0))
+
+
+def in_chunks(mapper):
+    large = mapper.map_chunks(lambda chunk: np.full(3000, chunk[0]), np.arange(3.0), chunksize=1)
+    assert [row[-1] for row in large] == [0, 1, 2]
+
+
+def in_streams(mapper):
+    assert list(mapper.imap(abs, range(-5, 0))) == [5, 4, 3, 2, 1]
+
+
+def in_streams_that_are_left(mapper):
+    assert next(mapper.imap(abs, range(-500, 0))) == 500
+
+
+def within(mapper):
+    with mapper:
+        in_lists(mapper)
+        in_arrays(mapper)
+
+
+@pytest.mark.fault(53)
+@pytest.mark.parametrize("seed", [4, 5])  # threads, processes
+def test_at_random_moments(seed):
+    command = [sys.executable, "-m", "tests.stress", "--one", "exceptions", "--seed", str(seed)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=140, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["interrupted calls"] >= 200
+
+
+class TestSheltered:
+    def test_what_it_returns_and_raises(self):
+        assert sheltered(lambda: threading.current_thread().name) == "taskcarrier-sheltered"
+        with pytest.raises(ZeroDivisionError):
+            sheltered(lambda: 1 / 0)
+
+    def test_is_done_to_the_end_if_the_caller_is_interrupted_at_any_step(self, monkeypatch):
+        monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # in finalizers they are lost
+        step, done, begun = 0, [], []
+
+        def what():
+            begun.append(True)
+            time.sleep(0.001)
+            done.append(True)
+
+        while interrupted_at(step, lambda: sheltered(what)):
+            step += 1
+        deadline = time.monotonic() + LONG
+        while len(done) < len(begun):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert step > 5
+        assert sheltered(lambda: 7) == 7
+
+    def test_is_begun_again_if_its_starter_is_hit(self, monkeypatch):
+        # A new thread is taken for the one that starts it, for a moment.
+        monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+        start, hit = interrupts._start, []
+
+        def is_hit_once(*args):
+            if not hit:
+                hit.append(True)
+                raise KeyboardInterrupt
+            start(*args)
+
+        monkeypatch.setattr(interrupts, "_start", is_hit_once)
+        assert sheltered(lambda: 7) == 7
+        assert hit
+
+    def test_is_done_here_where_no_thread_can_be_started(self, monkeypatch):
+        def refuse(*_):
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(interrupts, "start_new_thread", refuse)
+        assert sheltered(threading.current_thread) is threading.current_thread()
+
+
+def test_holders_that_are_gone_do_not_count():
+    holders, one, other = Holders(), Holder(), Holder()
+    assert not holders
+    holders.add(one)
+    holders.add(other)
+    holders.discard(one)
+    assert holders
+    del other
+    assert not holders
+
+
+@pytest.mark.fault(53)
+def test_a_limit_that_was_not_lifted_is_lifted_after_the_next_run(monkeypatch):
+    class Library:
+        user_api, threads = "blas", 4
+
+        def get_num_threads(self):
+            return self.threads
+
+        def set_num_threads(self, n):
+            self.threads = n
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # in finalizers they are lost
+    library, guard = Library(), inner._CountedLimit()
+    monkeypatch.setattr(guard, "found", lambda: SimpleNamespace(lib_controllers=[library]))
+
+    def run():
+        with guard.open():
+            assert library.threads == 1
+
+    step = 0
+    while interrupted_at(step, run):
+        step += 1
+        run()
+        assert library.threads == 4
+    assert step > 10
+
+
+CALLS = [in_lists, in_arrays, in_chunks, in_streams, in_streams_that_are_left, within]
+
+
+def n_threads_and_descriptors():
+    return [len(list(Path(f"/proc/self/{name}").iterdir())) for name in ("task", "fd")]
+
+
+@pytest.mark.fault(53)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_at_any_step_of_a_call_nothing_is_left_behind(backend, call, monkeypatch):
+    # What comes in a finalizer is lost; pytest would keep it, and all that it refers to.
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    mapper = StaticParallelMapper(2, backend=backend)
+    call(mapper)
+    before = n_threads_and_descriptors()
+    stride = {"sequential": 7, "threading": 3, "loky": 101}[backend]  # as slow as they are
+    step = 0
+    while interrupted_at(step, lambda: call(mapper)):
+        step += stride
+    assert step > 5 * stride
+    for _ in range(2):
+        call(mapper)
+    gc.collect()
+    call(mapper)
+    deadline = time.monotonic() + LONG  # threads may need a moment to end
+    while any(map(int.__gt__, now := n_threads_and_descriptors(), (before[0] + 2, before[1] + 16))):
+        assert time.monotonic() < deadline, (before, now)
+        time.sleep(0.01)
+    in_lists(mapper)
+    assert mapper.report.backend == backend  # and not taken for a worker, where maps are serial
+    taskcarrier.shutdown()
+    warm_crews(2)

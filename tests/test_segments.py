@@ -20,6 +20,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
 from taskcarrier import limits, segments
+from taskcarrier.descriptors import own
 from taskcarrier.segments import (
     Mapping,
     Recycler,
@@ -284,14 +285,14 @@ class TestSegment:
 
     def test_what_another_has_reserved_is_not_cut(self, folder):
         mine = Segment.create(folder)
-        other = Segment(os.dup(mine.fd), mine.on_disk)
+        other = Segment(own(os.dup(mine.fd)), mine.on_disk)
         other.reserve(1 << 20)
         mine.reserve(1 << 10)
         assert mine.nbytes == os.fstat(mine.fd).st_size == 1 << 20
 
     def test_another_reserves_more_in_between(self, monkeypatch):
         mine = Segment.create()
-        other = Segment(os.dup(mine.fd), on_disk=False)
+        other = Segment(own(os.dup(mine.fd)), on_disk=False)
         ftruncate = os.ftruncate
 
         def late(fd, nbytes):
@@ -306,9 +307,10 @@ class TestSegment:
     def test_two_processes_reserve(self, folder):
         code = (
             "import sys\n"
+            "from taskcarrier.descriptors import own\n"
             "from taskcarrier.segments import Segment\n"
             "fd, on_disk, step = map(int, sys.argv[1:])\n"
-            "segment = Segment(fd, bool(on_disk))\n"
+            "segment = Segment(own(fd), bool(on_disk))\n"
             "print('ready', flush=True)\n"
             "sys.stdin.readline()\n"
             "for nbytes in range(4096, 4096 * 200, 4096 * step):\n"

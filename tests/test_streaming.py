@@ -385,20 +385,19 @@ def test_stopping_early_kills_a_process_that_does_not_come_to_an_end():
 def test_workers_are_used_again_after_an_interrupt_that_has_cut_off_a_result(
     processes, monkeypatch
 ):
-    take_fds = Channel._take_fds
+    kept = Channel._kept
 
-    def interrupted(channel, n_fds):
-        fds = take_fds(channel, n_fds)
-        if fds:
-            monkeypatch.setattr(Channel, "_take_fds", take_fds)
-            channel._received_fds[:0] = fds  # as if it came just before
+    def interrupted(channel):
+        data = kept(channel)
+        if channel._descriptors:
+            monkeypatch.setattr(Channel, "_kept", kept)
             raise KeyboardInterrupt
-        return fds
+        return data
 
     def rows(n):
         return np.full(1 << 14, n)
 
-    monkeypatch.setattr(Channel, "_take_fds", interrupted)
+    monkeypatch.setattr(Channel, "_kept", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(processes.imap(rows, range(20), chunksize=1))
     for n, row in enumerate(processes.imap(rows, range(100, 140), chunksize=1)):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from taskcarrier.descriptors import above_standard
+from taskcarrier.descriptors import Descriptor, opened
 from taskcarrier.layout import ALIGNMENT, contiguous_strides
 from taskcarrier.segments import Segment, SharedView
 
@@ -93,9 +93,9 @@ def _mapped(text: str, mode: str, *, takes_writes: bool = False) -> np.ndarray:
         nothing = np.empty(shape, dtype, order)
         nothing.flags.writeable = mode == "r+"
         return nothing
-    with above_standard:
-        fd = os.open(text, (os.O_RDONLY if mode == "r" else os.O_RDWR) | os.O_CLOEXEC)
-    segment = Segment(fd, on_disk=True, nbytes=os.fstat(fd).st_size)
+    flags = (os.O_RDONLY if mode == "r" else os.O_RDWR) | os.O_CLOEXEC
+    descriptor = opened(os.open, text, flags)
+    segment = Segment(descriptor, on_disk=True, nbytes=os.fstat(descriptor.fileno()).st_size)
     segment.takes_writes = takes_writes
     if segment.nbytes < offset + nbytes:
         raise ValueError(
@@ -147,7 +147,7 @@ def _header_3(facts: str) -> bytes:
     return magic + len(text).to_bytes(4, "little") + text
 
 
-def open_own(path: str) -> int:
+def open_own(path: str) -> Descriptor:
     """A descriptor of an ordinary file that is ours, to read and write it.
 
     Raises
@@ -161,17 +161,15 @@ def open_own(path: str) -> int:
         errno.EEXIST, "there is no ordinary file of this user's; remove it first", path
     )
     try:
-        with above_standard:
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        file = opened(os.open, path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         if error.errno not in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
             raise
         raise refusal from None
-    facts = os.fstat(fd)
+    facts = os.fstat(file.fileno())
     if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
-        os.close(fd)
         raise refusal
-    return fd
+    return file
 
 
 class NpyWriter:
@@ -197,18 +195,17 @@ class NpyWriter:
         self._keeps = keeps
         if os.path.isdir(path):
             raise IsADirectoryError(f"out={path!r} is a folder")
-        fd = _left_open(self.part)
-        if fd is not None and not goes_on:
+        file = _left_open(self.part)
+        if file is not None and not goes_on:
             # What an earlier run has left is of no use, nor is what it has noted about it.
             for leftover in (self.part, *([] if keeps else [ledger_path(self.path)])):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(leftover)
-            os.close(fd)
-            fd = None
-        if fd is None:
+            file = None
+        if file is None:
             # One that replaces another is this user's alone until it has that one's permissions.
-            fd = _new_file(self.part, 0o600 if os.path.exists(self.path) else 0o666)
-        self.segment = Segment(fd, on_disk=True)
+            file = _new_file(self.part, 0o600 if os.path.exists(self.path) else 0o666)
+        self.segment = Segment(file, on_disk=True)
         # Its owner may write to it for now, whatever becomes of it then.
         _take_on(self.segment.fd, self.path, stat.S_IRUSR | stat.S_IWUSR)
 
@@ -279,37 +276,34 @@ def ledger_path(path: str) -> str:
     return f"{path}.ledger"
 
 
-def _left_open(path: str) -> int | None:
+def _left_open(path: str) -> Descriptor | None:
     """What an earlier run has left, locked for this one; None if there is nothing.
 
     A link or a device is not ours to write to, nor to remove.
     """
     try:
-        fd = open_own(path)
+        file = open_own(path)
     except FileNotFoundError:
         return None
-    return locked(fd, path)
+    return locked(file, path)
 
 
-def _new_file(path: str, mode: int) -> int:
+def _new_file(path: str, mode: int) -> Descriptor:
     """A new, empty file, locked for this run."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
-        with above_standard:
-            fd = os.open(path, flags, mode)
-        return locked(fd, path)
+        return locked(opened(os.open, path, flags, mode), path)
     except FileExistsError:  # it was not there a moment ago
         raise busy(path) from None
 
 
-def locked(fd: int, path: str) -> int:
-    """The descriptor of a file that this run alone holds; or it is closed, and an error."""
+def locked(file: Descriptor, path: str) -> Descriptor:
+    """The same file, which this run alone holds from now on; or an error."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(fd)
         raise busy(path) from None
-    return fd
+    return file
 
 
 def busy(path: str) -> BlockingIOError:

@@ -36,7 +36,7 @@ import numpy as np
 
 from taskcarrier.arrays.computation import Computation
 from taskcarrier.arrays.files import busy, ledger_path, locked, open_own
-from taskcarrier.descriptors import above_standard
+from taskcarrier.descriptors import Descriptor, opened, own
 from taskcarrier.ledger import DONE, FREE
 from taskcarrier.limits import room_for
 from taskcarrier.segments import Segment, SharedView
@@ -85,14 +85,13 @@ class KeptLedger:
         self._n_cells = n_cells
         self._computation = computation
         try:
-            self._fd = open_own(self.path)
+            self._file = open_own(self.path)
         except FileNotFoundError:
             self.is_new = True
-            with above_standard:
-                self._fd = self._made()
+            self._file = self._made()
         else:
             self.is_new = False
-            locked(self._fd, self.path)
+            locked(self._file, self.path)
         try:
             self._segment = self._checked()
         except BaseException:
@@ -118,44 +117,38 @@ class KeptLedger:
 
     def close(self) -> None:
         """Let another run go on with it, whoever else has it open: workers, and what is mapped."""
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
-        os.close(self._fd)
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._file.close()
 
-    def _made(self) -> int:
+    def _made(self) -> Descriptor:
         """A new file with a whole header and no marks, put in place at once."""
         header = {"cells": self._n_cells, "computes": self._computation.to_json()}
         marks_at = _aligned(len(_FIRST_LINE) + len(json.dumps(header)) + _PLACE_NBYTES)
         text = json.dumps({"marks_at": marks_at, **header}).encode("ascii") + b"\n"
         content = (_FIRST_LINE + text).ljust(marks_at, b"\0")
         folder, own_name = os.path.split(self.path)
-        folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        there = opened(os.open, folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        file, name = _nameless(folder)
         try:
-            fd, name = _nameless(folder)
-            try:
-                end = len(content) + self._n_cells
-                with room_for(fd, end):
-                    os.posix_fallocate(fd, 0, end)
-                os.pwrite(fd, content, 0)
-                fcntl.flock(fd, fcntl.LOCK_EX)
-                # Not over one that another run has made meanwhile. Where a folder's descriptor is
-                # given, the link in /proc is followed to the file.
-                os.link(name, own_name, dst_dir_fd=folder_fd)
-            except FileExistsError:
-                os.close(fd)
-                raise busy(self.path) from None
-            except BaseException:
-                os.close(fd)
-                raise
-            finally:
-                if not name.startswith(_DESCRIPTORS):
-                    os.unlink(name)
+            end = len(content) + self._n_cells
+            with room_for(file.fileno(), end):
+                os.posix_fallocate(file.fileno(), 0, end)
+            os.pwrite(file.fileno(), content, 0)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Not over one that another run has made meanwhile. Where a folder's descriptor is
+            # given, the link in /proc is followed to the file.
+            os.link(name, own_name, dst_dir_fd=there.fileno())
+        except FileExistsError:
+            raise busy(self.path) from None
         finally:
-            os.close(folder_fd)
-        return fd
+            if not name.startswith(_DESCRIPTORS):
+                os.unlink(name)
+        return file
 
     def _checked(self) -> Segment:
         """The file as a segment, if it is of this computation."""
-        self._marks_at, n_cells, earlier = _header_of(self._fd, self.path)
+        fd = self._file.fileno()
+        self._marks_at, n_cells, earlier = _header_of(fd, self.path)
         differing = self._computation.differences(earlier)
         differing += ["the number of ranges"] if n_cells != self._n_cells else []
         if differing:
@@ -166,29 +159,32 @@ class KeptLedger:
         if not self.is_new:
             self.notes += self._computation.doubts(earlier)
         end = self._marks_at + self._n_cells
-        if os.fstat(self._fd).st_size < end:  # it was cut off: those ranges are run again
-            with room_for(self._fd, end):
-                os.posix_fallocate(self._fd, 0, end)
-        with above_standard:
-            fd = os.dup(self._fd)
-        return Segment(fd, on_disk=True, nbytes=end)
+        if os.fstat(fd).st_size < end:  # it was cut off: those ranges are run again
+            with room_for(fd, end):
+                os.posix_fallocate(fd, 0, end)
+        return Segment(opened(os.dup, fd), on_disk=True, nbytes=end)
 
 
-def _nameless(folder: str) -> tuple[int, str]:
+def _nameless(folder: str) -> tuple[Descriptor, str]:
     """A new file that is its owner's alone, and by what it can be linked to its place.
 
     It has no name until then, so nothing is left of it however a run ends; but on file systems that
     know no such files, and where there is no /proc.
     """
     if not os.path.exists(_DESCRIPTORS):
-        return tempfile.mkstemp(".new", ".ledger-", folder)
+        return _named(folder)
     try:
-        fd = os.open(folder, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
+        file = opened(os.open, folder, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
     except OSError as error:
         if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}:
             raise
-        return tempfile.mkstemp(".new", ".ledger-", folder)
-    return fd, f"{_DESCRIPTORS}{fd}"
+        return _named(folder)
+    return file, f"{_DESCRIPTORS}{file.fileno()}"
+
+
+def _named(folder: str) -> tuple[Descriptor, str]:
+    fd, name = tempfile.mkstemp(".new", ".ledger-", folder)
+    return own(fd), name
 
 
 def _aligned(nbytes: int) -> int:

@@ -9,7 +9,9 @@ which is at most `AHEAD` blocks each, and nothing goes on behind the caller's ba
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol, cast
@@ -22,9 +24,9 @@ from taskcarrier.backends.work import (
     Feeder,
     Job,
     Ran,
-    be_at_work,
     in_time,
     in_worker,
+    this_thread,
 )
 from taskcarrier.ledger import Ledger
 from taskcarrier.notes import raise_again
@@ -120,14 +122,15 @@ class SerialFeed:
         """Run the items."""
         again = Again(start, start + len(items))
         self._cells.hold(start, partial(_itself, items))
-        busy_before = be_at_work(True)
+        was_worker = this_thread.is_worker
         try:
+            this_thread.is_worker = True
             if self._job.recovery.timeout is None:
                 came = self._cells(again.start, again.stop)
             else:
                 came = came_of(in_time(self._job, self.ledger, 0, self._cells, again))
         finally:
-            be_at_work(busy_before)
+            this_thread.is_worker = was_worker
         self._came.append(came)
         self.ledger.lay_down(0, len(items))
         self._account.ranges += 1
@@ -149,8 +152,15 @@ Begin = Callable[[int, Feeder, Deliver, Callable[[Account], None]], None]
 takes its account at the end."""
 
 
+_Given = SimpleQueue[Any]
+"""Blocks, and behind the last one something else, which is left there for the other threads."""
+
+
 class ThreadFeed:
     """A feed of threads, which share one queue of blocks. Another begins when all have a block.
+
+    Threads refer to its queues and not to it. If it is dropped, by an exception from outside, they
+    come to the end of the blocks as after `close`.
 
     Parameters
     ----------
@@ -158,8 +168,8 @@ class ThreadFeed:
         How many threads at most.
     begin : Begin
         Has one of them begin.
-    leave : callable
-        Takes the numbers of those that are not waited for.
+    drop_the_stuck : callable
+        Lets go of those that are not waited for.
     grace : float
         Seconds that they have to come to the end of their range when the feed is closed.
     """
@@ -171,19 +181,23 @@ class ThreadFeed:
         n_workers: int,
         ledger: Ledger,
         begin: Begin,
-        leave: Callable[[set[int]], None],
+        drop_the_stuck: Callable[[], None],
         grace: float,
     ) -> None:
         self.ledger = ledger
         self._n_workers = n_workers
         self._begin = begin
-        self._leave = leave
+        self._drop_the_stuck = drop_the_stuck
         self._grace = grace
         self._n_begun = 0
         self._n_out = 0  # blocks that were given and have not come
-        self._given: SimpleQueue[tuple[int, Sequence[Any]] | None] = SimpleQueue()
+        self._given: _Given = SimpleQueue()
         self._arrivals: SimpleQueue[Came | Account] = SimpleQueue()
+        # Threads write it themselves: what they put into the queue besides may get lost on the way.
         self._accounts: dict[int, Account] = {}
+        self._ranges = partial(_ranges, ledger, self._given, weakref.ref(self, self._given.put))
+        self._deliver = partial(_deliver, self._arrivals)
+        self._ended = partial(_ended, self._accounts, self._arrivals)
 
     @property
     def has_room(self) -> bool:
@@ -193,7 +207,7 @@ class ThreadFeed:
     def give(self, start: int, items: Sequence[Any]) -> None:
         """Put the items into the queue."""
         if self._n_begun <= self._n_out and self._n_begun < self._n_workers:
-            self._begin(self._n_begun, self._ranges, self._deliver, self._arrivals.put)
+            self._begin(self._n_begun, self._ranges, self._deliver, self._ended)
             self._n_begun += 1
         self._n_out += 1
         self._given.put((start, items))
@@ -212,53 +226,61 @@ class ThreadFeed:
         if isinstance(one, Came):
             self._n_out -= 1
             return [one]
-        self._write_down(one)
         if one.failure is not None:
             raise_and_forget(one)
         return []
-
-    def _write_down(self, account: Account) -> None:
-        account.name = f"thread {account.worker}"
-        self._accounts[account.worker] = account
-
-    def _ranges(self, cells: FedCells) -> Iterator[tuple[Again, int]]:
-        """In a worker: blocks from the queue."""
-        number = 0
-        while not self.ledger.halted and (block := self._given.get()) is not None:
-            start, items = block
-            cells.hold(start, partial(_itself, items))
-            yield Again(start, start + len(items)), number
-            number += 1
-
-    def _deliver(self, start: int, result: Any) -> None:  # noqa: ARG002  # the result knows it
-        self._arrivals.put(came_of(result))
 
     def close(self) -> Ran:
         """Stop the threads; one still in a range is left to finish it on its own."""
         is_done = not self._n_out
         if not is_done:
             self.ledger.halt()
-        for _ in range(self._n_begun):
-            self._given.put(None)
+        self._given.put(None)
         deadline = time.monotonic() + self._grace
         # In a worker a forgotten stream may be closed by the garbage collector: maybe in one of
         # its own, which would wait for itself.
         waits = is_done and not in_worker()
-        try:
+        with suppress(Empty):  # they have had their time
             while len(self._accounts) < self._n_begun:
                 left = None if waits else max(0.0, deadline - time.monotonic())
-                one = self._arrivals.get(timeout=left)
-                if isinstance(one, Account):
-                    self._write_down(one)
-        except Empty:
-            pass  # they have had their time
-        finally:
-            late = set(range(self._n_begun)) - set(self._accounts)
-            for number in late:  # what they have finished counts
-                ranges, items = self.ledger.again_done(number), self.ledger.items_of(number)
-                self._write_down(Account(number, ranges=ranges, items=items))
-            self._leave(late)
-        return Ran.read([self._accounts[number] for number in sorted(self._accounts)], self.ledger)
+                self._arrivals.get(timeout=left)
+        accounts = self._accounts.copy()
+        if len(accounts) < self._n_begun:
+            self._drop_the_stuck()
+        for number in set(range(self._n_begun)) - set(accounts):  # what they have finished counts
+            ranges, items = self.ledger.again_done(number), self.ledger.items_of(number)
+            accounts[number] = Account(number, ranges=ranges, items=items)
+        for number, account in accounts.items():
+            account.name = f"thread {number}"
+        return Ran.read([accounts[number] for number in sorted(accounts)], self.ledger)
+
+
+def _ranges(
+    ledger: Ledger,
+    given: _Given,
+    _: object,  # is kept for as long as this goes on
+    cells: FedCells,
+) -> Iterator[tuple[Again, int]]:
+    """In a worker: blocks from the queue."""
+    number = 0
+    while not ledger.halted:
+        block = given.get()
+        if not isinstance(block, tuple):
+            given.put(block)
+            return
+        start, items = block
+        cells.hold(start, partial(_itself, items))
+        yield Again(start, start + len(items)), number
+        number += 1
+
+
+def _deliver(arrivals: SimpleQueue[Any], start: int, result: Any) -> None:  # noqa: ARG001  # the result knows it
+    arrivals.put(came_of(result))
+
+
+def _ended(accounts: dict[int, Account], arrivals: SimpleQueue[Any], account: Account) -> None:
+    accounts[account.worker] = account
+    arrivals.put(account)
 
 
 def _itself(items: Sequence[Any]) -> Sequence[Any]:

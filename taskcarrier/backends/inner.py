@@ -14,10 +14,10 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 from taskcarrier.contexts import contextmanager
+from taskcarrier.interrupts import Holder, Holders
 from taskcarrier.locks import ModuleLock
 
 _VARIABLES = (
@@ -50,16 +50,16 @@ class _CountedLimit:
 
     def __init__(self) -> None:
         self._lock = ModuleLock()
-        self._runs: set[object] = set()  # those that are open
+        self._runs = Holders()  # those that are open
         self._is_on = False
-        self._limited: list[tuple[Any, int]] = []  # what was limited, and to what it is set again
+        self._limited: dict[int, tuple[Any, int]] = {}  # libraries, and what they are set to again
         self._controller: Any = None
         self._n_modules = -1
         self._generation = 0
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        generation, run = self._generation, object()
+        generation, run = self._generation, Holder()
         try:
             with self._lock:
                 # Entered first: another run of this thread may begin and end while it is put on.
@@ -82,20 +82,21 @@ class _CountedLimit:
         for library in self.found().lib_controllers:
             before = library.get_num_threads() if library.user_api == "blas" else None
             if before is not None and before != INNER_THREADS:
-                self._limited.append((library, before))
+                # Written down first; and gone from there last, or an exception that comes between
+                # leaves the limit on for ever.
+                self._limited[id(library)] = library, before
                 _limit(library, INNER_THREADS)
 
     def _lift(self) -> None:
-        with suppress(IndexError):  # none left: another run of this thread may have come between
-            while True:
-                library, before = self._limited.pop()
-                _limit(library, before)
+        for key, (library, before) in self._limited.copy().items():
+            _limit(library, before)
+            self._limited.pop(key, None)  # another run of this thread may have come between
 
     def restart(self) -> None:
         """In a forked child: the runs are its parent's."""
         self._generation += 1
         if self._runs:
-            self._runs = set()
+            self._runs = Holders()
             self._is_on = False
             self._lift()
 

@@ -31,7 +31,7 @@ import numpy as np
 from taskcarrier.advice import advise
 from taskcarrier.backends.decorated import reduce_cached, reduce_dispatching
 from taskcarrier.backends.given import Call
-from taskcarrier.descriptors import above_standard
+from taskcarrier.descriptors import Descriptor, above_standard, own
 from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.layout import is_mostly_gaps
 from taskcarrier.limits import is_no_room
@@ -55,6 +55,9 @@ _MAX_DESCRIPTORS = 253
 _FDS_SPACE = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
 # The other end may be gone: an error, whatever the program does about SIGPIPE.
 _FLAGS = socket.MSG_NOSIGNAL
+# Plain numbers: what the module has are enumerations, which are slow.
+_CLOEXEC, _DONTWAIT = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_DONTWAIT)
+_CTRUNC = int(socket.MSG_CTRUNC)
 # Before each message stand its length and the number of descriptors that come with it.
 _HEADER = struct.Struct("<QI")
 # Reads of a megabyte before what has come is looked at, so that one worker that sends without
@@ -110,9 +113,9 @@ def pack(task: object, staging: Staging) -> Parcel:
     return Parcel(pickle.dumps((pickled, table)), packer.segments, packer.notes())
 
 
-def unpack(data: bytes, fds: list[int]) -> Any:
+def unpack(data: bytes, descriptors: list[Descriptor]) -> Any:
     """The task of a parcel, in a worker; the descriptors now belong to its segments."""
-    segments = [Segment(fd, on_disk=False) for fd in fds]
+    segments = [Segment(descriptor, on_disk=False) for descriptor in descriptors]
     for segment in segments:
         # What the caller wrote was reserved; an output still empty is reserved by who fills it.
         segment.nbytes = os.fstat(segment.fd).st_size
@@ -439,8 +442,8 @@ class _Unpickler(pickle.Unpickler):
         return kind if kind in self._existing else set_state(kind, state)
 
 
-Message = tuple[bytes, list[int]]
-"""Bytes, and the descriptors that came with them, which belong to whoever takes the message."""
+Message = tuple[bytes, list[Descriptor]]
+"""Bytes, and the descriptors that came with them."""
 
 
 class Channel:
@@ -456,9 +459,11 @@ class Channel:
         sock.settimeout(None)  # the program may have set another default for its own sockets
         self._socket = sock
         self._received = bytearray()
-        self._received_fds: list[int] = []
-        # An exception, such as Ctrl-C, may come between a piece's arrival and its being kept. Then
-        # nothing that comes after it is what it seems: descriptors go to the wrong messages.
+        # What came last, until it is kept: an exception from outside may come before that is done.
+        self._came: Any = ()
+        self._descriptors: list[Descriptor] = []
+        # Once descriptors are missing, nothing that comes is what it seems: they would go to the
+        # wrong messages.
         self._is_torn = False
 
     def fileno(self) -> int:
@@ -468,9 +473,9 @@ class Channel:
     def close(self) -> None:
         """Close this end; the other end sees the end of the stream."""
         self._socket.close()
-        for fd in self._received_fds:
-            os.close(fd)
-        self._received_fds = []
+        if self._came:
+            self._kept()
+        self._descriptors = []
 
     def send(self, data: bytes, fds: list[int] | None = None) -> None:
         """Send one message."""
@@ -487,30 +492,43 @@ class Channel:
         head = self._piece(_HEADER.size)
         if not head:
             raise EOFError
+        self._received.clear()
         head += self._exactly(_HEADER.size - len(head))
-        nbytes, n_fds = _HEADER.unpack(head)
-        return self._exactly(nbytes), self._take_fds(n_fds)
+        nbytes, n_descriptors = _HEADER.unpack(head)
+        return self._exactly(nbytes), self._taken(n_descriptors)
 
     def _piece(self, nbytes: int, flags: int = 0) -> bytes:
-        """Bytes that have come; descriptors that came with them are kept."""
-        flags |= socket.MSG_CMSG_CLOEXEC
-        with above_standard:
-            data, ancillary, came, _ = self._socket.recvmsg(nbytes, _FDS_SPACE, flags)
+        """Take in bytes, and descriptors, that have come."""
+        with above_standard():
+            # Received and kept in one step, by C: no exception from outside comes between.
+            [self._came] = map(self._socket.recvmsg, (nbytes,), (_FDS_SPACE,), (flags | _CLOEXEC,))
+        return self._kept()
+
+    def _kept(self) -> bytes:
+        """What has come, which from now on is among what was received."""
+        data, ancillary, flags, _ = self._came
+        fds = array.array("i")
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds = array.array("i")
                 fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-                self._received_fds += fds
-        if came & socket.MSG_CTRUNC:  # the kernel drops what a process may not open
-            raise OSError(errno.EMFILE, _TOO_MANY)
-        return data
+        # Nor does any come here: there is no call.
+        [descriptors, self._came] = map(list, (map(own, fds), ()))
+        self._received += data
+        self._descriptors += descriptors
+        if flags & _CTRUNC:  # the kernel drops what a process may not open
+            raise self._torn()
+        return bytes(data)
 
-    def _take_fds(self, n_fds: int) -> list[int]:
+    def _taken(self, number: int) -> list[Descriptor]:
         """The descriptors of a message: the first that have come and were not taken."""
-        if len(self._received_fds) < n_fds:
-            raise OSError(errno.EMFILE, _TOO_MANY)
-        fds, self._received_fds = self._received_fds[:n_fds], self._received_fds[n_fds:]
-        return fds
+        if len(self._descriptors) < number:
+            raise self._torn()
+        first, self._descriptors = self._descriptors[:number], self._descriptors[number:]
+        return first
+
+    def _torn(self) -> OSError:
+        self._is_torn = True
+        return OSError(errno.EMFILE, _TOO_MANY)
 
     def _exactly(self, nbytes: int) -> bytes:
         data = bytearray()
@@ -522,38 +540,33 @@ class Channel:
         return bytes(data)
 
     def read(self) -> bool:
-        """Take in what has come so far, without waiting; whether more may come.
-
-        Nothing does once an exception has cut this short.
-        """
+        """Take in what has come so far, without waiting; whether more may come."""
         if self._is_torn:
             return False
-        self._is_torn = True
-        says_more = True
         try:
+            if self._came:
+                self._kept()
             for _ in range(_MAX_READS):
-                piece = self._piece(1 << 20, socket.MSG_DONTWAIT)
-                if not piece:
-                    says_more = False
-                    break
-                self._received += piece
+                if not self._piece(1 << 20, _DONTWAIT):
+                    return False
         except BlockingIOError:
             pass  # nothing more for now
         except ConnectionResetError:
-            says_more = False
-        self._is_torn = False
-        return says_more
+            return False
+        return True
 
     def messages(self) -> Iterator[Message]:
         """Whole messages that were read; one cut off by the sender's death is never among them."""
         while len(self._received) >= _HEADER.size and not self._is_torn:
-            nbytes, n_fds = _HEADER.unpack_from(self._received)
+            nbytes, n_descriptors = _HEADER.unpack_from(self._received)
             end = _HEADER.size + nbytes
             if len(self._received) < end:
                 return
             data = bytes(self._received[_HEADER.size : end])
-            self._is_torn = True
+            # Its bytes and its descriptors go together: again there is no call.
+            descriptors = self._descriptors[:n_descriptors]
+            self._descriptors = self._descriptors[n_descriptors:]
             del self._received[:end]
-            fds = self._take_fds(n_fds)
-            self._is_torn = False
-            yield data, fds
+            if len(descriptors) < n_descriptors:
+                raise self._torn()
+            yield data, descriptors

@@ -89,6 +89,7 @@ class ProcessFeed:
         self._watch = Watch()
         self._workers: dict[int, Worker] = {}  # at work
         self._to_end: dict[int, Worker] = {}  # those that wait to be told that nothing more comes
+        self._told: dict[int, Worker] = {}  # and those that know
         self._handed: dict[int, deque[_Block]] = {}
         self._n_come: dict[int, int] = {}  # results since the worker began
         self._items_come: dict[int, int] = {}  # ... and items in them
@@ -195,9 +196,10 @@ class ProcessFeed:
         self.ledger.begin(number)
         self._n_come[number] = self._items_come[number] = 0
         self._handed[number] = deque()
+        worker.is_free = False
+        self._send(worker, order([], self._parcel.data, fed=True), self._parcel.fds)
         self._workers[number] = self._to_end[number] = worker
         self._watch.add(number, worker)
-        self._send(worker, order([], self._parcel.data, fed=True), self._parcel.fds)
 
     def _send(self, worker: Worker, message: bytes, fds: list[int]) -> None:
         # A worker that is just dying is seen by its descriptor.
@@ -214,7 +216,9 @@ class ProcessFeed:
         try:
             for number in list(self._to_end):
                 self._send(self._to_end[number], b"", [])
-                del self._to_end[number]
+                self._told[number] = self._to_end.pop(number)
+            for number, worker in list(self._workers.items()):
+                self._take_in(number, worker, None)  # what has come may not have been looked at
             while self._workers and (left := deadline - time.monotonic()) > 0:
                 for number, worker, has_ended in self._watch.wait(min(left, LONGEST_WAIT)):
                     says_more = self._take_in(number, worker, None)
@@ -225,6 +229,8 @@ class ProcessFeed:
             for number, worker in {**self._to_end, **self._workers}.items():
                 self._give_up(number, worker)
             self._to_end = {}
+        for worker in self._told.values():
+            worker.is_free = True  # it has reported, or it is dead
 
     def _give_up(self, number: int, worker: Worker) -> None:
         """End a worker that has not reported, or was not told to; what came of it counts."""
@@ -269,11 +275,12 @@ class ProcessFeed:
                     if came is not None:
                         came.append(_unpacked(block, packed, large))
             else:
-                account = account_from(data[2:])
+                # At first: if this is cut short, the worker has reported all the same.
                 self._memory_kept |= data[1:2] == KEPT
+                self._leave(number)
+                account = account_from(data[2:])
                 account.name = worker.name
                 self._accounts.append(account)
-                self._leave(number)
                 if account.failure is not None:
                     self._failed = account
         return says_more

@@ -37,6 +37,7 @@ class Worker(Protocol):
 
     name: str
     channel: Channel
+    is_free: bool
 
     @property
     def pidfd(self) -> int:
@@ -69,7 +70,7 @@ class Watch:
     def drop(self, worker: Worker) -> None:
         """Watch it no more."""
         for fd in (worker.channel.fileno(), worker.pidfd):
-            del self._by_fd[fd]
+            self._by_fd.pop(fd, None)  # both may be missing, if `add` was cut short
             with contextlib.suppress(KeyError):
                 self._poll.unregister(fd)
 
@@ -149,9 +150,11 @@ class ProcessRun:
         self._again[number] = again
         self.at_work[number] = worker
         self._watch.add(number, worker)
+        message = order(list(again), self._parcel.data)
+        worker.is_free = False
         # A worker that is just dying is seen by its descriptor.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            worker.channel.send(order(list(again), self._parcel.data), self._parcel.fds)
+            worker.channel.send(message, self._parcel.fds)
 
     def goes_on(self) -> bool:
         """Whether anybody is at work; if all are done, what got lost is shared out again."""
@@ -198,13 +201,20 @@ class ProcessRun:
         self._halt()
         deadline = time.monotonic() + GRACE_SECONDS
         try:
-            while self.at_work and (left := deadline - time.monotonic()) > 0:
+            for number, worker in list(self.at_work.items()):
+                self._take_in(number, worker)  # what has come may not have been looked at
+            while self._busy and (left := deadline - time.monotonic()) > 0:
                 self.step(left)
         finally:
-            for worker in self.at_work.values():
+            for worker in self._busy:
                 worker.kill()
                 worker.reap()
             self.at_work.clear()
+
+    @property
+    def _busy(self) -> list[Worker]:
+        """Workers at work, but those that were not sent their order any more."""
+        return [worker for worker in self.at_work.values() if not worker.is_free]
 
     def ran(self) -> Ran:
         """How the run ended."""
@@ -363,15 +373,17 @@ class ProcessRun:
                 for one in results_from(message, on_disk=self._job.folder is not None):
                     self._unpack_result(worker, *one)
             else:
-                account = account_from(data[2:])
+                # At first: if this is cut short, the worker is free all the same.
                 self.memory_kept |= data[1:2] == KEPT
+                worker.is_free = True
+                self._leave(number, worker)
+                account = account_from(data[2:])
                 account.name = worker.name
                 self._accounts.append(account)
                 if account.failure is not None:
                     self._halt()
                 undone = self._again[number][self._ledger.again_done(number) :]
                 self._lost += [again[:2] for again in undone]
-                self._leave(number, worker)
         return open_
 
     def _unpack_result(self, worker: Worker, start: int, packed: bytes, large: list[Any]) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import random
@@ -48,8 +49,8 @@ from taskcarrier.backends.worker_process import (
     worker_main,
 )
 from taskcarrier.contexts import contextmanager
-from taskcarrier.descriptors import above_standard
-from taskcarrier.interrupts import is_of_the_program
+from taskcarrier.descriptors import Descriptor, above_standard
+from taskcarrier.interrupts import is_of_the_program, sheltered
 from taskcarrier.ledger import (
     OWN_MARKS,
     FileAgreement,
@@ -87,7 +88,13 @@ def _own_environment() -> dict[str, str]:
 
 
 class WorkerProcess:
-    """A worker process as the caller sees it."""
+    """A worker process as the caller sees it.
+
+    It is made, and its descriptors are closed, where no exception comes from outside.
+    """
+
+    is_free = True
+    """Whether it waits for a run: it has told what came of the last one."""
 
     def __init__(self, number: int, environment: dict[str, str], fds: list[int]) -> None:
         if not os.access(sys.executable, os.X_OK, effective_ids=True):
@@ -98,7 +105,9 @@ class WorkerProcess:
                 sys.executable,
             )
         own = _own_environment()
-        with above_standard, contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+        self._burying = threading.Lock()
+        self._exitcode: int | None = None
+        with above_standard(), contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             our_end, their_end = socket.socketpair()
             self.channel = Channel(our_end)
             ours.callback(self.channel.close)
@@ -115,7 +124,7 @@ class WorkerProcess:
                 daemon=False,
             )
             try:
-                with _streams_that_can_be_flushed():
+                with _streams_that_can_be_flushed(), _born_deaf():
                     self.process.start()
             except UnboundLocalError as error:  # how loky fails where it cannot open a pipe
                 raise error.__context__ or error from None
@@ -140,10 +149,12 @@ class WorkerProcess:
     @property
     def alive(self) -> bool:
         """Whether it has not ended."""
-        return not is_readable(self.pidfd)
+        return self.pidfd >= 0 and not is_readable(self.pidfd)
 
     def kill(self) -> None:
         """End it now."""
+        if self.pidfd < 0:
+            return
         try:
             self._ending.kill()
         except PermissionError:
@@ -152,16 +163,22 @@ class WorkerProcess:
             self._close_life()
 
     def _close_life(self) -> None:
+        life, self._life = self._life, -1
         with contextlib.suppress(OSError):  # it was, or the program closes what it likes
-            os.close(self._life)
-        self._life = -1
+            os.close(life)
 
     def reap(self) -> int | None:
         """Exit code of a process that has ended; its descriptors are closed."""
-        self.process.join()
-        exitcode: int | None = self.process.exitcode
-        self.forget(forked=False)
-        return exitcode
+        return sheltered(self.buried)
+
+    def buried(self) -> int | None:
+        """The same, in a thread that is not interrupted."""
+        with self._burying:
+            if self.pidfd >= 0:
+                self.process.join()
+                self._exitcode = self.process.exitcode
+                self.forget(forked=False)
+        return self._exitcode
 
     def forget(self, *, forked: bool = True) -> None:
         """Close this process's descriptors, without a word to the worker."""
@@ -193,42 +210,82 @@ class ProcessCrew:
         self._n = n
         self._workers: dict[int, WorkerProcess] = {}
         self.is_short = False
-        self._fds: list[int] = []
+        self._is_closed = False
+        self._renewing = threading.Lock()  # only in threads that are not interrupted
+        self._fds: list[int] = []  # of the ledger's three files, and of the caller's memory
+        self._memory: Descriptor | None = None
         try:
-            with above_standard:
+            with above_standard():
                 self._fds.append(os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC))
                 os.ftruncate(self._fds[0], ledger_nbytes(n) + OWN_MARKS)
                 self._fds.append(FileCursor.create())
                 self._fds.append(FileAgreement.create())
                 self._ledger = ledger_over(*self._fds)
-                memory_fd = caller_memory.opened()
+                memory = caller_memory.opened()
         except BaseException:
             self._close_files()
             raise
-        if memory_fd is not None:
-            self._fds.append(memory_fd)
+        self._memory = memory
+        if memory is not None:
+            self._fds.append(memory.fileno())
 
     def _living(self, number: int) -> WorkerProcess:
-        """A worker: the one there is, or a new one if none was needed yet or it is dead."""
+        """A worker that is free: the one there is, or a new one if none was needed yet."""
         worker = self._workers.get(number)
-        if worker is not None and worker.pidfd >= 0 and not worker.alive:
-            worker.reap()
-        if worker is None or worker.pidfd < 0:
-            try:
-                with _interrupts_held():
-                    worker = WorkerProcess(number, self._environment, self._fds)
-                    self._workers[number] = worker
-            except (OSError, RuntimeError, MemoryError) as error:
-                self.is_short = True
-                n_living = sum(one.pidfd >= 0 for one in self._workers.values())
-                add_note(
-                    error,
-                    f"only {n_living:,} of {self._n:,} worker processes could be started; pass a "
-                    "smaller n_jobs, or raise the limits (`ulimit -u`, `ulimit -n`, or the control "
-                    "group's)",
-                )
-                raise
+        if worker is None or not (worker.is_free and worker.alive):
+            worker = sheltered(functools.partial(self._renewed, number, worker))
         return worker
+
+    def _renewed(self, number: int, worker: WorkerProcess | None) -> WorkerProcess:
+        """A new worker in place of one that is dead, or has something of an earlier run in hand.
+
+        It is not started by half: here no exception comes from outside.
+        """
+        with self._renewing:
+            # An earlier call that was interrupted may have left this going on.
+            if self._is_closed:
+                raise RuntimeError("the crew has ended")
+            if self._workers.get(number) is worker:
+                if worker is not None:
+                    self._end(number, worker)
+                self._workers[number] = self._new(number)
+            return self._workers[number]
+
+    def _new(self, number: int) -> WorkerProcess:
+        self.is_short = False
+        try:
+            return WorkerProcess(number, self._environment, self._fds)
+        except (OSError, RuntimeError, MemoryError) as error:
+            self.is_short = True
+            n_living = sum(one.pidfd >= 0 for one in self._workers.values())
+            add_note(
+                error,
+                f"only {n_living:,} of {self._n:,} worker processes could be started; pass a "
+                "smaller n_jobs, or raise the limits (`ulimit -u`, `ulimit -n`, or the control "
+                "group's)",
+            )
+            raise
+
+    def _end(self, number: int, worker: WorkerProcess) -> None:
+        worker.kill()
+        worker.buried()
+        del self._workers[number]
+
+    def _end_the_stuck(self) -> None:
+        """End workers that still have something of an earlier run in hand.
+
+        They would write to the ledger.
+        """
+        stuck = [one for one in self._workers.copy().items() if not one[1].is_free]
+        if stuck:
+            sheltered(functools.partial(self._end_all, stuck))
+
+    def _end_all(self, workers: list[tuple[int, WorkerProcess]]) -> None:
+        with self._renewing:
+            for number, worker in workers:
+                # If this is left going on too, others are at work in their places by now.
+                if self._workers.get(number) is worker:
+                    self._end(number, worker)
 
     def run(
         self,
@@ -242,6 +299,7 @@ class ProcessCrew:
         When interrupted, workers stop at their next cell, and those that do not come to it soon
         are killed.
         """
+        self._end_the_stuck()
         workers = [self._living(number) for number in range(job.n_workers)]
         ledger = self._ledger
         ledger.reset(job.n_workers)
@@ -249,6 +307,9 @@ class ProcessCrew:
         if job.marks is None and ledger.marks is not None:
             ledger.marks[:] = bytes(len(job.grid))
         run = ProcessRun(job, ledger, deliver, parcel, self._living)
+        # If the run is cut short, a worker may write to them for a moment longer.
+        for segment in parcel.segments:
+            segment.is_lent = True
         try:
             for number, worker in enumerate(workers):
                 run.start(number, worker)
@@ -256,6 +317,8 @@ class ProcessCrew:
                 run.step(None if tick is None else TICK)
                 if tick is not None:
                     tick(ledger)
+            for segment in parcel.segments:
+                segment.is_lent = False
             return run.ran()
         finally:
             if run.at_work:
@@ -267,22 +330,25 @@ class ProcessCrew:
 
     def feed(self, job: Job, parcel: Parcel) -> ProcessFeed:
         """Have workers wait for blocks of items; the crew is its own until it is closed."""
+        self._end_the_stuck()
         self._ledger.reset(job.n_workers)
         return ProcessFeed(job, self._ledger, parcel, self._living)
 
     def close(self, *, wait: bool = True) -> None:
-        """End the workers; they are idle."""
+        """End the workers; who has something in hand is killed."""
+        with self._renewing:
+            self._is_closed = True
         workers = [worker for worker in self._workers.values() if worker.pidfd >= 0]
         for worker in workers:
             worker.channel.close()
-            if not wait:
+            if not wait or not worker.is_free:
                 worker.kill()
         deadline = time.monotonic() + _EXIT_SECONDS
         for worker in workers:
             left = max(0.0, deadline - time.monotonic())
             if not is_readable(worker.pidfd, left):
                 worker.kill()
-            worker.reap()
+            worker.buried()
         self._close_files()
 
     def forget(self) -> None:
@@ -293,8 +359,10 @@ class ProcessCrew:
         self._close_files()
 
     def _close_files(self) -> None:
-        for fd in self._fds:
+        for fd in self._fds[:3]:
             os.close(fd)
+        if self._memory is not None:
+            self._memory.close()
 
 
 @contextmanager
@@ -314,24 +382,10 @@ def _streams_that_can_be_flushed() -> Iterator[None]:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C is heard at the end: a worker started by half would wait for the rest until we end.
-
-    Two holds are needed. A process started meanwhile is born with this thread's mask, and so is
-    deaf until it says otherwise. But the mask does not keep a signal from other threads (a
-    library's, say), and wherever it arrives, its handler runs in the main thread.
-    """
-    heard: list[int] = []
-    handler = signal.getsignal(signal.SIGINT)
-    swapped = callable(handler) and threading.current_thread() is threading.main_thread()
-    if swapped:
-        signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+def _born_deaf() -> Iterator[None]:
+    """A process that is started meanwhile does not hear Ctrl-C until it says otherwise."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if swapped:
-            signal.signal(signal.SIGINT, handler)
-        if heard:
-            signal.raise_signal(signal.SIGINT)

@@ -42,7 +42,7 @@ from taskcarrier.backends.parcels import (
     unpack_items,
 )
 from taskcarrier.backends.surroundings import Surroundings
-from taskcarrier.backends.work import Account, Deliver, Failure, Job, Ran, be_at_work
+from taskcarrier.backends.work import Account, Deliver, Failure, Job, Ran, this_thread
 from taskcarrier.contexts import contextmanager
 from taskcarrier.interrupts import is_of_the_program
 from taskcarrier.ledger import Ledger
@@ -274,14 +274,15 @@ def _run(calls: Calls, items: Sequence[Any], start: int, surroundings: Surroundi
     """In a worker: one block."""
     begin = monotonic_ns()
     failed = False
-    busy_before = be_at_work(True)
+    was_worker = this_thread.is_worker
     try:
+        this_thread.is_worker = True
         with limited.open(), surroundings.within():
             result = calls.of(items, start)
     except BaseException as error:  # noqa: BLE001  # also exits: the caller raises
         result, failed = error, True
     finally:
-        be_at_work(busy_before)
+        this_thread.is_worker = was_worker
     return _Done(start, len(items), _Worker.here(), monotonic_ns() - begin, failed, result)
 
 

@@ -1,20 +1,26 @@
 """Crews of threads.
 
 Who owns what. A `ThreadCrew` owns its threads, which are started when they are needed first; each
-waits at its own inbox for a run, and the last of a run to end wakes the caller. The threads are
-daemons of ours and not those of a `ThreadPoolExecutor`, which joins its threads when the
-interpreter exits: a thread stuck in a kernel would hold up the exit after Ctrl-C. They are named
-like an executor's threads because libraries that ask whether they run inside a thread pool look for
-that name.
+waits at its own inbox for a run, and the last of a run to end wakes the caller. A thread says
+itself that it is free again, and ends when nothing refers to its `_Worker` any more. So the crew
+does not depend on how the caller has left a run: one that is not free when the next one begins is
+dropped then, and another takes its place.
+
+The threads are daemons of ours and not those of a `ThreadPoolExecutor`, which joins its threads
+when the interpreter exits: a thread stuck in a kernel would hold up the exit after Ctrl-C. They are
+named like an executor's threads because libraries that ask whether they run inside a thread pool
+look for that name.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
 from queue import SimpleQueue
+from typing import Any
 
 from taskcarrier.backends.feeds import ThreadFeed
 from taskcarrier.backends.inner import limit_this_thread, limited, serial_joblib
@@ -24,10 +30,11 @@ from taskcarrier.backends.work import (
     Feeder,
     Job,
     Ran,
-    be_at_work,
     outlet_here,
+    this_thread,
     work,
 )
+from taskcarrier.interrupts import sheltered
 from taskcarrier.ledger import Ledger
 from taskcarrier.notes import add_note
 
@@ -46,24 +53,34 @@ Ended = Callable[[Account], None]
 
 
 class _Worker:
-    def __init__(self, number: int) -> None:
-        self.inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self.thread = threading.Thread(
-            target=self._live, name=f"ThreadPoolExecutor-taskcarrier-{number}", daemon=True
-        )
-        try:
-            self.thread.start()
-        except BaseException:  # also Ctrl-C, when it runs already
-            self.inbox.put(None)
-            raise
+    """A thread that waits at its inbox, and ends with this."""
 
-    def _live(self) -> None:
-        serial_joblib()
-        # Between two runs, too: the garbage collector may close a stream at any moment.
-        be_at_work(True)
-        while (run := self.inbox.get()) is not None:
-            run()
-            del run  # nothing of a run is kept while waiting for the next
+    is_free = True
+    """Whether it has nothing to do; the caller says otherwise before it gives it something."""
+
+    def __init__(self, number: int) -> None:
+        self.inbox: SimpleQueue[Any] = SimpleQueue()
+        self.thread = threading.Thread(
+            target=_live,
+            args=(self.inbox, weakref.ref(self, self.inbox.put)),
+            name=f"ThreadPoolExecutor-taskcarrier-{number}",
+            daemon=True,
+        )
+        self.thread.start()
+
+    def end(self) -> None:
+        """Have the thread end when it has done what it was given."""
+        self.inbox.put(None)
+
+
+def _live(inbox: SimpleQueue[Any], worker: weakref.ref[_Worker]) -> None:
+    serial_joblib()
+    # Between two runs, too: the garbage collector may close a stream at any moment.
+    this_thread.is_worker = True
+    # What comes when the worker is gone is the reference to it: no code of ours runs for that.
+    while (run := inbox.get()) is not None and run is not worker:
+        run()
+        del run  # nothing of a run is kept while waiting for the next
 
 
 class ThreadCrew:
@@ -85,24 +102,8 @@ class ThreadCrew:
     def __init__(self, n: int) -> None:
         self._n = n
         self._workers: dict[int, _Worker] = {}
+        self._filling = threading.Lock()  # only in threads that are not interrupted
         self.is_short = False
-
-    def _living(self, number: int) -> _Worker:
-        """A worker: the one there is, or a new one if none was needed yet or it was left behind."""
-        worker = self._workers.get(number)
-        if worker is None:
-            try:
-                worker = self._workers[number] = _Worker(number)
-            except (RuntimeError, MemoryError) as error:
-                self.is_short = True
-                add_note(
-                    error,
-                    f"only {len(self._workers):,} of {self._n:,} threads could be started; pass a "
-                    "smaller n_jobs, or raise the limit (`ulimit -u`, `ulimit -v`, or the control "
-                    "group's)",
-                )
-                raise
-        return worker
 
     def run(self, job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None) -> Ran:
         """Run a job to its end; accounts in the order of the workers.
@@ -111,8 +112,8 @@ class ThreadCrew:
         finish it on their own, find the way to the output closed, and do not come back to the crew.
         """
         n = job.n_workers
-        for number in range(n):
-            self._living(number)
+        self._drop_the_stuck()  # should that have been cut short
+        self._have(n)
         ledger = (Ledger.addressed if job.sweeps else Ledger.local)(n)
         ledger.marks = job.marks_here()
         accounts: dict[int, Account] = {}
@@ -136,49 +137,77 @@ class ThreadCrew:
         finally:
             if len(accounts) < n:
                 ledger.halt()
-                try:
-                    if job.sweeps:
-                        finished.acquire(timeout=_GRACE_SECONDS)
-                finally:
-                    self._leave(set(range(n)) - set(accounts))
+                if job.sweeps:
+                    finished.acquire(timeout=_GRACE_SECONDS)
+                self._drop_the_stuck()
         for number, account in accounts.items():
             account.name = f"thread {number}"
         return Ran.read([accounts[number] for number in range(n)], ledger, job.grid)
 
     def feed(self, job: Job) -> ThreadFeed:
         """Have threads wait for blocks of items; the crew is its own until it is closed."""
+        self._drop_the_stuck()
         ledger = Ledger.local(job.n_workers)
 
         def begin(number: int, feed: Feeder, deliver: Deliver, ended: Ended) -> None:
+            self._have(number + 1)
             part = partial(work, job, ledger, number, outlet_here(deliver), feed=feed)
             self._begin(number, job, part, ended)
 
-        return ThreadFeed(job.n_workers, ledger, begin, self._leave, _GRACE_SECONDS)
+        return ThreadFeed(job.n_workers, ledger, begin, self._drop_the_stuck, _GRACE_SECONDS)
 
     def _begin(self, number: int, job: Job, part: Callable[[], Account], ended: Ended) -> None:
         """Have a thread begin its part of a run."""
+        worker = self._workers[number]
 
         def run() -> None:
             job.surroundings.take_on(in_process=False)
             limit_this_thread()
-            ended(part())
+            account = part()
+            worker.is_free = True
+            ended(account)
 
         context = copy_context()
-        self._living(number).inbox.put(lambda: context.run(run))
+        worker.is_free = False
+        worker.inbox.put(lambda: context.run(run))
 
-    def _leave(self, stuck: set[int]) -> None:
-        """Leave threads to end when they come to it; others take their place when needed."""
-        for number in stuck:
-            self._workers.pop(number).inbox.put(None)
+    def _drop_the_stuck(self) -> None:
+        """Let go of threads that still have something of an earlier run in hand."""
+        for number, worker in self._workers.copy().items():
+            if not worker.is_free:  # should this be cut short, it is so the next time too
+                worker.end()
+                self._workers.pop(number, None)
+
+    def _have(self, n: int) -> None:
+        """Start those of the first `n` threads that were not needed yet, or were left behind."""
+        if not all(map(self._workers.__contains__, range(n))):
+            sheltered(partial(self._fill, n))
+
+    def _fill(self, n: int) -> None:
+        with self._filling:  # an earlier call that was interrupted may still be at it
+            self.is_short = False
+            for number in set(range(n)) - set(self._workers):
+                try:
+                    self._workers[number] = _Worker(number)
+                except (RuntimeError, MemoryError) as error:
+                    self.is_short = True
+                    add_note(
+                        error,
+                        f"only {len(self._workers):,} of {self._n:,} threads could be started; "
+                        "pass a smaller n_jobs, or raise the limit (`ulimit -u`, `ulimit -v`, or "
+                        "the control group's)",
+                    )
+                    raise
 
     def close(self, *, wait: bool = True) -> None:
-        """End the threads; they are idle."""
-        workers = list(self._workers.values())
+        """End the threads; who has something in hand is not waited for."""
+        workers = list(self._workers.copy().values())
         for worker in workers:
-            worker.inbox.put(None)
+            worker.end()
         if wait:
             for worker in workers:
-                worker.thread.join()
+                if worker.is_free:
+                    worker.thread.join()
 
     def forget(self) -> None:
         """Drop the threads in a forked child, where they do not exist."""

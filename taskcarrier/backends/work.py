@@ -269,13 +269,22 @@ class Ran:
 Deliver = Callable[[int, Any], None]
 """Takes the start of a range and its result."""
 
-_state = threading.local()
+
+class _ThisThread(threading.local):
+    """What is known of the thread that asks."""
+
+    is_worker = False
+
+
+this_thread = _ThisThread()
+"""It is changed by assignment, and changed back by one that begins a ``finally``:
+then no exception from outside can come before (`taskcarrier.interrupts`)."""
 _in_worker_process = False
 
 
 def in_worker() -> bool:
     """Whether this code runs inside a worker, where further maps are serial."""
-    return _in_worker_process or getattr(_state, "busy", False)
+    return _in_worker_process or this_thread.is_worker
 
 
 def in_worker_process() -> bool:
@@ -287,13 +296,6 @@ def mark_worker_process() -> None:
     """Say that this whole process is a worker."""
     global _in_worker_process  # noqa: PLW0603  # a fact about the process, set once
     _in_worker_process = True
-
-
-def be_at_work(yes: bool) -> bool:
-    """Say whether this thread is a worker, and return what it was before."""
-    before: bool = getattr(_state, "busy", False)
-    _state.busy = yes
-    return before
 
 
 Outlet = tuple[Deliver, Callable[[], None]]
@@ -339,9 +341,10 @@ def work(
         Where its other ranges come from, instead of the grid.
     """
     account = Account(worker)
-    busy_before = be_at_work(True)
+    was_worker = this_thread.is_worker
     cells: Cells | None = None
     try:
+        this_thread.is_worker = True
         cells = job.task.open(ledger.agree)
         if job.sweeps:
             _sweep(job, ledger, account, cast("Sweep", cells), outlet[0])
@@ -358,7 +361,7 @@ def work(
         ledger.halt()
         account.failure = Failure(account.at, error, attempt=account.attempt)
     finally:
-        be_at_work(busy_before)
+        this_thread.is_worker = was_worker
         if cells is not None:
             account.facts = cells.facts()  # must not raise
     return account

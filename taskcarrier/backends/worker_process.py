@@ -42,7 +42,7 @@ from taskcarrier.backends.work import (
     work,
 )
 from taskcarrier.contexts import contextmanager
-from taskcarrier.descriptors import above_standard
+from taskcarrier.descriptors import Descriptor, above_standard
 from taskcarrier.ledger import OWN_MARKS, FileAgreement, FileCursor, Ledger
 from taskcarrier.notes import add_note
 from taskcarrier.recovery import Again
@@ -124,19 +124,21 @@ def worker_main(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     serial_joblib()
     kept_mappings.keep()
-    with above_standard:
+    with above_standard():
         channel = Channel(socket.socket(fileno=os.dup(down.fileno())))
     down.close()
     with contextlib.suppress(EOFError, ConnectionResetError):
-        _, (words_fd, cursor_fd, agreement_fd, *memory_fd) = channel.receive()
+        _, files = channel.receive()
+        words_fd, cursor_fd, agreement_fd, *memory_fd = (file.fileno() for file in files)
         for fd in memory_fd:
             caller_memory.attach(fd)
-        with above_standard:
+        with above_standard():
             ledger = ledger_over(words_fd, cursor_fd, agreement_fd)
-        os.close(words_fd)
+        files[0].close()
         while True:
-            data, fds = channel.receive()
-            _run_parcel(number, channel, ledger, data, fds)
+            data, descriptors = channel.receive()
+            _run_parcel(number, channel, ledger, data, descriptors)
+            del descriptors
             del data
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(Exception):  # a closed or full terminal is not ours
@@ -152,12 +154,15 @@ def _die_with(life: int) -> None:
         os._exit(1)
 
 
-def _run_parcel(number: int, channel: Channel, ledger: Ledger, data: bytes, fds: list[int]) -> None:
+def _run_parcel(
+    number: int, channel: Channel, ledger: Ledger, data: bytes, descriptors: list[Descriptor]
+) -> None:
     again, parcel, is_fed = _taken_apart(data)
     fed = _Fed(channel, ledger, number) if is_fed else None
     doing = "unpickled the function or its arguments"
     try:
-        job = unpack(parcel, fds)
+        job = unpack(parcel, descriptors)
+        descriptors.clear()
         doing = "took on the caller's folder and settings"
         job.surroundings.take_on(in_process=True)
     except BaseException as error:  # noqa: BLE001  # the caller raises it
@@ -199,9 +204,10 @@ class _Fed:
     def __call__(self, cells: FedCells) -> Iterator[tuple[Again, int]]:
         number = 0
         while (message := self._next()) is not None:
-            data, fds = message
+            data, descriptors = message
             again, first, packed = pickle.loads(data)
-            segment = Segment(fds[0], on_disk=False) if fds else None
+            segment = Segment(descriptors[0], on_disk=False) if descriptors else None
+            del message, descriptors
             if self._ledger.halted:
                 return
             cells.hold(first, functools.partial(_block_items, segment, packed))
@@ -218,9 +224,8 @@ class _Fed:
 
     def drain(self) -> None:
         """Take in what the caller has sent before it knew that this worker is done."""
-        while (message := self._next()) is not None:
-            for fd in message[1]:
-                os.close(fd)
+        while self._next() is not None:
+            pass
 
 
 def _block_items(segment: Segment | None, packed: PackedBlock) -> Sequence[Any]:
@@ -343,12 +348,12 @@ def results_from(message: Message, on_disk: bool) -> Iterator[tuple[int, bytes, 
     copied, or it would keep the rest alive; so is everything once so much is mapped that
     descriptors get scarce.
     """
-    data, fds = message
+    data, descriptors = message
     batch: list[PackedResult] = pickle.loads(data[1:])
     memory = memoryview(b"")
     least = 0
-    if fds:
-        memory = memoryview(Segment.taken_over(fds[0], on_disk).map("write"))
+    if descriptors:
+        memory = memoryview(Segment.taken_over(descriptors[0], on_disk).map("write"))
         least = len(memory) + 1 if descriptors_are_scarce() else len(memory) // _KEPT_PARTS
 
     def block(offset: int, nbytes: int) -> Any:

@@ -1,7 +1,6 @@
 """Where workers find the items: which way is taken, and that each gives the original's chunks."""
 
 import contextlib
-import os
 
 import numpy as np
 import pytest
@@ -70,14 +69,14 @@ def small_arrays(request, monkeypatch):
 @contextlib.contextmanager
 def as_worker(whole_nbytes=sources._WHOLE_NBYTES):
     """This process reads its own memory as a worker would."""
-    fd = caller_memory.opened()
+    memory = caller_memory.opened()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(caller_memory, "_fd", fd)
+            patch.setattr(caller_memory, "_fd", memory.fileno())
             patch.setattr(sources, "_WHOLE_NBYTES", whole_nbytes)
             yield
     finally:
-        os.close(fd)
+        memory.close()
 
 
 def sources_of(*arrays, axis=0, chunksize=None):

@@ -25,7 +25,8 @@ from taskcarrier.backends import processes
 from taskcarrier.backends.crews import held_warm, process_crew, shutdown, thread_crew
 from taskcarrier.backends.given import Call
 from taskcarrier.backends.parcels import pack
-from taskcarrier.backends.work import Job
+from taskcarrier.backends.threads import ThreadCrew
+from taskcarrier.backends.work import Account, Job
 from taskcarrier.balance import Dynamic
 from taskcarrier.partition import Grid
 from taskcarrier.segments import Staging
@@ -65,6 +66,11 @@ def workers(crew):
     if crew.shares_memory:
         return [w.thread for w in crew._workers.values() if w.thread.is_alive()]
     return [w.pid for w in crew._workers.values() if psutil.pid_exists(w.pid)]
+
+
+def crews():
+    """All there are."""
+    return [place.crew for place in module._crews._places]
 
 
 def wait_until(condition):
@@ -125,7 +131,7 @@ class TestTooManyWorkers:
         (note,) = [one for one in info.value.__notes__ if "could be started" in one]
         assert note.startswith("only 3 of 30 ")
         assert "pass a smaller n_jobs" in note
-        assert not module._crews._idle
+        wait_until(lambda: not crews())
         # Without `shutdown`.
         wait_until(lambda: not set(threading.enumerate()) - before[0] - set(keepers()))
         trackers = 2  # of multiprocessing and of loky
@@ -157,7 +163,7 @@ def test_without_a_keeper_nothing_is_kept(lend, monkeypatch):
     with lend(2) as crew:
         assert len(run(crew)) == 2
     wait_until(lambda: not workers(crew))
-    assert not module._crews._idle
+    assert not crews()
 
 
 THREE_OF_FIVE_HUNDRED = {
@@ -176,7 +182,7 @@ THREE_OF_FIVE_HUNDRED = {
 @pytest.mark.parametrize("backend", LENDERS)
 def test_no_more_workers_are_started_than_there_are_tasks(call, backend):
     THREE_OF_FIVE_HUNDRED[call]({"n_jobs": 500, "backend": backend})
-    (crew,) = [one for _, _, one in module._crews._idle]
+    (crew,) = crews()
     assert 1 <= len(workers(crew)) <= 3
     assert last_report().n_jobs <= 3
 
@@ -268,6 +274,52 @@ class TestLending:
         assert len(set(taken)) <= 6
 
 
+@pytest.mark.fault(53)
+class TestLost:
+    def test_a_lease_that_is_gone_frees_its_crew(self):
+        lease = module._crews.take(("threading", 2, True, ()))
+        crew = lease.place.crew
+        del lease
+        with thread_crew(2) as again:
+            assert again is crew
+
+    def test_ended_if_another_was_made_meanwhile(self):
+        lost = module._crews.take(("threading", 2, True, ()))
+        gone = workers(lost.place.crew)
+        with thread_crew(2) as other:
+            run(other)
+        del lost
+        wait_until(lambda: crews() == [other])
+        wait_until(lambda: not any(thread.is_alive() for thread in gone))
+
+    def test_a_crew_that_has_ended_is_lent_no_more(self):
+        with thread_crew(2):
+            (place,) = module._crews._places
+        shutdown()
+        assert place.lent(lambda _: None) is None
+
+    def test_a_crew_whose_threads_are_left_at_work_is_whole_again(self):
+        go_on = threading.Event()
+        crew = ThreadCrew(2)
+        begun = []
+
+        def waits():
+            begun.append(threading.current_thread())
+            go_on.wait(LONG)
+
+        job = Job(Calls(Call(waits)), Dynamic(), Grid(2, 1), 2)
+        crew._have(2)
+        for number in range(2):  # as if the caller had been stopped just after
+            crew._begin(number, job, lambda: (waits(), Account(0))[1], lambda _: None)
+        wait_until(lambda: len(begun) == 2)
+        assert len(run(crew)) == 2
+        go_on.set()
+        for thread in begun:
+            thread.join(LONG)
+            assert not thread.is_alive()
+        crew.close()
+
+
 class TestIdle:
     @pytest.fixture
     def impatient(self, monkeypatch):
@@ -289,7 +341,7 @@ class TestIdle:
         with lend(2) as crew:
             with thread_crew(1):
                 pass  # the keeper is at work
-            wait_until(lambda: not module._crews._idle)
+            wait_until(lambda: crews() == [crew])
             assert len(run(crew)) == 2
 
     def test_not_before_their_time(self, lend):
@@ -316,7 +368,7 @@ class TestIdle:
     def test_held_warm_ends_with_an_error(self):
         with pytest.raises(KeyError), held_warm():
             raise KeyError
-        assert module._crews._held_warm == 0
+        assert not module._crews._held_warm
 
 
 class TestShutdown:
@@ -332,23 +384,26 @@ class TestShutdown:
         def refuse(thread):
             raise RuntimeError("can't start new thread")
 
-        with process_crew(2) as crew:
-            with monkeypatch.context() as patch:
-                patch.setattr(threading.Thread, "start", refuse)
-                with process_crew(1):
-                    pass
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            lent = process_crew(2)
+            with process_crew(1) as other:
+                pass
+            assert other not in crews()
             assert keepers() == []
+        with lent as crew:
             assert len(run(crew)) == 2
+        assert crews() == [crew]
         assert len(keepers()) == 1
 
     def test_a_keeper_that_has_only_just_started_ends_too(self):
-        with module._crews._changed:  # before the keeper comes to wait
-            with thread_crew(1):
-                pass
-            (keeper,) = keepers()
-            module._crews.shutdown(wait=False)
-        keeper.join(10)
-        assert not keeper.is_alive()
+        with module._crews._keeping:  # before the keeper comes to wait
+            take = threading.Thread(target=module._crews.take, args=[("threading", 1, True, ())])
+            take.start()
+            wait_until(crews)
+        take.join()
+        shutdown()
+        assert keepers() == []
 
     def test_is_public(self):
         assert taskcarrier.shutdown is shutdown
@@ -358,7 +413,7 @@ class TestShutdown:
             pass
         shutdown()
         shutdown()
-        assert module._crews._idle == []
+        assert crews() == []
 
     def test_busy_ones_finish_and_stay_warm(self, lend):
         with lend(2) as crew:
@@ -409,9 +464,9 @@ class TestFork:
             run(crew)
 
         def check():
-            return len(module._crews._idle), len(module._crews._lent), len(crew._workers)
+            return len(crews()), len(crew._workers)
 
-        assert self.in_child(check) == "(0, 0, 0)"
+        assert self.in_child(check) == "(0, 0)"
         assert len(workers(crew)) == 2
         with lend(2) as again:
             assert again is crew
@@ -419,11 +474,11 @@ class TestFork:
 
     def test_a_child_of_a_busy_parent(self, lend):
         def check():
-            return len(module._crews._idle), len(module._crews._lent), module._crews._held_warm
+            return len(crews()), bool(module._crews._held_warm)
 
         with held_warm(), lend(2) as crew:
             run(crew)
-            assert self.in_child(check) == "(0, 0, 0)"
+            assert self.in_child(check) == "(0, False)"
             assert len(run(crew)) == 2
 
     def test_a_child_has_crews_of_its_own(self):

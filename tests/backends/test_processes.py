@@ -332,9 +332,8 @@ class TestWatching:
             end.set()
             bystander.join()
             monkeypatch.undo()
-        assert pids(crew) == {started[-1]}
         assert sorted(run(crew, both)[1]) == ALL
-        assert started[-1] in pids(crew)
+        assert started[0] in pids(crew)  # it was started to the end
 
     def test_an_interrupt_while_a_worker_dies(self, crew, monkeypatch):
         monkeypatch.setattr(module, "TICK", 0.01)
@@ -370,6 +369,35 @@ def wait_for(start, stop, gate):
 
 def nap(start, stop):
     time.sleep(0.01)
+
+
+@pytest.mark.fault(53)
+def test_stuck_workers_that_end_late_take_no_others_with_them(crew, monkeypatch):
+    def at_work(yes):
+        for worker in crew._workers.values():
+            worker.is_free = not yes
+
+    def interrupted(what):
+        late.append(what)
+        raise KeyboardInterrupt
+
+    late = []
+    run(crew, both)
+    before = pids(crew)
+    at_work(True)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sheltered", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(crew, both)
+    assert len(run(crew, both)[1]) == 10
+    after = pids(crew)
+    assert before.isdisjoint(after)
+    at_work(True)
+    late[0]()
+    assert pids(crew) == after
+    at_work(False)
+    assert len(run(crew, both)[1]) == 10
+    assert pids(crew) == after
 
 
 class TestInside:

@@ -286,10 +286,11 @@ class TestWatching:
 
         with pytest.raises(KeyboardInterrupt):
             run(crew, one_is_stuck, balance=Static(), n_items=6, tick=interrupt)
-        after = threads_of(crew)
+        assert threads_of(crew) == before[1:]
+        run(crew, both)
         release.set()
-        assert after == before[1:]
-        assert threads_of(started(crew))[0] not in before
+        assert threads_of(crew)[1:] == before[1:]
+        assert threads_of(crew)[0] not in before
 
 
 @contextmanager

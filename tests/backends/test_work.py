@@ -12,10 +12,10 @@ from taskcarrier.backends.work import (
     Failure,
     Job,
     Ran,
-    be_at_work,
     in_worker,
     mark_worker_process,
     outlet_here,
+    this_thread,
     timeout_error,
     work,
 )
@@ -476,13 +476,13 @@ class TestInWorker:
         assert seen == [False]
 
     def test_whoever_says_so(self):
-        assert be_at_work(True) is False
+        this_thread.is_worker = True
         try:
             assert in_worker()
             run(Script())
             assert in_worker()
         finally:
-            assert be_at_work(False) is True
+            this_thread.is_worker = False
         assert not in_worker()
 
     def test_a_whole_process(self, monkeypatch):

@@ -27,6 +27,7 @@ from taskcarrier.backends.worker_process import (
     results_from,
 )
 from taskcarrier.balance import Dynamic, Static
+from taskcarrier.descriptors import own
 from taskcarrier.errors import TaskError
 from taskcarrier.ledger import OWN_MARKS, SENT, FileAgreement, FileCursor, ledger_nbytes
 from taskcarrier.partition import Grid
@@ -126,7 +127,7 @@ class Sent:
     def send(self, data, fds=None):
         assert data[:1] == RESULTS
         self.n_fds.append(len(fds))
-        received = results_from((data, [os.dup(fd) for fd in fds]), on_disk=False)
+        received = results_from((data, [own(os.dup(fd)) for fd in fds]), on_disk=False)
         self.messages.append([(start, unpack_items(*packed)) for start, *packed in received])
 
 

@@ -1,0 +1,34 @@
+"""Exceptions from outside, at a chosen step of a call: where Python would let one in."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+class Stop(KeyboardInterrupt):  # it is no error
+    """What comes from outside."""
+
+
+def interrupted_at(step: int, call: Callable[[], Any]) -> bool:
+    """Whether a call gets as far as that step, where it is interrupted.
+
+    Python delivers exceptions of signal handlers and other threads where a function begins, and
+    where one of C has returned. (And where a loop goes round, which is left out here.) Some steps
+    are in finalizers, whose exceptions are lost.
+    """
+    steps = iter(range(step))
+    reached = []  # and no frame, which would refer to this one
+
+    def trace(_: object, event: str, __: object) -> None:
+        if event in {"call", "c_return"} and next(steps, None) is None and not reached:
+            reached.append(True)
+            raise Stop
+
+    try:
+        sys.setprofile(trace)
+        call()
+    except Stop:
+        pass
+    finally:
+        sys.setprofile(None)
+    return bool(reached)
