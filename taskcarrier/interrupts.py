@@ -79,7 +79,7 @@ def sheltered(what: Callable[[], _T]) -> _T:
                 # new thread is taken for the one that starts it, for a moment, and may get an
                 # exception that is meant for that. Then it ends before it has begun.
                 start_new_thread(_start, (thread, what, done, starter))
-            except RuntimeError:
+            except (RuntimeError, MemoryError):
                 _do(what, done)
             del starter
         answer = done.get()
@@ -102,7 +102,7 @@ def _start(
 ) -> None:
     try:
         thread.start()
-    except RuntimeError:  # there are too many threads
+    except (RuntimeError, MemoryError):  # there are too many threads
         _do(what, done)
 
 
