@@ -499,17 +499,6 @@ class TestInside:
         _, delivered, _ = run(warm, look)
         assert set(delivered.values()) == {("SequentialBackend", 1)}
 
-    def test_what_tasks_print_is_seen_at_once(self, capfd):
-        crew = ProcessCrew(1)
-        try:
-            run(crew, say, n_items=2, n_workers=1)
-            deadline = time.monotonic() + LONG
-            while "hello from a worker" not in capfd.readouterr().out:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-        finally:
-            crew.close()
-
     def test_ctrl_c_is_the_caller_s_decision(self, warm):
         _, delivered, failures = run(warm, interrupt_myself)
         assert failures == []
@@ -520,6 +509,17 @@ class TestInside:
         assert failures == []
         assert sum(account.items for account in ran.accounts) == 20
         assert sorted(delivered) == list(range(0, 20, 2))
+
+    def test_what_tasks_print_is_seen_at_once(self, capfd):
+        crew = ProcessCrew(1)
+        try:
+            run(crew, say, n_items=2, n_workers=1)
+            deadline = time.monotonic() + LONG
+            while "hello from a worker" not in capfd.readouterr().out:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            crew.close()
 
 
 def say(start, stop):
