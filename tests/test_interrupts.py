@@ -254,7 +254,7 @@ def within(mapper):
         in_arrays(mapper)
 
 
-@pytest.mark.fault(53)
+@pytest.mark.fault(44)
 @pytest.mark.parametrize("seed", [4, 5])  # threads, processes
 def test_at_random_moments(seed):
     command = [sys.executable, "-m", "tests.stress", "--one", "exceptions", "--seed", str(seed)]
@@ -323,7 +323,7 @@ def test_holders_that_are_gone_do_not_count():
     assert not holders
 
 
-@pytest.mark.fault(53)
+@pytest.mark.fault(44)
 def test_a_limit_that_was_not_lifted_is_lifted_after_the_next_run(monkeypatch):
     class Library:
         user_api, threads = "blas", 4
@@ -357,7 +357,7 @@ def n_threads_and_descriptors():
     return [len(list(Path(f"/proc/self/{name}").iterdir())) for name in ("task", "fd")]
 
 
-@pytest.mark.fault(53)
+@pytest.mark.fault(44)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_at_any_step_of_a_call_nothing_is_left_behind(backend, call, monkeypatch):

@@ -343,7 +343,7 @@ class _Holder:
             return self.mapper.map(self.twice, [x, -x])
 
 
-@pytest.mark.fault(61)
+@pytest.mark.fault(46)
 @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
 @pytest.mark.parametrize("kind", [StaticParallelMapper, DynamicParallelMapper])
 def test_an_object_that_holds_its_mapper_maps_its_own_methods(backend, kind):
@@ -362,7 +362,7 @@ def test_an_object_that_holds_its_mapper_maps_its_own_methods(backend, kind):
             assert map_array(holder.twice, X, n_jobs=2, backend="loky").tolist() == (2 * X).tolist()
 
 
-@pytest.mark.fault(61)
+@pytest.mark.fault(46)
 @pytest.mark.parametrize("kind", [SerialMapper, StaticParallelMapper, DynamicParallelMapper])
 @pytest.mark.parametrize(
     "copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))]
@@ -383,7 +383,7 @@ def test_a_copy_of_an_open_mapper_is_closed_and_of_its_own(kind, copied):
     assert (type(there), repr(there), there.named) == (kind, repr(mapper), "mine")
 
 
-@pytest.mark.fault(27, 61)
+@pytest.mark.fault(27, 46)
 def test_the_mapper_that_a_function_holds_does_not_keep_a_run_from_going_on(tmp_path):
     holder = _Holder(DynamicParallelMapper(2, backend="threading"))
     flag = tmp_path / "fails"

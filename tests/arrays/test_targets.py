@@ -559,7 +559,7 @@ class TestFiles:
             os.umask(before)
         assert stat.S_IMODE((tmp_path / "Y.npy").stat().st_mode) == 0o666 & ~umask
 
-    @pytest.mark.fault(51)
+    @pytest.mark.fault(42)
     @pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444, 0o000])
     @pytest.mark.parametrize("more", [{}, {"resume": True}])
     def test_keep_the_permissions_of_what_they_replace(self, mode, more, some_run, X, tmp_path):
@@ -578,7 +578,7 @@ class TestFiles:
         path.chmod(0o600)
         assert np.load(path)[0] == 7
 
-    @pytest.mark.fault(51)
+    @pytest.mark.fault(42)
     def test_permissions_that_were_more_are_gone(self, X, tmp_path):
         path = tmp_path / "Y.npy"
         path.touch()
@@ -586,7 +586,7 @@ class TestFiles:
         map_array(double, X, out=path)
         assert stat.S_IMODE(path.stat().st_mode) == 0o755
 
-    @pytest.mark.fault(51)
+    @pytest.mark.fault(42)
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
     def test_keep_the_group_and_the_owner_of_what_they_replace(self, some_run, X, tmp_path):
         path = tmp_path / "Y.npy"
@@ -597,7 +597,7 @@ class TestFiles:
         facts = path.stat()
         assert (facts.st_uid, facts.st_gid, stat.S_IMODE(facts.st_mode)) == (65534, 65533, 0o640)
 
-    @pytest.mark.fault(51)
+    @pytest.mark.fault(42)
     @pytest.mark.parametrize("number", [errno.EPERM, errno.EINVAL])
     def test_another_group_may_not_do_what_that_group_may(self, number, X, tmp_path, monkeypatch):
         path = tmp_path / "Y.npy"

@@ -426,7 +426,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.fault(62)
+@pytest.mark.fault(47)
 @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
 @pytest.mark.parametrize(
     ("when", "warm"),

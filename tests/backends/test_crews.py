@@ -116,7 +116,7 @@ CALLS = {
 }
 
 
-@pytest.mark.fault(52)
+@pytest.mark.fault(43)
 @pytest.mark.parametrize("call", CALLS)
 class TestTooManyWorkers:
     @pytest.mark.parametrize("backend", LENDERS)
@@ -150,7 +150,7 @@ class TestTooManyWorkers:
         assert last_report().n_jobs == 2
 
 
-@pytest.mark.fault(52)
+@pytest.mark.fault(43)
 def test_without_a_keeper_nothing_is_kept(lend, monkeypatch):
     start = threading.Thread.start
 
@@ -177,7 +177,7 @@ THREE_OF_FIVE_HUNDRED = {
 }
 
 
-@pytest.mark.fault(52)
+@pytest.mark.fault(43)
 @pytest.mark.parametrize("call", THREE_OF_FIVE_HUNDRED)
 @pytest.mark.parametrize("backend", LENDERS)
 def test_no_more_workers_are_started_than_there_are_tasks(call, backend):
@@ -274,7 +274,7 @@ class TestLending:
         assert len(set(taken)) <= 6
 
 
-@pytest.mark.fault(53)
+@pytest.mark.fault(44)
 class TestLost:
     def test_a_lease_that_is_gone_frees_its_crew(self):
         lease = module._crews.take(("threading", 2, True, ()))

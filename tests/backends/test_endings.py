@@ -45,7 +45,7 @@ def child():
         process.kill()
 
 
-@pytest.mark.fault(65)
+@pytest.mark.fault(50)
 class TestEnding:
     def test_it_is_seen_and_the_process_left_to_be_reaped(self, way, child):
         ending = Ending(child.pid)

@@ -198,7 +198,7 @@ class TestTheDead:
         if request.param == "no pidfd":
             monkeypatch.delattr(os, "pidfd_open")
 
-    @pytest.mark.fault(65)
+    @pytest.mark.fault(50)
     def test_seen_without_a_descriptor_of_the_process_too(self, way, crew):
         ran, delivered = run(crew, die, 6, recovery=Recovery(retries=1))
         assert [death.exitcode for death in ran.deaths] == [7, 7]
@@ -208,7 +208,7 @@ class TestTheDead:
         ran, delivered = run(crew, both)
         assert sorted(set(delivered)) == ALL
 
-    @pytest.mark.fault(65)
+    @pytest.mark.fault(50)
     @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
     def test_nothing_is_left_of_one_that_could_not_be_started_whole(self, crew, monkeypatch, error):
         def fails(pid):
@@ -224,7 +224,7 @@ class TestTheDead:
         assert not psutil.pid_exists(pid)
         assert sorted(run(crew, both)[1]) == ALL
 
-    @pytest.mark.fault(66)
+    @pytest.mark.fault(51)
     def test_a_python_that_cannot_be_run_is_an_error_that_says_so(
         self, crew, monkeypatch, tmp_path
     ):
@@ -237,7 +237,7 @@ class TestTheDead:
         monkeypatch.undo()
         assert sorted(run(crew, both)[1]) == ALL
 
-    @pytest.mark.fault(66)
+    @pytest.mark.fault(51)
     def test_one_that_is_another_user_s_is_killed_by_its_pipe(self, crew, monkeypatch):
         def refuse(*_):
             raise PermissionError
@@ -371,7 +371,7 @@ def nap(start, stop):
     time.sleep(0.01)
 
 
-@pytest.mark.fault(53)
+@pytest.mark.fault(44)
 def test_stuck_workers_that_end_late_take_no_others_with_them(crew, monkeypatch):
     def at_work(yes):
         for worker in crew._workers.values():

@@ -371,7 +371,7 @@ class FrozenError(Exception):
     code: int
 
 
-@pytest.mark.fault(60)
+@pytest.mark.fault(45)
 def test_errors_that_refuse_attributes_arrive_as_themselves(mapper):
     def func(i):
         raise FrozenError(i) from KeyError("why")

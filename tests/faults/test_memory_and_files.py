@@ -112,7 +112,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.fault(64)
+@pytest.mark.fault(49)
 @pytest.mark.parametrize("backend", ["threading", "loky"])
 def test_all_works_without_proc(tmp_path, backend):
     prefix = unshared("mount -t tmpfs tmpfs /proc")
@@ -370,7 +370,7 @@ CALLS_WITH_A_FILE = {
 }
 
 
-@pytest.mark.fault(50)
+@pytest.mark.fault(41)
 class TestFilesThatAreCutOff:
     @pytest.fixture
     def path(self, tmp_path):
@@ -572,7 +572,7 @@ print(count() - before)
     assert output_of(code) == "0"
 
 
-@pytest.mark.fault(52)
+@pytest.mark.fault(43)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user with no threads yet")
 def test_more_threads_than_a_user_may_have(tmp_path):
     code = """

@@ -824,7 +824,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.fault(63)
+@pytest.mark.fault(48)
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
 def test_children_of_multiprocessing_map_functions_of_the_main_module(method, tmp_path):
     assert run_script(tmp_path, CHILD, method).splitlines() == ["[0, 1, 2, 3]"] * 2
@@ -896,7 +896,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.fault(65)
+@pytest.mark.fault(50)
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS])
 def test_a_sandbox_may_refuse_descriptors_of_processes(number, tmp_path):
     with running(tmp_path, SANDBOX, str(number), str(tmp_path), ready="[]"):
@@ -955,7 +955,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.fault(66)
+@pytest.mark.fault(51)
 def test_a_program_may_give_up_root_after_its_first_map(tmp_path):
     aside = tmp_path / "aside"
     aside.mkdir()

@@ -356,7 +356,7 @@ def _within(mapper, func):
         return mapper.map(func, range(4))
 
 
-@pytest.mark.fault(60)
+@pytest.mark.fault(45)
 @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
 @pytest.mark.parametrize("verb", sorted(VERBS))
 @pytest.mark.parametrize("kind", [FrozenError, LockedError])
@@ -380,7 +380,7 @@ def test_exceptions_that_refuse_attributes_arrive_with_all_that_they_lead_to(bac
         assert "raise kind(3" in str(error.__cause__.__cause__)
 
 
-@pytest.mark.fault(60)
+@pytest.mark.fault(45)
 @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
 def test_a_context_is_not_replaced_by_what_the_caller_is_handling(backend):
     def func(x):
@@ -407,7 +407,7 @@ class FrozenWarning(UserWarning):
     code: int
 
 
-@pytest.mark.fault(10, 60)
+@pytest.mark.fault(10, 45)
 def test_warnings_that_refuse_attributes_arrive_as_themselves():
     def func(chunk):
         warnings.warn(FrozenWarning(3), stacklevel=1)
