@@ -25,7 +25,7 @@ class WorkerDiedError(BrokenProcessPool):
     in_hand : tuple of int or None
         ``(start, stop)`` of the range it was working on; None if it had none.
     attempt : int
-        The how-manieth time that range (or a larger one around it) was run.
+        How often that range (or a larger one around it) was run, this time included.
     missing : list of tuple of int
         Every range without a result, in ascending order.
     partial : object

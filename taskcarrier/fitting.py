@@ -94,7 +94,7 @@ def fit_many(
         nested ones too, as scikit-learn sets them), what `rows` draws, and what `sample_weight`
         draws. Default: none; ``random_state`` stays as it is.
     balance : {"static", "dynamic"}, default "dynamic"
-        How work is shared out: evenly beforehand, or always to whoever is free.
+        How work is shared out: evenly beforehand, or each free worker takes the next part.
     {n_jobs}
     backend : {"sequential", "threading", "loky", "threads", "processes"} or str, optional
         Where workers run; also any other that is registered with joblib, such as ``"dask"``, which
@@ -199,7 +199,7 @@ def predict_array(
     Parameters
     ----------
     estimator : fitted estimator
-        What is asked. For processes it must be picklable.
+        The fitted estimator. For processes it must be picklable.
     X : array_like of shape (n_samples, ...)
         The rows. Paths that end in ``.npy`` and memmaps are mapped by the workers. pandas objects
         become their values (the estimator sees no names of columns).
@@ -208,7 +208,7 @@ def predict_array(
         ``"decision_function"`` or any other method that takes rows and returns an array with as
         many rows.
     balance : {"static", "dynamic"}, default "dynamic"
-        How work is shared out: evenly beforehand, or always to whoever is free.
+        How work is shared out: evenly beforehand, or each free worker takes the next part.
     {n_jobs}
     backend : {"sequential", "threading", "loky", "threads", "processes"}, optional
         Where workers run. Default: what an active `joblib.parallel_config` says, else threads for

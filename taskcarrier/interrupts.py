@@ -12,7 +12,7 @@ is done in one of four ways:
 - not written down at all, but found out again by the next call: who is gone (`Holders`,
   `taskcarrier.backends.crews`), which workers are free.
 
-And they are told from exceptions of the user's functions (`is_of_the_program`).
+`is_of_the_program` distinguishes them from exceptions of the user's functions.
 """
 
 from __future__ import annotations

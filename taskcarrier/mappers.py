@@ -294,7 +294,7 @@ class Mapper:
         Like the built-in `map`, this returns an iterator: work begins when the first result is
         asked for, and the input is read in the thread that asks, never further ahead than
         `buffersize`. Workers take the next items when they are free, whatever the mapper's balance;
-        a `SerialMapper` reads one item at a time. Between two questions each worker finishes what
+        a `SerialMapper` reads one item at a time. Between two results each worker finishes what
         it was given, so the caller may take its time. Closing the iterator, or dropping it, ends
         the work within about a second. Warnings of worker processes come when it ends.
 
@@ -478,9 +478,9 @@ class StaticParallelMapper(Mapper):
 
 
 class DynamicParallelMapper(Mapper):
-    """A mapper that gives the next range to whichever worker is free.
+    """A mapper that gives each free worker the next range.
 
-    The right one when items take different times, or nobody knows.
+    The right one when items take different or unknown times.
 
     Examples
     --------

@@ -58,7 +58,7 @@ class Report:
     n_jobs : int
         Workers that were there to take part (never more than ranges).
     chunksize : int
-        Items per range at most; but for streams, all but the last have so many.
+        Items per range; the last range may be shorter, and in streams any of them.
     ranges, items : int
         Ranges and items of the whole run.
     bytes_copied : int
@@ -152,7 +152,8 @@ def last_report() -> Report:
     Returns
     -------
     Report
-        Also after a run that failed, for what it did until then.
+        Also after a run that failed, for what it did until then. If the call was interrupted, the
+        report says so and lists no workers.
 
     Raises
     ------

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
 
@@ -246,38 +247,28 @@ def execute(
         folder=settings.folder,
     )
     n_before = 0 if kept is None else min(kept.n_done * grid.chunksize, grid.n_items)
-    with progress.shown(settings.verbosity, grid.n_items, n_workers, n_before) as tick:
-        if choice.backend == "sequential":
-            ran = _run_here(job, deliver, tick)
-        elif choice.backend == "threading":
-            with thread_crew(choice.n_jobs) as threads:
-                ran = threads.run(job, deliver, tick)
-        elif choice.backend not in choices.OWN:
-            from taskcarrier.backends import registered  # noqa: PLC0415  # loads joblib
-
-            ran = registered.run(job, choice, settings.backend, deliver, tick)
-        else:
-            choices.load_processes()
-            from taskcarrier.backends.parcels import pack  # noqa: PLC0415  # loads joblib
-
-            assert staging is not None  # for the type checker
-            parcel = pack(job, staging)
-            notes = [*notes, *parcel.notes]
-            with process_crew(choice.n_jobs) as processes:
-                ran = processes.run(job, parcel, deliver, tick)
-    accounts = ran.accounts
-    report = report_of(
+    report_on = partial(
+        report_of,
         job,
         choice,
-        ran,
-        staging,
+        staging=staging,
         chunksize=grid.chunksize,
         ranges=len(grid),
         items=grid.n_items,
-        notes=[*notes, *_resumed(kept, grid), *recovered(ran)],
         compiling=compiling,
         started_ns=started_ns,
     )
+    notes = [*notes, *_resumed(kept, grid)]
+    try:
+        with progress.shown(settings.verbosity, grid.n_items, n_workers, n_before) as tick:
+            ran, of_function = _run(job, choice, settings, staging, deliver, tick=tick)
+    except BaseException as error:
+        # Or the report would be that of an earlier run.
+        ended = f"ended by {type(error).__name__}; what its workers did is not counted"
+        settings.keep_report(report_on(Ran([], 0, None, halted=True), notes=[*notes, ended]))
+        raise
+    accounts = ran.accounts
+    report = report_on(ran, notes=[*notes, *of_function, *recovered(ran)])
     settings.keep_report(report)
     progress.log_report(settings.verbosity, report)
     failures = list(ran.failures)
@@ -293,6 +284,34 @@ def execute(
     with suppress(Warning) if failures else nullcontext():
         warn_again(accounts)
     return Outcome(accounts, failures, ran.fatal, ran.missing, report, ran.agreed)
+
+
+def _run(
+    job: Job,
+    choice: Choice,
+    settings: Settings,
+    staging: Staging | None,
+    deliver: Deliver,
+    *,
+    tick: Callable[[Ledger], None] | None,
+) -> tuple[Ran, Sequence[str]]:
+    """Run a job where it was decided, and say what was found in its function."""
+    if choice.backend == "sequential":
+        return _run_here(job, deliver, tick), ()
+    if choice.backend == "threading":
+        with thread_crew(choice.n_jobs) as threads:
+            return threads.run(job, deliver, tick), ()
+    if choice.backend not in choices.OWN:
+        from taskcarrier.backends import registered  # noqa: PLC0415  # loads joblib
+
+        return registered.run(job, choice, settings.backend, deliver, tick), ()
+    choices.load_processes()
+    from taskcarrier.backends.parcels import pack  # noqa: PLC0415  # loads joblib
+
+    assert staging is not None  # for the type checker
+    parcel = pack(job, staging)
+    with process_crew(choice.n_jobs) as processes:
+        return processes.run(job, parcel, deliver, tick), parcel.notes
 
 
 def _balance(choice: Choice, settings: Settings) -> Balance:

@@ -101,6 +101,7 @@ def _takes_rng(func: Callable[..., Any]) -> bool:
     """Whether a function can be called with ``rng=``, as far as it tells."""
     if isinstance(func, np.ufunc):
         return False
+    func = getattr(func, "py_func", func)  # numba's dispatchers are called like this function
     try:
         # Not that of what is wrapped: a wrapper may well take what it does not pass on.
         parameters = inspect.signature(func, follow_wrapped=False).parameters

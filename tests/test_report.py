@@ -1,14 +1,20 @@
 """The report: a table for people, a dict for programs."""
 
+import functools
 import html
 import json
+import os
+import signal
 import threading
+import time
 from dataclasses import FrozenInstanceError, fields, replace
 from xml.etree import ElementTree as ET
 
+import numpy as np
 import pytest
 
-from taskcarrier.report import Report, WorkerReport, keep_report, last_report
+from taskcarrier import last_report, map_items
+from taskcarrier.report import Report, WorkerReport, keep_report
 
 
 @pytest.fixture
@@ -126,3 +132,30 @@ def test_last_report_is_the_thread_s_own(report):
     assert found == ["nothing was run from this thread yet", report]
     assert found[1] is report
     assert last_report() is other
+
+
+@pytest.mark.parametrize("backend", ["threading", "loky"])
+def test_after_an_interrupt_the_report_is_that_of_the_interrupted_run(backend):
+    caller = os.getpid()
+    returned = threading.Event()
+    # Threads wait until the call has returned. Worker processes are killed by it.
+    wait = returned.wait if backend == "threading" else functools.partial(time.sleep, 60)
+
+    def interrupting(x):
+        if x == 3:
+            os.kill(caller, signal.SIGINT)
+        return wait()
+
+    map_items(lambda x: x, np.arange(5), n_jobs=2, backend=backend)
+    with pytest.raises(KeyboardInterrupt):
+        map_items(interrupting, np.arange(3, 100), n_jobs=2, backend=backend)
+    returned.set()
+    report = last_report()
+    assert (report.items, report.backend, report.workers) == (97, backend, ())
+    assert report.notes[-1] == "ended by KeyboardInterrupt; what its workers did is not counted"
+
+
+def test_functions_that_are_not_compiled_take_no_time_to_compile():
+    for backend in ("sequential", "threading"):
+        map_items(lambda row: row.sum(), np.ones((50, 3)), n_jobs=2, backend=backend)
+        assert last_report().compiling == 0

@@ -294,7 +294,9 @@ def test_arrays_that_the_function_carries(of):
     assert mapper(func, range(10)) == list(range(10))
     many = "1 array of 80,000" if n == 1 else "2 arrays of 160,000"
     (note,) = mapper.report.notes
-    assert note.startswith(f"the function carries {many} bytes: workers see them in shared memory")
+    assert note.startswith(
+        f"the function carries {many} bytes: each call copies them to shared memory"
+    )
     mapper(abs, range(10), shared=None)
     assert mapper.report.notes == ()
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import numba
 import numpy as np
 import pytest
 
@@ -151,6 +152,7 @@ class TestFunctionsThatTakeNone:
             (lambda x: x, "<lambda>"),
             (lambda x, rng, /: x, "<lambda>"),
             (functools.partial(pow, 2), "functools.partial"),
+            (numba.njit(lambda x: x), "<lambda>"),
         ],
     )
     def test_are_refused_before_anything_starts(self, func, name):

@@ -20,6 +20,7 @@ from taskcarrier.arrays.specs import DisagreementError, Spec
 from taskcarrier.arrays.targets import Targets
 from taskcarrier.arrays.tasks import ArrayTask
 from taskcarrier.backends.choice import Choice, check_for_arrays
+from taskcarrier.backends.functions import is_jitted
 from taskcarrier.backends.given import Call
 from taskcarrier.backends.parts import Fault, Parts
 from taskcarrier.backends.work import Failure, Task
@@ -244,6 +245,8 @@ class ArrayCall:
         """
         if not self.by_item or choice.backend == "loky" or self.inputs.n_items == 0:
             return None, 0
+        if not is_jitted(self.call.func):
+            return None, 0
         if self.settings.recovery.retry_on or self.streams is not None:
             return None, 0  # these are done around each call
         begin = monotonic_ns()
@@ -262,7 +265,7 @@ class ArrayCall:
             elif plan.settled is not None and plan.settled.parts != fusion.spec.parts:
                 raise ValueError(
                     f"func gives {fusion.spec.describe(plan.n_items)}, but the earlier run gave "
-                    f"{plan.settled}; remove its .ledger to begin anew, or choose another out="
+                    f"{plan.settled}; remove its .ledger to start over, or choose another out="
                 )
         return fusion, monotonic_ns() - begin
 
@@ -413,11 +416,21 @@ def _worded(
     assert isinstance(failure.error, DisagreementError)  # for the type checker
     assert failure.range is not None  # likewise
     start, stop = failure.range
+
+    def described(spec: Spec, length: int) -> str:
+        return spec.describe_item() if call.by_item else spec.describe(length)
+
     if reference_start is None:
-        expected = f"{reference.describe(stop - start)} in a worker that has died since"
+        expected = f"{described(reference, stop - start)} in a worker that has died since"
     else:
         first, last = call.grid.bounds(reference_start // call.grid.chunksize)
-        expected = f"{reference.describe(last - first)} for items {first}:{last}"
+        expected = f"{described(reference, last - first)} for items {first}:{last}"
+    if call.by_item:
+        return ValueError(
+            f"func returned {described(failure.error.spec, 1)} for each of the items "
+            f"{start}:{stop}, but {expected}; every item must give results of the same shape and "
+            "dtype (pass dtype=); a mapper returns a list of results of any shape"
+        )
     return ValueError(
         f"func returned {failure.error.spec.describe(stop - start)} for axis "
         f"{call.inputs.axes[0]}, items {start}:{stop}, but {expected}; it must return the same "

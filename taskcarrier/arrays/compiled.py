@@ -30,8 +30,8 @@ from taskcarrier.locks import ModuleLock
 
 _COPIES = "the kernel takes arrays or records that it may write to: it gets private copies"
 _NO_LOOP = (
-    "the kernel is called from Python: a compiled loop gives scalars or fills rows (out_shape=), "
-    "of dtypes that numba knows, and takes items as its signature says"
+    "the kernel is called from Python and not fused into a loop, which gives scalars or fills rows "
+    "(pass out_shape=), of dtypes that numba knows, and takes items as its signature says"
 )
 
 
@@ -236,8 +236,8 @@ def fused(
     collects: bool,
     in_threads: bool,
 ) -> Fusion | None:
-    """A fused loop for a function of items, or None if it cannot be had."""
-    if not is_jitted(call.func) or not all(type(a) is np.ndarray for a in inputs.arrays):
+    """A fused loop for a kernel of items, or None if it cannot be had."""
+    if not all(type(a) is np.ndarray for a in inputs.arrays):
         return None
     from taskcarrier.arrays import kernels  # noqa: PLC0415  # loads numba
 

@@ -37,6 +37,7 @@ from taskcarrier.layout import items_first
 from taskcarrier.ledger import CURSOR_AT, IN_HAND_AT, ITEM_AT, ITEMS_AT, RANGES_AT
 from taskcarrier.locks import ModuleLock
 from taskcarrier.notes import add_note
+from taskcarrier.report import counted
 
 _WORD = ir.IntType(64)
 # The beginning of the name of what makes a Python object of an array.
@@ -239,7 +240,11 @@ def _binding(
     try:
         return signature.bind(*[None] * (n_items + len(args) + fills), **kwargs)
     except TypeError as error:
-        given = [f"{n_items} mapped", f"{len(args)} of args", *["the row to fill"] * fills]
+        given = [
+            counted(n_items, "mapped array"),
+            *[f"{len(args)} of args"] * bool(args),
+            *["the row to fill"] * fills,
+        ]
         words = ", ".join([*given, *(f"{name}=" for name in kwargs)])
         raise TypeError(
             f"{kernel.__name__}{signature} cannot be called with {words} ({error}); a kernel "

@@ -235,7 +235,7 @@ def map_items(
     ------
     TypeError, ValueError, numpy.exceptions.AxisError
         Bad arguments, before anything is started; values of different shapes, or that are no
-        arrays or numbers (``dtype=object`` collects any object).
+        arrays or numbers (``dtype=object`` collects objects that are neither).
     WorkerDiedError
         A range has killed every worker process that ran it; says which range, which worker and how.
     TimeoutError

@@ -24,7 +24,7 @@ axis : int or tuple of int, default 0
     it so that they are one.
 balance : {"static", "dynamic"}, default "static"
     How ranges are shared out. Static: each worker has one contiguous run of them, best
-    when all take alike. Dynamic: the next range goes to whoever is free, best when times
+    when all take equally long. Dynamic: each free worker takes the next range, best when times
     differ; taking one costs about a microsecond. Results are the same.
 n_jobs : int, optional
     Workers. Default: what an active `joblib.parallel_config` says, else all cores this
@@ -52,7 +52,7 @@ out : ndarray, memmap, path or tuple, optional
     are arbitrary; a file is not there, or is as it was. Default: a new array.
 dtype : dtype or tuple, optional
     What results are cast to. Floats are cast within their kind, integers when every value fits,
-    strings and dates when it is safe; else an error tells the value. Integers become floats as
+    strings and dates when it is safe; else an error names the value. Integers become floats as
     NumPy rounds them: 2**53 + 1 loses a unit in double precision. A tuple has one for each
     result. Default: what `func` returns.
 out_axis : int or tuple of int, optional
@@ -83,7 +83,7 @@ on_error : {"raise", "collect", "fill"}, default "raise"
     `FailedRange` ``(start, stop, error)`` in ascending order, and the result holds `fill_value`
     there. Fill: the result alone. A range that fails is narrowed down to its failing items (by
     calling `func` on halves of it, in `map_items` item by item), so what is missing does not
-    depend on `chunksize`. Results of a wrong shape or dtype are errors still, and so is a call in
+    depend on `chunksize`. Results of a wrong shape or dtype are still errors, and so is a call in
     which no item succeeds (with ``"collect"`` its result is None).
 collect_on_error : {"raise", "collect"}, default "raise"
     What becomes of an exception in `func`. Raise: the run ends with it. Collect: the run goes
@@ -111,11 +111,13 @@ retry_on : exception type or tuple of types, optional
     Exceptions after which `func` is called again, up to `retries` times, with the same chunk or
     item. A `TimeoutError` is a range that took too long. Default: none; exceptions are final.
 fill_value : scalar, optional
-    What stands where `func` failed; must be a value of the result's dtype. Default: NaN, NaT or
-    None; for ``"fill"`` with a dtype that has none of these it must be given.
+    The value in place of results that failed; must be a value of the result's dtype. Default: NaN,
+    NaT or None. Integers, booleans and strings have none of these: they get zeros, False and empty
+    strings with ``"collect"``, and with ``"fill"`` the value must be given, or the call raises a
+    `TypeError` when the results' dtype is known, which may be at its end.
 resume : bool, default False
-    Whether to go on where an earlier call has ended, however it ended, and to have it so that a
-    later one can. Needs `out` as a path (or several): beside ``Y.npy.part`` a file
+    Whether to go on where an earlier call has ended, however it ended, and to save progress for a
+    later one. Needs `out` as a path (or several): beside ``Y.npy.part`` a file
     ``Y.npy.ledger`` says which ranges are done; both stay when the call fails, and go when the
     output is complete. The other call must have computed the same, or it is refused with what
     differs: the same function (with all that it encloses and reads by global names), arguments,

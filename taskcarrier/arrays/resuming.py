@@ -154,7 +154,7 @@ class KeptLedger:
         if differing:
             raise ValueError(
                 f"{self.path} is of another computation; what differs: {', '.join(differing)}. To "
-                "begin anew, remove it, or choose another out="
+                "start over, remove it, or choose another out="
             )
         if not self.is_new:
             self.notes += self._computation.doubts(earlier)
@@ -204,6 +204,6 @@ def _header_of(fd: int, path: str) -> tuple[int, int, Computation]:
             raise TypeError("its numbers are none")  # noqa: TRY301  # likewise
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(
-            f"{path} is no ledger of this version of TaskCarrier ({error}); remove it to begin anew"
+            f"{path} is no ledger of this version of TaskCarrier ({error}); remove it to start over"
         ) from None
     return marks_at, cells, computation

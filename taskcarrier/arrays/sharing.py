@@ -39,7 +39,7 @@ def empty(
     Returns
     -------
     ndarray
-        Of zeros, in fact; but do not count on it.
+        Its contents are not defined.
 
     Raises
     ------

@@ -48,10 +48,14 @@ class Spec:
 
     def describe(self, length: int) -> str:
         """The results of a cell of so many items, in words."""
-        parts = [
-            f"{dtype} {shape}"
-            for (dtype, _), shape in zip(self.parts, self.shapes(length), strict=True)
-        ]
+        return self._in_words(self.shapes(length))
+
+    def describe_item(self) -> str:
+        """The results of one item, in words."""
+        return self._in_words([shape for _, shape in self.parts])
+
+    def _in_words(self, shapes: list[tuple[int, ...]]) -> str:
+        parts = [f"{dtype} {shape}" for (dtype, _), shape in zip(self.parts, shapes, strict=True)]
         if not self.several:
             return f"an array {parts[0]}"
         return f"a tuple of {len(parts)} ({'; '.join(parts)})"

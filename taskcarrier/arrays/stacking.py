@@ -165,6 +165,11 @@ def _arrays(
         arrays.append(np.asarray(value, dtype))
     shape = arrays[0].shape
     for number, (array, value) in enumerate(zip(arrays, values, strict=True)):
+        if isinstance(values[0], tuple):
+            raise ValueError(  # noqa: TRY004  # as for tuples of different lengths
+                f"func returned a tuple within a tuple, {_short(values[0])}, for item {start}; "
+                "return one tuple of numbers and arrays, or use a mapper for a list of the results"
+            )
         if isinstance(value, tuple):
             raise ValueError(  # noqa: TRY004  # as for tuples of different lengths
                 f"func returned {_short(values[0])} for item {start}, but a tuple for item "
@@ -174,7 +179,7 @@ def _arrays(
             raise TypeError(
                 f"func returned {_short(value)} ({type(value).__name__}) for item "
                 f"{start + number}; map_items stacks numbers and arrays: pass dtype=object to "
-                "collect objects, or use a mapper for a list of them"
+                "collect them, or use a mapper for a list of them"
             )
         if array.shape != shape:
             raise ValueError(

@@ -178,7 +178,7 @@ class _Crews:
     def forget(self) -> None:
         for place in self._places:
             place.crew.forget()
-        self.__init__()  # type: ignore[misc]  # a forked child starts anew, locks and all
+        self.__init__()  # type: ignore[misc]  # a forked child has its own, locks included
 
     def _idle(self, since: float = math.inf) -> list[_Lease]:
         """Crews that were free since then; they are lent no more."""

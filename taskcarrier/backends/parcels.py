@@ -180,7 +180,7 @@ class _Packer:
         if not self._carried:
             return []
         what = f"{counted(len(self._carried), 'array')} of {sum(self._carried):,} bytes"
-        where = "workers see them in shared memory (which `share` saves filling for every call)"
+        where = "each call copies them to shared memory, if they are not there yet (see `share`)"
         return [f"the function carries {what}: {where}"]
 
     def view(self, array: np.ndarray) -> SharedView | None:

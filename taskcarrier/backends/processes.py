@@ -257,6 +257,10 @@ class ProcessCrew:
             return WorkerProcess(number, self._environment, self._fds)
         except (OSError, RuntimeError, MemoryError) as error:
             self.is_short = True
+            # A child of multiprocessing that is still importing the main module starts no process;
+            # Python's error says so.
+            if getattr(multiprocessing_process.current_process(), "_inheriting", False):
+                raise
             n_living = sum(one.pidfd >= 0 for one in self._workers.values())
             add_note(
                 error,

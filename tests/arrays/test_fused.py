@@ -233,7 +233,7 @@ class TestArguments:
     def test_missing_ones_are_named(self, run):
         kernel = numba.njit(lambda x, y, out: None)
         with pytest.raises(
-            TypeError, match=r"\(x, y, out\) cannot .* 1 mapped, 1 of args .*out_shape"
+            TypeError, match=r"\(x, y, out\) cannot .* 1 mapped array, 1 of args .*out_shape"
         ):
             map_items(kernel, X, args=(1,), **run)
 

@@ -698,7 +698,7 @@ class TestRefusals:
         before = halfway.ledger.read_bytes(), (halfway.folder / "Y.npy.part").read_bytes()
         with pytest.raises(ValueError, match="is of another computation") as caught:
             halfway.tried(func, *arrays, **options)
-        differing = str(caught.value).split("what differs: ")[1].split(". To begin")[0]
+        differing = str(caught.value).split("what differs: ")[1].split(". To start over")[0]
         assert set(differing.split(", ")) == set(what)
         assert str(halfway.ledger) in str(caught.value)
         assert noted(halfway.log) == []
@@ -920,7 +920,7 @@ class TestKeptLedger:
             ({"more": "x"}, "more"),
             ({"func": "x", "array 0": "y"}, "func, array 0"),
         ]:
-            with pytest.raises(ValueError, match=f"what differs: {what}\\. To begin anew"):
+            with pytest.raises(ValueError, match=f"what differs: {what}\\. To start over"):
                 self.kept(tmp_path, **changes)
         with pytest.raises(ValueError, match="what differs: the number of ranges"):
             self.kept(tmp_path, n=6)

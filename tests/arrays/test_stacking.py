@@ -105,6 +105,9 @@ def test_tuples_must_be_of_one_length_with_an_axis_for_each():
         put([(1, 2), (3,)], 7)
     with pytest.raises(ValueError, match="tuple of 2 for item 7, but 3 for item 9"):
         put([(1, 2), (1, 2), 3], 7)
+    nested = r"a tuple within a tuple, \(2, 3\), for item 7; return one tuple of numbers"
+    with pytest.raises(ValueError, match=nested):
+        put([(1, (2, 3)), (4, (5, 6))], 7)
     with pytest.raises(ValueError, match="out_axis has 3 entries, func returned 2"):
         put([(1, 2), (3, 4)], out_axis=(0, 0, 0))
 
