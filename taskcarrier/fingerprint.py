@@ -13,8 +13,11 @@ it does, as far as that can be told from outside:
 - functions, classes and modules of installed packages by name, with the version of the package;
 - anything else by its type alone, under its name: it is listed among what was `not looked into`.
 
+Modules of the program that a function imports are imported here, unless they are already.
+
 What a function finds in another way is not covered: attributes that were set on installed packages,
-``globals()["name"]``, its own annotations, and what was registered elsewhere (`numba.extending`).
+``globals()["name"]``, annotations and docstrings, a value that was set in place of what a
+`functools.cached_property` has found, and what was registered elsewhere (`numba.extending`).
 
 Bytecode differs between versions of Python, so another version is another function. Nothing depends
 on hash randomisation, on addresses or on the depth of the caller's stack.
@@ -40,6 +43,7 @@ import re
 import struct
 import sys
 import sysconfig
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import (
@@ -242,13 +246,13 @@ class Fingerprint:
 
     def _sequence(self, value: Any, name: str) -> _Steps:
         kind = type(value).__name__
-        if _SIMPLE.issuperset(map(type, value)):
-            return _joined(f"plain {kind}", _bytes_of(repr(value)))
+        if (text := _text_of(value, value)) is not None:
+            return _joined(f"plain {kind}", text)
         return _joined(kind, *(yield from self._all(value, name)))
 
     def _dict(self, value: Any, name: str) -> _Steps:
-        if _SIMPLE.issuperset(map(type, value)) and _SIMPLE.issuperset(map(type, value.values())):
-            return _joined("plain dict", _bytes_of(repr(list(value.items()))))
+        if (text := _text_of([*value.items()], [*value, *value.values()])) is not None:
+            return _joined("plain dict", text)
         return _joined("dict", *(yield from self._pairs(value.items(), name)))
 
     def _pairs(
@@ -257,7 +261,8 @@ class Fingerprint:
         found = []
         for key, one in pairs:
             own = yield key, name
-            place = f"[{key!r}]" if _plain(key) is not None else "[...]"
+            text = None if _plain(key) is None else _text_of(key, ())
+            place = "[...]" if text is None else f"[{text.decode('utf-8', 'replace')}]"
             found.append(_joined("pair", own, (yield one, _place(name, place))))
         return found
 
@@ -272,7 +277,7 @@ class Fingerprint:
                 plain = yield one, name
                 self._n_met, self._numbers = n_met, numbers
             found.append(plain)
-        if type(value) in {set, frozenset}:
+        if type(value) in {set, frozenset, weakref.WeakSet}:
             return _joined(type(value).__name__, *sorted(found))
         state = yield value.__getstate__(), name
         own = yield type(value), f"the class of {name}"
@@ -283,7 +288,11 @@ class Fingerprint:
             self.takes_writes.append(name)
         plain = np.asarray(value)
         if plain.dtype.hasobject:
-            items = yield from self._all(plain.flat, name)
+            if plain.dtype.names is None:
+                items = yield from self._all(plain.flat, name)
+            else:
+                fields = {field: plain[field] for field in plain.dtype.names}
+                items = yield from self._members(fields, name)
             own = _joined("objects", repr((plain.dtype, plain.shape)).encode(), *items)
         else:
             own = array_digest(plain)
@@ -415,9 +424,11 @@ class Fingerprint:
         if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):  # noqa: PLR2004  # a dict or None, and values of slots
             state = {**(state[0] or {}), **state[1]}
         state = {} if state is None else state
+        if isinstance(state, tuple) and _package(type(value)) == "pandas":  # arrays of its own
+            state = tuple(one for one in state if not _is_pandas_cache(one))
         if isinstance(state, dict) and all(isinstance(key, str) for key in state):
             kind = type(value)
-            kept = {k: v for k, v in state.items() if not _is_cached_property(kind, k)}
+            kept = {k: v for k, v in state.items() if not _is_found_out(kind, k, v)}
             found += yield from self._members(kept, name)
         else:
             found.append((yield state, name))
@@ -446,7 +457,7 @@ _OF_KINDS: list[tuple[type | tuple[type, ...], _Look]] = [
     (np.ndarray, Fingerprint._array),
     (np.generic, Fingerprint._scalar),
     (enum.Enum, Fingerprint._enum_member),
-    ((set, frozenset), Fingerprint._set),
+    ((set, frozenset, weakref.WeakSet), Fingerprint._set),
     (tuple(_MADE_OF), Fingerprint._holder),
     (pathlib.PurePath, Fingerprint._path),
     (BuiltinFunctionType, Fingerprint._builtin),
@@ -486,12 +497,29 @@ def _attributes(value: Any) -> dict[str, Any]:
 def _attributes_of_member(member: enum.Enum) -> dict[str, Any]:
     """Those of a member of an enumeration, but for its class and its place in it."""
     found = {**_attributes(member), "_name_": member.name, "_value_": member.value}
-    return {k: v for k, v in found.items() if k not in {"__objclass__", "_sort_order_"}}
+    found = {k: v for k, v in found.items() if k not in {"__objclass__", "_sort_order_"}}
+    return {k: v for k, v in found.items() if not _is_found_out(type(member), k, v)}
 
 
-def _is_cached_property(kind: type, name: str) -> bool:
-    """Whether an attribute is what a `functools.cached_property` has found."""
+def _is_found_out(kind: type, name: str, value: object) -> bool:
+    """Whether an attribute only keeps what its object has found out about itself."""
+    is_lazy = _LAZY.get(_package(kind))
+    if is_lazy is not None and is_lazy.fullmatch(name):
+        return _package(kind) != "xarray" or not value
     return any(type(vars(base).get(name)) is functools.cached_property for base in kind.__mro__)
+
+
+# Attributes that objects of a package set when they are first asked. Those of xarray are None at
+# first, and an empty dict then.
+_LAZY = {
+    "pandas": re.compile("_cache"),
+    "scipy": re.compile("_has_.*|has_.*"),
+    "xarray": re.compile("_attrs|_encoding|_cache"),
+}
+
+
+def _is_pandas_cache(value: object) -> bool:
+    return isinstance(value, dict) and value.keys() <= {"_cache"}
 
 
 def _at(value: Any, path: str) -> Any:
@@ -557,6 +585,8 @@ def _reduced(value: Any) -> Any:
 def _plain(value: Any) -> bytes | None:
     """The digest of a value that is its own content."""
     kind = type(value)
+    if kind is int:  # Python refuses to print long ones in decimals
+        return _joined("int", b"%x" % value)
     if kind in _SIMPLE or kind is range:
         return _joined(kind.__name__, _bytes_of(repr(value)))
     if kind is bytearray:
@@ -565,6 +595,16 @@ def _plain(value: Any) -> bytes | None:
         return _joined("scalar", array_digest(np.asarray(value)))
     named = _name_of(value, kind)
     return None if named is None else _joined(kind.__name__, named.encode())
+
+
+def _text_of(value: Any, items: Iterable[Any]) -> bytes | None:
+    """What Python prints of a container, if that says all of its items."""
+    if not _SIMPLE.issuperset(map(type, items)):
+        return None
+    try:
+        return _bytes_of(repr(value))
+    except ValueError:  # of an integer that is too long to be printed
+        return None
 
 
 def _name_of(value: Any, kind: type) -> str | None:
@@ -697,7 +737,7 @@ def _resolved(names: tuple[str, ...], names_of: Mapping[str, Any]) -> tuple[Any,
     """What the first of some names refer to, and how many; attributes of modules alone count."""
     if names[0].startswith(_IMPORT):
         module = names[0].removeprefix(_IMPORT)
-        value = sys.modules.get(module, _MISSING if is_installed(module) else _NOT_YET)
+        value = _installed(module) if is_installed(module) else _imported(module)
     else:
         value = names_of.get(names[0], vars(builtins).get(names[0], _MISSING))
     n_used = 1
@@ -709,6 +749,36 @@ def _resolved(names: tuple[str, ...], names_of: Mapping[str, Any]) -> tuple[Any,
         value = _attributes(value).get(names[n_used], _NOT_YET)
         n_used += 1
     return value, n_used
+
+
+def _installed(module: str) -> str:
+    """An installed module that a function imports, which need not be imported yet."""
+    from importlib import metadata  # noqa: PLC0415  # slow, and rarely needed
+
+    package = module.partition(".")[0]
+    if package in sys.stdlib_module_names:
+        return module
+    names = _distributions().get(package, ())
+    return " ".join([module, *map(metadata.version, sorted({*names}))])
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    from importlib import metadata  # noqa: PLC0415  # likewise
+
+    return metadata.packages_distributions()
+
+
+def _imported(module: str) -> Any:
+    """A module of the program that a function imports: the same before and after it has."""
+    if module not in sys.modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever it raises, the function will see it too
+            if is_of_the_program(error):
+                raise
+            return _NOT_YET
+    return sys.modules.get(module, _NOT_YET)
 
 
 def _names_read(code: CodeType, names_of: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

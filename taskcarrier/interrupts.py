@@ -20,6 +20,7 @@ from __future__ import annotations
 import signal
 import threading
 import weakref
+from _signal import getsignal  # type: ignore[import-not-found]  # `signal` is made of it
 from _thread import start_new_thread
 from collections.abc import Callable
 from functools import partial
@@ -30,16 +31,58 @@ from typing import Any, TypeVar
 _T = TypeVar("_T")
 
 
+class Handlers:
+    """The signal handlers that the program had set when this was made (1 µs).
+
+    They count as those of the program for as long as this lives. A handler that the function sets
+    meanwhile, in the caller's main thread, is its own.
+    """
+
+    def __init__(self) -> None:
+        self._handlers = [*map(getsignal, _SIGNALS)]
+        if threading.current_thread() is threading.main_thread():  # handlers run in no other
+            _pop_the_dead()
+            _noted.append(weakref.ref(self))
+
+    @property
+    def codes(self) -> set[CodeType | None]:
+        """The code of each; None stands for signals without a handler in Python."""
+        return {*map(_code_of, self._handlers)}
+
+
+# That of `signal` itself makes enumerations, which takes 0.1 ms for all signals.
+_SIGNALS = range(1, signal.NSIG)
+_noted: list[weakref.ref[Handlers]] = []
+_has_handlers = True
+
+
+def _pop_the_dead() -> None:
+    while _noted and _noted[-1]() is None:
+        _noted.pop()
+
+
+def has_no_handlers() -> None:
+    """Say that no handlers of the program run in this process: it is a worker."""
+    global _has_handlers  # noqa: PLW0603  # a fact about the process, set once
+    _has_handlers = False
+
+
+def _handlers() -> Handlers:
+    """Those that count: of the innermost call that has noted them, else those of now."""
+    _pop_the_dead()
+    handlers = _noted[-1]() if _noted else None
+    return Handlers() if handlers is None else handlers
+
+
 def is_of_the_program(error: BaseException) -> bool:
     """Whether a signal handler of the program has raised it, and not what it came in between.
 
     A handler may raise while any code of the user's runs in the main thread; the usual time limit
-    does. That ends the call as Ctrl-C does, and is no error of the function or the input. A handler
-    that has been replaced since belongs to the code that replaced it.
+    does. That ends the call as Ctrl-C does, and is no error of the function or the input.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return False  # no handler runs there
-    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
+    if not _has_handlers or threading.current_thread() is not threading.main_thread():
+        return False  # no handler of the program runs there
+    handlers = _handlers().codes
     traceback = error.__traceback__
     while traceback is not None:
         if traceback.tb_frame.f_code in handlers:

@@ -171,8 +171,8 @@ class _Mapped:
 
     @property
     def is_of_a_file(self) -> bool:
-        """Whether it is of a file that has, or had, a name; anonymous memory has one of these."""
-        return self.path.startswith("/") and not self.path.startswith(("/dev/zero (", "/memfd:"))
+        """Whether it is of a file, which may have lost its name; anonymous memory is not."""
+        return self.path.startswith("/") and not self.path.startswith("/dev/zero (")
 
 
 def _in_file(array: np.ndarray, *, writable: bool) -> SharedView | None:

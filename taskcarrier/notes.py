@@ -1,14 +1,20 @@
 """What is added to the user's exceptions, which may refuse it.
 
 A frozen dataclass can be an exception, and so can a class whose ``__setattr__`` raises. Python
-itself sets their cause, context and traceback without asking the class; so does `set_plainly`.
+itself reads and sets their cause, context and traceback without asking the class; so do `plainly`
+and `set_plainly`.
 """
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from taskcarrier.interrupts import is_of_the_program
+
+
+def plainly(error: BaseException, name: str) -> Any:
+    """An attribute that every exception has, as if its class had no ``__getattribute__``."""
+    return BaseException.__getattribute__(error, name)
 
 
 def set_plainly(error: BaseException, name: str, value: object) -> None:
@@ -49,7 +55,7 @@ def related(error: BaseException) -> list[BaseException]:
     errors = [error]
     for one in errors:  # grows meanwhile
         members = one.exceptions if isinstance(one, BaseExceptionGroup) else ()
-        for following in (one.__cause__, one.__context__, *members):
+        for following in (plainly(one, "__cause__"), plainly(one, "__context__"), *members):
             if following is not None and id(following) not in found:
                 found[id(following)] = following
                 errors.append(following)
@@ -61,7 +67,7 @@ def raise_again(error: BaseException) -> NoReturn:
 
     Python would put in its place what the caller is handling just now.
     """
-    context = error.__context__
+    context = plainly(error, "__context__")
     try:
         raise error
     finally:

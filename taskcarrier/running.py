@@ -37,6 +37,7 @@ from taskcarrier.backends.work import (
     work,
 )
 from taskcarrier.balance import Balance, Dynamic, Static, get_balance
+from taskcarrier.interrupts import Handlers
 from taskcarrier.ledger import OWN_MARKS, Ledger
 from taskcarrier.notes import add_note, raise_again, text_of
 from taskcarrier.partition import Grid
@@ -474,8 +475,11 @@ def _run_here(job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None)
         ledger = watched = _WatchedLedger.local(1)
         watched.tick = tick
     ledger.marks = job.marks_here()
+    # The function may set others, whose exceptions are errors of its own.
+    handlers = Handlers() if job.collects or job.recovery.retry_on else None
     with limited.open():
         account = work(job, ledger, 0, outlet_here(deliver))
+    del handlers
     account.name = "caller"
     return Ran.read([account], ledger, job.grid)
 

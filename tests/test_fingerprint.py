@@ -264,6 +264,13 @@ class TestValues:
         assert digest([part, part]) == digest([[1], [1]])
 
 
+def test_integers_that_are_too_long_to_be_printed():
+    n = 10**5000
+    values = [n, n + 1, [n], [n + 1], {"a": n}, {"a": n + 1}, {n: "a"}, (n,)]
+    assert len({digest(value) for value in values}) == len(values)
+    assert digest([n]) == digest([10**5000])
+
+
 class TestArrays:
     @given(st.data())
     def test_of_equal_values_are_equal_however_they_lie(self, data):
@@ -747,6 +754,15 @@ DECIDING = {
     "np.vectorize": "N = np.vectorize(lambda x: x + {n})",
     "np.poly1d": "N = np.poly1d([{n}])",
     "np.recarray": "N = np.rec.array([({n}, 2)])",
+    "records with objects": "N = np.array([({n}, 'a', [1]), (2, 'b', None)], 'i8,O,O')",
+    "record with objects": "N = np.array([(1, ['a', {n}])], 'i8,O')[0]",
+    "weak set": """
+        class N:
+            known = weakref.WeakSet()
+        class Others:
+            classes = [type(f"C{i}", (), dict(rate={n} * i)) for i in range(60)]
+        N.known.update(Others.classes)
+        """,
     "masked array": "N = np.ma.array([1, 2], mask=[{n} == 1, False])",
     "Generator": "N = np.random.default_rng({n})",
     "RandomState": "N = np.random.RandomState({n})",
@@ -980,7 +996,7 @@ OF_LIBRARIES = {
 
 _NAMES = """
 import array, argparse, collections, contextlib, dataclasses, datetime, decimal, enum, fractions
-import functools, operator, pathlib, random, re, sys, threading, types, typing
+import functools, operator, pathlib, random, re, sys, threading, types, typing, weakref
 import numba
 import numpy as np
 
@@ -1037,6 +1053,41 @@ def related_classes(n, value):
     return names[f"N{n}"]
 
 
+class Shape(enum.Enum):
+    ROUND = 1
+
+    @functools.cached_property
+    def corners(self):
+        return self.value - 1
+
+
+def dated():
+    import pandas as pd
+
+    return pd.DataFrame({"a": [1, 2]}, index=pd.date_range("2020", periods=2))
+
+
+def sparse():
+    import scipy.sparse
+
+    return scipy.sparse.csr_matrix(np.eye(3))
+
+
+def labelled():
+    import xarray
+
+    return xarray.Dataset({"a": (("x",), np.arange(3))}, coords={"x": [1, 2, 3]})
+
+
+# The library that an object is of, how it is made, and what makes it keep something.
+ASKED = {
+    "member of an enumeration": (None, lambda: Shape.ROUND, lambda shape: shape.corners),
+    "frame with dates": ("pandas", dated, lambda frame: frame.loc[frame.index[1]]),
+    "sparse matrix": ("scipy.sparse", sparse, lambda matrix: matrix.has_canonical_format),
+    "dataset": ("xarray", labelled, lambda dataset: (dataset.a, dataset.sel(x=1))),
+}
+
+
 class TestGlobals:
     @pytest.mark.parametrize("kind", DECIDING)
     def test_what_they_are_decides(self, kind):
@@ -1065,6 +1116,43 @@ class TestGlobals:
     def test_modules_that_are_not_imported_yet_are_named(self):
         f = defined("def f(x):\n    from no_such_module_of_tests import y\n    return x + y")
         assert not_looked_into(f) == ["value: import no_such_module_of_tests.y (builtins.module)"]
+
+    def test_a_module_is_the_same_before_and_after_the_function_has_imported_it(
+        self, tmp_path, monkeypatch
+    ):
+        monkeypatch.syspath_prepend(tmp_path)
+        digests = set()
+        for number in (1, 2):
+            name = f"late_of_tests_{number}"
+            (tmp_path / f"{name}.py").write_text(f"rate = {number}")
+            f = defined(f"def f(x):\n    from {name} import rate as own\n    return own")
+            before = digest(f)
+            assert f(0) == number
+            assert digest(f) == before
+            digests.add(Fingerprint().of_function(f, "f")[f"f: import {name}.rate"])
+        assert len(digests) == 2
+
+    def test_an_installed_module_need_not_be_imported(self, monkeypatch):
+        f = defined("def f(x):\n    import colorsys, hypothesis.extra.pytz\n    return x")
+        monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+        before = digest(f)
+        assert not_looked_into(f) == []
+        assert "colorsys" not in sys.modules
+        assert "hypothesis.extra.pytz" not in sys.modules
+        importlib.import_module("colorsys")
+        assert digest(f) == before
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0")
+        assert digest(f) != before
+
+    @pytest.mark.parametrize("what", ASKED)
+    def test_what_an_object_keeps_of_its_answers_does_not_count(self, what):
+        library, make, ask = ASKED[what]
+        if library is not None:
+            pytest.importorskip(library, reason="its objects are what this is about")
+        value = make()
+        before = digest(value)
+        ask(value)
+        assert digest(value) == before == digest(make())
 
     def test_modules_of_installed_packages_count_by_name_and_version(self, monkeypatch):
         f = defined("def f(x):\n    import numpy\n    return np.sqrt(x), numpy", np=np)

@@ -197,6 +197,41 @@ def test_a_time_limit_of_the_function_itself_is_its_own_error():
     assert caught.value.__notes__ == ["while mapping item 1"]
 
 
+@pytest.mark.fault(39)
+@pytest.mark.parametrize("backend", ["sequential", "loky"])
+def test_a_time_limit_of_the_function_whose_handler_stays(backend):
+    def func(x):
+        signal.signal(signal.SIGALRM, function)
+        signal.setitimer(signal.ITIMER_REAL, 0.1 if x == 1 else 0)
+        try:
+            time.sleep(LONG if x == 1 else 0)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        return x
+
+    before = signal.getsignal(signal.SIGALRM)
+    mapper = StaticParallelMapper(2, backend=backend)
+    runs = {
+        "map": lambda: mapper.map(func, range(3), on_error="collect"),
+        "array": lambda: map_items(
+            func, np.arange(3.0), on_error="collect", n_jobs=2, backend=backend
+        ),
+    }
+    for run in runs.values():
+        try:
+            _, failed = run()
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert [(one.start, type(one.error)) for one in failed] == [(1, TimeIsUpError)]
+    results = mapper.imap(func, range(3))
+    assert next(results) == 0
+    signal.signal(signal.SIGALRM, before)
+    with pytest.raises(TimeIsUpError) as caught:
+        next(results)
+    signal.signal(signal.SIGALRM, before)
+    assert caught.value.__notes__ == ["while mapping item 1"]
+
+
 @contextmanager
 def own_limit():
     before = signal.signal(signal.SIGALRM, function)

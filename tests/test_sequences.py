@@ -5,6 +5,7 @@ import itertools
 import operator
 import threading
 import time
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
@@ -26,6 +27,8 @@ ORDERED = ["serial", "dynamic threads", "dynamic processes"]
 
 
 crews = kept_crews(2)
+
+T = TypeVar("T")
 
 
 @pytest.fixture(params=sorted(MAKERS))
@@ -458,3 +461,25 @@ def test_nothing_is_copied_but_the_items(mapper):
     mapper(abs, [1, 2, 3])
     copied = taskcarrier.last_report().bytes_copied
     assert copied == 0 if mapper.report.backend != "loky" else 0 < copied < 10_000
+
+
+@pytest.mark.parametrize("is_generic", [False, True])
+def test_named_tuples_of_the_program(is_generic):
+    if is_generic:
+
+        class Point(NamedTuple, Generic[T]):
+            x: T
+            y: int = 3
+
+    else:
+
+        class Point(NamedTuple):
+            x: int
+            y: int = 3
+
+    mapper = MAKERS["dynamic processes"]()
+    assert mapper.map(Point, range(2)) == [Point(0), Point(1)]
+    assert mapper.map(lambda point: point.x + point.y, [Point(1), Point(2)]) == [4, 5]
+    assert list(mapper.imap(Point, range(2))) == [Point(0), Point(1)]
+    added = mapper.map_array(lambda c, point: c + point.y, np.arange(3.0), args=(Point(1),))
+    assert added.tolist() == [3, 4, 5]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from taskcarrier.arrays.halos import Halo
-from taskcarrier.arrays.inputs import own_or_read_only
+from taskcarrier.arrays.inputs import arrays_within, own_or_read_only
 from taskcarrier.arrays.outputs import Plan, Sink
 from taskcarrier.arrays.ownership import owned, owned_objects
 from taskcarrier.arrays.sources import Source
@@ -104,6 +104,9 @@ class _Cells(ABC):
         self._halo = task.halo
         self._trims = task.trims
         self._seen_nbytes = 0
+        # Arrays that a result may be a view of: those of every call, and the chunks of this one.
+        self._constants = list(arrays_within((self._args, self._kwargs)))
+        self._given = self._constants
 
     def __call__(self, start: int, stop: int) -> Any:
         if not self._collects:
@@ -124,9 +127,9 @@ class _Cells(ABC):
     def _keep(self, start: int, stop: int, result: Any) -> Sequence[tuple[Where, Any]]:
         """Put a result in place; what cannot be is returned, for the caller."""
         if self._sink is None:
-            return ((slice(start, stop), owned(result)),)
+            return ((slice(start, stop), owned(result, self._given)),)
         if not self._trims:  # what comes from a process is a copy
-            result = owned_objects(result)
+            result = owned_objects(result, self._given)
         margins = (0, 0) if self._halo is None else self._halo.margins(start, stop)
         left = self._sink.place(start, stop, result, margins)
         return () if left is None else ((slice(start, stop), left),)
@@ -140,6 +143,7 @@ class _Cells(ABC):
             if self._seen_nbytes > _TRIM_NBYTES:
                 self._seen_nbytes = 0
                 trim_files()
+        self._given = [*chunks, *self._constants]
         return chunks
 
     def _explained(self, error: BaseException) -> None:

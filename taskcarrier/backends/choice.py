@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import _thread
 import atexit
+import functools
+import importlib
 import math
 import os
 import sys
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from taskcarrier import cgroups
 from taskcarrier.backends.work import in_worker
 from taskcarrier.contexts import contextmanager
+from taskcarrier.interrupts import sheltered
 from taskcarrier.locks import ModuleLock
 from taskcarrier.partition import as_integer
 
@@ -268,9 +271,41 @@ _loading = ModuleLock(forks_wait=True)
 
 
 def load_joblib() -> None:
-    """Import joblib, one thread at a time: its modules import each other in circles."""
+    """Import joblib, which takes 140 ms; only runs need it."""
+    _load("joblib.parallel")
+
+
+def load_processes() -> None:
+    """Import what worker processes need."""
+    _load("taskcarrier.backends.parcels", "taskcarrier.backends.processes")
+
+
+def _load(*modules: str) -> None:
+    """Import modules, one thread at a time: those of joblib import each other in circles.
+
+    This is done in a thread that is not interrupted, because an import that is cut short leaves
+    modules half made. Where this thread is inside an import itself, the other might wait for it.
+    """
+    if all(map(_loaded.__contains__, modules)):
+        return
+    if any(map(_is_being_imported, list(sys.modules.values()))):
+        _import(modules)
+    else:
+        sheltered(functools.partial(_import, modules))
+
+
+def _is_being_imported(module: object) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+def _import(modules: tuple[str, ...]) -> None:
     with _loading, _late_hooks():
-        import joblib.parallel  # noqa: PLC0415, F401  # takes 140 ms, and only runs need it
+        for module in modules:
+            importlib.import_module(module)
+            _loaded.add(module)
+
+
+_loaded: set[str] = set()
 
 
 @contextmanager
@@ -289,13 +324,6 @@ def _late_hooks() -> Iterator[None]:
         yield
     finally:
         threading._register_atexit = register  # type: ignore[attr-defined]  # likewise
-
-
-def load_processes() -> None:
-    """Import what worker processes need, likewise."""
-    with _loading:
-        import taskcarrier.backends.parcels  # noqa: PLC0415  # loads joblib
-        import taskcarrier.backends.processes  # noqa: PLC0415, F401  # likewise
 
 
 _cores: dict[object, int] = {}

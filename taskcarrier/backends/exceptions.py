@@ -12,6 +12,7 @@ Tracebacks stay behind. Their text is the cause of the last exception that Pytho
 from __future__ import annotations
 
 import copyreg
+import operator
 import pickle
 import traceback
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from typing import Any
 from taskcarrier.backends.parcels import Pickler, dumps, unpack_items
 from taskcarrier.errors import TaskError, WorkerTracebackError
 from taskcarrier.interrupts import is_of_the_program
-from taskcarrier.notes import related, set_plainly, text_of
+from taskcarrier.notes import plainly, related, set_plainly, text_of
 
 _Link = tuple[int | None, int | None, bool]
 """Cause and context of an exception by their numbers, and whether the context is not shown."""
@@ -36,13 +37,21 @@ def pack_error(error: BaseException) -> bytes:
         return None if one is None else numbers[id(one)]
 
     links = [
-        (number(one.__cause__), number(one.__context__), one.__suppress_context__) for one in errors
+        (
+            number(plainly(one, "__cause__")),
+            number(plainly(one, "__context__")),
+            plainly(one, "__suppress_context__"),
+        )
+        for one in errors
     ]
     try:
         packed = _packed(errors, links)
-    except Exception:  # noqa: BLE001  # whatever pickling a user's object raises; below it is told
+    except Exception:  # noqa: BLE001  # whatever pickling a user's object raises; see below
         stand_ins: dict[int, BaseException] = {}
-        packed = _packed([_sendable(one, stand_ins) for one in errors], links)
+        try:
+            packed = _packed([_sendable(one, stand_ins) for one in errors], links)
+        except Exception as trouble:  # noqa: BLE001  # groups in groups, or it is not always the same
+            packed = _packed([_stand_in(error, trouble)], [(None, None, True)])
     return pickle.dumps((packed, _traceback_of(error), _name_of(error)))
 
 
@@ -100,17 +109,22 @@ def _checked(error: BaseException, known: dict[int, BaseException]) -> BaseExcep
     except Exception as trouble:  # noqa: BLE001  # whatever pickling a user's object raises
         if isinstance(error, BaseExceptionGroup):
             members = [_sendable(one, known) for one in error.exceptions]
-            if members != [*error.exceptions]:
+            if any(map(operator.is_not, members, error.exceptions)):
                 group = BaseExceptionGroup(error.message, members)
                 for note in getattr(error, "__notes__", ()):
                     group.add_note(note)
                 return group
-        return TaskError(
-            f"{type(error).__qualname__}: {text_of(error)} (the exception itself could not be sent "
-            f"from the worker: {type(trouble).__name__}: {text_of(trouble)})",
-            _name_of(error),
-        )
+        return _stand_in(error, trouble)
     return error
+
+
+def _stand_in(error: BaseException, trouble: Exception) -> TaskError:
+    """What is sent instead of an exception that cannot be."""
+    return TaskError(
+        f"{type(error).__qualname__}: {text_of(error)} (the exception itself could not be sent "
+        f"from the worker: {type(trouble).__name__}: {text_of(trouble)})",
+        _name_of(error),
+    )
 
 
 def _name_of(error: BaseException) -> str:
@@ -122,7 +136,7 @@ def _traceback_of(error: BaseException) -> str:
     try:
         lines = traceback.format_exception(error)
     except Exception:  # noqa: BLE001  # attributes of a user's class may raise anything
-        lines = traceback.format_tb(error.__traceback__)
+        lines = traceback.format_tb(plainly(error, "__traceback__"))
         lines.append(f"{_name_of(error)}: {text_of(error)}")
     return "".join(lines).rstrip()
 
@@ -132,8 +146,10 @@ def _last_shown(error: BaseException) -> BaseException:
     seen: set[int] = set()
     while id(error) not in seen:
         seen.add(id(error))
-        context = None if error.__suppress_context__ else error.__context__
-        following = context if error.__cause__ is None else error.__cause__
+        cause, context = plainly(error, "__cause__"), plainly(error, "__context__")
+        if cause is None and plainly(error, "__suppress_context__"):
+            break
+        following = context if cause is None else cause
         if following is None or id(following) in seen:
             break
         error = following

@@ -28,6 +28,7 @@ from taskcarrier.backends.work import (
     in_worker,
     this_thread,
 )
+from taskcarrier.interrupts import Handlers
 from taskcarrier.ledger import Ledger
 from taskcarrier.notes import raise_again
 from taskcarrier.recovery import Again
@@ -123,6 +124,7 @@ class SerialFeed:
         again = Again(start, start + len(items))
         self._cells.hold(start, partial(_itself, items))
         was_worker = this_thread.is_worker
+        handlers = Handlers()  # the function may set others, which are its own
         try:
             this_thread.is_worker = True
             if self._job.recovery.timeout is None:
@@ -131,6 +133,7 @@ class SerialFeed:
                 came = came_of(in_time(self._job, self.ledger, 0, self._cells, again))
         finally:
             this_thread.is_worker = was_worker
+            del handlers
         self._came.append(came)
         self.ledger.lay_down(0, len(items))
         self._account.ranges += 1

@@ -108,7 +108,7 @@ def pack(task: object, staging: Staging) -> Parcel:
     if len(packer.segments) > _MAX_DESCRIPTORS:
         raise ValueError(
             f"one call can take at most {_MAX_DESCRIPTORS} separate shared arrays, got "
-            f"{len(packer.segments)}; copy some of them"
+            f"{len(packer.segments)}; copy some of them, or put those that func writes to into one"
         )
     return Parcel(pickle.dumps((pickled, table)), packer.segments, packer.notes())
 
@@ -244,7 +244,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         reduced = super().reducer_override(obj)
         if reduced is NotImplemented:
             return reduce_cached(obj)
-        if isinstance(obj, type) and "__slots__" in vars(obj):
+        # Slots of tuples are empty, and the class of a `NamedTuple` refuses to be given any.
+        if isinstance(obj, type) and "__slots__" in vars(obj) and not issubclass(obj, tuple):
             return _with_places(obj, *reduced)
         return reduce_dispatching(obj) or reduced
 

@@ -256,6 +256,11 @@ class TestFilesWithoutTheirName:
         with tempfile.TemporaryFile(dir=tmp_path) as file:
             self.check(np.memmap(file, "f8", "w+", shape=(N,)))
 
+    def test_in_memory(self):
+        with os.fdopen(os.memfd_create("file of tests"), "r+b") as file:
+            file.truncate(8 * N)
+            self.check(np.memmap(file, "f8", "r+", shape=(N,)))
+
     def test_shared_memory_that_was_unlinked(self):
         memory = shared_memory.SharedMemory(create=True, size=8 * N)
         try:

@@ -70,14 +70,15 @@ HOLDERS = {
     "array of objects": (lambda c: np.array([Record(c), None], object), lambda r: r[0].value),
     "partial": (lambda c: functools.partial(np.add, c), lambda r: r.args[0]),
     "closure": (lambda c: lambda: c, lambda r: r()),
+    "method of an array": (lambda c: c.sum, lambda r: r.__self__),
     "bound method": (lambda c: Record(c).__eq__, lambda r: r.__self__.value),
     "cycle": (Cycle, lambda r: r.value),
     "deep": (lambda c: Record([Pair(1, {"c": Items([c])})]), lambda r: r.value[0].second["c"][0]),
 }
 
 
-# pandas shows its values so, and pickle keeps a function's arrays as they were.
-STAY_READ_ONLY = {"data frame", "closure"}
+# pandas shows its values so, and pickle keeps the arrays of functions as they were.
+STAY_READ_ONLY = {"data frame", "closure", "method of an array"}
 
 
 @pytest.fixture(params=EVERYWHERE, ids="-".join)
@@ -135,9 +136,20 @@ def chunks_as_objects(chunk):
     return made
 
 
-def test_what_cannot_be_copied_says_what_to_do():
-    with pytest.raises(TypeError, match="generator") as caught:
-        map_chunks(lambda c: (x for x in c), np.arange(3.0), n_jobs=1)
+@pytest.mark.fault(7)
+@pytest.mark.parametrize(
+    ("name", "hold"),
+    [
+        ("generator", lambda c: (x for x in c)),
+        ("flatiter", lambda c: c.flat),
+        ("broadcast", lambda c: np.broadcast(c, c)),
+        ("nditer", np.nditer),
+        ("memoryview", memoryview),
+    ],
+)
+def test_what_cannot_be_copied_says_what_to_do(name, hold):
+    with pytest.raises(TypeError, match=name) as caught:
+        map_chunks(hold, np.arange(3.0), n_jobs=1)
     assert "have it hold chunk.copy() instead" in caught.value.__notes__[0]
 
 
@@ -165,5 +177,28 @@ class Uncopiable:
     ids=repr,
 )
 def test_other_objects_stay_themselves(value):
-    assert owned(value) is value
-    assert owned([value])[0] is value
+    given = [np.zeros(2)]
+    assert owned(value, given) is value
+    assert owned([value], given)[0] is value
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Pair(Uncopiable(), read_only(np.arange(3.0))),
+        read_only(np.arange(3.0)),
+        np.broadcast_to(np.float64(3), (2, 3)),
+    ],
+    ids=["an object", "an array", "a broadcast"],
+)
+def test_read_only_memory_of_others_is_no_chunk(value):
+    for backend in ("sequential", "threading"):
+        results = map_chunks(
+            lambda c: value, np.arange(4.0), chunksize=2, n_jobs=2, backend=backend
+        )
+        assert all(result is value for result in results)

@@ -454,3 +454,34 @@ def late():
 threading.Thread(target=late).start()
 """
     assert run_script(tmp_path, code).splitlines() == ["registered", "at the end"]
+
+
+INTERRUPTED = """
+import builtins, signal, sys, threading
+import numpy as np
+from taskcarrier import map_array
+
+imported, whole = [], builtins.__import__
+
+def interrupting(name, *rest):
+    module = whole(name, *rest)
+    if name.startswith("asyncio") and not imported:
+        imported.append(threading.current_thread())
+        signal.raise_signal(signal.SIGINT)  # which is handled in the main thread
+    return module
+
+builtins.__import__ = interrupting
+try:
+    map_array(abs, np.arange(3.0), n_jobs=2, backend=sys.argv[1])
+except KeyboardInterrupt:
+    print("interrupted")
+assert imported != [threading.main_thread()]
+print(map_array(np.sqrt, np.arange(3.0) ** 2, n_jobs=2, backend=sys.argv[1]))
+"""
+
+
+@pytest.mark.fault(44)
+@pytest.mark.parametrize("backend", ["threading", "loky"])
+def test_an_interrupt_leaves_no_module_half_imported(backend, tmp_path):
+    told = run_script(tmp_path, INTERRUPTED, backend)
+    assert told.splitlines() == ["interrupted", "[0. 1. 2.]"]

@@ -206,7 +206,43 @@ class TestOne:
         assert "UnprintableError: no" in told(arrived)
 
 
+class WithheldError(Exception):
+    def __getattribute__(self, name):
+        raise AttributeError(name)
+
+
+class QuarrelsomeError(Exception):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.lock = threading.Lock()  # cannot be pickled
+
+    def __eq__(self, other):
+        raise ZeroDivisionError
+
+    __hash__ = Exception.__hash__
+
+
+class MoodyError(Exception):
+    n_sent = 0
+
+    def __reduce__(self):
+        MoodyError.n_sent += 1
+        if MoodyError.n_sent in {1, 3}:
+            raise ValueError("not now")
+        return MoodyError, ()
+
+
 class TestReplaced:
+    def test_one_that_can_be_sent_only_now_and_then(self):
+        arrived = travelled(raised(MoodyError()))
+        assert type(arrived) is TaskError
+        assert "could not be sent from the worker: ValueError: not now" in str(arrived)
+
+    def test_one_that_gives_no_attributes(self):
+        arrived = travelled(raised(WithheldError("no")))
+        assert issubclass(type(arrived), (TaskError, WithheldError))
+        assert "in throw" in told(arrived)
+
     @pytest.mark.parametrize(
         ("error", "text"),
         [
@@ -315,6 +351,18 @@ class TestGroups:
         assert second == FrozenError(1, text="x")
         assert type(second.__cause__) is KeyError
         assert "ValueError: no" in told(arrived)
+
+    def test_members_are_not_compared(self):
+        arrived = travelled(raised(ExceptionGroup("some", [QuarrelsomeError("no")])))
+        assert kinds([arrived, *arrived.exceptions]) == [ExceptionGroup, TaskError]
+
+    def test_groups_that_are_nested_deeper_than_can_be_pickled(self):
+        error = ValueError("inmost")
+        for _ in range(400):
+            error = ExceptionGroup("group", [error])
+        arrived = travelled(raised(error))
+        assert type(arrived) is TaskError
+        assert arrived.type_name == "builtins.ExceptionGroup"
 
     def test_a_member_that_cannot_be_sent_is_replaced_alone(self):
         group = ExceptionGroup(
