@@ -185,9 +185,13 @@ def _reduce(error: BaseException) -> tuple[Any, ...] | None:
     return _made_again, (kind, args), held, None, None, _fill
 
 
+_HEAP_TYPE = 1 << 9  # the interpreter's mark of classes that are made when a program runs
+
+
 def _own_class(kind: type) -> Any:
     """Python's own class that decides how its instances lie in memory."""
-    while kind.__module__ != "builtins":
+    # Not told by the module: a class of the program may say that it is one of the builtins.
+    while kind.__flags__ & _HEAP_TYPE:
         assert kind.__base__ is not None  # for the type checker: `object` is a builtin
         kind = kind.__base__
     return kind

@@ -211,6 +211,12 @@ class WithheldError(Exception):
         raise AttributeError(name)
 
 
+class PosingError(LookupError):
+    def __init__(self, number):
+        super().__init__(str(number))
+        self.number = number
+
+
 class QuarrelsomeError(Exception):
     def __init__(self, *args):
         super().__init__(*args)
@@ -237,6 +243,11 @@ class TestReplaced:
         arrived = travelled(raised(MoodyError()))
         assert type(arrived) is TaskError
         assert "could not be sent from the worker: ValueError: not now" in str(arrived)
+
+    def test_one_whose_class_says_that_it_is_a_builtin(self, monkeypatch):
+        monkeypatch.setattr(PosingError, "__module__", "builtins")
+        arrived = travelled(raised(PosingError(3)))
+        assert (type(arrived).__name__, arrived.args, arrived.number) == ("PosingError", ("3",), 3)
 
     def test_one_that_gives_no_attributes(self):
         arrived = travelled(raised(WithheldError("no")))
