@@ -35,7 +35,7 @@ class Handlers:
     """The signal handlers that the program had set when this was made (1 µs).
 
     They count as those of the program for as long as this lives. A handler that the function sets
-    meanwhile, in the caller's main thread, is its own.
+    meanwhile, in the main thread of the caller or of a worker process, is its own.
     """
 
     def __init__(self) -> None:
@@ -53,18 +53,11 @@ class Handlers:
 # That of `signal` itself makes enumerations, which takes 0.1 ms for all signals.
 _SIGNALS = range(1, signal.NSIG)
 _noted: list[weakref.ref[Handlers]] = []
-_has_handlers = True
 
 
 def _pop_the_dead() -> None:
     while _noted and _noted[-1]() is None:
         _noted.pop()
-
-
-def has_no_handlers() -> None:
-    """Say that no handlers of the program run in this process: it is a worker."""
-    global _has_handlers  # noqa: PLW0603  # a fact about the process, set once
-    _has_handlers = False
 
 
 def _handlers() -> Handlers:
@@ -80,8 +73,8 @@ def is_of_the_program(error: BaseException) -> bool:
     A handler may raise while any code of the user's runs in the main thread; the usual time limit
     does. That ends the call as Ctrl-C does, and is no error of the function or the input.
     """
-    if not _has_handlers or threading.current_thread() is not threading.main_thread():
-        return False  # no handler of the program runs there
+    if threading.current_thread() is not threading.main_thread():
+        return False  # no handler runs there
     handlers = _handlers().codes
     traceback = error.__traceback__
     while traceback is not None:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, Protocol, cast
 from taskcarrier.backends.parts import Parts
 from taskcarrier.backends.surroundings import Surroundings
 from taskcarrier.balance import Balance
-from taskcarrier.interrupts import has_no_handlers
 from taskcarrier.ledger import DONE, FREE, SENT, Ledger
 from taskcarrier.notes import add_note
 from taskcarrier.partition import Grid
@@ -297,7 +296,6 @@ def mark_worker_process() -> None:
     """Say that this whole process is a worker."""
     global _in_worker_process  # noqa: PLW0603  # a fact about the process, set once
     _in_worker_process = True
-    has_no_handlers()
 
 
 Outlet = tuple[Deliver, Callable[[], None]]

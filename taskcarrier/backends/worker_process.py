@@ -43,6 +43,7 @@ from taskcarrier.backends.work import (
 )
 from taskcarrier.contexts import contextmanager
 from taskcarrier.descriptors import Descriptor, above_standard
+from taskcarrier.interrupts import Handlers
 from taskcarrier.ledger import OWN_MARKS, FileAgreement, FileCursor, Ledger
 from taskcarrier.notes import add_note
 from taskcarrier.recovery import Again
@@ -122,6 +123,7 @@ def worker_main(
     # handler, not SIG_IGN, so that programs started by the user's function are not deaf to it.
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    handlers = Handlers()  # all others are set by functions, for as long as this process lives
     serial_joblib()
     kept_mappings.keep()
     with above_standard():
@@ -143,6 +145,7 @@ def worker_main(
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(Exception):  # a closed or full terminal is not ours
                     stream.flush()
+    del handlers
 
 
 def _die_with(life: int) -> None:
