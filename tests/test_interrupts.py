@@ -223,13 +223,13 @@ def test_a_time_limit_of_the_function_whose_handler_stays(backend):
         finally:
             signal.signal(signal.SIGALRM, before)
         assert [(one.start, type(one.error)) for one in failed] == [(1, TimeIsUpError)]
-    results = mapper.imap(func, range(3))
+    results = mapper.imap(func, range(3), retry_on=TimeIsUpError, retries=1)
     assert next(results) == 0
     signal.signal(signal.SIGALRM, before)
     with pytest.raises(TimeIsUpError) as caught:
         next(results)
     signal.signal(signal.SIGALRM, before)
-    assert caught.value.__notes__ == ["while mapping item 1"]
+    assert caught.value.__notes__ == ["func was called 2 times", "while mapping item 1"]
 
 
 @contextmanager

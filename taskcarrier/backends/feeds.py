@@ -124,7 +124,8 @@ class SerialFeed:
         again = Again(start, start + len(items))
         self._cells.hold(start, partial(_itself, items))
         was_worker = this_thread.is_worker
-        handlers = Handlers()  # the function may set others, which are its own
+        # The function may set others, whose exceptions are reasons to try again.
+        handlers = Handlers() if self._job.recovery.retry_on else None
         try:
             this_thread.is_worker = True
             if self._job.recovery.timeout is None:
