@@ -104,9 +104,7 @@ class _Cells(ABC):
         self._halo = task.halo
         self._trims = task.trims
         self._seen_nbytes = 0
-        # Arrays that a result may be a view of: those of every call, and the chunks of this one.
-        self._constants = list(arrays_within((self._args, self._kwargs)))
-        self._given = self._constants
+        self._current: list[np.ndarray] = []  # the chunks of this call
 
     def __call__(self, start: int, stop: int) -> Any:
         if not self._collects:
@@ -128,7 +126,8 @@ class _Cells(ABC):
         """Put a result in place; what cannot be is returned, for the caller."""
         if self._sink is None:
             return ((slice(start, stop), owned(result, self._given)),)
-        if not self._trims:  # what comes from a process is a copy
+        # What comes from a process is a copy, and so are numbers that are put in place.
+        if not self._trims and (type(result) is not np.ndarray or result.dtype.hasobject):
             result = owned_objects(result, self._given)
         margins = (0, 0) if self._halo is None else self._halo.margins(start, stop)
         left = self._sink.place(start, stop, result, margins)
@@ -143,8 +142,13 @@ class _Cells(ABC):
             if self._seen_nbytes > _TRIM_NBYTES:
                 self._seen_nbytes = 0
                 trim_files()
-        self._given = [*chunks, *self._constants]
+        self._current = chunks
         return chunks
+
+    @property
+    def _given(self) -> list[np.ndarray]:
+        """Arrays that a result may be a view of."""
+        return [*self._current, *arrays_within((self._args, self._kwargs))]
 
     def _explained(self, error: BaseException) -> None:
         """Add what the user may want to know about an error of the function."""
