@@ -3,7 +3,7 @@
 A run that goes on where an earlier one has ended must compute the same. Fingerprints tell whether
 it does, as far as that can be told from outside:
 
-- numbers, texts, arrays and containers of these by content; dicts in their order, sets in none;
+- numbers, strings, arrays and containers by content; dicts with their order, sets without;
 - functions by their code (all of it, nested functions too), their defaults and attributes, what
   they have enclosed, and every global name that they read. Of a module of the program, the
   attributes that they read;
@@ -73,7 +73,7 @@ _PIECE_NBYTES = 1 << 24
 _Steps = Generator[tuple[Any, str], bytes, bytes]
 """Looks at a value: gives out each part of it with its name, and gets the part's digest."""
 
-# Of these types, `repr` tells all; texts among them are told from numbers by their quotes.
+# `repr` gives the whole value of these types. Quotes distinguish strings from numbers.
 _SIMPLE = {bool, bytes, complex, float, int, str, type(None), type(...)}
 
 # Objects by what they are made of, where pickle would send less, or nothing.
@@ -305,7 +305,7 @@ class Fingerprint:
         module = function.__module__
         if is_installed(module) and _is_found(function, module, function.__qualname__):
             return _joined("function", _named(module, function.__qualname__).encode())
-        # Of a module of the program; or a decorator has made it, and it encloses one of these.
+        # A function of the program, or one that a decorator made around such a function.
         code = yield function.__code__, name
         members = yield from self._members(_parts(function), name)
         return _joined("function", code, *members)
@@ -451,7 +451,7 @@ _OF_EXACTLY: dict[type, _Look] = {
     dict: Fingerprint._dict,
     MappingProxyType: Fingerprint._dict,
 }
-# The first of these counts.
+# The first entry that fits is used.
 _OF_KINDS: list[tuple[type | tuple[type, ...], _Look]] = [
     (type, Fingerprint._class),
     (np.ndarray, Fingerprint._array),

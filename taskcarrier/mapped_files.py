@@ -112,7 +112,7 @@ def settled(fd: int) -> bool:
     """Whether the time of change of a file tells, from now on, of all that is written to it.
 
     The kernel notes a change through a mapping when a clean page is first written to. So the pages
-    are written back, whoever has written to them. Those of a file system in memory never are.
+    are written back, whichever process wrote to them. Pages of a file system in memory never are.
     """
     try:
         os.fsync(fd)

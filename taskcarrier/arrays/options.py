@@ -112,7 +112,7 @@ retry_on : exception type or tuple of types, optional
     item. A `TimeoutError` is a range that took too long. Default: none; exceptions are final.
 fill_value : scalar, optional
     The value in place of results that failed; must be a value of the result's dtype. Default: NaN,
-    NaT or None. Integers, booleans and strings have none of these: they get zeros, False and empty
+    NaT or None. Integers, booleans and strings have no such value: they get zeros, False and empty
     strings with ``"collect"``, and with ``"fill"`` the value must be given, or the call raises a
     `TypeError` when the results' dtype is known, which may be at its end.
 resume : bool, default False

@@ -885,7 +885,7 @@ class TestTheFile:
 
 
 class TestKeptLedger:
-    DIGESTS = {"func": "ab", "array 0": "cd"}  # noqa: RUF012  # nobody changes it
+    DIGESTS = {"func": "ab", "array 0": "cd"}  # noqa: RUF012  # a constant of the tests
 
     def kept(self, folder, n=5, **changes):
         digests = {**self.DIGESTS, **changes}

@@ -69,7 +69,7 @@ def test_methods_of_a_class_may_be_cached():
             """Twice the factor."""
             return 2 * self.factor
 
-        @functools.cache  # noqa: B019  # what a user may do
+        @functools.cache  # noqa: B019  # users cache methods like this, and that is tested
         def times(self, x):
             return self.factor * x
 

@@ -382,7 +382,7 @@ def test_another_begins_when_all_have_a_block(tmp_path):
 
 
 def waits_for(path):
-    while not os.path.exists(path):  # noqa: PTH110  # as it comes
+    while not os.path.exists(path):  # noqa: PTH110  # the path is a plain string
         time.sleep(0.01)
 
 

@@ -406,7 +406,7 @@ class TestFilesThatAreCutOff:
             map_array(np.negative, mapped)
 
     def test_devices_have_no_size(self):
-        with open("/dev/zero", "r+b") as device:  # noqa: PTH123  # for its descriptor
+        with open("/dev/zero", "r+b") as device:  # noqa: PTH123  # only its descriptor is used
             mapped = np.frombuffer(mmap.mmap(device.fileno(), 8000), "f8")
         for backend in ("sequential", "threading", "loky"):
             assert not map_array(np.negative, mapped, backend=backend, n_jobs=2).any()
