@@ -86,7 +86,7 @@ def contend(way: str, claims: int) -> tuple[int, float]:
 
 def threads_contend(claims: int) -> float:
     """Seconds a claim of two threads with the counter that the library's threads use."""
-    from taskcarrier.ledger import ThreadCursor
+    from taskcarrier.scheduling.counters import ThreadCursor
 
     cursor = ThreadCursor()
     threads = [
@@ -104,7 +104,7 @@ def threads_contend(claims: int) -> float:
 def claimer(way: str, raw: int, shared: int) -> Callable[[], int]:
     """A function that claims the next number."""
     if way in {"lseek", "lseek_raw"}:
-        from taskcarrier.ledger import FileCursor
+        from taskcarrier.scheduling.counters import FileCursor
 
         return FileCursor(shared if way == "lseek" else raw).advance
     own = os.open(f"/proc/self/fd/{raw}", os.O_RDWR | (os.O_APPEND if way == "append" else 0))

@@ -8,17 +8,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from taskcarrier.arrays.files import load
     from taskcarrier.arrays.mapping import map_array, map_chunks, map_items
     from taskcarrier.arrays.reducing import reduce_array
-    from taskcarrier.arrays.sharing import empty, share
-    from taskcarrier.backends.crews import shutdown
+    from taskcarrier.arrays.shared import empty, share
     from taskcarrier.current import MapperInstance, current_mapper, use_mapper
     from taskcarrier.errors import FailedRange, TaskError, WorkerDiedError
-    from taskcarrier.fitting import fit_many, predict_array
+    from taskcarrier.estimators import fit_many, predict_array
     from taskcarrier.mappers import DynamicParallelMapper, SerialMapper, StaticParallelMapper
-    from taskcarrier.partition import Partition
+    from taskcarrier.memory.npy import load
     from taskcarrier.report import Report, last_report
+    from taskcarrier.scheduling.partition import Partition
+    from taskcarrier.workers.pools import shutdown
 
 __version__ = "0.1.0"
 
@@ -54,24 +54,24 @@ _MODULES = {
     "DynamicParallelMapper": "mappers",
     "FailedRange": "errors",
     "MapperInstance": "current",
-    "Partition": "partition",
+    "Partition": "scheduling.partition",
     "Report": "report",
     "SerialMapper": "mappers",
     "StaticParallelMapper": "mappers",
     "TaskError": "errors",
     "WorkerDiedError": "errors",
     "current_mapper": "current",
-    "empty": "arrays.sharing",
-    "fit_many": "fitting",
+    "empty": "arrays.shared",
+    "fit_many": "estimators",
     "last_report": "report",
-    "load": "arrays.files",
+    "load": "memory.npy",
     "map_array": "arrays.mapping",
     "map_chunks": "arrays.mapping",
     "map_items": "arrays.mapping",
-    "predict_array": "fitting",
+    "predict_array": "estimators",
     "reduce_array": "arrays.reducing",
-    "share": "arrays.sharing",
-    "shutdown": "backends.crews",
+    "share": "arrays.shared",
+    "shutdown": "workers.pools",
     "use_mapper": "current",
 }
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, Self
 
-from taskcarrier.backends.choice import facts_now
-from taskcarrier.contexts import contextmanager
 from taskcarrier.mappers import Mapper, SerialMapper
+from taskcarrier.system.contexts import contextmanager
+from taskcarrier.workers.choose import facts_now
 
 _chosen: ContextVar[Mapper | None] = ContextVar("taskcarrier_mapper", default=None)
 

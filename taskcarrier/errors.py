@@ -103,7 +103,7 @@ _HINTS = {
 
 
 class _Ended(Protocol):
-    """A worker that died (`taskcarrier.backends.work.Death`)."""
+    """A worker that died (`taskcarrier.workers.records.Death`)."""
 
     worker: int
     name: str

@@ -8,18 +8,19 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Self
 
-from taskcarrier import sequences, streaming
+from taskcarrier.arguments import as_integer, check_chunksize
 from taskcarrier.arrays.mapping import map_array, map_chunks, map_items
-from taskcarrier.arrays.options import DESCRIPTIONS, documented
 from taskcarrier.arrays.reducing import reduce_array
-from taskcarrier.backends.choice import check_backend, check_n_jobs
-from taskcarrier.backends.crews import held_warm
-from taskcarrier.balance import Balance, Dynamic, Static
-from taskcarrier.partition import as_integer, check_chunksize
-from taskcarrier.recovery import RETRIES, USUAL, Recovery
+from taskcarrier.lists.imap import imapped
+from taskcarrier.lists.map import mapped
+from taskcarrier.memory.segments import Recycler
+from taskcarrier.options import DESCRIPTIONS, documented
 from taskcarrier.report import Report, keep_report
-from taskcarrier.running import Settings
-from taskcarrier.segments import Recycler
+from taskcarrier.run import Settings
+from taskcarrier.scheduling.balance import Balance, Dynamic, Static
+from taskcarrier.scheduling.retries import RETRIES, USUAL, Recovery
+from taskcarrier.workers.choose import check_backend, check_n_jobs
+from taskcarrier.workers.pools import held_warm
 
 # What executors and pools have, and a mapper has not: what to write instead.
 _CALLS = (
@@ -96,7 +97,7 @@ class Mapper:
 
     _balance: Balance
     _sequential = False
-    # What of a mapper that a function holds decides its values (`taskcarrier.fingerprint`).
+    # What of a mapper that a function holds decides its values (`taskcarrier.arrays.resume.fingerprint`).
     _taskcarrier_deciding = ("chunksize",)
 
     def __init__(
@@ -199,7 +200,7 @@ class Mapper:
         [32, 9]
         """
         settings = self._settings(Recovery.checked(timeout, retries, retry_on))
-        return sequences.mapped(
+        return mapped(
             settings,
             func,
             (seq1, *seqs),
@@ -263,7 +264,7 @@ class Mapper:
         [32, 9]
         """
         settings = self._settings(Recovery.checked(timeout, retries, retry_on))
-        return sequences.mapped(
+        return mapped(
             settings,
             func,
             (iterable,),
@@ -363,7 +364,7 @@ class Mapper:
         [0.0, 2.0, 4.0]
         """
         settings = self._settings(Recovery.checked(timeout, retries, retry_on))
-        return streaming.imapped(
+        return imapped(
             settings,
             func,
             (iterable, *iterables),

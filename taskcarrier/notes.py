@@ -7,19 +7,12 @@ and `set_plainly`.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import sys
+import warnings
+from types import FrameType
 
-from taskcarrier.interrupts import is_of_the_program
-
-
-def plainly(error: BaseException, name: str) -> Any:
-    """An attribute that every exception has, as if its class had no ``__getattribute__``."""
-    return BaseException.__getattribute__(error, name)
-
-
-def set_plainly(error: BaseException, name: str, value: object) -> None:
-    """Set an attribute as if the exception's class had no ``__setattr__``."""
-    BaseException.__setattr__(error, name, value)
+from taskcarrier.system.exceptions import set_plainly
+from taskcarrier.system.interrupts import is_of_the_program
 
 
 def add_note(error: BaseException, note: str) -> None:
@@ -49,34 +42,6 @@ def text_of(error: BaseException) -> str:
         return f"<str() raised {type(trouble).__name__}>"
 
 
-def related(error: BaseException) -> list[BaseException]:
-    """The exception, and all that it leads to once: causes, contexts, members of groups."""
-    found = {id(error): error}
-    errors = [error]
-    for one in errors:  # grows meanwhile
-        members = one.exceptions if isinstance(one, BaseExceptionGroup) else ()
-        for following in (plainly(one, "__cause__"), plainly(one, "__context__"), *members):
-            if following is not None and id(following) not in found:
-                found[id(following)] = following
-                errors.append(following)
-    return errors
-
-
-def raise_again(error: BaseException) -> NoReturn:
-    """Raise an exception that was raised before, with the context that it had there.
-
-    Python would put in its place what the caller is handling just now.
-    """
-    context = plainly(error, "__context__")
-    try:
-        raise error
-    finally:
-        if context is not None:
-            set_plainly(error, "__context__", context)
-        # The traceback refers to this frame, which must not refer to the error.
-        del error, context
-
-
 # What errors say of read-only arrays: numba's, which are TypeErrors, then NumPy's ValueErrors.
 _OF_READ_ONLY = (("Cannot modify readonly", "No matching definition"), ("read-only",))
 
@@ -94,3 +59,38 @@ def is_of_read_only(error: BaseException) -> bool:
         return False
     text = text_of(error)
     return any(words in text for words in _OF_READ_ONLY[isinstance(error, ValueError)])
+
+
+def in_words(start: int, stop: int) -> str:
+    """A range of a list's items in words.
+
+    >>> in_words(5, 6), in_words(5, 9)
+    ('item 5', 'items 5:9')
+    """
+    return f"item {start}" if stop == start + 1 else f"items {start}:{stop}"
+
+
+def counted(n: int, what: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "range"), counted(1200, "range")
+    ('1 range', '1,200 ranges')
+    """
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+def advise(message: str) -> None:
+    """Give a `UserWarning`."""
+    level = 1
+    frame: FrameType | None = sys._getframe()  # before Python 3.12 nothing else finds the line
+    while frame is not None and _package_of(frame) == _PACKAGE:
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def _package_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from taskcarrier.contexts import contextmanager
-from taskcarrier.ledger import Ledger
 from taskcarrier.report import Report
+from taskcarrier.scheduling.ledger import Ledger
+from taskcarrier.system.contexts import contextmanager
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import threading
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from taskcarrier.notes import counted
+
 
 @dataclass(frozen=True)
 class WorkerReport:
@@ -127,15 +129,6 @@ class Report:
             for worker, ranges, items, busy, idle in rows
         ]
         return "\n".join([*self._head, *lines])
-
-
-def counted(n: int, what: str) -> str:
-    """A number of things.
-
-    >>> counted(1, "range"), counted(1200, "range")
-    ('1 range', '1,200 ranges')
-    """
-    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 _last = threading.local()

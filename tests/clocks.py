@@ -2,7 +2,7 @@
 
 import threading
 
-from taskcarrier.backends import work
+from taskcarrier.workers import loop
 
 LATE = 2.5
 """Seconds that a worker with something to do does not stand still; two have been seen."""
@@ -23,5 +23,5 @@ class Clock(threading.local):
 def stopped_clock(monkeypatch):
     """A clock by which workers that are threads, or the caller, see how long a range has taken."""
     made = Clock()
-    monkeypatch.setattr(work, "monotonic_ns", made)
+    monkeypatch.setattr(loop, "monotonic_ns", made)
     return made

@@ -8,7 +8,6 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 
 import taskcarrier
-from taskcarrier.backends.work import Death
 from taskcarrier.errors import (
     TaskError,
     WorkerDiedError,
@@ -16,6 +15,7 @@ from taskcarrier.errors import (
     describe_exit,
     obituary,
 )
+from taskcarrier.workers.records import Death
 
 
 @pytest.mark.parametrize(

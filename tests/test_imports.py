@@ -15,30 +15,22 @@ PACKAGE = Path(__file__).parents[1] / "taskcarrier"
 # `arrays`) modules also import from each other, but never in a circle. A folder stands for all of
 # its modules.
 LAYERS = [
-    ["errors", "locks", "interrupts", "advice"],
-    ["cgroups", "notes"],
-    ["contexts"],
-    ["descriptors"],
-    ["partition", "report", "layout", "limits"],
-    ["ledger", "recovery", "segments", "streams", "caller_memory"],
-    ["balance", "mapped_files", "kept_mappings"],
-    ["fingerprint"],
-    ["backends"],
-    ["blocks"],
-    ["progress"],
-    ["running"],
-    ["arrays"],
-    ["sequences"],
-    ["streaming"],
+    ["errors", "system"],
+    ["memory", "notes"],
+    ["arguments", "options", "random_streams", "report"],
+    ["scheduling"],
+    ["progress", "workers"],
+    ["run"],
+    ["arrays", "lists"],
     ["mappers"],
-    ["current", "fitting"],
+    ["current", "estimators"],
     ["__init__"],
 ]
 
 # Who alone imports what.
 ONLY = {
-    "joblib": "backends",
-    "numba": "arrays.kernels",
+    "joblib": "workers",
+    "numba": "arrays.kernels.compiler",
 }
 
 # What `import taskcarrier` leaves alone.
@@ -97,32 +89,38 @@ def test_imports_point_one_way():
 @pytest.mark.parametrize(
     ("sources", "expected"),
     [
-        ({"partition": "from .errors import E", "errors": ""}, []),
-        ({"partition": "from . import errors", "errors": ""}, []),
-        ({"partition": "import taskcarrier.errors", "errors": ""}, []),
-        ({"errors": "from .partition import P"}, ["errors imports partition"]),
-        ({"errors": "from taskcarrier.partition import P"}, ["errors imports partition"]),
-        ({"errors": "import taskcarrier.partition as p"}, ["errors imports partition"]),
-        ({"errors": "from taskcarrier import partition"}, ["errors imports partition"]),
-        ({"errors": "def f():\n    from . import partition"}, ["errors imports partition"]),
+        ({"scheduling": "from .errors import E", "errors": ""}, []),
+        ({"scheduling": "from . import errors", "errors": ""}, []),
+        ({"scheduling": "import taskcarrier.errors", "errors": ""}, []),
+        ({"errors": "from .scheduling import P"}, ["errors imports scheduling"]),
+        (
+            {"errors": "from taskcarrier.scheduling.scheduling import P"},
+            ["errors imports scheduling"],
+        ),
+        (
+            {"errors": "import taskcarrier.scheduling.scheduling as p"},
+            ["errors imports scheduling"],
+        ),
+        ({"errors": "from taskcarrier import scheduling"}, ["errors imports scheduling"]),
+        ({"errors": "def f():\n    from . import scheduling"}, ["errors imports scheduling"]),
         ({"errors": "from . import shutdown"}, ["errors imports __init__"]),
-        ({"partition": "from . import report"}, ["partition imports report"]),
+        ({"scheduling": "from . import run"}, ["scheduling imports run"]),
         ({"unknown": ""}, ["unknown is in no layer"]),
-        ({"backends.threads": "from taskcarrier.ledger import L", "ledger": ""}, []),
-        ({"backends.threads": "from ..ledger import L", "ledger": ""}, []),
-        ({"backends.__init__": "from .threads import T", "backends.threads": ""}, []),
-        ({"backends.threads": "from ..running import R"}, ["backends.threads imports running"]),
-        ({"backends.threads": "from ..arrays.x import R"}, ["backends.threads imports arrays"]),
+        ({"workers.threads": "from taskcarrier.scheduling.report import L", "report": ""}, []),
+        ({"workers.threads": "from ..report import L", "report": ""}, []),
+        ({"workers.__init__": "from .threads import T", "workers.threads": ""}, []),
+        ({"workers.threads": "from ..run import R"}, ["workers.threads imports run"]),
+        ({"workers.threads": "from ..arrays.x import R"}, ["workers.threads imports arrays"]),
         ({"mappers": "from .x import y"}, ["mappers imports __init__"]),
         (
-            {"backends.__init__": "from .a import A", "backends.a": "from . import B"},
-            ["backends, backends.a import each other"],
+            {"workers.__init__": "from .a import A", "workers.a": "from . import B"},
+            ["workers, workers.a import each other"],
         ),
         (
-            {"backends.a": "from .b import B", "backends.b": "from .a import A"},
-            ["backends.a, backends.b import each other"],
+            {"workers.a": "from .b import B", "workers.b": "from .a import A"},
+            ["workers.a, workers.b import each other"],
         ),
-        ({"backends.a": "import joblib", "arrays.kernels": "from numba import njit"}, []),
+        ({"workers.a": "import joblib", "arrays.kernels.compiler": "from numba import njit"}, []),
         ({"errors": "from joblib.externals import loky"}, ["errors imports joblib"]),
         ({"arrays.mapping": "import numba.core"}, ["arrays.mapping imports numba"]),
         (

@@ -2,8 +2,9 @@
 
 import pytest
 
-from taskcarrier.notes import add_note, raise_again, related, text_of
-from tests.backends.test_exceptions import FrozenError, SlottedError
+from taskcarrier.notes import add_note, text_of
+from taskcarrier.system.exceptions import raise_again, related
+from tests.workers.test_pickled_errors import FrozenError, SlottedError
 
 
 class NotelessError(Exception):

@@ -4,9 +4,9 @@ import logging
 
 import pytest
 
-from taskcarrier.ledger import Ledger
 from taskcarrier.progress import log_report, shown
 from taskcarrier.report import Report
+from taskcarrier.scheduling.ledger import Ledger
 
 REPORT = Report("sequential", "asked for", "serial", 1, 1, 3, 3, 0, 0.5, ())
 

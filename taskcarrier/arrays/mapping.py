@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from taskcarrier.arrays.calls import ArrayCall, check_on_error, failed_ranges
+from taskcarrier.arguments import check_on_error
+from taskcarrier.arrays.call import ArrayCall
 from taskcarrier.arrays.casting import Fill
-from taskcarrier.arrays.compiled import check_row
-from taskcarrier.arrays.options import documented
-from taskcarrier.arrays.outputs import check_out_axis
-from taskcarrier.arrays.resuming import KeptLedger
-from taskcarrier.arrays.targets import Targets, check_targets
+from taskcarrier.arrays.kernels.prepare import check_row
+from taskcarrier.arrays.outputs.request import Targets, check_targets
+from taskcarrier.arrays.outputs.writer import check_out_axis
+from taskcarrier.arrays.resume.ledger_file import KeptLedger
 from taskcarrier.notes import add_note
-from taskcarrier.recovery import RETRIES
-from taskcarrier.running import Settings
+from taskcarrier.options import documented
+from taskcarrier.run import Settings
+from taskcarrier.scheduling.retries import RETRIES
+from taskcarrier.workers.records import failed_ranges
 
 
 class _Unset:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import Any
 
-from taskcarrier.arrays.calls import ArrayCall
-from taskcarrier.arrays.inputs import check_callable
+from taskcarrier.arguments import check_callable
+from taskcarrier.arrays.call import ArrayCall
 from taskcarrier.arrays.mapping import UNSET
-from taskcarrier.arrays.options import documented
 from taskcarrier.notes import add_note
-from taskcarrier.recovery import RETRIES
-from taskcarrier.running import Settings
+from taskcarrier.options import documented
+from taskcarrier.run import Settings
+from taskcarrier.scheduling.retries import RETRIES
 
 
 @documented

@@ -17,9 +17,11 @@ from taskcarrier import (
     map_array,
     map_chunks,
     map_items,
-    mapped_files,
     reduce_array,
     share,
+)
+from taskcarrier.memory import (
+    memmaps,
 )
 from tests.strategies import EVERYWHERE, assert_same, kept_crews, run_script
 
@@ -272,7 +274,7 @@ class TestFilesWithoutTheirName:
     def test_are_refused_where_nothing_leads_to_them(self, tmp_path, monkeypatch):
         array = memmap(tmp_path)
         (tmp_path / "X.raw").unlink()
-        monkeypatch.setattr(mapped_files, "_opened_already", lambda *_: None)
+        monkeypatch.setattr(memmaps, "_opened_already", lambda *_: None)
         mapper = StaticParallelMapper(n_jobs=2, backend="loky")
         with pytest.raises(ValueError, match=r"memmap of shape \(9,\).*writeable = False"):
             mapper.map(by_closure(array), range(N))

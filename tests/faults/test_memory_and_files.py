@@ -17,15 +17,17 @@ import pytest
 from taskcarrier import (
     StaticParallelMapper,
     empty,
-    limits,
     load,
     map_array,
     map_chunks,
     map_items,
-    segments,
     share,
 )
-from taskcarrier.backends.choice import count_cores
+from taskcarrier.memory import (
+    available,
+    segments,
+)
+from taskcarrier.workers.choose import count_cores
 from tests.faults.helpers import (
     BALANCES,
     OF_BALANCE,
@@ -67,8 +69,14 @@ import os, sys
 import numpy as np
 from pathlib import Path
 from taskcarrier import (
-    DynamicParallelMapper, StaticParallelMapper, last_report, map_array, map_chunks, map_items,
-    reduce_array, share,
+    DynamicParallelMapper,
+    StaticParallelMapper,
+    last_report,
+    map_array,
+    map_chunks,
+    map_items,
+    reduce_array,
+    share,
 )
 
 def twice(x):
@@ -340,7 +348,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("backend", ["sequential", "threading"])
 @pytest.mark.parametrize("more", [{}, {"on_error": "fill"}, {"dtype": "f4"}])
 def test_memory_that_is_too_small_for_a_result_is_an_error_with_sizes(backend, more, monkeypatch):
-    monkeypatch.setattr(limits, "_available_memory", lambda: (100 << 20, "a test"))
+    monkeypatch.setattr(available, "_available_memory", lambda: (100 << 20, "a test"))
     halved = more == {"dtype": "f4"}
     n = 40_000_000 if halved else 20_000_000
     for verb, func, X in (
@@ -664,7 +672,7 @@ class TestPagesThatAreTakenOut:
         import os, resource
         import numpy as np
         from taskcarrier import empty, map_chunks
-        from taskcarrier.segments import locate
+        from taskcarrier.memory.segments import locate
         map_chunks(len, np.ones(2), backend="loky", n_jobs=2)  # old loky forks: before there is X
         X = empty(1 << 20)
         X[:] = 1

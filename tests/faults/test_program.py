@@ -613,7 +613,7 @@ def test_a_run_reads_its_own_ledger_though_its_crew_is_lent_again(monkeypatch):
     def tripled(x):
         return int(x) * 3
 
-    report, others = taskcarrier.running.report_of, []
+    report, others = taskcarrier.run.report_of, []
 
     def interrupted(*args, **options):
         # Another thread's turn, when the crew of this run has been given back.
@@ -627,7 +627,7 @@ def test_a_run_reads_its_own_ledger_though_its_crew_is_lent_again(monkeypatch):
             others[0].join()
         return report(*args, **options)
 
-    monkeypatch.setattr(taskcarrier.running, "report_of", interrupted)
+    monkeypatch.setattr(taskcarrier.run, "report_of", interrupted)
     assert_same(map_items(halved, X, backend="loky", n_jobs=2), X * 0.5)
     assert others
 

@@ -1,0 +1,437 @@
+"""One call over arrays, from its arguments to its results: what all verbs have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from time import monotonic_ns
+from typing import Any
+
+from taskcarrier.arguments import check_callable, check_chunksize, check_extras
+from taskcarrier.arrays.casting import Fill
+from taskcarrier.arrays.inputs.check import Inputs, check_inputs
+from taskcarrier.arrays.inputs.halos import Halo, check_halo
+from taskcarrier.arrays.inputs.sources import sources_for_processes, sources_here
+from taskcarrier.arrays.kernels.prepare import Fusion, Row, fused, ready
+from taskcarrier.arrays.outputs.buffers import LocalAllocation, Output, SharedAllocation
+from taskcarrier.arrays.outputs.request import Targets
+from taskcarrier.arrays.outputs.specs import DisagreementError, Spec
+from taskcarrier.arrays.outputs.writer import Plan
+from taskcarrier.arrays.resume.computation import Computation
+from taskcarrier.arrays.resume.ledger_file import KeptLedger
+from taskcarrier.arrays.task import ArrayTask
+from taskcarrier.memory.staging import Staging
+from taskcarrier.notes import add_note, text_of
+from taskcarrier.random_streams import Streams, WithStream, streams_for
+from taskcarrier.run import (
+    Kept,
+    Outcome,
+    Settings,
+    decide,
+    execute,
+    raise_failure,
+    refuse_missing,
+)
+from taskcarrier.scheduling.grid import Grid, chunk_grid, item_grid
+from taskcarrier.scheduling.retries import Retried
+from taskcarrier.workers.call import Call
+from taskcarrier.workers.choose import Choice, check_for_arrays
+from taskcarrier.workers.introspect import is_jitted
+from taskcarrier.workers.records import Failure, Fault, Parts
+from taskcarrier.workers.task import Task
+
+# What to pass instead of an array that holds no numbers, by the kind of its dtype.
+_NO_NUMBERS = {
+    **dict.fromkeys(
+        "SUTO",
+        "pass X.astype(float) if its text is numbers, or the columns of numbers alone (of a data "
+        "frame, frame.select_dtypes('number'))",
+    ),
+    "V": "pass its fields one by one, X['name']",
+}
+
+
+@dataclass(eq=False)
+class ArrayCall:
+    """A checked call: a function over ranges of arrays."""
+
+    settings: Settings
+    call: Call
+    inputs: Inputs
+    grid: Grid
+    halo: Halo | None
+    writable: bool
+    by_item: bool
+    collects: bool
+    started_ns: int
+    row: Row | None = None
+    streams: Streams | None = None
+
+    @classmethod
+    def checked(
+        cls,
+        settings: Settings,
+        func: Callable[..., Any],
+        arrays: tuple[Any, ...],
+        *,
+        axis: object,
+        chunksize: object,
+        args: object,
+        kwargs: object,
+        writable: object,
+        by_item: bool = False,
+        depth: object = 0,
+        boundary: object = "reflect",
+        cval: object = 0.0,
+        collects: bool = False,
+        row: Row | None = None,
+        rng: object = None,
+    ) -> ArrayCall:
+        """From the arguments of a verb, or an error that says what is wrong with them."""
+        started_ns = monotonic_ns()
+        check_callable(func)
+        inputs = check_inputs(arrays, axis)
+        extra_args, extra_kwargs = check_extras(args, kwargs)
+        if rng is not None and "rng" in extra_kwargs:
+            raise TypeError("rng is given twice: as an option, and in kwargs")
+        size = check_chunksize(chunksize)
+        halo = check_halo(depth, boundary, cval, inputs)
+        n_deep = 0 if halo is None else halo.depth
+        return cls(
+            settings,
+            Call(func, extra_args, extra_kwargs),
+            inputs,
+            item_grid(inputs.n_items, size)
+            if by_item
+            else chunk_grid(inputs.n_items, inputs.item_nbytes, size, n_deep),
+            halo,
+            bool(writable),
+            by_item,
+            collects,
+            started_ns,
+            row,
+            None if rng is None else streams_for(func, rng),
+        )
+
+    @property
+    def extras(self) -> tuple[Any, ...]:
+        """What else the function gets."""
+        return (*self.call.args, *self.call.kwargs.values())
+
+    def calling(self, func: Callable[..., Any]) -> ArrayCall:
+        """The same with a function of ours, which gets nothing but chunks."""
+        return replace(self, call=Call(func), by_item=False, row=None, streams=None)
+
+    def kept_ledger(self, path: str, options: Mapping[str, object]) -> KeptLedger:
+        """The ledger beside an output, of this computation; `options` say what else decides it."""
+        words = {
+            "called with": "items" if self.by_item else "chunks",
+            "writable": self.writable,
+            "out_shape": None if self.row is None else self.row.shape,
+            "rng": self.streams,
+            **options,
+        }
+        computation = Computation.of(self.call, self.inputs, self.grid, self.halo, words)
+        return KeptLedger(path, len(self.grid), computation)
+
+    def in_place(
+        self,
+        out_axis: int | tuple[int, ...],
+        targets: Targets,
+        *,
+        promotes: bool,
+        fill: Fill,
+        kept: KeptLedger | None = None,
+    ) -> tuple[Any, list[Fault]]:
+        """Run with results put in place; what the verb returns, and what failed.
+
+        With a ledger that is kept, what an earlier run has finished is left as it is.
+        """
+        choice = self._choice()
+        is_shared = choice.backend == "loky"
+        n_items, order = self.inputs.n_items, self.inputs.order
+        allocation: LocalAllocation | SharedAllocation
+        if is_shared:
+            segment = self.settings.segment(self.inputs.nbytes)
+            allocation = SharedAllocation(segment, n_items, order)
+        else:
+            allocation = LocalAllocation(n_items, order)
+        fusion: Fusion | None = None
+        try:
+            outputs = targets.outputs(shared=is_shared)
+            settled = targets.settled(out_axis, n_items) if targets.goes_on else None
+            n_done = 0 if kept is None else kept.begin(anew=settled is None)
+            plan = Plan(allocation, n_items, out_axis, outputs, promotes, fill, settled)
+            fusion, fusing_ns = self._fused(choice, plan, in_place=kept is not None)
+            kept_marks = None if kept is None else Kept(kept.marks, n_done, kept.notes)
+            if fusion is None:
+                outcome, delivered = self._run(choice, plan, fusing_ns, kept_marks)
+                spec = agreed_spec(outcome, self, promotes=promotes) or settled
+            else:
+                outcome, delivered = self._execute(
+                    choice,
+                    fusion.task,
+                    notes=fusion.notes,
+                    compiling_ns=fusing_ns,
+                    sweeps=fusion.sweeps,
+                    kept=kept_marks,
+                )
+                spec = fusion.spec
+            self._explain(outcome)
+            raise_failure(outcome, self.inputs.describe)
+            faults = self._faults(delivered)
+            strays = [result for parts in delivered for result in parts.results]
+            if fusion is not None:
+                strays += fusion.strays(faults)
+                if sum(stop - start for start, stop, _ in faults) == n_items:
+                    spec = None  # as where what results are like is known from results alone
+            arrays = None
+            if spec is not None:
+                arrays = targets.filled(plan, spec, strays, [fault[:2] for fault in faults])
+            if arrays is None or spec is None:
+                refuse_missing(outcome, self.inputs.describe, outcome.missing, lambda: None)
+                return None, faults
+            partial = tuple(arrays) if spec.several else arrays[0]
+            refuse_missing(outcome, self.inputs.describe, outcome.missing, lambda: partial)
+            return targets.finish(plan, spec, arrays), faults
+        finally:
+            if fusion is not None:
+                fusion.task.halt()
+            allocation.close()
+            targets.discard()
+
+    def returned(self) -> tuple[dict[int, Any], list[Fault]]:
+        """Run with results for the caller: by the start of their range, and what failed."""
+        outcome, delivered = self._run(self._choice(), None)
+        self._explain(outcome)
+        raise_failure(outcome, self.inputs.describe)
+        results = {
+            where.start: result
+            for parts in delivered
+            for where, result in parts.results
+            if isinstance(where, slice)
+        }
+        faults = self._faults(delivered)
+        done = results.keys() | {start for start, _, _ in faults}
+        ranges = list(map(self.grid.bounds, range(len(self.grid))))
+        missing = [one for one in ranges if one[0] not in done]
+
+        def partial() -> list[Any]:
+            return [results.get(start) for start, _ in ranges]
+
+        refuse_missing(outcome, self.inputs.describe, missing, partial)
+        return results, faults
+
+    def _explain(self, outcome: Outcome) -> None:
+        """Say of errors of ufuncs which array holds no numbers."""
+        for failure in outcome.failures:
+            if isinstance(failure.error, TypeError) and "ufunc" in text_of(failure.error):
+                for number, dtype in enumerate(self.inputs.dtypes):
+                    if remedy := _NO_NUMBERS.get(dtype.kind):
+                        add_note(failure.error, f"array {number} has dtype {dtype}: {remedy}")
+
+    def _choice(self) -> Choice:
+        check_for_arrays(self.settings.backend)
+        if self.inputs.n_items == 0:
+            return Choice("sequential", 1, "there is nothing to map")
+        return decide(self.settings, self.call.func, self.extras)
+
+    def _fused(self, choice: Choice, plan: Plan, *, in_place: bool) -> tuple[Fusion | None, int]:
+        """A compiled loop over the items, if there can be one, and how long that took.
+
+        If it must work `in_place`, not one whose results are cast in the end.
+        """
+        if not self.by_item or choice.backend == "loky" or self.inputs.n_items == 0:
+            return None, 0
+        if not is_jitted(self.call.func):
+            return None, 0
+        if self.settings.recovery.retry_on or self.streams is not None:
+            return None, 0  # these are done around each call
+        begin = monotonic_ns()
+        fusion = fused(
+            self.call,
+            self.inputs,
+            plan,
+            self.row,
+            writable=self.writable,
+            collects=self.collects,
+            in_threads=choice.backend == "threading",
+        )
+        if fusion is not None and in_place:
+            if fusion.casts:
+                fusion = None
+            elif plan.settled is not None and plan.settled.parts != fusion.spec.parts:
+                raise ValueError(
+                    f"func gives {fusion.spec.describe(plan.n_items)}, but the earlier run gave "
+                    f"{plan.settled}; remove its .ledger to start over, or choose another out="
+                )
+        return fusion, monotonic_ns() - begin
+
+    def _run(
+        self, choice: Choice, plan: Plan | None, fusing_ns: int = 0, kept: Kept | None = None
+    ) -> tuple[Outcome, list[Parts]]:
+        in_processes = choice.backend == "loky"
+        func = self.call.func if self.row is None else self.row.returned_by(self.call.func)
+        if self.streams is not None:
+            func = WithStream(func, self.streams)
+        prepared = ready(
+            replace(self.call, func=func),
+            self.inputs,
+            self.grid.bounds(0),
+            self.halo,
+            by_item=self.by_item,
+            writable=self.writable,
+            in_processes=in_processes,
+        )
+        staging = None
+        notes: list[str] = []
+        if in_processes:
+            staging = self.settings.staging()
+            sources, notes = sources_for_processes(self.inputs, self.grid, self.halo, staging)
+        else:
+            sources = sources_here(self.inputs, self.halo)
+        made = prepared.call
+        if self.settings.recovery.retry_on:
+            recovery = self.settings.recovery
+            copies = prepared.writable or prepared.owns_args
+            again = Retried(made.func, recovery.retry_on, recovery.retries, copies)
+            made = replace(made, func=again)
+        task = ArrayTask(
+            made,
+            sources,
+            self.inputs.axes,
+            self.by_item,
+            prepared.writable,
+            prepared.owns_args,
+            self.halo,
+            plan,
+            self.collects,
+            self._takes_objects(plan),
+            in_processes,
+            self.streams is not None,
+            self.grid.chunksize,
+        )
+        return self._execute(
+            choice,
+            task,
+            notes=notes + prepared.notes,
+            compiling_ns=fusing_ns + prepared.compiling_ns,
+            staging=staging,
+            # A part of a range with one stream would draw other numbers.
+            narrows=plan is not None
+            and self.halo is None
+            and (self.by_item or self.streams is None),
+            kept=kept,
+        )
+
+    def _execute(
+        self,
+        choice: Choice,
+        task: Task,
+        *,
+        notes: list[str],
+        compiling_ns: int,
+        staging: Staging | None = None,
+        sweeps: bool = False,
+        narrows: bool = False,
+        kept: Kept | None = None,
+    ) -> tuple[Outcome, list[Parts]]:
+        delivered: list[Parts] = []
+        outcome = execute(
+            task,
+            self.grid,
+            choice,
+            self.settings,
+            started_ns=self.started_ns,
+            staging=staging,
+            notes=notes,
+            compiling=compiling_ns / 1e9,
+            sweeps=sweeps,
+            collects=self.collects,
+            narrows=narrows,
+            kept=kept,
+            deliver=lambda _, parts: delivered.append(parts),
+        )
+        return outcome, delivered
+
+    def _takes_objects(self, plan: Plan | None) -> bool:
+        """Whether items may give any object: those of object arrays, and where it is asked for."""
+        outputs = () if plan is None else plan.outputs
+        asked = (outputs,) if isinstance(outputs, Output) else outputs
+        dtypes = [*self.inputs.dtypes, *(output.dtype for output in asked)]
+        return any(dtype is not None and dtype.hasobject for dtype in dtypes)
+
+    def _faults(self, delivered: list[Parts]) -> list[Fault]:
+        # By range: one that a worker died on may have come before, and come again.
+        found = {fault[:2]: fault for parts in delivered for fault in parts.faults}
+        for parts in delivered:  # errors refer to frames, and these to what was delivered
+            parts.faults.clear()
+        faults = [found[where] for where in sorted(found)]
+        for start, stop, error in faults:
+            add_note(error, f"while mapping {self.inputs.describe(start, stop)}")
+        return faults
+
+
+def agreed_spec(outcome: Outcome, call: ArrayCall, *, promotes: bool) -> Spec | None:
+    """What all results agree in; if some do not, the outcome has failures of those cells.
+
+    The reference is the lowest cell that has a result. Under dynamic balance and in the
+    caller, both that cell and the lowest one that differs from it are the same on every run.
+    Where only a worker that has died since gave results such as are in place, it is these.
+    """
+    firsts = [
+        (*account.facts, account.name) for account in outcome.accounts if account.facts is not None
+    ]
+    agreed: Spec | None = outcome.agreed
+    if not firsts or agreed is None:
+        return agreed  # of workers that died since
+    if any(agreed.agrees(spec, promotes=promotes) for _, spec, _ in firsts):
+        reference_start, reference, _ = min(firsts, key=lambda first: first[0])
+    else:
+        reference_start, reference = None, agreed
+    size = call.grid.chunksize
+    failures = {
+        start // size: Failure(call.grid.bounds(start // size), DisagreementError(spec), name)
+        for start, spec, name in firsts
+        if not reference.agrees(spec, promotes=promotes)
+    }
+    others = []
+    for failure in outcome.failures:
+        if isinstance(failure.error, DisagreementError):
+            if not reference.agrees(failure.error.spec, promotes=promotes):
+                failures.setdefault(failure.place // size, failure)
+        else:
+            others.append(failure)
+    for failure in failures.values():
+        failure.error = _worded(failure, reference_start, reference, call)
+    outcome.failures = sorted([*failures.values(), *others], key=lambda failure: failure.place)
+    return agreed
+
+
+def _worded(
+    failure: Failure, reference_start: int | None, reference: Spec, call: ArrayCall
+) -> BaseException:
+    assert isinstance(failure.error, DisagreementError)  # for the type checker
+    assert failure.range is not None  # likewise
+    start, stop = failure.range
+
+    def described(spec: Spec, length: int) -> str:
+        return spec.describe_item() if call.by_item else spec.describe(length)
+
+    if reference_start is None:
+        expected = f"{described(reference, stop - start)} in a worker that has died since"
+    else:
+        first, last = call.grid.bounds(reference_start // call.grid.chunksize)
+        expected = f"{described(reference, last - first)} for items {first}:{last}"
+    if call.by_item:
+        return ValueError(
+            f"func returned {described(failure.error.spec, 1)} for each of the items "
+            f"{start}:{stop}, but {expected}; every item must give results of the same shape and "
+            "dtype (pass dtype=); a mapper returns a list of results of any shape"
+        )
+    return ValueError(
+        f"func returned {failure.error.spec.describe(stop - start)} for axis "
+        f"{call.inputs.axes[0]}, items {start}:{stop}, but {expected}; it must return the same "
+        "dtype and the same shape but for the mapped axis for every chunk (for example with "
+        ".astype, or pass dtype=); results of any shape go to map_chunks, or to a mapper"
+    )

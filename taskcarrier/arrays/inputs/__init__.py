@@ -1,0 +1,1 @@
+"""What is mapped over, and how workers read ranges of it."""

@@ -1,0 +1,223 @@
+"""What may be mapped over: arrays and their axes, or an error that names the remedy."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from taskcarrier.arguments import as_integer, without_wide_gaps
+from taskcarrier.memory.memmaps import check_whole
+from taskcarrier.memory.npy import load
+from taskcarrier.notes import add_note
+from taskcarrier.system.interrupts import is_of_the_program
+
+# Types that `numpy.asarray` would take, losing something; by the module that defines them.
+_LOSSY = {
+    "scipy.sparse": "a sparse matrix: pass X.toarray(), or map over its index pointer",
+    "dask": "a dask array: pass X.compute(), or use dask's own map_blocks",
+}
+_MASKED_RANGES = (
+    "have it give plain arrays (of a netCDF4 variable, set_auto_mask(False)), or fill them before"
+)
+_SEVERAL_AXES = (
+    "To map over several axes of an array, make them one: X.reshape(-1, *X.shape[2:]) has the "
+    "first two as axis 0; reshape the result back"
+)
+# Types with a dtype and a shape whose values are in memory: they become their values.
+_IN_MEMORY = ("pandas", "xarray")
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Arrays of equal length along their mapped axes.
+
+    Attributes
+    ----------
+    arrays : list of array
+        Base-class ndarrays; or array-likes (zarr arrays, for example) that are read by range.
+    axes : list of int
+        The mapped axis of each, not negative.
+    n_items : int
+        Their common length.
+    """
+
+    arrays: list[Any]
+    axes: list[int]
+    n_items: int
+
+    @property
+    def dtypes(self) -> list[np.dtype[Any]]:
+        """The dtype of each array."""
+        return [array.dtype for array in self.arrays]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all items."""
+        return sum(math.prod(array.shape) * array.dtype.itemsize for array in self.arrays)
+
+    @property
+    def item_nbytes(self) -> int:
+        """Bytes of one item of all arrays."""
+        return self.nbytes // max(1, self.n_items)
+
+    @property
+    def order(self) -> str:
+        """Memory order for results: that of the first array, so that chunks stay contiguous."""
+        flags = getattr(self.arrays[0], "flags", None)
+        return "F" if flags and flags.f_contiguous and not flags.c_contiguous else "C"
+
+    def describe(self, start: int, stop: int) -> str:
+        """A range in words."""
+        shape = self.arrays[0].shape
+        return f"axis {self.axes[0]}, items {start}:{stop} of an array of shape {shape}"
+
+
+def check_inputs(arrays: Sequence[object], axis: object) -> Inputs:
+    """The arrays of a call, or an error that says which one is wrong and what to do."""
+    if not arrays:
+        raise TypeError("expected at least one array to map over")
+    checked = [_as_array(array, number) for number, array in enumerate(arrays)]
+    if axis is None or isinstance(axis, list):
+        raise TypeError(
+            "axis must be an integer, or a tuple that is one axis for each array, got "
+            f"{axis!r}. {_SEVERAL_AXES}"
+        )
+    wanted = list(axis) if isinstance(axis, tuple) else [axis] * len(checked)
+    if len(wanted) != len(checked):
+        remedy = f". {_SEVERAL_AXES}" if len(wanted) > len(checked) else ""
+        raise ValueError(
+            f"axis has {len(wanted)} entries for {len(checked)} arrays: a tuple is one axis for "
+            f"each array{remedy}"
+        )
+    axes = [
+        normalize_axis(one, array.ndim, "axis") for one, array in zip(wanted, checked, strict=True)
+    ]
+    for array in checked:
+        if isinstance(array, np.ndarray):
+            check_whole(array)
+    lengths = [array.shape[one] for one, array in zip(axes, checked, strict=True)]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            "arrays must have equal lengths along the mapped axis, got "
+            + ", ".join(
+                f"{length} (axis {one} of shape {array.shape})"
+                for length, one, array in zip(lengths, axes, checked, strict=True)
+            )
+            + "; what every chunk is to get whole goes into args="
+        )
+    return Inputs([without_wide_gaps(array) for array in checked], axes, lengths[0])
+
+
+def normalize_axis(axis: object, ndim: int, name: str) -> int:
+    """`axis` counted from the front; `numpy.exceptions.AxisError` if there is none such."""
+    value = as_integer(axis, name, "an integer")
+    if not -ndim <= value < ndim:
+        raise np.exceptions.AxisError(value, ndim, name)
+    return value % ndim
+
+
+def refuse_masked(value: object, what: str, remedy: str) -> None:
+    """A `TypeError` for a masked array, or a sequence with one in it: NumPy drops the masks."""
+    if holds_mask(value):
+        raise TypeError(f"{what} is masked, or has masked items, and masks would be lost: {remedy}")
+
+
+def holds_mask(value: object) -> bool:
+    """Whether a value is a masked array, or a list or tuple of such, however deep."""
+    if isinstance(value, (list, tuple)):
+        kinds = set(map(type, value))
+        if any(issubclass(kind, np.ma.MaskedArray) for kind in kinds):
+            return True
+        return any(issubclass(kind, (list, tuple)) for kind in kinds) and any(
+            map(holds_mask, value)
+        )
+    return isinstance(value, np.ma.MaskedArray)
+
+
+def as_plain_range(items: object) -> np.ndarray:
+    """Items that an array-like gave for a range, as an array."""
+    refuse_masked(items, "what the array gives for a range", _MASKED_RANGES)
+    return np.asarray(items)
+
+
+def _as_array(value: object, number: int) -> Any:
+    which = f"array {number}"
+    if type(value) is np.ndarray and value.ndim:
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{which} is a masked array, whose mask would be lost: pass X.filled(value), or map "
+            "over X.data and numpy.ma.getmaskarray(X) together"
+        )
+    for prefix, remedy in _LOSSY.items():
+        if _is_from(value, (prefix,)):
+            raise TypeError(f"{which} is {remedy}")
+    if isinstance(value, (str, bytes, os.PathLike)):
+        if isinstance(value, bytes) or not os.fspath(value).endswith(".npy"):
+            raise TypeError(
+                f"{which} is {value!r}: a path must end in .npy; open other files first, and pass "
+                "the array"
+            )
+        array: Any = load(value)
+    elif _is_read_by_range(value):
+        array = value
+        refuse_masked(_no_items_of(array), f"what is read from {which}", _MASKED_RANGES)
+    else:
+        array = _in_memory(value, which)
+    if array.ndim == 0:
+        raise TypeError(
+            f"{which} has no axis to map over: {type(value).__name__} is 0-dimensional as an "
+            "array; pass an array with at least one axis, constants in args=, or use a mapper for "
+            "other sequences"
+        )
+    return array
+
+
+def _in_memory(value: object, which: str) -> np.ndarray:
+    refuse_masked(value, which, "pass each item's .filled(value)")
+    try:
+        array = np.asanyarray(value)
+        refuse_masked(array, f"what {which} becomes as an array", "pass its .filled(value)")
+        return np.asarray(array)
+    except ValueError as error:
+        if isinstance(value, Iterable):
+            add_note(
+                error,
+                f"{which} could not become an array (its items have different lengths?); for "
+                "sequences that are no array there are mappers: "
+                "StaticParallelMapper()(func, items)",
+            )
+        raise
+
+
+def _no_items_of(array: Any) -> object:
+    """An empty range of an array-like; None where it can give none, but ranges are looked at."""
+    try:
+        return array[:0]
+    except Exception as error:
+        if is_of_the_program(error):
+            raise
+        return None
+
+
+def _is_from(value: object, prefixes: Iterable[str]) -> bool:
+    modules = [f"{kind.__module__}." for kind in type(value).__mro__]
+    return any(module.startswith(f"{prefix}.") for prefix in prefixes for module in modules)
+
+
+def _is_read_by_range(value: object) -> bool:
+    """Whether a value is like an array but not in memory: zarr, HDF5, and the like."""
+    return (
+        not isinstance(value, (np.ndarray, np.generic))
+        and isinstance(getattr(value, "dtype", None), np.dtype)
+        and isinstance(getattr(value, "shape", None), tuple)
+        and hasattr(value, "ndim")
+        and hasattr(value, "__getitem__")
+        and not hasattr(value, "__array_interface__")
+        and not _is_from(value, _IN_MEMORY)
+    )

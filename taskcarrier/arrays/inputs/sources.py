@@ -1,0 +1,235 @@
+"""Where workers find the items of the mapped arrays.
+
+A `Source` says where one array is and can travel; opened in a worker, it reads ranges of items
+along the mapped axis, as read-only arrays with the strides of the original. Which kind an array
+gets is decided by `sources_for_processes`; threads and the caller read views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from taskcarrier.arguments import read_only
+from taskcarrier.arrays.inputs.check import Inputs, as_plain_range
+from taskcarrier.arrays.inputs.halos import Halo
+from taskcarrier.memory import parent_memory
+from taskcarrier.memory.mapping_cache import open_for_reading
+from taskcarrier.memory.memmaps import located
+from taskcarrier.memory.segments import SharedView
+from taskcarrier.memory.staging import Staging
+from taskcarrier.memory.strides import address_of, byte_bounds
+from taskcarrier.scheduling.grid import Grid
+from taskcarrier.workers.call import Call
+from taskcarrier.workers.processes.packed_chunks import Blocks
+
+Reader = Callable[[int, int], np.ndarray]
+"""Takes ``(start, stop)``, returns those items, axis kept."""
+
+# An array this small is read in one go by each worker; arbitrary.
+_WHOLE_NBYTES = 64 << 10
+
+
+class Source(Protocol):
+    """Where one mapped array is."""
+
+    def open(self) -> Reader:
+        """Called once in each worker, before its first cell."""
+
+
+@dataclass(frozen=True, eq=False)
+class LocalSource:
+    """An array of this process."""
+
+    array: np.ndarray
+    axis: int
+
+    def open(self) -> Reader:  # noqa: D102  # as in Source
+        array = read_only(self.array)
+        before = (slice(None),) * self.axis
+        return lambda start, stop: array[(*before, slice(start, stop))]
+
+
+@dataclass(frozen=True, eq=False)
+class SharedSource:
+    """An array in a segment."""
+
+    view: SharedView
+    axis: int
+
+    def open(self) -> Reader:  # noqa: D102  # as in Source
+        return LocalSource(open_for_reading(self.view), self.axis).open()
+
+
+@dataclass(frozen=True, eq=False)
+class CallerSource:
+    """An array in the ordinary memory of the caller, read cell by cell."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: np.dtype[Any]
+    axis: int
+
+    @classmethod
+    def of(cls, array: np.ndarray, axis: int) -> CallerSource:
+        """For an array of this process, which must live as long as the run."""
+        return cls(address_of(array), array.shape, array.strides, array.dtype, axis)
+
+    @property
+    def item_nbytes(self) -> int:
+        """Bytes from the first to the last of one item."""
+        spans = [
+            (n - 1) * abs(stride)
+            for axis, (n, stride) in enumerate(zip(self.shape, self.strides, strict=True))
+            if axis != self.axis
+        ]
+        return sum(spans) + self.dtype.itemsize
+
+    def nbytes_of(self, n_items: int) -> int:
+        """Bytes from the first to the last of so many items."""
+        return self.item_nbytes + (n_items - 1) * abs(self.strides[self.axis])
+
+    def is_worth_it(self, grid: Grid, depth: int) -> bool:
+        """Whether reading it cell by cell, with so many neighbours, reads little twice."""
+        whole = self.nbytes_of(grid.n_items)
+        stride = abs(self.strides[self.axis])
+        in_cells = len(grid) * (self.item_nbytes + (2 * depth - 1) * stride)
+        in_cells += grid.n_items * stride
+        return whole <= _WHOLE_NBYTES or in_cells <= whole + whole // 4
+
+    def open(self) -> Reader:  # noqa: D102  # as in Source
+        n_items = self.shape[self.axis]
+        if self.nbytes_of(n_items) <= _WHOLE_NBYTES:
+            return LocalSource(self._read(0, n_items), self.axis).open()
+        return self._read
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        axis, strides = self.axis, self.strides
+        shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
+        first = self.address + start * strides[axis]
+        low = first + sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if s < 0)
+        memory, begin = parent_memory.read(low, self.nbytes_of(stop - start))
+        memory.flags.writeable = False
+        return np.ndarray(shape, self.dtype, memory, begin + first - low, strides)
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayLikeSource:
+    """Something like an array that is not in memory, read by range in every worker.
+
+    It stands in a `Call` because it travels as functions of the user do.
+    """
+
+    given: Call
+    axis: int
+
+    def open(self) -> Reader:  # noqa: D102  # as in Source
+        before = (slice(None),) * self.axis
+        array: Any = self.given.func
+        return lambda start, stop: read_only(as_plain_range(array[(*before, slice(start, stop))]))
+
+
+@dataclass(frozen=True, eq=False)
+class PickledSource:
+    """An array of Python objects, pickled by cells of the grid into shared memory."""
+
+    blocks: Blocks
+    chunksize: int
+    axis: int
+
+    def open(self) -> Reader:  # noqa: D102  # as in Source
+        block = self.blocks.open()
+
+        def read(start: int, stop: int) -> np.ndarray:
+            first, last = start // self.chunksize, -(-stop // self.chunksize)
+            cells = [block(cell) for cell in range(first, last)]
+            whole = cells[0] if len(cells) == 1 else np.concatenate(cells, axis=self.axis)
+            skip = first * self.chunksize
+            return LocalSource(whole, self.axis).open()(start - skip, stop - skip)
+
+        return read
+
+
+@dataclass(frozen=True, eq=False)
+class HaloSource:
+    """Another source, read with neighbours."""
+
+    inner: Source
+    axis: int
+    halo: Halo
+
+    def open(self) -> Reader:  # noqa: D102  # as in Source
+        read, axis, halo = self.inner.open(), self.axis, self.halo
+        return lambda start, stop: halo.read(read, axis, start, stop)
+
+
+def sources_here(inputs: Inputs, halo: Halo | None) -> list[Source]:
+    """Sources for workers in this process."""
+    return [
+        _with_halo(
+            LocalSource(array, axis)
+            if isinstance(array, np.ndarray)
+            else ArrayLikeSource(Call(array), axis),
+            axis,
+            halo,
+        )
+        for array, axis in zip(inputs.arrays, inputs.axes, strict=True)
+    ]
+
+
+def sources_for_processes(
+    inputs: Inputs, grid: Grid, halo: Halo | None, staging: Staging
+) -> tuple[list[Source], list[str]]:
+    """Sources for worker processes, and what is worth saying about them.
+
+    What is shared already and what lies in a file is mapped, other arrays are read or copied
+    once. `inputs` must live as long as the run: workers may read from its arrays.
+    """
+    sources: dict[int, Source] = {}
+    to_stage: dict[int, np.ndarray] = {}
+    notes = []
+    depth = 0 if halo is None else halo.depth
+    for number, (array, axis) in enumerate(zip(inputs.arrays, inputs.axes, strict=True)):
+        if not isinstance(array, np.ndarray):
+            sources[number] = ArrayLikeSource(Call(array), axis)
+            notes.append(f"array {number} is read by range in every worker")
+        elif array.dtype.hasobject:
+            sources[number] = _pickled(array, axis, grid, staging)
+            notes.append(f"array {number} has dtype {array.dtype}: it is pickled by range")
+        elif (view := located(array)) is not None:
+            sources[number] = SharedSource(view, axis)
+        elif _can_be_read(array, axis, grid, depth):
+            low, high = byte_bounds(array)
+            staging.nbytes += high - low
+            sources[number] = CallerSource.of(array, axis)
+        else:
+            to_stage[number] = array
+    views = staging.share(to_stage.values())
+    for number, view in zip(to_stage, views, strict=True):
+        sources[number] = SharedSource(view, inputs.axes[number])
+    return [_with_halo(sources[n], axis, halo) for n, axis in enumerate(inputs.axes)], notes
+
+
+def _with_halo(source: Source, axis: int, halo: Halo | None) -> Source:
+    return source if halo is None else HaloSource(source, axis, halo)
+
+
+def _can_be_read(array: np.ndarray, axis: int, grid: Grid, depth: int) -> bool:
+    return (
+        array.nbytes > 0
+        and CallerSource.of(array, axis).is_worth_it(grid, depth)
+        and parent_memory.readable(*byte_bounds(array))
+    )
+
+
+def _pickled(array: np.ndarray, axis: int, grid: Grid, staging: Staging) -> PickledSource:
+    read = LocalSource(array, axis).open()
+
+    def describe(start: int, stop: int) -> str:
+        return f"items {start}:{stop} of an array of dtype {array.dtype}"
+
+    return PickledSource(Blocks.pack(read, grid, staging, describe), grid.chunksize, axis)

@@ -1,0 +1,1 @@
+"""Functions that numba has compiled; the only folder that imports numba."""

@@ -1,0 +1,319 @@
+"""Where the caller wants results: fresh arrays, arrays of its own, or ``.npy`` files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from taskcarrier.arguments import arrays_within
+from taskcarrier.arrays.casting import check_dtype
+from taskcarrier.arrays.inputs.check import Inputs, normalize_axis
+from taskcarrier.arrays.outputs.buffers import (
+    ANY,
+    LocalAllocation,
+    NpyPlace,
+    Output,
+    SharedAllocation,
+    opened,
+)
+from taskcarrier.arrays.outputs.specs import Spec
+from taskcarrier.arrays.outputs.writer import Plan
+from taskcarrier.memory.memmaps import check_whole, file_of, located, region
+from taskcarrier.memory.npy import NpyWriter, check_path, header_of
+from taskcarrier.memory.strides import has_internal_overlap
+from taskcarrier.notes import add_note
+from taskcarrier.workers.records import Where
+
+# How hard to look whether two interleaved views share an item; arbitrary.
+_MAX_WORK: Any = 10_000
+
+Stray = tuple[Where, list[np.ndarray]]
+"""Results that could not be put in place by the worker."""
+
+
+@dataclass(eq=False)
+class Targets:
+    """What a call asks of its results, from the check of its arguments to the end of the run.
+
+    Attributes
+    ----------
+    entries : tuple of (ndarray or str), or None
+        What ``out=`` names, one for each result: arrays and paths.
+    dtypes : tuple of (dtype or None), or None
+        What ``dtype=`` asks for.
+    several_dtypes : bool
+        Whether it does so for each result, and not for every one.
+    is_several : bool
+        Whether either is a tuple.
+    keeps, goes_on : bool
+        Whether files in the making stay when the run fails; whether they are those that an earlier
+        run has left.
+    """
+
+    entries: tuple[np.ndarray | str, ...] | None = None
+    dtypes: tuple[np.dtype[Any] | None, ...] | None = None
+    several_dtypes: bool = False
+    is_several: bool = False
+    keeps: bool = False
+    goes_on: bool = False
+    _writers: dict[int, NpyWriter] = field(default_factory=dict)
+
+    @property
+    def known_dtypes(self) -> list[np.dtype[Any]]:
+        """The dtypes of results that are asked for."""
+        arrays = [entry for entry in self.entries or () if isinstance(entry, np.ndarray)]
+        return [array.dtype for array in arrays] or [
+            one for one in self.dtypes or () if one is not None
+        ]
+
+    @property
+    def knows_dtypes(self) -> bool:
+        """Whether the dtype of every result is asked for."""
+        arrays = [entry for entry in self.entries or () if isinstance(entry, np.ndarray)]
+        if self.entries and len(arrays) == len(self.entries):
+            return True
+        # Not `None in`: a dtype takes None for float64.
+        return self.dtypes is not None and all(one is not None for one in self.dtypes)
+
+    def like_nothing(self) -> Any:
+        """What a function of no items would return, to satisfy this."""
+        dtypes = self.dtypes or (None,)
+        entries: tuple[Any, ...] = self.entries or (None,) * len(dtypes)
+        dtypes = dtypes if self.several_dtypes else dtypes * len(entries)
+        made = tuple(
+            np.empty_like(entry) if isinstance(entry, np.ndarray) else np.empty(0, dtype)
+            for entry, dtype in zip(entries, dtypes, strict=True)
+        )
+        return made if self.is_several else made[0]
+
+    def outputs(self, *, shared: bool) -> Output | tuple[Output, ...]:
+        """For workers that share memory with the caller, or do not; files are made now."""
+        if self.entries is None:
+            if self.dtypes is None:
+                return ANY
+            made = tuple(Output(dtype) for dtype in self.dtypes)
+            return made if self.several_dtypes else made[0]
+        dtypes = self.dtypes or (None,)
+        if not self.several_dtypes:
+            dtypes *= len(self.entries)
+        return tuple(
+            self._output(number, entry, dtype, shared=shared)
+            for number, (entry, dtype) in enumerate(zip(self.entries, dtypes, strict=True))
+        )
+
+    def _output(
+        self, number: int, entry: np.ndarray | str, dtype: np.dtype[Any] | None, *, shared: bool
+    ) -> Output:
+        if isinstance(entry, str):
+            writer = NpyWriter(entry, keeps=self.keeps, goes_on=self.goes_on)
+            self._writers[number] = writer
+            return Output(dtype, None, NpyPlace(writer.segment))
+        # An array in ordinary memory is filled at the end, from the memory that workers share.
+        place = located(entry, writable=True) if shared else entry
+        return Output(entry.dtype, entry.shape, place)
+
+    @property
+    def paths(self) -> list[str]:
+        """The files that are asked for."""
+        return [os.path.realpath(entry) for entry in self.entries or () if isinstance(entry, str)]
+
+    def settled(self, out_axis: int | tuple[int, ...], n_items: int) -> Spec | None:
+        """What results are like that an earlier run has left; None if there are none such."""
+        headers = [writer.header() for writer in self._writers.values()]
+        axes = out_axis if isinstance(out_axis, tuple) else (out_axis,) * len(headers)
+        parts = []
+        places = []
+        for header, wanted in zip(headers, axes, strict=True):
+            if header is None:
+                return None
+            dtype, shape = header
+            axis = wanted % len(shape) if shape else 0
+            if not shape or shape[axis] != n_items:
+                return None
+            parts.append((dtype, shape[:axis] + shape[axis + 1 :]))
+            places.append(axis)
+        return Spec(tuple(parts), tuple(places), self.is_several)
+
+    def filled(
+        self, plan: Plan, spec: Spec, strays: Sequence[Stray], holes: Sequence[tuple[int, int]]
+    ) -> list[np.ndarray]:
+        """The whole outputs, with what workers could not put in place, and what fills the holes."""
+        outputs = plan.outputs_for(len(spec.parts))
+        places = plan.allocation.places(spec, outputs)
+        if places is None:  # Python objects, which all came here
+            here = [replace(one, place=None) for one in outputs]
+            places = LocalAllocation(plan.n_items, "C").places(spec, here)
+        arrays = list(map(opened, places))
+        dtypes = [
+            _promoted_dtype({dtype, *(results[number].dtype for _, results in strays)})
+            for number, (dtype, _) in enumerate(spec.parts)
+        ]
+        before = [(slice(None),) * axis for axis in spec.axes]
+        missing: list[Where] = [where for where, _ in strays]
+        missing += [slice(*hole) for hole in holes]
+        for number, (dtype, index) in enumerate(zip(dtypes, before, strict=True)):
+            if arrays[number].dtype != dtype:
+                for where in missing:  # what was never written may not survive a cast
+                    arrays[number][(*index, where)] = np.zeros((), arrays[number].dtype)
+                arrays[number] = self._promoted(arrays[number], dtype, outputs[number])
+        for where, results in strays:
+            for array, index, result in zip(arrays, before, results, strict=True):
+                array[(*index, where)] = result
+        values = [plan.fill.of(array.dtype) for array in arrays]
+        for hole in holes:
+            for array, index, value in zip(arrays, before, values, strict=True):
+                array[(*index, slice(*hole))] = value
+        return arrays
+
+    @staticmethod
+    def _promoted(array: np.ndarray, dtype: np.dtype[Any], output: Output) -> np.ndarray:
+        promoted = array.astype(dtype)
+        if not isinstance(output.place, NpyPlace):
+            return promoted
+        order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
+        file = opened(output.place.view(dtype, array.shape, order))
+        file[...] = promoted
+        return file
+
+    def finish(self, plan: Plan, spec: Spec, arrays: list[np.ndarray]) -> Any:
+        """What the call returns; files get their names."""
+        results = []
+        outputs = plan.outputs_for(len(arrays))
+        for number, (array, output) in enumerate(zip(arrays, outputs, strict=True)):
+            entry = None if self.entries is None else self.entries[number]
+            if isinstance(entry, str):
+                order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
+                header = header_of(array.dtype, array.shape, order)
+                results.append(self._writers[number].finish(array, header))
+            elif entry is not None:
+                if output.place is None:
+                    entry[...] = array
+                results.append(entry)
+            elif isinstance(plan.allocation, SharedAllocation) and plan.allocation.is_wasteful(
+                spec, outputs
+            ):
+                results.append(array.copy(order="K"))
+            else:
+                results.append(array)
+        return tuple(results) if spec.several else results[0]
+
+    def discard(self) -> None:
+        """Remove unfinished files."""
+        for writer in self._writers.values():
+            writer.discard()
+
+
+def _promoted_dtype(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:
+    """What `numpy.stack` makes of several dtypes; one alone keeps its byte order."""
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    try:
+        return np.result_type(*dtypes)
+    except TypeError as error:
+        names = ", ".join(sorted(map(str, dtypes)))
+        add_note(error, f"func returned values of dtypes {names}, which have none in common")
+        raise
+
+
+def check_targets(
+    out: object,
+    dtype: object,
+    out_axis: int | tuple[int, ...],
+    inputs: Inputs,
+    others: Iterable[object],
+) -> Targets:
+    """What ``out=`` and ``dtype=`` ask for, or an error that says what is wrong with it.
+
+    `others` are further objects that `func` will see, arrays among them.
+    """
+    several = isinstance(dtype, tuple)
+    dtypes: tuple[np.dtype[Any] | None, ...] | None = None
+    if dtype is not None:
+        dtypes = tuple(
+            check_dtype(one) for one in (dtype if isinstance(dtype, tuple) else (dtype,))
+        )
+    if out is None:
+        return Targets(None, dtypes, several, several)
+    entries = tuple(_entry(one) for one in (out if isinstance(out, tuple) else (out,)))
+    if several and dtypes is not None and len(dtypes) != len(entries):
+        raise ValueError(f"dtype has {len(dtypes)} entries, out has {len(entries)}")
+    axes = out_axis if isinstance(out_axis, tuple) else (out_axis,) * len(entries)
+    if len(axes) != len(entries):
+        raise ValueError(f"out_axis has {len(axes)} entries, out has {len(entries)}")
+    wanted = (dtypes or (None,)) * (1 if several else len(entries))
+    seen = list(arrays_within([*inputs.arrays, *others]))
+    for entry, axis, kind in zip(entries, axes, wanted, strict=True):
+        if isinstance(entry, np.ndarray):
+            _check_array(entry, axis, kind, inputs.n_items)
+            _check_apart(entry, seen)
+            seen.append(entry)
+    paths = [os.path.realpath(entry) for entry in entries if isinstance(entry, str)]
+    for path in paths:
+        _check_file(path, seen)
+        if paths.count(path) > 1:
+            raise ValueError(f"out names {path!r} twice")
+    return Targets(entries, dtypes, several, several or isinstance(out, tuple))
+
+
+def _entry(value: object) -> np.ndarray | str:
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError("out is a masked array; pass its .data")
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, (str, os.PathLike)):
+        return check_path(value)
+    raise TypeError(
+        "out must be an ndarray, a memmap, a path ending in .npy or a tuple of these, got "
+        f"{value!r}"
+    )
+
+
+def _check_array(out: np.ndarray, axis: int, dtype: np.dtype[Any] | None, n_items: int) -> None:
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; pass an array that may be written to")
+    if dtype is not None and dtype != out.dtype:
+        raise ValueError(f"out has dtype {out.dtype}, but dtype={dtype} is asked for")
+    length = out.shape[normalize_axis(axis, out.ndim, "out_axis")]
+    if length != n_items:
+        raise ValueError(
+            f"out has length {length} along axis {axis} (shape {out.shape}), but there are "
+            f"{n_items} items"
+        )
+    check_whole(out)
+    if has_internal_overlap(out):
+        raise ValueError("out overlaps with itself: some of its items lie in the same memory")
+
+
+def _check_apart(out: np.ndarray, others: Iterable[np.ndarray]) -> None:
+    for other in others:
+        if overlap(out, other):
+            raise ValueError(
+                f"out overlaps with an input of shape {other.shape} (or another out): workers "
+                "would read what others have written; pass other memory, or a copy of the input"
+            )
+
+
+def _check_file(path: str, others: Iterable[np.ndarray]) -> None:
+    file = file_of(path)
+    for other in others:
+        if file is not None and other.nbytes and region(other)[0] == file:
+            raise ValueError(
+                f"out={path!r} is the file that an input or another out maps; choose another one"
+            )
+
+
+def overlap(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays have memory in common, be it through different mappings of one file."""
+    if one.nbytes == 0 or other.nbytes == 0:
+        return False
+    if np.may_share_memory(one, other):
+        try:
+            return np.shares_memory(one, other, max_work=_MAX_WORK)
+        except np.exceptions.TooHardError:
+            return True
+    (whose, low, high), (whose_else, other_low, other_high) = region(one), region(other)
+    return whose != "memory" and whose == whose_else and low < other_high and other_low < high

@@ -1,0 +1,1 @@
+"""What a run has computed, so that another run can go on with it."""

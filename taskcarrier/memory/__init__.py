@@ -1,0 +1,1 @@
+"""Where arrays lie, and how workers see them without a copy."""

@@ -1,0 +1,91 @@
+"""Copies of what a run needs, in one segment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from taskcarrier.memory.segments import Recycler, Segment, SharedView, locate
+from taskcarrier.memory.strides import (
+    ALIGNMENT,
+    address_of,
+    aligned,
+    byte_bounds,
+    bytes_at,
+    footprint,
+)
+
+
+class Staging:
+    """Copies arrays and bytes into one segment, one after the other.
+
+    Parameters
+    ----------
+    folder : str, optional
+        Where the segment lies; memory if None.
+    recycler : Recycler, optional
+        Where segments come from and go to.
+
+    Attributes
+    ----------
+    nbytes : int
+        Bytes copied so far; who copies in another way for the run adds to it.
+    """
+
+    def __init__(self, folder: str | None = None, recycler: Recycler | None = None) -> None:
+        self._folder = folder
+        self._recycler = recycler
+        self._segment: Segment | None = None
+        self._end = 0
+        self.nbytes = 0
+
+    def share(self, arrays: Iterable[np.ndarray]) -> list[SharedView]:
+        """Descriptors of arrays: those in a segment cost nothing, others are copied.
+
+        What is copied is all bytes from an array's first to its last, gaps and all.
+        """
+        found = [(array, locate(array)) for array in arrays]
+        self._prepare(sum(footprint(array) for array, view in found if view is None))
+        return [self._copy(array) if view is None else view for array, view in found]
+
+    def place(self, nbytes: int, low: int = 0) -> tuple[Segment, int]:
+        """Room for `nbytes` whose original address is `low`: the segment and an offset."""
+        offset = aligned(self._end) + low % ALIGNMENT
+        end = offset + nbytes
+        if self._segment is None:
+            self._prepare(end)
+        self._end = end
+        assert self._segment is not None  # for the type checker
+        self._segment.reserve(end)
+        self.nbytes += nbytes
+        return self._segment, offset
+
+    def add(self, block: memoryview) -> tuple[Segment, int]:
+        """Copy bytes; the segment and the offset they have now."""
+        segment, offset = self.place(len(block))
+        segment.write(offset, block)
+        return segment, offset
+
+    def _prepare(self, nbytes: int) -> None:
+        """Have the segment, and reserve at once what is known to be needed."""
+        if nbytes == 0:
+            return
+        if self._segment is None:
+            if self._recycler is None:
+                self._segment = Segment.create(self._folder)
+            else:
+                self._segment = self._recycler.segment(nbytes, self._folder)
+        self._segment.reserve(self._end + nbytes)
+
+    def _copy(self, array: np.ndarray) -> SharedView:
+        if array.nbytes == 0:
+            return SharedView(None, 0, array.shape, array.strides, array.dtype)
+        low, high = byte_bounds(array)
+        # The bytes as they lie, gaps and all: the strides stay the same, so the function adds
+        # up in the same order as it would on the original. Overlapping and repeated items
+        # (windows, zero strides) are not expanded.
+        segment, offset = self.place(high - low, low)
+        segment.write(offset, bytes_at(low, high - low))
+        start = offset + address_of(array) - low
+        return SharedView(segment, start, array.shape, array.strides, array.dtype)

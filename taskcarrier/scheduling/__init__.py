@@ -1,0 +1,1 @@
+"""Who takes which chunk: arithmetic and shared counters, no data."""

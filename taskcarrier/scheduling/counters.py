@@ -1,0 +1,162 @@
+"""Small values that workers share: a counter that each number leaves once, a value that is set once."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import threading
+from typing import Any, Protocol
+
+from taskcarrier.system.descriptors import above_standard
+
+_LENGTH = struct.Struct("<Q")
+
+
+class Cursor(Protocol):
+    """A counter that several workers advance, each number going to exactly one of them."""
+
+    def advance(self) -> int:
+        """The next number, from 0."""
+
+    def position(self) -> int:
+        """How many numbers were given out."""
+
+    def reset(self) -> None:
+        """Start from 0 again; nobody may be claiming."""
+
+
+class ThreadCursor:
+    """A cursor for the threads of one process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next = 0
+
+    def advance(self) -> int:  # noqa: D102  # as in Cursor
+        with self._lock:
+            number = self._next
+            self._next = number + 1
+        return number
+
+    def position(self) -> int:  # noqa: D102  # as in Cursor
+        return self._next
+
+    def reset(self) -> None:  # noqa: D102  # as in Cursor
+        self._next = 0
+
+
+class FileCursor:
+    """A cursor for processes: the position of one shared open file description.
+
+    Parameters
+    ----------
+    fd : int
+        A descriptor of the description. Owned by whoever made it.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    @staticmethod
+    def create() -> int:
+        """A new descriptor fit to be a cursor; the caller owns it."""
+        return _memory_file(0)
+
+    def advance(self) -> int:  # noqa: D102  # as in Cursor
+        return os.lseek(self.fd, 1, os.SEEK_CUR) - 1
+
+    def position(self) -> int:  # noqa: D102  # as in Cursor
+        return os.lseek(self.fd, 0, os.SEEK_CUR)
+
+    def reset(self) -> None:  # noqa: D102  # as in Cursor
+        os.lseek(self.fd, 0, os.SEEK_SET)
+
+
+class Agreement(Protocol):
+    """One small value, settled by whoever proposes first; picklable, and not None."""
+
+    def settle(self, proposal: Any) -> Any:
+        """The first proposal of all: this one, or an earlier one."""
+
+    def settled(self) -> Any:
+        """The first proposal, None before there is one."""
+
+    def reset(self) -> None:
+        """Forget it; nobody may be proposing."""
+
+
+class ThreadAgreement:
+    """An agreement between the threads of one process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._first: Any = None
+
+    def settle(self, proposal: Any) -> Any:  # noqa: D102  # as in Agreement
+        with self._lock:
+            if self._first is None:
+                self._first = proposal
+            return self._first
+
+    def settled(self) -> Any:  # noqa: D102  # as in Agreement
+        return self._first
+
+    def reset(self) -> None:  # noqa: D102  # as in Agreement
+        self._first = None
+
+
+class FileAgreement:
+    """An agreement between processes: the first record of an append-only file.
+
+    Parameters
+    ----------
+    fd : int
+        A descriptor of the file. Owned by whoever made it.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    @staticmethod
+    def create() -> int:
+        """A new descriptor fit to be an agreement; the caller owns it."""
+        return _memory_file(os.O_APPEND)
+
+    def settle(self, proposal: Any) -> Any:  # noqa: D102  # as in Agreement
+        packed = pickle.dumps(proposal)
+        # One write, so a proposal is there whole or not at all.
+        os.write(self.fd, _LENGTH.pack(len(packed)) + packed)
+        return self.settled()
+
+    def settled(self) -> Any:  # noqa: D102  # as in Agreement
+        head = os.pread(self.fd, _LENGTH.size, 0)
+        if not head:
+            return None
+        return pickle.loads(os.pread(self.fd, _LENGTH.unpack(head)[0], _LENGTH.size))
+
+    def reset(self) -> None:  # noqa: D102  # as in Agreement
+        os.ftruncate(self.fd, 0)
+
+
+def _memory_file(flags: int) -> int:
+    """A new memory file, opened through /proc: the kernel serialises the position of these."""
+    with above_standard():
+        raw = os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC)
+        try:
+            return os.open(f"/proc/self/fd/{raw}", os.O_RDWR | os.O_CLOEXEC | flags)
+        except (FileNotFoundError, PermissionError):  # there is no /proc, or not for us
+            return _temporary_file(flags)
+        finally:
+            os.close(raw)
+
+
+def _temporary_file(flags: int) -> int:
+    """The same on disk, without a name; what is written to it is next to nothing."""
+    import fcntl  # noqa: PLC0415  # rarely needed, as the next one
+    import tempfile  # noqa: PLC0415  # slow
+
+    with tempfile.TemporaryFile() as file:
+        fd = os.dup(file.fileno())
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | flags)
+    return fd

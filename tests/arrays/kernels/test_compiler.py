@@ -1,0 +1,191 @@
+"""What numba compiles for us: atomic claims, arrays from addresses, what kernels give back."""
+
+import gc
+import threading
+import weakref
+
+import numba
+import numpy as np
+import pytest
+
+from taskcarrier import map_array, map_items, shutdown
+from taskcarrier.arrays.kernels import compiler
+from taskcarrier.arrays.kernels.compiler import Extras, Lie
+
+
+@numba.njit(nogil=True)
+def claim(address, counts):
+    while True:
+        number = compiler._take(address)
+        if number >= len(counts):
+            return
+        counts[number] += 1
+
+
+def test_every_number_is_taken_once():
+    for _ in range(5):
+        word = np.zeros(1, np.int64)
+        counts = np.zeros(200_000, np.int64)
+        threads = [
+            threading.Thread(target=claim, args=(word.ctypes.data, counts)) for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (counts == 1).all()
+        assert word[0] == len(counts) + 4
+
+
+def test_words_are_written_and_read():
+    @numba.njit
+    def swapped(first, second):
+        one, other = compiler._load(first), compiler._load(second)
+        compiler._store(first, other)
+        compiler._store(second, one)
+
+    words = np.array([-5, 1 << 62])
+    swapped(words.ctypes.data, words.ctypes.data + 8)
+    assert words.tolist() == [1 << 62, -5]
+
+
+class TestLie:
+    def test_of_items(self):
+        X = np.zeros((5, 4, 3), "f4")
+        assert Lie.of(X, 0) == Lie(np.dtype("f4"), 2, "C", True)
+        assert Lie.of(X, 2) == Lie(np.dtype("f4"), 2, "A", True)
+        assert Lie.of(X.T, 2) == Lie(np.dtype("f4"), 2, "F", True)
+        assert Lie.of(X.T, 0) == Lie(np.dtype("f4"), 2, "A", True)
+        assert Lie.of(X[:, ::-1], 0).layout == "A"
+
+    def test_of_scalars(self):
+        X = np.zeros(6)
+        assert Lie.of(X, 0) == Lie(np.dtype("f8"), 0, "C", True)
+        assert Lie.of(X[::2], 0).layout == "A"
+        unaligned = np.frombuffer(b"x" * 17, np.uint8)[1:].view("f8")
+        assert Lie.of(unaligned, 0).aligned is False
+
+    def test_types(self):
+        lie = Lie.of(np.zeros((2, 3)), 0)
+        assert str(lie.item(writable=False)) == "readonly array(float64, 1d, C)"
+        assert str(lie.item(writable=True)) == "array(float64, 1d, C)"
+        assert lie.item(writable=False).mutable is False
+        assert Lie.of(np.zeros(3, "i2"), 0).item(writable=False) == numba.int16
+
+
+class TestBound:
+    @staticmethod
+    def kernel():
+        return numba.njit(lambda x, y, a, b=2, c=3: x + y + a + b + c)
+
+    def test_without_keywords_as_given(self):
+        assert compiler.bound(self.kernel(), 2, (5,), {}) == Extras((5,))
+
+    def test_keywords_find_their_places(self):
+        assert compiler.bound(self.kernel(), 2, (), {"c": 1, "a": 5}) == Extras((), (5, 2, 1))
+        assert compiler.bound(self.kernel(), 2, (5,), {"c": 1}) == Extras((5,), (2, 1))
+
+    @pytest.mark.parametrize("kwargs", [{"d": 1}, {"x": 1}])
+    def test_unknown_ones_are_errors(self, kwargs):
+        with pytest.raises(TypeError):
+            compiler.bound(self.kernel(), 2, (5,), kwargs)
+
+    def test_the_row_follows_the_positional_ones(self):
+        kernel = numba.njit(lambda x, a, out, b=1, c=2: None)
+        assert compiler.bound(kernel, 1, (5,), {"c": 3}, fills=True) == Extras((5,), (1, 3))
+        kernel = numba.njit(lambda x, a, out: None)
+        with pytest.raises(TypeError, match=r"\(x, a, out\) .* the row to fill, a= \(mult"):
+            compiler.bound(kernel, 1, (), {"a": 5}, fills=True)
+
+    def test_any_number_of_arguments(self):
+        kernel = numba.njit(lambda x, y=1.0, *rest: x)
+        assert compiler.bound(kernel, 1, (), {"y": 2.0}) == Extras((), (2.0,))
+        assert compiler.bound(kernel, 1, (1.0, 2, 3), {}) == Extras((1.0, 2, 3))
+
+
+class TestReturns:
+    LIES = (Lie(np.dtype("f8"), 0, "C", True),)
+
+    def returned(self, func, *extras, lies=LIES):
+        kernel = numba.njit(func)
+        return compiler.returns(kernel, lies, Extras(extras), None, writable=False)
+
+    @pytest.mark.parametrize(
+        ("func", "dtypes"),
+        [
+            (lambda x: x, ["f8"]),
+            (lambda x: 3, ["i8"]),
+            (lambda x: x > 0, ["?"]),
+            (lambda x: np.float32(x + 1), ["f4"]),
+            (lambda x: 1j * x, ["c16"]),
+        ],
+    )
+    def test_numbers(self, func, dtypes):
+        found = self.returned(func)
+        assert found.dtypes == tuple(map(np.dtype, dtypes))
+        assert found.several is False
+
+    def test_tuples(self):
+        found = self.returned(lambda x: (x, 1, x > 0))
+        assert found.dtypes == (np.dtype("f8"), np.dtype("i8"), np.dtype("?"))
+        assert found.several is True
+        assert self.returned(lambda x: (x,)).several is True
+
+    @pytest.mark.parametrize(
+        "func", [lambda x: None, lambda x: "text", lambda x: np.ones(3), lambda x: ()]
+    )
+    def test_what_is_stacked_one_by_one(self, func):
+        assert self.returned(func) is None
+
+    @pytest.mark.parametrize("dtype", ["O", ">f8", "g"])
+    def test_dtypes_that_numba_does_not_know(self, dtype):
+        assert self.returned(lambda x: x, lies=(Lie(np.dtype(dtype), 0, "C", True),)) is None
+
+    def test_arguments_that_numba_does_not_know(self):
+        assert self.returned(lambda x, y: x, object()) is None
+
+
+def test_loops_are_made_once_for_each_way_arrays_lie():
+    kernel = numba.njit(lambda x: x * 2)
+    C = Lie(np.dtype("f8"), 0, "C", True)
+    A = Lie(np.dtype("f8"), 0, "A", True)
+    loops = []
+    for lie in (C, A, C):
+        found = compiler.returns(kernel, (lie,), Extras(()), None, writable=False)
+        loops.append(compiler.fused_loop(kernel, (lie,), Extras(()), (C,), found, rows_out=False))
+    assert loops[0] is loops[2]
+    assert loops[0] is not loops[1]
+    assert len(kernel.signatures) == 1
+
+
+def test_after_shutdown_nothing_is_kept_of_a_kernel_that_is_gone():
+    kernel = numba.njit(lambda x: x * 2)
+    map_items(kernel, np.arange(5.0), n_jobs=2)
+    map_array(kernel, np.arange(5.0), n_jobs=2)
+    known = weakref.ref(kernel)
+    del kernel
+    shutdown()
+    gc.collect()
+    assert known() is None
+
+
+def test_the_last_kernels_are_kept():
+    first = numba.njit(lambda x: x * 2)
+    made = compiler._made_for(first)
+    for _ in range(compiler._MAX_KERNELS - 1):
+        compiler._made_for(numba.njit(lambda x: x))
+        assert compiler._made_for(first) is made
+    for _ in range(compiler._MAX_KERNELS):
+        compiler._made_for(numba.njit(lambda x: x))
+    assert len(compiler._made) == compiler._MAX_KERNELS
+    assert compiler._made_for(first) is not made
+
+
+class TestWithoutGil:
+    def test_is_made_once_for_each_number_of_arguments(self):
+        kernel = numba.njit(lambda x, y=1: x + y)
+        one = compiler.without_gil(kernel, 1)
+        assert compiler.without_gil(kernel, 1) is one
+        assert compiler.without_gil(kernel, 2) is not one
+        assert one.targetoptions["nogil"] is True
+        assert (one(4), compiler.without_gil(kernel, 2)(4, 2)) == (5, 6)

@@ -1,0 +1,415 @@
+"""Results that do not fit are errors with both values and the range, never truncated."""
+
+import math
+import re
+import threading
+
+import numpy as np
+import pytest
+
+from taskcarrier import map_array
+from taskcarrier.arrays.casting import Fill
+from taskcarrier.arrays.outputs.buffers import (
+    ANY,
+    LocalAllocation,
+    Output,
+    SharedAllocation,
+    Writer,
+    opened,
+)
+from taskcarrier.arrays.outputs.specs import DisagreementError, Spec
+from taskcarrier.arrays.outputs.writer import Plan, Sink, check_out_axis
+from taskcarrier.memory.segments import Segment
+from tests.strategies import PARALLEL, assert_same, kept_crews
+
+RUNS = [("sequential", "static"), *PARALLEL]
+# Where the lowest failing range is raised, the same on every run.
+ORDERED = [run for run in RUNS if run[0] == "sequential" or run[1] == "dynamic"]
+
+
+crews = kept_crews(2)
+
+
+def said(error):
+    return "\n".join([str(error), *getattr(error, "__notes__", [])])
+
+
+def mapped(func, n_items=12, *, backend, balance, **options):
+    options = {"chunksize": 2, "n_jobs": 2, **options}
+    return map_array(func, np.arange(n_items), backend=backend, balance=balance, **options)
+
+
+# The chunk that starts at 6 gives something else: what, and what must be said of both.
+ODD = {
+    "int8 for int64": (lambda c: c, lambda c: c.astype("i1"), ["int64 (2,)", "int8 (2,)"]),
+    "float32 for float64": (
+        lambda c: c * 1.0,
+        np.float32,
+        ["float64 (2,)", "float32 (2,)"],
+    ),
+    "byte order": (
+        lambda c: c.astype("<i4"),
+        lambda c: c.astype(">i4"),
+        ["int32 (2,)", ">i4 (2,)"],
+    ),
+    "longer strings": (
+        lambda c: c.astype("U1"),
+        lambda c: np.full(2, "abcde"),
+        ["<U1 (2,)", "<U5 (2,)"],
+    ),
+    "longer bytes": (
+        lambda c: c.astype("S1"),
+        lambda c: np.full(2, b"abc"),
+        ["|S1 (2,)", "|S3 (2,)"],
+    ),
+    "datetime units": (
+        lambda c: c.astype("M8[D]"),
+        lambda c: c.astype("M8[ns]"),
+        ["datetime64[D] (2,)", "datetime64[ns] (2,)"],
+    ),
+    "timedelta units": (
+        lambda c: c.astype("m8[s]"),
+        lambda c: c.astype("m8[ms]"),
+        ["timedelta64[s] (2,)", "timedelta64[ms] (2,)"],
+    ),
+    "trailing shape": (lambda c: np.ones((2, 3)), lambda c: np.ones((2, 4)), ["(2, 3)", "(2, 4)"]),
+    "trailing shape of 1": (
+        lambda c: np.ones((2, 3)),
+        lambda c: np.ones((2, 1)),
+        ["(2, 3)", "(2, 1)"],
+    ),
+    "rank": (lambda c: c, lambda c: c[:, None], ["int64 (2,)", "int64 (2, 1)"]),
+    "fields": (
+        lambda c: np.zeros(2, "i4,i4"),
+        lambda c: np.zeros(2, "i4,f4"),
+        ["('f1', '<i4')", "('f1', '<f4')"],
+    ),
+    "one array for a tuple": (lambda c: (c,), lambda c: c, ["a tuple of 1", "an array"]),
+    "number of outputs": (lambda c: (c, c), lambda c: (c, c, c), ["a tuple of 2", "a tuple of 3"]),
+    "dtype of the second": (lambda c: (c, c), lambda c: (c, c > 0), ["a tuple of 2", "bool"]),
+}
+
+
+@pytest.mark.fault(5)
+@pytest.mark.parametrize("case", sorted(ODD))
+def test_results_that_differ_are_an_error_with_both_and_the_ranges(case):
+    usual, odd, words = ODD[case]
+    for backend, balance in RUNS:
+        with pytest.raises(ValueError, match="must return the same dtype") as caught:
+            mapped(lambda c: odd(c) if c[0] == 6 else usual(c), backend=backend, balance=balance)
+        text = str(caught.value)
+        assert [word for word in words if word not in text] == []
+        assert len(re.findall(r"items \d+:\d+", text)) == 2
+        assert "items 6:8" in text
+        # Static fails fast: which range of the usual sort it names depends on the moment.
+        assert "items 0:2" in text or (backend, balance) not in ORDERED
+
+
+@pytest.mark.parametrize(("backend", "balance"), ORDERED)
+def test_the_lowest_range_that_differs_is_named_on_every_run(backend, balance):
+    def func(chunk):
+        return chunk.astype("f4") if chunk[0] in {14, 22, 30} else chunk
+
+    texts = set()
+    for _ in range(20):
+        with pytest.raises(ValueError, match="items 14:16") as caught:
+            mapped(func, 40, backend=backend, balance=balance)
+        texts.add(str(caught.value))
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize(("backend", "balance"), ORDERED)
+def test_the_second_range_differs_though_another_worker_begins_with_it(backend, balance):
+    for _ in range(20):
+        with pytest.raises(
+            ValueError, match=r"float32 \(2,\).*items 2:4.*int64 \(2,\) for items 0:2"
+        ):
+            mapped(
+                lambda c: c.astype("f4") if c[0] == 2 else c, 40, backend=backend, balance=balance
+            )
+
+
+WRONG = {
+    "None": (lambda c: None, TypeError, ["None", "NoneType"]),
+    "scalar": (lambda c: 3.5, TypeError, ["3.5", "float"]),
+    "0-d array": (lambda c: np.array(4), (TypeError, ValueError), ["axis 0, items 6:8"]),
+    "NumPy scalar": (lambda c: c.sum(), TypeError, ["int64"]),
+    "generator": (lambda c: (x for x in c), TypeError, ["generator"]),
+    "dict": (lambda c: {"a": c}, TypeError, ["dict"]),
+    "text": (lambda c: "ab", TypeError, ["'ab'", "str"]),
+    "masked": (lambda c: np.ma.masked_array(c, c > 2), TypeError, ["masked", "filled"]),
+    "masked in a tuple": (lambda c: (c, np.ma.masked_array(c)), TypeError, ["masked", "filled"]),
+    "None in a tuple": (lambda c: (c, None), TypeError, ["None"]),
+    "too short": (lambda c: c[:-1], ValueError, ["length 1", "chunk of length 2"]),
+    "too long": (lambda c: np.repeat(c, 2), ValueError, ["length 4", "chunk of length 2"]),
+    "length 1 for all": (lambda c: c[:1], ValueError, ["length 1", "chunk of length 2"]),
+    "empty": (lambda c: c[:0], ValueError, ["length 0", "chunk of length 2"]),
+    "sum of the chunk": (
+        lambda c: c.sum(keepdims=True),
+        ValueError,
+        ["length 1", "chunk of length 2"],
+    ),
+    "ragged": (lambda c: [[1], [2, 3]], ValueError, ["inhomogeneous"]),
+}
+
+
+@pytest.mark.fault(5)
+@pytest.mark.parametrize("case", sorted(WRONG))
+def test_results_that_are_no_arrays_of_the_right_length_name_the_range(case):
+    func, kind, words = WRONG[case]
+    for backend, balance in RUNS:
+        with pytest.raises(kind) as caught:
+            mapped(lambda c: func(c) if c[0] == 6 else c, backend=backend, balance=balance)
+        text = said(caught.value)
+        assert [word for word in [*words, "axis 0, items 6:8"] if word not in text] == []
+
+
+@pytest.mark.parametrize(("backend", "balance"), ORDERED)
+def test_the_lowest_range_of_a_wrong_length_is_named_on_every_run(backend, balance):
+    for _ in range(20):
+        with pytest.raises(ValueError, match="for a chunk of length 2") as caught:
+            mapped(
+                lambda c: c[:1] if c[0] in {10, 12, 20} else c, 40, backend=backend, balance=balance
+            )
+        assert any("while mapping axis 0, items 10:12" in note for note in caught.value.__notes__)
+
+
+def test_a_result_without_the_axis_is_told_about_out_axis():
+    for backend, balance in RUNS:
+        with pytest.raises(np.exceptions.AxisError) as caught:
+            map_array(
+                lambda c: c.sum(axis=0),
+                np.ones((3, 4)),
+                axis=1,
+                backend=backend,
+                balance=balance,
+                n_jobs=2,
+            )
+        assert "out_axis" in said(caught.value)
+        assert "shape (1,)" in said(caught.value)
+
+
+def test_out_axis_must_have_an_entry_for_each_result():
+    for backend, balance in RUNS:
+        with pytest.raises(ValueError, match="out_axis has 2 entries, func returned 1"):
+            mapped(lambda c: c, backend=backend, balance=balance, out_axis=(0, 0))
+
+
+def test_workers_are_usable_after_wrong_results():
+    for backend, balance in RUNS:
+        with pytest.raises(TypeError):
+            mapped(lambda c: None, backend=backend, balance=balance)
+        assert_same(mapped(lambda c: c, backend=backend, balance=balance), np.arange(12))
+
+
+def test_lists_are_arrays():
+    for backend, balance in RUNS:
+        result = mapped(lambda c: [[int(x), 1] for x in c], backend=backend, balance=balance)
+        assert_same(result, np.stack([np.arange(12), np.ones(12, int)], axis=1))
+
+
+# The parts
+
+FLAT = Spec(((np.dtype("f8"), ()),), (0,), several=False)
+PAIR = Spec(((np.dtype("i2"), (3,)), (np.dtype("M8[s]"), (2, 5))), (1, 0), several=True)
+
+
+def test_a_spec_gives_shapes_and_words():
+    assert FLAT.shapes(7) == [(7,)]
+    assert PAIR.shapes(7) == [(3, 7), (7, 2, 5)]
+    assert FLAT.describe(4) == "an array float64 (4,)"
+    assert PAIR.describe(4) == "a tuple of 2 (int16 (3, 4); datetime64[s] (4, 2, 5))"
+
+
+def arrays_of(allocation, spec, outputs=(ANY,)):
+    return [opened(place) for place in allocation.places(spec, outputs)]
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(12,), (12, 3), (1, 12, 3), (3, 12), (2, 3, 12), (12, 0)])
+def test_writers_put_ranges_where_they_belong(shape, axis, order):
+    if axis >= len(shape):
+        axis = len(shape) - 1
+    n_items = shape[axis]
+    values = np.arange(math.prod(shape), dtype=">i4").reshape(shape)
+    spec = Spec(((values.dtype, shape[:axis] + shape[axis + 1 :]),), (axis,), several=False)
+    for allocation in (
+        LocalAllocation(n_items, order),
+        SharedAllocation(Segment.create(), n_items, order),
+    ):
+        (place,) = allocation.places(spec, [ANY])
+        writer = Writer(place, axis)
+        for start in reversed(range(0, n_items, 5)):
+            stop = min(start + 5, n_items)
+            part = values[(slice(None),) * axis + (slice(start, stop),)]
+            writer.put(start, stop, part if start else np.asfortranarray(part))
+        assert_same(opened(place), values)
+
+
+def test_specs_agree_if_all_is_equal_or_only_dtypes_differ_that_promote():
+    single = FLAT.of_dtypes([np.dtype("f4")])
+    assert single.parts == ((np.dtype("f4"), ()),)
+    assert FLAT.agrees(FLAT, promotes=False)
+    assert not FLAT.agrees(single, promotes=False)
+    assert FLAT.agrees(single, promotes=True)
+    for other in (
+        Spec(((np.dtype("f8"), (1,)),), (0,), several=False),
+        Spec(((np.dtype("f8"), ()),), (0,), several=True),
+        Spec(((np.dtype("f8"), ()),) * 2, (0, 0), several=False),
+    ):
+        assert not FLAT.agrees(other, promotes=True)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("spec", [FLAT, PAIR], ids=["flat", "pair"])
+def test_both_allocations_lay_out_alike(order, spec):
+    segment = Segment.create()
+    shared, local = SharedAllocation(segment, 7, order), LocalAllocation(7, order)
+    outputs = (ANY,) * len(spec.parts)
+    for number, (one, other) in enumerate(
+        zip(arrays_of(shared, spec, outputs), arrays_of(local, spec, outputs), strict=True)
+    ):
+        assert (one.shape, one.dtype, one.strides) == (other.shape, other.dtype, other.strides)
+        one[...] = number
+        assert one.flags.aligned
+    assert segment.nbytes >= sum(
+        math.prod(shape) * dtype.itemsize
+        for (dtype, _), shape in zip(spec.parts, spec.shapes(7), strict=True)
+    )
+    # Whoever asks later sees what the first has written.
+    for number, again in enumerate(arrays_of(SharedAllocation(segment, 7, order), spec, outputs)):
+        assert (again == np.array(number).astype(again.dtype)).all()
+
+
+@pytest.mark.parametrize("kind", ["local", "shared"])
+def test_an_output_with_a_place_lies_there_and_takes_no_other_room(kind):
+    segment = Segment.create()
+    allocation = SharedAllocation(segment, 5, "C") if kind == "shared" else LocalAllocation(5, "C")
+    mine = np.zeros(10)[::2]
+    (array,) = arrays_of(allocation, FLAT, [Output(mine.dtype, mine.shape, mine)])
+    assert array is mine
+    assert segment.nbytes == 0
+
+
+def test_results_stay_shared_unless_their_segment_is_much_too_large():
+    segment = Segment.create()
+    shared = SharedAllocation(segment, 1000, "C")
+    shared.places(FLAT, [ANY])
+    assert not shared.is_wasteful(FLAT, [ANY])
+    segment.reserve(1 << 20)
+    assert shared.is_wasteful(FLAT, [ANY])
+
+
+def test_results_without_bytes_need_no_segment():
+    segment = Segment.create()
+    (array,) = arrays_of(SharedAllocation(segment, 0, "C"), FLAT)
+    assert array.shape == (0,)
+    assert segment.nbytes == 0
+
+
+def test_objects_have_no_place_in_a_segment():
+    segment = Segment.create()
+    spec = FLAT.of_dtypes([np.dtype(object)])
+    assert SharedAllocation(segment, 3, "C").places(spec, [ANY]) is None
+    assert segment.nbytes == 0
+
+
+def test_threads_get_the_same_outputs():
+    local = LocalAllocation(5, "C")
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(local.places(FLAT, [ANY])[0]))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert len({id(array) for array in found}) == 1
+
+
+def sink_of(n_items=6, agree=lambda proposal: proposal, **options):
+    plan = Plan(LocalAllocation(n_items, "C"), n_items, 0, **options)
+    return Sink(plan, agree), plan
+
+
+def test_a_sink_remembers_its_first_result_and_refuses_others():
+    sink, plan = sink_of()
+    assert sink.place(2, 4, np.array([2.0, 3.0])) is None
+    assert sink.first == (2, FLAT)
+    with pytest.raises(DisagreementError) as caught:
+        sink.place(4, 6, np.array([4, 5]))
+    assert caught.value.spec.parts == ((np.dtype(int), ()),)
+    assert sink.place(0, 2, [0.0, 1.0]) is None
+    assert arrays_of(plan.allocation, FLAT)[0][:4].tolist() == [0, 1, 2, 3]
+
+
+def test_a_sink_keeps_to_what_others_have_settled_on():
+    proposals = []
+
+    def settled(proposal):
+        proposals.append(proposal)
+        return FLAT
+
+    sink, _ = sink_of(agree=settled)
+    with pytest.raises(DisagreementError):
+        sink.place(0, 2, np.array([4, 5]))
+    assert sink.place(2, 4, np.array([4.0, 5.0])) is None
+    assert proposals == [FLAT.of_dtypes([np.dtype(int)])]
+
+
+def test_a_sink_whose_results_promote_hands_others_to_the_caller():
+    sink, plan = sink_of(promotes=True, agree=lambda proposal: FLAT)
+    (left,) = sink.place(0, 2, np.array([4, 5]))
+    assert_same(left, np.array([4, 5]))
+    assert sink.place(2, 4, np.array([4.0, 5.0])) is None
+    with pytest.raises(DisagreementError):  # shapes do not promote
+        sink.place(4, 6, np.ones((2, 1)))
+    assert arrays_of(plan.allocation, FLAT)[0][2:4].tolist() == [4, 5]
+
+
+def test_a_sink_trims_margins_and_casts():
+    sink, plan = sink_of(outputs=Output(np.dtype("f4")))
+    sink.place(0, 2, np.arange(3.0), (0, 1))
+    sink.place(2, 6, np.arange(1.0, 7.0), (1, 1))
+    assert arrays_of(plan.allocation, FLAT)[0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert sink.first == (0, FLAT.of_dtypes([np.dtype("f4")]))
+    with pytest.raises(TypeError, match="complex128 cannot become float32"):
+        sink.place(0, 2, np.ones(2, complex))
+
+
+def test_what_was_asked_for_is_checked_against_the_first_result():
+    asked = Output(np.dtype("f8"), (6, 1))
+    with pytest.raises(ValueError, match=r"out has shape \(6, 1\), but the results need \(6,\)"):
+        sink_of(outputs=asked)[0].place(0, 2, np.ones(2))
+    with pytest.raises(ValueError, match="has 2 entries, but func returned 1"):
+        sink_of(outputs=(ANY, ANY))[0].place(0, 2, np.ones(2))
+    with pytest.raises(TypeError, match="int64 have no NaN: pass fill_value="):
+        sink_of(fill=Fill(is_needed=True))[0].place(0, 2, np.ones(2, "i8"))
+
+
+def test_out_axis_is_the_axis_of_the_first_array_unless_given():
+    assert check_out_axis(None, -1) == -1
+    assert check_out_axis(None, (1, 0)) == 1
+    assert check_out_axis((0, 2), 1) == (0, 2)
+    with pytest.raises(TypeError, match="out_axis"):
+        check_out_axis((0, 1.5), 0)
+
+
+@pytest.mark.fault(26)
+def test_results_are_copied_out_when_descriptors_are_scarce():
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    kept = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (160, hard))
+        for number in range(60):
+            kept.append(map_array(lambda c: c, np.full(300, number), n_jobs=2, backend="loky"))  # noqa: PERF401  # each is made after the last
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [result[0] for result in kept] == list(range(60))
+    assert kept[-1].flags.owndata
+    assert not kept[0].flags.owndata

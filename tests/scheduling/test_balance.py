@@ -1,0 +1,154 @@
+"""The rules of balance: which worker comes by which cell."""
+
+import sys
+import threading
+from itertools import chain
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskcarrier.scheduling.balance import Dynamic, Static, get_balance
+from taskcarrier.scheduling.ledger import DONE, FREE, SENT, TAKEN_BACK, Ledger
+
+RULES = [Static(), Dynamic()]
+
+
+@pytest.fixture
+def eager_switching():
+    """Threads take turns as often as the interpreter allows."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+class TestStatic:
+    @given(st.integers(1, 40), st.integers(0, 200))
+    def test_planned_cells_tile(self, n_workers, n_cells):
+        planned = [Static().planned(worker, n_workers, n_cells) for worker in range(n_workers)]
+        assert [cell for cells in planned for cell in cells] == list(range(n_cells))
+
+    @given(st.integers(1, 40), st.integers(0, 200))
+    def test_planned_evenly(self, n_workers, n_cells):
+        found = [len(Static().planned(worker, n_workers, n_cells)) for worker in range(n_workers)]
+        assert max(found) - min(found) <= 1
+
+    def test_runs_what_is_planned(self):
+        ledger = Ledger.local(3)
+        assert list(Static().cells(ledger, 1, 3, 10)) == [4, 5, 6]
+
+    def test_cell_is_in_hand_when_yielded(self):
+        ledger = Ledger.local(2)
+        seen = []
+        for cell in Static().cells(ledger, 1, 2, 6):
+            seen.append((cell, ledger.in_hand(1, 6), ledger.in_hand(0, 6)))
+            ledger.lay_down(1, 1)
+        assert seen == [(3, 3, None), (4, 4, None), (5, 5, None)]
+
+    def test_takes_nothing_off_the_cursor(self):
+        ledger = Ledger.local(2)
+        assert len(list(Static().cells(ledger, 0, 2, 6))) == 3
+        assert ledger.given_out() == 0
+
+
+class TestDynamic:
+    def test_plans_nothing(self):
+        assert list(Dynamic().planned(0, 2, 10)) == []
+
+    def test_next_cell_to_whoever_asks(self):
+        ledger = Ledger.local(2)
+        one, other = (Dynamic().cells(ledger, worker, 2, 5) for worker in range(2))
+        taken = [next(one), next(one), next(other), next(one), next(other)]
+        assert taken == [0, 1, 2, 3, 4]
+        assert next(one, None) is None
+        assert next(other, None) is None
+
+    def test_cell_is_in_hand_when_yielded(self):
+        ledger = Ledger.local(2)
+        for cell in Dynamic().cells(ledger, 1, 2, 3):
+            assert ledger.in_hand(1, 3) == cell
+        assert ledger.in_hand(1, 3) is None
+
+    @pytest.mark.usefixtures("eager_switching")
+    def test_each_cell_exactly_once_with_many_threads(self):
+        n_workers, n_cells = 12, 20_000
+        ledger = Ledger.local(n_workers)
+        taken = [[] for _ in range(n_workers)]
+        begin = threading.Barrier(n_workers)
+
+        def run(worker):
+            begin.wait()
+            for cell in Dynamic().cells(ledger, worker, n_workers, n_cells):
+                taken[worker].append(cell)
+                ledger.lay_down(worker, 1)
+
+        threads = [threading.Thread(target=run, args=(worker,)) for worker in range(n_workers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(cell for cells in taken for cell in cells) == list(range(n_cells))
+        assert all(cells == sorted(cells) for cells in taken)
+        assert ledger.items_done(n_workers) == n_cells
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+class TestBoth:
+    def test_nothing_once_halted(self, rule):
+        ledger = Ledger.local(1)
+        ledger.halt()
+        assert list(rule.cells(ledger, 0, 1, 5)) == []
+        assert ledger.given_out() == 0
+
+    def test_stop_at_the_next_cell(self, rule):
+        ledger = Ledger.local(1)
+        cells = rule.cells(ledger, 0, 1, 5)
+        assert [next(cells), next(cells)] == [0, 1]
+        ledger.halt()
+        assert next(cells, None) is None
+
+    def test_more_workers_than_cells(self, rule):
+        ledger = Ledger.local(5)
+        taken = [list(rule.cells(ledger, worker, 5, 2)) for worker in range(5)]
+        assert sorted(chain(*taken)) == [0, 1]
+
+    def test_cells_with_a_mark_are_left_out(self, rule):
+        ledger = Ledger.local(2)
+        ledger.marks = memoryview(bytes([FREE, DONE, FREE, SENT, TAKEN_BACK, FREE, DONE]))
+        seen = []
+        for worker in range(2):
+            for cell in rule.cells(ledger, worker, 2, 7):
+                seen.append(cell)
+                assert ledger.in_hand(worker, 7) == cell
+                ledger.lay_down(worker, 1)
+        assert seen == [0, 2, 5]
+
+    def test_marks_made_meanwhile_count(self, rule):
+        ledger = Ledger.local(1)
+        ledger.marks = memoryview(bytearray(5))
+        cells = rule.cells(ledger, 0, 1, 5)
+        assert next(cells) == 0
+        ledger.marks[1] = ledger.marks[2] = TAKEN_BACK
+        assert list(cells) == [3, 4]
+
+    def test_no_cell_where_all_are_marked(self, rule):
+        ledger = Ledger.local(1)
+        ledger.marks = memoryview(bytes([DONE] * 5))
+        assert list(rule.cells(ledger, 0, 1, 5)) == []
+
+    def test_by_name(self, rule):
+        assert get_balance(rule.name) == rule
+
+    def test_equal_by_value(self, rule):
+        assert type(rule)() == rule
+        assert hash(type(rule)()) == hash(rule)
+
+
+@pytest.mark.parametrize(
+    "name", ["auto", "guided", "Static", "", b"static", None, 1, ["static"], Static()]
+)
+def test_unknown_names(name):
+    with pytest.raises(ValueError, match="balance must be one of 'static', 'dynamic', got") as info:
+        get_balance(name)
+    assert repr(name) in str(info.value)

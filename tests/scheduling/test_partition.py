@@ -1,0 +1,273 @@
+"""Partition and Grid: ranges cut as promised, without anything materialised."""
+
+import copy
+import pickle
+import tracemalloc
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskcarrier.arguments import check_chunksize
+from taskcarrier.scheduling.grid import (
+    CELL_NBYTES,
+    LONG_LIST,
+    LONG_LIST_CELLS,
+    MAX_CELLS,
+    MAX_LIST_CELLS,
+    MIN_CELLS,
+    MIN_CELLS_SMALL,
+    SMALL_CELL_NBYTES,
+    Grid,
+    chunk_grid,
+    item_grid,
+    list_grid,
+)
+from taskcarrier.scheduling.partition import Partition
+
+few_parts = st.integers(1, 60)
+few_items = st.integers(0, 300)
+bounds = st.none() | st.integers(-70, 70)
+steps = st.none() | st.integers(-5, 5).filter(bool)
+
+
+def lengths(parts):
+    return [part.stop - part.start for part in parts]
+
+
+class TestPartition:
+    @pytest.mark.parametrize(
+        ("n_parts", "size", "expected"),
+        [
+            (5, 333, [67, 67, 67, 66, 66]),
+            (100, 5, [1, 1, 1, 1, 1]),
+            (1, 7, [7]),
+            (7, 7, [1] * 7),
+            (2, 3, [2, 1]),
+            (3, 0, []),
+        ],
+    )
+    def test_known_lengths(self, n_parts, size, expected):
+        assert lengths(Partition(n_parts, size)) == expected
+
+    @given(few_parts, few_items)
+    def test_slices_cover_the_range_in_order(self, n_parts, size):
+        items = range(size)
+        assert [i for part in Partition(n_parts, size) for i in items[part]] == list(items)
+
+    @given(few_parts, few_items)
+    def test_slices_are_near_equal_and_the_longer_come_first(self, n_parts, size):
+        found = lengths(Partition(n_parts, size))
+        assert len(found) == min(n_parts, size)
+        assert found == sorted(found, reverse=True)
+        assert all(length >= 1 for length in found)
+        assert max(found, default=0) - min(found, default=0) <= 1
+
+    @given(few_parts, few_items)
+    def test_indexing_agrees_with_iteration(self, n_parts, size):
+        parts = Partition(n_parts, size)
+        expected = list(parts)
+        assert [parts[i] for i in range(len(parts))] == expected
+        assert [parts[i - len(parts)] for i in range(len(parts))] == expected
+        assert list(reversed(parts)) == expected[::-1]
+
+    @pytest.mark.parametrize("index", [3, -4, 10**12])
+    def test_index_out_of_range(self, index):
+        with pytest.raises(IndexError):
+            Partition(3, 10)[index]
+
+    def test_index_of_no_slices(self):
+        with pytest.raises(IndexError):
+            Partition(3, 0)[0]
+
+    @given(few_parts, few_items, bounds, bounds, steps)
+    def test_slicing_agrees_with_a_list(self, n_parts, size, start, stop, step):
+        parts = Partition(n_parts, size)
+        cut = parts[start:stop:step]
+        assert isinstance(cut, Partition)
+        assert list(cut) == list(parts)[start:stop:step]
+        assert len(cut) == len(list(cut))
+
+    @given(few_items, bounds, bounds, steps)
+    def test_slicing_of_a_slice_agrees_with_a_list(self, size, start, stop, step):
+        parts = Partition(40, size)
+        assert list(parts[start:stop][::step]) == list(parts)[start:stop][::step]
+        assert list(parts[::step][start:stop]) == list(parts)[::step][start:stop]
+
+    def test_memory_does_not_grow_with_the_number_of_slices(self):
+        tracemalloc.start()
+        try:
+            parts = Partition(10**15, 10**18 + 1)
+            found = len(parts), parts[0], parts[-1], parts[10**14 :: 3][1], next(iter(parts))
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 100_000
+        assert found[0] == 10**15
+        assert found[1] == found[4] == slice(0, 1001)
+        assert found[2] == slice(10**18 + 1 - 1000, 10**18 + 1)
+        assert found[3] == slice((10**14 + 3) * 1000 + 1, (10**14 + 4) * 1000 + 1)
+
+    def test_repr(self):
+        assert repr(Partition(5, 333)) == "Partition(n_parts=5, size=333)"
+        assert repr(Partition(5, 333)[1:3]) == "Partition(n_parts=5, size=333, 2 of 5 slices)"
+
+    def test_equal_when_the_slices_are(self):
+        assert Partition(5, 333) == Partition(5, 333)
+        assert Partition(9, 5) == Partition(5, 5)
+        assert Partition(5, 333)[:] == Partition(5, 333)
+        assert Partition(2, 4)[:1] == Partition(4, 8)[:1]
+        assert Partition(3, 0) == Partition(4, 0)
+
+    def test_unequal_when_the_slices_are_not(self):
+        assert Partition(5, 333) != Partition(5, 334)
+        assert Partition(5, 333) != Partition(4, 333)
+        assert Partition(5, 333)[::-1] != Partition(5, 333)
+        assert Partition(2, 2) != [slice(0, 1), slice(1, 2)]
+
+    @given(few_parts, few_items, few_parts)
+    def test_equal_ones_have_equal_hashes(self, n_parts, size, other):
+        assert hash(Partition(n_parts, size)) == hash(Partition(n_parts, size)[:])
+        if Partition(n_parts, size) == Partition(other, size):
+            assert hash(Partition(n_parts, size)) == hash(Partition(other, size))
+
+    def test_copies_are_equal(self):
+        cut = Partition(5, 333)[1::2]
+        assert pickle.loads(pickle.dumps(cut)) == cut
+        assert copy.copy(cut) == cut
+
+    def test_membership_and_position(self):
+        parts = Partition(5, 333)
+        assert slice(67, 134) in parts
+        assert slice(0, 66) not in parts
+        assert parts.index(slice(67, 134)) == 1
+
+    @pytest.mark.parametrize("arguments", [(2.0, 3), (2, 3.0), ("2", 3), (None, 3), (2, None)])
+    def test_numbers_must_be_integers(self, arguments):
+        with pytest.raises(TypeError):
+            Partition(*arguments)
+
+    @pytest.mark.parametrize("n_parts", [0, -1])
+    def test_at_least_one_part(self, n_parts):
+        with pytest.raises(ValueError, match=f"n_parts must be at least 1, got {n_parts}"):
+            Partition(n_parts, 10)
+
+    def test_size_is_not_negative(self):
+        with pytest.raises(ValueError, match="size must be at least 0, got -1"):
+            Partition(3, -1)
+
+    def test_numpy_integers_become_plain_ones(self):
+        np = pytest.importorskip("numpy")
+        parts = Partition(np.int8(3), np.uint64(200))
+        assert list(parts) == list(Partition(3, 200))
+        assert type(parts[1].stop) is int
+
+    def test_index_must_be_an_integer(self):
+        with pytest.raises(TypeError):
+            Partition(3, 10)[1.0]
+
+
+def cells_of(grid):
+    return [grid.bounds(cell) for cell in range(len(grid))]
+
+
+class TestGrid:
+    @given(st.integers(1, 500), st.integers(1, 600))
+    def test_cells_cover_the_range_in_order(self, n_items, chunksize):
+        cells = cells_of(Grid(n_items, chunksize))
+        assert [i for start, stop in cells for i in range(start, stop)] == list(range(n_items))
+        assert all(stop - start == chunksize for start, stop in cells[:-1])
+        assert 1 <= cells[-1][1] - cells[-1][0] <= chunksize
+
+    def test_no_items_are_one_empty_cell(self):
+        assert cells_of(Grid(0, 7)) == [(0, 0)]
+        assert cells_of(chunk_grid(0, 8)) == [(0, 0)]
+        assert cells_of(list_grid(0)) == [(0, 0)]
+
+    def test_equal_by_value(self):
+        assert chunk_grid(1000, 8) == Grid(1000, 62)
+        assert hash(chunk_grid(1000, 8)) == hash(Grid(1000, 62))
+
+
+class TestChunkGrid:
+    def test_cells_of_a_mebibyte(self):
+        # 2**20 items of 512 bytes: neither bound on the number of cells is met.
+        grid = chunk_grid(1 << 20, 512)
+        assert grid.chunksize * 512 == CELL_NBYTES == 1 << 20
+        assert MIN_CELLS < len(grid) < MAX_CELLS
+
+    @pytest.mark.parametrize("item_nbytes", [CELL_NBYTES + 1, 10 * CELL_NBYTES, 1 << 40])
+    def test_never_under_one_item(self, item_nbytes):
+        assert chunk_grid(100, item_nbytes).chunksize == 1
+
+    @given(st.integers(1, 10**12), st.integers(0, 1 << 24))
+    def test_number_of_cells(self, n_items, item_nbytes):
+        grid = chunk_grid(n_items, item_nbytes)
+        assert grid.chunksize >= 1
+        assert len(grid) <= MAX_CELLS == 4096
+        assert len(grid) >= min(n_items, MIN_CELLS_SMALL)
+        if grid.chunksize * item_nbytes > 2 * SMALL_CELL_NBYTES:
+            assert len(grid) >= min(n_items, MIN_CELLS)
+        assert (MIN_CELLS_SMALL, MIN_CELLS) == (16, 128)
+
+    @given(st.integers(1, 10**9), st.integers(1, 1 << 22))
+    def test_no_cell_above_a_mebibyte_unless_there_would_be_too_many(self, n_items, item_nbytes):
+        grid = chunk_grid(n_items, item_nbytes)
+        fewest = -(-n_items // MAX_CELLS)
+        assert grid.chunksize * item_nbytes <= CELL_NBYTES or grid.chunksize in {1, fewest}
+
+    def test_items_without_bytes(self):
+        assert chunk_grid(6400, 0).chunksize == 400
+
+    @given(st.integers(0, 1000), st.integers(0, 1 << 22), st.integers(1, 2000))
+    def test_chunksize_is_taken_as_it_is(self, n_items, item_nbytes, chunksize):
+        assert chunk_grid(n_items, item_nbytes, chunksize) == Grid(n_items, chunksize)
+
+
+@pytest.mark.parametrize(("grid_of", "most"), [(item_grid, 1024), (list_grid, 128)])
+class TestGridsOfItems:
+    @given(n_items=st.integers(0, 10**9))
+    def test_so_many_cells_at_most(self, grid_of, most, n_items):
+        grid = grid_of(n_items)
+        assert len(grid) <= most
+        assert grid.chunksize == 1 or len(grid) > most // 2
+
+    def test_chunksize_is_taken_as_it_is(self, grid_of, most):
+        assert grid_of(most * 10, 3) == Grid(most * 10, 3)
+
+
+class TestListsInProcesses:
+    @given(n_items=st.integers(0, 10**6), n_processes=st.integers(1, 100))
+    def test_long_ones_are_cut_by_the_number_of_workers(self, n_items, n_processes):
+        grid = list_grid(n_items, None, n_processes)
+        if n_items < LONG_LIST:
+            assert grid == list_grid(n_items)
+        else:
+            most = min(MAX_LIST_CELLS, LONG_LIST_CELLS * n_processes)
+            assert most // 2 < len(grid) <= most
+
+    def test_a_hundred_items_are_a_hundred_cells(self):
+        assert len(list_grid(100, None, 2)) == 100
+
+    def test_chunksize_is_taken_as_it_is(self):
+        assert list_grid(10**6, 3, 2) == Grid(10**6, 3)
+
+
+class TestCheckChunksize:
+    def test_none_stays(self):
+        assert check_chunksize(None) is None
+
+    def test_integers_become_plain_ones(self):
+        np = pytest.importorskip("numpy")
+        assert check_chunksize(3) == 3
+        assert type(check_chunksize(np.int32(3))) is int
+
+    @pytest.mark.parametrize("chunksize", [0, -1])
+    def test_at_least_one(self, chunksize):
+        with pytest.raises(ValueError, match=f"chunksize must be at least 1, got {chunksize}"):
+            check_chunksize(chunksize)
+
+    @pytest.mark.parametrize("chunksize", [2.0, "2", [2], float("nan")])
+    def test_only_integers(self, chunksize):
+        with pytest.raises(TypeError, match="chunksize must be a positive integer or None, got"):
+            check_chunksize(chunksize)

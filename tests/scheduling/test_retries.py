@@ -1,0 +1,327 @@
+"""What is tried again, and in which pieces."""
+
+import itertools
+import math
+from decimal import Decimal
+from fractions import Fraction
+
+import joblib
+import numba
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from joblib.parallel import ThreadingBackend, register_parallel_backend
+
+from taskcarrier import DynamicParallelMapper, map_array, map_chunks, map_items, reduce_array
+from taskcarrier.scheduling.retries import (
+    RETRIES,
+    USUAL,
+    Again,
+    Recovery,
+    Retried,
+    check_timeout,
+    halvings,
+)
+
+
+def spans():
+    return st.tuples(st.integers(0, 1000), st.integers(1, 5000)).map(lambda t: (t[0], sum(t)))
+
+
+def suspected(start, stop, item, retries):
+    """The ranges on which workers die when one item kills, in order."""
+    recovery = Recovery(retries=retries)
+    pending, deaths = [Again(start, stop)], []
+    while pending:
+        one, *pending = pending
+        if not one.start <= item < one.stop:
+            continue
+        deaths.append(one)
+        pending = recovery.after_death(one, narrows=True) + pending
+    return deaths
+
+
+class TestHalvings:
+    @given(spans())
+    def test_are_the_range_cut_without_a_gap(self, span):
+        pieces = list(halvings(*span))
+        assert pieces[0][0] == span[0]
+        assert pieces[-1][1] == span[1]
+        assert all(one[1] == other[0] for one, other in itertools.pairwise(pieces))
+
+    @given(spans().filter(lambda span: span[1] - span[0] > 1))
+    def test_each_is_half_of_what_is_left(self, span):
+        left = span[1] - span[0]
+        *pieces, last = [stop - start for start, stop in halvings(*span)]
+        for piece in pieces:
+            assert piece == (left + 1) // 2
+            left -= piece
+        assert last == left == 1
+
+
+class TestAfterDeath:
+    @given(spans(), st.integers(1, 4), st.data())
+    def test_an_item_that_kills_is_found_by_a_death_for_each_halving(self, span, retries, data):
+        item = data.draw(st.integers(span[0], span[1] - 1))
+        deaths = suspected(*span, item, retries)
+        whole = [one for one in deaths if one[:2] == span]
+        assert len(whole) == retries + 1
+        assert deaths[-1][:2] == (item, item + 1)
+        assert len(deaths) <= retries + 1 + math.ceil(math.log2(span[1] - span[0]))
+        assert [one.attempt for one in deaths] == list(range(1, len(deaths) + 1))
+
+    @given(spans(), st.integers(1, 4), st.data())
+    def test_what_is_not_to_blame_is_given_out_once(self, span, retries, data):
+        item = data.draw(st.integers(span[0], span[1] - 1))
+        spared = []
+        for one in suspected(*span, item, retries)[retries:-1]:
+            pieces = Recovery(retries=retries).after_death(one, narrows=True)
+            spared += [range(*p[:2]) for p in pieces if not p.start <= item < p.stop]
+        others = [i for i in range(*span) if i != item]
+        assert sorted(itertools.chain(*spared)) == others
+
+    @pytest.mark.parametrize("narrows", [True, False])
+    def test_without_retries_it_is_final(self, narrows):
+        assert Recovery(retries=0).after_death(Again(0, 8), narrows=narrows) == []
+
+    def test_what_cannot_be_cut_is_run_as_often_as_retries_say(self):
+        one, attempts = Again(3, 9), [1]
+        while nexts := Recovery(retries=3).after_death(one, narrows=False):
+            (one,) = nexts
+            assert one[:2] == (3, 9)
+            attempts.append(one.attempt)
+        assert attempts == [1, 2, 3, 4]
+
+
+class TestAfterTimeout:
+    @pytest.mark.parametrize("kinds", [(), (ValueError,), (KeyError, ConnectionError)])
+    def test_it_is_final_if_nothing_was_said(self, kinds):
+        assert Recovery(1.0, 5, kinds).after_timeout(Again(0, 8)) == []
+
+    @pytest.mark.parametrize("kind", [TimeoutError, OSError, Exception])
+    def test_it_is_run_again_whole(self, kind):
+        recovery = Recovery(1.0, 2, (ValueError, kind))
+        assert recovery.after_timeout(Again(0, 8)) == [Again(0, 8, 2)]
+        assert recovery.after_timeout(Again(0, 8, 2)) == [Again(0, 8, 3)]
+        assert recovery.after_timeout(Again(0, 8, 3)) == []
+
+
+class TestArguments:
+    def test_nothing_said_is_the_usual(self):
+        assert Recovery.checked(None, RETRIES, ()) is USUAL
+        assert (USUAL.timeout, USUAL.retries, USUAL.retry_on) == (None, 2, ())
+        assert USUAL.timeout_ns == 0
+
+    @pytest.mark.parametrize("timeout", [3, 0.5, np.float32(2), np.int8(4)])
+    def test_seconds(self, timeout):
+        assert Recovery.checked(timeout, 2, ()).timeout == float(timeout)
+        assert Recovery.checked(timeout, 2, ()).timeout_ns == round(float(timeout) * 1e9)
+
+    @pytest.mark.parametrize(
+        "timeout",
+        [math.inf, np.float32("inf"), 1e300, 1e10, 10**400, Fraction(10**400), Decimal("1e999")],
+    )
+    def test_what_no_clock_counts_is_no_limit(self, timeout):
+        assert Recovery.checked(timeout, 2, ()).timeout is None
+        assert Recovery.checked(timeout, 2, ()).timeout_ns == 0
+
+    @pytest.mark.parametrize("timeout", [1e300, math.inf, 10**400, 9e9])
+    @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+    def test_no_limit_everywhere(self, timeout, backend):
+        run = {"backend": backend, "n_jobs": 2}
+        X = np.arange(50.0)
+        assert (map_array(np.negative, X, timeout=timeout, **run) == -X).all()
+        assert (map_items(np.negative, X, timeout=timeout, **run) == -X).all()
+        assert reduce_array(np.sum, X, combine=np.add, timeout=timeout, **run) == X.sum()
+        assert map_chunks(len, X, chunksize=25, timeout=timeout, **run) == [25, 25]
+        mapper = DynamicParallelMapper(**run)
+        assert mapper.map(abs, range(-9, 0), timeout=timeout) == list(range(9, 0, -1))
+        assert list(mapper.imap(abs, range(-9, 0), timeout=timeout)) == list(range(9, 0, -1))
+
+    def test_no_limit_on_a_registered_backend(self):
+        register_parallel_backend("taskcarrier-recovery", ThreadingBackend)
+        try:
+            mapper = DynamicParallelMapper(2, backend="taskcarrier-recovery")
+            assert mapper.map(abs, [-1, -2], timeout=math.inf) == [1, 2]
+        finally:
+            del joblib.parallel.BACKENDS["taskcarrier-recovery"]
+
+    def test_a_timeout_is_never_rounded_to_none(self):
+        assert Recovery.checked(1e-12, 2, ()).timeout_ns == 1
+
+    @pytest.mark.parametrize(
+        "timeout", [0, -1, -math.inf, -(10**400), math.nan, "3", True, [1], object, 1j]
+    )
+    def test_no_seconds(self, timeout):
+        with pytest.raises(ValueError, match=r"timeout must be a positive number of seconds"):
+            check_timeout(timeout)
+
+    def test_retry_on_is_a_type_or_several(self):
+        assert Recovery.checked(None, 2, OSError).retry_on == (OSError,)
+        assert Recovery.checked(None, 2, (OSError, KeyError)).retry_on == (OSError, KeyError)
+
+    @pytest.mark.parametrize(
+        "retry_on",
+        [
+            "OSError",
+            OSError(),
+            [OSError],
+            (OSError, 3),
+            int,
+            None,
+            KeyboardInterrupt,
+            (OSError, SystemExit),
+            BaseException,
+        ],
+    )
+    def test_no_types_of_exceptions(self, retry_on):
+        with pytest.raises(TypeError, match="retry_on must be an exception type or a tuple"):
+            Recovery.checked(None, 2, retry_on)
+
+    @pytest.mark.parametrize(
+        ("retries", "kind"), [(-1, ValueError), (1.0, TypeError), ("2", TypeError)]
+    )
+    def test_no_number_of_retries(self, retries, kind):
+        with pytest.raises(kind, match="retries must be"):
+            Recovery.checked(None, retries, ())
+
+    @pytest.mark.fault(34)
+    @pytest.mark.parametrize(
+        ("option", "kind"),
+        [
+            ({"timeout": -1}, ValueError),
+            ({"retries": -1}, ValueError),
+            ({"retries": 1.5}, TypeError),
+            ({"retry_on": "all"}, TypeError),
+            ({"on_error": "ignore"}, ValueError),
+        ],
+    )
+    def test_every_verb_checks_them_before_it_calls_anything(self, option, kind):
+        called = []
+        X, (name,) = np.arange(4), option
+        calls = [
+            lambda: map_array(called.append, X, n_jobs=1, **option),
+            lambda: map_items(called.append, X, n_jobs=1, **option),
+            lambda: map_chunks(called.append, X, n_jobs=1, **option),
+            lambda: DynamicParallelMapper(1).map(called.append, X, **option),
+        ]
+        if name != "on_error":
+            calls.append(lambda: reduce_array(called.append, X, combine=max, n_jobs=1, **option))
+        for call in calls:
+            with pytest.raises(kind, match=name):
+                call()
+        assert called == []
+
+
+class TestRetried:
+    @staticmethod
+    def failing(n_failures, kind=ConnectionError):
+        calls = []
+
+        def func(*args, **kwargs):
+            calls.append((args, kwargs))
+            if len(calls) <= n_failures:
+                raise kind(len(calls))
+            return len(calls)
+
+        return func, calls
+
+    @pytest.mark.parametrize("n_failures", [0, 1, 3])
+    def test_is_called_until_it_succeeds(self, n_failures):
+        func, calls = self.failing(n_failures)
+        assert Retried(func, (OSError,), 3)(1, a=2) == n_failures + 1
+        assert calls == [((1,), {"a": 2})] * (n_failures + 1)
+
+    def test_the_last_exception_is_raised_and_says_how_many_there_were(self):
+        func, calls = self.failing(9)
+        with pytest.raises(ConnectionError) as caught:
+            Retried(func, (OSError,), 2)()
+        assert caught.value.args == (3,)
+        assert caught.value.__notes__ == ["func was called 3 times"]
+        assert len(calls) == 3
+
+    @pytest.mark.parametrize("kind", [LookupError, KeyboardInterrupt])
+    def test_other_exceptions_are_final(self, kind):
+        func, calls = self.failing(9, kind)
+        with pytest.raises(kind) as caught:
+            Retried(func, (OSError, KeyError), 2)()
+        assert not hasattr(caught.value, "__notes__")
+        assert len(calls) == 1
+
+    def test_an_exception_that_refuses_notes_stays_what_it_is(self):
+        class Stubborn(Exception):  # noqa: N818  # it is no error of ours
+            def add_note(self, note):
+                raise RuntimeError("no notes, please")
+
+        func, _ = self.failing(9, Stubborn)
+        with pytest.raises(Stubborn):
+            Retried(func, (Stubborn,), 1)()
+
+    @pytest.mark.parametrize("copies", [True, False])
+    def test_every_call_gets_arrays_of_its_own_if_it_may_change_them(self, copies):
+        given, calls = np.zeros(3), []
+
+        def func(array):
+            array += 1
+            calls.append(array.copy())
+            if len(calls) < 3:
+                raise OSError
+            return array
+
+        result = Retried(func, (OSError,), 2, copies)(given)
+        assert result.tolist() == [1.0 if copies else 3.0] * 3
+        assert given.tolist() == [0.0 if copies else 3.0] * 3
+
+    @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+    @pytest.mark.parametrize("verb", [map_array, map_items])
+    def test_what_an_attempt_has_overwritten_is_as_it_was_in_the_next(
+        self, verb, backend, tmp_path
+    ):
+        def func(x):
+            x += 1
+            mark = tmp_path / str(int(x[..., 0].flat[0]))
+            if not mark.exists():
+                mark.touch()
+                raise OSError("once more")
+            return x
+
+        X = np.arange(12.0).reshape(6, 2)
+        options = {"n_jobs": 2, "backend": backend, "chunksize": 2}
+        assert (
+            verb(func, X, writable=True, retry_on=OSError, **options).tolist() == (X + 1).tolist()
+        )
+        assert X.tolist() == np.arange(12.0).reshape(6, 2).tolist()
+
+    @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+    def test_on_exceptions_of_the_programs_own(self, backend, tmp_path):
+        class Passing(Exception):  # noqa: N818  # as a user may call it
+            pass
+
+        def func(x):
+            mark = tmp_path / str(int(x))
+            if not mark.exists():
+                mark.touch()
+                raise Passing
+            return x
+
+        X = np.arange(6)
+        options = {"n_jobs": 2, "backend": backend, "retry_on": Passing, "timeout": 60}
+        assert map_items(func, X, **options).tolist() == X.tolist()
+
+    @pytest.mark.parametrize("backend", ["sequential", "threading"])
+    def test_kernels_are_called_as_ever(self, backend):
+        @numba.njit
+        def small_only(x):
+            if x >= 6:
+                raise ValueError("too large")
+            return x * 2
+
+        X = np.arange(8.0)
+        options = {"n_jobs": 2, "backend": backend, "retry_on": ValueError}
+        assert map_items(small_only, X[:6], **options).tolist() == (X[:6] * 2).tolist()
+        with pytest.raises(ValueError, match="too large") as caught:
+            map_items(small_only, X, balance="dynamic", **options)
+        notes = "\n".join(caught.value.__notes__)
+        assert "func was called 3 times" in notes
+        assert "func failed on item 6" in notes

@@ -1,0 +1,777 @@
+"""One run, from a task to an outcome, and what is raised for it."""
+
+import contextlib
+import gc
+import os
+import signal
+import time
+import warnings
+import weakref
+from pathlib import Path
+from time import monotonic_ns
+
+import numpy as np
+import pytest
+
+from taskcarrier import StaticParallelMapper, map_array, map_chunks, progress, reduce_array
+from taskcarrier.errors import WorkerDiedError
+from taskcarrier.memory.segments import Recycler, Segment, SharedView
+from taskcarrier.report import Report, last_report
+from taskcarrier.run import (
+    Kept,
+    Outcome,
+    Settings,
+    decide,
+    execute,
+    raise_failure,
+    refuse_missing,
+)
+from taskcarrier.scheduling.balance import Dynamic, Static
+from taskcarrier.scheduling.grid import Grid
+from taskcarrier.scheduling.ledger import DONE, FREE, OWN_MARKS, ledger_nbytes
+from taskcarrier.scheduling.retries import USUAL, Recovery
+from taskcarrier.workers.call import Call
+from taskcarrier.workers.choose import Choice
+from taskcarrier.workers.pools import shutdown
+from taskcarrier.workers.processes.grid_run import ProcessRun
+from taskcarrier.workers.records import Account, Death, Failure, Parts
+from taskcarrier.workers.task import NOTHING
+from tests.clocks import LATE, stopped_clock
+from tests.strategies import start_script
+
+BACKENDS = {"sequential": 1, "threading": 2, "loky": 2}
+
+
+class Calls:
+    def __init__(self, func, args=(), proposal=None):
+        self.call = Call(func, args)
+        self.proposal = proposal
+
+    def open(self, agree):
+        if self.proposal is not None:
+            agree(self.proposal)
+        return self
+
+    def __call__(self, start, stop):
+        return self.call.func(start, stop, *self.call.args)
+
+    def facts(self):
+        return "facts"
+
+
+def both(start, stop):
+    return start, stop
+
+
+def in_place(start, stop):
+    return NOTHING
+
+
+def fail_everywhere(start, stop):
+    raise ValueError(f"at {start}")
+
+
+def die_at_four(start, stop):
+    if start <= 4 < stop:
+        os._exit(7)
+    return start, stop
+
+
+def die_once_at_four(start, stop, mark):
+    if start == 4 and not Path(mark).exists():
+        Path(mark).touch()
+        os._exit(7)
+    return start, stop
+
+
+def die_once_at_four_in_place(start, stop, mark):
+    die_once_at_four(start, stop, mark)
+    return NOTHING
+
+
+def warn_at_even(start, stop):
+    warnings.warn(f"at {start % 4}", UserWarning, stacklevel=1)
+    return start, stop
+
+
+def describe(start, stop):
+    return f"<{start}:{stop}>"
+
+
+def run(
+    func,
+    backend="sequential",
+    *args,
+    grid=None,
+    balance=None,
+    n_jobs=None,
+    notes=(),
+    proposal=None,
+    kept=None,
+    collects=False,
+    narrows=False,
+    **others,
+):
+    settings = Settings(balance or Dynamic(), **others)
+    delivered = {}
+    outcome = execute(
+        Calls(func, args, proposal),
+        grid or Grid(20, 2),
+        Choice(backend, n_jobs or BACKENDS[backend], "a test"),
+        settings,
+        started_ns=monotonic_ns(),
+        staging=settings.staging() if backend == "loky" else None,
+        notes=notes,
+        collects=collects,
+        narrows=narrows,
+        kept=kept,
+        deliver=delivered.__setitem__,
+    )
+    return outcome, delivered
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm():
+    """Workers that are there before the watch for leaks begins, so they stay for all tests."""
+    run(both, "loky")
+    yield
+    shutdown()
+
+
+ALL = {start: (start, start + 2) for start in range(0, 20, 2)}
+
+
+def outcome_with(failures=(), deaths=(), missing=()):
+    return Outcome([], list(failures), list(deaths), list(missing), report=None)
+
+
+def of_call(balance="static", n_jobs=None, backend=None, **others):
+    recovery = {"timeout": None, "retries": 2, "retry_on": (), **others}
+    return Settings.of_call(balance, n_jobs, backend, **recovery)
+
+
+class TestSettings:
+    def test_of_a_call(self):
+        assert of_call("dynamic", -2, "multiprocessing") == Settings(Dynamic(), -2, "loky")
+
+    def test_of_a_call_that_says_what_is_tried_again(self):
+        settings = of_call(timeout=3, retries=5, retry_on=OSError)
+        assert settings == Settings(Static(), recovery=Recovery(3.0, 5, (OSError,)))
+        assert of_call().recovery is USUAL
+
+    def test_of_a_mapper_with_the_call_s_own_recovery(self):
+        own = Settings(Dynamic(), 3, "threading", temp_folder="folder")
+        assert of_call(own) is own
+        changed = of_call(own, retries=0)
+        assert changed.recovery == Recovery(retries=0)
+        assert (changed.balance, changed.n_jobs, changed.backend, changed.temp_folder) == (
+            Dynamic(),
+            3,
+            "threading",
+            "folder",
+        )
+
+    @pytest.mark.parametrize(
+        ("arguments", "error"),
+        [
+            ({"balance": "guided"}, ValueError),
+            ({"n_jobs": 0}, ValueError),
+            ({"n_jobs": "2"}, TypeError),
+            ({"backend": "mpi"}, ValueError),
+            ({"timeout": 0}, ValueError),
+            ({"retries": -1}, ValueError),
+            ({"retries": 1.5}, TypeError),
+            ({"retry_on": KeyboardInterrupt}, TypeError),
+        ],
+    )
+    def test_bad_arguments(self, arguments, error):
+        (name,) = arguments
+        with pytest.raises(error, match=f"{name} must"):
+            of_call(**arguments)
+
+    def test_folder(self, monkeypatch, tmp_path):
+        monkeypatch.delenv("JOBLIB_TEMP_FOLDER", raising=False)
+        assert Settings(Static()).folder is None
+        monkeypatch.setenv("JOBLIB_TEMP_FOLDER", str(tmp_path))
+        assert Settings(Static()).folder == str(tmp_path)
+        assert Settings(Static(), temp_folder="other").folder == "other"
+
+    def test_memory_lies_in_the_folder(self, tmp_path):
+        settings = Settings(Static(), temp_folder=str(tmp_path))
+        (view,) = settings.staging().share([np.arange(10.0)])
+        for segment in (settings.segment(100), view.segment):
+            assert segment.on_disk
+            assert os.fstat(segment.fd).st_dev == tmp_path.stat().st_dev
+
+    def test_memory_comes_from_the_recycler(self):
+        recycler = Recycler()
+        settings = Settings(Static(), recycler=recycler)
+        segment = settings.segment(1000)
+        segment.reserve(1000)
+        inode = os.fstat(segment.fd).st_ino
+        del segment
+        (view,) = settings.staging().share([np.arange(100.0)])
+        assert os.fstat(view.segment.fd).st_ino == inode
+        recycler.close()
+
+
+class TestDecide:
+    def test_wishes_are_followed(self):
+        choice = decide(Settings(Static(), n_jobs=3, backend="threading"), len)
+        assert (choice.backend, choice.n_jobs, choice.reason) == ("threading", 3, "asked for")
+
+    def test_functions_are_looked_at(self):
+        assert decide(Settings(Static(), n_jobs=3), np.isnan).backend == "threading"
+        assert decide(Settings(Static(), n_jobs=3), len).backend == "loky"
+
+
+@pytest.mark.parametrize("balance", [Static(), Dynamic()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestExecute:
+    def test_outcome_of_a_good_run(self, backend, balance):
+        outcome, delivered = run(both, backend, balance=balance)
+        assert delivered == ALL
+        assert (outcome.failures, outcome.deaths, outcome.missing) == ([], [], [])
+        assert [account.facts for account in outcome.accounts] == ["facts"] * BACKENDS[backend]
+
+    def test_report(self, backend, balance):
+        outcome, _ = run(in_place, backend, balance=balance)
+        report = outcome.report
+        assert report is last_report()
+        assert (report.backend, report.reason, report.n_jobs) == (
+            backend,
+            "a test",
+            BACKENDS[backend],
+        )
+        assert report.balance == ("serial" if backend == "sequential" else balance.name)
+        assert (report.chunksize, report.ranges, report.items) == (2, 10, 20)
+        assert sum(worker.items for worker in report.workers) == 20
+        assert sum(worker.ranges for worker in report.workers) == 10
+        assert report.seconds > 0
+        for worker in report.workers:
+            assert worker.busy >= 0
+            assert worker.idle == pytest.approx(max(0.0, report.seconds - worker.busy))
+        names = {"sequential": "caller", "threading": "thread ", "loky": "process "}
+        assert all(worker.name.startswith(names[backend]) for worker in report.workers)
+
+    def test_notes_are_in_the_report(self, backend, balance):
+        outcome, _ = run(in_place, backend, balance=balance, notes=["one", "two"])
+        assert outcome.report.notes == ("one", "two")
+        assert run(in_place, backend, balance=balance)[0].report.notes == ()
+
+    def test_what_workers_settled_on_is_told(self, backend, balance):
+        outcome, _ = run(both, backend, balance=balance, proposal=b"settled")
+        assert outcome.agreed == b"settled"
+        # The next run of the same crew begins anew.
+        assert run(both, backend, balance=balance)[0].agreed is None
+
+    def test_never_more_workers_than_cells(self, backend, balance):
+        outcome, delivered = run(both, backend, balance=balance, grid=Grid(3, 5))
+        assert delivered == {0: (0, 3)}
+        assert outcome.report.n_jobs == len(outcome.accounts) == 1
+
+    def test_failures_ascend_and_know_their_worker(self, backend, balance):
+        outcome, delivered = run(fail_everywhere, backend, balance=balance)
+        ranges = [failure.range for failure in outcome.failures]
+        assert ranges == sorted(ranges)
+        assert ranges[0] == (0, 2) or balance == Static()
+        assert delivered == {}
+        names = {worker.name for worker in outcome.report.workers}
+        assert {failure.worker for failure in outcome.failures} <= names
+        for failure in outcome.failures:
+            assert str(failure.error) == f"at {failure.range[0]}"
+
+    def test_report_goes_where_the_settings_say(self, backend, balance):
+        kept = []
+        outcome, _ = run(both, backend, balance=balance, keep_report=kept.append)
+        assert kept == [outcome.report]
+
+    def test_what_an_earlier_run_has_finished_is_left_out(self, backend, balance):
+        view = marks_of(10)
+        marks = view.open("write")
+        marks[[0, 4, 5, 9]] = DONE
+        outcome, delivered = run(both, backend, balance=balance, kept=Kept(view, 4, ["found"]))
+        assert sorted(delivered) == [2, 4, 6, 12, 14, 16]
+        assert marks.all()
+        assert sum(worker.items for worker in outcome.report.workers) == 12
+        assert outcome.report.notes == ("4 of 10 ranges were done by an earlier run", "found")
+
+    def test_warnings_come_through_the_caller_s_filters(self, backend, balance):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            _, delivered = run(warn_at_even, backend, balance=balance)
+        assert delivered == ALL
+        assert {str(one.message) for one in seen} == {"at 0", "at 2"}
+        assert {one.category for one in seen} == {UserWarning}
+        assert {Path(one.filename) for one in seen} == {Path(__file__)}
+        if backend == "loky":
+            assert len(seen) == 2  # each once, whoever has warned
+
+    def test_a_filter_may_make_an_error_of_a_warning(self, backend, balance):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            if backend == "loky":
+                with pytest.raises(UserWarning, match="at"):
+                    run(warn_at_even, backend, balance=balance)
+            else:
+                outcome, _ = run(warn_at_even, backend, balance=balance)
+                assert isinstance(outcome.failures[0].error, UserWarning)
+
+
+def marks_of(n_cells):
+    segment = Segment.create()
+    segment.reserve(n_cells)
+    return SharedView(segment, 0, (n_cells,), (1,), np.dtype(np.uint8))
+
+
+AGAIN = """
+import warnings
+from taskcarrier import StaticParallelMapper
+
+def func(n):
+    warnings.warn("look", stacklevel=1)
+    return n
+
+if __name__ == "__main__":
+    for filters in ("default", "always", "once", "default"):
+        with warnings.catch_warnings():
+            warnings.simplefilter(filters)
+            for _ in range(3):
+                StaticParallelMapper(n_jobs=2, backend="BACKEND").map(func, range(1))
+    print("end")
+"""
+
+
+@pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+def test_filters_that_show_a_warning_once_do_so_over_several_runs(backend, tmp_path):
+    with start_script(tmp_path, AGAIN.replace("BACKEND", backend)) as program:
+        out, err = program.communicate(timeout=60)
+    assert out == "end\n"
+    assert err.count("UserWarning: look") == 1 + 3 + 1 + 1
+
+
+def warn_and_fail(start, stop):
+    warnings.warn("look", UserWarning, stacklevel=1)
+    raise LookupError(start)
+
+
+def test_an_error_counts_more_than_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outcome, _ = run(warn_and_fail, "loky")
+    assert {type(failure.error) for failure in outcome.failures} == {LookupError}
+
+
+class TestWatching:
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_progress_ends_with_all_items(self, backend, monkeypatch):
+        seen = []
+        monkeypatch.setattr(progress, "shown", lambda *_: Watch(seen))
+        run(both, backend)
+        assert seen[-1] == 20
+        assert seen == sorted(seen)
+        if backend == "sequential":
+            assert seen == list(range(2, 22, 2))
+
+    def test_progress_ends_with_all_items_though_a_worker_died(self, monkeypatch, tmp_path):
+        seen = []
+        monkeypatch.setattr(progress, "shown", lambda *_: Watch(seen))
+        outcome, _ = run(
+            die_once_at_four_in_place, "loky", str(tmp_path / "mark"), balance=Static()
+        )
+        assert len(outcome.report.workers) == 3
+        assert seen[-1] == 20
+
+    def test_progress_begins_with_what_was_done_before(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(progress, "shown", lambda *args: asked.append(args) or Watch([]))
+        view = marks_of(4)
+        view.open("write")[[1, 3]] = DONE  # the last range is shorter
+        run(both, grid=Grid(7, 2), kept=Kept(view, 2, []))
+        assert asked == [(0, 7, 1, 4)]
+
+    def test_report_is_logged(self, caplog, monkeypatch):
+        monkeypatch.setattr(progress, "shown", lambda *_: Watch([]))
+        with caplog.at_level("INFO", logger="taskcarrier"):
+            outcome, _ = run(both, verbosity=2)
+        assert [record.getMessage() for record in caplog.records] == [str(outcome.report)]
+
+    def test_an_error_of_the_watcher_is_a_failure_in_the_caller(self, monkeypatch):
+        monkeypatch.setattr(progress, "shown", lambda *_: Watch([], KeyboardInterrupt()))
+        outcome, _ = run(both)
+        assert isinstance(outcome.failures[0].error, KeyboardInterrupt)
+
+
+class Watch:
+    """Stands for the progress bar."""
+
+    def __init__(self, seen, error=None):
+        self.seen = seen
+        self.error = error
+
+    def __enter__(self):
+        return self.tick
+
+    def __exit__(self, *_):
+        pass
+
+    def tick(self, ledger):
+        self.seen.append(ledger.items_done(ledger_workers(ledger)))
+        if self.error is not None:
+            raise self.error
+
+
+def ledger_workers(ledger):
+    of_none, of_one = ledger_nbytes(0), ledger_nbytes(1)
+    return (8 * len(ledger._words) - of_none) // (of_one - of_none)
+
+
+@pytest.mark.parametrize("balance", [Static(), Dynamic()], ids=lambda rule: rule.name)
+class TestDeaths:
+    def test_made_good(self, balance, tmp_path):
+        outcome, delivered = run(die_once_at_four, "loky", str(tmp_path / "mark"), balance=balance)
+        assert delivered == ALL
+        assert (outcome.failures, outcome.deaths, outcome.missing) == ([], [], [])
+        assert [note for note in outcome.report.notes if "exited with code 7" in note]
+        assert "while mapping items 4:6" in " ".join(outcome.report.notes)
+
+    def test_made_good_among_more_cells_than_the_ledger_has_room_for(self, balance, tmp_path):
+        n_items = OWN_MARKS + 100
+        outcome, delivered = run(
+            die_once_at_four,
+            "loky",
+            str(tmp_path / "mark"),
+            balance=balance,
+            grid=Grid(n_items, 1),
+        )
+        assert outcome.deaths == []
+        assert (tmp_path / "mark").exists()
+        assert delivered == {item: (item, item + 1) for item in range(n_items)}
+
+    def test_in_place_every_item_counts_once(self, balance, tmp_path):
+        outcome, _ = run(die_once_at_four_in_place, "loky", str(tmp_path / "mark"), balance=balance)
+        assert sum(worker.items for worker in outcome.report.workers) == 20
+
+    def test_given_up(self, balance):
+        outcome, delivered = run(die_at_four, "loky", balance=balance, recovery=Recovery(retries=1))
+        (death,) = outcome.deaths
+        assert (death.exitcode, death.range, death.attempt) == (7, (4, 6), 2)
+        assert (4, 6) in outcome.missing
+        # Each range has its result or is missing.
+        assert sorted([*delivered.values(), *outcome.missing]) == sorted(ALL.values())
+        assert len([note for note in outcome.report.notes if "exited with code 7" in note]) == 2
+
+    def test_never_again(self, balance):
+        outcome, _ = run(die_at_four, "loky", balance=balance, recovery=Recovery(retries=0))
+        (death,) = outcome.deaths
+        assert (death.range, death.attempt) == ((4, 6), 1)
+
+    def test_narrowed_down(self, balance):
+        outcome, delivered = run(
+            die_at_four,
+            "loky",
+            balance=balance,
+            grid=Grid(20, 8),
+            narrows=True,
+            recovery=Recovery(retries=1),
+        )
+        (death,) = outcome.deaths
+        assert death.range == (4, 5)
+        assert outcome.missing[0] == (4, 5)
+        there = {item for part in [*delivered.values(), *outcome.missing] for item in range(*part)}
+        assert there == set(range(20))
+
+    def test_collected(self, balance):
+        outcome, delivered = run(
+            die_at_four,
+            "loky",
+            balance=balance,
+            collects=True,
+            narrows=True,
+            recovery=Recovery(retries=1),
+        )
+        assert (outcome.failures, outcome.deaths, outcome.missing) == ([], [], [])
+        parts = delivered.pop(4)
+        assert isinstance(parts, Parts)
+        ((start, stop, error),) = parts.faults
+        assert (start, stop, error.exitcode) == (4, 5, 7)
+        expected = {**ALL, 5: (5, 6)}
+        del expected[4]
+        assert delivered == expected
+
+    def test_with_nobody_left(self, balance):
+        outcome, _ = run(
+            die_at_four,
+            "loky",
+            balance=balance,
+            n_jobs=1,
+            grid=Grid(20, 4),
+            recovery=Recovery(retries=0),
+        )
+        assert [death.range for death in outcome.deaths] == [(4, 8)]
+        assert outcome.missing[-4:] == [(4, 8), (8, 12), (12, 16), (16, 20)]
+
+
+def hang_at_four(start, stop):
+    if start == 4:
+        time.sleep(60)
+    return start, stop
+
+
+class TestTimeout:
+    def test_in_processes(self):
+        outcome, _ = run(hang_at_four, "loky", recovery=Recovery(timeout=LATE))
+        (failure,) = outcome.failures
+        assert failure.range == (4, 6)
+        assert isinstance(failure.error, TimeoutError)
+        assert failure.worker.startswith("process ")
+        assert outcome.deaths == []
+        assert (4, 6) in outcome.missing
+
+    @pytest.mark.parametrize("backend", ["sequential", "threading"])
+    def test_where_nothing_can_be_stopped(self, backend, monkeypatch):
+        clock = stopped_clock(monkeypatch)
+        ended = []
+
+        def slow(start, stop):
+            if start == 4:
+                clock.sleep(0.3)
+            ended.append(start)
+            return start, stop
+
+        outcome, delivered = run(slow, backend, recovery=Recovery(timeout=0.2))
+        (failure,) = outcome.failures
+        assert failure.range == (4, 6)
+        assert isinstance(failure.error, TimeoutError)
+        assert 4 in ended
+        assert 4 not in delivered
+
+
+def interrupt_the_caller(chunk):
+    if chunk[0] == 40:
+        os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(0.01)
+    return chunk
+
+
+class TestInterrupt:
+    @pytest.mark.parametrize("balance", ["static", "dynamic"])
+    def test_a_run_in_processes(self, balance):
+        with pytest.raises(KeyboardInterrupt):
+            map_array(
+                interrupt_the_caller,
+                np.arange(1000),
+                chunksize=1,
+                n_jobs=2,
+                backend="loky",
+                balance=balance,
+            )
+        _, delivered = run(both, "loky")
+        assert delivered == ALL
+
+
+DEATH = (
+    "worker 2 (process 7, attempt 3) killed by signal 9 (SIGKILL) while mapping <12:14>; "
+    "the kernel kills so when memory runs out"
+)
+
+
+class SpeechlessError(Exception):
+    def __str__(self):
+        raise ZeroDivisionError
+
+
+class TestRaiseFailure:
+    def test_nothing_failed(self):
+        assert raise_failure(outcome_with(), describe) is None
+
+    def test_the_lowest_with_what_is_known(self):
+        error, other = ValueError("no"), KeyError("k")
+        failures = [
+            Failure((6, 8), error, "thread 1", attempt=2),
+            Failure((10, 12), other, "thread 0"),
+        ]
+        death = Death(2, "process 7", -9, (12, 14), 3)
+        with pytest.raises(ValueError, match="no") as info:
+            raise_failure(outcome_with(failures, [death]), describe)
+        assert info.value is error
+        assert info.value.__notes__ == [
+            "while mapping <6:8> (thread 1, attempt 2)",
+            "also failed: <10:12>: KeyError: 'k'",
+            f"also, {DEATH}",
+        ]
+
+    def test_before_any_range(self):
+        error = OSError("no")
+        with pytest.raises(OSError, match="no"):
+            raise_failure(outcome_with([Failure(None, error, "thread 1")]), describe)
+        assert not hasattr(error, "__notes__")
+
+    def test_others_before_any_range(self):
+        failures = [Failure(None, OSError("no"), "a"), Failure(None, OSError("no"), "b")]
+        with pytest.raises(OSError, match="no") as info:
+            raise_failure(outcome_with(failures), describe)
+        assert info.value.__notes__ == ["also failed: all of b: OSError: no"]
+
+    def test_others_without_words(self):
+        failures = [
+            Failure((0, 2), OSError("no"), "a"),
+            Failure((2, 4), SpeechlessError(), "b"),
+        ]
+        with pytest.raises(OSError, match="no") as info:
+            raise_failure(outcome_with(failures), describe)
+        assert any("SpeechlessError" in note for note in info.value.__notes__)
+
+    @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+    def test_exits_too(self, error):
+        with pytest.raises(type(error)) as info:
+            raise_failure(outcome_with([Failure((0, 2), error, "caller")]), describe)
+        assert info.value is error
+
+    def test_keeps_nothing_alive(self):
+        class Thing:
+            pass
+
+        thing = Thing()
+        there = weakref.ref(thing)
+        outcome = outcome_with([Failure((0, 2), ValueError(thing), "caller")])
+        del thing
+        gc.disable()
+        try:
+            with contextlib.suppress(ValueError):
+                raise_failure(outcome, describe)
+            assert there() is None
+        finally:
+            gc.enable()
+
+
+def refused(outcome, missing, partial=None):
+    with pytest.raises((WorkerDiedError, RuntimeError)) as info:
+        refuse_missing(outcome, describe, missing, lambda: partial)
+    return info.value
+
+
+class TestRefuseMissing:
+    def test_nothing_is_missing(self):
+        refuse_missing(outcome_with(deaths=[Death(0, "a", 3, None)]), describe, [], pytest.fail)
+
+    def test_facts_of_a_death(self):
+        deaths = [Death(1, "process 7", 3, None), Death(0, "process 8", -11, (4, 6), 3)]
+        missing = [(4, 6), (18, 19)]
+        error = refused(outcome_with(deaths=deaths), missing, "partial")
+        assert isinstance(error, WorkerDiedError)
+        assert (error.worker, error.exitcode, error.in_hand) == ("process 8", -11, (4, 6))
+        assert error.attempt == 3
+        assert error.missing == missing
+        assert error.partial == "partial"
+        text = str(error)
+        assert "worker 0 (process 8, attempt 3) killed by signal 11 (SIGSEGV)" in text
+        assert "while mapping <4:6>" in text
+        assert "2 ranges without a result" in text
+        assert error.__notes__ == [
+            "also, worker 1 (process 7) exited with code 3 between two ranges"
+        ]
+
+    def test_the_lowest_range_names_the_death(self):
+        deaths = [Death(0, "a", 3, (8, 9)), Death(1, "b", 4, (2, 3)), Death(2, "c", 5, (4, 5))]
+        error = refused(outcome_with(deaths=deaths), [(2, 3)])
+        assert (error.worker, error.in_hand) == ("b", (2, 3))
+        assert "1 range without a result" in str(error)
+        assert [note.split()[3] for note in error.__notes__] == ["(c)", "(a)"]
+
+    def test_a_death_with_nothing_in_hand(self):
+        error = refused(outcome_with(deaths=[Death(1, "process 7", None, None)]), [(0, 1)])
+        assert error.in_hand is None
+        assert "worker 1 (process 7) gone between two ranges" in str(error)
+
+    @pytest.mark.parametrize(
+        ("missing", "text"),
+        [
+            ([(2, 4)], "there is no result for <2:4>, though nothing failed"),
+            ([(2, 4), (6, 8), (8, 9)], "there is no result for <2:4> and 2 more ranges, though"),
+        ],
+    )
+    def test_no_death_is_known(self, missing, text):
+        error = refused(outcome_with(), missing)
+        assert type(error) is RuntimeError
+        assert text in str(error)
+
+
+# The last count: each takes away from a run what nothing of the run itself notices.
+
+
+def lose_a_claim(monkeypatch):
+    claimed = Static.cells
+
+    def cells(self, ledger, worker, n_workers, n_cells):
+        return (cell for cell in claimed(self, ledger, worker, n_workers, n_cells) if cell != 3)
+
+    monkeypatch.setattr(Static, "cells", cells)
+
+
+def lose_a_mark(monkeypatch):
+    ran = ProcessRun.ran
+
+    def without_one(self):
+        self._ledger.marks[3] = FREE
+        return ran(self)
+
+    monkeypatch.setattr(ProcessRun, "ran", without_one)
+
+
+def lose_a_result(monkeypatch):
+    unpack = ProcessRun._unpack_result
+
+    def all_but_one(self, worker, start, packed, large):
+        if start != 3:
+            unpack(self, worker, start, packed, large)
+
+    monkeypatch.setattr(ProcessRun, "_unpack_result", all_but_one)
+
+
+@pytest.mark.parametrize("backend", ["sequential", "threading"])
+def test_a_range_that_nobody_ran_is_refused(backend, monkeypatch, tmp_path):
+    options = {"chunksize": 1, "n_jobs": BACKENDS[backend], "backend": backend}
+    X = np.arange(8.0)
+    lose_a_claim(monkeypatch)
+    with pytest.raises(RuntimeError, match="only 7 of 8 items were run, though nothing failed"):
+        map_array(np.sqrt, X, **options)
+    Y = tmp_path / "Y.npy"
+    with pytest.raises(RuntimeError, match="no result for axis 0, items 3:4 of an array"):
+        map_array(np.sqrt, X, out=Y, resume=True, **options)
+    assert not Y.exists()
+    monkeypatch.undo()
+    assert np.array_equal(map_array(np.sqrt, X, out=Y, resume=True, **options), np.sqrt(X))
+
+
+def test_a_range_without_a_mark_is_refused(monkeypatch, tmp_path):
+    options = {"chunksize": 1, "n_jobs": 2, "backend": "loky"}
+    X = np.arange(8.0)
+    lose_a_mark(monkeypatch)
+    for more in ({}, {"out": np.empty(8)}, {"out": tmp_path / "Y.npy"}):
+        with pytest.raises(RuntimeError, match="no result for axis 0, items 3:4 of an array"):
+            map_array(np.sqrt, X, **options, **more)
+    assert not (tmp_path / "Y.npy").exists()
+
+
+def test_a_result_that_never_came_is_refused(monkeypatch):
+    options = {"chunksize": 1, "n_jobs": 2, "backend": "loky"}
+    X = np.arange(8.0)
+    lose_a_result(monkeypatch)
+    with pytest.raises(RuntimeError, match="no result for axis 0, items 3:4 of an array"):
+        map_chunks(np.sqrt, X, **options)
+    with pytest.raises(RuntimeError, match="no result for axis 0, items 3:4 of an array"):
+        reduce_array(np.sum, X, combine=np.add, **options)
+    with pytest.raises(RuntimeError, match="no result for item 3, though"):
+        StaticParallelMapper(2, backend="loky", chunksize=1).map(float, range(8))
+
+
+def test_an_account_is_turned_into_a_report():
+    kept = []
+    outcome, _ = run(both, keep_report=kept.append)
+    account = outcome.accounts[0]
+    assert isinstance(account, Account)
+    (worker,) = kept[0].workers
+    assert isinstance(kept[0], Report)
+    assert (worker.name, worker.ranges, worker.items) == ("caller", account.ranges, account.items)
+    assert worker.busy == account.busy_ns / 1e9

@@ -1,0 +1,1088 @@
+"""One run on a crew of processes: nothing is lost, whoever dies, wherever in its code.
+
+Most of it is scripted: workers run the real loop of a worker process, but in this thread, over
+memory in which they die in front of a chosen write, claim, message or call.
+"""
+
+import itertools
+import os
+import pickle
+import signal
+import socket
+import time
+from collections import Counter
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskcarrier.errors import WorkerDiedError
+from taskcarrier.memory.segments import Segment, SharedView
+from taskcarrier.memory.staging import Staging
+from taskcarrier.scheduling.balance import Dynamic, Static
+from taskcarrier.scheduling.counters import ThreadAgreement, ThreadCursor
+from taskcarrier.scheduling.grid import Grid
+from taskcarrier.scheduling.ledger import (
+    DONE,
+    FREE,
+    OWN_MARKS,
+    SENT,
+    TAKEN_BACK,
+    Ledger,
+    ledger_nbytes,
+)
+from taskcarrier.scheduling.retries import Again, Recovery
+from taskcarrier.workers import pickling
+from taskcarrier.workers.call import Call
+from taskcarrier.workers.pickling import Parcel, pack
+from taskcarrier.workers.processes import grid_run as module
+from taskcarrier.workers.processes import worker
+from taskcarrier.workers.processes.grid_run import ProcessRun
+from taskcarrier.workers.processes.messages import Channel
+from taskcarrier.workers.processes.pool import ProcessCrew
+from taskcarrier.workers.processes.worker import RESULTS
+from taskcarrier.workers.records import Parts
+from taskcarrier.workers.task import NOTHING, Job
+from tests.clocks import LATE
+
+BALANCES = [Static(), Dynamic()]
+LONG = 60  # seconds that no test waits for
+SIGKILL = -signal.SIGKILL
+
+by_balance = pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.name)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing after it runs."""
+
+
+class Fate:
+    """When a worker dies: in front of its step number `left`, and of all that come after."""
+
+    def __init__(self, left=None):
+        self.left = left
+
+    def step(self):
+        if self.left is not None:
+            if self.left == 0:
+                raise Killed
+            self.left -= 1
+
+
+class MortalMemory:
+    """What a worker writes to as long as it lives."""
+
+    def __init__(self, memory, fate):
+        self.memory = memory
+        self.fate = fate
+
+    def __getitem__(self, index):
+        found = self.memory[index]
+        return MortalMemory(found, self.fate) if isinstance(index, slice) else found
+
+    def __setitem__(self, index, value):
+        self.fate.step()
+        self.memory[index] = value
+
+
+class MortalCursor:
+    """A worker may die before and after it takes a number."""
+
+    def __init__(self, cursor, fate):
+        self.cursor = cursor
+        self.fate = fate
+
+    def advance(self):
+        self.fate.step()
+        number = self.cursor.advance()
+        self.fate.step()
+        return number
+
+
+class MortalChannel(Channel):
+    """A worker may die before, in the middle of and after a message."""
+
+    def __init__(self, sock, fate):
+        super().__init__(sock)
+        self._fate = fate
+        self.results = []  # of messages that have left as a whole
+
+    def send(self, data, fds=None):
+        whole = pickling._HEADER.pack(len(data), len(fds or [])) + data
+        self._fate.step()
+        socket.send_fds(self._socket, [whole[: len(whole) // 2]], fds or [])
+        self._fate.step()
+        self._socket.sendall(whole[len(whole) // 2 :])
+        if data[:1] == RESULTS:
+            self.results.append(data)
+        self._fate.step()
+
+
+class Process:
+    """Stands for a worker process; it runs where it is told to."""
+
+    def __init__(self, number, name, fate):
+        ours, theirs = socket.socketpair()
+        self.number = number
+        self.name = name
+        self.fate = fate
+        self.channel = Channel(ours)
+        self.inside = MortalChannel(theirs, fate)
+        self.pidfd, self._end = os.pipe()
+        self.n_kills = 0
+        self.has_ended = False
+
+    def kill(self):
+        """It is seen to be dead when the test says so: signals take their time."""
+        self.n_kills += 1
+
+    def end(self):
+        self.inside.close()
+        os.write(self._end, b"x")
+        self.has_ended = True
+
+    def reap(self):
+        assert self.has_ended or self.n_kills
+        self.close()
+        return SIGKILL
+
+    def close(self):
+        self.inside.close()
+        self.channel.close()
+        for fd in (self.pidfd, self._end):
+            os.close(fd)
+        self.pidfd = -1
+
+
+class Task:
+    """Doubles items.
+
+    Parameters
+    ----------
+    place : array, optional
+        Where results are put; else they are delivered.
+    deadly : collection of int
+        Items that kill.
+    """
+
+    def __init__(self, place=None, deadly=()):
+        self.place = place
+        self.deadly = deadly
+        self.calls = []
+        self.fate = Fate()
+
+    def open(self, agree):
+        self.fate.step()
+        return self
+
+    def __call__(self, start, stop):
+        self.fate.step()
+        self.calls.append((start, stop))
+        if any(start <= item < stop for item in self.deadly):
+            self.fate.left = 0
+        self.fate.step()
+        if self.place is None:
+            return doubled(start, stop)
+        self.place[start:stop] = doubled(start, stop)
+        return NOTHING
+
+    def facts(self):
+        return None
+
+
+def doubled(start, stop):
+    return [2 * item for item in range(start, stop)]
+
+
+class Crew:
+    """Scripted workers of one run.
+
+    Parameters
+    ----------
+    job : Job
+        The run.
+    fates : iterable of int or None
+        When the worker processes die, in the order in which they are started; those beyond do not.
+    batch_seconds : float
+        How long results are kept back, to be sent together.
+    """
+
+    def __init__(self, job, fates=(), batch_seconds=0.0):
+        self.job = job
+        self.batch_seconds = batch_seconds
+        self.ledger = Ledger(
+            memoryview(bytearray(ledger_nbytes(job.n_workers))).cast("q"),
+            ThreadCursor(),
+            ThreadAgreement(),
+            memoryview(bytearray(len(job.grid))),
+        )
+        self.ledger.reset(job.n_workers)
+        self.ledger.mark_in(None, len(job.grid))
+        self.delivered = {}
+        self.fates = iter(fates)
+        self.processes = []
+        self.waiting = []
+        self.lost = []  # ranges of each that died which it had run, or begun, for nothing
+        self.run = ProcessRun(
+            job, self.ledger, self.delivered.__setitem__, Parcel(b"", []), self.living
+        )
+
+    def living(self, number):
+        """A new process that waits for its run."""
+        name = f"process {len(self.processes)}"
+        process = Process(number, name, Fate(next(self.fates, None)))
+        self.processes.append(process)
+        self.waiting.append(process)
+        return process
+
+    def started(self):
+        """All processes, each with its order."""
+        for number in range(self.job.n_workers):
+            self.run.start(number, self.living(number))
+        return self
+
+    def live(self, process):
+        """Have a process run until it is done or dies."""
+        task, fate, words = self.job.task, process.fate, self.ledger
+        task.fate = fate
+        n_calls = len(task.calls)
+        ledger = Ledger(
+            MortalMemory(words._words, fate),
+            MortalCursor(words._cursor, fate),
+            words._agreement,
+            MortalMemory(words._own_marks, fate),
+        )
+        data, fds = process.inside.receive()
+        try:
+            with (
+                patch.object(worker, "unpack", lambda data, fds: self.job),
+                patch.object(worker, "_BATCH_SECONDS", self.batch_seconds),
+                patch.object(worker, "_FIRST_BATCH_SECONDS", self.batch_seconds),
+            ):
+                worker._run_parcel(process.number, process.inside, ledger, data, fds)
+        except Killed:
+            self.lost.append(self.lost_with(process, task.calls[n_calls:]))
+            process.end()
+
+    def lost_with(self, process, calls):
+        """Those of the ranges that a process was called for whose results are nowhere."""
+        arrived = {start for data in process.inside.results for start, *_ in pickle.loads(data[1:])}
+        marks, size = self.ledger.marks, self.job.grid.chunksize
+        return [
+            (start, stop)
+            for start, stop in calls
+            if marks[start // size] in {FREE, TAKEN_BACK}
+            or (marks[start // size] == SENT and start not in arrived)
+        ]
+
+    def to_the_end(self):
+        """How the run ends, each process running when it is started."""
+        try:
+            self.started()
+            for _ in range(1000):
+                if not self.run.goes_on():
+                    return self.run.ran()
+                while self.waiting:
+                    self.live(self.waiting.pop(0))
+                self.run.step(0)
+            pytest.fail("it does not end")
+        finally:
+            self.close()
+
+    def calls_expected(self):
+        """Every cell once, and what those that died have lost."""
+        cells = map(self.job.grid.bounds, range(len(self.job.grid)))
+        return Counter(cells) + Counter(itertools.chain(*self.lost))
+
+    def results(self):
+        """What has come of each item: -1 for those without a result."""
+        found = np.full(self.job.grid.n_items, -1) if self.job.task.place is None else None
+        if found is None:
+            return self.job.task.place.tolist()
+        for start, result in self.delivered.items():
+            if isinstance(result, list):
+                found[start : start + len(result)] = result
+        return found.tolist()
+
+    def __enter__(self):
+        return self.started()
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        for process in self.processes:
+            if process.pidfd >= 0:
+                process.close()
+
+
+def scripted(
+    *,
+    balance=None,
+    n_items=8,
+    chunksize=2,
+    n_workers=1,
+    in_place=False,
+    deadly=(),
+    fates=(),
+    batch_seconds=0.0,
+    **others,
+):
+    task = Task(np.full(n_items, -1) if in_place else None, deadly)
+    job = Job(task, balance or Dynamic(), Grid(n_items, chunksize), n_workers, **others)
+    return Crew(job, fates, batch_seconds)
+
+
+WAYS = {
+    "in place": {"in_place": True},
+    "sent at once": {},
+    "sent in the end": {"batch_seconds": LONG},
+}
+by_way = pytest.mark.parametrize("way", WAYS)
+
+
+# After so many steps a worker has its first range in hand.
+IN_FIRST_RANGE = {"static": 3, "dynamic": 5}
+
+
+def at_every_step(before, **options):
+    """Runs in which the process started after those `before` dies at its first step, second, ..."""
+    for n_steps in itertools.count():
+        crew = scripted(fates=[*before, n_steps], **options)
+        ran = crew.to_the_end()
+        yield crew, ran
+        if crew.processes[len(before)].fate.left:
+            return  # it had steps left in the end
+
+
+@by_balance
+@by_way
+class TestDeathAtAnyStep:
+    # A worker that is alone, the first of two, and the second.
+    @pytest.mark.parametrize(("before", "n_workers"), [([], 1), ([], 2), ([None], 2)], ids=str)
+    def test_exactly_what_got_lost_is_run_again(self, balance, way, before, n_workers):
+        n_deaths = 0
+        for crew, ran in at_every_step(before, balance=balance, n_workers=n_workers, **WAYS[way]):
+            assert crew.results() == doubled(0, 8)
+            assert (ran.fatal, ran.missing, ran.failures) == ([], [], [])
+            assert not ran.halted
+            assert Counter(crew.job.task.calls) == crew.calls_expected()
+            n_deaths = max(n_deaths, len(ran.deaths))
+        assert n_deaths == 1
+
+    def test_also_in_the_place_of_one_that_died(self, balance, way):
+        for crew, ran in at_every_step(
+            [IN_FIRST_RANGE[balance.name]], balance=balance, **WAYS[way]
+        ):
+            assert crew.results() == doubled(0, 8)
+            assert (ran.fatal, ran.missing, ran.failures) == ([], [], [])
+            again = Counter(crew.job.task.calls) - crew.calls_expected()
+            # What was given out again and is just finished may be run once more.
+            assert again in (Counter(), Counter([(0, 2)]))
+
+    def test_what_is_finished_is_not_given_up(self, balance, way):
+        recovery = Recovery(retries=1)
+        options = {"balance": balance, "recovery": recovery, **WAYS[way]}
+        n_fatal = 0
+        for crew, ran in at_every_step([IN_FIRST_RANGE[balance.name]], **options):
+            for part in ran.missing:
+                mark = crew.ledger.marks[part[0] // 2]
+                assert mark != DONE
+                assert mark != SENT or part[0] not in crew.delivered
+            n_fatal += len(ran.fatal)
+        assert n_fatal > 0
+
+    def test_items_are_accounted_for(self, balance, way):
+        for crew, ran in at_every_step([], balance=balance, **WAYS[way]):
+            (last,) = [one for one in ran.accounts if one.name == crew.processes[-1].name]
+            assert last.failure is None
+            done = sum(account.items for account in ran.accounts)
+            n_lost = sum(stop - start for start, stop in itertools.chain(*crew.lost))
+            # What was finished and got lost counts for both that finished it.
+            assert 8 - 2 * len(ran.deaths) <= done <= 8 + n_lost
+
+    def test_never_again_means_never(self, balance, way):
+        recovery = Recovery(retries=0)
+        for crew, ran in at_every_step([], balance=balance, recovery=recovery, **WAYS[way]):
+            assert max(Counter(crew.job.task.calls).values(), default=0) <= 1
+            for item, result in enumerate(crew.results()):
+                is_missing = any(start <= item < stop for start, stop in ran.missing)
+                assert result == 2 * item or is_missing
+            assert bool(ran.fatal) == bool(ran.missing)
+
+
+some_fates = st.lists(st.none() | st.integers(0, 40), max_size=8)
+some_options = st.builds(
+    dict,
+    st.sampled_from([{"in_place": True}, {}, {"batch_seconds": LONG}]),
+    balance=st.sampled_from(BALANCES),
+    n_workers=st.integers(1, 3),
+    n_items=st.integers(0, 9),
+    chunksize=st.integers(1, 9),
+)
+
+
+class TestManyDeaths:
+    @given(some_options, some_fates)
+    def test_nothing_is_lost(self, options, fates):
+        crew = scripted(**options, fates=fates, recovery=Recovery(retries=len(fates) + 1))
+        ran = crew.to_the_end()
+        assert crew.results() == doubled(0, options["n_items"])
+        assert (ran.fatal, ran.missing, ran.failures) == ([], [], [])
+        assert len(ran.deaths) <= sum(process.has_ended for process in crew.processes)
+
+    @given(
+        some_options,
+        some_fates,
+        st.sets(st.integers(0, 8), max_size=2),
+        st.integers(0, 2),
+        st.fixed_dictionaries({"narrows": st.booleans(), "collects": st.booleans()}),
+    )
+    def test_an_item_without_its_result_is_missing(self, options, fates, deadly, retries, ways):
+        recovery = Recovery(retries=retries)
+        crew = scripted(**options, fates=fates, deadly=deadly, recovery=recovery, **ways)
+        ran = crew.to_the_end()
+        assert ran.missing == sorted(ran.missing)
+        assert bool(ran.missing) <= bool(ran.fatal)
+        faults = [
+            fault[:2]
+            for parts in crew.delivered.values()
+            if isinstance(parts, Parts)
+            for fault in parts.faults
+        ]
+        said = {item for part in [*ran.missing, *faults] for item in range(*part)}
+        without = {i for i, result in enumerate(crew.results()) if result != 2 * i}
+        kill = deadly & set(range(options["n_items"]))
+        assert kill <= without <= said
+        if all(ways.values()) and retries and not any(fate is not None for fate in fates):
+            assert said == kill  # nothing else is blamed
+
+
+class TestNarrowing:
+    @pytest.mark.parametrize("retries", [1, 2, 5])
+    @pytest.mark.parametrize("n_items", [1, 2, 3, 8, 13])
+    @by_balance
+    def test_one_death_for_each_halving(self, n_items, retries, balance):
+        for deadly in range(n_items):
+            crew = scripted(
+                balance=balance,
+                n_items=n_items,
+                chunksize=n_items,
+                deadly={deadly},
+                recovery=Recovery(retries=retries),
+                narrows=True,
+                collects=True,
+            )
+            ran = crew.to_the_end()
+            ranges = [death.range for death in ran.deaths]
+            assert ranges[: retries + 1] == [(0, n_items)] * (retries + 1)
+            for (start, stop), (first, last) in itertools.pairwise(ranges[retries:]):
+                assert start <= first <= deadly < last <= stop
+                assert last - first <= (stop - start + 1) // 2
+            assert ranges[-1] == (deadly, deadly + 1)
+            assert [death.attempt for death in ran.deaths] == list(range(1, len(ranges) + 1))
+            (fault,) = crew.delivered[deadly].faults
+            assert fault[:2] == (deadly, deadly + 1)
+            expected = doubled(0, n_items)
+            expected[deadly] = -1
+            assert crew.results() == expected
+            assert ran.fatal == ran.missing == []
+
+    def test_two_in_one_range(self):
+        crew = scripted(
+            n_items=16, chunksize=16, deadly={3, 11}, narrows=True, collects=True, in_place=True
+        )
+        ran = crew.to_the_end()
+        assert set(crew.delivered) == {3, 11}
+        assert [i for i, result in enumerate(crew.results()) if result != 2 * i] == [3, 11]
+        assert ran.fatal == []
+
+    def test_a_range_that_cannot_be_narrowed(self):
+        crew = scripted(deadly={3}, collects=True, recovery=Recovery(retries=1))
+        ran = crew.to_the_end()
+        assert [death.range for death in ran.deaths] == [(2, 4)] * 2
+        ((start, stop, error),) = crew.delivered[2].faults
+        assert (start, stop) == (2, 4)
+        assert isinstance(error, WorkerDiedError)
+        assert (error.exitcode, error.in_hand, error.attempt) == (SIGKILL, (2, 4), 2)
+        assert "items 2:4" in str(error)
+        assert [i for i, result in enumerate(crew.results()) if result < 0] == [2, 3]
+
+
+@by_balance
+class TestGivenUp:
+    def test_at_once_without_retries(self, balance):
+        crew = scripted(balance=balance, deadly={3}, n_workers=2, recovery=Recovery(retries=0))
+        ran = crew.to_the_end()
+        (death,) = ran.deaths
+        assert ran.fatal == [death]
+        assert (death.range, death.attempt, death.exitcode) == ((2, 4), 1, SIGKILL)
+        assert crew.job.task.calls.count((2, 4)) == 1
+
+    @pytest.mark.parametrize("retries", [1, 2])
+    def test_after_so_many_attempts(self, balance, retries):
+        crew = scripted(
+            balance=balance, deadly={3}, n_workers=2, recovery=Recovery(retries=retries)
+        )
+        ran = crew.to_the_end()
+        assert [death.attempt for death in ran.deaths] == list(range(1, retries + 2))
+        assert ran.fatal == ran.deaths[-1:]
+        assert crew.job.task.calls.count((2, 4)) == retries + 1
+
+    def test_the_other_worker_goes_on(self, balance):
+        crew = scripted(
+            balance=balance,
+            n_items=20,
+            deadly={1},
+            n_workers=2,
+            recovery=Recovery(retries=0),
+            in_place=True,
+        )
+        ran = crew.to_the_end()
+        assert not ran.halted
+        # What nobody has begun by static balance was the dead worker's own.
+        expected = [(0, 2)] if balance == Dynamic() else [(i, i + 2) for i in range(0, 10, 2)]
+        assert ran.missing == expected
+        gone = {item for part in expected for item in range(*part)}
+        assert [i for i, r in enumerate(crew.results()) if r < 0] == sorted(gone)
+
+    def test_missing_are_pieces_of_what_was_narrowed_down(self, balance):
+        crew = scripted(
+            balance=balance, n_items=8, chunksize=8, deadly={4}, narrows=True, in_place=True
+        )
+        ran = crew.to_the_end()
+        results = crew.results()
+        missing = [item for part in ran.missing for item in range(*part)]
+        assert missing == [i for i, result in enumerate(results) if result < 0]
+        assert missing[0] == 4
+        assert ran.fatal[-1].range == (4, 5)
+
+
+class TestIdleDeaths:
+    """Workers that die before they have begun with a range, or between two."""
+
+    @pytest.mark.parametrize(("retries", "n_deaths"), [(0, 2), (1, 2), (2, 3), (5, 6)])
+    @by_balance
+    def test_who_dies_again_and_again_is_given_up(self, balance, retries, n_deaths):
+        crew = scripted(balance=balance, fates=[0] * 20, recovery=Recovery(retries=retries))
+        ran = crew.to_the_end()
+        assert len(ran.deaths) == n_deaths
+        assert ran.fatal == ran.deaths[-1:]
+        assert [death.range for death in ran.deaths] == [None] * n_deaths
+        assert ran.missing == list(map(crew.job.grid.bounds, range(4)))
+        assert crew.job.task.calls == []
+
+    @by_balance
+    def test_a_few_times_is_nothing(self, balance):
+        crew = scripted(balance=balance, fates=[0, 0])
+        ran = crew.to_the_end()
+        assert len(ran.deaths) == 2
+        assert ran.fatal == []
+        assert crew.results() == doubled(0, 8)
+
+    def test_who_has_done_something_meanwhile_counts_anew(self):
+        n_steps = self.steps_to_do_something()
+        crew = scripted(balance=Static(), in_place=True, fates=[0, 0, n_steps, 0, 0])
+        ran = crew.to_the_end()
+        assert [death.range for death in ran.deaths] == [None] * 5
+        assert crew.job.task.calls == list(map(crew.job.grid.bounds, range(4)))
+        assert (ran.fatal, ran.missing) == ([], [])
+
+    def steps_to_do_something(self):
+        """After which a worker has one range behind it and none in hand."""
+        runs = at_every_step([], balance=Static(), in_place=True)
+        for n_steps, (crew, ran) in enumerate(runs):
+            (dead,) = (one for one in ran.accounts if one.name == crew.processes[0].name)
+            if ran.deaths[0].range is None and dead.items == 2:
+                return n_steps
+        return pytest.fail("there is no such moment")
+
+    @by_balance
+    def test_what_another_has_done_is_not_missing(self, balance):
+        # Processes 0, 2 and 3 are worker 0, one after the other.
+        crew = scripted(balance=balance, fates=[0, None, 0, 0], n_workers=2)
+        ran = crew.to_the_end()
+        assert [death.worker for death in ran.deaths] == [0, 0, 0]
+        expected = [] if balance == Dynamic() else [(0, 2), (2, 4)]
+        assert ran.missing == expected
+        assert [i for i, r in enumerate(crew.results()) if r < 0] == list(range(2 * len(expected)))
+
+    def test_who_has_reported_may_die(self):
+        crew = scripted()
+        with crew:
+            (process,) = crew.processes
+            crew.live(process)
+            process.end()
+            crew.run.step(0)
+            assert not crew.run.goes_on()
+            ran = crew.run.ran()
+        assert ran.deaths == []
+        assert [account.items for account in ran.accounts] == [8]
+
+
+def order_of(process):
+    """The ranges that a process was given to begin with."""
+    data, _ = process.inside.receive()
+    return worker._taken_apart(data)[0]
+
+
+class TestTimeout:
+    """Workers are moved about by hand."""
+
+    def overdue(self, **options):
+        """A crew whose worker has had its first range for longer than it may."""
+        recovery = Recovery(timeout=LONG, **options.pop("recovery", {}))
+        crew = scripted(recovery=recovery, **options).started()
+        crew.ledger.hold(0, 0)
+        self.since(crew, LONG + 1)
+        return crew
+
+    def since(self, crew, seconds):
+        crew.ledger.note_time(0, time.monotonic_ns() - round(seconds * 1e9))
+
+    def test_in_time(self):
+        crew = self.overdue()
+        with crew_closed(crew):
+            for seconds in (0, LONG / 2):
+                self.since(crew, seconds)
+                crew.run.step(0)
+            assert crew.processes[0].n_kills == 0
+
+    def test_is_killed_once(self):
+        crew = self.overdue()
+        with crew_closed(crew):
+            for _ in range(3):
+                crew.run.step(0)
+            assert crew.processes[0].n_kills == 1
+
+    def test_nobody_is_killed_for_what_is_done(self):
+        crew = self.overdue()
+        with crew_closed(crew):
+            crew.ledger.marks[0] = DONE
+            crew.run.step(0)
+            crew.ledger.lay_down(0, 2)
+            crew.run.step(0)
+            assert crew.processes[0].n_kills == 0
+
+    def test_nobody_is_killed_before_it_has_begun(self):
+        crew = scripted(recovery=Recovery(timeout=1e-9))
+        with crew:
+            time.sleep(0.01)
+            crew.run.step(0)
+            assert crew.processes[0].n_kills == 0
+
+    def test_the_next_range_is_not_charged_with_the_time_of_the_last(self):
+        crew = self.overdue()
+        with crew_closed(crew):
+            crew.ledger.marks[0] = DONE
+            crew.ledger.lay_down(0, 2)
+            crew.ledger.hold(0, 1)  # it is about to look at the clock
+            crew.run.step(0)
+            assert crew.processes[0].n_kills == 0
+
+    def test_the_end_of_the_run(self):
+        crew = self.overdue()
+        with crew_closed(crew):
+            crew.run.step(0)
+            crew.processes[0].end()
+            crew.run.step(0)
+            assert not crew.run.goes_on()
+            ran = crew.run.ran()
+        (failure,) = ran.failures
+        assert (failure.range, failure.attempt, failure.worker) == ((0, 2), 1, "process 0")
+        assert isinstance(failure.error, TimeoutError)
+        assert "took longer than timeout=60 seconds" in str(failure.error)
+        assert failure.error.__notes__ == ["process 0 was killed"]
+        assert ran.halted
+        assert ran.fatal == []
+        assert [death.range for death in ran.deaths] == [(0, 2)]
+
+    def test_collected(self):
+        crew = self.overdue(collects=True)
+        with crew_closed(crew):
+            crew.run.step(0)
+            crew.processes[0].end()
+            crew.run.step(0)
+            ((start, stop, error),) = crew.delivered[0].faults
+            assert (start, stop) == (0, 2)
+            assert isinstance(error, TimeoutError)
+            crew.live(crew.processes[1])
+            crew.run.step(0)
+            assert not crew.run.goes_on()
+            assert crew.run.ran().failures == []
+        assert crew.job.task.calls == [(2, 4), (4, 6), (6, 8)]
+
+    def test_a_range_it_had_come_to_meanwhile_is_not_to_blame(self):
+        crew = self.overdue(balance=Static())
+        with crew_closed(crew):
+            crew.run.step(0)
+            crew.ledger.marks[0] = DONE
+            crew.ledger.lay_down(0, 2)
+            crew.ledger.hold(0, 1)
+            crew.processes[0].end()
+            crew.run.step(0)
+            assert crew.run.goes_on()
+            assert order_of(crew.processes[1]) == [Again(2, 4, 1)]
+            assert not crew.ledger.halted
+
+    def test_between_two_ranges_nothing_is_to_blame(self):
+        crew = self.overdue(balance=Static())
+        with crew_closed(crew):
+            crew.run.step(0)
+            crew.ledger.marks[0] = DONE
+            crew.ledger.lay_down(0, 2)
+            crew.processes[0].end()
+            crew.run.step(0)
+            assert order_of(crew.processes[1]) == []
+            assert not crew.ledger.halted
+
+    def test_run_again_where_that_was_asked_for(self):
+        crew = self.overdue(recovery={"retries": 1, "retry_on": (TimeoutError,)})
+        with crew_closed(crew):
+            crew.run.step(0)
+            crew.processes[0].end()
+            crew.run.step(0)
+            assert order_of(crew.processes[1]) == [Again(0, 2, 2)]
+            crew.ledger.hold_again(0, 0)
+            self.since(crew, LONG + 1)
+            crew.run.step(0)
+            assert crew.processes[1].n_kills == 1
+            crew.processes[1].end()
+            crew.run.step(0)
+            assert not crew.run.goes_on()
+            (failure,) = crew.run.ran().failures
+        assert (failure.range, failure.attempt) == ((0, 2), 2)
+
+    def test_other_exceptions_are_no_reason(self):
+        crew = self.overdue(recovery={"retries": 1, "retry_on": (ValueError,)})
+        with crew_closed(crew):
+            crew.run.step(0)
+            crew.processes[0].end()
+            crew.run.step(0)
+            assert not crew.run.goes_on()
+            assert [failure.attempt for failure in crew.run.ran().failures] == [1]
+
+    def test_holds_also_for_who_was_done_before_it_was_killed(self):
+        # Worker 0 is killed too late to be hit; what worker 1 has lost is then given to it.
+        crew = self.overdue(n_workers=2, balance=Dynamic())
+        with crew_closed(crew):
+            crew.run.step(0)
+            lost = crew.ledger.claim(1)
+            crew.ledger.begin(1)  # its claim was not written down
+            crew.processes[1].end()
+            crew.live(crew.processes[0])
+            crew.run.step(0)
+            crew.live(crew.processes[2])
+            crew.run.step(0)
+            assert crew.run.goes_on()
+            assert order_of(crew.processes[3]) == [Again(*crew.job.grid.bounds(lost))]
+            crew.ledger.hold_again(0, 0)
+            self.since(crew, LONG + 1)
+            crew.run.step(0)
+            assert crew.processes[3].n_kills == 1
+
+    def test_waits_no_longer_than_to_the_next_end(self):
+        crew = scripted(recovery=Recovery(timeout=0.1))
+        with crew:
+            crew.ledger.hold(0, 0)
+            crew.ledger.note_time(0, time.monotonic_ns())
+            crew.run.step(None)  # nothing happens until then
+            crew.run.step(0)
+            assert crew.processes[0].n_kills == 1
+
+
+class crew_closed:  # noqa: N801  # read as a function
+    def __init__(self, crew):
+        self.crew = crew
+
+    def __enter__(self):
+        return self.crew
+
+    def __exit__(self, *_):
+        self.crew.close()
+
+
+class TestAbort:
+    def test_those_that_do_not_stop_are_killed(self, monkeypatch):
+        monkeypatch.setattr(module, "GRACE_SECONDS", 0.01)
+        crew = scripted(n_workers=2)
+        with crew:
+            crew.run.abort()
+            assert crew.ledger.halted
+            assert [process.n_kills for process in crew.processes] == [1, 1]
+            assert [process.pidfd for process in crew.processes] == [-1, -1]
+            assert crew.run.at_work == {}
+
+    def test_those_that_stop_are_not(self, monkeypatch):
+        monkeypatch.setattr(module, "GRACE_SECONDS", LONG)
+        crew = scripted(n_workers=2)
+        with crew:
+            crew.ledger.halt()
+            for process in crew.processes:
+                crew.live(process)
+            crew.run.abort()
+            assert [process.n_kills for process in crew.processes] == [0, 0]
+            assert crew.job.task.calls == []
+
+    def test_the_dead_are_not_replaced(self, monkeypatch):
+        monkeypatch.setattr(module, "GRACE_SECONDS", LONG)
+        crew = scripted(n_workers=2)
+        with crew:
+            for process in crew.processes:
+                process.end()
+            crew.run.abort()
+            assert len(crew.processes) == 2
+
+
+# From here on, processes are real
+
+
+class Calls:
+    """A task that calls a function of the range; open already."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def open(self, agree):
+        return self
+
+    def __call__(self, start, stop):
+        return self.call.func(start, stop, *self.call.args)
+
+    def facts(self):
+        return None
+
+
+@pytest.fixture
+def crew():
+    made = ProcessCrew(2)
+    yield made
+    made.close()
+    # pytest keeps it beyond the watch for leaks; its memory and processes go now.
+    vars(made).clear()
+
+
+def run(crew, func, *args, balance=None, n_items=20, chunksize=2, n_workers=2, tick=None, **others):
+    delivered = {}
+    grid = Grid(n_items, chunksize)
+    job = Job(Calls(Call(func, args)), balance or Dynamic(), grid, n_workers, **others)
+    ran = crew.run(job, pack(job, Staging()), delivered.__setitem__, tick)
+    return ran, delivered
+
+
+def seen(folder, *words):
+    """How often this was called with these words, before this call."""
+    path = Path(folder, "-".join(map(str, words)))
+    with path.open("ab") as file:
+        file.write(b".")
+        return file.tell() - 1
+
+
+def dies_once(start, stop, at, how, folder):
+    """Die in the range that begins at `at`, the first time."""
+    n_before = seen(folder, start)
+    if start == at and n_before == 0:
+        die(how)
+    return start, stop
+
+
+def die(how):
+    if how < 0:
+        os.kill(os.getpid(), -how)
+    os._exit(how)
+
+
+def dies_always(start, stop, deadly):
+    if start <= deadly < stop:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return start, stop
+
+
+def hangs(start, stop, at, n_times, folder):
+    """Take for ever in the range that begins at `at`, so many times."""
+    if start == at and seen(folder, start) < n_times:
+        time.sleep(LONG)
+    return start, stop
+
+
+def in_pieces(n_items, chunksize=2):
+    return {
+        start: (start, min(start + chunksize, n_items)) for start in range(0, n_items, chunksize)
+    }
+
+
+@pytest.fixture
+def no_core_files():
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_CORE, before)
+
+
+@by_balance
+class TestRealDeaths:
+    @pytest.mark.usefixtures("no_core_files")
+    @pytest.mark.parametrize("how", [0, 7, -signal.SIGKILL, -signal.SIGSEGV])
+    def test_a_worker_that_dies_once_costs_nothing(self, crew, balance, how, tmp_path):
+        ran, delivered = run(crew, dies_once, 6, how, str(tmp_path), balance=balance)
+        (death,) = ran.deaths
+        assert (death.exitcode, death.range, death.attempt) == (how, (6, 8), 1)
+        assert (ran.fatal, ran.missing, ran.failures) == ([], [], [])
+        assert delivered == in_pieces(20)
+        assert {account.worker for account in ran.accounts} == {0, 1}
+        assert death.name in {account.name for account in ran.accounts}
+        # Nothing else is run again but what it had not sent yet.
+        counts = {int(path.name): path.stat().st_size for path in tmp_path.iterdir()}
+        assert set(counts) == set(range(0, 20, 2))
+        assert counts[6] == 2
+
+    def test_all_at_once(self, crew, balance, tmp_path):
+        ran, delivered = run(crew, dies_once_each, str(tmp_path), balance=balance, n_items=8)
+        assert len(ran.deaths) == 4
+        assert sorted(death.range for death in ran.deaths) == sorted(in_pieces(8).values())
+        assert ran.fatal == []
+        assert delivered == in_pieces(8)
+
+    def test_results_on_their_way_are_not_lost(self, crew, balance, tmp_path):
+        ran, delivered = run(
+            crew, dies_once, 398, 7, str(tmp_path), balance=balance, n_items=400, n_workers=1
+        )
+        assert len(ran.deaths) == 1
+        assert delivered == in_pieces(400)
+
+    def test_more_cells_than_the_ledger_has_room_for(self, crew, balance, tmp_path):
+        n_cells = OWN_MARKS + 500
+        segment, results = Segment.create(), Segment.create()
+        segment.reserve(n_cells)
+        results.reserve(8 * n_cells)
+        marks = SharedView(segment, 0, (n_cells,), (1,), np.dtype(np.uint8))
+        place = SharedView(results, 0, (n_cells,), (8,), np.dtype(np.int64))
+        task = InPlace(place, OWN_MARKS + 250, str(tmp_path))
+        job = Job(task, balance, Grid(n_cells, 1), 2, marks=marks)
+        ran = crew.run(job, pack(job, Staging()), lambda *_: pytest.fail("in place"), None)
+        (death,) = ran.deaths
+        assert death.range == (OWN_MARKS + 250, OWN_MARKS + 251)
+        assert (ran.fatal, ran.missing) == ([], [])
+        assert np.array_equal(place.open("read"), 2 * np.arange(n_cells))
+        assert np.isin(marks.open("read"), [DONE]).all()
+
+    def test_narrowed_down_to_the_item_that_kills(self, crew, balance):
+        recovery = Recovery(retries=1)
+        ran, delivered = run(
+            crew,
+            dies_always,
+            5,
+            balance=balance,
+            chunksize=8,
+            recovery=recovery,
+            narrows=True,
+            collects=True,
+        )
+        assert [death.range for death in ran.deaths] == [(0, 8)] * 2 + [(4, 6), (5, 6)]
+        assert [death.attempt for death in ran.deaths] == [1, 2, 3, 4]
+        (fault,) = delivered.pop(5).faults
+        assert fault[:2] == (5, 6)
+        assert isinstance(fault[2], WorkerDiedError)
+        assert delivered.pop(8) == (8, 16)
+        assert delivered.pop(16) == (16, 20)
+        assert sorted(delivered.values()) == [(0, 4), (4, 5), (6, 7), (7, 8)]
+
+    def test_given_up(self, crew, balance):
+        recovery = Recovery(retries=0)
+        ran, delivered = run(crew, dies_always, 19, balance=balance, recovery=recovery)
+        assert [death.range for death in ran.fatal] == [(18, 20)]
+        assert (18, 20) in ran.missing
+        # Each range has its result or is missing.
+        assert sorted([*delivered.values(), *ran.missing]) == sorted(in_pieces(20).values())
+
+    def test_the_crew_is_whole_afterwards(self, crew, balance):
+        run(crew, dies_always, 0, balance=balance)
+        ran, delivered = run(crew, dies_always, -1, balance=balance)
+        assert ran.deaths == []
+        assert len(ran.accounts) == 2
+        assert delivered == in_pieces(20)
+
+    def test_seen_though_a_grandchild_holds_the_socket(self, crew, balance, tmp_path):
+        ran, delivered = run(crew, fork_and_die, str(tmp_path), balance=balance)
+        assert [(death.exitcode, death.range) for death in ran.deaths] == [(7, (0, 2))]
+        assert delivered == in_pieces(20)
+
+
+def dies_once_each(start, stop, folder):
+    if seen(folder, start) == 0:
+        os._exit(7)
+    return start, stop
+
+
+def fork_and_die(start, stop, folder):
+    if start == 0 and seen(folder, start) == 0:
+        if os.fork() == 0:
+            # Outlives its parent for a moment, holding all that it has inherited.
+            time.sleep(0.3)
+            os._exit(0)
+        os._exit(7)
+    return start, stop
+
+
+class InPlace:
+    """Doubles items into shared memory, and dies once in one range."""
+
+    def __init__(self, place, at, folder):
+        self.place = place
+        self.at = at
+        self.folder = folder
+
+    def open(self, agree):
+        array = self.place.open("write")
+
+        class Cells:
+            def __call__(_, start, stop):  # noqa: N805  # `self` is the task
+                if start == self.at and seen(self.folder, start) == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                array[start:stop] = 2 * np.arange(start, stop)
+                return NOTHING
+
+            def facts(_):  # noqa: N805  # likewise
+                return None
+
+        return Cells()
+
+
+@by_balance
+class TestRealTimeouts:
+    def test_the_worker_is_killed(self, crew, balance, tmp_path):
+        recovery = Recovery(timeout=LATE)
+        ran, _ = run(crew, hangs, 4, 9, str(tmp_path), balance=balance, recovery=recovery)
+        (failure,) = ran.failures
+        (death,) = ran.deaths
+        assert failure.range == death.range == (4, 6)
+        assert isinstance(failure.error, TimeoutError)
+        assert death.exitcode == SIGKILL
+        assert ran.halted
+        assert ran.fatal == []
+        assert (4, 6) in ran.missing
+
+    def test_collected(self, crew, balance, tmp_path):
+        recovery = Recovery(timeout=LATE)
+        ran, delivered = run(
+            crew, hangs, 4, 9, str(tmp_path), balance=balance, recovery=recovery, collects=True
+        )
+        (fault,) = delivered.pop(4).faults
+        assert fault[:2] == (4, 6)
+        assert isinstance(fault[2], TimeoutError)
+        expected = in_pieces(20)
+        del expected[4]
+        assert delivered == expected
+        assert not ran.halted
+
+    def test_run_again(self, crew, balance, tmp_path):
+        recovery = Recovery(timeout=LATE, retries=2, retry_on=(TimeoutError,))
+        ran, delivered = run(crew, hangs, 4, 2, str(tmp_path), balance=balance, recovery=recovery)
+        assert [death.range for death in ran.deaths] == [(4, 6)] * 2
+        assert ran.failures == []
+        assert delivered == in_pieces(20)

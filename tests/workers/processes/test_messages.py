@@ -1,0 +1,262 @@
+"""Messages on a worker's socket: whole ones, with their descriptors, or none."""
+
+import os
+import resource
+import socket
+import struct
+import threading
+
+import pytest
+
+from taskcarrier.memory.segments import Segment
+from taskcarrier.memory.staging import Staging
+from taskcarrier.workers.pickling import pack
+from taskcarrier.workers.processes import messages as module
+from taskcarrier.workers.processes.messages import Channel
+from tests.interrupted import interrupted_at
+from tests.workers.test_pickling import n_open, ready
+
+
+class TestChannel:
+    @pytest.fixture
+    def raw(self):
+        """A channel, and the bare socket at its other end."""
+        ours, theirs = socket.socketpair()
+        theirs.settimeout(30)
+        channel = Channel(ours)
+        yield channel, theirs
+        channel.close()
+        theirs.close()
+
+    @pytest.fixture
+    def pair(self):
+        one, other = map(Channel, socket.socketpair())
+        yield one, other
+        one.close()
+        other.close()
+
+    @staticmethod
+    def framed(channel, theirs, data):
+        """A message as the channel writes it."""
+        channel.send(data)
+        head = theirs.recv(12, socket.MSG_WAITALL)
+        assert struct.unpack("<QI", head) == (len(data), 0)
+        return head + (theirs.recv(len(data), socket.MSG_WAITALL) if data else b"")
+
+    @pytest.mark.parametrize("data", [b"", b"x", b"abc" * 10_000])
+    def test_whole_messages(self, pair, data):
+        pair[0].send(data)
+        assert pair[1].receive() == (data, [])
+        pair[1].send(data)
+        assert ready(pair[0]) == ([data], True)
+
+    def test_larger_than_the_kernel_s_buffer(self, pair):
+        data = os.urandom(5 << 20)
+        sender = threading.Thread(target=pair[0].send, args=(data,))
+        sender.start()
+        received = pair[1].receive()
+        sender.join()
+        assert received == (data, [])
+
+    def test_more_than_one_look_takes_in(self, pair, monkeypatch):
+        monkeypatch.setattr(module, "_MAX_READS", 2)
+        data = os.urandom(3 << 20)
+        sender = threading.Thread(target=pair[0].send, args=(data,))
+        sender.start()
+        messages = []
+        while not messages:
+            messages, open_ = ready(pair[1])
+            assert open_
+        sender.join()
+        assert messages == [data]
+
+    def test_many_at_once(self, pair):
+        sent = [b"%d" % n * n for n in range(50)]
+        for data in sent:
+            pair[0].send(data)
+        assert ready(pair[1]) == (sent, True)
+        assert ready(pair[1]) == ([], True)
+
+    def test_byte_by_byte(self, raw):
+        channel, theirs = raw
+        stream = self.framed(channel, theirs, b"hello") + self.framed(channel, theirs, b"you")
+        got = []
+        for n in range(len(stream)):
+            theirs.sendall(stream[n : n + 1])
+            messages, open_ = ready(channel)
+            assert open_
+            got += [(n, message) for message in messages]
+        assert got == [(16, b"hello"), (31, b"you")]
+
+    def test_one_and_a_half(self, raw):
+        channel, theirs = raw
+        stream = self.framed(channel, theirs, b"hello") + self.framed(channel, theirs, b"you")
+        theirs.sendall(stream[:-2])
+        assert ready(channel) == ([b"hello"], True)
+        theirs.sendall(stream[-2:])
+        assert ready(channel) == ([b"you"], True)
+
+    def test_wait_for_one_in_pieces(self, raw):
+        channel, theirs = raw
+        stream = self.framed(channel, theirs, b"hello")
+        received = []
+        waiter = threading.Thread(target=lambda: received.append(channel.receive()))
+        waiter.start()
+        for n in range(len(stream)):
+            theirs.sendall(stream[n : n + 1])
+        waiter.join(30)
+        assert received == [(b"hello", [])]
+
+    def test_descriptors_come_with_their_message(self, pair):
+        files = [os.memfd_create(f"file{n}") for n in range(3)]
+        pair[0].send(b"two", files[:2])
+        pair[0].send(b"none")
+        pair[0].send(b"one", files[2:])
+        received = [pair[1].receive() for _ in range(3)]
+        assert [data for data, _ in received] == [b"two", b"none", b"one"]
+        assert [len(fds) for _, fds in received] == [2, 0, 1]
+        arrived = [fd for _, fds in received for fd in fds]
+        assert [os.fstat(one.fileno()).st_ino for one in arrived] == [
+            os.fstat(fd).st_ino for fd in files
+        ]
+        assert set(arrived).isdisjoint(files)
+        for fd in files:
+            os.close(fd)
+
+    def test_as_many_descriptors_as_the_kernel_takes(self, pair):
+        file = os.memfd_create("file")
+        pair[0].send(b"many" * 1000, [file] * 253)
+        data, fds = pair[1].receive()
+        os.close(file)
+        assert data == b"many" * 1000
+        assert len({one.fileno() for one in fds}) == 253
+
+    def test_descriptors_of_the_messages_that_are_read_together(self, pair):
+        files = [os.memfd_create(f"file{n}") for n in range(3)]
+        pair[0].send(b"none")
+        pair[0].send(b"one", files[:1])
+        pair[0].send(b"none")
+        pair[0].send(b"two", files[1:])
+        messages = []
+        while len(messages) < 4:
+            assert pair[1].read()
+            messages += pair[1].messages()
+        assert [(data, len(fds)) for data, fds in messages] == [
+            (b"none", 0),
+            (b"one", 1),
+            (b"none", 0),
+            (b"two", 2),
+        ]
+        arrived = [fd for _, fds in messages for fd in fds]
+        assert [os.fstat(one.fileno()).st_ino for one in arrived] == [
+            os.fstat(fd).st_ino for fd in files
+        ]
+        for fd in files:
+            os.close(fd)
+
+    def test_descriptors_that_nobody_takes_are_closed_with_the_channel(self, pair):
+        file = os.memfd_create("file")
+        before = n_open()
+        pair[0].send(b"one", [file])
+        assert pair[1].read()
+        assert n_open() == before + 1
+        pair[1].close()
+        assert n_open() == before - 1
+        os.close(file)
+
+    def test_too_many_descriptors(self):
+        with pytest.raises(ValueError, match="at most 253 separate shared arrays, got 254"):
+            pack([Segment.create() for _ in range(254)], Staging())
+
+    def test_descriptors_are_not_inherited(self, pair):
+        file = os.memfd_create("file")
+        pair[0].send(b"one", [file])
+        _, (arrived,) = pair[1].receive()
+        inheritable = os.get_inheritable(arrived.fileno())
+        os.close(file)
+        assert not inheritable
+
+    def test_nothing_yet(self, pair):
+        assert ready(pair[0]) == ([], True)
+
+    def test_end(self, pair):
+        pair[0].send(b"last")
+        pair[0].close()
+        assert ready(pair[1]) == ([b"last"], False)
+        assert ready(pair[1]) == ([], False)
+        with pytest.raises(EOFError):
+            pair[1].receive()
+
+    @pytest.mark.parametrize("cut", [1, 11, 12, 13, 16])
+    def test_a_message_cut_off_by_death_is_never_returned(self, raw, cut):
+        channel, theirs = raw
+        stream = self.framed(channel, theirs, b"hello")
+        theirs.sendall(stream + stream[:cut])
+        theirs.close()
+        messages, open_ = ready(channel)
+        assert (messages, open_) == ([b"hello"], False)
+        assert ready(channel) == ([], False)
+
+    @pytest.mark.parametrize("cut", [1, 11, 12, 13, 16])
+    def test_a_message_cut_off_while_it_is_waited_for(self, raw, cut):
+        channel, theirs = raw
+        theirs.sendall(self.framed(channel, theirs, b"hello")[:cut])
+        theirs.close()
+        with pytest.raises(EOFError):
+            channel.receive()
+
+    def test_a_connection_reset(self, raw):
+        channel, theirs = raw
+        channel.send(b"never read")  # closing with this unread resets the connection
+        theirs.close()
+        assert ready(channel) == ([], False)
+        with pytest.raises(BrokenPipeError):
+            channel.send(b"more")
+
+    def test_an_exception_at_any_step_of_reading_loses_nothing(self, pair):
+        # Neither bytes nor descriptors, which would come with the next message.
+        files = [os.memfd_create(f"file{n}") for n in range(2)]
+        before = n_open()
+        step = 0
+        messages = []
+
+        def read():
+            pair[1].read()
+            messages.extend(pair[1].messages())
+
+        def in_between():
+            return interrupted_at(step, pair[1].read)
+
+        while in_between():
+            for n in range(2):
+                pair[0].send(b"%d" % n, files[n : n + 1])
+            assert in_between()
+            read()
+            inodes = [os.fstat(one.fileno()).st_ino for _, (one,) in messages]
+            assert [data for data, _ in messages] == [b"0", b"1"]
+            assert inodes == [os.fstat(fd).st_ino for fd in files]
+            messages.clear()
+            assert n_open() == before
+            step += 1
+        assert step > 10
+        for fd in files:
+            os.close(fd)
+
+    def test_nothing_is_read_after_the_kernel_has_dropped_a_descriptor(self, pair):
+        file = os.memfd_create("file")
+        pair[0].send(b"one", [file])
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest_free = os.dup(file)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+        try:
+            with pytest.raises(OSError, match="too many open files for the shared arrays"):
+                pair[1].read()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        pair[0].send(b"two", [file])
+        assert ready(pair[1]) == ([], False)
+        os.close(file)
+
+    def test_can_be_waited_on(self, pair):
+        assert pair[0].fileno() == pair[0]._socket.fileno() >= 0

@@ -1,0 +1,502 @@
+"""Crews of worker processes: what they deliver, how they end, who is started anew."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import joblib
+import psutil
+import pytest
+from joblib.externals.loky.backend import fork_exec
+
+from taskcarrier.memory.staging import Staging
+from taskcarrier.scheduling.balance import Dynamic, Static
+from taskcarrier.scheduling.grid import Grid
+from taskcarrier.scheduling.retries import Recovery
+from taskcarrier.workers.call import Call
+from taskcarrier.workers.pickling import pack
+from taskcarrier.workers.processes import grid_run
+from taskcarrier.workers.processes import pool as module
+from taskcarrier.workers.processes.pool import ProcessCrew
+from taskcarrier.workers.task import NOTHING, Job
+
+BALANCES = [Static(), Dynamic()]
+LONG = 60  # seconds that no test waits for
+
+
+class Calls:
+    """A task that calls a function of the range; open already."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def open(self, agree):
+        return self
+
+    def __call__(self, start, stop):
+        return self.call.func(start, stop, *self.call.args)
+
+    def facts(self):
+        return os.getpid()
+
+
+@pytest.fixture(scope="module")
+def warm():
+    """One crew for the tests that leave it whole, started before the watch for leaks begins."""
+    made = ProcessCrew(2)
+    run(made, both)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def crew():
+    made = ProcessCrew(2)
+    yield made
+    made.close()
+    # pytest keeps it beyond the watch for leaks; its memory and processes go now.
+    vars(made).clear()
+
+
+def run(crew, func, *args, balance=None, n_items=20, n_workers=2, tick=None, **others):
+    delivered = []
+    job = Job(Calls(Call(func, args)), balance or Dynamic(), Grid(n_items, 2), n_workers, **others)
+    ran = crew.run(job, pack(job, Staging()), lambda *one: delivered.append(one), tick)
+    return ran, delivered
+
+
+def pids(crew):
+    return {worker.pid for worker in crew._workers.values() if worker.pidfd >= 0}
+
+
+def running(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def both(start, stop):
+    return start, stop
+
+
+def in_place(start, stop):
+    return NOTHING
+
+
+def die(start, stop, at):
+    """Die in the range that begins at `at`."""
+    if start == at:
+        os._exit(7)
+    return start, stop
+
+
+def stuck(start, stop, marks):
+    Path(marks, str(start)).touch()
+    time.sleep(LONG)
+
+
+ALL = [(start, (start, start + 2)) for start in range(0, 20, 2)]
+
+
+@pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.name)
+class TestRun:
+    def test_every_cell_is_delivered_once(self, warm, balance):
+        ran, delivered = run(warm, both, balance=balance)
+        assert sorted(delivered) == ALL
+        assert (ran.deaths, ran.fatal, ran.missing, ran.failures) == ([], [], [], [])
+        assert sum(account.items for account in ran.accounts) == 20
+        assert sum(account.ranges for account in ran.accounts) == 10
+        assert all(account.failure is None for account in ran.accounts)
+
+    def test_accounts_in_order_of_the_workers(self, warm, balance):
+        accounts = run(warm, both, balance=balance)[0].accounts
+        assert [account.worker for account in accounts] == [0, 1]
+        assert [account.name for account in accounts] == [f"process {a.facts}" for a in accounts]
+        assert {account.facts for account in accounts} == pids(warm)
+        assert os.getpid() not in pids(warm)
+
+    def test_the_same_processes_again(self, warm, balance):
+        before = pids(warm)
+        for _ in range(3):
+            run(warm, both, balance=balance)
+        assert pids(warm) == before
+
+    def test_marks_of_the_last_run_are_forgotten(self, warm, balance):
+        for n_items in (20, 12, 40):
+            ran, _ = run(warm, in_place, balance=balance, n_items=n_items)
+            assert sum(account.items for account in ran.accounts) == n_items
+
+    def test_fewer_workers_than_there_are(self, warm, balance):
+        ran, delivered = run(warm, both, balance=balance, n_workers=1)
+        assert [account.worker for account in ran.accounts] == [0]
+        assert delivered == ALL
+
+    def test_results_in_place_are_not_delivered(self, warm, balance):
+        ran, delivered = run(warm, in_place, balance=balance)
+        assert delivered == []
+        assert sum(account.items for account in ran.accounts) == 20
+
+    def test_no_items_are_one_empty_cell(self, warm, balance):
+        ran, delivered = run(warm, both, balance=balance, n_items=0)
+        assert delivered == [(0, (0, 0))]
+        assert sum(account.ranges for account in ran.accounts) == 1
+
+
+class TestTheDead:
+    def test_are_replaced_within_the_run(self, crew):
+        run(crew, both)
+        before = pids(crew)
+        ran, _ = run(crew, die, 6, recovery=Recovery(retries=1))
+        assert len(ran.deaths) == 2
+        assert pids(crew) & before  # the other worker is the same
+        assert {death.name for death in ran.deaths}.isdisjoint(
+            f"process {pid}" for pid in pids(crew)
+        )
+
+    def test_who_was_given_up_is_replaced_by_the_next_run(self, crew):
+        run(crew, both)
+        before = pids(crew)
+        run(crew, die, 6, recovery=Recovery(retries=0))
+        assert len(pids(crew)) == 1
+        ran, delivered = run(crew, both)
+        assert (len(ran.accounts), ran.deaths, sorted(delivered)) == (2, [], ALL)
+        assert len(pids(crew) & before) == 1
+        assert len(pids(crew)) == 2
+
+    def test_killed_while_idle(self, crew):
+        run(crew, both)
+        victim, other = crew._workers[0].pid, crew._workers[1].pid
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: not running(victim))
+        ran, delivered = run(crew, both)
+        assert (len(ran.accounts), ran.deaths, sorted(delivered)) == (2, [], ALL)
+        assert victim not in pids(crew)
+        assert other in pids(crew)
+
+    def test_killed_while_the_run_begins(self, crew):
+        for _ in range(5):
+            run(crew, both)
+            os.kill(crew._workers[0].pid, signal.SIGKILL)
+            ran, delivered = run(crew, both)
+            assert ran.fatal == []
+            assert sorted(set(delivered)) == ALL
+
+    @pytest.fixture(params=["pidfd", "no pidfd"])
+    def way(self, request, monkeypatch):
+        if request.param == "no pidfd":
+            monkeypatch.delattr(os, "pidfd_open")
+
+    @pytest.mark.fault(50)
+    def test_seen_without_a_descriptor_of_the_process_too(self, way, crew):
+        ran, delivered = run(crew, die, 6, recovery=Recovery(retries=1))
+        assert [death.exitcode for death in ran.deaths] == [7, 7]
+        ran, delivered = run(crew, both)
+        assert (ran.deaths, sorted(delivered)) == ([], ALL)
+        os.kill(crew._workers[0].pid, signal.SIGKILL)
+        ran, delivered = run(crew, both)
+        assert sorted(set(delivered)) == ALL
+
+    @pytest.mark.fault(50)
+    @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+    def test_nothing_is_left_of_one_that_could_not_be_started_whole(self, crew, monkeypatch, error):
+        def fails(pid):
+            started.append(pid)
+            raise error("no")
+
+        started = []
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "Ending", fails)
+            with pytest.raises(error, match="no"):
+                run(crew, both)
+        (pid,) = started
+        assert not psutil.pid_exists(pid)
+        assert sorted(run(crew, both)[1]) == ALL
+
+    @pytest.mark.fault(51)
+    def test_a_python_that_cannot_be_run_is_an_error_that_says_so(
+        self, crew, monkeypatch, tmp_path
+    ):
+        other = tmp_path / "python"
+        other.touch(mode=0o600)
+        monkeypatch.setattr(sys, "executable", str(other))
+        with pytest.raises(PermissionError, match="pass backend='threading'") as caught:
+            run(crew, both)
+        assert caught.value.filename == str(other)
+        monkeypatch.undo()
+        assert sorted(run(crew, both)[1]) == ALL
+
+    @pytest.mark.fault(51)
+    def test_one_that_is_another_user_s_is_killed_by_its_pipe(self, crew, monkeypatch):
+        def refuse(*_):
+            raise PermissionError
+
+        run(crew, both)
+        monkeypatch.setattr(os, "kill", refuse)
+        monkeypatch.setattr(signal, "pidfd_send_signal", refuse)
+        for worker in crew._workers.values():
+            worker.kill()
+            worker.kill()
+            assert worker.reap() == -signal.SIGKILL
+
+    def test_no_descriptor_is_left(self, way, crew):
+        run(crew, both)
+        run(crew, both)
+        before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208  # names are compared, as strings
+        for _ in range(2):
+            run(crew, die, 6)
+            run(crew, both)
+        after = os.listdir("/proc/self/fd")  # noqa: PTH208  # names are compared, as strings
+        assert len(after) == len(before)
+
+
+class TestWatching:
+    def test_ticks_while_a_run_goes_on(self, warm, monkeypatch, tmp_path):
+        monkeypatch.setattr(module, "TICK", 0.01)
+        gate = tmp_path / "gate"
+        seen = []
+
+        def tick(ledger):
+            seen.append(ledger.items_done(2))
+            if len(seen) == 3:
+                gate.touch()
+
+        run(warm, wait_for, str(gate), tick=tick)
+        assert seen[0] == 0
+        assert seen[-1] == 20
+        assert seen == sorted(seen)
+
+    def test_an_interrupted_run_kills_the_stuck(self, crew, monkeypatch, tmp_path):
+        monkeypatch.setattr(module, "TICK", 0.01)
+        monkeypatch.setattr(grid_run, "GRACE_SECONDS", 0.1)
+        run(crew, both)
+        before = pids(crew)
+
+        def interrupt(ledger):
+            if len(list(tmp_path.iterdir())) == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(crew, stuck, str(tmp_path), n_items=200, tick=interrupt)
+        assert not any(running(pid) for pid in before)
+        assert len(list(tmp_path.iterdir())) == 2
+        assert sorted(run(crew, both)[1]) == ALL
+        assert pids(crew).isdisjoint(before)
+
+    def test_an_interrupted_run_lets_the_others_finish_their_cell(self, crew, monkeypatch):
+        monkeypatch.setattr(module, "TICK", 0.01)
+        monkeypatch.setattr(grid_run, "GRACE_SECONDS", LONG)
+        run(crew, both)
+        before = pids(crew)
+
+        def interrupt(ledger):
+            if ledger.items_done(2) > 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(crew, nap, n_items=8_000, tick=interrupt)
+        ran, delivered = run(crew, both)
+        assert (len(ran.accounts), sorted(delivered)) == (2, ALL)
+        assert pids(crew) == before
+
+    def test_an_interrupt_while_a_worker_is_started(self, crew, monkeypatch):
+        # It reaches a thread that a library might have started: the mask of ours is no help.
+        end = threading.Event()
+        bystander = threading.Thread(target=end.wait)
+        bystander.start()
+        start = fork_exec.fork_exec
+        started = []
+
+        def interrupted_start(*args, **kwargs):
+            started.append(start(*args, **kwargs))
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            return started[-1]
+
+        monkeypatch.setattr(fork_exec, "fork_exec", interrupted_start)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                run(crew, both)
+        finally:
+            end.set()
+            bystander.join()
+            monkeypatch.undo()
+        assert sorted(run(crew, both)[1]) == ALL
+        assert started[0] in pids(crew)  # it was started to the end
+
+    def test_an_interrupt_while_a_worker_dies(self, crew, monkeypatch):
+        monkeypatch.setattr(module, "TICK", 0.01)
+        monkeypatch.setattr(grid_run, "GRACE_SECONDS", 0.1)
+        run(crew, both)
+
+        def interrupt(ledger):
+            if ledger.items_done(2) > 2:
+                os.kill(crew._workers[0].pid, signal.SIGKILL)
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(crew, nap, n_items=8_000, tick=interrupt)
+        assert sorted(run(crew, both)[1]) == ALL
+
+    def test_an_error_in_the_caller_s_own_part(self, crew):
+        def refuse_result(start, result):
+            raise ZeroDivisionError
+
+        job = Job(Calls(Call(both)), Dynamic(), Grid(20, 2), 2)
+        with pytest.raises(ZeroDivisionError):
+            crew.run(job, pack(job, Staging()), refuse_result, None)
+        assert sorted(run(crew, both)[1]) == ALL
+
+
+def wait_for(start, stop, gate):
+    deadline = time.monotonic() + LONG
+    while not Path(gate).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return NOTHING
+
+
+def nap(start, stop):
+    time.sleep(0.01)
+
+
+@pytest.mark.fault(44)
+def test_stuck_workers_that_end_late_take_no_others_with_them(crew, monkeypatch):
+    def at_work(yes):
+        for worker in crew._workers.values():
+            worker.is_free = not yes
+
+    def interrupted(what):
+        late.append(what)
+        raise KeyboardInterrupt
+
+    late = []
+    run(crew, both)
+    before = pids(crew)
+    at_work(True)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sheltered", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(crew, both)
+    assert len(run(crew, both)[1]) == 10
+    after = pids(crew)
+    assert before.isdisjoint(after)
+    at_work(True)
+    late[0]()
+    assert pids(crew) == after
+    at_work(False)
+    assert len(run(crew, both)[1]) == 10
+    assert pids(crew) == after
+
+
+class TestInside:
+    def test_environment(self, monkeypatch):
+        monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+        crew = ProcessCrew(1)
+        try:
+            _, ((_, found),) = run(crew, environment, names, n_items=2, n_workers=1)
+        finally:
+            crew.close()
+        assert found == ["1", "1"]
+
+    @pytest.mark.parametrize("own", [None, "1", "0"])
+    def test_joblib_makes_no_semaphore(self, monkeypatch, own):
+        # A worker that is killed while joblib makes one, to see whether it can, leaves it behind.
+        if own is None:
+            monkeypatch.delenv("JOBLIB_MULTIPROCESSING", raising=False)
+        else:
+            monkeypatch.setenv("JOBLIB_MULTIPROCESSING", own)
+        crew = ProcessCrew(1)
+        try:
+            _, ((_, found),) = run(crew, of_joblib, n_items=2, n_workers=1)
+        finally:
+            crew.close()
+        assert found == (None, own)
+
+    def test_daemons_of_nobody(self, warm):
+        # multiprocessing would wait for its children when the program ends.
+        assert pids(warm).isdisjoint(child.pid for child in multiprocessing.active_children())
+
+
+def of_joblib(start, stop):
+    return joblib._multiprocessing_helpers.mp, os.environ.get("JOBLIB_MULTIPROCESSING")
+
+
+def environment(start, stop, names):
+    return [os.environ.get(name) for name in names]
+
+
+class TestEnd:
+    @pytest.mark.parametrize("wait", [True, False])
+    def test_idle_workers_end_on_close(self, wait):
+        crew = ProcessCrew(2)
+        run(crew, both)
+        found = pids(crew)
+        assert all(running(pid) for pid in found)
+        crew.close(wait=wait)
+        assert not any(psutil.pid_exists(pid) for pid in found)
+
+    def test_a_crew_that_never_ran(self):
+        crew = ProcessCrew(2)
+        assert pids(crew) == set()
+        crew.close()
+
+    def test_a_worker_that_does_not_end_is_killed(self, monkeypatch):
+        monkeypatch.setattr(module, "_EXIT_SECONDS", 0.1)
+        crew = ProcessCrew(2)
+        run(crew, both)
+        found = pids(crew)
+        for pid in found:
+            os.kill(pid, signal.SIGSTOP)
+        crew.close()
+        assert not any(psutil.pid_exists(pid) for pid in found)
+
+    def test_exit_hooks_of_idle_workers_run(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(module, "_EXIT_SECONDS", LONG)
+        crew = ProcessCrew(1)
+        run(crew, hook, str(tmp_path / "mark"), n_workers=1)
+        crew.close()
+        assert (tmp_path / "mark").exists()
+
+    def test_a_forgotten_crew_ends_nobody(self):
+        crew = ProcessCrew(1)
+        run(crew, both, n_workers=1)
+        # As in a forked child, which has descriptors of its own.
+        (pid,) = pids(crew)
+        channel, life = os.dup(crew._workers[0].channel.fileno()), os.dup(crew._workers[0]._life)
+        crew.forget()
+        time.sleep(0.2)
+        assert running(pid)
+        os.close(channel)
+        wait_until(lambda: not running(pid))
+        os.close(life)
+        os.waitpid(pid, 0)
+
+    def test_workers_end_with_their_caller(self):
+        crew = ProcessCrew(1)
+        run(crew, both, n_workers=1)
+        worker = crew._workers[0]
+        os.close(worker._life)  # what the kernel does when the caller is gone
+        wait_until(lambda: not worker.alive)
+        worker._life = os.open("/dev/null", os.O_RDONLY)
+        assert worker.reap() == -signal.SIGKILL
+        crew.close()
+
+
+def hook(start, stop, path):
+    import atexit
+
+    atexit.register(Path(path).touch)

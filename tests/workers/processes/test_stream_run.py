@@ -1,0 +1,401 @@
+"""Feeds of worker processes: what is sent, what comes, and what is made good."""
+
+import functools
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from taskcarrier import WorkerDiedError
+from taskcarrier.memory.staging import Staging
+from taskcarrier.scheduling.balance import Dynamic
+from taskcarrier.scheduling.grid import Grid
+from taskcarrier.scheduling.retries import Recovery
+from taskcarrier.workers.call import Call
+from taskcarrier.workers.pickling import pack
+from taskcarrier.workers.processes import stream_run as module
+from taskcarrier.workers.processes.pool import ProcessCrew
+from taskcarrier.workers.queues import AHEAD, Came, UnsendableError
+from taskcarrier.workers.task import Job
+from tests.clocks import LATE
+
+LONG = 60  # seconds that no test waits for
+
+
+class Fed:
+    """A task on items that are handed to it."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def open(self, agree):
+        return Held(self.call.func)
+
+
+class Held:
+    def __init__(self, func):
+        self.func = func
+
+    def hold(self, start, read):
+        self.start, self.read = start, read
+
+    def __call__(self, start, stop):
+        items = self.read()[start - self.start : stop - self.start]
+        return Came(start, stop, [self.func(item) for item in items], 7)
+
+    def facts(self):
+        return None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patience():
+    """A worker that is late to see that it is to stop is not killed for it, if not asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "GRACE_SECONDS", LONG)
+        yield
+
+
+@pytest.fixture(scope="module")
+def warm():
+    """One crew for the tests that leave it whole, started before the watch for leaks begins."""
+    made = ProcessCrew(2)
+    feed = fed(made, double)
+    for start in range(2):
+        feed.give(start, [0])
+    results(feed, 2)
+    feed.close()
+    yield made
+    made.close()
+    vars(made).clear()  # as below
+
+
+@pytest.fixture
+def crew():
+    made = ProcessCrew(2)
+    yield made
+    made.close()
+    # pytest keeps it beyond the watch for leaks; its memory and processes go now.
+    vars(made).clear()
+
+
+def fed(crew, func, n_workers=2, **options):
+    job = Job(
+        Fed(Call(func)),
+        Dynamic(),
+        Grid(0, 1),
+        n_workers,
+        fed=True,
+        collects=True,
+        narrows=True,
+        **options,
+    )
+    return crew.feed(job, pack(job, Staging()))
+
+
+def results(feed, n_items):
+    """What comes of so many items, in order; faults as they are."""
+    came = []
+    while sum(one.stop - one.start for one in came) < n_items:
+        came += feed.take(LONG)
+    return sorted((one.start, one.stop, one.result) for one in came)
+
+
+def double(item):
+    return 2 * item
+
+
+def test_workers_that_have_left_are_given_nothing(warm):
+    """They leave when another fails, and its error may come after that."""
+    feed = fed(warm, double)
+    feed.ledger.halt()
+    feed.give(0, [1])
+    feed.give(1, [2])
+    deadline = time.monotonic() + LONG
+    while feed._workers and time.monotonic() < deadline:
+        assert feed.take(0.01) == []
+    assert not feed._workers
+    assert not feed.has_room
+    feed.give(2, [3])
+    assert feed.close().given_out == 0
+    feed = fed(warm, double)
+    feed.give(0, [1])
+    assert results(feed, 1) == [(0, 1, [2])]
+    feed.close()
+
+
+def test_results_that_come_too_late_are_not_unpickled(warm, monkeypatch):
+    read = []
+    monkeypatch.setattr(module, "unpack_items", lambda *packed: read.append(packed))
+    feed = fed(warm, double)
+    feed.give(0, [1])
+    deadline = time.monotonic() + LONG
+    while feed.ledger.items_done(2) == 0:  # then it has been sent
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert sum(account.items for account in feed.close().accounts) == 1
+    assert read == []
+
+
+def test_what_is_given_comes(warm):
+    feed = fed(warm, double)
+    for start in range(0, 2 * AHEAD * 3, 3):
+        assert feed.has_room
+        feed.give(start, range(start, start + 3))
+    assert not feed.has_room
+    assert results(feed, 12) == [(n, n + 3, [2 * n, 2 * n + 2, 2 * n + 4]) for n in (0, 3, 6, 9)]
+    assert feed.has_room
+    ran = feed.close()
+    assert [account.items for account in ran.accounts] == [6, 6]
+    assert not ran.halted
+
+
+def test_the_same_workers_serve_the_next_run(warm):
+    pids = []
+    for _ in range(3):
+        feed = fed(warm, lambda _: os.getpid())
+        feed.give(0, [0])
+        feed.give(1, [0])
+        pids.append({result for _, _, (result,) in results(feed, 2)})
+        feed.close()
+    assert pids[0] == pids[1] == pids[2]
+    assert len(pids[0]) == 2
+
+
+@pytest.mark.parametrize("nbytes", [10, module._SENT_NBYTES, 5 << 20])
+@pytest.mark.parametrize("kind", [bytes, np.ndarray])
+def test_items_of_every_size(warm, kind, nbytes):
+    items = [b"x" * nbytes] if kind is bytes else [np.ones(nbytes, np.uint8)]
+    feed = fed(warm, lambda item: (len(item), int(item[-1])))
+    feed.give(0, items)
+    (came,) = feed.take(LONG)
+    feed.close()
+    assert came.result == [(nbytes, int(items[0][-1]))]
+    assert nbytes < came.nbytes < nbytes + 1000
+
+
+def test_large_items_and_results_both_ways_at_once(warm):
+    # Neither side may wait for the other to read.
+    feed = fed(warm, lambda item: item)
+    items = [os.urandom(3 << 20) for _ in range(2 * AHEAD)]
+    for start, item in enumerate(items):
+        feed.give(start, [item])
+    assert [result for _, _, (result,) in results(feed, 2 * AHEAD)] == items
+    feed.close()
+
+
+def test_items_that_cannot_be_pickled(warm):
+    feed = fed(warm, double)
+    with pytest.raises(UnsendableError) as caught:
+        feed.give(0, [(n for n in range(3))])
+    assert isinstance(caught.value.error, TypeError)
+    assert any("could not pickle item 0 for" in note for note in caught.value.error.__notes__)
+    feed.give(0, [4])
+    assert results(feed, 1) == [(0, 1, [8])]
+    feed.close()
+
+
+def wait_for(path):
+    deadline = time.monotonic() + LONG
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_nothing_comes_in_time(warm, tmp_path):
+    gate = tmp_path / "gate"
+    feed = fed(warm, wait_for)
+    feed.give(0, [gate])
+    assert feed.take(0.05) == []
+    gate.touch()
+    assert results(feed, 1) == [(0, 1, [None])]
+    feed.close()
+
+
+def once(path):
+    """Die the first time."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        os.kill(os.getpid(), signal.SIGKILL)
+    except FileExistsError:
+        return "done"
+    raise AssertionError("not dead")
+
+
+def test_a_worker_that_dies_is_made_good(crew, tmp_path):
+    feed = fed(crew, once)
+    feed.give(0, [str(tmp_path / "0")])
+    feed.give(1, [str(tmp_path / "1")])
+    assert results(feed, 2) == [(0, 1, ["done"]), (1, 2, ["done"])]
+    ran = feed.close()
+    assert sorted((death.exitcode, death.range) for death in ran.deaths) == [
+        (-9, (0, 1)),
+        (-9, (1, 2)),
+    ]
+
+
+def die_at(bad, item):
+    if item == bad:
+        os._exit(5)
+    return item
+
+
+def test_what_kills_is_found_in_a_block(crew):
+    feed = fed(crew, lambda item: die_at(5, item), recovery=Recovery(retries=1))
+    feed.give(0, range(8))
+    feed.give(8, range(8, 12))
+    came = results(feed, 12)
+    deaths = feed.close().deaths
+    (fault,) = [result for _, _, result in came if not isinstance(result, list)]
+    ((start, stop, error),) = fault.faults
+    assert (start, stop, error.exitcode) == (5, 6, 5)
+    right = [item for _, _, result in came if isinstance(result, list) for item in result]
+    assert sorted(right) == [n for n in range(12) if n != 5]
+    # Twice as it was, then 4:6, then 5.
+    assert [death.range for death in deaths] == [(0, 8), (0, 8), (4, 6), (5, 6)]
+
+
+def test_blocks_that_were_not_begun_are_not_to_blame(crew):
+    feed = fed(crew, lambda item: die_at(0, item), 1, recovery=Recovery(retries=0))
+    feed.give(0, [0])
+    feed.give(1, [1])
+    came = results(feed, 2)
+    feed.close()
+    assert came[1] == (1, 2, [1])
+    assert came[0][2].faults[0][2].in_hand == (0, 1)
+
+
+def test_a_worker_that_dies_while_it_has_nothing_to_do(crew):
+    feed = fed(crew, lambda item: (item, os.getpid()))
+    feed.give(0, [0])
+    ((_, _, ((_, pid),)),) = results(feed, 1)
+    os.kill(pid, signal.SIGKILL)
+    feed.take(0.2)
+    for start in range(1, 4):
+        feed.give(start, [start])
+    assert [result[0][0] for _, _, result in results(feed, 3)] == [1, 2, 3]
+    assert len(feed.close().deaths) == 1
+
+
+def dies_behind(gate, item):
+    (gate / "begun").touch()
+    wait_for(gate / "open")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_before_it_has_told_why_all_stop(crew, tmp_path):
+    feed = fed(crew, functools.partial(dies_behind, tmp_path), 1)
+    feed.give(0, [0])
+    wait_for(tmp_path / "begun")
+    feed.ledger.halt()  # as a worker does that ends by an exit
+    (tmp_path / "open").touch()
+    with pytest.raises(WorkerDiedError, match="item 0"):
+        feed.take(LONG)
+    feed.close()
+
+
+def test_a_range_that_takes_too_long(crew):
+    feed = fed(crew, time.sleep, 1, recovery=Recovery(timeout=LATE))
+    feed.give(0, [LONG])
+    feed.give(1, [0])
+    came = results(feed, 2)
+    ran = feed.close()
+    assert came[1] == (1, 2, [None])
+    assert isinstance(came[0][2].faults[0][2], TimeoutError)
+    assert [death.was_late for death in ran.deaths] == [True]
+
+
+def called_with(item, log):
+    path, is_long = item
+    with log.open("a") as file:
+        file.write(f"{path}\n")
+    if is_long:
+        time.sleep(LONG)
+
+
+def test_a_range_takes_too_long_while_nobody_takes_the_results_before_it(crew, tmp_path):
+    log = tmp_path / "calls"
+    recovery = Recovery(timeout=LATE, retries=0)
+    feed = fed(crew, lambda item: called_with(item, log), 1, recovery=recovery)
+    feed.give(0, [("short", False)])
+    feed.give(1, [("long", True)])
+    deadline = time.monotonic() + LONG
+    while not (log.exists() and "long" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    feed.ledger.note_time(0, time.monotonic_ns() - LONG * 10**9)
+    came = results(feed, 2)
+    assert came[0] == (0, 1, [None])
+    assert isinstance(came[1][2].faults[0][2], TimeoutError)
+    assert [(death.range, death.was_late) for death in feed.close().deaths] == [((1, 2), True)]
+    assert log.read_text().split() == ["short", "long"]
+
+
+def test_closed_with_blocks_in_hand(crew, monkeypatch):
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0.1)
+    feed = fed(crew, time.sleep)
+    for start in range(4):
+        feed.give(start, [LONG])
+    began = time.monotonic()
+    ran = feed.close()
+    assert time.monotonic() - began < LONG / 2
+    assert ran.halted
+    feed = fed(crew, double)
+    feed.give(0, [1])
+    assert results(feed, 1) == [(0, 1, [2])]
+    feed.close()
+
+
+def test_workers_that_are_still_starting_when_all_is_done(crew, monkeypatch):
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0)
+    feed = fed(crew, double)
+    feed.give(0, [1])
+    results(feed, 1)
+    os.kill(dead := crew._workers[0].pid, signal.SIGKILL)
+    while crew._workers[0].pid == dead:
+        assert feed.take(0.1) == []
+    ran = feed.close()  # another has taken its place
+    assert [(account.worker, account.items) for account in ran.accounts] == [(0, 1), (0, 0)]
+    assert crew._workers[0].alive
+
+
+def test_another_begins_when_all_have_a_block(tmp_path):
+    crew = ProcessCrew(500)
+    try:
+        feed = fed(crew, waits_for, 500)
+        for start in range(2):
+            assert len(crew._workers) == start
+            feed.give(start, [str(tmp_path / "open")])
+        assert len(crew._workers) == 2
+        (tmp_path / "open").touch()
+        results(feed, 2)
+        for start in range(2, 6):
+            feed.give(start, [str(tmp_path / "open")])
+            results(feed, 1)
+        assert len(crew._workers) == 2
+        assert [account.worker for account in feed.close().accounts] == [0, 1]
+    finally:
+        crew.close()
+        vars(crew).clear()
+
+
+def waits_for(path):
+    while not os.path.exists(path):  # noqa: PTH110  # the path is a plain string
+        time.sleep(0.01)
+
+
+def test_descriptors_stay_flat(warm):
+    def n_open():
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    counts = []
+    for _ in range(3):
+        feed = fed(warm, lambda item: item)
+        for start in range(4):
+            feed.give(start, [np.zeros(100_000)])
+        results(feed, 4)
+        feed.close()
+        counts.append(n_open())
+    assert counts[0] == counts[1] == counts[2]

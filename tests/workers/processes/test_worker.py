@@ -1,0 +1,540 @@
+"""A worker process: what it makes of its orders, and what it sends back."""
+
+import mmap
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pytest
+
+from taskcarrier.errors import TaskError
+from taskcarrier.memory.segments import locate
+from taskcarrier.memory.staging import Staging
+from taskcarrier.scheduling.balance import Dynamic, Static
+from taskcarrier.scheduling.counters import FileAgreement, FileCursor
+from taskcarrier.scheduling.grid import Grid
+from taskcarrier.scheduling.ledger import OWN_MARKS, SENT, ledger_nbytes
+from taskcarrier.scheduling.retries import Again, Recovery
+from taskcarrier.system.descriptors import own
+from taskcarrier.workers.call import Call
+from taskcarrier.workers.loop import in_worker
+from taskcarrier.workers.pickling import pack, unpack_items
+from taskcarrier.workers.processes import pool
+from taskcarrier.workers.processes import worker as module
+from taskcarrier.workers.processes.pool import ProcessCrew
+from taskcarrier.workers.processes.worker import (
+    RESULTS,
+    account_from,
+    ledger_over,
+    order,
+    results_from,
+)
+from taskcarrier.workers.records import Account, Failure, Heard, Parts
+from taskcarrier.workers.task import Job
+
+BALANCES = [Static(), Dynamic()]
+LONG = 60  # seconds that no test waits for
+
+
+class Calls:
+    """A task that calls a function of the range; open already."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def open(self, agree):
+        return self
+
+    def __call__(self, start, stop):
+        return self.call.func(start, stop, *self.call.args)
+
+    def facts(self):
+        return os.getpid()
+
+
+class Unopenable(Calls):
+    def open(self, agree):
+        raise OSError("cannot be opened")
+
+
+@pytest.fixture(scope="module")
+def warm():
+    """One crew, which no test of this module kills; there before the watch for leaks begins."""
+    made = ProcessCrew(2)
+    run(made, both)
+    yield made
+    made.close()
+
+
+def run(crew, func, *args, kind=Calls, balance=None, n_items=20, n_workers=2, tick=None, **others):
+    delivered = {}
+    job = Job(kind(Call(func, args)), balance or Dynamic(), Grid(n_items, 2), n_workers, **others)
+    ran = crew.run(job, pack(job, Staging()), delivered.__setitem__, tick)
+    assert ran.deaths == []
+    failures = [*ran.failures, *(one.failure for one in ran.accounts if one.failure is not None)]
+    return ran, delivered, failures
+
+
+def both(start, stop):
+    return start, stop
+
+
+class TestOrder:
+    @pytest.mark.parametrize("parcel", [b"", b"parcel", bytes(range(256)) * 1000])
+    @pytest.mark.parametrize("again", [[], [Again(0, 8, 3)], [Again(2**40, 2**40 + 1, 2)] * 500])
+    @pytest.mark.parametrize("fed", [True, False])
+    def test_ranges_and_the_run_arrive(self, again, parcel, fed):
+        assert module._taken_apart(order(again, parcel, fed=fed)) == (again, parcel, fed)
+
+    def test_ranges_arrive_as_they_were(self):
+        ((again,), _, _) = module._taken_apart(order([Again(3, 5, 2)], b"parcel"))
+        assert type(again) is Again
+        assert (again.start, again.stop, again.attempt) == (3, 5, 2)
+
+
+class TestLedgerOver:
+    def test_words_and_marks_do_not_overlap(self):
+        fds = [os.memfd_create("words"), FileCursor.create(), FileAgreement.create()]
+        try:
+            os.ftruncate(fds[0], ledger_nbytes(2) + OWN_MARKS)
+            one, other = ledger_over(*fds), ledger_over(*fds)
+            one.mark_in(None, OWN_MARKS)
+            one.marks[:] = bytes([SENT]) * OWN_MARKS
+            one.reset(2)
+            one.claim(1)
+            one.lay_down(1, 7)
+            one.note_time(1, 99)
+            # The other, as in another process, sees all of it.
+            other.mark_in(None, OWN_MARKS)
+            assert bytes(other.marks) == bytes([SENT]) * OWN_MARKS
+            assert (other.items_of(1), other.since(1), other.given_out()) == (7, 99, 1)
+            with mmap.mmap(fds[0], 0) as memory:
+                assert bytes(memory[-OWN_MARKS:]) == bytes([SENT]) * OWN_MARKS
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+
+class Sent:
+    """Stands for a channel; keeps what is sent, as the caller reads it."""
+
+    def __init__(self):
+        self.messages = []
+        self.n_fds = []
+
+    def send(self, data, fds=None):
+        assert data[:1] == RESULTS
+        self.n_fds.append(len(fds))
+        received = results_from((data, [own(os.dup(fd)) for fd in fds]), on_disk=False)
+        self.messages.append([(start, unpack_items(*packed)) for start, *packed in received])
+
+
+class TestOutbox:
+    @pytest.fixture
+    def sent(self):
+        sent = Sent()
+        yield sent
+        sent.messages.clear()
+
+    @pytest.fixture
+    def outbox(self, sent):
+        return module._Outbox(sent, None)
+
+    def test_results_are_sent_together(self, outbox, sent, monkeypatch):
+        monkeypatch.setattr(outbox, "_seconds", LONG)
+        for start in range(3):
+            outbox.deliver(start, f"result {start}")
+        assert sent.messages == []
+        outbox.flush()
+        assert sent.messages == [[(0, "result 0"), (1, "result 1"), (2, "result 2")]]
+
+    def test_nothing_is_no_message(self, outbox, sent):
+        outbox.flush()
+        outbox.deliver(0, "result")
+        outbox.flush()
+        outbox.flush()
+        assert sent.messages == [[(0, "result")]]
+
+    def test_seconds_double_from_batch_to_batch(self, outbox, sent, monkeypatch):
+        now = 0.0
+        monkeypatch.setattr(module.time, "monotonic", lambda: now)
+        sizes = []
+        for start in range(400):
+            outbox.deliver(start, "result")
+            now += 0.0005
+            sizes = [len(message) for message in sent.messages]
+        assert sizes[:6] == [2, 3, 5, 9, 17, 33]
+        assert set(sizes[6:]) == {41}
+
+    def test_not_later_than_so_many_seconds(self, outbox, sent, monkeypatch):
+        monkeypatch.setattr(outbox, "_seconds", 0)
+        outbox.deliver(0, "result")
+        assert sent.messages == [[(0, "result")]]
+
+    def test_not_more_than_so_many_bytes(self, outbox, sent, monkeypatch):
+        monkeypatch.setattr(outbox, "_seconds", LONG)
+        for start in range(5):
+            outbox.deliver(start, b"." * (module._BATCH_NBYTES // 2))
+        assert [[start for start, _ in message] for message in sent.messages] == [[0, 1], [2, 3]]
+
+    def test_a_result_that_cannot_be_pickled_is_not_among_them(self, outbox, sent):
+        outbox.deliver(0, "good")
+        with pytest.raises(TypeError) as caught:
+            outbox.deliver(1, (n for n in range(3)))
+        assert any("could not pickle the result" in note for note in caught.value.__notes__)
+        outbox.flush()
+        assert [start for message in sent.messages for start, _ in message] == [0]
+
+    def test_large_arrays_of_a_batch_come_in_one_segment(self, outbox, sent, monkeypatch):
+        monkeypatch.setattr(outbox, "_seconds", LONG)
+        arrays = [np.arange(5000.0), np.arange(10_000).reshape(100, 100).T]
+        outbox.deliver(0, (arrays[0], "small", np.arange(3)))
+        outbox.deliver(1, arrays[1])
+        arrays[0][:] = 0  # the function uses its array again
+        outbox.flush()
+        ((_, (first, *rest)), (_, second)) = sent.messages[0]
+        np.testing.assert_array_equal(first, np.arange(5000.0))
+        np.testing.assert_array_equal(second, arrays[1])
+        assert rest[0] == "small"
+        assert sent.n_fds == [1]
+        places = [locate(array) for array in (first, second, rest[1])]
+        assert places[0].segment is places[1].segment
+        assert places[2] is None  # small: it was pickled
+        assert second.flags.f_contiguous
+        first[:] = 1  # the caller's own
+        np.testing.assert_array_equal(second, arrays[1])
+
+    def test_each_batch_has_its_own(self, outbox, sent, monkeypatch):
+        monkeypatch.setattr(module, "_BATCH_SECONDS", 0)
+        monkeypatch.setattr(outbox, "_seconds", 0)
+        for start in range(3):
+            outbox.deliver(start, np.full(5000, start))
+        outbox.deliver(3, np.arange(3))
+        assert sent.n_fds == [1, 1, 1, 0]
+        assert [int(array[-1]) for message in sent.messages for _, array in message] == [0, 1, 2, 2]
+
+    def test_a_small_part_does_not_keep_the_batch(self, outbox, sent, monkeypatch):
+        monkeypatch.setattr(outbox, "_seconds", LONG)
+        for start in range(5):
+            outbox.deliver(start, np.full(5000, start))
+        outbox.flush()
+        arrays = [array for _, array in sent.messages[0]]
+        assert [int(array[-1]) for array in arrays] == list(range(5))
+        assert all(array.flags.writeable and locate(array) is None for array in arrays)
+
+    def test_large_arrays_count_as_bytes(self, outbox, sent, monkeypatch):
+        monkeypatch.setattr(outbox, "_seconds", LONG)
+        outbox.deliver(0, np.zeros(module._BATCH_NBYTES, np.uint8))
+        assert len(sent.messages) == 1
+
+    def test_copied_where_descriptors_are_scarce(self, outbox, sent, monkeypatch):
+        monkeypatch.setattr(module, "descriptors_are_scarce", lambda: True)
+        outbox.deliver(0, np.arange(5000.0))
+        outbox.flush()
+        (((_, array),),) = sent.messages
+        np.testing.assert_array_equal(array, np.arange(5000.0))
+        assert locate(array) is None
+        assert array.flags.writeable
+
+    def test_what_only_cloudpickle_can_is_not_there_twice(self, outbox, sent):
+        class Local:
+            def __init__(self, array):
+                self.array = array
+
+        outbox.deliver(0, [np.arange(5000.0), Local(np.arange(6000.0))])
+        outbox.flush()
+        (((_, (plain, local)),),) = sent.messages
+        np.testing.assert_array_equal(plain, np.arange(5000.0))
+        np.testing.assert_array_equal(local.array, np.arange(6000.0))
+
+
+class LocalWarning(UserWarning):
+    def __reduce__(self):
+        raise TypeError("stays where it is")
+
+
+class TestAccount:
+    def packed(self, account):
+        return account_from(module._packed_account(account))
+
+    def test_arrives(self):
+        account = Account(3, "", 4, 10, 99, facts=("some", 1))
+        account.warnings = [Heard(UserWarning("look"), UserWarning, "file.py", 7, "module")]
+        arrived = self.packed(account)
+        assert (arrived.worker, arrived.ranges, arrived.items, arrived.busy_ns) == (3, 4, 10, 99)
+        assert arrived.facts == ("some", 1)
+        assert arrived.failure is None
+        ((message, *where),) = arrived.warnings
+        assert (str(message), *where) == ("look", UserWarning, "file.py", 7, "module")
+
+    @pytest.mark.parametrize("where", [(2, 4), None])
+    def test_with_its_failure(self, where):
+        failure = Failure(where, ValueError("no"), attempt=3)
+        arrived = self.packed(Account(0, failure=failure)).failure
+        assert (arrived.range, arrived.attempt) == (where, 3)
+        assert repr(arrived.error) == "ValueError('no')"
+
+    def test_a_warning_that_cannot_be_pickled_is_replaced(self):
+        account = Account(0)
+        account.warnings = [Heard(LocalWarning("look"), LocalWarning, "file.py", 7, "module")]
+        (arrived,) = self.packed(account).warnings
+        assert arrived == Heard("LocalWarning: look", UserWarning, "file.py", 7, "module")
+
+
+class TestWarnings:
+    def heard(self, warn):
+        with module._warnings_heard() as heard:
+            warn()
+        return [(str(one.message), one.category) for one in heard.values()]
+
+    def test_each_is_heard_once(self):
+        def warn():
+            for text in ("one", "other", "one"):
+                warnings.warn(text, stacklevel=1)
+            warnings.warn("one", RuntimeWarning, stacklevel=1)
+
+        assert self.heard(warn) == [
+            ("one", UserWarning),
+            ("other", UserWarning),
+            ("one", RuntimeWarning),
+        ]
+
+    def test_in_every_run(self):
+        def warn():
+            warnings.warn("again", stacklevel=1)
+
+        assert self.heard(warn) == self.heard(warn) == [("again", UserWarning)]
+
+    def test_also_what_python_does_not_show(self):
+        def warn():
+            warnings.warn("old", DeprecationWarning, stacklevel=1)
+
+        assert self.heard(warn) == [("old", DeprecationWarning)]
+
+    def test_not_without_end(self):
+        def warn():
+            for number in range(10 * module._MAX_WARNINGS):
+                warnings.warn(str(number), stacklevel=1)
+
+        assert len(self.heard(warn)) == module._MAX_WARNINGS
+
+    def test_the_function_s_own_filters_hold(self):
+        def warn():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                warnings.warn("no", stacklevel=1)
+                warnings.simplefilter("error")
+                with pytest.raises(UserWarning, match="no"):
+                    warnings.warn("no", stacklevel=1)
+
+        assert self.heard(warn) == []
+
+    def test_filters_are_as_before(self):
+        before = warnings.filters, warnings.showwarning
+        self.heard(lambda: None)
+        assert (warnings.filters, warnings.showwarning) == before
+
+    @pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.name)
+    def test_come_with_the_account(self, warm, balance, capfd):
+        for _ in range(2):
+            ran, _, failures = run(warm, warns_at_four, balance=balance)
+            assert failures == []
+            heard = [one for account in ran.accounts for one in account.warnings]
+            assert [(str(one.message), one.category) for one in heard] == [("four", FutureWarning)]
+            assert Path(heard[0].filename) == Path(__file__)
+        assert "four" not in capfd.readouterr().err
+
+
+def warns_at_four(start, stop):
+    if start == 4:
+        warnings.warn("four", FutureWarning, stacklevel=1)
+    return start
+
+
+class Unreadable:
+    """Arrives in the caller as an error."""
+
+    def __reduce__(self):
+        return refuse, ()
+
+
+def refuse():
+    raise EOFError("cannot be read")
+
+
+class TestResults:
+    def test_of_many_megabytes(self, warm):
+        _, delivered, _ = run(warm, large)
+        assert sorted(delivered) == list(range(0, 20, 2))
+        for start, result in delivered.items():
+            assert result.shape == (300_000,)
+            assert (result == start).all()
+
+    def test_come_before_the_end(self, warm, monkeypatch, tmp_path):
+        monkeypatch.setattr(pool, "TICK", 0.01)
+        gate = tmp_path / "gate"
+        delivered = []
+
+        def tick(ledger):
+            if 2 in delivered:  # the last cell waits for this
+                gate.touch()
+
+        job = Job(Calls(Call(slow_then_wait, (str(gate),))), Dynamic(), Grid(6, 2), 1)
+        ran = warm.run(job, pack(job, Staging()), lambda start, _: delivered.append(start), tick)
+        assert delivered == [0, 2, 4]
+        assert ran.accounts[0].items == 6
+
+    def test_that_cannot_be_pickled(self, warm):
+        _, _, (failure, *_) = run(warm, lambda *_: (n for n in range(3)))
+        assert isinstance(failure.error, TypeError)
+        assert any("could not pickle the result" in note for note in failure.error.__notes__)
+
+    def test_that_cannot_be_unpickled(self, warm):
+        ran, delivered, (failure,) = run(warm, unreadable_at_four)
+        assert (failure.range, failure.attempt) == ((4, 6), 1)
+        assert failure.worker in {account.name for account in ran.accounts}
+        assert isinstance(failure.error, EOFError)
+        assert any("could not unpickle this result" in note for note in failure.error.__notes__)
+        assert ran.halted
+        assert set(delivered.values()) <= {"good"}
+        assert 4 not in delivered
+
+
+def large(start, stop):
+    return np.full(300_000, float(start))
+
+
+def slow_then_wait(start, stop, gate):
+    if start < 4:
+        time.sleep(2 * module._BATCH_SECONDS)
+    else:
+        deadline = time.monotonic() + LONG
+        while not Path(gate).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    return start
+
+
+def unreadable_at_four(start, stop):
+    return Unreadable() if start == 4 else "good"
+
+
+def fail_first(start, stop, error):
+    if start == 0:
+        raise error
+
+
+def fail_late(start, stop):
+    time.sleep(0.2)
+    return start
+
+
+class TestFailures:
+    @pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.name)
+    @pytest.mark.parametrize("error", [ValueError("no", 3), SystemExit(3), KeyboardInterrupt()])
+    def test_arrive(self, warm, balance, error):
+        ran, _, (failure,) = run(warm, fail_first, error, balance=balance)
+        assert failure.range == (0, 2)
+        assert repr(failure.error) == repr(error)
+        assert "in fail_first" in str(failure.error.__cause__)
+        assert ran.halted
+
+    def test_of_ranges_that_took_too_long_and_ended(self, warm, monkeypatch):
+        # The caller is kept from looking at the clock, so that the worker sees it first.
+        monkeypatch.setattr(pool.ProcessRun, "_seconds_left", lambda *_: LONG)
+        _, _, failures = run(warm, fail_late, recovery=Recovery(timeout=0.1), n_workers=1)
+        (failure,) = failures
+        assert isinstance(failure.error, TimeoutError)
+        assert failure.range == (0, 2)
+        assert not hasattr(failure.error, "__notes__")  # nothing about threads
+
+    def test_collected(self, warm):
+        _, delivered, failures = run(warm, parts_at_four, collects=True)
+        assert failures == []
+        ((start, stop, error),) = delivered.pop(4).faults
+        assert (start, stop, repr(error)) == (4, 6, "ValueError('no')")
+        assert set(delivered.values()) == {"good"}
+
+    def test_a_task_that_cannot_be_opened(self, warm):
+        _, delivered, failures = run(warm, both, kind=Unopenable)
+        assert delivered == {}
+        assert {str(failure.error) for failure in failures} == {"cannot be opened"}
+        assert {failure.range for failure in failures} == {None}
+
+    def test_a_task_that_cannot_be_unpickled(self, warm):
+        _, _, failures = run(warm, both, Unreadable())
+        assert failures
+        for failure in failures:
+            assert failure.range is None
+            assert str(failure.error) == "cannot be read"
+            assert any("unpickled the function" in note for note in failure.error.__notes__)
+        assert len(run(warm, both)[1]) == 10
+
+    def test_an_error_that_cannot_be_pickled(self, warm):
+        def fail(start, stop):
+            raise ValueError(n for n in range(3))
+
+        _, _, (failure, *_) = run(warm, fail)
+        assert type(failure.error) is TaskError
+        assert failure.error.type_name == "builtins.ValueError"
+
+
+def parts_at_four(start, stop):
+    return Parts([], [(start, stop, ValueError("no"))]) if start == 4 else "good"
+
+
+class TestInside:
+    def test_workers_know_that_they_are(self, warm):
+        _, delivered, _ = run(warm, lambda *_: in_worker())
+        assert set(delivered.values()) == {True}
+        assert not in_worker()
+
+    def test_joblib_is_serial(self, warm):
+        def look(start, stop):
+            parallel = joblib.Parallel()
+            return type(parallel._backend).__name__, parallel.n_jobs
+
+        _, delivered, _ = run(warm, look)
+        assert set(delivered.values()) == {("SequentialBackend", 1)}
+
+    def test_ctrl_c_is_the_caller_s_decision(self, warm):
+        _, delivered, failures = run(warm, interrupt_myself)
+        assert failures == []
+        assert len(delivered) == 10
+
+    def test_a_function_that_forks_goes_on_once(self, warm):
+        ran, delivered, failures = run(warm, fork_at_four)
+        assert failures == []
+        assert sum(account.items for account in ran.accounts) == 20
+        assert sorted(delivered) == list(range(0, 20, 2))
+
+    def test_what_tasks_print_is_seen_at_once(self, capfd):
+        crew = ProcessCrew(1)
+        try:
+            run(crew, say, n_items=2, n_workers=1)
+            deadline = time.monotonic() + LONG
+            while "hello from a worker" not in capfd.readouterr().out:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            crew.close()
+
+
+def say(start, stop):
+    sys.stdout.write("hello from a worker\n")
+
+
+def interrupt_myself(start, stop):
+    os.kill(os.getpid(), signal.SIGINT)
+    return start
+
+
+def fork_at_four(start, stop):
+    if start == 4 and (pid := os.fork()):
+        os.waitpid(pid, 0)
+    return start

@@ -1,0 +1,487 @@
+"""Where a run takes place: a table of facts, and what is chosen."""
+
+import multiprocessing
+import os
+import sys
+
+import joblib
+import numpy as np
+import pytest
+from joblib.parallel import ParallelBackendBase, register_parallel_backend
+
+from taskcarrier.workers import loop
+from taskcarrier.workers.choose import (
+    BACKENDS,
+    Choice,
+    Facts,
+    check_backend,
+    check_n_jobs,
+    choose,
+    count_cores,
+    count_workers,
+    facts_now,
+)
+from tests.strategies import run_script
+
+KNOWN = "the function releases the GIL"
+OWN = "parallel=True: one range at a time, on numba's own threads"
+
+
+def facts(**others):
+    return Facts(**{"cores": 4, **others})
+
+
+class TestChoose:
+    @pytest.mark.parametrize(
+        ("call", "found", "expected"),
+        [
+            # nothing said
+            ({}, {}, ("loky", 4, "the default")),
+            (
+                {"releases_gil": KNOWN},
+                {},
+                ("threading", 4, KNOWN),
+            ),
+            ({}, {"has_gil": False}, ("threading", 4, "the interpreter has no GIL")),
+            ({}, {"has_processes": False}, ("threading", 4, "worker processes need Linux")),
+            (
+                {"releases_gil": KNOWN},
+                {"has_gil": False, "has_processes": False},
+                ("threading", 4, KNOWN),
+            ),
+            (
+                {"backend": "threading"},
+                {"has_threads": False},
+                ("sequential", 1, "the program is ending, and Python starts no more threads"),
+            ),
+            ({}, {"has_threads": False}, ("loky", 4, "the default")),
+            # asked for
+            ({"backend": "loky"}, {}, ("loky", 4, "asked for")),
+            ({"backend": "threading"}, {}, ("threading", 4, "asked for")),
+            ({"backend": "sequential"}, {}, ("sequential", 1, "asked for")),
+            (
+                {"backend": "loky", "releases_gil": KNOWN},
+                {},
+                ("loky", 4, "asked for"),
+            ),
+            ({"backend": "loky"}, {"has_gil": False}, ("loky", 4, "asked for")),
+            ({"backend": "threading"}, {"has_processes": False}, ("threading", 4, "asked for")),
+            ({"backend": "sequential", "n_jobs": 3}, {}, ("sequential", 1, "asked for")),
+            # threads of its own
+            (
+                {"own_threads": True, "releases_gil": KNOWN},
+                {},
+                ("sequential", 1, OWN),
+            ),
+            ({"own_threads": True, "backend": "threading"}, {}, ("sequential", 1, OWN)),
+            ({"own_threads": True, "n_jobs": 1}, {}, ("sequential", 1, OWN)),
+            ({"own_threads": True, "backend": "loky"}, {}, ("loky", 4, "asked for")),
+            ({"own_threads": True}, {"has_gil": False}, ("sequential", 1, OWN)),
+            # one worker
+            ({"n_jobs": 1}, {}, ("sequential", 1, "n_jobs is 1")),
+            ({"n_jobs": 1, "backend": "loky"}, {}, ("sequential", 1, "n_jobs is 1")),
+            ({"n_jobs": 1, "backend": "threading"}, {}, ("sequential", 1, "n_jobs is 1")),
+            ({"n_jobs": 1, "backend": "sequential"}, {}, ("sequential", 1, "asked for")),
+            ({}, {"cores": 1}, ("sequential", 1, "n_jobs is 1")),
+            ({"n_jobs": 7}, {}, ("loky", 7, "the default")),
+            # inside a worker
+            ({}, {"in_worker": True}, ("sequential", 1, "called inside a worker")),
+            (
+                {"n_jobs": 3, "backend": "loky"},
+                {"in_worker": True},
+                ("sequential", 1, "called inside a worker"),
+            ),
+            # inside a task of joblib
+            ({}, {"nested_in_joblib": True}, ("sequential", 1, "n_jobs is 1")),
+            ({"n_jobs": 3}, {"nested_in_joblib": True}, ("loky", 3, "the default")),
+            # under parallel_config
+            (
+                {},
+                {"active_backend": "threading"},
+                ("threading", 4, "joblib's active configuration"),
+            ),
+            ({}, {"active_backend": "loky"}, ("loky", 4, "joblib's active configuration")),
+            (
+                {"releases_gil": KNOWN},
+                {"active_backend": "multiprocessing"},
+                ("loky", 4, "joblib's active configuration"),
+            ),
+            (
+                {"n_jobs": 3},
+                {"active_backend": "sequential"},
+                ("sequential", 1, "joblib's active configuration"),
+            ),
+            ({"backend": "loky"}, {"active_backend": "threading"}, ("loky", 4, "asked for")),
+            ({"backend": "loky"}, {"active_backend": "dask"}, ("loky", 4, "asked for")),
+            ({}, {"active_n_jobs": 3}, ("loky", 3, "the default")),
+            ({}, {"active_n_jobs": -2}, ("loky", 3, "the default")),
+            ({}, {"active_n_jobs": 1}, ("sequential", 1, "n_jobs is 1")),
+            ({"n_jobs": 2}, {"active_n_jobs": 3}, ("loky", 2, "the default")),
+            # without children
+            (
+                {},
+                {"daemonic": True},
+                ("sequential", 1, "a daemonic process may not start worker processes"),
+            ),
+            (
+                {"backend": "loky"},
+                {"daemonic": True},
+                ("sequential", 1, "a daemonic process may not start worker processes"),
+            ),
+            ({"backend": "threading"}, {"daemonic": True}, ("threading", 4, "asked for")),
+            (
+                {"releases_gil": KNOWN},
+                {"daemonic": True},
+                ("threading", 4, KNOWN),
+            ),
+        ],
+    )
+    def test_table(self, call, found, expected):
+        wishes = {"n_jobs": None, "backend": None, **call}
+        assert choose(facts=facts(**found), **wishes) == Choice(*expected)
+
+    @pytest.mark.parametrize(("backend", "active"), [("loky", None), (None, "loky")])
+    def test_processes_need_linux(self, backend, active):
+        with pytest.raises(OSError, match="worker processes need Linux; pass backend='threading'"):
+            choose(None, backend, facts(active_backend=active, has_processes=False))
+
+    @pytest.mark.parametrize(
+        ("call", "found", "expected"),
+        [
+            ({"backend": "dask"}, {}, ("dask", -1, "asked for")),
+            ({"backend": "dask", "n_jobs": 7}, {}, ("dask", 7, "asked for")),
+            ({"backend": "dask", "n_jobs": -2}, {"cores": 1}, ("dask", -2, "asked for")),
+            ({"backend": "dask"}, {"active_n_jobs": 3}, ("dask", 3, "asked for")),
+            ({"backend": "dask"}, {"active_backend": "loky"}, ("dask", -1, "asked for")),
+            ({}, {"active_backend": "dask"}, ("dask", -1, "joblib's active configuration")),
+            (
+                {"releases_gil": KNOWN},
+                {"active_backend": "dask", "active_n_jobs": 5, "daemonic": True},
+                ("dask", 5, "joblib's active configuration"),
+            ),
+            ({"backend": "dask", "n_jobs": 1}, {}, ("sequential", 1, "n_jobs is 1")),
+            ({"backend": "dask"}, {"nested_in_joblib": True}, ("sequential", 1, "n_jobs is 1")),
+            ({"backend": "dask"}, {"in_worker": True}, ("sequential", 1, "called inside a worker")),
+            ({"backend": "dask", "own_threads": True}, {}, ("sequential", 1, OWN)),
+            ({"backend": "loky"}, {"active_backend": "dask"}, ("loky", 4, "asked for")),
+        ],
+    )
+    def test_lists_on_other_backends_of_joblib(self, call, found, expected):
+        wishes = {"n_jobs": None, "backend": None, **call}
+        assert choose(facts=facts(**found), lists=True, **wishes) == Choice(*expected)
+
+    def test_arrays_on_other_backends_of_joblib_are_refused(self):
+        with pytest.raises(ValueError, match="configuration asks for backend='dask'") as info:
+            choose(None, None, facts(active_backend="dask"))
+        with pytest.raises(ValueError, match=r"^got backend='dask', which.*own workers") as own:
+            choose(None, "dask", facts())
+        for error in (info, own):
+            assert all(repr(name) in str(error.value) for name in BACKENDS)
+            assert "mapper.map" in str(error.value)
+
+
+class TestWorkers:
+    @pytest.mark.parametrize(
+        ("n_jobs", "cores", "expected"),
+        [
+            (1, 4, 1),
+            (3, 4, 3),
+            (100, 4, 100),
+            (-1, 4, 4),
+            (-2, 4, 3),
+            (-4, 4, 1),
+            (-5, 4, 1),
+            (-1000, 4, 1),
+            (None, 4, 4),
+            (-1, 1, 1),
+        ],
+    )
+    def test_joblib_s_rule(self, n_jobs, cores, expected):
+        assert count_workers(n_jobs, facts(cores=cores)) == expected
+
+    @pytest.mark.parametrize("n_jobs", [-1, -2, -1000, 1, 3])
+    def test_agrees_with_joblib(self, n_jobs):
+        cores = joblib.cpu_count()
+        expected = joblib.effective_n_jobs(n_jobs)
+        assert count_workers(n_jobs, facts(cores=cores)) == expected
+
+    @pytest.mark.parametrize("n_jobs", [None, 1, -1, -1000, 5])
+    def test_good_ones_stay(self, n_jobs):
+        assert check_n_jobs(n_jobs) == n_jobs
+
+    def test_numpy_integers_become_plain_ones(self):
+        assert check_n_jobs(np.int64(3)) == 3
+        assert type(check_n_jobs(np.int64(3))) is int
+
+    def test_zero(self):
+        with pytest.raises(ValueError, match="n_jobs must not be 0"):
+            check_n_jobs(0)
+
+    @pytest.mark.parametrize("n_jobs", [2.0, "2", "all", [2], np.float64(2)])
+    def test_only_integers(self, n_jobs):
+        with pytest.raises(TypeError, match="n_jobs must be a non-zero integer or None") as info:
+            check_n_jobs(n_jobs)
+        assert repr(n_jobs) in str(info.value)
+        assert type(n_jobs).__name__ in str(info.value)
+
+
+class TestCheckBackend:
+    @pytest.mark.parametrize("backend", [None, "sequential", "threading", "loky"])
+    def test_good_ones_stay(self, backend):
+        assert check_backend(backend) == backend
+
+    @pytest.mark.parametrize(
+        ("word", "backend"),
+        [("multiprocessing", "loky"), ("processes", "loky"), ("threads", "threading")],
+    )
+    def test_other_words(self, word, backend):
+        assert check_backend(word) == backend
+
+    def test_what_is_registered_under_another_word_of_ours_is_followed_as_such(self, monkeypatch):
+        monkeypatch.setitem(joblib.parallel.BACKENDS, "threads", OtherBackend)
+        with joblib.parallel_config(backend="threads"):
+            found = facts_now()
+        assert choose(None, None, found, lists=True).backend == "threads"
+
+    def test_names_that_are_registered_with_joblib_stay(self, monkeypatch):
+        assert check_backend("dask") == "dask"  # joblib loads it when it is used
+        monkeypatch.setitem(joblib.parallel.BACKENDS, "taskcarrier-test", OtherBackend)
+        assert check_backend("taskcarrier-test") == "taskcarrier-test"
+
+    @pytest.mark.parametrize(
+        "backend", ["thread", "Threads", "Loky", "", "Dask", 1, b"loky", ["loky"]]
+    )
+    def test_others_are_refused_naming_the_allowed(self, backend):
+        with pytest.raises(ValueError, match="backend must be None or one of") as info:
+            check_backend(backend)
+        assert repr(backend) in str(info.value)
+        assert all(repr(name) in str(info.value) for name in [*BACKENDS, "dask"])
+
+
+class OtherBackend(ParallelBackendBase):
+    supports_sharedmem = True
+
+    def effective_n_jobs(self, n_jobs):
+        return n_jobs
+
+    def submit(self, func, callback=None):
+        raise NotImplementedError
+
+    def apply_async(self, func, callback=None):  # joblib before 1.5 asks for it
+        raise AssertionError
+
+
+class TestFactsNow:
+    def test_nothing_special(self):
+        found = facts_now()
+        assert found == Facts(cores=joblib.cpu_count(), has_gil=found.has_gil)
+        assert found.has_gil == getattr(sys, "_is_gil_enabled", lambda: True)()
+
+    @pytest.mark.parametrize("prefer", [None, "threads", "processes"])
+    @pytest.mark.parametrize(
+        "backend", [None, "threading", "loky", "multiprocessing", "sequential"]
+    )
+    def test_agrees_with_joblib(self, backend, prefer):
+        for n_jobs in (None, 1, 3, -1, -2):
+            wishes = {"backend": backend, "prefer": prefer, "n_jobs": n_jobs}
+            with joblib.parallel_config(**{k: v for k, v in wishes.items() if v is not None}):
+                found = facts_now()
+                peer = joblib.Parallel()
+            # What is only preferred is no wish, as in joblib, where a task can overrule it.
+            assert found.active_backend == backend
+            if backend is not None:
+                assert backend in type(peer._backend).__name__.lower()
+            # joblib's default is one worker, ours all cores.
+            assert (1 if found.active_n_jobs is None else found.active_n_jobs) == peer.n_jobs
+            assert found.nested_in_joblib is False
+
+    @pytest.mark.parametrize("backend", [None, "threading", "loky"])
+    def test_shared_memory_required(self, backend):
+        wishes = {} if backend is None else {"backend": backend}
+        with joblib.parallel_config(require="sharedmem", n_jobs=2, **wishes):
+            found = facts_now()
+            peer = joblib.Parallel()
+        assert type(peer._backend).__name__ == "ThreadingBackend"
+        assert found.active_backend == "threading"
+        assert found.active_n_jobs == peer.n_jobs
+
+    def test_a_default_of_joblib_is_no_wish(self, monkeypatch):
+        """As where it can make no semaphores, and all that it can do is threads."""
+        for name in ("DEFAULT_BACKEND", "DEFAULT_PROCESS_BACKEND"):
+            monkeypatch.setattr(joblib.parallel, name, "threading", raising=False)
+        assert facts_now().active_backend is None
+        with joblib.parallel_config(n_jobs=3):
+            assert (facts_now().active_backend, facts_now().active_n_jobs) == (None, 3)
+        with joblib.parallel_config(backend="threading"):
+            assert facts_now().active_backend == "threading"
+        with joblib.parallel_config(require="sharedmem"):
+            assert facts_now().active_backend == "threading"
+
+    def test_configurations_end(self):
+        with joblib.parallel_config(backend="threading", n_jobs=3):
+            assert facts_now().active_backend == "threading"
+        assert facts_now().active_backend is None
+        assert facts_now().active_n_jobs is None
+
+    def test_a_configuration_that_is_not_to_be_followed(self):
+        outside = facts_now()
+        with joblib.parallel_config(backend="threading", n_jobs=3):
+            assert facts_now(follows_joblib=False) == outside
+
+    def test_nested_configurations(self):
+        with (
+            joblib.parallel_config(backend="loky", n_jobs=3),
+            joblib.parallel_config(backend="threading"),
+        ):
+            assert facts_now().active_backend == "threading"
+            assert facts_now().active_n_jobs == 3
+
+    def test_registered_backends_go_by_their_name(self):
+        register_parallel_backend("taskcarrier-test", OtherBackend)
+        try:
+            with joblib.parallel_config(backend="taskcarrier-test"):
+                assert facts_now().active_backend == "taskcarrier-test"
+        finally:
+            del joblib.parallel.BACKENDS["taskcarrier-test"]
+
+    def test_unregistered_backends_go_by_their_type(self):
+        with joblib.parallel_config(backend=OtherBackend()):
+            assert facts_now().active_backend == "OtherBackend"
+
+    def test_inside_a_task_of_joblib(self):
+        with joblib.parallel_config(backend="threading"):
+            inside = joblib.Parallel(n_jobs=2)(joblib.delayed(facts_now)() for _ in range(2))
+        assert [found.nested_in_joblib for found in inside] == [True, True]
+        assert choose(None, None, inside[0]).backend == "sequential"
+
+    def test_inside_a_worker(self, monkeypatch):
+        monkeypatch.setattr(loop, "_in_worker_process", True)
+        with joblib.parallel_config(backend="threading", n_jobs=2):
+            assert facts_now() == Facts(cores=1, in_worker=True)
+
+    def test_in_a_daemonic_process(self, monkeypatch):
+        assert facts_now().daemonic is False
+        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+        assert facts_now().daemonic is True
+
+    def test_without_a_gil(self, monkeypatch):
+        monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+        assert facts_now().has_gil is False
+
+    def test_elsewhere(self, monkeypatch):
+        count_cores()  # kept from here on; joblib looks at the platform too
+        monkeypatch.setattr(sys, "platform", "darwin")
+        assert facts_now().has_processes is False
+
+
+class TestCores:
+    def test_affinity_counts_at_once(self):
+        before = os.sched_getaffinity(0)
+        cores = count_cores()
+        os.sched_setaffinity(0, {min(before)})
+        try:
+            assert count_cores() == 1
+        finally:
+            os.sched_setaffinity(0, before)
+        assert count_cores() == cores == joblib.cpu_count()
+
+    def test_joblib_s_own_limit_counts_at_once(self, monkeypatch):
+        monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+        assert count_cores() == 1
+        monkeypatch.delenv("LOKY_MAX_CPU_COUNT")
+        assert count_cores() == joblib.cpu_count()
+
+
+# Maps when the main thread has ended: in a thread, in a hook, and in a hook that comes after ours.
+LATE = """
+import atexit, os, sys, threading
+_, backend, when, warm = sys.argv
+if when == "late hook":
+    atexit.register(lambda: late())
+import numpy as np
+from taskcarrier import DynamicParallelMapper, last_report, map_array
+
+def twice(x):
+    return 2 * x
+
+def late():
+    if when == "thread":
+        threading.main_thread().join()
+    for n in (2, 3):
+        mapper = DynamicParallelMapper(n, backend=backend)
+        expected = [*range(0, 12, 2)]
+        found = map_array(twice, np.arange(6), n_jobs=n, backend=backend)
+        assert found.tolist() == expected
+        assert mapper.map(twice, range(6)) == expected
+        assert list(mapper.imap(twice, range(6))) == expected
+        print(last_report().backend)
+
+if __name__ == "__main__":
+    if warm == "warm":
+        map_array(twice, np.arange(6), n_jobs=2, backend=backend)
+    if when == "thread":
+        threading.Thread(target=late).start()
+    elif when == "hook":
+        atexit.register(late)
+"""
+
+
+@pytest.mark.fault(47)
+@pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
+@pytest.mark.parametrize(
+    ("when", "warm"),
+    [("thread", "cold"), ("thread", "warm"), ("hook", "cold"), ("late hook", "warm")],
+)
+def test_maps_after_the_end_of_the_main_thread(backend, when, warm, tmp_path):
+    refused = (3, 12) <= sys.version_info < (3, 12, 2)  # Python itself: has_threads
+    where = "sequential" if backend == "threading" and refused else backend
+    assert run_script(tmp_path, LATE, backend, when, warm).split() == [where, where]
+
+
+def test_what_python_takes_no_hooks_for_is_registered_for_the_end(tmp_path):
+    code = """
+import threading
+from taskcarrier.workers.choose import _late_hooks
+
+def late():
+    threading.main_thread().join()
+    register = threading._register_atexit
+    with _late_hooks():
+        threading._register_atexit(print, "at the end")
+    assert threading._register_atexit is register
+    print("registered")
+
+threading.Thread(target=late).start()
+"""
+    assert run_script(tmp_path, code).splitlines() == ["registered", "at the end"]
+
+
+INTERRUPTED = """
+import builtins, signal, sys, threading
+import numpy as np
+from taskcarrier import map_array
+
+imported, whole = [], builtins.__import__
+
+def interrupting(name, *rest):
+    module = whole(name, *rest)
+    if name.startswith("asyncio") and not imported:
+        imported.append(threading.current_thread())
+        signal.raise_signal(signal.SIGINT)  # which is handled in the main thread
+    return module
+
+builtins.__import__ = interrupting
+try:
+    map_array(abs, np.arange(3.0), n_jobs=2, backend=sys.argv[1])
+except KeyboardInterrupt:
+    print("interrupted")
+assert imported != [threading.main_thread()]
+print(map_array(np.sqrt, np.arange(3.0) ** 2, n_jobs=2, backend=sys.argv[1]))
+"""
+
+
+@pytest.mark.fault(44)
+@pytest.mark.parametrize("backend", ["threading", "loky"])
+def test_an_interrupt_leaves_no_module_half_imported(backend, tmp_path):
+    told = run_script(tmp_path, INTERRUPTED, backend)
+    assert told.splitlines() == ["interrupted", "[0. 1. 2.]"]

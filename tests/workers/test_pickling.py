@@ -1,0 +1,260 @@
+"""Parcels: what travels to a worker, and what comes back."""
+
+import os
+import pickle
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from taskcarrier.memory.segments import Segment
+from taskcarrier.memory.staging import Staging
+from taskcarrier.system.descriptors import own
+from taskcarrier.workers import pickling
+from taskcarrier.workers.call import Call
+from taskcarrier.workers.pickling import pack, pack_apart, pack_items, unpack
+
+SMALL = pickling._SHARED_NBYTES // 8 - 1
+LARGE = pickling._SHARED_NBYTES // 8
+
+
+sent = []
+
+
+@pytest.fixture(autouse=True)
+def _parcels_live_as_long_as_the_run():
+    yield
+    sent.clear()
+
+
+def travelled(task):
+    """A task as it arrives, and the bytes that were copied beside the pickle."""
+    staging = Staging()
+    parcel = pack(task, staging)
+    sent.append(parcel)
+    return unpack(parcel.data, [own(os.dup(fd)) for fd in parcel.fds]), staging.nbytes
+
+
+def module_level(x):
+    return x + 1
+
+
+class Scale:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, x):
+        return x * self.factor
+
+
+class TestFunctions:
+    @pytest.mark.parametrize("func", [module_level, np.sqrt, len, Scale, np.linalg.norm])
+    def test_importable_ones_arrive_as_themselves(self, func):
+        arrived, nbytes = travelled(Call(func))
+        assert arrived == Call(func, (), {})
+        assert nbytes == 0
+
+    def test_lambdas_and_closures_arrive_as_they_are_now(self):
+        factor = 3
+
+        def closure(x):
+            return x * factor
+
+        arrived = travelled((Call(lambda x: x - 1), Call(closure)))[0]
+        factor = 100
+        assert [call.func(7) for call in arrived] == [6, 21]
+
+    def test_bound_and_local_objects(self):
+        class Local:
+            def method(self, x):
+                return x + 2
+
+        assert travelled(Call(Local().method))[0].func(7) == 9
+        assert travelled(Call(Scale(4)))[0].func(7) == 28
+
+    def test_arguments(self):
+        arrived, _ = travelled(Call(module_level, (1, "a"), {"key": [2.5]}))
+        assert (arrived.args, arrived.kwargs) == ((1, "a"), {"key": [2.5]})
+
+    def test_what_cannot_be_pickled(self):
+        with pytest.raises(TypeError, match="lock") as info:
+            pack(Call(module_level, (threading.Lock(),)), Staging())
+        (note,) = info.value.__notes__
+        assert "could not pickle the function or its arguments" in note
+        assert "backend='threading'" in note
+
+
+class TestArrays:
+    def test_large_ones_travel_beside_the_pickle(self):
+        array = np.arange(float(LARGE))
+        staging = Staging()
+        parcel = pack(Call(module_level, (array,)), staging)
+        assert staging.nbytes == array.nbytes
+        assert len(parcel.data) < 2000
+        assert len(parcel.fds) == 1
+
+    def test_small_ones_travel_inside(self):
+        array = np.arange(float(SMALL))
+        staging = Staging()
+        parcel = pack(Call(module_level, (array,)), staging)
+        assert (staging.nbytes, parcel.fds) == (0, [])
+        assert np.array_equal(unpack(parcel.data, []).args[0], array)
+
+    @pytest.mark.parametrize("length", [SMALL, LARGE])
+    def test_arrive_writable_and_private(self, length):
+        array = np.arange(float(length))
+        staging = Staging()
+        parcel = pack(Call(module_level, (array,)), staging)
+        one, other = (
+            unpack(parcel.data, [own(os.dup(fd)) for fd in parcel.fds]).args[0] for _ in range(2)
+        )
+        one[5] = -1
+        assert one[5] == -1
+        assert other[5] == array[5] == 5
+        assert np.array_equal(other, array)
+
+    def test_in_closures(self):
+        array = np.arange(float(LARGE))
+        arrived, nbytes = travelled(Call(lambda: array))
+        assert nbytes == array.nbytes
+        assert np.array_equal(arrived.func(), array)
+        arrived.func()[0] = 5
+        assert array[0] == 0
+
+    @pytest.mark.parametrize(
+        "array",
+        [
+            np.asfortranarray(np.arange(4.0 * LARGE).reshape(4, LARGE)),
+            np.arange(3.0 * LARGE)[::3],
+            np.arange(2.0 * LARGE).reshape(2, LARGE)[:, ::-1],
+            np.broadcast_to(np.arange(5.0), (LARGE, 5)),
+            np.array([[1], "two", None] * LARGE, dtype=object),
+            np.array(["x" * 20] * LARGE),
+            np.zeros(LARGE, [("a", ">i2"), ("b", "M8[s]")]),
+            np.empty((0, 5)),
+            np.array(3.0),
+        ],
+        ids=range(9),
+    )
+    def test_any_layout_and_dtype(self, array):
+        arrived = travelled(Call(module_level, (array,)))[0].args[0]
+        assert arrived.dtype == array.dtype
+        assert arrived.shape == array.shape
+        assert np.array_equal(arrived, array)
+
+    def test_several_keep_apart(self):
+        arrays = {n: np.arange(float(n)) for n in (LARGE, SMALL, 3 * LARGE, 5, 2 * LARGE)}
+        arrived = travelled(Call(module_level, tuple(arrays.values()), {"more": arrays}))[0]
+        for array, one in zip(arrays.values(), arrived.args, strict=True):
+            assert np.array_equal(one, array)
+            assert arrived.kwargs["more"][len(array)] is one
+
+    def test_read_only_ones_stay_read_only(self):
+        array = np.arange(float(LARGE))
+        array.flags.writeable = False
+        assert not travelled(Call(module_level, (array,)))[0].args[0].flags.writeable
+
+    def test_other_large_buffers(self):
+        block = bytearray(os.urandom(8 * LARGE))
+        arrived, nbytes = travelled(Call(module_level, (pickle.PickleBuffer(block),)))
+        assert nbytes == len(block)
+        assert bytes(arrived.args[0]) == block
+
+
+class TestApart:
+    def test_large_arrays_are_taken_apart_as_they_lie(self):
+        large, small = np.arange(float(LARGE)).reshape(2, -1).T, np.arange(3)
+        own, shared, *blocks = pack_apart(lambda x: x + small, {"large": large, "small": small})
+        assert [block.nbytes for block in blocks] == [large.nbytes]
+        assert blocks[0].readonly
+        found = pickle.loads(shared, buffers=blocks)
+        assert np.shares_memory(found["large"], large)
+        assert np.array_equal(found["large"], large)
+        assert np.array_equal(found["small"], small)
+        assert pickle.loads(own)(1).tolist() == [1, 2, 3]
+
+    def test_what_becomes_a_worker_s_own_stays_in_its_pickle(self):
+        mine = np.zeros(LARGE)
+        own, shared, *blocks = pack_apart(lambda: mine, {"rows": np.zeros((2, LARGE))[:, ::2]})
+        assert blocks == []
+        arrived = pickle.loads(own)()
+        assert arrived.flags.writeable
+        assert pickle.loads(shared)["rows"].shape == (2, LARGE // 2)
+
+
+class TestSegments:
+    def test_travel_by_descriptor(self):
+        staging = Staging()
+        array = np.arange(100.0)
+        (view,) = staging.share([array])
+        parcel = pack({"one": view, "again": view, "segment": view.segment}, staging)
+        assert parcel.fds == [view.segment.fd]
+        arrived = unpack(parcel.data, [own(os.dup(fd)) for fd in parcel.fds])
+        assert arrived["one"].segment is arrived["again"].segment is arrived["segment"]
+        assert np.array_equal(arrived["one"].open("read"), array)
+        arrived["one"].open("write")[7] = -1
+        assert view.open("read")[7] == -1
+
+    def test_several(self, tmp_path):
+        made = [Segment.create(), Segment.create(str(tmp_path)), Segment.create()]
+        for n, segment in enumerate(made):
+            segment.reserve(100 * (n + 1))
+        staging = Staging()
+        (view,) = staging.share([np.arange(10.0)])
+        parcel = pack([made[2], view, *made], staging)
+        assert parcel.segments == [made[2], view.segment, made[0], made[1]]
+        arrived = unpack(parcel.data, [own(os.dup(fd)) for fd in parcel.fds])
+        assert [os.fstat(s.fd).st_ino for s in arrived[2:]] == [os.fstat(s.fd).st_ino for s in made]
+        assert [s.on_disk for s in arrived[2:]] == [False, True, False]
+        assert [s.nbytes for s in arrived[2:]] == [100, 200, 300]
+        assert arrived[0] is arrived[4]
+
+    def test_descriptors_belong_to_whoever_unpacks(self):
+        staging = Staging()
+        (view,) = staging.share([np.arange(10.0)])
+        parcel = pack(view, staging)
+        fd = os.dup(parcel.fds[0])
+        arrived = unpack(parcel.data, [own(fd)])
+        assert os.fstat(fd)
+        del arrived
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+    def test_a_parcel_keeps_its_segments(self):
+        parcel = pack(Call(module_level, (np.arange(float(LARGE)),)), Staging())
+        assert os.fstat(parcel.fds[0]).st_size >= 8 * LARGE
+
+
+class TestItems:
+    @pytest.mark.parametrize("items", [[1, "two", None], (3.5,), {"a": b"b"}, Ellipsis])
+    def test_plain_data(self, items):
+        assert pickle.loads(pack_items(items)) == items
+
+    def test_what_pickle_does_not_take(self):
+        factor = 3
+        assert pickle.loads(pack_items([lambda x: x * factor]))[0](7) == 21
+
+    def test_objects_of_main_travel_whole(self, monkeypatch):
+        namespace = {"__name__": "__main__"}
+        exec("class Thing:\n    value = 7", namespace)
+        kind = namespace["Thing"]
+        monkeypatch.setattr(sys.modules["__main__"], "Thing", kind, raising=False)
+        packed = pack_items([kind()])
+        monkeypatch.delattr(sys.modules["__main__"], "Thing")
+        assert pickle.loads(packed)[0].value == 7
+
+    def test_the_error_for_what_nothing_takes(self):
+        with pytest.raises(TypeError, match="lock"):
+            pack_items([threading.Lock()])
+
+
+def n_open():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def ready(channel):
+    """The bytes of all whole messages that have come, and whether more may come."""
+    open_ = channel.read()
+    return [data for data, _ in channel.messages()], open_

@@ -1,0 +1,506 @@
+"""Crews are lent, kept warm, and ended when nobody needs them."""
+
+import errno
+import os
+import threading
+import time
+
+import numba
+import numpy as np
+import psutil
+import pytest
+
+import taskcarrier
+from taskcarrier import (
+    DynamicParallelMapper,
+    StaticParallelMapper,
+    last_report,
+    map_array,
+    map_chunks,
+    map_items,
+    reduce_array,
+)
+from taskcarrier.memory.staging import Staging
+from taskcarrier.scheduling.balance import Dynamic
+from taskcarrier.scheduling.grid import Grid
+from taskcarrier.workers import pools as module
+from taskcarrier.workers.call import Call
+from taskcarrier.workers.pickling import pack
+from taskcarrier.workers.pools import held_warm, process_crew, shutdown, thread_crew
+from taskcarrier.workers.processes import pool
+from taskcarrier.workers.records import Account
+from taskcarrier.workers.task import Job
+from taskcarrier.workers.threads import ThreadCrew
+
+LONG = 60  # seconds that no test waits for
+LENDERS = {"threading": thread_crew, "loky": process_crew}
+
+
+class Calls:
+    def __init__(self, call):
+        self.call = call
+
+    def open(self, agree):
+        return self
+
+    def __call__(self, start, stop):
+        return self.call.func()
+
+    def facts(self):
+        return None
+
+
+def where():
+    return os.getpid(), threading.current_thread().name
+
+
+def run(crew, func=where, n_workers=2):
+    delivered = []
+    job = Job(Calls(Call(func)), Dynamic(), Grid(n_workers, 1), n_workers)
+    parcel = () if crew.shares_memory else (pack(job, Staging()),)
+    crew.run(job, *parcel, lambda _, result: delivered.append(result), None)
+    return delivered
+
+
+def workers(crew):
+    """What is alive of a crew."""
+    if crew.shares_memory:
+        return [w.thread for w in crew._workers.values() if w.thread.is_alive()]
+    return [w.pid for w in crew._workers.values() if psutil.pid_exists(w.pid)]
+
+
+def crews():
+    """All there are."""
+    return [place.crew for place in module._crews._places]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def keepers():
+    return [t for t in threading.enumerate() if t.name == "taskcarrier-keeper"]
+
+
+def limit_starts(monkeypatch, backend, n):
+    """From now on only so many workers can be started, as where the system allows no more."""
+    left = iter(range(n))
+    if backend == "threading":
+        start = threading.Thread.start
+
+        def started(thread):
+            if thread.name.startswith("ThreadPoolExecutor-") and next(left, None) is None:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", started)
+        return
+    process = pool.WorkerProcess
+
+    def made(*args):
+        if next(left, None) is None:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return process(*args)
+
+    monkeypatch.setattr(pool, "WorkerProcess", made)
+
+
+CALLS = {
+    "map_array": lambda run: map_array(np.negative, np.arange(40.0), chunksize=1, **run),
+    "map_items": lambda run: map_items(np.negative, np.arange(40.0), chunksize=1, **run),
+    "map_chunks": lambda run: map_chunks(len, np.arange(40.0), chunksize=1, **run),
+    "map": lambda run: StaticParallelMapper(**run).map(abs, range(40)),
+    "imap": lambda run: list(DynamicParallelMapper(**run).imap(time.sleep, [0.2] * 40)),
+}
+
+
+@pytest.mark.fault(43)
+@pytest.mark.parametrize("call", CALLS)
+class TestTooManyWorkers:
+    @pytest.mark.parametrize("backend", LENDERS)
+    def test_one_error_and_none_stay(self, call, backend, monkeypatch):
+        before = set(threading.enumerate()), set(psutil.Process().children(recursive=True))
+        map_array(np.negative, np.arange(2.0), n_jobs=2, backend=backend)
+        shutdown()
+        limit_starts(monkeypatch, backend, 3)
+        started = RuntimeError if backend == "threading" else BlockingIOError
+        with pytest.raises(started) as info:
+            CALLS[call]({"n_jobs": 30, "backend": backend})
+        (note,) = [one for one in info.value.__notes__ if "could be started" in one]
+        assert note.startswith("only 3 of 30 ")
+        assert "pass a smaller n_jobs" in note
+        wait_until(lambda: not crews())
+        # Without `shutdown`.
+        wait_until(lambda: not set(threading.enumerate()) - before[0] - set(keepers()))
+        trackers = 2  # of multiprocessing and of loky
+        wait_until(
+            lambda: len(set(psutil.Process().children(recursive=True)) - before[1]) <= trackers
+        )
+
+    @pytest.mark.parametrize("backend", LENDERS)
+    def test_the_next_call_may_have_fewer(self, call, backend, monkeypatch):
+        limit_starts(monkeypatch, backend, 3)
+        with pytest.raises((RuntimeError, BlockingIOError)):
+            CALLS[call]({"n_jobs": 30, "backend": backend})
+        monkeypatch.undo()
+        limit_starts(monkeypatch, backend, 2)
+        CALLS["map_array"]({"n_jobs": 2, "backend": backend})
+        assert last_report().n_jobs == 2
+
+
+@pytest.mark.fault(43)
+def test_without_a_keeper_nothing_is_kept(lend, monkeypatch):
+    start = threading.Thread.start
+
+    def started(thread):
+        if thread.name == "taskcarrier-keeper":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", started)
+    with lend(2) as crew:
+        assert len(run(crew)) == 2
+    wait_until(lambda: not workers(crew))
+    assert not crews()
+
+
+THREE_OF_FIVE_HUNDRED = {
+    "map_array": lambda run: map_array(np.negative, np.arange(3.0), **run),
+    "map_items": lambda run: map_items(np.negative, np.arange(3.0), **run),
+    "fused": lambda run: map_items(numba.njit(lambda x: -x), np.arange(3.0), **run),
+    "map_chunks": lambda run: map_chunks(len, np.arange(3.0), **run),
+    "reduce_array": lambda run: reduce_array(np.sum, np.arange(3.0), combine=np.add, **run),
+    "map": lambda run: StaticParallelMapper(**run).map(abs, range(3)),
+    "imap": lambda run: list(DynamicParallelMapper(**run).imap(abs, range(3))),
+}
+
+
+@pytest.mark.fault(43)
+@pytest.mark.parametrize("call", THREE_OF_FIVE_HUNDRED)
+@pytest.mark.parametrize("backend", LENDERS)
+def test_no_more_workers_are_started_than_there_are_tasks(call, backend):
+    THREE_OF_FIVE_HUNDRED[call]({"n_jobs": 500, "backend": backend})
+    (crew,) = crews()
+    assert 1 <= len(workers(crew)) <= 3
+    assert last_report().n_jobs <= 3
+
+
+@pytest.fixture(autouse=True)
+def no_crews():
+    """Nothing is warm before, nor after."""
+    shutdown()
+    yield
+    shutdown()
+
+
+@pytest.fixture(params=LENDERS)
+def lend(request):
+    return LENDERS[request.param]
+
+
+class TestLending:
+    def test_where_work_is_done(self):
+        with thread_crew(2) as threads, process_crew(2) as pool:
+            assert {pid for pid, _ in run(threads)} == {os.getpid()}
+            assert os.getpid() not in {pid for pid, _ in run(pool)}
+
+    def test_the_same_crew_again(self, lend):
+        with lend(2) as crew:
+            run(crew)
+            before = workers(crew)
+        with lend(2) as again:
+            run(again)
+            assert again is crew
+            assert workers(again) == before
+        assert len(before) == 2
+
+    def test_after_an_error_too(self, lend):
+        with pytest.raises(KeyError), lend(2) as crew:
+            raise KeyError
+        with lend(2) as again:
+            assert again is crew
+
+    @pytest.mark.parametrize("other", [1, 3])
+    def test_another_crew_for_other_numbers(self, lend, other):
+        with lend(2) as crew:
+            pass
+        with lend(other) as another:
+            assert another is not crew
+
+    def test_another_crew_for_another_backend(self):
+        with thread_crew(2) as threads:
+            pass
+        with process_crew(2) as pool:
+            assert pool is not threads
+
+    def test_runs_that_overlap_get_different_crews(self, lend):
+        with lend(2) as one, lend(2) as other:
+            assert one is not other
+            run(one)
+            run(other)
+            assert not set(workers(one)) & set(workers(other))
+        with lend(2) as again:
+            assert again in (one, other)
+
+    def test_the_one_used_last_is_lent_first(self, lend):
+        with lend(2) as one, lend(2) as other:
+            assert one is not other
+        with lend(2) as again:
+            assert again is one  # it came back last
+
+    def test_many_threads_lend(self):
+        taken = []
+        begin = threading.Barrier(6)
+
+        def borrow():
+            begin.wait(LONG)
+            for _ in range(20):
+                with thread_crew(1) as crew:
+                    assert crew not in in_use
+                    in_use.add(crew)
+                    taken.append(crew)
+                    run(crew, n_workers=1)
+                    in_use.discard(crew)
+
+        in_use = set()
+        threads = [threading.Thread(target=borrow) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(taken) == 120
+        assert len(set(taken)) <= 6
+
+
+@pytest.mark.fault(44)
+class TestLost:
+    def test_a_lease_that_is_gone_frees_its_crew(self):
+        lease = module._crews.take(("threading", 2, True, ()))
+        crew = lease.place.crew
+        del lease
+        with thread_crew(2) as again:
+            assert again is crew
+
+    def test_ended_if_another_was_made_meanwhile(self):
+        lost = module._crews.take(("threading", 2, True, ()))
+        gone = workers(lost.place.crew)
+        with thread_crew(2) as other:
+            run(other)
+        del lost
+        wait_until(lambda: crews() == [other])
+        wait_until(lambda: not any(thread.is_alive() for thread in gone))
+
+    def test_a_crew_that_has_ended_is_lent_no_more(self):
+        with thread_crew(2):
+            (place,) = module._crews._places
+        shutdown()
+        assert place.lent(lambda _: None) is None
+
+    def test_a_crew_whose_threads_are_left_at_work_is_whole_again(self):
+        go_on = threading.Event()
+        crew = ThreadCrew(2)
+        begun = []
+
+        def waits():
+            begun.append(threading.current_thread())
+            go_on.wait(LONG)
+
+        job = Job(Calls(Call(waits)), Dynamic(), Grid(2, 1), 2)
+        crew._have(2)
+        for number in range(2):  # as if the caller had been stopped just after
+            crew._begin(number, job, lambda: (waits(), Account(0))[1], lambda _: None)
+        wait_until(lambda: len(begun) == 2)
+        assert len(run(crew)) == 2
+        go_on.set()
+        for thread in begun:
+            thread.join(LONG)
+            assert not thread.is_alive()
+        crew.close()
+
+
+class TestIdle:
+    @pytest.fixture
+    def impatient(self, monkeypatch):
+        monkeypatch.setattr(module, "IDLE_SECONDS", 0.05)
+
+    @pytest.mark.usefixtures("impatient")
+    def test_idle_crews_end(self, lend):
+        with lend(2) as crew:
+            run(crew)
+            found = workers(crew)
+        wait_until(lambda: not workers(crew) and not keepers())
+        assert len(found) == 2
+        with lend(2) as another:
+            assert another is not crew
+            assert len(run(another)) == 2
+
+    @pytest.mark.usefixtures("impatient")
+    def test_not_while_lent(self, lend):
+        with lend(2) as crew:
+            with thread_crew(1):
+                pass  # the keeper is at work
+            wait_until(lambda: crews() == [crew])
+            assert len(run(crew)) == 2
+
+    def test_not_before_their_time(self, lend):
+        assert module.IDLE_SECONDS == 300
+        with lend(2) as crew:
+            run(crew)
+        time.sleep(0.1)
+        assert len(workers(crew)) == 2
+        assert len(keepers()) == 1
+
+    @pytest.mark.usefixtures("impatient")
+    def test_held_warm(self):
+        with held_warm():
+            with held_warm(), thread_crew(2) as crew:
+                run(crew)
+            (keeper,) = keepers()
+            time.sleep(1.3)  # the keeper looks every second at most
+            assert len(workers(crew)) == 2
+            assert keeper.is_alive()
+            with thread_crew(2) as again:
+                assert again is crew
+        wait_until(lambda: not workers(crew))
+
+    def test_held_warm_ends_with_an_error(self):
+        with pytest.raises(KeyError), held_warm():
+            raise KeyError
+        assert not module._crews._held_warm
+
+
+class TestShutdown:
+    def test_idle_workers_are_gone(self, lend):
+        with lend(2) as crew:
+            run(crew)
+        assert len(workers(crew)) == 2
+        shutdown()
+        assert workers(crew) == []
+        assert keepers() == []
+
+    def test_a_keeper_that_cannot_start_is_tried_again(self, monkeypatch):
+        def refuse(thread):
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            lent = process_crew(2)
+            with process_crew(1) as other:
+                pass
+            assert other not in crews()
+            assert keepers() == []
+        with lent as crew:
+            assert len(run(crew)) == 2
+        assert crews() == [crew]
+        assert len(keepers()) == 1
+
+    def test_a_keeper_that_has_only_just_started_ends_too(self):
+        with module._crews._keeping:  # before the keeper comes to wait
+            take = threading.Thread(target=module._crews.take, args=[("threading", 1, True, ())])
+            take.start()
+            wait_until(crews)
+        take.join()
+        shutdown()
+        assert keepers() == []
+
+    def test_is_public(self):
+        assert taskcarrier.shutdown is shutdown
+
+    def test_twice(self, lend):
+        with lend(1):
+            pass
+        shutdown()
+        shutdown()
+        assert crews() == []
+
+    def test_busy_ones_finish_and_stay_warm(self, lend):
+        with lend(2) as crew:
+            run(crew)
+            shutdown()
+            assert len(run(crew)) == 2
+        with lend(2) as again:
+            assert again is crew
+
+    def test_under_held_warm_too(self, lend):
+        with held_warm():
+            with lend(1) as crew:
+                run(crew, n_workers=1)
+            shutdown()
+            assert workers(crew) == []
+
+    def test_at_exit_only_in_the_process_that_owns_them(self, lend):
+        with lend(1) as crew:
+            run(crew, n_workers=1)
+        module._at_exit(owner=-1)
+        assert len(workers(crew)) == 1
+        module._at_exit(owner=os.getpid())
+        wait_until(lambda: not workers(crew))
+
+
+# Python 3.12 warns of any fork beside threads; this is about what such a child finds.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+class TestFork:
+    @staticmethod
+    def in_child(check):
+        """What a forked child says."""
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.close(reading)
+                os.write(writing, repr(check()).encode())
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as answer:
+            said = answer.read()
+        os.waitpid(pid, 0)
+        return said
+
+    def test_a_child_starts_without_crews(self, lend):
+        with lend(2) as crew:
+            run(crew)
+
+        def check():
+            return len(crews()), len(crew._workers)
+
+        assert self.in_child(check) == "(0, 0)"
+        assert len(workers(crew)) == 2
+        with lend(2) as again:
+            assert again is crew
+            assert len(run(again)) == 2
+
+    def test_a_child_of_a_busy_parent(self, lend):
+        def check():
+            return len(crews()), bool(module._crews._held_warm)
+
+        with held_warm(), lend(2) as crew:
+            run(crew)
+            assert self.in_child(check) == "(0, False)"
+            assert len(run(crew)) == 2
+
+    def test_a_child_has_crews_of_its_own(self):
+        with thread_crew(2) as crew:
+            run(crew)
+
+        def check():
+            with thread_crew(2) as own:
+                return own is crew, {pid for pid, _ in run(own)} == {os.getpid()}
+
+        assert self.in_child(check) == "(False, True)"
+
+    def test_a_child_s_end_ends_nobody(self, lend):
+        with lend(2) as crew:
+            run(crew)
+
+        def check():
+            module._at_exit()
+            shutdown()
+            return "done"
+
+        assert self.in_child(check) == "'done'"
+        assert len(workers(crew)) == 2
+        assert len(run(crew)) == 2

@@ -1,0 +1,85 @@
+"""Results and errors of a range on their way to the caller."""
+
+import gc
+import pickle
+import weakref
+
+import numpy as np
+
+from taskcarrier.errors import TaskError
+from taskcarrier.workers.pickling import pack_items, unpack_items
+from taskcarrier.workers.records import Parts
+
+
+class Thing:
+    pass
+
+
+class UnsendableError(Exception):
+    def __reduce__(self):
+        raise TypeError("stays where it is")
+
+
+def raised(error):
+    """An error with a traceback, whose frame refers to a thing; and whether that is still there."""
+    thing = Thing()
+    there = weakref.ref(thing)
+    try:
+        raise error
+    except type(error):
+        return there
+
+
+def test_results_and_faults_arrive():
+    parts = Parts(
+        [(slice(0, 2), [np.arange(2.0)]), (np.array([3, 5]), ["a", "b"])],
+        [(2, 3, ValueError("no", 3)), (4, 5, KeyError("k"))],
+    )
+    arrived = unpack_items(pack_items(parts))
+    (where, (array,)), (positions, words) = arrived.results
+    assert where == slice(0, 2)
+    assert array.tolist() == [0.0, 1.0]
+    assert (positions.tolist(), words) == ([3, 5], ["a", "b"])
+    assert [fault[:2] for fault in arrived.faults] == [(2, 3), (4, 5)]
+    assert [repr(fault[2]) for fault in arrived.faults] == ["ValueError('no', 3)", "KeyError('k')"]
+
+
+def test_faults_arrive_with_the_traceback_they_had():
+    error = ValueError("no")
+    raised(error)
+    ((_, _, arrived),) = pickle.loads(pickle.dumps(Parts([], [(0, 1, error)]))).faults
+    assert "in raised" in str(arrived.__cause__)
+
+
+def test_a_fault_that_cannot_travel_is_replaced():
+    ((_, _, arrived),) = pickle.loads(
+        pickle.dumps(Parts([], [(0, 1, UnsendableError("no"))]))
+    ).faults
+    assert type(arrived) is TaskError
+    assert arrived.type_name == f"{__name__}.UnsendableError"
+
+
+def test_pickled_twice_is_the_same():
+    error = ValueError("no")
+    raised(error)
+    parts = Parts([(slice(0, 1), "result")], [(1, 2, error)])
+    first, second = (pickle.loads(pickle.dumps(parts)) for _ in range(2))
+    assert first.results == second.results
+    # The traceback is gone after the first time, but not its text.
+    assert "in raised" in str(second.faults[0][2].__cause__)
+    assert str(first.faults[0][2].__cause__) == str(second.faults[0][2].__cause__)
+
+
+def test_packed_errors_hold_nothing_in_the_worker():
+    inner, outer = ValueError("inner"), LookupError("outer")
+    things = [raised(inner), raised(outer)]
+    outer.__cause__ = inner
+    gc.disable()
+    try:
+        assert all(thing() is not None for thing in things)
+        packed = pickle.dumps(Parts([], [(0, 1, outer)]))
+        assert [thing() for thing in things] == [None, None]
+    finally:
+        gc.enable()
+    ((_, _, arrived),) = pickle.loads(packed).faults
+    assert repr(arrived) == "LookupError('outer')"

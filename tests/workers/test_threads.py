@@ -1,0 +1,498 @@
+"""Crews of threads."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager, suppress
+
+import joblib
+import numpy as np
+import pytest
+
+from taskcarrier import map_array, map_items
+from taskcarrier.arrays.outputs import buffers, writer
+from taskcarrier.arrays.outputs.buffers import CallIsOverError, LocalAllocation
+from taskcarrier.memory.segments import Segment, SharedView
+from taskcarrier.scheduling.balance import Dynamic, Static
+from taskcarrier.scheduling.grid import Grid
+from taskcarrier.scheduling.ledger import DONE
+from taskcarrier.scheduling.retries import Recovery
+from taskcarrier.workers import threads as module
+from taskcarrier.workers.loop import in_worker
+from taskcarrier.workers.task import NOTHING, Job
+from taskcarrier.workers.threads import ThreadCrew
+from tests.clocks import stopped_clock
+
+BALANCES = [Static(), Dynamic()]
+LONG = 60  # seconds that no test waits for
+
+
+@pytest.fixture
+def crew():
+    made = ThreadCrew(3)
+    yield made
+    made.close()
+
+
+class Calls:
+    """A task that calls a function of the range; open already."""
+
+    def __init__(self, func):
+        self.func = func
+
+    def open(self, agree):
+        return self
+
+    def __call__(self, start, stop):
+        return self.func(start, stop)
+
+    def facts(self):
+        return threading.current_thread().name
+
+
+def run(crew, func, *, balance=None, n_items=20, n_workers=3, tick=None, **others):
+    delivered = []
+    job = Job(Calls(func), balance or Dynamic(), Grid(n_items, 2), n_workers, **others)
+    ran = crew.run(job, lambda *one: delivered.append(one), tick)
+    assert ran.deaths == []
+    return ran.accounts, sorted(delivered), ran
+
+
+def both(start, stop):
+    return start, stop
+
+
+def started(crew):
+    """A crew of three whose threads are there."""
+    run(crew, both)
+    return crew
+
+
+def threads_of(crew):
+    return [crew._workers[number].thread for number in sorted(crew._workers)]
+
+
+@pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.name)
+class TestRun:
+    def test_every_cell_is_delivered_once(self, crew, balance):
+        accounts, delivered, _ = run(crew, both, balance=balance)
+        assert delivered == [(start, (start, start + 2)) for start in range(0, 20, 2)]
+        assert sum(account.items for account in accounts) == 20
+        assert sum(account.ranges for account in accounts) == 10
+        assert all(account.failure is None for account in accounts)
+
+    def test_accounts_in_order_of_the_workers(self, crew, balance):
+        gate = threading.Barrier(3)  # everybody takes part
+
+        def meet(start, stop):
+            if start < 2 * 3 or balance == Static():
+                gate.wait(LONG)
+
+        n_items = 6 if balance == Dynamic() else 18
+        accounts, _, _ = run(crew, meet, balance=balance, n_items=n_items)
+        assert [account.worker for account in accounts] == [0, 1, 2]
+        assert [account.name for account in accounts] == ["thread 0", "thread 1", "thread 2"]
+        names = [account.facts for account in accounts]
+        assert names == [f"ThreadPoolExecutor-taskcarrier-{n}" for n in range(3)]
+
+    def test_fewer_workers_than_threads(self, crew, balance):
+        accounts, delivered, _ = run(crew, both, balance=balance, n_workers=2)
+        assert [account.worker for account in accounts] == [0, 1]
+        assert len(delivered) == 10
+
+    def test_the_same_threads_again(self, crew, balance):
+        seen = set()
+
+        def look(start, stop):
+            seen.add(threading.current_thread())
+            return NOTHING
+
+        for _ in range(5):
+            _, delivered, _ = run(crew, look, balance=balance)
+            assert delivered == []
+        assert seen <= {worker.thread for worker in crew._workers.values()}
+
+    def test_a_failure_stops_the_others(self, crew, balance):
+        error = ValueError("no")
+
+        def fail(start, stop):
+            if start == 0:
+                raise error
+            while not failed.wait(0.01):
+                pass
+
+        failed = threading.Event()
+        timer = threading.Timer(0.2, failed.set)
+        timer.start()
+        accounts, delivered, ran = run(crew, fail, balance=balance, n_items=2000)
+        timer.join()
+        failures = [account.failure for account in accounts if account.failure is not None]
+        assert [(failure.range, failure.error) for failure in failures] == [((0, 2), error)]
+        assert ran.halted
+        assert len(delivered) < 1000
+
+    def test_the_crew_is_good_after_a_failure(self, crew, balance):
+        for error in (SystemExit(3), KeyboardInterrupt(), ValueError("no")):
+
+            def fail(start, stop, error=error):
+                raise error
+
+            accounts, _, _ = run(crew, fail, balance=balance)
+            assert error in [account.failure and account.failure.error for account in accounts]
+        assert len(run(crew, both, balance=balance)[1]) == 10
+
+    def test_cells_marked_by_an_earlier_run_are_left_out(self, crew, balance):
+        segment = Segment.create()
+        segment.reserve(10)
+        view = SharedView(segment, 0, (10,), (1,), np.dtype(np.uint8))
+        marks = view.open("write")
+        marks[[0, 3, 9]] = DONE
+        accounts, delivered, _ = run(crew, both, balance=balance, marks=view)
+        assert [start // 2 for start, _ in delivered] == [1, 2, 4, 5, 6, 7, 8]
+        assert sum(account.items for account in accounts) == 14
+        assert marks.all()
+
+    def test_a_range_that_takes_too_long_is_run_to_its_end(self, crew, balance, monkeypatch):
+        clock = stopped_clock(monkeypatch)
+        finished = []
+
+        def slow(start, stop):
+            if start == 4:
+                clock.sleep(0.3)
+            finished.append(start)
+            return start
+
+        accounts, _, ran = run(crew, slow, balance=balance, recovery=Recovery(timeout=0.2))
+        (failure,) = [account.failure for account in accounts if account.failure is not None]
+        assert failure.range == (4, 6)
+        assert isinstance(failure.error, TimeoutError)
+        assert 4 in finished
+        assert ran.halted
+
+
+class TestInside:
+    def test_workers_know_that_they_are(self, crew):
+        _, delivered, _ = run(crew, lambda *_: in_worker())
+        assert {found for _, found in delivered} == {True}
+        assert not in_worker()
+
+    def test_joblib_is_serial(self, crew):
+        def look(start, stop):
+            parallel = joblib.Parallel()
+            return type(parallel._backend).__name__, parallel.n_jobs
+
+        _, delivered, _ = run(crew, look)
+        assert {found for _, found in delivered} == {("SequentialBackend", 1)}
+
+    def test_inner_threads_are_limited_while_a_run_is_open(self, crew, monkeypatch):
+        seen = []
+
+        class Guard:
+            def open(self):
+                return self
+
+            def __enter__(self):
+                seen.append("in")
+
+            def __exit__(self, *_):
+                seen.append("out")
+
+        monkeypatch.setattr(module, "limited", Guard())
+        run(crew, lambda *_: seen.append("cell"), n_items=2)
+        assert seen == ["in", "cell", "out"]
+
+    def test_daemons_named_like_an_executor_s(self, crew):
+        found = threads_of(started(crew))
+        assert all(thread.daemon for thread in found)
+        assert all(thread.name.startswith("ThreadPoolExecutor-") for thread in found)
+
+    def test_nothing_of_a_run_is_kept(self, crew):
+        class Thing:
+            def __del__(self):
+                gone.set()
+
+        gone = threading.Event()
+        thing = Thing()
+        run(crew, lambda *_, thing=thing: None)
+        del thing
+        assert gone.wait(LONG)
+
+
+class TestWatching:
+    def test_ticks_while_a_run_goes_on(self, crew, monkeypatch):
+        monkeypatch.setattr(module, "TICK", 0.01)
+        release = threading.Event()
+        seen = []
+
+        def tick(ledger):
+            seen.append(ledger.items_done(3))
+            if len(seen) == 3:
+                release.set()
+
+        run(crew, lambda *_: release.wait(LONG) and NOTHING, tick=tick)
+        assert seen[0] == 0
+        assert seen[-1] == 20
+        assert seen == sorted(seen)
+
+    def test_an_interrupted_run_does_not_wait_for_the_stuck(self, crew, monkeypatch):
+        monkeypatch.setattr(module, "TICK", 0.01)
+        release = threading.Event()
+        calls = []
+
+        def stuck(start, stop):
+            calls.append(start)
+            assert release.wait(LONG)
+
+        def interrupt(ledger):
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+
+        before = threads_of(started(crew))
+        with pytest.raises(KeyboardInterrupt):
+            run(crew, stuck, n_items=200, tick=interrupt)
+        assert all(thread.is_alive() for thread in before)  # still in their cells
+        assert len(run(crew, both)[1]) == 10  # by others
+        release.set()
+        for thread in before:
+            thread.join(LONG)
+            assert not thread.is_alive()  # they do not come back,
+        assert len(calls) == 3  # nor take another cell
+
+    def test_those_that_had_reported_stay(self, crew, monkeypatch):
+        monkeypatch.setattr(module, "TICK", 0.01)
+        release = threading.Event()
+        reported = []
+        before = threads_of(started(crew))
+        begin = crew._begin
+
+        def watched(number, job, part, ended):
+            def told(account):
+                ended(account)
+                reported.append(number)
+
+            begin(number, job, part, told)
+
+        monkeypatch.setattr(crew, "_begin", watched)
+
+        def one_is_stuck(start, stop):
+            if start == 0:
+                assert release.wait(LONG)
+
+        def interrupt(ledger):
+            if len(reported) == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(crew, one_is_stuck, balance=Static(), n_items=6, tick=interrupt)
+        assert threads_of(crew) == before[1:]
+        run(crew, both)
+        release.set()
+        assert threads_of(crew)[1:] == before[1:]
+        assert threads_of(crew)[0] not in before
+
+
+@contextmanager
+def left_behind(verb, func, *, n_before, **options):
+    """Interrupt a call whose two threads are in a call of `func`, each after so many.
+
+    Inside, they are still there; what is yielded lets them go on, and waits for their end.
+    """
+    release, caught, calls, stuck = threading.Event(), threading.Event(), Counter(), []
+
+    def waits(items):
+        thread = threading.current_thread()
+        calls[thread] += 1
+        if calls[thread] > n_before:
+            stuck.append(thread)
+            assert release.wait(LONG)
+        return func(items)
+
+    def heard(*_):
+        # Only once, wherever the caller is when further signals come.
+        if not caught.is_set():
+            caught.set()
+            raise KeyboardInterrupt
+
+    def interrupt():
+        deadline = time.monotonic() + LONG
+        while len(stuck) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        # Python misses a signal that comes just before it begins to wait for a lock.
+        while not caught.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+            caught.wait(1)
+
+    def let_go():
+        release.set()
+        for thread in stuck:
+            thread.join(LONG)
+        assert not any(thread.is_alive() for thread in stuck)
+
+    before = signal.signal(signal.SIGINT, heard)
+    other = threading.Thread(target=interrupt)
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            verb(waits, ITEMS, n_jobs=2, backend="threading", chunksize=2, **options)
+        assert len(stuck) == 2
+        yield let_go
+    finally:
+        caught.set()
+        other.join()
+        signal.signal(signal.SIGINT, before)
+        let_go()
+
+
+ITEMS = np.arange(1.0, 41)
+
+
+@pytest.mark.parametrize("balance", ["static", "dynamic"])
+class TestAfterTheCall:
+    """Threads that an interrupted call has left behind come to their results when it is over."""
+
+    # The first result of a thread and further ones go different ways.
+    @pytest.mark.parametrize("n_before", [0, 1, 2])
+    def test_nothing_is_written(self, balance, n_before):
+        out = np.zeros(40)
+        with left_behind(
+            map_array, lambda c: c, n_before=n_before, balance=balance, out=out
+        ) as let_go:
+            before = out.copy()
+            # What was finished is there.
+            assert (before > 0).sum() == 2 * 2 * n_before
+            assert np.array_equal(before[before > 0], ITEMS[before > 0])
+            let_go()
+            assert np.array_equal(out, before)
+
+    def test_nothing_of_several_results(self, balance):
+        out = np.zeros(40), np.zeros(40)
+        with left_behind(
+            map_array, lambda c: (c, -c), n_before=1, balance=balance, out=out
+        ) as let_go:
+            before = [one.copy() for one in out]
+            let_go()
+            assert all(map(np.array_equal, out, before))
+
+    def test_nothing_of_items(self, balance):
+        out = np.zeros(40)
+        with left_behind(map_items, float, n_before=4, balance=balance, out=out) as let_go:
+            before = out.copy()
+            assert before.any()
+            let_go()
+            assert np.array_equal(out, before)
+
+    def test_nothing_into_a_mapped_file(self, balance, tmp_path):
+        path = tmp_path / "Y.npy"
+        out = np.lib.format.open_memmap(path, "w+", "f8", (40,))
+        with left_behind(map_array, lambda c: c, n_before=1, balance=balance, out=out) as let_go:
+            before = path.read_bytes()
+            let_go()
+            assert path.read_bytes() == before
+
+
+class TestDoor:
+    def test_closed_once_the_call_is_over(self):
+        allocation = LocalAllocation(4, "C")
+        allocation.check_open()
+        allocation.close()
+        with pytest.raises(CallIsOverError):
+            allocation.check_open()
+
+    def test_whoever_is_just_writing_is_waited_for(self):
+        allocation = LocalAllocation(4, "C")
+        told = []
+
+        def write():
+            while is_open(allocation):  # closing has begun
+                time.sleep(0.001)
+            told.append("written")
+            door.release()
+
+        door = allocation.door()
+        door.acquire()
+        thread = threading.Thread(target=write)
+        thread.start()
+        allocation.close()
+        told.append("closed")
+        thread.join(LONG)
+        assert told == ["written", "closed"]
+
+    def test_ctrl_c_at_any_step_of_the_caller_s_own_writing_ends_the_call(self):
+        n_steps = 0
+        while (how := call_interrupted_at(n_steps)) == "interrupted":
+            n_steps += 1
+        assert how == "complete"
+        assert n_steps > 10
+
+
+def is_open(allocation):
+    with suppress(CallIsOverError):
+        allocation.check_open()
+        return True
+    return False
+
+
+def call_interrupted_at(number):
+    """How a map in the caller ends, with Ctrl-C at that step of the code that writes results.
+
+    Python delivers it where a function begins, and where one of C has returned.
+    """
+    ended = []
+    steps = iter(range(number))
+
+    def trace(frame, event, _):
+        code = frame.f_code
+        if code.co_filename not in {buffers.__file__, writer.__file__}:
+            return
+        if code.co_name == "close":  # the call is over then
+            return
+        if event in {"call", "c_return"} and next(steps, None) is None:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    def call():
+        sys.setprofile(trace)
+        try:
+            map_array(np.negative, np.arange(4.0), chunksize=2, n_jobs=1, out=np.zeros(4))
+            ended.append("complete")
+        except KeyboardInterrupt:
+            ended.append("interrupted")
+        finally:
+            sys.setprofile(None)
+
+    # In a thread of its own, so that this one does not wait at a door for ever.
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(LONG)
+    return ended[0] if ended else f"stuck after an interrupt at step {number}"
+
+
+class TestEnd:
+    def test_close_ends_idle_threads(self):
+        crew = ThreadCrew(3)
+        found = threads_of(started(crew))
+        crew.close()
+        assert not any(thread.is_alive() for thread in found)
+
+    def test_without_waiting(self):
+        crew = ThreadCrew(3)
+        found = threads_of(started(crew))
+        began = time.monotonic()
+        crew.close(wait=False)
+        assert time.monotonic() - began < LONG
+        for thread in found:
+            thread.join(LONG)
+        assert not any(thread.is_alive() for thread in found)
+
+    def test_a_forgotten_crew_closes_nothing(self):
+        crew = started(ThreadCrew(3))
+        workers = list(crew._workers.values())
+        crew.forget()
+        crew.close()
+        assert all(worker.thread.is_alive() for worker in workers)
+        for worker in workers:
+            worker.inbox.put(None)
+            worker.thread.join(LONG)
