@@ -75,7 +75,7 @@ def _run(name: str, settings: Settings) -> list[Any]:
 
 
 def _save(path: Path, settings: Settings, facts: dict[str, Any], results: dict[str, Any]) -> None:
-    benches = {name: [one.as_dict() for one in found] for name, found in results.items()}
+    benches = {name: [one.to_dict() for one in found] for name, found in results.items()}
     content = {"machine": facts, "scale": settings.scale, "benches": benches}
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 

@@ -61,7 +61,7 @@ class Study:
                 points.setdefault(sample.size, []).append(sample.seconds)
         return sorted(points), [median(points[size]) for size in sorted(points)]
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Curves and derived numbers, for JSON."""
         curves = {
             f"{task} {mapper}": dict(zip(*self.curve(task, mapper), strict=True))

@@ -1,6 +1,6 @@
 """Ways to claim the next of many numbers, with two processes contending for them.
 
-The ledger takes cells so (see `taskcarrier/ledger.py`). Every way must give each number to exactly
+The ledger takes chunks so (see `taskcarrier/ledger.py`). Every way must give each number to exactly
 one claimer; how many a way gives out twice is told beside its time.
 """
 
@@ -86,9 +86,9 @@ def contend(way: str, claims: int) -> tuple[int, float]:
 
 def threads_contend(claims: int) -> float:
     """Seconds a claim of two threads with the counter that the library's threads use."""
-    from taskcarrier.scheduling.counters import ThreadCursor
+    from taskcarrier.scheduling.counters import ThreadCounter
 
-    cursor = ThreadCursor()
+    cursor = ThreadCounter()
     threads = [
         threading.Thread(target=lambda: [cursor.advance() for _ in range(claims)])
         for _ in range(CLAIMERS)
@@ -104,9 +104,9 @@ def threads_contend(claims: int) -> float:
 def claimer(way: str, raw: int, shared: int) -> Callable[[], int]:
     """A function that claims the next number."""
     if way in {"lseek", "lseek_raw"}:
-        from taskcarrier.scheduling.counters import FileCursor
+        from taskcarrier.scheduling.counters import FileCounter
 
-        return FileCursor(shared if way == "lseek" else raw).advance
+        return FileCounter(shared if way == "lseek" else raw).advance
     own = os.open(f"/proc/self/fd/{raw}", os.O_RDWR | (os.O_APPEND if way == "append" else 0))
     if way == "append":
 

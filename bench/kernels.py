@@ -212,7 +212,7 @@ def _nothing(x: float) -> float:
 
 
 @numba.njit("void(double[:],double[:],double[:])", nogil=True)
-def documented(result: Any, a: Any, b: Any) -> None:
+def fill_docstring(result: Any, a: Any, b: Any) -> None:
     """The kernel of numba's page about threads."""
     for i in range(len(result)):
         result[i] = math.exp(2.1 * a[i] + 3.2 * b[i])
@@ -221,7 +221,7 @@ def documented(result: Any, a: Any, b: Any) -> None:
 def documented_chunk(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The kernel as a function of chunks."""
     result = np.empty_like(a)
-    documented(result, a, b)
+    fill_docstring(result, a, b)
     return result
 
 
@@ -232,7 +232,7 @@ def _four_threads(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     length = (n + 3) // 4
     threads = [
         threading.Thread(
-            target=documented,
+            target=fill_docstring,
             args=[array[i * length : (i + 1) * length] for array in (result, a, b)],
         )
         for i in range(4)

@@ -162,7 +162,7 @@ class Comparison:
         """Names of the promises that were not kept."""
         return [promise.name for promise, _, verdict in self.judged() if verdict == "MISSED"]
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Everything measured, for JSON: amounts are seconds where the unit is milliseconds."""
         return {
             "title": self.title,

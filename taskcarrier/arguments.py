@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.memory.memmaps import check_whole, located
+from taskcarrier.memory.memmaps import check_whole, find_shared
 from taskcarrier.memory.strides import is_mostly_gaps, without_gaps
 
 
@@ -16,13 +16,13 @@ def check_chunksize(chunksize: object) -> int | None:
     """`chunksize` as a positive int or None; anything else is an error naming it."""
     if chunksize is None:
         return None
-    value = as_integer(chunksize, "chunksize", "a positive integer or None")
+    value = check_integer(chunksize, "chunksize", "a positive integer or None")
     if value < 1:
         raise ValueError(f"chunksize must be at least 1, got {value}")
     return value
 
 
-def as_integer(value: object, name: str, expected: str) -> int:
+def check_integer(value: object, name: str, expected: str) -> int:
     """`value` as an int; a `TypeError` says what the argument `name` is expected to be."""
     try:
         return operator.index(value)  # type: ignore[arg-type]  # whatever the user passed
@@ -103,7 +103,7 @@ def without_wide_gaps(array: Any) -> Any:
         return array  # a copy would lose what a subclass has beside its values
     if not is_mostly_gaps(array):
         return array
-    return array if located(array) else without_gaps(array)
+    return array if find_shared(array) else without_gaps(array)
 
 
 ON_ERROR = ("raise", "collect", "fill")

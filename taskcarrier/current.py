@@ -74,7 +74,7 @@ def current_mapper() -> Mapper:
 
 def _is_inside_a_worker() -> bool:
     facts = facts_now()
-    return facts.in_worker or facts.nested_in_joblib or facts.daemonic
+    return facts.is_in_worker or facts.nested_in_joblib or facts.daemonic
 
 
 class MapperInstance:

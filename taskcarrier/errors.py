@@ -113,7 +113,7 @@ class _Ended(Protocol):
     was_late: bool
 
 
-def obituary(death: _Ended, where: str | None) -> str:
+def describe_death(death: _Ended, where: str | None) -> str:
     """How a worker died, and while it did what."""
     at_work = "between two ranges" if where is None else f"while mapping {where}"
     if death.was_late:
@@ -126,10 +126,10 @@ def obituary(death: _Ended, where: str | None) -> str:
     )
 
 
-def death_of(death: _Ended, where: str | None, more: str = "") -> WorkerDiedError:
+def make_died_error(death: _Ended, where: str | None, more: str = "") -> WorkerDiedError:
     """The error for a death."""
     return WorkerDiedError(
-        obituary(death, where) + more, death.name, death.exitcode, death.range, death.attempt
+        describe_death(death, where) + more, death.name, death.exitcode, death.range, death.attempt
     )
 
 

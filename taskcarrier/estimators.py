@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.arguments import as_integer
+from taskcarrier.arguments import check_integer
 from taskcarrier.arrays.inputs.check import check_inputs, refuse_masked
 from taskcarrier.arrays.mapping import map_array
-from taskcarrier.lists.map import mapped
+from taskcarrier.lists.map import map_lists
 from taskcarrier.notes import add_note
-from taskcarrier.options import documented
+from taskcarrier.options import fill_docstring
 from taskcarrier.run import Settings
 from taskcarrier.scheduling.retries import RETRIES
-from taskcarrier.workers.loop import in_worker_process
+from taskcarrier.workers.loop import is_worker_process
 
 # Modules whose estimators spend their time in compiled code without the GIL.
 _WITHOUT_GIL = ("sklearn.tree", "sklearn.ensemble._forest")
@@ -42,7 +42,7 @@ _PLAIN = (bool, int, float, complex, str, bytes)
 _NO_CONTEXT = nullcontext()
 
 
-@documented
+@fill_docstring
 def fit_many(
     estimators: Any,
     X: Any,
@@ -137,23 +137,23 @@ def fit_many(
     >>> [float(one.mean_) for one in fit_many(Mean(), np.arange(4.0), rows=halves, n_jobs=1)]
     [0.5, 2.5]
     """
-    settings = Settings.of_call(
+    settings = Settings.from_arguments(
         balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=retry_on
     )
-    data = {"X": _as_data(X, "X")}
+    data = {"X": _to_data(X, "X")}
     n_samples = data["X"].shape[0]
     if y is not None:
-        data["y"] = _as_data(y, "y", n_samples)
+        data["y"] = _to_data(y, "y", n_samples)
     for name, one in (("rows", rows), ("sample_weight", sample_weight)):
         if callable(one) and rng is None:
             raise ValueError(f"{name} is to draw from a random stream: pass rng=")
-    weights = _Weights.checked(sample_weight, n_samples)
+    weights = _Weights.from_arguments(sample_weight, n_samples)
     if weights.values is not None:
         data["weights"] = weights.values
     fits = _fits(
-        _as_list(estimators),
-        None if rows is None or callable(rows) else _Rows.checked(rows, n_samples),
-        None if columns is None else [_as_column(one, data.get("y")) for one in columns],
+        _to_list(estimators),
+        None if rows is None or callable(rows) else _Rows.from_arguments(rows, n_samples),
+        None if columns is None else [_to_column(one, data.get("y")) for one in columns],
         weights.n_fits,
     )
     fit = partial(
@@ -163,10 +163,10 @@ def fit_many(
         draw_rows=rows if callable(rows) else None,
         draw_weights=sample_weight if callable(sample_weight) else None,
         by_fit=weights.n_fits is not None,
-        surroundings=_Surroundings.here(),
+        parent_state=_Surroundings.here(),
     )
-    return mapped(
-        replace(settings, known=_known(fits.estimators)),
+    return map_lists(
+        replace(settings, known=_find_method(fits.estimators)),
         fit,
         fits.items,
         None,
@@ -176,7 +176,7 @@ def fit_many(
     )
 
 
-@documented
+@fill_docstring
 def predict_array(
     estimator: Any,
     X: Any,
@@ -252,12 +252,12 @@ def predict_array(
     inputs = check_inputs((X,), 0)
     if chunksize is None:
         chunksize = max(_MIN_ROWS, -(-inputs.n_items // _N_RANGES))
-    settings = Settings.of_call(
+    settings = Settings.from_arguments(
         balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=()
     )
-    how: Any = replace(settings, known=_known([estimator]))
+    how: Any = replace(settings, known=_find_method([estimator]))
     return map_array(
-        partial(_ask, estimator, method, surroundings=_Surroundings.here()),
+        partial(_ask, estimator, method, parent_state=_Surroundings.here()),
         inputs.arrays[0],
         balance=how,
         chunksize=chunksize,
@@ -333,12 +333,12 @@ class _Template:
     estimator: Any
 
     def fresh(self) -> Any:
-        return _cloned(self.estimator)
+        return _clone(self.estimator)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from taskcarrier.workers.pickling import pack_items  # noqa: PLC0415  # loads joblib
+        from taskcarrier.workers.pickling import pickle_items  # noqa: PLC0415  # loads joblib
 
-        return _PackedTemplate, (pack_items(self.estimator),)
+        return _PackedTemplate, (pickle_items(self.estimator),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,8 +359,8 @@ class _Rows:
     n_samples: int
 
     @classmethod
-    def checked(cls, rows: Any, n_samples: int) -> _Rows:
-        each = [_as_indices(one, n_samples) for one in rows]
+    def from_arguments(cls, rows: Any, n_samples: int) -> _Rows:
+        each = [_to_indices(one, n_samples) for one in rows]
         small: dict[np.dtype[Any], list[np.ndarray]] = {}
         for one in each:
             if one.size > _SMALL_ROWS:
@@ -407,7 +407,7 @@ class _Weights:
     n_fits: int | None
 
     @classmethod
-    def checked(cls, sample_weight: Any, n_samples: int) -> _Weights:
+    def from_arguments(cls, sample_weight: Any, n_samples: int) -> _Weights:
         if sample_weight is None or callable(sample_weight):
             return cls(None, None)
         refuse_masked(sample_weight, "sample_weight", "pass its .filled(value)")
@@ -442,7 +442,7 @@ def _fits(
     items: tuple[Sequence[Any], ...] = (range(n_fits),)
     template = None
     if common:
-        cloned = _cloned(estimators[0])
+        cloned = _clone(estimators[0])
         template = _Parameters.of(cloned) or _Template(cloned)
     else:
         items = (*items, estimators if len(estimators) > 1 else estimators * n_fits)
@@ -463,16 +463,16 @@ def _fit(
     draw_rows: Callable[[Any], Any] | None,
     draw_weights: Callable[[Any], Any] | None,
     by_fit: bool,
-    surroundings: _Surroundings,
+    parent_state: _Surroundings,
 ) -> Any:
     """In a worker: one fit."""
-    with surroundings.taken_on():
-        estimator = _cloned(estimator) if template is None else template.fresh()
+    with parent_state.apply():
+        estimator = _clone(estimator) if template is None else template.fresh()
         if rng is not None:
             _set_random_states(estimator, rng)
         drawn = None if rows is None else rows.of(number)
         if draw_rows is not None:
-            drawn = _as_rows(draw_rows(rng), X.shape[0])
+            drawn = _to_rows(draw_rows(rng), X.shape[0])
         if draw_weights is not None:
             weights = draw_weights(rng)
             refuse_masked(weights, "what sample_weight returned", "return its .filled(value)")
@@ -497,20 +497,20 @@ def _at(data: Any, rows: np.ndarray) -> Any:
     return data[rows]
 
 
-def _ask(estimator: Any, method: str, chunk: np.ndarray, *, surroundings: _Surroundings) -> Any:
+def _ask(estimator: Any, method: str, chunk: np.ndarray, *, parent_state: _Surroundings) -> Any:
     """In a worker: what the estimator says of some rows."""
-    with surroundings.taken_on():
+    with parent_state.apply():
         return getattr(estimator, method)(chunk)
 
 
-def _cloned(estimator: Any) -> Any:
+def _clone(estimator: Any) -> Any:
     base = sys.modules.get("sklearn.base")
     if base is not None:
         return base.clone(estimator, safe=False)
     if not hasattr(estimator, "get_params") or isinstance(estimator, type):
         return copy.deepcopy(estimator)
     parameters = estimator.get_params(deep=False)
-    return type(estimator)(**{name: _cloned(value) for name, value in parameters.items()})
+    return type(estimator)(**{name: _clone(value) for name, value in parameters.items()})
 
 
 def _set_random_states(estimator: Any, rng: np.random.Generator) -> None:
@@ -539,11 +539,11 @@ class _Surroundings:
         sklearn: Any = sys.modules.get("sklearn")
         return cls(list(warnings.filters), None if sklearn is None else sklearn.get_config())
 
-    def taken_on(self) -> AbstractContextManager[Any]:
+    def apply(self) -> AbstractContextManager[Any]:
         """For what is run within; filters stay until the end of a worker process's run."""
         # Filters are the whole process's, and threads share it. A process undoes at the end of a
-        # run what was done to them in it, and gets what it is to run anew for each.
-        if not self._filters_are_set and in_worker_process():
+        # run what was done to them in it, and gets what it is to run again for each.
+        if not self._filters_are_set and is_worker_process():
             warnings.resetwarnings()  # forgets which were shown, too
             warnings.filters[:] = self.filters  # type: ignore[index]  # a list, in fact
             self._filters_are_set = True
@@ -555,7 +555,7 @@ class _Surroundings:
         return _NO_CONTEXT
 
 
-def _known(estimators: list[Any]) -> str:
+def _find_method(estimators: list[Any]) -> str:
     """Why these do not need processes; nothing if that is not known."""
     modules = {type(one).__module__ for one in estimators}
     if modules and all(module.startswith(_WITHOUT_GIL) for module in modules):
@@ -563,9 +563,9 @@ def _known(estimators: list[Any]) -> str:
     return ""
 
 
-def _as_list(estimators: Any) -> list[Any]:
-    several = isinstance(estimators, (list, tuple))
-    found = list(estimators) if several else [estimators]
+def _to_list(estimators: Any) -> list[Any]:
+    is_tuple = isinstance(estimators, (list, tuple))
+    found = list(estimators) if is_tuple else [estimators]
     for one in found:
         if isinstance(one, type):
             raise TypeError(f"{one.__name__} is a class: pass an estimator, {one.__name__}()")
@@ -576,7 +576,7 @@ def _as_list(estimators: Any) -> list[Any]:
     return found
 
 
-def _as_data(value: Any, name: str, n_samples: int | None = None) -> Any:
+def _to_data(value: Any, name: str, n_samples: int | None = None) -> Any:
     """Data that rows can be taken from, by name."""
     # Of sparse matrices, rows can be taken from this sort alone.
     is_sparse = hasattr(value, "tocsr")
@@ -586,13 +586,13 @@ def _as_data(value: Any, name: str, n_samples: int | None = None) -> Any:
     return data
 
 
-def _as_rows(rows: Any, n_samples: int) -> np.ndarray:
-    found = _as_indices(rows, n_samples)
+def _to_rows(rows: Any, n_samples: int) -> np.ndarray:
+    found = _to_indices(rows, n_samples)
     _check_bounds(found, n_samples)
     return found
 
 
-def _as_indices(rows: Any, n_samples: int) -> np.ndarray:
+def _to_indices(rows: Any, n_samples: int) -> np.ndarray:
     """Indices or a mask; whether there are such samples is another question."""
     refuse_masked(rows, "rows", "pass its .filled(value), or a boolean mask of the samples")
     try:
@@ -625,10 +625,10 @@ def _check_bounds(rows: np.ndarray, n_samples: int) -> None:
             )
 
 
-def _as_column(column: Any, y: Any) -> int:
+def _to_column(column: Any, y: Any) -> int:
     if y is None or y.ndim != 2:  # noqa: PLR2004  # a column has no other shape
         raise ValueError("columns= needs y with one column for each target")
-    index = as_integer(column, "columns", "column numbers of y")
+    index = check_integer(column, "columns", "column numbers of y")
     if not -y.shape[1] <= index < y.shape[1]:
         raise IndexError(f"column {index} of y is asked for, which has {y.shape[1]}")
     return index

@@ -8,19 +8,19 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Self
 
-from taskcarrier.arguments import as_integer, check_chunksize
+from taskcarrier.arguments import check_chunksize, check_integer
 from taskcarrier.arrays.mapping import map_array, map_chunks, map_items
 from taskcarrier.arrays.reducing import reduce_array
-from taskcarrier.lists.imap import imapped
-from taskcarrier.lists.map import mapped
+from taskcarrier.lists.imap import imap_lists
+from taskcarrier.lists.map import map_lists
 from taskcarrier.memory.segments import Recycler
-from taskcarrier.options import DESCRIPTIONS, documented
+from taskcarrier.options import DESCRIPTIONS, fill_docstring
 from taskcarrier.report import Report, keep_report
 from taskcarrier.run import Settings
 from taskcarrier.scheduling.balance import Balance, Dynamic, Static
-from taskcarrier.scheduling.retries import RETRIES, USUAL, Recovery
+from taskcarrier.scheduling.retries import DEFAULT_POLICY, RETRIES, RetryPolicy
 from taskcarrier.workers.choose import check_backend, check_n_jobs
-from taskcarrier.workers.pools import held_warm
+from taskcarrier.workers.pools import keep_warm
 
 # What executors and pools have, and a mapper has not: what to write instead.
 _CALLS = (
@@ -110,7 +110,9 @@ class Mapper:
         chunksize: int | None = None,
     ) -> None:
         self.n_jobs = n_jobs
-        self.verbosity = as_integer(verbosity, "verbosity", "0, 1 or 2 (the backend has its name)")
+        self.verbosity = check_integer(
+            verbosity, "verbosity", "0, 1 or 2 (the backend has its name)"
+        )
         self.temp_folder = temp_folder
         self.backend = backend
         self.chunksize = check_chunksize(chunksize)
@@ -130,7 +132,7 @@ class Mapper:
         """The same as `map`."""
         return self.map(func, seq1, *seqs, **options)
 
-    @documented
+    @fill_docstring
     def map(
         self,
         func: Callable[..., Any],
@@ -199,8 +201,8 @@ class Mapper:
         >>> SerialMapper()(pow, [2, 3, 4], [5, 2])
         [32, 9]
         """
-        settings = self._settings(Recovery.checked(timeout, retries, retry_on))
-        return mapped(
+        settings = self._settings(RetryPolicy.from_arguments(timeout, retries, retry_on))
+        return map_lists(
             settings,
             func,
             (seq1, *seqs),
@@ -210,7 +212,7 @@ class Mapper:
             shared=shared,
         )
 
-    @documented
+    @fill_docstring
     def starmap(
         self,
         func: Callable[..., Any],
@@ -263,8 +265,8 @@ class Mapper:
         >>> SerialMapper().starmap(pow, [(2, 5), (3, 2)])
         [32, 9]
         """
-        settings = self._settings(Recovery.checked(timeout, retries, retry_on))
-        return mapped(
+        settings = self._settings(RetryPolicy.from_arguments(timeout, retries, retry_on))
+        return map_lists(
             settings,
             func,
             (iterable,),
@@ -275,7 +277,7 @@ class Mapper:
             are_arguments=True,
         )
 
-    @documented
+    @fill_docstring
     def imap(
         self,
         func: Callable[..., Any],
@@ -363,8 +365,8 @@ class Mapper:
         >>> [float(total) for total in mapper.imap(np.sum, (one.copy() for one in readings()))]
         [0.0, 2.0, 4.0]
         """
-        settings = self._settings(Recovery.checked(timeout, retries, retry_on))
-        return imapped(
+        settings = self._settings(RetryPolicy.from_arguments(timeout, retries, retry_on))
+        return imap_lists(
             settings,
             func,
             (iterable, *iterables),
@@ -393,7 +395,7 @@ class Mapper:
         if not self._open:
             self._recycler = Recycler()
             stack.callback(self._let_go)
-        stack.enter_context(held_warm())
+        stack.enter_context(keep_warm())
         self._open.append(stack)
         return self
 
@@ -410,7 +412,7 @@ class Mapper:
             self._recycler.close()
             self._recycler = None
 
-    def _settings(self, recovery: Recovery = USUAL) -> Settings:
+    def _settings(self, retry_policy: RetryPolicy = DEFAULT_POLICY) -> Settings:
         return Settings(
             self._balance,
             self._n_jobs,
@@ -419,7 +421,7 @@ class Mapper:
             self.temp_folder,
             self._recycler,
             self._keep_report,
-            recovery,
+            retry_policy,
         )
 
     def _keep_report(self, report: Report) -> None:

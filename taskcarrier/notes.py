@@ -1,7 +1,7 @@
 """What is added to the user's exceptions, which may refuse it.
 
 A frozen dataclass can be an exception, and so can a class whose ``__setattr__`` raises. Python
-itself reads and sets their cause, context and traceback without asking the class; so do `plainly`
+itself reads and sets their cause, context and traceback without asking the class; so do `get_plainly`
 and `set_plainly`.
 """
 
@@ -61,7 +61,7 @@ def is_of_read_only(error: BaseException) -> bool:
     return any(words in text for words in _OF_READ_ONLY[isinstance(error, ValueError)])
 
 
-def in_words(start: int, stop: int) -> str:
+def describe_items(start: int, stop: int) -> str:
     """A range of a list's items in words.
 
     >>> in_words(5, 6), in_words(5, 9)
@@ -70,7 +70,7 @@ def in_words(start: int, stop: int) -> str:
     return f"item {start}" if stop == start + 1 else f"items {start}:{stop}"
 
 
-def counted(n: int, what: str) -> str:
+def count_noun(n: int, what: str) -> str:
     """A number of things.
 
     >>> counted(1, "range"), counted(1200, "range")

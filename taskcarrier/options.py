@@ -127,7 +127,7 @@ resume : bool, default False
 """
 
 
-def _parsed(text: str) -> dict[str, str]:
+def _parse_descriptions(text: str) -> dict[str, str]:
     """Each parameter's paragraph, by the name of its first word."""
     found: dict[str, str] = {}
     name = ""
@@ -147,10 +147,10 @@ _WORDS = {
     "item_rng": "rng",
     "collect_on_error": "on_error",
 }
-DESCRIPTIONS = _parsed(_DESCRIPTIONS)
+DESCRIPTIONS = _parse_descriptions(_DESCRIPTIONS)
 
 
-def documented(verb: F) -> F:
+def fill_docstring(verb: F) -> F:
     """Put the shared descriptions into a docstring, where it says ``{name}`` on a line alone."""
     if verb.__doc__:
         lines = inspect.cleandoc(verb.__doc__).splitlines()

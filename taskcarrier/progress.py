@@ -10,7 +10,7 @@ from taskcarrier.system.contexts import contextmanager
 
 
 @contextmanager
-def shown(
+def progress_bar(
     verbosity: int, n_items: int | None, n_workers: int, n_before: int = 0
 ) -> Iterator[Callable[[Ledger], None] | None]:
     """A function to call now and then with the run's ledger; None when nothing is shown.
@@ -29,7 +29,7 @@ def shown(
     with Bar(total=n_items, initial=n_before, unit="item") as bar:
 
         def tick(ledger: Ledger) -> None:
-            bar.update(n_before + ledger.items_done(n_workers) - bar.n)
+            bar.update(n_before + ledger.n_items_done(n_workers) - bar.n)
 
         yield tick
 

@@ -19,7 +19,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Streams:
+class RandomStreams:
     """One random stream for each number.
 
     Attributes
@@ -31,7 +31,7 @@ class Streams:
     key: tuple[int, int]
 
     @classmethod
-    def of_seed(cls, rng: object) -> Streams:
+    def from_seed(cls, rng: object) -> RandomStreams:
         """From an int, a `SeedSequence` or a `Generator` (which is advanced by one draw).
 
         Raises
@@ -66,28 +66,28 @@ class Streams:
 
 
 @dataclass(frozen=True, eq=False)
-class WithStream:
+class WithRandomStream:
     """A function that gets a stream of its own with each call, as ``rng=``.
 
     It is called with the number of the item or range before everything else.
     """
 
     func: Callable[..., Any]
-    streams: Streams
+    streams: RandomStreams
 
     def __call__(self, number: int, *args: Any, **kwargs: Any) -> Any:
         """Have the function called with the stream of that number, always from its beginning."""
         return self.func(*args, rng=self.streams.stream(number), **kwargs)
 
 
-def streams_for(func: Callable[..., Any], rng: object) -> Streams:
+def random_streams_for(func: Callable[..., Any], rng: object) -> RandomStreams:
     """The streams of `rng` for a function that takes one; a `TypeError` for another.
 
     >>> streams_for(abs, 3)
     Traceback (most recent call last):
     TypeError: rng= gives func a numpy.random.Generator as rng=, but abs has no such parameter: ...
     """
-    streams = Streams.of_seed(rng)
+    streams = RandomStreams.from_seed(rng)
     if not _takes_rng(func):
         raise TypeError(
             "rng= gives func a numpy.random.Generator as rng=, but "

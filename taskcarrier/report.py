@@ -6,7 +6,7 @@ import threading
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from taskcarrier.notes import counted
+from taskcarrier.notes import count_noun
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Report:
     notes: tuple[str, ...] = ()
     compiling: float = 0.0
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All of it as plain dicts, lists, strings and numbers."""
         return asdict(self)
 
@@ -98,7 +98,7 @@ class Report:
     def _head(self) -> list[str]:
         """What stands above the table, in lines."""
         what = (
-            f"{counted(self.items, 'item')} in {counted(self.ranges, 'range')} of up to "
+            f"{count_noun(self.items, 'item')} in {count_noun(self.ranges, 'range')} of up to "
             f"{self.chunksize:,}, "
             f"{self.balance} balance, backend {self.backend} ({self.reason})"
         )

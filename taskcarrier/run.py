@@ -1,7 +1,7 @@
 """One run: grid, ledger, workers and task, to an outcome and a report.
 
 The faces (arrays, lists) make a task and a grid, ask `decide` where to run, and give both to
-`execute`. What comes back says which cells failed, which workers died and which ranges have
+`execute`. What comes back says which chunks failed, which workers died and which ranges have
 no result; raising is the face's decision, so that it can say it in the face's words.
 """
 
@@ -25,17 +25,17 @@ from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note, text_of
 from taskcarrier.report import Report, WorkerReport, keep_report
 from taskcarrier.scheduling.balance import Balance, Dynamic, Static, get_balance
-from taskcarrier.scheduling.grid import Grid
+from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import OWN_MARKS, Ledger
-from taskcarrier.scheduling.retries import USUAL, Recovery
+from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
 from taskcarrier.system.exceptions import raise_again
 from taskcarrier.system.interrupts import Handlers
 from taskcarrier.workers import choose as choices
 from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.introspect import has_own_threads, releases_gil
-from taskcarrier.workers.loop import outlet_here, work
-from taskcarrier.workers.pools import process_crew, thread_crew
-from taskcarrier.workers.records import Account, Death, Failure, Ran
+from taskcarrier.workers.loop import local_sink, run_worker
+from taskcarrier.workers.pools import process_pool, thread_pool
+from taskcarrier.workers.records import RangeFailure, RunResult, WorkerDeath, WorkerStats
 from taskcarrier.workers.task import Deliver, Job, Task
 from taskcarrier.workers.thread_limits import limited
 
@@ -56,11 +56,11 @@ class Settings:
     temp_folder: str | None = None
     recycler: Recycler | None = None
     keep_report: Callable[[Report], None] = keep_report
-    recovery: Recovery = USUAL
+    retry_policy: RetryPolicy = DEFAULT_POLICY
     known: str = ""  # why what the function calls is known to release the GIL
 
     @classmethod
-    def of_call(
+    def from_arguments(
         cls,
         balance: object,
         n_jobs: object,
@@ -71,14 +71,18 @@ class Settings:
         retry_on: object,
     ) -> Settings:
         """From the arguments of a function; a mapper passes its own settings as `balance`."""
-        recovery = Recovery.checked(timeout, retries, retry_on)
+        retry_policy = RetryPolicy.from_arguments(timeout, retries, retry_on)
         if isinstance(balance, Settings):
-            return balance if recovery is balance.recovery else replace(balance, recovery=recovery)
+            return (
+                balance
+                if retry_policy is balance.retry_policy
+                else replace(balance, retry_policy=retry_policy)
+            )
         return cls(
             get_balance(balance),
             choices.check_n_jobs(n_jobs),
             choices.check_backend(backend),
-            recovery=recovery,
+            retry_policy=retry_policy,
         )
 
     @property
@@ -86,7 +90,7 @@ class Settings:
         """Where shared memory lies: a folder, or None for memory."""
         return self.temp_folder or os.environ.get("JOBLIB_TEMP_FOLDER")
 
-    def staging(self) -> Staging:
+    def new_staging(self) -> Staging:
         """Where a run's copies go."""
         return Staging(self.folder, self.recycler)
 
@@ -98,15 +102,15 @@ class Settings:
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class ResumedMarks:
     """Marks that an earlier run has left.
 
     Attributes
     ----------
     marks : SharedView
-        A byte for each cell.
+        A byte for each chunk.
     n_done : int
-        How many cells are marked.
+        How many chunks are marked.
     notes : list of str
         What the report should say.
     """
@@ -117,31 +121,31 @@ class Kept:
 
 
 @dataclass(eq=False)
-class Outcome:
+class RunOutcome:
     """How a run ended.
 
     Attributes
     ----------
-    accounts : list of Account
+    worker_stats : list of WorkerStats
         Of every worker that reported back, in order.
-    failures : list of Failure
+    failures : list of RangeFailure
         Ascending by range.
-    deaths : list of Death
+    deaths : list of WorkerDeath
         Workers that ended by themselves and whose ranges were not run by others.
     missing : list of (int, int)
         Ranges without a result, ascending, as far as marks tell.
     report : Report
         For people.
-    agreed : object
+    first_proposal : object
         What the workers have settled on; None if nothing.
     """
 
-    accounts: list[Account]
-    failures: list[Failure]
-    deaths: list[Death]
+    worker_stats: list[WorkerStats]
+    failures: list[RangeFailure]
+    deaths: list[WorkerDeath]
     missing: list[tuple[int, int]]
     report: Report
-    agreed: Any = None
+    first_proposal: Any = None
 
 
 def decide(
@@ -166,19 +170,19 @@ def decide(
     )
     if choice.backend in choices.OWN:
         return choice
-    if settings.recovery.timeout is not None:
+    if settings.retry_policy.timeout is not None:
         raise ValueError(
             f"timeout= cannot be kept on backend={choice.backend!r}, whose workers are not ours to "
             "stop; leave it out, or pass backend='loky'"
         )
     from taskcarrier.workers import joblib_backends  # noqa: PLC0415  # loads joblib
 
-    return joblib_backends.counted(choice, settings.backend)
+    return joblib_backends.with_worker_count(choice, settings.backend)
 
 
 def execute(
     task: Task,
-    grid: Grid,
+    grid: ChunkGrid,
     choice: Choice,
     settings: Settings,
     *,
@@ -186,20 +190,20 @@ def execute(
     staging: Staging | None = None,
     notes: Sequence[str] = (),
     compiling: float = 0.0,
-    sweeps: bool = False,
-    collects: bool = False,
-    narrows: bool = False,
-    kept: Kept | None = None,
+    runs_all: bool = False,
+    collect_errors: bool = False,
+    can_split: bool = False,
+    resumed: ResumedMarks | None = None,
     deliver: Deliver = lambda start, result: None,  # noqa: ARG005  # for tasks that put all in place
-) -> Outcome:
-    """Run a task over all cells of a grid.
+) -> RunOutcome:
+    """Run a task over all chunks of a grid.
 
     Parameters
     ----------
     task : Task
         The work.
-    grid : Grid
-        Its cells; at least one.
+    grid : ChunkGrid
+        Its chunks; at least one.
     choice : Choice
         Where.
     settings : Settings
@@ -212,13 +216,13 @@ def execute(
         What else the report should say.
     compiling : float
         Seconds since then that went into compiling the function.
-    sweeps : bool
+    runs_all : bool
         Whether the task is compiled and claims by itself, where it runs in threads.
-    collects : bool
-        Whether ranges that fail are delivered as faults (`Parts`); else the first ends the run.
-    narrows : bool
-        Whether the task can run parts of a cell.
-    kept : Kept, optional
+    collect_errors : bool
+        Whether ranges that fail are delivered as faults (`PartialResult`); else the first ends the run.
+    can_split : bool
+        Whether the task can run parts of a chunk.
+    resumed : ResumedMarks, optional
         What an earlier run has finished, which is left out.
     deliver : callable, optional
         Takes ``(start, result)`` of every range whose result is not put in place by the task;
@@ -231,17 +235,17 @@ def execute(
         grid,
         n_workers,
         # Only between ranges it can be seen how long one took, and be marked that it is done.
-        sweeps=sweeps
+        runs_all=runs_all
         and choice.backend == "threading"
-        and settings.recovery.timeout is None
-        and kept is None,
-        recovery=settings.recovery,
-        collects=collects,
-        narrows=narrows,
-        marks=_marks(grid, choice) if kept is None else kept.marks,
+        and settings.retry_policy.timeout is None
+        and resumed is None,
+        retry_policy=settings.retry_policy,
+        collect_errors=collect_errors,
+        can_split=can_split,
+        marks=_marks(grid, choice) if resumed is None else resumed.marks,
         folder=settings.folder,
     )
-    n_before = 0 if kept is None else min(kept.n_done * grid.chunksize, grid.n_items)
+    n_before = 0 if resumed is None else min(resumed.n_done * grid.chunksize, grid.n_items)
     report_on = partial(
         report_of,
         job,
@@ -253,32 +257,34 @@ def execute(
         compiling=compiling,
         started_ns=started_ns,
     )
-    notes = [*notes, *_resumed(kept, grid)]
+    notes = [*notes, *_describe_resumed(resumed, grid)]
     try:
-        with progress.shown(settings.verbosity, grid.n_items, n_workers, n_before) as tick:
+        with progress.progress_bar(settings.verbosity, grid.n_items, n_workers, n_before) as tick:
             ran, of_function = _run(job, choice, settings, staging, deliver, tick=tick)
     except BaseException as error:
         # Or the report would be that of an earlier run.
         ended = f"ended by {type(error).__name__}; what its workers did is not counted"
-        settings.keep_report(report_on(Ran([], 0, None, halted=True), notes=[*notes, ended]))
+        settings.keep_report(
+            report_on(RunResult([], 0, None, is_halted=True), notes=[*notes, ended])
+        )
         raise
-    accounts = ran.accounts
-    report = report_on(ran, notes=[*notes, *of_function, *recovered(ran)])
+    worker_stats = ran.worker_stats
+    report = report_on(ran, notes=[*notes, *of_function, *describe_deaths(ran)])
     settings.keep_report(report)
     progress.log_report(settings.verbosity, report)
     failures = list(ran.failures)
-    for account in accounts:
-        if account.failure is not None:
-            account.failure.worker = account.name
-            failures.append(account.failure)
+    for stats in worker_stats:
+        if stats.failure is not None:
+            stats.failure.worker = stats.name
+            failures.append(stats.failure)
     failures.sort(key=lambda failure: failure.place)
-    done = sum(account.items for account in accounts)
-    if done != grid.n_items and not failures and not ran.deaths and kept is None:
-        raise _lost_silently(f"only {done} of {grid.n_items} items were run")
+    done = sum(stats.items for stats in worker_stats)
+    if done != grid.n_items and not failures and not ran.deaths and resumed is None:
+        raise _make_lost_error(f"only {done} of {grid.n_items} items were run")
     # A filter may make an exception of a warning, which must not take the place of a real one.
     with suppress(Warning) if failures else nullcontext():
-        warn_again(accounts)
-    return Outcome(accounts, failures, ran.fatal, ran.missing, report, ran.agreed)
+        warn_again(worker_stats)
+    return RunOutcome(worker_stats, failures, ran.fatal, ran.missing, report, ran.first_proposal)
 
 
 def _run(
@@ -289,56 +295,56 @@ def _run(
     deliver: Deliver,
     *,
     tick: Callable[[Ledger], None] | None,
-) -> tuple[Ran, Sequence[str]]:
+) -> tuple[RunResult, Sequence[str]]:
     """Run a job where it was decided, and say what was found in its function."""
     if choice.backend == "sequential":
         return _run_here(job, deliver, tick), ()
     if choice.backend == "threading":
-        with thread_crew(choice.n_jobs) as threads:
+        with thread_pool(choice.n_jobs) as threads:
             return threads.run(job, deliver, tick), ()
     if choice.backend not in choices.OWN:
         from taskcarrier.workers import joblib_backends  # noqa: PLC0415  # loads joblib
 
         return joblib_backends.run(job, choice, settings.backend, deliver, tick), ()
     choices.load_processes()
-    from taskcarrier.workers.pickling import pack  # noqa: PLC0415  # loads joblib
+    from taskcarrier.workers.pickling import pickle_task  # noqa: PLC0415  # loads joblib
 
     assert staging is not None  # for the type checker
-    parcel = pack(job, staging)
-    with process_crew(choice.n_jobs) as processes:
-        return processes.run(job, parcel, deliver, tick), parcel.notes
+    payload = pickle_task(job, staging)
+    with process_pool(choice.n_jobs) as processes:
+        return processes.run(job, payload, deliver, tick), payload.notes
 
 
 def _balance(choice: Choice, settings: Settings) -> Balance:
-    """How cells are shared out there: joblib gives the next to whoever is free."""
+    """How chunks are shared out there: joblib gives the next to whoever is free."""
     if choice.backend == "sequential":
         return Static()
     return settings.balance if choice.backend in choices.OWN else Dynamic()
 
 
-def warn_again(accounts: list[Account]) -> None:
+def warn_again(worker_stats: list[WorkerStats]) -> None:
     """Give the caller's filters what worker processes have warned of, once."""
-    heard = {one.key: one for account in accounts for one in account.warnings}
-    for one in heard.values():
+    worker_warning = {one.key: one for stats in worker_stats for one in stats.warnings}
+    for one in worker_warning.values():
         message: Any = one.message  # a text or a warning, as it was given
         place = one.filename, one.lineno, one.module
-        warnings.warn_explicit(message, one.category, *place, _shown_of(one.module))
+        warnings.warn_explicit(message, one.category, *place, _registry_of(one.module))
 
 
-_shown_elsewhere: dict[str | None, dict[Any, Any]] = {}
+_other_registries: dict[str | None, dict[Any, Any]] = {}
 
 
-def _shown_of(module: str | None) -> dict[Any, Any]:
+def _registry_of(module: str | None) -> dict[Any, Any]:
     """What Python has shown of a module's warnings: filters such as "default" go by it."""
     found = sys.modules.get(module or "")
     if found is None:  # workers alone have imported it
-        return _shown_elsewhere.setdefault(module, {})
-    shown: dict[Any, Any] = vars(found).setdefault("__warningregistry__", {})
-    return shown
+        return _other_registries.setdefault(module, {})
+    progress_bar: dict[Any, Any] = vars(found).setdefault("__warningregistry__", {})
+    return progress_bar
 
 
-def _marks(grid: Grid, choice: Choice) -> SharedView | None:
-    """Memory for the marks of more cells than the ledger of a crew has room for."""
+def _marks(grid: ChunkGrid, choice: Choice) -> SharedView | None:
+    """Memory for the marks of more chunks than the ledger of a pool has room for."""
     if choice.backend != "loky" or len(grid) <= OWN_MARKS:
         return None
     segment = Segment.create()
@@ -346,27 +352,29 @@ def _marks(grid: Grid, choice: Choice) -> SharedView | None:
     return SharedView(segment, 0, (len(grid),), (1,), np.dtype(np.uint8))
 
 
-def _resumed(kept: Kept | None, grid: Grid) -> list[str]:
+def _describe_resumed(resumed: ResumedMarks | None, grid: ChunkGrid) -> list[str]:
     """What the report says of an earlier run."""
-    if kept is None:
+    if resumed is None:
         return []
-    done = f"{kept.n_done} of {len(grid)} ranges were done by an earlier run"
-    return [*([done] if kept.n_done else []), *kept.notes]
+    done = f"{resumed.n_done} of {len(grid)} ranges were done by an earlier run"
+    return [*([done] if resumed.n_done else []), *resumed.notes]
 
 
-def recovered(ran: Ran) -> list[str]:
+def describe_deaths(ran: RunResult) -> list[str]:
     """What the report says of workers that died."""
     if not ran.deaths:
         return []
-    from taskcarrier.errors import obituary  # noqa: PLC0415  # slow, and rarely needed
+    from taskcarrier.errors import describe_death  # noqa: PLC0415  # slow, and rarely needed
 
     return [
-        obituary(death, None if death.range is None else f"items {death.range[0]}:{death.range[1]}")
+        describe_death(
+            death, None if death.range is None else f"items {death.range[0]}:{death.range[1]}"
+        )
         for death in ran.deaths
     ]
 
 
-def raise_failure(outcome: Outcome, describe: Describe) -> None:
+def raise_failure(outcome: RunOutcome, describe: Describe) -> None:
     """Raise the failure of the lowest range, if any, with what is known added as notes."""
     if not outcome.failures:
         return
@@ -393,12 +401,12 @@ def raise_failure(outcome: Outcome, describe: Describe) -> None:
             vars(failure).pop("error")
         del first, error, others
         outcome.failures = []
-        for account in outcome.accounts:
-            account.failure = None
+        for stats in outcome.worker_stats:
+            stats.failure = None
 
 
 def refuse_missing(
-    outcome: Outcome,
+    outcome: RunOutcome,
     describe: Describe,
     missing: list[tuple[int, int]],
     partial: Callable[[], object],
@@ -410,29 +418,29 @@ def refuse_missing(
     if not missing:
         return
     if outcome.deaths:
-        raise _died_error(outcome, describe, missing, partial())
+        raise _make_died_error(outcome, describe, missing, partial())
     others = f" and {len(missing) - 1} more ranges" if missing[1:] else ""
-    raise _lost_silently(f"there is no result for {describe(*missing[0])}{others}")
+    raise _make_lost_error(f"there is no result for {describe(*missing[0])}{others}")
 
 
-def _lost_silently(what: str) -> RuntimeError:
+def _make_lost_error(what: str) -> RuntimeError:
     return RuntimeError(
         f"{what}, though nothing failed; did the function fork, or write to memory that is not "
         "its own?"
     )
 
 
-def _died_error(
-    outcome: Outcome, describe: Describe, missing: list[tuple[int, int]], partial: object
+def _make_died_error(
+    outcome: RunOutcome, describe: Describe, missing: list[tuple[int, int]], partial: object
 ) -> WorkerDiedError:
     """The error for workers that died, with everything the others did finish."""
-    from taskcarrier.errors import death_of  # noqa: PLC0415  # slow, and rarely needed
+    from taskcarrier.errors import make_died_error  # noqa: PLC0415  # slow, and rarely needed
 
     # The lowest range in hand names the error; whoever had none comes last.
     death, *others = sorted(
         outcome.deaths, key=lambda death: (death.range is None, death.range or (0, 0))
     )
-    error = death_of(
+    error = make_died_error(
         death,
         None if death.range is None else describe(*death.range),
         f"; {len(missing)} range{'s' * (len(missing) != 1)} without a result (.missing lists "
@@ -445,43 +453,43 @@ def _died_error(
     return error
 
 
-def _obituary(death: Death, describe: Describe) -> str:
-    from taskcarrier.errors import obituary  # noqa: PLC0415  # slow, and rarely needed
+def _obituary(death: WorkerDeath, describe: Describe) -> str:
+    from taskcarrier.errors import describe_death  # noqa: PLC0415  # slow, and rarely needed
 
-    return obituary(death, None if death.range is None else describe(*death.range))
+    return describe_death(death, None if death.range is None else describe(*death.range))
 
 
 class _WatchedLedger(Ledger):
-    """A ledger of the caller's own thread, which looks at it between two cells."""
+    """A ledger of the caller's own thread, which looks at it between two chunks."""
 
     tick: Callable[[Ledger], None]
 
-    def lay_down(self, worker: int, n_items: int) -> None:
-        super().lay_down(worker, n_items)
+    def finish(self, worker: int, n_items: int) -> None:
+        super().finish(worker, n_items)
         self.tick(self)
 
 
-def _run_here(job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None) -> Ran:
+def _run_here(job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None) -> RunResult:
     ledger: Ledger
     if tick is None:
         ledger = Ledger.local(1)
     else:
         ledger = watched = _WatchedLedger.local(1)
         watched.tick = tick
-    ledger.marks = job.marks_here()
+    ledger.marks = job.open_marks()
     # The function may set others, whose exceptions are errors of its own.
-    handlers = Handlers() if job.collects or job.recovery.retry_on else None
+    handlers = Handlers() if job.collect_errors or job.retry_policy.retry_on else None
     with limited.open():
-        account = work(job, ledger, 0, outlet_here(deliver))
+        stats = run_worker(job, ledger, 0, local_sink(deliver))
     del handlers
-    account.name = "caller"
-    return Ran.read([account], ledger, job.grid)
+    stats.name = "caller"
+    return RunResult.read([stats], ledger, job.grid)
 
 
 def report_of(
     job: Job,
     choice: Choice,
-    ran: Ran,
+    ran: RunResult,
     staging: Staging | None,
     *,
     chunksize: int,
@@ -495,13 +503,13 @@ def report_of(
     wall = (monotonic_ns() - started_ns) / 1e9 - compiling
     workers = tuple(
         WorkerReport(
-            account.name,
-            account.ranges,
-            account.items,
-            account.busy_ns / 1e9,
-            max(0.0, wall - account.busy_ns / 1e9),
+            stats.name,
+            stats.ranges,
+            stats.items,
+            stats.busy_ns / 1e9,
+            max(0.0, wall - stats.busy_ns / 1e9),
         )
-        for account in ran.accounts
+        for stats in ran.worker_stats
     )
     return Report(
         backend=choice.backend,

@@ -36,7 +36,7 @@ DTYPES = [
 ]  # fmt: skip
 REALS = [np.dtype(dtype) for dtype in ("<f8", ">f8", "<f4", "i1", ">i4", "<i8", "u2")]
 
-# Every backend, balance and number of workers; small crews for processes, which are the slow ones.
+# Every backend, balance and number of workers; small pools for processes, which are the slow ones.
 RUNS = [
     ("sequential", "static", 1),
     *[("threading", balance, n) for balance in ("static", "dynamic") for n in (1, 2, 3, 8)],
@@ -53,8 +53,8 @@ EVERYWHERE = [("sequential", "static"), *PARALLEL]
 PAIRS = [(backend, balance, 2) for backend, balance in EVERYWHERE]
 
 
-def warm_crews(*n_jobs: int) -> None:
-    """Start the crews, so that a test finds them there and its leak check leaves them alone."""
+def warm_pools(*n_jobs: int) -> None:
+    """Start the pools, so that a test finds them there and its leak check leaves them alone."""
     for n in n_jobs:
         for backend in ("threading", "loky"):
             map_array(np.copy, np.zeros(n), n_jobs=n, backend=backend)
@@ -64,16 +64,16 @@ def cooled_crews() -> None:
     taskcarrier.shutdown()
 
 
-def kept_crews(*n_jobs: int) -> Any:
-    """A fixture: these crews are warm throughout a module."""
+def kept_pools(*n_jobs: int) -> Any:
+    """A fixture: these pools are warm throughout a module."""
 
     @pytest.fixture(scope="module", autouse=True)
-    def crews() -> Iterator[None]:
-        warm_crews(*n_jobs)
+    def pools() -> Iterator[None]:
+        warm_pools(*n_jobs)
         yield
         cooled_crews()
 
-    return crews
+    return pools
 
 
 def same_bits(result: np.ndarray, expected: np.ndarray) -> bool:

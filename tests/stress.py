@@ -424,7 +424,7 @@ def disks(rng: random.Random) -> Done:
     return done
 
 
-N_CELLS = 120
+N_CHUNKS = 120
 
 
 def resumable(rng: random.Random) -> Done:
@@ -439,7 +439,7 @@ def resumable(rng: random.Random) -> Done:
 
     map_array(
         func,
-        np.arange(N_CELLS * 10.0),
+        np.arange(N_CHUNKS * 10.0),
         chunksize=10,
         n_jobs=2,
         backend=rng.choice(["loky", "threading"]),
@@ -479,8 +479,8 @@ def resumes(rng: random.Random) -> Done:
             check(program.wait() in {0, -signal.SIGKILL}, "a resumed run failed")
             if not (folder / "Y.npy").exists():
                 wait_for(lambda: not marked_processes(name), "workers are left")
-        check(same(np.load(folder / "Y.npy"), np.arange(N_CELLS * 10.0) * 2), "a wrong output")
-        again = (folder / "calls").stat().st_size - N_CELLS
+        check(same(np.load(folder / "Y.npy"), np.arange(N_CHUNKS * 10.0) * 2), "a wrong output")
+        again = (folder / "calls").stat().st_size - N_CHUNKS
         check(again <= 4 * done["resumable runs killed"], f"{again} ranges were run again")
         done["ranges run again"] += again
         left = sorted(path.name for path in folder.iterdir())

@@ -12,10 +12,10 @@ from taskcarrier.errors import (
     TaskError,
     WorkerDiedError,
     WorkerTracebackError,
+    describe_death,
     describe_exit,
-    obituary,
 )
-from taskcarrier.workers.records import Death
+from taskcarrier.workers.records import WorkerDeath
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_describe_exit(exitcode, text):
     ],
 )
 def test_obituary_hints_at_a_cause(exitcode, end):
-    death = Death(0, "process 7", exitcode, (3, 4), 1)
-    assert obituary(death, "item 3").endswith(end)
+    death = WorkerDeath(0, "process 7", exitcode, (3, 4), 1)
+    assert describe_death(death, "item 3").endswith(end)
 
 
 class TestWorkerDiedError:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from taskcarrier import StaticParallelMapper, fit_many, last_report, predict_array, share
-from taskcarrier.random_streams import Streams
-from tests.strategies import EVERYWHERE, ROOT, assert_same, cooled_crews, run_script, warm_crews
+from taskcarrier.random_streams import RandomStreams
+from tests.strategies import EVERYWHERE, ROOT, assert_same, cooled_crews, run_script, warm_pools
 
 sklearn = pytest.importorskip("sklearn", reason="scikit-learn is optional")
 from sklearn import datasets  # noqa: E402  # only where it is there
@@ -31,8 +31,8 @@ RUNS = [{"backend": backend, "balance": balance, "n_jobs": 2} for backend, balan
 
 
 @pytest.fixture(scope="module", autouse=True)
-def crews():
-    warm_crews(2)
+def pools():
+    warm_pools(2)
     fit_many([Ridge()] * 2, X, y, n_jobs=2, backend="loky")  # workers have scikit-learn then
     yield
     cooled_crews()
@@ -108,7 +108,7 @@ class TestAgainstScikitLearn:
             [LinearRegression()] * 6, X, y, rows=lambda rng: rng.integers(n, size=n), rng=3, **run
         )
         for number, one in enumerate(ours):
-            rows = Streams.of_seed(3).stream(number).integers(n, size=n)
+            rows = RandomStreams.from_seed(3).stream(number).integers(n, size=n)
             assert_same(one.coef_, LinearRegression().fit(X[rows], y[rows]).coef_)
 
 
@@ -117,7 +117,7 @@ class TestRandomStates:
         nested = make_pipeline(StandardScaler(), DecisionTreeClassifier(max_features=1))
         ours = fit_many([nested] * 4, X, y, rng=7, **run)
         for number, one in enumerate(ours):
-            stream = Streams.of_seed(7).stream(number)
+            stream = RandomStreams.from_seed(7).stream(number)
             state = int(stream.integers(np.iinfo(np.int32).max))
             tree = DecisionTreeClassifier(max_features=1, random_state=state)
             theirs = make_pipeline(StandardScaler(), tree).fit(X, y)
@@ -201,7 +201,7 @@ class TestWhatIsGiven:
             [Ridge()] * 3, X, y, sample_weight=lambda rng: rng.random(len(X)), rng=1, **run
         )
         for number, one in enumerate(drawn):
-            stream = Streams.of_seed(1).stream(number)
+            stream = RandomStreams.from_seed(1).stream(number)
             stream.integers(np.iinfo(np.int32).max)  # Ridge's random_state comes first
             weights = stream.random(len(X))
             theirs = Ridge().fit(X, y, sample_weight=weights)

@@ -34,7 +34,7 @@ from tests.strategies import (
     assert_same,
     axes_of,
     chunksizes,
-    kept_crews,
+    kept_pools,
     samples,
 )
 
@@ -42,7 +42,7 @@ KINDS = [SerialMapper, StaticParallelMapper, DynamicParallelMapper]
 OF_BALANCE = {"static": StaticParallelMapper, "dynamic": DynamicParallelMapper}
 
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -462,7 +462,7 @@ def test_a_report_adds_up(backend, balance):
     for worker in report.workers:
         assert sum(line.startswith(f"{worker.name} ") for line in lines) == 1
     assert "203 items in 21 ranges of up to 10" in lines[0]
-    assert report.as_dict()["workers"][0]["items"] == report.workers[0].items
+    assert report.to_dict()["workers"][0]["items"] == report.workers[0].items
     assert pickle.loads(pickle.dumps(report)) == report
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from taskcarrier.notes import add_note, text_of
-from taskcarrier.system.exceptions import raise_again, related
+from taskcarrier.system.exceptions import collect_related, raise_again
 from tests.workers.test_pickled_errors import FrozenError, SlottedError
 
 
@@ -44,7 +44,7 @@ def test_related_exceptions_are_found_once():
     group = ExceptionGroup("g", [member])
     group.__cause__, group.__context__, member.__context__ = cause, context, cause
     cause.__context__ = group
-    assert related(group) == [group, cause, context, member]
+    assert collect_related(group) == [group, cause, context, member]
 
 
 def raised_again_while_handling(error, handled):

@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from taskcarrier import map_array, map_chunks, map_items, reduce_array
-from taskcarrier.options import DESCRIPTIONS, documented
+from taskcarrier.options import DESCRIPTIONS, fill_docstring
 
 VERBS = [map_array, map_items, map_chunks, reduce_array]
 
@@ -58,5 +58,5 @@ def test_a_function_without_a_docstring_stays_as_it_is():
     def verb():
         pass
 
-    assert documented(verb) is verb
+    assert fill_docstring(verb) is verb
     assert verb.__doc__ is None

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from taskcarrier.progress import log_report, shown
+from taskcarrier.progress import log_report, progress_bar
 from taskcarrier.report import Report
 from taskcarrier.scheduling.ledger import Ledger
 
@@ -20,7 +20,7 @@ def no_monitor(monkeypatch):
 
 @pytest.mark.parametrize("verbosity", [0, -1])
 def test_nothing_is_shown(verbosity, capsys):
-    with shown(verbosity, 10, 1) as tick:
+    with progress_bar(verbosity, 10, 1) as tick:
         assert tick is None
     assert capsys.readouterr() == ("", "")
 
@@ -29,11 +29,11 @@ def test_nothing_is_shown(verbosity, capsys):
 class TestBar:
     def test_counts_items_of_all_workers(self, capsys):
         ledger = Ledger.local(2)
-        with shown(1, 40, 2) as tick:
+        with progress_bar(1, 40, 2) as tick:
             tick(ledger)
             for worker, n_items in [(0, 10), (1, 5)]:
                 ledger.claim(worker)
-                ledger.lay_down(worker, n_items)
+                ledger.finish(worker, n_items)
             tick(ledger)
             tick(ledger)
         last = shown_last(capsys)
@@ -42,30 +42,30 @@ class TestBar:
 
     def test_is_complete_at_the_end(self, capsys):
         ledger = Ledger.local(1)
-        with shown(1, 3, 1) as tick:
+        with progress_bar(1, 3, 1) as tick:
             for _ in range(3):
                 ledger.claim(0)
-                ledger.lay_down(0, 1)
+                ledger.finish(0, 1)
                 tick(ledger)
         assert "100%" in capsys.readouterr().err
 
     def test_begins_with_what_was_done_before(self, capsys):
         ledger = Ledger.local(1)
-        with shown(1, 40, 1, n_before=30) as tick:
+        with progress_bar(1, 40, 1, n_before=30) as tick:
             tick(ledger)
             assert "30/40" in shown_last(capsys)
             ledger.claim(0)
-            ledger.lay_down(0, 10)
+            ledger.finish(0, 10)
             tick(ledger)
         assert "40/40" in shown_last(capsys)
 
     def test_is_closed_after_an_error(self, capsys):
-        with pytest.raises(KeyError), shown(1, 3, 1):
+        with pytest.raises(KeyError), progress_bar(1, 3, 1):
             raise KeyError
         assert capsys.readouterr().err.endswith("\n")
 
     def test_of_no_items(self, capsys):
-        with shown(1, 0, 1) as tick:
+        with progress_bar(1, 0, 1) as tick:
             tick(Ledger.local(1))
         assert "0item" in capsys.readouterr().err
 

@@ -8,13 +8,13 @@ import pytest
 
 from taskcarrier import SerialMapper, map_array, map_chunks, map_items, reduce_array
 from taskcarrier.mappers import DynamicParallelMapper, StaticParallelMapper
-from taskcarrier.random_streams import Streams
-from tests.strategies import EVERYWHERE, RUNS, assert_same, contract, kept_crews
+from taskcarrier.random_streams import RandomStreams
+from tests.strategies import EVERYWHERE, RUNS, assert_same, contract, kept_pools
 
 X = np.arange(40.0)
 
 
-crews = kept_crews(2, 3, 8)
+pools = kept_pools(2, 3, 8)
 
 
 def draw(item, rng):
@@ -27,26 +27,28 @@ def draws(chunk, rng):
 
 class TestStreams:
     def test_a_stream_begins_at_its_beginning(self):
-        streams = Streams.of_seed(5)
+        streams = RandomStreams.from_seed(5)
         first = streams.stream(3).random(100)
         streams.stream(4).random(7)
         assert_same(streams.stream(3).random(100), first)
 
     def test_streams_are_distinct(self):
-        streams = Streams.of_seed(5)
+        streams = RandomStreams.from_seed(5)
         n = 100_000
         drawn = np.array([streams.stream(number).bit_generator.random_raw() for number in range(n)])
         assert len(np.unique(drawn)) == n
         assert abs(drawn.astype(float).mean() / 2**64 - 0.5) < 5 / np.sqrt(12 * n)
 
     def test_neighbours_have_nothing_in_common(self):
-        streams = Streams.of_seed(5)
+        streams = RandomStreams.from_seed(5)
         drawn = [streams.stream(number).bit_generator.random_raw(2_000) for number in range(100)]
         assert len(np.unique(np.concatenate(drawn))) == 200_000
 
     def test_counters_of_streams_are_apart(self):
         # The words below the number are the stream's own; a block advances the lowest by one.
-        states = [Streams.of_seed(1).stream(n).bit_generator.state["state"] for n in (0, 1, 2**40)]
+        states = [
+            RandomStreams.from_seed(1).stream(n).bit_generator.state["state"] for n in (0, 1, 2**40)
+        ]
         assert [state["counter"].tolist() for state in states] == [
             [0, 0, 0, 0],
             [0, 0, 1, 0],
@@ -58,17 +60,17 @@ class TestStreams:
         "seed", [0, 3, 2**100, np.int64(3), np.random.SeedSequence(3, spawn_key=(1,))]
     )
     def test_seeds_of_every_sort(self, seed):
-        assert Streams.of_seed(seed) == Streams.of_seed(seed)
-        assert Streams.of_seed(seed) != Streams.of_seed(4)
+        assert RandomStreams.from_seed(seed) == RandomStreams.from_seed(seed)
+        assert RandomStreams.from_seed(seed) != RandomStreams.from_seed(4)
 
     def test_a_seed_sequence_is_its_seed_and_stays_as_it_is(self):
         sequence = np.random.SeedSequence(3)
-        assert Streams.of_seed(sequence) == Streams.of_seed(3)
+        assert RandomStreams.from_seed(sequence) == RandomStreams.from_seed(3)
         assert sequence.n_children_spawned == 0
 
     def test_a_generator_is_advanced_by_one_draw(self):
         ours, theirs = np.random.default_rng(8), np.random.default_rng(8)
-        first, second = Streams.of_seed(ours), Streams.of_seed(ours)
+        first, second = RandomStreams.from_seed(ours), RandomStreams.from_seed(ours)
         assert first != second
         theirs.integers(1 << 63, size=2)
         assert ours.bit_generator.state == theirs.bit_generator.state
@@ -84,7 +86,7 @@ class TestStreams:
 
 
 def of_items(seed):
-    return np.array([draw(x, Streams.of_seed(seed).stream(n)) for n, x in enumerate(X)])
+    return np.array([draw(x, RandomStreams.from_seed(seed).stream(n)) for n, x in enumerate(X)])
 
 
 @pytest.mark.parametrize("chunksize", [None, 1, 7, 100])
@@ -97,7 +99,7 @@ def test_items_have_streams_by_their_number(chunksize):
 def test_chunks_have_streams_by_the_number_of_their_range(chunksize):
     expected = np.concatenate(
         [
-            draws(X[start : start + chunksize], Streams.of_seed(3).stream(number))
+            draws(X[start : start + chunksize], RandomStreams.from_seed(3).stream(number))
             for number, start in enumerate(range(0, len(X), chunksize))
         ]
     )
@@ -122,8 +124,8 @@ def test_items_of_lists_have_them_too(kind, backend):
     for chunksize in (None, 1, 7):
         mapper = kind(2, backend=backend, chunksize=chunksize)
         assert mapper.map(draw, X.tolist(), rng=3) == of_items(3).tolist()
-    several = mapper.map(lambda a, b, rng: a + b + rng.random(), X.tolist(), [1.0] * 40, rng=3)
-    assert np.allclose(several, of_items(3) + 1)
+    is_tuple = mapper.map(lambda a, b, rng: a + b + rng.random(), X.tolist(), [1.0] * 40, rng=3)
+    assert np.allclose(is_tuple, of_items(3) + 1)
     assert_same(mapper.map_items(draw, X, rng=3), of_items(3))
 
 
@@ -199,7 +201,8 @@ def test_several_arrays_results_and_arguments():
         first, second = map_items(func, X, X, **options, **run)
         assert_same(first, X * 2 + 1)
         assert_same(
-            second, np.array([x + Streams.of_seed(4).stream(n).normal() for n, x in enumerate(X)])
+            second,
+            np.array([x + RandomStreams.from_seed(4).stream(n).normal() for n, x in enumerate(X)]),
         )
 
 

@@ -37,7 +37,7 @@ def report():
 
 
 def test_as_dict_is_json(report):
-    plain = json.loads(json.dumps(report.as_dict()))
+    plain = json.loads(json.dumps(report.to_dict()))
     assert {name: plain[name] for name in ("backend", "items", "bytes_copied", "seconds")} == {
         "backend": "loky",
         "items": 1_234_567,
@@ -71,7 +71,7 @@ def test_notes_stand_below_the_head(report):
     noted = replace(report, notes=("array 0 is pickled", "array 1 too"))
     plain, lines = str(report).splitlines(), str(noted).splitlines()
     assert lines == [*plain[:2], "array 0 is pickled", "array 1 too", *plain[2:]]
-    assert json.loads(json.dumps(noted.as_dict()))["notes"] == list(noted.notes)
+    assert json.loads(json.dumps(noted.to_dict()))["notes"] == list(noted.notes)
 
 
 def cells_of(page):
@@ -102,7 +102,7 @@ def test_what_is_shown_is_escaped(report):
 
 
 def test_text_without_workers(report):
-    empty = Report(**{**report.as_dict(), "workers": ()})
+    empty = Report(**{**report.to_dict(), "workers": ()})
     assert len(str(empty).splitlines()) == 3
 
 
@@ -124,7 +124,7 @@ def test_last_report_is_the_thread_s_own(report):
         keep_report(report)
         found.append(last_report())
 
-    other = Report(**{**report.as_dict(), "items": 1})
+    other = Report(**{**report.to_dict(), "items": 1})
     keep_report(other)
     thread = threading.Thread(target=elsewhere)
     thread.start()

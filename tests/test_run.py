@@ -18,8 +18,8 @@ from taskcarrier.errors import WorkerDiedError
 from taskcarrier.memory.segments import Recycler, Segment, SharedView
 from taskcarrier.report import Report, last_report
 from taskcarrier.run import (
-    Kept,
-    Outcome,
+    ResumedMarks,
+    RunOutcome,
     Settings,
     decide,
     execute,
@@ -27,15 +27,15 @@ from taskcarrier.run import (
     refuse_missing,
 )
 from taskcarrier.scheduling.balance import Dynamic, Static
-from taskcarrier.scheduling.grid import Grid
-from taskcarrier.scheduling.ledger import DONE, FREE, OWN_MARKS, ledger_nbytes
-from taskcarrier.scheduling.retries import USUAL, Recovery
+from taskcarrier.scheduling.grid import ChunkGrid
+from taskcarrier.scheduling.ledger import DONE, OWN_MARKS, PENDING, ledger_nbytes
+from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.pools import shutdown
 from taskcarrier.workers.processes.grid_run import ProcessRun
-from taskcarrier.workers.records import Account, Death, Failure, Parts
-from taskcarrier.workers.task import NOTHING
+from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerDeath, WorkerStats
+from taskcarrier.workers.task import IN_PLACE
 from tests.clocks import LATE, stopped_clock
 from tests.strategies import start_script
 
@@ -47,9 +47,9 @@ class Calls:
         self.call = Call(func, args)
         self.proposal = proposal
 
-    def open(self, agree):
+    def open(self, propose):
         if self.proposal is not None:
-            agree(self.proposal)
+            propose(self.proposal)
         return self
 
     def __call__(self, start, stop):
@@ -64,7 +64,7 @@ def both(start, stop):
 
 
 def in_place(start, stop):
-    return NOTHING
+    return IN_PLACE
 
 
 def fail_everywhere(start, stop):
@@ -86,7 +86,7 @@ def die_once_at_four(start, stop, mark):
 
 def die_once_at_four_in_place(start, stop, mark):
     die_once_at_four(start, stop, mark)
-    return NOTHING
+    return IN_PLACE
 
 
 def warn_at_even(start, stop):
@@ -107,24 +107,24 @@ def run(
     n_jobs=None,
     notes=(),
     proposal=None,
-    kept=None,
-    collects=False,
-    narrows=False,
+    resumed=None,
+    collect_errors=False,
+    can_split=False,
     **others,
 ):
     settings = Settings(balance or Dynamic(), **others)
     delivered = {}
     outcome = execute(
         Calls(func, args, proposal),
-        grid or Grid(20, 2),
+        grid or ChunkGrid(20, 2),
         Choice(backend, n_jobs or BACKENDS[backend], "a test"),
         settings,
         started_ns=monotonic_ns(),
-        staging=settings.staging() if backend == "loky" else None,
+        staging=settings.new_staging() if backend == "loky" else None,
         notes=notes,
-        collects=collects,
-        narrows=narrows,
-        kept=kept,
+        collect_errors=collect_errors,
+        can_split=can_split,
+        resumed=kept,
         deliver=delivered.__setitem__,
     )
     return outcome, delivered
@@ -142,28 +142,28 @@ ALL = {start: (start, start + 2) for start in range(0, 20, 2)}
 
 
 def outcome_with(failures=(), deaths=(), missing=()):
-    return Outcome([], list(failures), list(deaths), list(missing), report=None)
+    return RunOutcome([], list(failures), list(deaths), list(missing), report=None)
 
 
-def of_call(balance="static", n_jobs=None, backend=None, **others):
-    recovery = {"timeout": None, "retries": 2, "retry_on": (), **others}
-    return Settings.of_call(balance, n_jobs, backend, **recovery)
+def from_arguments(balance="static", n_jobs=None, backend=None, **others):
+    retry_policy = {"timeout": None, "retries": 2, "retry_on": (), **others}
+    return Settings.from_arguments(balance, n_jobs, backend, **retry_policy)
 
 
 class TestSettings:
     def test_of_a_call(self):
-        assert of_call("dynamic", -2, "multiprocessing") == Settings(Dynamic(), -2, "loky")
+        assert from_arguments("dynamic", -2, "multiprocessing") == Settings(Dynamic(), -2, "loky")
 
     def test_of_a_call_that_says_what_is_tried_again(self):
-        settings = of_call(timeout=3, retries=5, retry_on=OSError)
-        assert settings == Settings(Static(), recovery=Recovery(3.0, 5, (OSError,)))
-        assert of_call().recovery is USUAL
+        settings = from_arguments(timeout=3, retries=5, retry_on=OSError)
+        assert settings == Settings(Static(), retry_policy=RetryPolicy(3.0, 5, (OSError,)))
+        assert from_arguments().retry_policy is DEFAULT_POLICY
 
     def test_of_a_mapper_with_the_call_s_own_recovery(self):
         own = Settings(Dynamic(), 3, "threading", temp_folder="folder")
-        assert of_call(own) is own
-        changed = of_call(own, retries=0)
-        assert changed.recovery == Recovery(retries=0)
+        assert from_arguments(own) is own
+        changed = from_arguments(own, retries=0)
+        assert changed.retry_policy == RetryPolicy(retries=0)
         assert (changed.balance, changed.n_jobs, changed.backend, changed.temp_folder) == (
             Dynamic(),
             3,
@@ -187,7 +187,7 @@ class TestSettings:
     def test_bad_arguments(self, arguments, error):
         (name,) = arguments
         with pytest.raises(error, match=f"{name} must"):
-            of_call(**arguments)
+            from_arguments(**arguments)
 
     def test_folder(self, monkeypatch, tmp_path):
         monkeypatch.delenv("JOBLIB_TEMP_FOLDER", raising=False)
@@ -198,7 +198,7 @@ class TestSettings:
 
     def test_memory_lies_in_the_folder(self, tmp_path):
         settings = Settings(Static(), temp_folder=str(tmp_path))
-        (view,) = settings.staging().share([np.arange(10.0)])
+        (view,) = settings.new_staging().share([np.arange(10.0)])
         for segment in (settings.segment(100), view.segment):
             assert segment.on_disk
             assert os.fstat(segment.fd).st_dev == tmp_path.stat().st_dev
@@ -210,7 +210,7 @@ class TestSettings:
         segment.reserve(1000)
         inode = os.fstat(segment.fd).st_ino
         del segment
-        (view,) = settings.staging().share([np.arange(100.0)])
+        (view,) = settings.new_staging().share([np.arange(100.0)])
         assert os.fstat(view.segment.fd).st_ino == inode
         recycler.close()
 
@@ -232,7 +232,7 @@ class TestExecute:
         outcome, delivered = run(both, backend, balance=balance)
         assert delivered == ALL
         assert (outcome.failures, outcome.deaths, outcome.missing) == ([], [], [])
-        assert [account.facts for account in outcome.accounts] == ["facts"] * BACKENDS[backend]
+        assert [stats.facts for stats in outcome.worker_stats] == ["facts"] * BACKENDS[backend]
 
     def test_report(self, backend, balance):
         outcome, _ = run(in_place, backend, balance=balance)
@@ -261,14 +261,14 @@ class TestExecute:
 
     def test_what_workers_settled_on_is_told(self, backend, balance):
         outcome, _ = run(both, backend, balance=balance, proposal=b"settled")
-        assert outcome.agreed == b"settled"
-        # The next run of the same crew begins anew.
-        assert run(both, backend, balance=balance)[0].agreed is None
+        assert outcome.first_proposal == b"settled"
+        # The next run of the same pool begins again.
+        assert run(both, backend, balance=balance)[0].first_proposal is None
 
-    def test_never_more_workers_than_cells(self, backend, balance):
-        outcome, delivered = run(both, backend, balance=balance, grid=Grid(3, 5))
+    def test_never_more_workers_than_chunks(self, backend, balance):
+        outcome, delivered = run(both, backend, balance=balance, grid=ChunkGrid(3, 5))
         assert delivered == {0: (0, 3)}
-        assert outcome.report.n_jobs == len(outcome.accounts) == 1
+        assert outcome.report.n_jobs == len(outcome.worker_stats) == 1
 
     def test_failures_ascend_and_know_their_worker(self, backend, balance):
         outcome, delivered = run(fail_everywhere, backend, balance=balance)
@@ -290,7 +290,9 @@ class TestExecute:
         view = marks_of(10)
         marks = view.open("write")
         marks[[0, 4, 5, 9]] = DONE
-        outcome, delivered = run(both, backend, balance=balance, kept=Kept(view, 4, ["found"]))
+        outcome, delivered = run(
+            both, backend, balance=balance, resumed=ResumedMarks(view, 4, ["found"])
+        )
         assert sorted(delivered) == [2, 4, 6, 12, 14, 16]
         assert marks.all()
         assert sum(worker.items for worker in outcome.report.workers) == 12
@@ -318,10 +320,10 @@ class TestExecute:
                 assert isinstance(outcome.failures[0].error, UserWarning)
 
 
-def marks_of(n_cells):
+def marks_of(n_chunks):
     segment = Segment.create()
-    segment.reserve(n_cells)
-    return SharedView(segment, 0, (n_cells,), (1,), np.dtype(np.uint8))
+    segment.reserve(n_chunks)
+    return SharedView(segment, 0, (n_chunks,), (1,), np.dtype(np.uint8))
 
 
 AGAIN = """
@@ -387,7 +389,7 @@ class TestWatching:
         monkeypatch.setattr(progress, "shown", lambda *args: asked.append(args) or Watch([]))
         view = marks_of(4)
         view.open("write")[[1, 3]] = DONE  # the last range is shorter
-        run(both, grid=Grid(7, 2), kept=Kept(view, 2, []))
+        run(both, grid=ChunkGrid(7, 2), resumed=ResumedMarks(view, 2, []))
         assert asked == [(0, 7, 1, 4)]
 
     def test_report_is_logged(self, caplog, monkeypatch):
@@ -416,7 +418,7 @@ class Watch:
         pass
 
     def tick(self, ledger):
-        self.seen.append(ledger.items_done(ledger_workers(ledger)))
+        self.seen.append(ledger.n_items_done(ledger_workers(ledger)))
         if self.error is not None:
             raise self.error
 
@@ -435,14 +437,14 @@ class TestDeaths:
         assert [note for note in outcome.report.notes if "exited with code 7" in note]
         assert "while mapping items 4:6" in " ".join(outcome.report.notes)
 
-    def test_made_good_among_more_cells_than_the_ledger_has_room_for(self, balance, tmp_path):
+    def test_made_good_among_more_chunks_than_the_ledger_has_room_for(self, balance, tmp_path):
         n_items = OWN_MARKS + 100
         outcome, delivered = run(
             die_once_at_four,
             "loky",
             str(tmp_path / "mark"),
             balance=balance,
-            grid=Grid(n_items, 1),
+            grid=ChunkGrid(n_items, 1),
         )
         assert outcome.deaths == []
         assert (tmp_path / "mark").exists()
@@ -453,7 +455,9 @@ class TestDeaths:
         assert sum(worker.items for worker in outcome.report.workers) == 20
 
     def test_given_up(self, balance):
-        outcome, delivered = run(die_at_four, "loky", balance=balance, recovery=Recovery(retries=1))
+        outcome, delivered = run(
+            die_at_four, "loky", balance=balance, retry_policy=RetryPolicy(retries=1)
+        )
         (death,) = outcome.deaths
         assert (death.exitcode, death.range, death.attempt) == (7, (4, 6), 2)
         assert (4, 6) in outcome.missing
@@ -462,7 +466,7 @@ class TestDeaths:
         assert len([note for note in outcome.report.notes if "exited with code 7" in note]) == 2
 
     def test_never_again(self, balance):
-        outcome, _ = run(die_at_four, "loky", balance=balance, recovery=Recovery(retries=0))
+        outcome, _ = run(die_at_four, "loky", balance=balance, retry_policy=RetryPolicy(retries=0))
         (death,) = outcome.deaths
         assert (death.range, death.attempt) == ((4, 6), 1)
 
@@ -471,9 +475,9 @@ class TestDeaths:
             die_at_four,
             "loky",
             balance=balance,
-            grid=Grid(20, 8),
-            narrows=True,
-            recovery=Recovery(retries=1),
+            grid=ChunkGrid(20, 8),
+            can_split=True,
+            retry_policy=RetryPolicy(retries=1),
         )
         (death,) = outcome.deaths
         assert death.range == (4, 5)
@@ -486,13 +490,13 @@ class TestDeaths:
             die_at_four,
             "loky",
             balance=balance,
-            collects=True,
-            narrows=True,
-            recovery=Recovery(retries=1),
+            collect_errors=True,
+            can_split=True,
+            retry_policy=RetryPolicy(retries=1),
         )
         assert (outcome.failures, outcome.deaths, outcome.missing) == ([], [], [])
         parts = delivered.pop(4)
-        assert isinstance(parts, Parts)
+        assert isinstance(parts, PartialResult)
         ((start, stop, error),) = parts.faults
         assert (start, stop, error.exitcode) == (4, 5, 7)
         expected = {**ALL, 5: (5, 6)}
@@ -505,8 +509,8 @@ class TestDeaths:
             "loky",
             balance=balance,
             n_jobs=1,
-            grid=Grid(20, 4),
-            recovery=Recovery(retries=0),
+            grid=ChunkGrid(20, 4),
+            retry_policy=RetryPolicy(retries=0),
         )
         assert [death.range for death in outcome.deaths] == [(4, 8)]
         assert outcome.missing[-4:] == [(4, 8), (8, 12), (12, 16), (16, 20)]
@@ -520,7 +524,7 @@ def hang_at_four(start, stop):
 
 class TestTimeout:
     def test_in_processes(self):
-        outcome, _ = run(hang_at_four, "loky", recovery=Recovery(timeout=LATE))
+        outcome, _ = run(hang_at_four, "loky", retry_policy=RetryPolicy(timeout=LATE))
         (failure,) = outcome.failures
         assert failure.range == (4, 6)
         assert isinstance(failure.error, TimeoutError)
@@ -539,7 +543,7 @@ class TestTimeout:
             ended.append(start)
             return start, stop
 
-        outcome, delivered = run(slow, backend, recovery=Recovery(timeout=0.2))
+        outcome, delivered = run(slow, backend, retry_policy=RetryPolicy(timeout=0.2))
         (failure,) = outcome.failures
         assert failure.range == (4, 6)
         assert isinstance(failure.error, TimeoutError)
@@ -588,10 +592,10 @@ class TestRaiseFailure:
     def test_the_lowest_with_what_is_known(self):
         error, other = ValueError("no"), KeyError("k")
         failures = [
-            Failure((6, 8), error, "thread 1", attempt=2),
-            Failure((10, 12), other, "thread 0"),
+            RangeFailure((6, 8), error, "thread 1", attempt=2),
+            RangeFailure((10, 12), other, "thread 0"),
         ]
-        death = Death(2, "process 7", -9, (12, 14), 3)
+        death = WorkerDeath(2, "process 7", -9, (12, 14), 3)
         with pytest.raises(ValueError, match="no") as info:
             raise_failure(outcome_with(failures, [death]), describe)
         assert info.value is error
@@ -604,19 +608,19 @@ class TestRaiseFailure:
     def test_before_any_range(self):
         error = OSError("no")
         with pytest.raises(OSError, match="no"):
-            raise_failure(outcome_with([Failure(None, error, "thread 1")]), describe)
+            raise_failure(outcome_with([RangeFailure(None, error, "thread 1")]), describe)
         assert not hasattr(error, "__notes__")
 
     def test_others_before_any_range(self):
-        failures = [Failure(None, OSError("no"), "a"), Failure(None, OSError("no"), "b")]
+        failures = [RangeFailure(None, OSError("no"), "a"), RangeFailure(None, OSError("no"), "b")]
         with pytest.raises(OSError, match="no") as info:
             raise_failure(outcome_with(failures), describe)
         assert info.value.__notes__ == ["also failed: all of b: OSError: no"]
 
     def test_others_without_words(self):
         failures = [
-            Failure((0, 2), OSError("no"), "a"),
-            Failure((2, 4), SpeechlessError(), "b"),
+            RangeFailure((0, 2), OSError("no"), "a"),
+            RangeFailure((2, 4), SpeechlessError(), "b"),
         ]
         with pytest.raises(OSError, match="no") as info:
             raise_failure(outcome_with(failures), describe)
@@ -625,7 +629,7 @@ class TestRaiseFailure:
     @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
     def test_exits_too(self, error):
         with pytest.raises(type(error)) as info:
-            raise_failure(outcome_with([Failure((0, 2), error, "caller")]), describe)
+            raise_failure(outcome_with([RangeFailure((0, 2), error, "caller")]), describe)
         assert info.value is error
 
     def test_keeps_nothing_alive(self):
@@ -634,7 +638,7 @@ class TestRaiseFailure:
 
         thing = Thing()
         there = weakref.ref(thing)
-        outcome = outcome_with([Failure((0, 2), ValueError(thing), "caller")])
+        outcome = outcome_with([RangeFailure((0, 2), ValueError(thing), "caller")])
         del thing
         gc.disable()
         try:
@@ -653,10 +657,12 @@ def refused(outcome, missing, partial=None):
 
 class TestRefuseMissing:
     def test_nothing_is_missing(self):
-        refuse_missing(outcome_with(deaths=[Death(0, "a", 3, None)]), describe, [], pytest.fail)
+        refuse_missing(
+            outcome_with(deaths=[WorkerDeath(0, "a", 3, None)]), describe, [], pytest.fail
+        )
 
     def test_facts_of_a_death(self):
-        deaths = [Death(1, "process 7", 3, None), Death(0, "process 8", -11, (4, 6), 3)]
+        deaths = [WorkerDeath(1, "process 7", 3, None), WorkerDeath(0, "process 8", -11, (4, 6), 3)]
         missing = [(4, 6), (18, 19)]
         error = refused(outcome_with(deaths=deaths), missing, "partial")
         assert isinstance(error, WorkerDiedError)
@@ -673,14 +679,18 @@ class TestRefuseMissing:
         ]
 
     def test_the_lowest_range_names_the_death(self):
-        deaths = [Death(0, "a", 3, (8, 9)), Death(1, "b", 4, (2, 3)), Death(2, "c", 5, (4, 5))]
+        deaths = [
+            WorkerDeath(0, "a", 3, (8, 9)),
+            WorkerDeath(1, "b", 4, (2, 3)),
+            WorkerDeath(2, "c", 5, (4, 5)),
+        ]
         error = refused(outcome_with(deaths=deaths), [(2, 3)])
         assert (error.worker, error.in_hand) == ("b", (2, 3))
         assert "1 range without a result" in str(error)
         assert [note.split()[3] for note in error.__notes__] == ["(c)", "(a)"]
 
     def test_a_death_with_nothing_in_hand(self):
-        error = refused(outcome_with(deaths=[Death(1, "process 7", None, None)]), [(0, 1)])
+        error = refused(outcome_with(deaths=[WorkerDeath(1, "process 7", None, None)]), [(0, 1)])
         assert error.in_hand is None
         assert "worker 1 (process 7) gone between two ranges" in str(error)
 
@@ -701,19 +711,19 @@ class TestRefuseMissing:
 
 
 def lose_a_claim(monkeypatch):
-    claimed = Static.cells
+    claimed = Static.chunks
 
-    def cells(self, ledger, worker, n_workers, n_cells):
-        return (cell for cell in claimed(self, ledger, worker, n_workers, n_cells) if cell != 3)
+    def chunks(self, ledger, worker, n_workers, n_chunks):
+        return (index for index in claimed(self, ledger, worker, n_workers, n_chunks) if index != 3)
 
-    monkeypatch.setattr(Static, "cells", cells)
+    monkeypatch.setattr(Static, "chunks", chunks)
 
 
 def lose_a_mark(monkeypatch):
     ran = ProcessRun.ran
 
     def without_one(self):
-        self._ledger.marks[3] = FREE
+        self._ledger.marks[3] = PENDING
         return ran(self)
 
     monkeypatch.setattr(ProcessRun, "ran", without_one)
@@ -769,9 +779,9 @@ def test_a_result_that_never_came_is_refused(monkeypatch):
 def test_an_account_is_turned_into_a_report():
     kept = []
     outcome, _ = run(both, keep_report=kept.append)
-    account = outcome.accounts[0]
-    assert isinstance(account, Account)
+    stats = outcome.worker_stats[0]
+    assert isinstance(stats, WorkerStats)
     (worker,) = kept[0].workers
     assert isinstance(kept[0], Report)
-    assert (worker.name, worker.ranges, worker.items) == ("caller", account.ranges, account.items)
-    assert worker.busy == account.busy_ns / 1e9
+    assert (worker.name, worker.ranges, worker.items) == ("caller", stats.ranges, stats.items)
+    assert worker.busy == stats.busy_ns / 1e9

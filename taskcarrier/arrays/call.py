@@ -11,33 +11,33 @@ from taskcarrier.arguments import check_callable, check_chunksize, check_extras
 from taskcarrier.arrays.casting import Fill
 from taskcarrier.arrays.inputs.check import Inputs, check_inputs
 from taskcarrier.arrays.inputs.halos import Halo, check_halo
-from taskcarrier.arrays.inputs.sources import sources_for_processes, sources_here
-from taskcarrier.arrays.kernels.prepare import Fusion, Row, fused, ready
-from taskcarrier.arrays.outputs.buffers import LocalAllocation, Output, SharedAllocation
-from taskcarrier.arrays.outputs.request import Targets
+from taskcarrier.arrays.inputs.sources import local_sources, sources_for_processes
+from taskcarrier.arrays.kernels.prepare import FusedLoop, Row, fuse_loop, prepare_call
+from taskcarrier.arrays.outputs.buffers import LocalBuffer, Output, SharedBuffer
+from taskcarrier.arrays.outputs.request import OutputRequest
 from taskcarrier.arrays.outputs.specs import DisagreementError, Spec
 from taskcarrier.arrays.outputs.writer import Plan
 from taskcarrier.arrays.resume.computation import Computation
-from taskcarrier.arrays.resume.ledger_file import KeptLedger
+from taskcarrier.arrays.resume.ledger_file import LedgerFile
 from taskcarrier.arrays.task import ArrayTask
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note, text_of
-from taskcarrier.random_streams import Streams, WithStream, streams_for
+from taskcarrier.random_streams import RandomStreams, WithRandomStream, random_streams_for
 from taskcarrier.run import (
-    Kept,
-    Outcome,
+    ResumedMarks,
+    RunOutcome,
     Settings,
     decide,
     execute,
     raise_failure,
     refuse_missing,
 )
-from taskcarrier.scheduling.grid import Grid, chunk_grid, item_grid
-from taskcarrier.scheduling.retries import Retried
+from taskcarrier.scheduling.grid import ChunkGrid, chunk_grid, item_grid
+from taskcarrier.scheduling.retries import WithRetries
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.choose import Choice, check_for_arrays
 from taskcarrier.workers.introspect import is_jitted
-from taskcarrier.workers.records import Failure, Fault, Parts
+from taskcarrier.workers.records import Fault, PartialResult, RangeFailure
 from taskcarrier.workers.task import Task
 
 # What to pass instead of an array that holds no numbers, by the kind of its dtype.
@@ -58,17 +58,17 @@ class ArrayCall:
     settings: Settings
     call: Call
     inputs: Inputs
-    grid: Grid
+    grid: ChunkGrid
     halo: Halo | None
     writable: bool
     by_item: bool
-    collects: bool
+    collect_errors: bool
     started_ns: int
     row: Row | None = None
-    streams: Streams | None = None
+    streams: RandomStreams | None = None
 
     @classmethod
-    def checked(
+    def from_arguments(
         cls,
         settings: Settings,
         func: Callable[..., Any],
@@ -83,7 +83,7 @@ class ArrayCall:
         depth: object = 0,
         boundary: object = "reflect",
         cval: object = 0.0,
-        collects: bool = False,
+        collect_errors: bool = False,
         row: Row | None = None,
         rng: object = None,
     ) -> ArrayCall:
@@ -107,10 +107,10 @@ class ArrayCall:
             halo,
             bool(writable),
             by_item,
-            collects,
+            collect_errors,
             started_ns,
             row,
-            None if rng is None else streams_for(func, rng),
+            None if rng is None else random_streams_for(func, rng),
         )
 
     @property
@@ -118,11 +118,11 @@ class ArrayCall:
         """What else the function gets."""
         return (*self.call.args, *self.call.kwargs.values())
 
-    def calling(self, func: Callable[..., Any]) -> ArrayCall:
+    def with_function(self, func: Callable[..., Any]) -> ArrayCall:
         """The same with a function of ours, which gets nothing but chunks."""
         return replace(self, call=Call(func), by_item=False, row=None, streams=None)
 
-    def kept_ledger(self, path: str, options: Mapping[str, object]) -> KeptLedger:
+    def open_ledger_file(self, path: str, options: Mapping[str, object]) -> LedgerFile:
         """The ledger beside an output, of this computation; `options` say what else decides it."""
         words = {
             "called with": "items" if self.by_item else "chunks",
@@ -132,16 +132,16 @@ class ArrayCall:
             **options,
         }
         computation = Computation.of(self.call, self.inputs, self.grid, self.halo, words)
-        return KeptLedger(path, len(self.grid), computation)
+        return LedgerFile(path, len(self.grid), computation)
 
-    def in_place(
+    def run_in_place(
         self,
         out_axis: int | tuple[int, ...],
-        targets: Targets,
+        request: OutputRequest,
         *,
-        promotes: bool,
+        promote_dtypes: bool,
         fill: Fill,
-        kept: KeptLedger | None = None,
+        resumed: LedgerFile | None = None,
     ) -> tuple[Any, list[Fault]]:
         """Run with results put in place; what the verb returns, and what failed.
 
@@ -150,57 +150,59 @@ class ArrayCall:
         choice = self._choice()
         is_shared = choice.backend == "loky"
         n_items, order = self.inputs.n_items, self.inputs.order
-        allocation: LocalAllocation | SharedAllocation
+        allocation: LocalBuffer | SharedBuffer
         if is_shared:
             segment = self.settings.segment(self.inputs.nbytes)
-            allocation = SharedAllocation(segment, n_items, order)
+            allocation = SharedBuffer(segment, n_items, order)
         else:
-            allocation = LocalAllocation(n_items, order)
-        fusion: Fusion | None = None
+            allocation = LocalBuffer(n_items, order)
+        fusion: FusedLoop | None = None
         try:
-            outputs = targets.outputs(shared=is_shared)
-            settled = targets.settled(out_axis, n_items) if targets.goes_on else None
-            n_done = 0 if kept is None else kept.begin(anew=settled is None)
-            plan = Plan(allocation, n_items, out_axis, outputs, promotes, fill, settled)
-            fusion, fusing_ns = self._fused(choice, plan, in_place=kept is not None)
-            kept_marks = None if kept is None else Kept(kept.marks, n_done, kept.notes)
+            outputs = request.outputs(shared=is_shared)
+            settled = request.read_spec(out_axis, n_items) if request.is_running else None
+            n_done = 0 if resumed is None else resumed.begin(anew=settled is None)
+            plan = Plan(allocation, n_items, out_axis, outputs, promote_dtypes, fill, settled)
+            fusion, fusing_ns = self._fuse(choice, plan, run_in_place=resumed is not None)
+            kept_marks = (
+                None if resumed is None else ResumedMarks(resumed.marks, n_done, resumed.notes)
+            )
             if fusion is None:
                 outcome, delivered = self._run(choice, plan, fusing_ns, kept_marks)
-                spec = agreed_spec(outcome, self, promotes=promotes) or settled
+                spec = check_agreement(outcome, self, promote_dtypes=promote_dtypes) or settled
             else:
                 outcome, delivered = self._execute(
                     choice,
                     fusion.task,
                     notes=fusion.notes,
                     compiling_ns=fusing_ns,
-                    sweeps=fusion.sweeps,
-                    kept=kept_marks,
+                    runs_all=fusion.runs_all,
+                    resumed=kept_marks,
                 )
                 spec = fusion.spec
             self._explain(outcome)
             raise_failure(outcome, self.inputs.describe)
             faults = self._faults(delivered)
-            strays = [result for parts in delivered for result in parts.results]
+            deferred = [result for parts in delivered for result in parts.results]
             if fusion is not None:
-                strays += fusion.strays(faults)
+                deferred += fusion.deferred(faults)
                 if sum(stop - start for start, stop, _ in faults) == n_items:
                     spec = None  # as where what results are like is known from results alone
             arrays = None
             if spec is not None:
-                arrays = targets.filled(plan, spec, strays, [fault[:2] for fault in faults])
+                arrays = request.fill_outputs(plan, spec, deferred, [fault[:2] for fault in faults])
             if arrays is None or spec is None:
                 refuse_missing(outcome, self.inputs.describe, outcome.missing, lambda: None)
                 return None, faults
-            partial = tuple(arrays) if spec.several else arrays[0]
+            partial = tuple(arrays) if spec.is_tuple else arrays[0]
             refuse_missing(outcome, self.inputs.describe, outcome.missing, lambda: partial)
-            return targets.finish(plan, spec, arrays), faults
+            return request.finish(plan, spec, arrays), faults
         finally:
             if fusion is not None:
                 fusion.task.halt()
             allocation.close()
-            targets.discard()
+            request.discard()
 
-    def returned(self) -> tuple[dict[int, Any], list[Fault]]:
+    def run_collect(self) -> tuple[dict[int, Any], list[Fault]]:
         """Run with results for the caller: by the start of their range, and what failed."""
         outcome, delivered = self._run(self._choice(), None)
         self._explain(outcome)
@@ -213,7 +215,7 @@ class ArrayCall:
         }
         faults = self._faults(delivered)
         done = results.keys() | {start for start, _, _ in faults}
-        ranges = list(map(self.grid.bounds, range(len(self.grid))))
+        ranges = list(map(self.grid.range_of, range(len(self.grid))))
         missing = [one for one in ranges if one[0] not in done]
 
         def partial() -> list[Any]:
@@ -222,7 +224,7 @@ class ArrayCall:
         refuse_missing(outcome, self.inputs.describe, missing, partial)
         return results, faults
 
-    def _explain(self, outcome: Outcome) -> None:
+    def _explain(self, outcome: RunOutcome) -> None:
         """Say of errors of ufuncs which array holds no numbers."""
         for failure in outcome.failures:
             if isinstance(failure.error, TypeError) and "ufunc" in text_of(failure.error):
@@ -236,28 +238,30 @@ class ArrayCall:
             return Choice("sequential", 1, "there is nothing to map")
         return decide(self.settings, self.call.func, self.extras)
 
-    def _fused(self, choice: Choice, plan: Plan, *, in_place: bool) -> tuple[Fusion | None, int]:
+    def _fuse(
+        self, choice: Choice, plan: Plan, *, run_in_place: bool
+    ) -> tuple[FusedLoop | None, int]:
         """A compiled loop over the items, if there can be one, and how long that took.
 
-        If it must work `in_place`, not one whose results are cast in the end.
+        If it must work `run_in_place`, not one whose results are cast in the end.
         """
         if not self.by_item or choice.backend == "loky" or self.inputs.n_items == 0:
             return None, 0
         if not is_jitted(self.call.func):
             return None, 0
-        if self.settings.recovery.retry_on or self.streams is not None:
+        if self.settings.retry_policy.retry_on or self.streams is not None:
             return None, 0  # these are done around each call
         begin = monotonic_ns()
-        fusion = fused(
+        fusion = fuse_loop(
             self.call,
             self.inputs,
             plan,
             self.row,
             writable=self.writable,
-            collects=self.collects,
+            collect_errors=self.collect_errors,
             in_threads=choice.backend == "threading",
         )
-        if fusion is not None and in_place:
+        if fusion is not None and run_in_place:
             if fusion.casts:
                 fusion = None
             elif plan.settled is not None and plan.settled.parts != fusion.spec.parts:
@@ -268,16 +272,20 @@ class ArrayCall:
         return fusion, monotonic_ns() - begin
 
     def _run(
-        self, choice: Choice, plan: Plan | None, fusing_ns: int = 0, kept: Kept | None = None
-    ) -> tuple[Outcome, list[Parts]]:
+        self,
+        choice: Choice,
+        plan: Plan | None,
+        fusing_ns: int = 0,
+        resumed: ResumedMarks | None = None,
+    ) -> tuple[RunOutcome, list[PartialResult]]:
         in_processes = choice.backend == "loky"
-        func = self.call.func if self.row is None else self.row.returned_by(self.call.func)
+        func = self.call.func if self.row is None else self.row.make_returning(self.call.func)
         if self.streams is not None:
-            func = WithStream(func, self.streams)
-        prepared = ready(
+            func = WithRandomStream(func, self.streams)
+        prepared = prepare_call(
             replace(self.call, func=func),
             self.inputs,
-            self.grid.bounds(0),
+            self.grid.range_of(0),
             self.halo,
             by_item=self.by_item,
             writable=self.writable,
@@ -286,15 +294,15 @@ class ArrayCall:
         staging = None
         notes: list[str] = []
         if in_processes:
-            staging = self.settings.staging()
+            staging = self.settings.new_staging()
             sources, notes = sources_for_processes(self.inputs, self.grid, self.halo, staging)
         else:
-            sources = sources_here(self.inputs, self.halo)
+            sources = local_sources(self.inputs, self.halo)
         made = prepared.call
-        if self.settings.recovery.retry_on:
-            recovery = self.settings.recovery
-            copies = prepared.writable or prepared.owns_args
-            again = Retried(made.func, recovery.retry_on, recovery.retries, copies)
+        if self.settings.retry_policy.retry_on:
+            retry_policy = self.settings.retry_policy
+            copies = prepared.writable or prepared.copies_args
+            again = WithRetries(made.func, retry_policy.retry_on, retry_policy.retries, copies)
             made = replace(made, func=again)
         task = ArrayTask(
             made,
@@ -302,10 +310,10 @@ class ArrayCall:
             self.inputs.axes,
             self.by_item,
             prepared.writable,
-            prepared.owns_args,
+            prepared.copies_args,
             self.halo,
             plan,
-            self.collects,
+            self.collect_errors,
             self._takes_objects(plan),
             in_processes,
             self.streams is not None,
@@ -318,10 +326,10 @@ class ArrayCall:
             compiling_ns=fusing_ns + prepared.compiling_ns,
             staging=staging,
             # A part of a range with one stream would draw other numbers.
-            narrows=plan is not None
+            can_split=plan is not None
             and self.halo is None
             and (self.by_item or self.streams is None),
-            kept=kept,
+            resumed=resumed,
         )
 
     def _execute(
@@ -332,11 +340,11 @@ class ArrayCall:
         notes: list[str],
         compiling_ns: int,
         staging: Staging | None = None,
-        sweeps: bool = False,
-        narrows: bool = False,
-        kept: Kept | None = None,
-    ) -> tuple[Outcome, list[Parts]]:
-        delivered: list[Parts] = []
+        runs_all: bool = False,
+        can_split: bool = False,
+        resumed: ResumedMarks | None = None,
+    ) -> tuple[RunOutcome, list[PartialResult]]:
+        delivered: list[PartialResult] = []
         outcome = execute(
             task,
             self.grid,
@@ -346,10 +354,10 @@ class ArrayCall:
             staging=staging,
             notes=notes,
             compiling=compiling_ns / 1e9,
-            sweeps=sweeps,
-            collects=self.collects,
-            narrows=narrows,
-            kept=kept,
+            runs_all=runs_all,
+            collect_errors=self.collect_errors,
+            can_split=can_split,
+            resumed=resumed,
             deliver=lambda _, parts: delivered.append(parts),
         )
         return outcome, delivered
@@ -361,7 +369,7 @@ class ArrayCall:
         dtypes = [*self.inputs.dtypes, *(output.dtype for output in asked)]
         return any(dtype is not None and dtype.hasobject for dtype in dtypes)
 
-    def _faults(self, delivered: list[Parts]) -> list[Fault]:
+    def _faults(self, delivered: list[PartialResult]) -> list[Fault]:
         # By range: one that a worker died on may have come before, and come again.
         found = {fault[:2]: fault for parts in delivered for fault in parts.faults}
         for parts in delivered:  # errors refer to frames, and these to what was delivered
@@ -372,60 +380,62 @@ class ArrayCall:
         return faults
 
 
-def agreed_spec(outcome: Outcome, call: ArrayCall, *, promotes: bool) -> Spec | None:
-    """What all results agree in; if some do not, the outcome has failures of those cells.
+def check_agreement(outcome: RunOutcome, call: ArrayCall, *, promote_dtypes: bool) -> Spec | None:
+    """What all results agree in; if some do not, the outcome has failures of those chunks.
 
-    The reference is the lowest cell that has a result. Under dynamic balance and in the
-    caller, both that cell and the lowest one that differs from it are the same on every run.
+    The reference is the lowest chunk that has a result. Under dynamic balance and in the
+    caller, both that chunk and the lowest one that differs from it are the same on every run.
     Where only a worker that has died since gave results such as are in place, it is these.
     """
     firsts = [
-        (*account.facts, account.name) for account in outcome.accounts if account.facts is not None
+        (*stats.facts, stats.name) for stats in outcome.worker_stats if stats.facts is not None
     ]
-    agreed: Spec | None = outcome.agreed
-    if not firsts or agreed is None:
-        return agreed  # of workers that died since
-    if any(agreed.agrees(spec, promotes=promotes) for _, spec, _ in firsts):
+    first_proposal: Spec | None = outcome.first_proposal
+    if not firsts or first_proposal is None:
+        return first_proposal  # of workers that died since
+    if any(first_proposal.agrees(spec, promote_dtypes=promote_dtypes) for _, spec, _ in firsts):
         reference_start, reference, _ = min(firsts, key=lambda first: first[0])
     else:
-        reference_start, reference = None, agreed
+        reference_start, reference = None, first_proposal
     size = call.grid.chunksize
     failures = {
-        start // size: Failure(call.grid.bounds(start // size), DisagreementError(spec), name)
+        start // size: RangeFailure(
+            call.grid.range_of(start // size), DisagreementError(spec), name
+        )
         for start, spec, name in firsts
-        if not reference.agrees(spec, promotes=promotes)
+        if not reference.agrees(spec, promote_dtypes=promote_dtypes)
     }
     others = []
     for failure in outcome.failures:
         if isinstance(failure.error, DisagreementError):
-            if not reference.agrees(failure.error.spec, promotes=promotes):
+            if not reference.agrees(failure.error.spec, promote_dtypes=promote_dtypes):
                 failures.setdefault(failure.place // size, failure)
         else:
             others.append(failure)
     for failure in failures.values():
-        failure.error = _worded(failure, reference_start, reference, call)
+        failure.error = _make_disagreement_error(failure, reference_start, reference, call)
     outcome.failures = sorted([*failures.values(), *others], key=lambda failure: failure.place)
-    return agreed
+    return first_proposal
 
 
-def _worded(
-    failure: Failure, reference_start: int | None, reference: Spec, call: ArrayCall
+def _make_disagreement_error(
+    failure: RangeFailure, reference_start: int | None, reference: Spec, call: ArrayCall
 ) -> BaseException:
     assert isinstance(failure.error, DisagreementError)  # for the type checker
     assert failure.range is not None  # likewise
     start, stop = failure.range
 
-    def described(spec: Spec, length: int) -> str:
+    def describe(spec: Spec, length: int) -> str:
         return spec.describe_item() if call.by_item else spec.describe(length)
 
     if reference_start is None:
-        expected = f"{described(reference, stop - start)} in a worker that has died since"
+        expected = f"{describe(reference, stop - start)} in a worker that has died since"
     else:
-        first, last = call.grid.bounds(reference_start // call.grid.chunksize)
-        expected = f"{described(reference, last - first)} for items {first}:{last}"
+        first, last = call.grid.range_of(reference_start // call.grid.chunksize)
+        expected = f"{describe(reference, last - first)} for items {first}:{last}"
     if call.by_item:
         return ValueError(
-            f"func returned {described(failure.error.spec, 1)} for each of the items "
+            f"func returned {describe(failure.error.spec, 1)} for each of the items "
             f"{start}:{stop}, but {expected}; every item must give results of the same shape and "
             "dtype (pass dtype=); a mapper returns a list of results of any shape"
         )

@@ -20,7 +20,7 @@ def check_dtype(dtype: object, name: str = "dtype") -> np.dtype[Any] | None:
         raise TypeError(f"{name} must be a NumPy dtype, got {dtype!r}: {error}") from None
 
 
-def checked_cast(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+def cast_checked(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     """`values` as `dtype`.
 
     Floats are cast within their kind (``same_kind``), integers to integers when every value fits,
@@ -58,7 +58,7 @@ def _check_range(values: np.ndarray, dtype: np.dtype[Any]) -> None:
             )
 
 
-def checked_scalar(value: object, dtype: np.dtype[Any], name: str) -> np.ndarray:
+def cast_scalar(value: object, dtype: np.dtype[Any], name: str) -> np.ndarray:
     """One value as a 0-d array of `dtype`, if it is that value there too.
 
     Raises
@@ -121,7 +121,7 @@ class Fill:
     def of(self, dtype: np.dtype[Any]) -> object:
         """The value for results of a dtype; a `TypeError` if there is none such."""
         if self.is_given:
-            return checked_scalar(self.value, dtype, "fill_value")
+            return cast_scalar(self.value, dtype, "fill_value")
         if dtype.kind in "fc":
             return np.nan
         if dtype.kind in "mM":

@@ -9,14 +9,14 @@ from taskcarrier.arguments import check_on_error
 from taskcarrier.arrays.call import ArrayCall
 from taskcarrier.arrays.casting import Fill
 from taskcarrier.arrays.kernels.prepare import check_row
-from taskcarrier.arrays.outputs.request import Targets, check_targets
+from taskcarrier.arrays.outputs.request import OutputRequest, check_output_request
 from taskcarrier.arrays.outputs.writer import check_out_axis
-from taskcarrier.arrays.resume.ledger_file import KeptLedger
+from taskcarrier.arrays.resume.ledger_file import LedgerFile
 from taskcarrier.notes import add_note
-from taskcarrier.options import documented
+from taskcarrier.options import fill_docstring
 from taskcarrier.run import Settings
 from taskcarrier.scheduling.retries import RETRIES
-from taskcarrier.workers.records import failed_ranges
+from taskcarrier.workers.records import list_failed_ranges
 
 
 class _Unset:
@@ -29,7 +29,7 @@ class _Unset:
 UNSET = _Unset()
 
 
-@documented
+@fill_docstring
 def map_array(
     func: Callable[..., Any],
     *arrays: Any,
@@ -136,11 +136,11 @@ def map_array(
            [-1.,  0.,  1.],
            [-1.,  0.,  1.]])
     """
-    settings = Settings.of_call(
+    settings = Settings.from_arguments(
         balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=retry_on
     )
     rule = check_on_error(on_error)
-    call = ArrayCall.checked(
+    call = ArrayCall.from_arguments(
         settings,
         func,
         arrays,
@@ -153,14 +153,16 @@ def map_array(
         depth=depth,
         boundary=boundary,
         cval=cval,
-        collects=rule != "raise",
+        collect_errors=rule != "raise",
     )
     where = check_out_axis(out_axis, axis)
-    targets = check_targets(out, dtype, where, call.inputs, call.extras)
-    return _in_place(call, where, targets, rule, fill_value, promotes=False, resume=resume)
+    request = check_output_request(out, dtype, where, call.inputs, call.extras)
+    return _run_in_place(
+        call, where, request, rule, fill_value, promote_dtypes=False, resume=resume
+    )
 
 
-@documented
+@fill_docstring
 def map_items(
     func: Callable[..., Any],
     *arrays: Any,
@@ -252,12 +254,12 @@ def map_items(
     >>> map_items(lambda row: row.max() - row.min(), np.arange(6).reshape(2, 3), n_jobs=2)
     array([2, 2])
     """
-    settings = Settings.of_call(
+    settings = Settings.from_arguments(
         balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=retry_on
     )
     rule = check_on_error(on_error)
     row = check_row(out_shape, dtype, out)
-    call = ArrayCall.checked(
+    call = ArrayCall.from_arguments(
         settings,
         func,
         arrays,
@@ -268,20 +270,22 @@ def map_items(
         writable=writable,
         rng=rng,
         by_item=True,
-        collects=rule != "raise",
+        collect_errors=rule != "raise",
         row=row,
     )
     where = check_out_axis(out_axis, 0)
-    targets = check_targets(out, dtype, where, call.inputs, call.extras)
+    request = check_output_request(out, dtype, where, call.inputs, call.extras)
     if call.inputs.n_items == 0:
-        nothing = targets.like_nothing() if row is None else row.none(where)
-        call = call.calling(lambda *_: nothing)
-        where = where if targets.entries or row else 0
-    promotes = not targets.knows_dtypes and not resume
-    return _in_place(call, where, targets, rule, fill_value, promotes=promotes, resume=resume)
+        nothing = request.make_empty_result() if row is None else row.none(where)
+        call = call.with_function(lambda *_: nothing)
+        where = where if request.entries or row else 0
+    promote_dtypes = not request.knows_dtypes and not resume
+    return _run_in_place(
+        call, where, request, rule, fill_value, promote_dtypes=promote_dtypes, resume=resume
+    )
 
 
-@documented
+@fill_docstring
 def map_chunks(
     func: Callable[..., Any],
     *arrays: Any,
@@ -356,11 +360,11 @@ def map_chunks(
     >>> map_chunks(np.ndarray.tolist, np.arange(5), chunksize=2, n_jobs=2)
     [[0, 1], [2, 3], [4]]
     """
-    settings = Settings.of_call(
+    settings = Settings.from_arguments(
         balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=retry_on
     )
     rule = check_on_error(on_error, ("raise", "collect"))
-    call = ArrayCall.checked(
+    call = ArrayCall.from_arguments(
         settings,
         func,
         arrays,
@@ -373,38 +377,40 @@ def map_chunks(
         depth=depth,
         boundary=boundary,
         cval=cval,
-        collects=rule == "collect",
+        collect_errors=rule == "collect",
     )
-    results, faults = call.returned()
-    ordered = [results.get(call.grid.bounds(cell)[0]) for cell in range(len(call.grid))]
-    return (ordered, failed_ranges(faults)) if rule == "collect" else ordered
+    results, faults = call.run_collect()
+    ordered = [results.get(call.grid.range_of(index)[0]) for index in range(len(call.grid))]
+    return (ordered, list_failed_ranges(faults)) if rule == "collect" else ordered
 
 
-def _in_place(
+def _run_in_place(
     call: ArrayCall,
     out_axis: int | tuple[int, ...],
-    targets: Targets,
+    request: OutputRequest,
     rule: str,
     fill_value: object,
     *,
-    promotes: bool,
+    promote_dtypes: bool,
     resume: bool,
 ) -> Any:
     fill = Fill(fill_value is not UNSET, fill_value, rule == "fill")
     if fill.is_given and rule == "raise":
         raise ValueError("fill_value has no meaning unless on_error is 'fill' or 'collect'")
-    for dtype in targets.known_dtypes:
+    for dtype in request.known_dtypes:
         fill.of(dtype)
-    kept = _kept_ledger(call, out_axis, targets) if resume else None
+    resumed = _open_ledger_file(call, out_axis, request) if resume else None
     try:
-        result, faults = call.in_place(out_axis, targets, promotes=promotes, fill=fill, kept=kept)
-        if kept is not None and result is not None:
-            kept.remove()
+        result, faults = call.run_in_place(
+            out_axis, request, promote_dtypes=promote_dtypes, fill=fill, resumed=resumed
+        )
+        if resumed is not None and result is not None:
+            resumed.remove()
     finally:
-        if kept is not None:
-            kept.close()
+        if resumed is not None:
+            resumed.close()
     if rule == "collect":
-        return result, failed_ranges(faults)
+        return result, list_failed_ranges(faults)
     if result is None:
         error = faults[0][2]
         faults.clear()
@@ -417,15 +423,17 @@ def _in_place(
     return result
 
 
-def _kept_ledger(call: ArrayCall, out_axis: int | tuple[int, ...], targets: Targets) -> KeptLedger:
+def _open_ledger_file(
+    call: ArrayCall, out_axis: int | tuple[int, ...], request: OutputRequest
+) -> LedgerFile:
     """The ledger beside the first output; the targets know then what to go on with."""
-    if not targets.paths or len(targets.paths) != len(targets.entries or ()):
+    if not request.paths or len(request.paths) != len(request.entries or ()):
         raise ValueError("resume=True needs out= as a path that ends in .npy (or several of them)")
     options = {
         "out_axis": out_axis,
-        "outputs": (len(targets.paths), targets.is_several),
-        "dtype": targets.dtypes,
+        "outputs": (len(request.paths), request.is_several),
+        "dtype": request.dtypes,
     }
-    kept = call.kept_ledger(targets.paths[0], options)
-    targets.keeps, targets.goes_on = True, not kept.is_new
-    return kept
+    resumed = call.open_ledger_file(request.paths[0], options)
+    request.keeps, request.is_running = True, not resumed.is_new
+    return resumed

@@ -10,12 +10,12 @@ from taskcarrier.arguments import check_callable
 from taskcarrier.arrays.call import ArrayCall
 from taskcarrier.arrays.mapping import UNSET
 from taskcarrier.notes import add_note
-from taskcarrier.options import documented
+from taskcarrier.options import fill_docstring
 from taskcarrier.run import Settings
 from taskcarrier.scheduling.retries import RETRIES
 
 
-@documented
+@fill_docstring
 def reduce_array(
     func: Callable[..., Any],
     *arrays: Any,
@@ -101,11 +101,11 @@ def reduce_array(
     >>> reduce_array(lambda rows: (rows**2).sum(axis=0), X, combine=operator.add, n_jobs=2)
     array([20., 35.])
     """
-    settings = Settings.of_call(
+    settings = Settings.from_arguments(
         balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=retry_on
     )
     check_callable(combine, "combine")
-    call = ArrayCall.checked(
+    call = ArrayCall.from_arguments(
         settings,
         func,
         arrays,
@@ -126,7 +126,7 @@ def reduce_array(
                 f"{call.inputs.arrays[0].shape}, axis {call.inputs.axes[0]})"
             )
         return initial
-    partials, _ = call.returned()
+    partials, _ = call.run_collect()
     starts = sorted(partials)
 
     def fold(left: Any, start: int) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from taskcarrier.arrays.inputs.check import as_plain_range, check_inputs
+from taskcarrier.arrays.inputs.check import check_inputs, to_plain_range
 from taskcarrier.memory.segments import Segment, SharedView
 from taskcarrier.memory.strides import contiguous_strides
 
@@ -121,5 +121,5 @@ def share(X: Any) -> np.ndarray:
     flags = getattr(array, "flags", None)
     order = "F" if flags and flags.f_contiguous and not flags.c_contiguous else "C"
     shared = empty(array.shape, array.dtype, order)
-    shared[...] = as_plain_range(array[...])
+    shared[...] = to_plain_range(array[...])
     return shared

@@ -1,4 +1,4 @@
-"""What a cell of an array run is: read chunks, call the function, put results in place.
+"""What a chunk of an array run is: read chunks, call the function, put results in place.
 
 Two ways to call it (with chunks, with items) and two ways for results (in place, handed to the
 caller) make the four verbs. Where errors are collected, a range that fails is narrowed down to the
@@ -19,16 +19,16 @@ import numpy as np
 from taskcarrier.arguments import arrays_within, own_or_read_only
 from taskcarrier.arrays.inputs.halos import Halo
 from taskcarrier.arrays.inputs.sources import Source
-from taskcarrier.arrays.outputs.ownership import owned, owned_objects
+from taskcarrier.arrays.outputs.ownership import own_memory, own_objects
 from taskcarrier.arrays.outputs.specs import Spec
-from taskcarrier.arrays.outputs.stacking import Mixed, stacked
-from taskcarrier.arrays.outputs.writer import Plan, Sink
+from taskcarrier.arrays.outputs.stacking import MixedDtypes, stack_values
+from taskcarrier.arrays.outputs.writer import OutputWriter, Plan
 from taskcarrier.memory.segments import trim_files
 from taskcarrier.notes import CARRIED, add_note, is_of_read_only
 from taskcarrier.system.interrupts import is_of_the_program
 from taskcarrier.workers.call import Call
-from taskcarrier.workers.records import Fault, Parts, Where
-from taskcarrier.workers.task import NOTHING, Agree
+from taskcarrier.workers.records import Fault, PartialResult, Where
+from taskcarrier.workers.task import IN_PLACE, Propose
 
 # After so many bytes of chunks a worker lets go of the files it has mapped; arbitrary.
 _TRIM_NBYTES = 32 << 20
@@ -50,22 +50,22 @@ class ArrayTask:
         Whether it is called with items; else with chunks.
     writable : bool
         Whether it gets private copies.
-    owns_args : bool
+    copies_args : bool
         Whether every worker gets copies of arrays in its arguments, which it may write to.
     halo : Halo or None
         Neighbours that come with a chunk, and are cut off its result.
     plan : Plan or None
         Where results go; None if they are for the caller.
-    collects : bool
+    collect_errors : bool
         Whether errors are collected; else the first one ends the run.
     takes_objects : bool
         Whether items may give any Python object.
-    trims : bool
+    drop_file_pages : bool
         Whether workers are processes that let go of files they have gone through.
-    numbered : bool
-        Whether the function is called with the number of its item or cell before all else.
+    passes_index : bool
+        Whether the function is called with the number of its item or chunk before all else.
     chunksize : int
-        Items of a cell.
+        Items of a chunk.
     """
 
     call: Call
@@ -73,62 +73,62 @@ class ArrayTask:
     axes: list[int]
     by_item: bool
     writable: bool
-    owns_args: bool
+    copies_args: bool
     halo: Halo | None
     plan: Plan | None
-    collects: bool
+    collect_errors: bool
     takes_objects: bool
-    trims: bool
-    numbered: bool = False
+    drop_file_pages: bool
+    passes_index: bool = False
     chunksize: int = 1
 
-    def open(self, agree: Agree) -> _Chunks | _Items:  # noqa: D102  # as in Task
-        return (_Items if self.by_item else _Chunks)(self, agree)
+    def open(self, propose: Propose) -> _ChunkRunner | _ItemRunner:  # noqa: D102  # as in Task
+        return (_ItemRunner if self.by_item else _ChunkRunner)(self, propose)
 
 
-class _Cells(ABC):
+class _RangeRunner(ABC):
     """An `ArrayTask` opened in one worker."""
 
-    def __init__(self, task: ArrayTask, agree: Agree) -> None:
+    def __init__(self, task: ArrayTask, propose: Propose) -> None:
         self._task = task
         self._func = task.call.func
-        own, call = task.owns_args, task.call
+        own, call = task.copies_args, task.call
         self._args = tuple(own_or_read_only(value, own=own) for value in call.args)
         self._kwargs = {
             name: own_or_read_only(value, own=own) for name, value in call.kwargs.items()
         }
         self._readers = [source.open() for source in task.sources]
-        self._sink = None if task.plan is None else Sink(task.plan, agree)
-        self._collects = task.collects
+        self._sink = None if task.plan is None else OutputWriter(task.plan, propose)
+        self._collects = task.collect_errors
         self._writable = task.writable
         self._halo = task.halo
-        self._trims = task.trims
+        self._trims = task.drop_file_pages
         self._seen_nbytes = 0
         self._current: list[np.ndarray] = []  # the chunks of this call
 
     def __call__(self, start: int, stop: int) -> Any:
         if not self._collects:
-            left = self._keep(start, stop, self._computed(start, stop))
-            return Parts(list(left), []) if left else NOTHING
-        parts = Parts([], [])
+            left = self._keep(start, stop, self._compute(start, stop))
+            return PartialResult(list(left), []) if left else IN_PLACE
+        parts = PartialResult([], [])
         self._collect(start, stop, parts)
-        return parts if parts.results or parts.faults else NOTHING
+        return parts if parts.results or parts.faults else IN_PLACE
 
     @abstractmethod
-    def _computed(self, start: int, stop: int) -> Any:
+    def _compute(self, start: int, stop: int) -> Any:
         """What the function makes of a range; its errors are the user's."""
 
     @abstractmethod
-    def _collect(self, start: int, stop: int, parts: Parts) -> None:
+    def _collect(self, start: int, stop: int, parts: PartialResult) -> None:
         """Compute and keep a range; errors go to `parts`."""
 
     def _keep(self, start: int, stop: int, result: Any) -> Sequence[tuple[Where, Any]]:
         """Put a result in place; what cannot be is returned, for the caller."""
         if self._sink is None:
-            return ((slice(start, stop), owned(result, self._given)),)
+            return ((slice(start, stop), own_memory(result, self._given)),)
         # What comes from a process is a copy, and so are numbers that are put in place.
         if not self._trims and (type(result) is not np.ndarray or result.dtype.hasobject):
-            result = owned_objects(result, self._given)
+            result = own_objects(result, self._given)
         margins = (0, 0) if self._halo is None else self._halo.margins(start, stop)
         left = self._sink.place(start, stop, result, margins)
         return () if left is None else ((slice(start, stop), left),)
@@ -150,7 +150,7 @@ class _Cells(ABC):
         """Arrays that a result may be a view of."""
         return [*self._current, *arrays_within((self._args, self._kwargs))]
 
-    def _explained(self, error: BaseException) -> None:
+    def _explain(self, error: BaseException) -> None:
         """Add what the user may want to know about an error of the function."""
         if is_of_read_only(error):
             if not self._writable:
@@ -163,42 +163,42 @@ class _Cells(ABC):
         return None if self._sink is None else self._sink.first
 
 
-class _Chunks(_Cells):
+class _ChunkRunner(_RangeRunner):
     """The function is called with chunks."""
 
-    def _computed(self, start: int, stop: int) -> Any:
+    def _compute(self, start: int, stop: int) -> Any:
         chunks: list[Any] = list(self._chunks(start, stop))
-        if self._task.numbered:
+        if self._task.passes_index:
             chunks.insert(0, start // self._task.chunksize)
         try:
             return self._func(*chunks, *self._args, **self._kwargs)
         except (ValueError, TypeError) as error:
-            self._explained(error)
+            self._explain(error)
             raise
 
-    def _collect(self, start: int, stop: int, parts: Parts) -> None:
+    def _collect(self, start: int, stop: int, parts: PartialResult) -> None:
         middle = (start + stop) // 2
-        narrows = middle > start and self._sink is not None and not self._task.numbered
+        can_split = middle > start and self._sink is not None and not self._task.passes_index
         try:
-            result = self._computed(start, stop)
+            result = self._compute(start, stop)
         except Exception as error:
             if is_of_the_program(error):
                 raise
-            if not narrows:
+            if not can_split:
                 parts.faults.append((start, stop, error))
         else:
             parts.results += self._keep(start, stop, result)
             return
-        if narrows:  # not while the error is handled: it would be the context of the next ones
+        if can_split:  # not while the error is handled: it would be the context of the next ones
             self._collect(start, middle, parts)
             self._collect(middle, stop, parts)
 
 
-class _Items(_Cells):
+class _ItemRunner(_RangeRunner):
     """The function is called with items, whose values are stacked."""
 
-    def __init__(self, task: ArrayTask, agree: Agree) -> None:
-        super().__init__(task, agree)
+    def __init__(self, task: ArrayTask, propose: Propose) -> None:
+        super().__init__(task, propose)
         if self._kwargs:
             func, kwargs = self._func, self._kwargs
             self._func = lambda *args: func(*args, **kwargs)
@@ -209,12 +209,12 @@ class _Items(_Cells):
             iter(chunk) if axis == 0 else iter(chunk.transpose(_first(axis, chunk.ndim)))
             for chunk, axis in zip(self._chunks(start, stop), self._task.axes, strict=True)
         ]
-        return [iter(range(start, stop)), *items] if self._task.numbered else items
+        return [iter(range(start, stop)), *items] if self._task.passes_index else items
 
     def _calls(self, items: list[Iterator[Any]]) -> Iterator[Any]:
         return map(self._func, *items, *map(repeat, self._args))
 
-    def _computed(self, start: int, stop: int) -> Any:
+    def _compute(self, start: int, stop: int) -> Any:
         items = self._items(start, stop)
         try:
             if len(items) == 1 and not self._args:
@@ -225,13 +225,13 @@ class _Items(_Cells):
                 values = list(self._calls(items))
                 _check_complete(values, stop - start)
         except BaseException as error:
-            self._explained(error)
+            self._explain(error)
             # The item that func was called with is no longer to come.
             add_note(error, f"func failed on item {stop - operator.length_hint(items[0]) - 1}")
             raise
-        return self._stacked(values, start)
+        return self._stack(values, start)
 
-    def _collect(self, start: int, stop: int, parts: Parts) -> None:
+    def _collect(self, start: int, stop: int, parts: PartialResult) -> None:
         calls = self._calls(self._items(start, stop))
         while start < stop:
             values: list[Any] = []
@@ -243,19 +243,19 @@ class _Items(_Cells):
             except Exception as error:
                 if is_of_the_program(error):
                     raise
-                self._explained(error)
+                self._explain(error)
                 failed = start + len(values)
                 fault.append((failed, failed + 1, error))
             if values:
                 end = start + len(values)
-                parts.results += self._keep(start, end, self._stacked(values, start))
+                parts.results += self._keep(start, end, self._stack(values, start))
             parts.faults += fault
             start += len(values) + len(fault)
 
-    def _stacked(self, values: list[Any], start: int) -> Any:
+    def _stack(self, values: list[Any], start: int) -> Any:
         plan = self._task.plan
         assert plan is not None  # for the type checker: items are always put in place
-        return stacked(
+        return stack_values(
             values,
             start,
             plan.out_axis,
@@ -264,11 +264,11 @@ class _Items(_Cells):
         )
 
     def _keep(self, start: int, stop: int, result: Any) -> Sequence[tuple[Where, Any]]:
-        if not isinstance(result, Mixed):
+        if not isinstance(result, MixedDtypes):
             return super()._keep(start, stop, result)
         assert self._sink is not None  # for the type checker: as above
         return [
-            (start + positions, self._sink.checked(start, len(positions), group))
+            (start + positions, self._sink.check_result(start, len(positions), group))
             for positions, group in result.groups
         ]
 

@@ -1,6 +1,6 @@
 """Maps over Python sequences: items in, a list of results out, in order.
 
-A cell is a block of items, which processes find pickled in shared memory. Results come back in
+A chunk is a block of items, which processes find pickled in shared memory. Results come back in
 batches.
 """
 
@@ -14,8 +14,8 @@ from time import monotonic_ns
 from typing import Any
 
 from taskcarrier.arguments import check_callable, check_extras, check_on_error, read_only
-from taskcarrier.notes import CARRIED, add_note, in_words, is_of_read_only
-from taskcarrier.random_streams import WithStream, streams_for
+from taskcarrier.notes import CARRIED, add_note, describe_items, is_of_read_only
+from taskcarrier.random_streams import WithRandomStream, random_streams_for
 from taskcarrier.run import (
     Settings,
     decide,
@@ -24,16 +24,16 @@ from taskcarrier.run import (
     refuse_missing,
 )
 from taskcarrier.scheduling.grid import list_grid
-from taskcarrier.scheduling.retries import Recovery, Retried
+from taskcarrier.scheduling.retries import RetryPolicy, WithRetries
 from taskcarrier.system.interrupts import is_of_the_program
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.choose import Choice
-from taskcarrier.workers.processes.packed_chunks import Blocks
-from taskcarrier.workers.records import Fault, Parts, failed_ranges
-from taskcarrier.workers.task import Agree
+from taskcarrier.workers.processes.packed_chunks import PackedChunks
+from taskcarrier.workers.records import Fault, PartialResult, list_failed_ranges
+from taskcarrier.workers.task import Propose
 
 
-def mapped(
+def map_lists(
     settings: Settings,
     func: Callable[..., Any],
     sequences: tuple[Iterable[Any], ...],
@@ -50,30 +50,32 @@ def mapped(
     """
     started_ns = monotonic_ns()
     check_callable(func)
-    collects = check_on_error(on_error, ("raise", "collect")) == "collect"
-    items = _argument_tuples(*sequences) if are_arguments else _gathered(sequences)
+    collect_errors = check_on_error(on_error, ("raise", "collect")) == "collect"
+    items = _argument_tuples(*sequences) if are_arguments else _gather(sequences)
     nothing = Choice("sequential", 1, "there is nothing to map")
-    calls = Calls.checked(
+    calls = Calls.from_arguments(
         func,
-        settings.recovery,
-        several=are_arguments or len(sequences) > 1,
-        collects=collects,
+        settings.retry_policy,
+        is_tuple=are_arguments or len(sequences) > 1,
+        collect_errors=collect_errors,
         rng=rng,
         shared=shared,
     )
     choice = decide(settings, func, lists=True) if items else nothing
     # A time limit is for each range: it must not depend on the number of workers what that is.
-    by_workers = choice.backend == "loky" and settings.recovery.timeout is None
+    by_workers = choice.backend == "loky" and settings.retry_policy.timeout is None
     grid = list_grid(len(items), chunksize, choice.n_jobs if by_workers else None)
     staging = None
-    task: _ItemTask | _PackedTask
+    task: _ListTask | _PackedTask
     if choice.backend == "loky":
-        staging = settings.staging()
-        blocks = Blocks.pack(lambda start, stop: items[start:stop], grid, staging, in_words)
+        staging = settings.new_staging()
+        blocks = PackedChunks.pack(
+            lambda start, stop: items[start:stop], grid, staging, describe_items
+        )
         task = _PackedTask(calls, blocks, grid.chunksize)
     else:
-        task = _ItemTask(calls, items)
-    done: dict[int, list[Any] | Parts] = {}
+        task = _ListTask(calls, items)
+    done: dict[int, list[Any] | PartialResult] = {}
     outcome = execute(
         task,
         grid,
@@ -81,18 +83,18 @@ def mapped(
         settings,
         started_ns=started_ns,
         staging=staging,
-        collects=collects,
-        narrows=True,
+        collect_errors=collect_errors,
+        can_split=True,
         deliver=done.__setitem__,
     )
-    raise_failure(outcome, in_words)
-    results, faults, missing = _joined(done, len(items))
-    refuse_missing(outcome, in_words, missing, lambda: results)
-    if not collects:
+    raise_failure(outcome, describe_items)
+    results, faults, missing = _join(done, len(items))
+    refuse_missing(outcome, describe_items, missing, lambda: results)
+    if not collect_errors:
         return results
     for start, stop, error in faults:
-        add_note(error, f"while mapping {in_words(start, stop)}")
-    return results, failed_ranges(faults)
+        add_note(error, f"while mapping {describe_items(start, stop)}")
+    return results, list_failed_ranges(faults)
 
 
 def _argument_tuples(iterable: Iterable[Any]) -> list[tuple[Any, ...]]:
@@ -108,7 +110,7 @@ def _argument_tuples(iterable: Iterable[Any]) -> list[tuple[Any, ...]]:
     return found
 
 
-def _gathered(sequences: tuple[Iterable[Any], ...]) -> Sequence[Any]:
+def _gather(sequences: tuple[Iterable[Any], ...]) -> Sequence[Any]:
     """The items: one sequence as it is or as a list, several as a list of tuples."""
     if len(sequences) > 1:
         return list(zip(*sequences, strict=False))  # like `map`: the shortest wins
@@ -116,8 +118,8 @@ def _gathered(sequences: tuple[Iterable[Any], ...]) -> Sequence[Any]:
     return only if isinstance(only, (list, tuple, range)) else list(only)
 
 
-def _joined(
-    blocks: dict[int, list[Any] | Parts], n_items: int
+def _join(
+    blocks: dict[int, list[Any] | PartialResult], n_items: int
 ) -> tuple[list[Any], list[Fault], list[tuple[int, int]]]:
     """The results in order, None where there is none; faults; ranges that did not come."""
     results: list[Any] = []
@@ -151,27 +153,27 @@ class Calls:
     ----------
     call : Call
         The function.
-    several : bool
+    is_tuple : bool
         Whether an item is a tuple of arguments.
-    collects : bool
+    collect_errors : bool
         Whether errors are collected; else the first one ends the run.
-    numbered : bool
+    passes_index : bool
         Whether it is called with the number of the item before all else.
     """
 
     call: Call
-    several: bool
-    collects: bool
-    numbered: bool
+    is_tuple: bool
+    collect_errors: bool
+    passes_index: bool
 
     @classmethod
-    def checked(
+    def from_arguments(
         cls,
         func: Callable[..., Any],
-        recovery: Recovery,
+        retry_policy: RetryPolicy,
         *,
-        several: bool,
-        collects: bool,
+        is_tuple: bool,
+        collect_errors: bool,
         rng: object,
         shared: object,
     ) -> Calls:
@@ -180,12 +182,12 @@ class Calls:
         if rng is not None and "rng" in kwargs:
             raise TypeError("rng is given twice: as an option, and in shared")
         if rng is not None:
-            func = WithStream(func, streams_for(func, rng))
-        if recovery.retry_on:
-            func = Retried(func, recovery.retry_on, recovery.retries)
-        return cls(Call(func, (), kwargs), several, collects, rng is not None)
+            func = WithRandomStream(func, random_streams_for(func, rng))
+        if retry_policy.retry_on:
+            func = WithRetries(func, retry_policy.retry_on, retry_policy.retries)
+        return cls(Call(func, (), kwargs), is_tuple, collect_errors, rng is not None)
 
-    def opened(self) -> Calls:
+    def bind_shared(self) -> Calls:
         """The same in a worker, with what every call gets bound, arrays read-only."""
         if not self.call.kwargs:
             return self
@@ -193,19 +195,19 @@ class Calls:
         func = partial(self.call.func, **shared)
         return replace(self, call=replace(self.call, func=func))
 
-    def of(self, items: Sequence[Any], start: int) -> list[Any] | Parts:
+    def call_items(self, items: Sequence[Any], start: int) -> list[Any] | PartialResult:
         """Results of items from `start` on; with what failed, if anything did."""
         func = self.call.func
         results: list[Any] = []
         faults: list[Fault] = []
-        several = self.several
+        is_tuple = self.is_tuple
         rest: Iterator[Any] = iter(items)
-        if self.numbered:
-            numbered = enumerate(items, start)
-            rest = ((n, *item) for n, item in numbered) if several else numbered
-            several = True
+        if self.passes_index:
+            passes_index = enumerate(items, start)
+            rest = ((n, *item) for n, item in passes_index) if is_tuple else passes_index
+            is_tuple = True
         # What has come of it when it raises stays in the list, whose length names the item.
-        calls: Iterator[Any] = starmap(func, rest) if several else map(func, rest)
+        calls: Iterator[Any] = starmap(func, rest) if is_tuple else map(func, rest)
         while True:
             try:
                 results.extend(calls)
@@ -218,7 +220,7 @@ class Calls:
                 if self.call.kwargs and is_of_read_only(error):
                     add_note(error, f"arrays in shared= are read-only; {CARRIED}")
                 if (
-                    not self.collects
+                    not self.collect_errors
                     or not isinstance(error, Exception)
                     or is_of_the_program(error)
                 ):
@@ -226,21 +228,25 @@ class Calls:
                     raise
                 faults.append((failed, failed + 1, error))
                 results.append(None)
-        return Parts([(slice(start, start + len(items)), results)], faults) if faults else results
+        return (
+            PartialResult([(slice(start, start + len(items)), results)], faults)
+            if faults
+            else results
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class _ItemTask:
+class _ListTask:
     """`func` on items of this process."""
 
     calls: Calls
     items: Sequence[Any]
 
-    def open(self, agree: Agree) -> _ItemTask:  # noqa: ARG002  # nothing to agree on
-        return replace(self, calls=self.calls.opened())
+    def open(self, propose: Propose) -> _ListTask:  # noqa: ARG002  # nothing to agree on
+        return replace(self, calls=self.calls.bind_shared())
 
-    def __call__(self, start: int, stop: int) -> list[Any] | Parts:
-        return self.calls.of(self.items[start:stop], start)
+    def __call__(self, start: int, stop: int) -> list[Any] | PartialResult:
+        return self.calls.call_items(self.items[start:stop], start)
 
     def facts(self) -> None:
         """Nothing."""
@@ -251,25 +257,25 @@ class _PackedTask:
     """`func` on blocks of pickled items in shared memory."""
 
     calls: Calls
-    blocks: Blocks
+    blocks: PackedChunks
     chunksize: int
 
-    def open(self, agree: Agree) -> _PackedItems:  # noqa: ARG002  # nothing to agree on
-        return _PackedItems(self)
+    def open(self, propose: Propose) -> _PackedRunner:  # noqa: ARG002  # nothing to agree on
+        return _PackedRunner(self)
 
 
-class _PackedItems:
+class _PackedRunner:
     """A `_PackedTask` opened in one worker."""
 
     def __init__(self, task: _PackedTask) -> None:
         self._task = task
-        self._calls = task.calls.opened()
+        self._calls = task.calls.bind_shared()
         self._block = task.blocks.open()
 
-    def __call__(self, start: int, stop: int) -> list[Any] | Parts:
-        cell, skip = divmod(start, self._task.chunksize)
-        items = self._block(cell)  # a cell is a block; parts of one are run after deaths
-        return self._calls.of(items[skip : skip + stop - start], start)
+    def __call__(self, start: int, stop: int) -> list[Any] | PartialResult:
+        index, skip = divmod(start, self._task.chunksize)
+        items = self._block(index)  # a chunk is a block; parts of one are run after deaths
+        return self._calls.call_items(items[skip : skip + stop - start], start)
 
     def facts(self) -> None:
         """Nothing."""

@@ -74,7 +74,7 @@ def is_no_room(error: Exception) -> bool:
 
 
 def _no_room(number: int, fd: int, nbytes: int) -> OSError:
-    name = named(fd)
+    name = name_of_file(fd)
     is_temporary = name is not None and os.path.isdir(name)
     if number == errno.ENOSPC:
         info = os.fstatvfs(fd)
@@ -90,7 +90,7 @@ def _no_room(number: int, fd: int, nbytes: int) -> OSError:
     return OSError(number, text) if name is None else OSError(number, text, name)
 
 
-def named(fd: int) -> str | None:
+def name_of_file(fd: int) -> str | None:
     """The path of an open file, or the folder of one without a name; None of memory."""
     try:
         path = os.readlink(f"/proc/self/fd/{fd}")

@@ -44,12 +44,12 @@ def open_for_reading(view: SharedView) -> np.ndarray:
     _mappings[segment.label] = mapping
     if len(_mappings) > _MAX_KEPT:
         _mappings.popitem(last=False)
-    array = view.over(mapping)
+    array = view.map_over(mapping)
     _arrays.append(weakref.ref(array))
     return array
 
 
-def anything_in_use() -> bool:
+def is_anything_in_use() -> bool:
     """Whether anything but this module still refers to shared memory; then nothing is kept.
 
     The caller will not touch the pages of a segment again that is in use here, so that memory has

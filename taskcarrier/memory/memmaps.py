@@ -17,18 +17,18 @@ import numpy as np
 
 from taskcarrier.memory.segments import Mapping, Segment, SharedView, cut_off, locate, memory_owner
 from taskcarrier.memory.strides import address_of, byte_bounds
-from taskcarrier.system.descriptors import Descriptor, above_standard, opened
+from taskcarrier.system.descriptors import Descriptor, keep_standard_free, open_owned
 
 _MAPS = "/proc/self/maps"
 
 
-def located(array: np.ndarray, *, writable: bool = False) -> SharedView | None:
+def find_shared(array: np.ndarray, *, writable: bool = False) -> SharedView | None:
     """Where workers can map an array: in a segment or a file; None if it is in neither."""
     check_whole(array)
-    return locate(array) or _in_file(array, writable=writable)
+    return locate(array) or _find_in_file(array, writable=writable)
 
 
-def written_through(array: np.ndarray) -> SharedView | None:
+def find_writable(array: np.ndarray) -> SharedView | None:
     """Where a function that carries an array writes to it, so that the caller sees it.
 
     That is decided by the memory: of `empty`, `share` and `load`, or of a file that is mapped for
@@ -46,7 +46,7 @@ def written_through(array: np.ndarray) -> SharedView | None:
         return view if view.segment is not None and view.segment.takes_writes else None
     if not _maps_a_file_for_writing(array):
         return None
-    view = _in_file(array, writable=True)
+    view = _find_in_file(array, writable=True)
     if view is None:
         raise ValueError(
             f"func carries a memmap of shape {array.shape}, and its file cannot be opened for "
@@ -108,7 +108,7 @@ def _offset_in_file(array: np.ndarray) -> int:
     return 0
 
 
-def settled(fd: int) -> bool:
+def sync_times(fd: int) -> bool:
     """Whether the time of change of a file tells, from now on, of all that is written to it.
 
     The kernel notes a change through a mapping when a clean page is first written to. So the pages
@@ -175,7 +175,7 @@ class _Mapped:
         return self.path.startswith("/") and not self.path.startswith("/dev/zero (")
 
 
-def _in_file(array: np.ndarray, *, writable: bool) -> SharedView | None:
+def _find_in_file(array: np.ndarray, *, writable: bool) -> SharedView | None:
     owner = _owner(array)
     if owner is None or isinstance(owner, Mapping) or array.nbytes == 0:
         return None
@@ -189,7 +189,7 @@ def _in_file(array: np.ndarray, *, writable: bool) -> SharedView | None:
     shift = first.offset - first.low
     if not all(_goes_on(line, first, writable=writable) for line in lines):
         return None
-    segment = _reopened(first, writable=writable)
+    segment = _reopen(first, writable=writable)
     if segment is None or segment.nbytes < shift + high:
         return None
     offset = shift + address_of(array)
@@ -216,28 +216,28 @@ def _maps_a_file_for_writing(array: np.ndarray) -> bool:
     )
 
 
-def _reopened(line: _Mapped, *, writable: bool) -> Segment | None:
+def _reopen(line: _Mapped, *, writable: bool) -> Segment | None:
     """The file of a mapping, opened again; None if that cannot be."""
     access = os.O_RDWR if writable else os.O_RDONLY
-    with above_standard():
-        descriptor = _opened_by_name(line, access) or _opened_already(line, access)
+    with keep_standard_free():
+        descriptor = _open_by_name(line, access) or _find_open_descriptor(line, access)
     if descriptor is None:
         return None
     segment = Segment(descriptor, on_disk=True, nbytes=os.fstat(descriptor.fileno()).st_size)
     return segment if segment.nbytes else None
 
 
-def _opened_by_name(line: _Mapped, access: int) -> Descriptor | None:
+def _open_by_name(line: _Mapped, access: int) -> Descriptor | None:
     if line.path.endswith(" (deleted)") or not line.path.startswith("/"):
         return None
     try:
-        descriptor = opened(os.open, line.path, access | os.O_CLOEXEC)
+        descriptor = open_owned(os.open, line.path, access | os.O_CLOEXEC)
     except OSError:
         return None
     return descriptor if _is_same(descriptor.fileno(), line) else None
 
 
-def _opened_already(line: _Mapped, access: int) -> Descriptor | None:
+def _find_open_descriptor(line: _Mapped, access: int) -> Descriptor | None:
     """A duplicate of a descriptor of this process: of a file that has lost its name, say.
 
     A `mmap` keeps one, and so does `multiprocessing.shared_memory`.
@@ -250,7 +250,7 @@ def _opened_already(line: _Mapped, access: int) -> Descriptor | None:
             if str(os.fstat(fd).st_ino) != line.file[1] or not _is_same(fd, line):
                 continue
             if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE in {access, os.O_RDWR}:
-                return opened(os.dup, fd)
+                return open_owned(os.dup, fd)
         except (OSError, ValueError):  # closed meanwhile, or nothing that can be mapped
             continue
     return None
@@ -289,11 +289,11 @@ def _lines_over(low: int, high: int) -> list[_Mapped]:
         for line in file:
             begin, _, end = line.partition(" ")[0].partition("-")
             if int(begin, 16) < high and int(end, 16) > low:
-                found.append(_parsed(line))
+                found.append(_parse_line(line))
     return found
 
 
-def _parsed(line: str) -> _Mapped:
+def _parse_line(line: str) -> _Mapped:
     addresses, permissions, offset, device, inode, *rest = line.rstrip("\n").split(maxsplit=5)
     begin, _, end = addresses.partition("-")
     path = "".join(rest).replace("\\012", "\n")

@@ -15,7 +15,7 @@ import numpy as np
 
 from taskcarrier.memory.segments import Segment, SharedView
 from taskcarrier.memory.strides import ALIGNMENT, contiguous_strides
-from taskcarrier.system.descriptors import Descriptor, opened
+from taskcarrier.system.descriptors import Descriptor, open_owned
 
 # Headers are as long as a dtype has fields; NumPy's own limit is 10,000 characters.
 _MAX_HEADER = 1 << 20
@@ -70,10 +70,10 @@ def load(path: str | os.PathLike[str], mode: str = "r") -> np.ndarray:
     """
     if mode not in {"r", "r+"}:
         raise ValueError(f"mode must be 'r' or 'r+', got {mode!r}")
-    return _mapped(check_path(path), mode, takes_writes=mode == "r+")
+    return _map_file(check_path(path), mode, takes_writes=mode == "r+")
 
 
-def _mapped(text: str, mode: str, *, takes_writes: bool = False) -> np.ndarray:
+def _map_file(text: str, mode: str, *, takes_writes: bool = False) -> np.ndarray:
     """A ``.npy`` file as an array, whatever its name ends in; see `Segment.takes_writes`."""
     with open(text, "rb") as file:
         try:
@@ -94,7 +94,7 @@ def _mapped(text: str, mode: str, *, takes_writes: bool = False) -> np.ndarray:
         nothing.flags.writeable = mode == "r+"
         return nothing
     flags = (os.O_RDONLY if mode == "r" else os.O_RDWR) | os.O_CLOEXEC
-    descriptor = opened(os.open, text, flags)
+    descriptor = open_owned(os.open, text, flags)
     segment = Segment(descriptor, on_disk=True, nbytes=os.fstat(descriptor.fileno()).st_size)
     segment.takes_writes = takes_writes
     if segment.nbytes < offset + nbytes:
@@ -161,7 +161,7 @@ def open_own(path: str) -> Descriptor:
         errno.EEXIST, "there is no ordinary file of this user's; remove it first", path
     )
     try:
-        file = opened(os.open, path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        file = open_owned(os.open, path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         if error.errno not in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
             raise
@@ -185,18 +185,18 @@ class NpyWriter:
         Where the file is to be in the end.
     keeps : bool
         Whether what there is stays there when the writer is discarded.
-    goes_on : bool
+    is_running : bool
         Whether to fill the file that an earlier writer has left, if there is one.
     """
 
-    def __init__(self, path: str, *, keeps: bool = False, goes_on: bool = False) -> None:
+    def __init__(self, path: str, *, keeps: bool = False, is_running: bool = False) -> None:
         self.path = os.path.realpath(path)  # the target of a link, not the link
         self.part = self.path + ".part"
         self._keeps = keeps
         if os.path.isdir(path):
             raise IsADirectoryError(f"out={path!r} is a folder")
         file = _left_open(self.part)
-        if file is not None and not goes_on:
+        if file is not None and not is_running:
             # What an earlier run has left is of no use, nor is what it has noted about it.
             for leftover in (self.part, *([] if keeps else [ledger_path(self.path)])):
                 with contextlib.suppress(FileNotFoundError):
@@ -224,7 +224,7 @@ class NpyWriter:
         """Write the header, and give the file its name; the file, mapped."""
         self.segment.write(0, memoryview(header))
         os.truncate(self.segment.fd, len(header) + array.nbytes)
-        file = _mapped(self.part, "r+")
+        file = _map_file(self.part, "r+")
         _take_on(self.segment.fd, self.path)
         os.replace(self.part, self.path)
         self._let_go()
@@ -285,19 +285,19 @@ def _left_open(path: str) -> Descriptor | None:
         file = open_own(path)
     except FileNotFoundError:
         return None
-    return locked(file, path)
+    return lock_file(file, path)
 
 
 def _new_file(path: str, mode: int) -> Descriptor:
     """A new, empty file, locked for this run."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
-        return locked(opened(os.open, path, flags, mode), path)
+        return lock_file(open_owned(os.open, path, flags, mode), path)
     except FileExistsError:  # it was not there a moment ago
         raise busy(path) from None
 
 
-def locked(file: Descriptor, path: str) -> Descriptor:
+def lock_file(file: Descriptor, path: str) -> Descriptor:
     """The same file, which this run alone holds from now on; or an error."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

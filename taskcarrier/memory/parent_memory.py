@@ -1,7 +1,7 @@
 """Reading the caller's memory from its worker processes.
 
 An array in ordinary memory need not be copied before workers can begin: each worker reads the
-bytes of a cell when it comes to it, into private memory that stays in its cache. Over 256 MB,
+bytes of a chunk when it comes to it, into private memory that stays in its cache. Over 256 MB,
 two workers that read 1 MiB at a time took 0.04 s where one `pwrite` into a fresh segment took
 0.11 s before they could begin, and the second copy of the array is never there
 (`python -m bench sqrt_sin memory`).
@@ -29,22 +29,22 @@ _READ_NBYTES = 1 << 30
 _fd = -1  # in a worker: the caller's memory
 
 
-def opened() -> Descriptor | None:
+def open_own_memory() -> Descriptor | None:
     """A new descriptor of this process's memory, for its workers; None if it cannot be had."""
     try:
-        return descriptors.opened(os.open, _PATH, os.O_RDONLY | os.O_CLOEXEC)
+        return descriptors.open_owned(os.open, _PATH, os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, PermissionError):
         return None
 
 
 def available() -> bool:
     """Whether this process's memory can be opened at all, now."""
-    return opened() is not None
+    return open_own_memory() is not None
 
 
 def readable(low: int, high: int) -> bool:
     """Whether workers will be able to read the bytes from `low` up to `high` of this process."""
-    memory = opened()
+    memory = open_own_memory()
     if memory is None:
         return False
     try:

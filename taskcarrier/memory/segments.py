@@ -35,13 +35,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from taskcarrier.memory.available import check_memory, named, room_for
+from taskcarrier.memory.available import check_memory, name_of_file, room_for
 from taskcarrier.memory.strides import (
     address_of,
     byte_bounds,
 )
-from taskcarrier.system.descriptors import Descriptor, above_standard, opened, own
-from taskcarrier.system.interrupts import sheltered
+from taskcarrier.system.descriptors import Descriptor, keep_standard_free, open_owned, own
+from taskcarrier.system.interrupts import run_sheltered
 
 Mode = Literal["read", "write", "private"]
 
@@ -226,24 +226,24 @@ class Segment:
         import fcntl  # noqa: PLC0415  # POSIX only
 
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        descriptor = opened(os.memfd_create, "taskcarrier", flags)
+        descriptor = open_owned(os.memfd_create, "taskcarrier", flags)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        return cls._owned(_Memory(descriptor, 0, on_disk=False, label=0), recycler)
+        return cls._adopt(_Memory(descriptor, 0, on_disk=False, label=0), recycler)
 
     @classmethod
-    def _owned(cls, memory: _Memory, recycler: Recycler | None) -> Segment:
+    def _adopt(cls, memory: _Memory, recycler: Recycler | None) -> Segment:
         descriptor, nbytes, on_disk, label = memory
         segment = cls(descriptor, on_disk, nbytes, recycler, label)
         segment._maker = os.getpid()
         return segment
 
     @classmethod
-    def taken_over(cls, descriptor: Descriptor, on_disk: bool) -> Segment:
+    def take_over(cls, descriptor: Descriptor, on_disk: bool) -> Segment:
         """What another process has made and filled for this one, and knows no more."""
         nbytes = os.fstat(descriptor.fileno()).st_size
-        return cls._owned(_Memory(descriptor, nbytes, on_disk, label=0), None)
+        return cls._adopt(_Memory(descriptor, nbytes, on_disk, label=0), None)
 
-    def labelled(self) -> int:
+    def get_label(self) -> int:
         """What workers are to call this segment, so that they may keep it mapped; 0 if not.
 
         Only memory that is this process's own to take back: files are let go of at once.
@@ -307,12 +307,12 @@ class Segment:
         `MemoryError` with sizes where no address space is left for them.
         """
         try:
-            with above_standard():  # before Python 3.13 it keeps a duplicate of the descriptor
+            with keep_standard_free():  # before Python 3.13 it keeps a duplicate of the descriptor
                 mapping = Mapping(self.fd, self.nbytes, access=_ACCESS[mode], **_MMAP_OPTIONS)
         except ValueError:
             size = os.fstat(self.fd).st_size
             if size < self.nbytes:  # just now
-                raise cut_off(named(self.fd) or "shared memory", size, self.nbytes) from None
+                raise cut_off(name_of_file(self.fd) or "shared memory", size, self.nbytes) from None
             raise
         except OSError as error:
             if error.errno != errno.ENOMEM:
@@ -394,7 +394,7 @@ class Recycler:
                 # It may be gone: a finalizer may have begun a map in this thread just now.
                 if chosen in self._free:
                     self._free.remove(chosen)
-                    return Segment._owned(chosen, recycler=self)
+                    return Segment._adopt(chosen, recycler=self)
         return Segment.create(folder, recycler=self)
 
     def take_back(self, memory: _Memory) -> bool:
@@ -454,10 +454,12 @@ class SharedView:
             (n - 1) * step for n, step in zip(self.shape, self.strides, strict=True) if step > 0
         )
         if end > self.segment.nbytes:
-            raise cut_off(named(self.segment.fd) or "shared memory", self.segment.nbytes, end)
-        return self.over(self.segment.map(mode))
+            raise cut_off(
+                name_of_file(self.segment.fd) or "shared memory", self.segment.nbytes, end
+            )
+        return self.map_over(self.segment.map(mode))
 
-    def over(self, mapping: Mapping) -> np.ndarray:
+    def map_over(self, mapping: Mapping) -> np.ndarray:
         """The array over a mapping of its segment."""
         return np.ndarray(self.shape, self.dtype, mapping, self.offset, self.strides)
 
@@ -503,16 +505,16 @@ def _nameless_file(folder: str) -> Descriptor:
         )
     flags = os.O_RDWR | os.O_CLOEXEC
     try:
-        return opened(os.open, folder, flags | os.O_TMPFILE, stat.S_IRUSR | stat.S_IWUSR)
+        return open_owned(os.open, folder, flags | os.O_TMPFILE, stat.S_IRUSR | stat.S_IWUSR)
     except OSError as error:
         if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}:
             raise
     import tempfile  # noqa: PLC0415  # only on file systems without O_TMPFILE
 
-    def made() -> Descriptor:
-        with above_standard():
+    def create_file() -> Descriptor:
+        with keep_standard_free():
             fd, path = tempfile.mkstemp(prefix="taskcarrier-", dir=folder)
         os.unlink(path)
         return own(fd)
 
-    return sheltered(made)
+    return run_sheltered(create_file)

@@ -10,7 +10,7 @@ from taskcarrier.memory.segments import Recycler, Segment, SharedView, locate
 from taskcarrier.memory.strides import (
     ALIGNMENT,
     address_of,
-    aligned,
+    align,
     byte_bounds,
     bytes_at,
     footprint,
@@ -51,7 +51,7 @@ class Staging:
 
     def place(self, nbytes: int, low: int = 0) -> tuple[Segment, int]:
         """Room for `nbytes` whose original address is `low`: the segment and an offset."""
-        offset = aligned(self._end) + low % ALIGNMENT
+        offset = align(self._end) + low % ALIGNMENT
         end = offset + nbytes
         if self._segment is None:
             self._prepare(end)

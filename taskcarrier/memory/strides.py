@@ -96,7 +96,7 @@ def bytes_at(address: int, nbytes: int) -> memoryview:
     return np.asarray(_Raw(address, nbytes)).data
 
 
-def aligned(nbytes: int) -> int:
+def align(nbytes: int) -> int:
     """The next multiple of `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 

@@ -1,9 +1,9 @@
-"""The rules by which workers come by cells, as small frozen values.
+"""The rules by which workers come by chunks, as small frozen values.
 
-Static and dynamic differ in who takes which cell, and in nothing else. Under both, the cells
+Static and dynamic differ in who takes which chunk, and in nothing else. Under both, the chunks
 of one worker come in ascending order, and a worker looks at the ledger's halt word before
-each. Under dynamic, cells are given out in ascending order over all workers: when one fails,
-all cells below it were taken before, and are finished. Cells with a mark are left out.
+each. Under dynamic, chunks are given out in ascending order over all workers: when one fails,
+all chunks below it were taken before, and are finished. Chunks with a mark are left out.
 """
 
 from __future__ import annotations
@@ -11,47 +11,47 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from taskcarrier.scheduling.ledger import FREE, Ledger
+from taskcarrier.scheduling.ledger import PENDING, Ledger
 from taskcarrier.scheduling.partition import Partition
 
 
 @dataclass(frozen=True)
 class Static:
-    """Each worker has one contiguous run of cells, cut evenly beforehand."""
+    """Each worker has one contiguous run of chunks, cut evenly beforehand."""
 
     name = "static"
 
-    def cells(self, ledger: Ledger, worker: int, n_workers: int, n_cells: int) -> Iterator[int]:
-        """The cells of one worker, each in its hand when it is yielded."""
+    def chunks(self, ledger: Ledger, worker: int, n_workers: int, n_chunks: int) -> Iterator[int]:
+        """The chunks of one worker, each in its hand when it is yielded."""
         marks = ledger.marks
-        for cell in self.planned(worker, n_workers, n_cells):
-            if ledger.halted:
+        for index in self.plan(worker, n_workers, n_chunks):
+            if ledger.is_halted:
                 return
-            if marks is None or marks[cell] == FREE:
-                ledger.hold(worker, cell)
-                yield cell
+            if marks is None or marks[index] == PENDING:
+                ledger.hold(worker, index)
+                yield index
 
-    def planned(self, worker: int, n_workers: int, n_cells: int) -> range:
-        """The cells that only this worker will run."""
-        parts = Partition(n_workers, n_cells)
+    def plan(self, worker: int, n_workers: int, n_chunks: int) -> range:
+        """The chunks that only this worker will run."""
+        parts = Partition(n_workers, n_chunks)
         return range(parts[worker].start, parts[worker].stop) if worker < len(parts) else range(0)
 
 
 @dataclass(frozen=True)
 class Dynamic:
-    """The next cell goes to whoever is free."""
+    """The next chunk goes to whoever is free."""
 
     name = "dynamic"
 
-    def cells(self, ledger: Ledger, worker: int, n_workers: int, n_cells: int) -> Iterator[int]:  # noqa: ARG002  # the rules share one signature
-        """The cells of one worker, each in its hand when it is yielded."""
+    def chunks(self, ledger: Ledger, worker: int, n_workers: int, n_chunks: int) -> Iterator[int]:  # noqa: ARG002  # the rules share one signature
+        """The chunks of one worker, each in its hand when it is yielded."""
         marks = ledger.marks
-        while not ledger.halted and (cell := ledger.claim(worker)) < n_cells:
-            if marks is None or marks[cell] == FREE:
-                yield cell
+        while not ledger.is_halted and (index := ledger.claim(worker)) < n_chunks:
+            if marks is None or marks[index] == PENDING:
+                yield index
 
-    def planned(self, worker: int, n_workers: int, n_cells: int) -> range:  # noqa: ARG002  # the rules share one signature
-        """No cell belongs to one worker alone."""
+    def plan(self, worker: int, n_workers: int, n_chunks: int) -> range:  # noqa: ARG002  # the rules share one signature
+        """No chunk belongs to one worker alone."""
         return range(0)
 
 

@@ -8,12 +8,12 @@ import struct
 import threading
 from typing import Any, Protocol
 
-from taskcarrier.system.descriptors import above_standard
+from taskcarrier.system.descriptors import keep_standard_free
 
 _LENGTH = struct.Struct("<Q")
 
 
-class Cursor(Protocol):
+class Counter(Protocol):
     """A counter that several workers advance, each number going to exactly one of them."""
 
     def advance(self) -> int:
@@ -26,28 +26,28 @@ class Cursor(Protocol):
         """Start from 0 again; nobody may be claiming."""
 
 
-class ThreadCursor:
-    """A cursor for the threads of one process."""
+class ThreadCounter:
+    """A counter for the threads of one process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._next = 0
 
-    def advance(self) -> int:  # noqa: D102  # as in Cursor
+    def advance(self) -> int:  # noqa: D102  # as in Counter
         with self._lock:
             number = self._next
             self._next = number + 1
         return number
 
-    def position(self) -> int:  # noqa: D102  # as in Cursor
+    def position(self) -> int:  # noqa: D102  # as in Counter
         return self._next
 
-    def reset(self) -> None:  # noqa: D102  # as in Cursor
+    def reset(self) -> None:  # noqa: D102  # as in Counter
         self._next = 0
 
 
-class FileCursor:
-    """A cursor for processes: the position of one shared open file description.
+class FileCounter:
+    """A counter for processes: the position of one shared open file description.
 
     Parameters
     ----------
@@ -60,53 +60,53 @@ class FileCursor:
 
     @staticmethod
     def create() -> int:
-        """A new descriptor fit to be a cursor; the caller owns it."""
+        """A new descriptor fit to be a counter; the caller owns it."""
         return _memory_file(0)
 
-    def advance(self) -> int:  # noqa: D102  # as in Cursor
+    def advance(self) -> int:  # noqa: D102  # as in Counter
         return os.lseek(self.fd, 1, os.SEEK_CUR) - 1
 
-    def position(self) -> int:  # noqa: D102  # as in Cursor
+    def position(self) -> int:  # noqa: D102  # as in Counter
         return os.lseek(self.fd, 0, os.SEEK_CUR)
 
-    def reset(self) -> None:  # noqa: D102  # as in Cursor
+    def reset(self) -> None:  # noqa: D102  # as in Counter
         os.lseek(self.fd, 0, os.SEEK_SET)
 
 
-class Agreement(Protocol):
+class SetOnce(Protocol):
     """One small value, settled by whoever proposes first; picklable, and not None."""
 
-    def settle(self, proposal: Any) -> Any:
+    def propose(self, proposal: Any) -> Any:
         """The first proposal of all: this one, or an earlier one."""
 
-    def settled(self) -> Any:
+    def get(self) -> Any:
         """The first proposal, None before there is one."""
 
     def reset(self) -> None:
         """Forget it; nobody may be proposing."""
 
 
-class ThreadAgreement:
+class ThreadSetOnce:
     """An agreement between the threads of one process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._first: Any = None
 
-    def settle(self, proposal: Any) -> Any:  # noqa: D102  # as in Agreement
+    def propose(self, proposal: Any) -> Any:  # noqa: D102  # as in SetOnce
         with self._lock:
             if self._first is None:
                 self._first = proposal
             return self._first
 
-    def settled(self) -> Any:  # noqa: D102  # as in Agreement
+    def get(self) -> Any:  # noqa: D102  # as in SetOnce
         return self._first
 
-    def reset(self) -> None:  # noqa: D102  # as in Agreement
+    def reset(self) -> None:  # noqa: D102  # as in SetOnce
         self._first = None
 
 
-class FileAgreement:
+class FileSetOnce:
     """An agreement between processes: the first record of an append-only file.
 
     Parameters
@@ -123,25 +123,25 @@ class FileAgreement:
         """A new descriptor fit to be an agreement; the caller owns it."""
         return _memory_file(os.O_APPEND)
 
-    def settle(self, proposal: Any) -> Any:  # noqa: D102  # as in Agreement
+    def propose(self, proposal: Any) -> Any:  # noqa: D102  # as in SetOnce
         packed = pickle.dumps(proposal)
         # One write, so a proposal is there whole or not at all.
         os.write(self.fd, _LENGTH.pack(len(packed)) + packed)
-        return self.settled()
+        return self.get()
 
-    def settled(self) -> Any:  # noqa: D102  # as in Agreement
+    def get(self) -> Any:  # noqa: D102  # as in SetOnce
         head = os.pread(self.fd, _LENGTH.size, 0)
         if not head:
             return None
         return pickle.loads(os.pread(self.fd, _LENGTH.unpack(head)[0], _LENGTH.size))
 
-    def reset(self) -> None:  # noqa: D102  # as in Agreement
+    def reset(self) -> None:  # noqa: D102  # as in SetOnce
         os.ftruncate(self.fd, 0)
 
 
 def _memory_file(flags: int) -> int:
     """A new memory file, opened through /proc: the kernel serialises the position of these."""
-    with above_standard():
+    with keep_standard_free():
         raw = os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC)
         try:
             return os.open(f"/proc/self/fd/{raw}", os.O_RDWR | os.O_CLOEXEC | flags)

@@ -1,6 +1,6 @@
 """Cutting a range of items into contiguous pieces: arithmetic only, no data.
 
-`Partition` cuts a range into a given number of near-equal slices; `Grid` cuts it into cells
+`Partition` cuts a range into a given number of near-equal slices; `ChunkGrid` cuts it into chunks
 of a given length. Both are three integers: nothing is materialised, any piece is computed
 when it is asked for.
 """

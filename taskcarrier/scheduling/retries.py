@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from taskcarrier.arguments import as_integer
+from taskcarrier.arguments import check_integer
 from taskcarrier.notes import add_note
 from taskcarrier.system.interrupts import is_of_the_program
 
@@ -19,7 +19,7 @@ RETRIES = 2
 """How often a range on which a worker died is run again, if nothing else was said."""
 
 
-class Again(NamedTuple):
+class Attempt(NamedTuple):
     """A range that is given out again.
 
     Attributes
@@ -27,7 +27,7 @@ class Again(NamedTuple):
     start, stop : int
         Its items.
     attempt : int
-        The how-manieth time its items are run, from 1.
+        The attempt number, from 1.
     """
 
     start: int
@@ -36,7 +36,7 @@ class Again(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recovery:
+class RetryPolicy:
     """How long a range may take, and what is tried again.
 
     Attributes
@@ -54,11 +54,11 @@ class Recovery:
     retry_on: tuple[type[BaseException], ...] = ()
 
     @classmethod
-    def checked(cls, timeout: object, retries: object, retry_on: object) -> Recovery:
+    def from_arguments(cls, timeout: object, retries: object, retry_on: object) -> RetryPolicy:
         """From the arguments of a call, or an error that says what is wrong with them."""
         if timeout is None and retries is RETRIES and retry_on == ():
-            return USUAL
-        n_retries = as_integer(retries, "retries", "a number of further attempts, 0 or more")
+            return DEFAULT_POLICY
+        n_retries = check_integer(retries, "retries", "a number of further attempts, 0 or more")
         if n_retries < 0:
             raise ValueError(f"retries must be 0 or more, got {n_retries}")
         kinds = retry_on if isinstance(retry_on, tuple) else (retry_on,)
@@ -72,43 +72,43 @@ class Recovery:
     def __reduce__(self) -> Any:
         # For workers. Types of the caller's own are for it alone, which knows how to pickle them.
         kept = tuple(kind for kind in self.retry_on if kind.__module__ == "builtins")
-        return Recovery, (self.timeout, self.retries, kept)
+        return RetryPolicy, (self.timeout, self.retries, kept)
 
     @property
     def timeout_ns(self) -> int:
         """The time for each range in nanoseconds, 0 for any time."""
         return 0 if self.timeout is None else max(1, round(self.timeout * 1e9))
 
-    def after_death(self, again: Again, *, narrows: bool) -> list[Again]:
+    def next_after_death(self, attempt: Attempt, *, can_split: bool) -> list[Attempt]:
         """What to run instead of a range on which a worker died; nothing if it is to blame.
 
         Parameters
         ----------
-        again : Again
+        attempt : Attempt
             The range.
-        narrows : bool
+        can_split : bool
             Whether parts of a range can be run.
 
-        >>> Recovery(retries=1).after_death(Again(0, 8, 1), narrows=True)
-        [Again(start=0, stop=8, attempt=2)]
-        >>> [tuple(one) for one in Recovery(retries=1).after_death(Again(0, 8, 2), narrows=True)]
+        >>> RetryPolicy(retries=1).next_after_death(Attempt(0, 8, 1), can_split=True)
+        [Attempt(start=0, stop=8, attempt=2)]
+        >>> [tuple(one) for one in RetryPolicy(retries=1).next_after_death(Attempt(0, 8, 2), can_split=True)]
         [(0, 4, 3), (4, 6, 3), (6, 7, 3), (7, 8, 3)]
         """
-        attempt = again.attempt + 1
-        if again.attempt <= self.retries:
-            return [again._replace(attempt=attempt)]
-        if self.retries == 0 or not narrows or again.stop - again.start == 1:
+        number = attempt.attempt + 1
+        if attempt.attempt <= self.retries:
+            return [attempt._replace(attempt=number)]
+        if self.retries == 0 or not can_split or attempt.stop - attempt.start == 1:
             return []
-        return [Again(*part, attempt) for part in halvings(again.start, again.stop)]
+        return [Attempt(*part, number) for part in halvings(attempt.start, attempt.stop)]
 
-    def after_timeout(self, again: Again) -> list[Again]:
+    def next_after_timeout(self, attempt: Attempt) -> list[Attempt]:
         """What to run instead of a range that took too long; nothing if that is final."""
-        if again.attempt <= self.retries and issubclass(TimeoutError, self.retry_on):
-            return [again._replace(attempt=again.attempt + 1)]
+        if attempt.attempt <= self.retries and issubclass(TimeoutError, self.retry_on):
+            return [attempt._replace(attempt=attempt.attempt + 1)]
         return []
 
 
-USUAL = Recovery()
+DEFAULT_POLICY = RetryPolicy()
 """What holds if nothing else was said."""
 
 
@@ -150,7 +150,7 @@ def check_timeout(timeout: Any) -> float | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Retried:
+class WithRetries:
     """A function that is called again when it raises what is a reason for that.
 
     Attributes
@@ -174,17 +174,17 @@ class Retried:
         """What it returns, at the latest in the last attempt."""
         for _ in range(self.retries):
             try:
-                return self._called(args, kwargs)
+                return self._call(args, kwargs)
             except self.retry_on as error:
                 if is_of_the_program(error):
                     raise
         try:
-            return self._called(args, kwargs)
+            return self._call(args, kwargs)
         except self.retry_on as error:
             add_note(error, f"func was called {self.retries + 1} times")
             raise
 
-    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.copies:
             args = tuple(one.copy() if hasattr(one, "__array__") else one for one in args)
         return self.func(*args, **kwargs)

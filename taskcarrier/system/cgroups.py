@@ -69,7 +69,7 @@ def _mounts() -> Iterator[tuple[str, str, str, list[str]]]:
             before, _, after = line.partition(" - ")
             kind, _, options = after.split(" ", 2)
             if kind in {"cgroup", _UNIFIED}:
-                root, mounted_at = map(_unescaped, before.split(" ")[3:5])
+                root, mounted_at = map(_unescape, before.split(" ")[3:5])
                 yield kind, root, mounted_at, options.split(",")
 
 
@@ -82,7 +82,7 @@ def _own_group(version: str, controller: str) -> str | None:
     return None
 
 
-def _unescaped(word: str) -> str:
+def _unescape(word: str) -> str:
     return word.encode().decode("unicode_escape") if "\\" in word else word
 
 

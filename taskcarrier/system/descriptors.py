@@ -29,7 +29,7 @@ _plugs: list[int] = []  # standard descriptors that are ours meanwhile
 
 
 @contextmanager
-def above_standard() -> Iterator[None]:
+def keep_standard_free() -> Iterator[None]:
     """While it is entered, what is opened gets no standard descriptor, in any thread."""
     opening = Holder()
     try:
@@ -106,8 +106,8 @@ else:
     own = Descriptor
 
 
-def opened(function: Callable[..., int], *args: object) -> Descriptor:
+def open_owned(function: Callable[..., int], *args: object) -> Descriptor:
     """What a function of C opens, which has an owner before an exception can come between."""
-    with above_standard():
+    with keep_standard_free():
         (descriptor,) = map(own, map(function, *((one,) for one in args)))
     return descriptor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 
-def plainly(error: BaseException, name: str) -> Any:
+def get_plainly(error: BaseException, name: str) -> Any:
     """An attribute that every exception has, as if its class had no ``__getattribute__``."""
     return BaseException.__getattribute__(error, name)
 
@@ -15,13 +15,13 @@ def set_plainly(error: BaseException, name: str, value: object) -> None:
     BaseException.__setattr__(error, name, value)
 
 
-def related(error: BaseException) -> list[BaseException]:
+def collect_related(error: BaseException) -> list[BaseException]:
     """The exception, and all that it leads to once: causes, contexts, members of groups."""
     found = {id(error): error}
     errors = [error]
     for one in errors:  # grows meanwhile
         members = one.exceptions if isinstance(one, BaseExceptionGroup) else ()
-        for following in (plainly(one, "__cause__"), plainly(one, "__context__"), *members):
+        for following in (get_plainly(one, "__cause__"), get_plainly(one, "__context__"), *members):
             if following is not None and id(following) not in found:
                 found[id(following)] = following
                 errors.append(following)
@@ -33,7 +33,7 @@ def raise_again(error: BaseException) -> NoReturn:
 
     Python would put in its place what the caller is handling just now.
     """
-    context = plainly(error, "__context__")
+    context = get_plainly(error, "__context__")
     try:
         raise error
     finally:

@@ -4,7 +4,7 @@ Signal handlers raise in the main thread, and `PyThreadState_SetAsyncExc` in any
 names. What they come in between is cut short, `finally` blocks among it. So whatever must be whole
 is done in one of four ways:
 
-- in a thread of its own, where nothing of this kind comes (`sheltered`);
+- in a thread of its own, where nothing of this kind comes (`run_sheltered`);
 - by one call into C, or by a plain assignment: Python looks for such exceptions after a call, where
   a function begins and where a loop goes round, and nowhere else;
 - owned before it is made, so that what is dropped on the way ends by itself
@@ -41,7 +41,7 @@ class Handlers:
     def __init__(self) -> None:
         self._handlers = [*map(getsignal, _SIGNALS)]
         if threading.current_thread() is threading.main_thread():  # handlers run in no other
-            _pop_the_dead()
+            _drop_dead_codes()
             _noted.append(weakref.ref(self))
 
     @property
@@ -55,14 +55,14 @@ _SIGNALS = range(1, signal.NSIG)
 _noted: list[weakref.ref[Handlers]] = []
 
 
-def _pop_the_dead() -> None:
+def _drop_dead_codes() -> None:
     while _noted and _noted[-1]() is None:
         _noted.pop()
 
 
 def _handlers() -> Handlers:
     """Those that count: of the innermost call that has noted them, else those of now."""
-    _pop_the_dead()
+    _drop_dead_codes()
     handlers = _noted[-1]() if _noted else None
     return Handlers() if handlers is None else handlers
 
@@ -95,7 +95,7 @@ def _code_of(handler: Any) -> CodeType | None:
     return None
 
 
-def sheltered(what: Callable[[], _T]) -> _T:
+def run_sheltered(what: Callable[[], _T]) -> _T:
     """Have something done in a thread of its own, and wait for its result.
 
     There it is done to its end, even if this thread is interrupted meanwhile. (If no thread can be

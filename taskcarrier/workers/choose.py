@@ -17,12 +17,12 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from taskcarrier.arguments import as_integer
+from taskcarrier.arguments import check_integer
 from taskcarrier.system import cgroups
 from taskcarrier.system.contexts import contextmanager
-from taskcarrier.system.interrupts import sheltered
+from taskcarrier.system.interrupts import run_sheltered
 from taskcarrier.system.locks import ModuleLock
-from taskcarrier.workers.loop import in_worker
+from taskcarrier.workers.loop import is_in_worker
 
 OWN = ("sequential", "threading", "loky")
 """Where our own workers run; any other name is one that was registered with joblib."""
@@ -41,7 +41,7 @@ class Facts:
     ----------
     cores : int
         Cores this process may use (affinity and cgroup limits count).
-    in_worker : bool
+    is_in_worker : bool
         Whether the call comes from inside a worker of ours.
     nested_in_joblib : bool
         Whether it comes from inside a task of joblib.
@@ -58,7 +58,7 @@ class Facts:
     """
 
     cores: int
-    in_worker: bool = False
+    is_in_worker: bool = False
     nested_in_joblib: bool = False
     active_backend: str | None = None
     active_n_jobs: int | None = None
@@ -95,11 +95,11 @@ def check_backend(backend: object) -> str | None:
         return None
     if isinstance(backend, str) and backend in BACKENDS:
         return _ALIASES.get(backend, backend)
-    others = [name for name in _registered() if name not in BACKENDS]
+    others = [name for name in _check_registered() if name not in BACKENDS]
     if not isinstance(backend, str) or backend not in others:
         raise ValueError(
-            f"backend must be None or one of {_listed(BACKENDS)}, or for lists a name that is "
-            f"registered with joblib (now {_listed(others)}), got {backend!r}"
+            f"backend must be None or one of {_list_in_words(BACKENDS)}, or for lists a name that is "
+            f"registered with joblib (now {_list_in_words(others)}), got {backend!r}"
         )
     return backend
 
@@ -110,15 +110,15 @@ def check_for_arrays(backend: str | None, asked: str = "got ") -> None:
         raise ValueError(
             f"{asked}backend={backend!r}, which maps over arrays cannot use: only our own workers "
             "read and write arrays in place. Map over a list (mapper.map, fit_many), or pass "
-            f"backend= as one of {_listed(BACKENDS)}"
+            f"backend= as one of {_list_in_words(BACKENDS)}"
         )
 
 
-def _listed(names: Iterable[str]) -> str:
+def _list_in_words(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-def _registered() -> list[str]:
+def _check_registered() -> list[str]:
     """Names that joblib knows, those among them that it loads when they are asked for."""
     load_joblib()
     from joblib.parallel import BACKENDS as REGISTERED  # noqa: PLC0415  # loaded already
@@ -131,7 +131,7 @@ def check_n_jobs(n_jobs: object) -> int | None:
     """`n_jobs` as the user may pass it: None or a non-zero integer."""
     if n_jobs is None:
         return None
-    value = as_integer(n_jobs, "n_jobs", "a non-zero integer or None; -1 means all cores")
+    value = check_integer(n_jobs, "n_jobs", "a non-zero integer or None; -1 means all cores")
     if value == 0:
         raise ValueError("n_jobs must not be 0; -1 means all cores, 1 runs in the caller")
     return value
@@ -139,11 +139,11 @@ def check_n_jobs(n_jobs: object) -> int | None:
 
 def count_workers(n_jobs: int | None, facts: Facts) -> int:
     """Workers for an `n_jobs`: joblib's rule for negative numbers, all cores for None."""
-    n_jobs = _asked(n_jobs, facts)
+    n_jobs = _get_wish(n_jobs, facts)
     return n_jobs if n_jobs > 0 else max(1, facts.cores + 1 + n_jobs)
 
 
-def _asked(n_jobs: int | None, facts: Facts) -> int:
+def _get_wish(n_jobs: int | None, facts: Facts) -> int:
     """An `n_jobs` as it is asked for here: a non-zero integer."""
     if n_jobs is None:
         n_jobs = facts.active_n_jobs
@@ -181,13 +181,13 @@ def choose(
     >>> choose(3, None, Facts(cores=4), releases_gil="the function releases the GIL").reason
     'the function releases the GIL'
     """
-    active = None if backend else _followed(facts)
+    active = None if backend else _follow_config(facts)
     if not lists:
         check_for_arrays(backend)
         check_for_arrays(active, "joblib's active configuration asks for ")
     wanted = backend or active
     is_ours = wanted is None or wanted in OWN
-    workers = count_workers(n_jobs, facts) if is_ours else _asked(n_jobs, facts)
+    workers = count_workers(n_jobs, facts) if is_ours else _get_wish(n_jobs, facts)
     why = "asked for" if backend else "joblib's active configuration"
     where, reason = _where((wanted, why), workers, facts, releases_gil, own_threads)
     if where == "loky":
@@ -209,7 +209,7 @@ def _where(
 ) -> tuple[str, str]:
     """The backend that is wanted, and why: what is asked for, else what suits best."""
     wanted, why = asked
-    if facts.in_worker:
+    if facts.is_in_worker:
         return "sequential", "called inside a worker"
     if own_threads and wanted != "loky":
         # Under numba's workqueue layer a second thread that enters one aborts the process.
@@ -228,15 +228,15 @@ def _where(
     return "loky", "the default"
 
 
-def _followed(facts: Facts) -> str | None:
+def _follow_config(facts: Facts) -> str | None:
     """The backend of an active `joblib.parallel_config`, in our words."""
     return "loky" if facts.active_backend == "multiprocessing" else facts.active_backend
 
 
 def facts_now(*, follows_joblib: bool = True) -> Facts:
     """The state of this process; of joblib's configuration only if it is to be followed."""
-    if in_worker():
-        return Facts(cores=1, in_worker=True)
+    if is_in_worker():
+        return Facts(cores=1, is_in_worker=True)
     load_joblib()
     active_backend, active_n_jobs, nested = (
         _joblib_config() if follows_joblib else (None, None, False)
@@ -291,7 +291,7 @@ def _load(*modules: str) -> None:
     if any(map(_is_being_imported, list(sys.modules.values()))):
         _import(modules)
     else:
-        sheltered(functools.partial(_import, modules))
+        run_sheltered(functools.partial(_import, modules))
 
 
 def _is_being_imported(module: object) -> bool:

@@ -36,11 +36,11 @@ def has_own_threads(func: Callable[..., Any], extras: Iterable[Any] = ()) -> boo
             if one.targetoptions.get("parallel", False):
                 return True
             seen.append(one)
-            found += _referred_to(one.py_func)
+            found += _list_referents(one.py_func)
     return False
 
 
-def _referred_to(function: Any) -> Iterator[Any]:
+def _list_referents(function: Any) -> Iterator[Any]:
     """Values of global and enclosing names in a Python function, of modules there; defaults."""
     yield from function.__defaults__ or ()
     names = function.__code__.co_names

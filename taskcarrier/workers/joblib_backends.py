@@ -1,6 +1,6 @@
 """Lists on backends that others have registered with joblib, such as those of Dask and Ray.
 
-`joblib.Parallel` is handed a task for each cell, a block of items with its number, and shares these
+`joblib.Parallel` is handed a task for each chunk, a block of items with its number, and shares these
 out; there is no ledger that its workers could see. They call the function with the code of our own
 workers, and what they send back is a result or an error that is packed as ours are, so that neither
 a strange exception nor a strange result depends on how the backend pickles.
@@ -39,10 +39,10 @@ from taskcarrier.system.interrupts import is_of_the_program
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.loop import this_thread
-from taskcarrier.workers.parent_state import Surroundings
-from taskcarrier.workers.pickled_errors import pack_error, unpack_error
-from taskcarrier.workers.pickling import pack_apart, pack_items, unpack_items
-from taskcarrier.workers.records import Account, Failure, Ran
+from taskcarrier.workers.parent_state import ParentState
+from taskcarrier.workers.pickled_errors import pickle_error, unpickle_error
+from taskcarrier.workers.pickling import pickle_apart, pickle_items, unpickle_items
+from taskcarrier.workers.records import RangeFailure, RunResult, WorkerStats
 from taskcarrier.workers.task import Deliver, Job
 from taskcarrier.workers.thread_limits import limited
 
@@ -52,10 +52,10 @@ class Calls(Protocol):
 
     call: Call
 
-    def opened(self) -> Calls:
+    def bind_shared(self) -> Calls:
         """The same in a worker."""
 
-    def of(self, items: Sequence[Any], start: int) -> Any:
+    def call_items(self, items: Sequence[Any], start: int) -> Any:
         """Results of items from `start` on."""
 
 
@@ -66,7 +66,7 @@ class ListTask(Protocol):
     items: Sequence[Any]
 
 
-def counted(choice: Choice, backend: str | None) -> Choice:
+def with_worker_count(choice: Choice, backend: str | None) -> Choice:
     """The same with the number of workers that there are, or in the caller if that is one.
 
     Parameters
@@ -76,7 +76,7 @@ def counted(choice: Choice, backend: str | None) -> Choice:
     backend : str or None
         Its name, None for that of the active `joblib.parallel_config`, which may have more to say.
     """
-    with _configured(backend):  # an ImportError if it is loaded now and cannot be
+    with _use_backend(backend):  # an ImportError if it is loaded now and cannot be
         n_workers = joblib.effective_n_jobs(choice.n_jobs)
     if n_workers < 1:
         raise RuntimeError(f"backend {choice.backend!r} has no worker: start some, then map")
@@ -91,12 +91,12 @@ def run(
     backend: str | None,
     deliver: Deliver,
     tick: Callable[[Ledger], None] | None,
-) -> Ran:
+) -> RunResult:
     """Run a job over a list to its end; accounts of those workers that had a block."""
     ledger = Ledger.local(job.n_workers)
-    failures: list[Failure] = []
-    accounts = _Accounts()
-    with _configured(backend):
+    failures: list[RangeFailure] = []
+    worker_stats = _StatsByWorker()
+    with _use_backend(backend):
         there, _ = get_active_backend()
         shares_memory = getattr(there, "supports_sharedmem", False)
         streams = getattr(there, "supports_return_generator", False)
@@ -104,28 +104,28 @@ def run(
             n_jobs=choice.n_jobs, return_as="generator" if streams else "list"
         )
         sender = (_Sender if shares_memory else _ByteSender)(job)
-        tasks = _until_halted(job, ledger, sender, failures)
-        with _closed(_results(parallel, tasks)) as results:
+        tasks = _generate_tasks(job, ledger, sender, failures)
+        with _close_early(_results(parallel, tasks)) as results:
             for done in results:
-                account = accounts.of(done.worker)
-                account.busy_ns += done.busy_ns
-                failure = _failure(done, deliver, account.name)
+                stats = worker_stats.call_items(done.worker)
+                stats.busy_ns += done.busy_ns
+                failure = _failure(done, deliver, stats.name)
                 if failure is not None:
                     ledger.halt()
                     failures.append(failure)
                     continue
-                account.ranges += 1
-                account.items += done.n_items
-                ledger.lay_down(0, done.n_items)
+                stats.ranges += 1
+                stats.items += done.n_items
+                ledger.finish(0, done.n_items)
                 if tick is not None:
                     tick(ledger)
-    ran = Ran.read(accounts.all, ledger)
+    ran = RunResult.read(worker_stats.all, ledger)
     ran.failures = failures
     ran.nbytes_sent = sender.nbytes
     return ran
 
 
-def _configured(backend: str | None) -> AbstractContextManager[Any]:
+def _use_backend(backend: str | None) -> AbstractContextManager[Any]:
     """Where `joblib.Parallel` finds the backend; it loads some of them when this is entered."""
     if backend is None:
         return nullcontext()
@@ -156,17 +156,17 @@ class _Done(NamedTuple):
     is_packed: bool = False
 
 
-class _Accounts:
+class _StatsByWorker:
     """Accounts of workers, in the order in which they are first heard of."""
 
     def __init__(self) -> None:
-        self._by_worker: dict[_Worker, Account] = {}
+        self._by_worker: dict[_Worker, WorkerStats] = {}
         self._here = _Worker.here()
 
-    def of(self, worker: _Worker) -> Account:
+    def call_items(self, worker: _Worker) -> WorkerStats:
         if worker not in self._by_worker:
             number = len(self._by_worker)
-            self._by_worker[worker] = Account(number, self._name(worker))
+            self._by_worker[worker] = WorkerStats(number, self._name(worker))
         return self._by_worker[worker]
 
     def _name(self, worker: _Worker) -> str:
@@ -182,7 +182,7 @@ class _Accounts:
         return f"{name}, thread {thread}" if thread else name
 
     @property
-    def all(self) -> list[Account]:
+    def all(self) -> list[WorkerStats]:
         return list(self._by_worker.values())
 
 
@@ -196,8 +196,8 @@ class _Sender:
     nbytes = 0  # that were copied
 
     def __init__(self, job: Job) -> None:
-        self._calls: Calls = cast("ListTask", job.task).calls.opened()
-        self._surroundings = job.surroundings
+        self._calls: Calls = cast("ListTask", job.task).calls.bind_shared()
+        self._surroundings = job.parent_state
 
     def task(self, items: Sequence[Any], start: int) -> _Task:
         return _run, (self._calls, items, start, self._surroundings), {}
@@ -208,9 +208,9 @@ class _ByteSender(_Sender):
 
     def __init__(self, job: Job) -> None:
         calls = cast("ListTask", job.task).calls
-        own = replace(calls, call=Call(calls.call.func)), job.surroundings
+        own = replace(calls, call=Call(calls.call.func)), job.parent_state
         try:
-            packed = pack_apart(own, calls.call.kwargs)
+            packed = pickle_apart(own, calls.call.kwargs)
         except Exception as error:
             add_note(
                 error,
@@ -222,21 +222,21 @@ class _ByteSender(_Sender):
         self.nbytes = sum(piece.nbytes for piece in self._pieces)
 
     def task(self, items: Sequence[Any], start: int) -> _Task:
-        packed = pack_items(items)
+        packed = pickle_items(items)
         self.nbytes += len(packed)
         where = start, start + len(items)
         return _run_packed, (packed, where, *self._pieces), {}
 
 
-def _until_halted(
-    job: Job, ledger: Ledger, sender: _Sender, failures: list[Failure]
+def _generate_tasks(
+    job: Job, ledger: Ledger, sender: _Sender, failures: list[RangeFailure]
 ) -> Iterator[_Task]:
-    """Tasks for all cells. Joblib asks for them in any thread, so errors are for the caller."""
+    """Tasks for all chunks. Joblib asks for them in any thread, so errors are for the caller."""
     items = cast("ListTask", job.task).items
-    for cell in range(len(job.grid)):
-        if ledger.halted:
+    for index in range(len(job.grid)):
+        if ledger.is_halted:
             return
-        start, stop = job.grid.bounds(cell)
+        start, stop = job.grid.range_of(index)
         try:
             task = sender.task(items[start:stop], start)
         except Exception as error:
@@ -247,7 +247,7 @@ def _until_halted(
                 "taskcarrier could not pickle these items for the backend's workers; use "
                 "backend='threading' if they cannot be pickled",
             )
-            failures.append(Failure((start, stop), error, "caller"))
+            failures.append(RangeFailure((start, stop), error, "caller"))
             ledger.halt()
             return
         yield task
@@ -259,7 +259,7 @@ def _results(parallel: Any, tasks: Iterator[_Task]) -> Generator[_Done, None, No
 
 
 @contextmanager
-def _closed(results: Generator[_Done, None, None]) -> Iterator[Generator[_Done, None, None]]:
+def _close_early(results: Generator[_Done, None, None]) -> Iterator[Generator[_Done, None, None]]:
     """Have joblib end when the block does, which is early only after an interrupt."""
     try:
         yield results
@@ -268,15 +268,15 @@ def _closed(results: Generator[_Done, None, None]) -> Iterator[Generator[_Done, 
             results.close()
 
 
-def _run(calls: Calls, items: Sequence[Any], start: int, surroundings: Surroundings) -> _Done:
+def _run(calls: Calls, items: Sequence[Any], start: int, parent_state: ParentState) -> _Done:
     """In a worker: one block."""
     begin = monotonic_ns()
     failed = False
     was_worker = this_thread.is_worker
     try:
         this_thread.is_worker = True
-        with limited.open(), surroundings.within():
-            result = calls.of(items, start)
+        with limited.open(), parent_state.apply_within():
+            result = calls.call_items(items, start)
     except BaseException as error:  # noqa: BLE001  # also exits: the caller raises
         result, failed = error, True
     finally:
@@ -291,9 +291,9 @@ def _run_packed(packed_items: bytes, where: tuple[int, int], *pieces: np.ndarray
     doing = "unpickled the function or its arguments"
     try:
         own, shared, *blocks = (piece.data for piece in pieces)
-        calls, surroundings = pickle.loads(own)
+        calls, parent_state = pickle.loads(own)
         kwargs = pickle.loads(shared, buffers=blocks)
-        calls = replace(calls, call=Call(calls.call.func, (), kwargs)).opened()
+        calls = replace(calls, call=Call(calls.call.func, (), kwargs)).bind_shared()
         doing = "unpickled these items"
         items = pickle.loads(packed_items)
     except BaseException as error:  # noqa: BLE001  # likewise
@@ -301,34 +301,34 @@ def _run_packed(packed_items: bytes, where: tuple[int, int], *pieces: np.ndarray
         busy_ns = monotonic_ns() - begin
         done = _Done(start, stop - start, _Worker.here(), busy_ns, failed=True, result=error)
     else:
-        done = _run(calls, items, start, surroundings)
-    return _packed(done)
+        done = _run(calls, items, start, parent_state)
+    return _pickle_done(done)
 
 
-def _packed(done: _Done) -> _Done:
+def _pickle_done(done: _Done) -> _Done:
     result = done.result
     if not done.failed:
         try:
-            return done._replace(result=pack_items(result), is_packed=True)
+            return done._replace(result=pickle_items(result), is_packed=True)
         except Exception as error:  # noqa: BLE001  # whatever pickling a user's object raises
             add_note(error, "taskcarrier could not pickle the result for the caller")
             result = error
-    return done._replace(failed=True, result=pack_error(result), is_packed=True)
+    return done._replace(failed=True, result=pickle_error(result), is_packed=True)
 
 
-def _failure(done: _Done, deliver: Deliver, worker: str) -> Failure | None:
+def _failure(done: _Done, deliver: Deliver, worker: str) -> RangeFailure | None:
     """In the caller: the result is delivered, or what stands in its way is returned."""
     result = done.result
     where = (done.start, done.start + done.n_items)
     if done.failed:
-        return Failure(where, unpack_error(result) if done.is_packed else result, worker)
+        return RangeFailure(where, unpickle_error(result) if done.is_packed else result, worker)
     if done.is_packed:
         try:
-            result = unpack_items(result)
+            result = unpickle_items(result)
         except Exception as error:
             if is_of_the_program(error):
                 raise
             add_note(error, "taskcarrier could not unpickle this result of a worker")
-            return Failure(where, error, worker)
+            return RangeFailure(where, error, worker)
     deliver(done.start, result)
     return None

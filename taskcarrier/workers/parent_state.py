@@ -24,7 +24,7 @@ _CALLING = {"call", "log"}
 
 
 @dataclass(frozen=True, eq=False)
-class Surroundings:
+class ParentState:
     """State of the caller's that decides what a function does.
 
     Attributes
@@ -48,7 +48,7 @@ class Surroundings:
     recursion_limit: int
 
     @classmethod
-    def here(cls) -> Surroundings:
+    def capture(cls) -> ParentState:
         """Those of this thread."""
         errstate = dict(np.geterr())
         handler: Any = np.geterrcall() if _CALLING & {*errstate.values()} else None
@@ -60,7 +60,7 @@ class Surroundings:
             sys.getrecursionlimit(),
         )
 
-    def take_on(self, *, in_process: bool) -> None:
+    def apply(self, *, in_process: bool) -> None:
         """Make them those of this thread, and with `in_process` those of this process, for good."""
         if in_process:
             if self.folder is not None and _folder() != self.folder:
@@ -77,7 +77,7 @@ class Surroundings:
             decimal.setcontext(self.decimals.copy())
 
     @contextmanager
-    def within(self) -> Iterator[None]:
+    def apply_within(self) -> Iterator[None]:
         """Make them those of this thread for the length of a block, but for those of a process."""
         handler = np.geterrcall()
         with np.errstate(**self.errstate), contextlib.ExitStack() as stack:

@@ -21,17 +21,17 @@ from typing import Any
 
 from taskcarrier.errors import TaskError, WorkerTracebackError
 from taskcarrier.notes import text_of
-from taskcarrier.system.exceptions import plainly, related, set_plainly
+from taskcarrier.system.exceptions import collect_related, get_plainly, set_plainly
 from taskcarrier.system.interrupts import is_of_the_program
-from taskcarrier.workers.pickling import Pickler, dumps, unpack_items
+from taskcarrier.workers.pickling import Pickler, dumps, unpickle_items
 
 _Link = tuple[int | None, int | None, bool]
 """Cause and context of an exception by their numbers, and whether the context is not shown."""
 
 
-def pack_error(error: BaseException) -> bytes:
+def pickle_error(error: BaseException) -> bytes:
     """An exception, what it leads to, and the text of its traceback."""
-    errors = related(error)
+    errors = collect_related(error)
     numbers = {id(one): number for number, one in enumerate(errors)}
 
     def number(one: BaseException | None) -> int | None:
@@ -39,29 +39,29 @@ def pack_error(error: BaseException) -> bytes:
 
     links = [
         (
-            number(plainly(one, "__cause__")),
-            number(plainly(one, "__context__")),
-            plainly(one, "__suppress_context__"),
+            number(get_plainly(one, "__cause__")),
+            number(get_plainly(one, "__context__")),
+            get_plainly(one, "__suppress_context__"),
         )
         for one in errors
     ]
     try:
-        packed = _packed(errors, links)
+        packed = _pickle_all(errors, links)
     except Exception:  # noqa: BLE001  # whatever pickling a user's object raises; see below
         stand_ins: dict[int, BaseException] = {}
         try:
-            packed = _packed([_sendable(one, stand_ins) for one in errors], links)
+            packed = _pickle_all([_sendable(one, stand_ins) for one in errors], links)
         except Exception as trouble:  # noqa: BLE001  # groups in groups, or it is not always the same
-            packed = _packed([_stand_in(error, trouble)], [(None, None, True)])
+            packed = _pickle_all([_stand_in(error, trouble)], [(None, None, True)])
     return pickle.dumps((packed, _traceback_of(error), _name_of(error)))
 
 
-def unpack_error(packed: bytes) -> BaseException:
+def unpickle_error(packed: bytes) -> BaseException:
     """The exception of a worker, in the caller."""
     packed_errors, text, type_name = pickle.loads(packed)
     error: BaseException
     try:
-        errors, links = unpack_items(packed_errors)
+        errors, links = unpickle_items(packed_errors)
     except Exception as trouble:
         if is_of_the_program(trouble):
             raise
@@ -81,17 +81,17 @@ def unpack_error(packed: bytes) -> BaseException:
     return error
 
 
-def pack_warning(heard: object) -> bytes:
+def pickle_warning(worker_warning: object) -> bytes:
     """A warning, which is an exception too, and where it was given."""
-    packed = dumps(heard, pickler=_ErrorPickler)
-    unpack_items(packed)
+    packed = dumps(worker_warning, pickler=_ErrorPickler)
+    unpickle_items(packed)
     return packed
 
 
-def _packed(errors: list[BaseException], links: list[_Link]) -> bytes:
+def _pickle_all(errors: list[BaseException], links: list[_Link]) -> bytes:
     """The pickle, which has been read once."""
     packed = dumps((errors, links), pickler=_ErrorPickler)
-    for one in unpack_items(packed)[0]:
+    for one in unpickle_items(packed)[0]:
         if not isinstance(one, BaseException):
             raise TypeError("it unpickles as something else")
     return packed
@@ -100,13 +100,13 @@ def _packed(errors: list[BaseException], links: list[_Link]) -> bytes:
 def _sendable(error: BaseException, known: dict[int, BaseException]) -> BaseException:
     """The exception if it can be sent alone, else what is sent instead."""
     if id(error) not in known:
-        known[id(error)] = _checked(error, known)
+        known[id(error)] = _replace_unsendable(error, known)
     return known[id(error)]
 
 
-def _checked(error: BaseException, known: dict[int, BaseException]) -> BaseException:
+def _replace_unsendable(error: BaseException, known: dict[int, BaseException]) -> BaseException:
     try:
-        _packed([error], [])
+        _pickle_all([error], [])
     except Exception as trouble:  # noqa: BLE001  # whatever pickling a user's object raises
         if isinstance(error, BaseExceptionGroup):
             members = [_sendable(one, known) for one in error.exceptions]
@@ -137,7 +137,7 @@ def _traceback_of(error: BaseException) -> str:
     try:
         lines = traceback.format_exception(error)
     except Exception:  # noqa: BLE001  # attributes of a user's class may raise anything
-        lines = traceback.format_tb(plainly(error, "__traceback__"))
+        lines = traceback.format_tb(get_plainly(error, "__traceback__"))
         lines.append(f"{_name_of(error)}: {text_of(error)}")
     return "".join(lines).rstrip()
 
@@ -147,8 +147,8 @@ def _last_shown(error: BaseException) -> BaseException:
     seen: set[int] = set()
     while id(error) not in seen:
         seen.add(id(error))
-        cause, context = plainly(error, "__cause__"), plainly(error, "__context__")
-        if cause is None and plainly(error, "__suppress_context__"):
+        cause, context = get_plainly(error, "__cause__"), get_plainly(error, "__context__")
+        if cause is None and get_plainly(error, "__suppress_context__"):
             break
         following = context if cause is None else cause
         if following is None or id(following) in seen:
@@ -181,9 +181,9 @@ def _reduce(error: BaseException) -> tuple[Any, ...] | None:
     reduced: Any = error.__reduce__()
     _, args, *state = reduced
     if kind.__setstate__ is not own.__setstate__:
-        return _made_again, (kind, args), *state
-    held = {**(state[0] if state else {}), **dict(_in_slots(error))}
-    return _made_again, (kind, args), held, None, None, _fill
+        return _recreate, (kind, args), *state
+    held = {**(state[0] if state else {}), **dict(_list_slots(error))}
+    return _recreate, (kind, args), held, None, None, _fill
 
 
 _HEAP_TYPE = 1 << 9  # the interpreter's mark of classes that are made when a program runs
@@ -198,7 +198,7 @@ def _own_class(kind: type) -> Any:
     return kind
 
 
-def _in_slots(error: BaseException) -> Iterator[tuple[str, Any]]:
+def _list_slots(error: BaseException) -> Iterator[tuple[str, Any]]:
     """What ``__slots__`` of its classes hold, by name."""
     for kind in type(error).__mro__:
         if "__slots__" in vars(kind):
@@ -207,7 +207,7 @@ def _in_slots(error: BaseException) -> Iterator[tuple[str, Any]]:
                     yield name, getattr(error, name)
 
 
-def _made_again(kind: type, args: tuple[Any, ...]) -> BaseException:
+def _recreate(kind: type, args: tuple[Any, ...]) -> BaseException:
     own = _own_class(kind)
     error: BaseException = own.__new__(kind, *args)
     own.__init__(error, *args)

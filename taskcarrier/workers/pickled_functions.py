@@ -33,7 +33,7 @@ def reduce_cached(obj: Any) -> Any:
         return kind, (obj.func,), (dict(obj.dispatcher.registry), {}), None, None, _register
     if kind is not _CACHED or _is_importable(obj) or not hasattr(obj, "cache_parameters"):
         return NotImplemented
-    return _cached, (obj.__wrapped__, obj.cache_parameters()), _extras(obj)
+    return _make_cached, (obj.__wrapped__, obj.cache_parameters()), _extras(obj)
 
 
 def reduce_dispatching(obj: Any) -> tuple[Any, ...] | None:
@@ -54,7 +54,7 @@ def reduce_dispatching(obj: Any) -> tuple[Any, ...] | None:
     return None
 
 
-def _cached(func: Callable[..., Any], parameters: dict[str, Any]) -> Any:
+def _make_cached(func: Callable[..., Any], parameters: dict[str, Any]) -> Any:
     return functools.lru_cache(**parameters)(func)
 
 

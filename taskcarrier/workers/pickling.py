@@ -1,6 +1,6 @@
 """What travels to a worker process, and how it is packed.
 
-A parcel is a task pickled once for all workers of a run: the pickle, a table of the large
+A payload is a task pickled once for all workers of a run: the pickle, a table of the large
 buffers in it (copied once into the run's staging segment, not per worker), and the file
 descriptors of every segment the task refers to. Descriptors cross by ``SCM_RIGHTS`` over the
 worker's own socket, so no name, no shared folder and no other process is involved.
@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 
 from taskcarrier.memory.available import is_no_room
-from taskcarrier.memory.memmaps import located, written_through
+from taskcarrier.memory.memmaps import find_shared, find_writable
 from taskcarrier.memory.segments import Mode, Segment, SharedView
 from taskcarrier.memory.staging import Staging
 from taskcarrier.memory.strides import is_mostly_gaps
-from taskcarrier.notes import add_note, advise, counted
+from taskcarrier.notes import add_note, advise, count_noun
 from taskcarrier.system.descriptors import Descriptor
 from taskcarrier.system.interrupts import is_of_the_program
 from taskcarrier.workers.call import Call
@@ -49,7 +49,7 @@ _SHARED_NBYTES = 1 << 14
 _unpacking = threading.local()
 
 
-class Parcel:
+class Payload:
     """A packed task: ``data`` and the descriptors ``fds`` that must travel beside it.
 
     The descriptors belong to the segments in ``segments``, which are kept so long. What was found
@@ -67,7 +67,7 @@ class Parcel:
         return [segment.fd for segment in self.segments]
 
 
-def pack(task: object, staging: Staging) -> Parcel:
+def pickle_task(task: object, staging: Staging) -> Payload:
     """Pickle a task for the workers of one run.
 
     Raises whatever pickling the task raises, with a note; nothing has been started by then.
@@ -92,11 +92,11 @@ def pack(task: object, staging: Staging) -> Parcel:
             f"one call can take at most {_MAX_DESCRIPTORS} separate shared arrays, got "
             f"{len(packer.segments)}; copy some of them, or put those that func writes to into one"
         )
-    return Parcel(pickle.dumps((pickled, table)), packer.segments, packer.notes())
+    return Payload(pickle.dumps((pickled, table)), packer.segments, packer.notes())
 
 
-def unpack(data: bytes, descriptors: list[Descriptor]) -> Any:
-    """The task of a parcel, in a worker; the descriptors now belong to its segments."""
+def unpickle_task(data: bytes, descriptors: list[Descriptor]) -> Any:
+    """The task of a payload, in a worker; the descriptors now belong to its segments."""
     segments = [Segment(descriptor, on_disk=False) for descriptor in descriptors]
     for segment in segments:
         # What the caller wrote was reserved; an output still empty is reserved by who fills it.
@@ -139,10 +139,10 @@ class _Packer:
         return len(self.segments) - 1
 
     def _reduce_segment(self, segment: Segment) -> tuple[Any, ...]:
-        return _received_segment, self._terms(segment)
+        return _get_segment, self._terms(segment)
 
     def _terms(self, segment: Segment) -> tuple[int, bool, int]:
-        return self.number(segment), segment.on_disk, segment.labelled()
+        return self.number(segment), segment.on_disk, segment.get_label()
 
     def _reduce_call(self, call: Call) -> tuple[Any, ...]:
         # Only what the user gave needs cloudpickle, which takes some 10 µs for each class it
@@ -155,13 +155,13 @@ class _Packer:
         pickler.is_at_function = False
         self._carried += self._found[n_before:]
         pickler.dump((call.args, call.kwargs))
-        return _received_call, (file.getvalue(),)
+        return _load_call, (file.getvalue(),)
 
     def notes(self) -> list[str]:
         """What the report says of closures, partials and bound methods."""
         if not self._carried:
             return []
-        what = f"{counted(len(self._carried), 'array')} of {sum(self._carried):,} bytes"
+        what = f"{count_noun(len(self._carried), 'array')} of {sum(self._carried):,} bytes"
         where = "each call copies them to shared memory, if they are not there yet (see `share`)"
         return [f"the function carries {what}: {where}"]
 
@@ -173,7 +173,7 @@ class _Packer:
         """
         if array.dtype.hasobject or array.nbytes == 0:
             return None
-        view = located(array)
+        view = find_shared(array)
         if view is None and not (array.flags.forc or is_mostly_gaps(array)):
             (view,) = self._staging.share([array])
         if view is not None and array.nbytes >= _SHARED_NBYTES:
@@ -228,11 +228,11 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             return reduce_cached(obj)
         # Slots of tuples are empty, and the class of a `NamedTuple` refuses to be given any.
         if isinstance(obj, type) and "__slots__" in vars(obj) and not issubclass(obj, tuple):
-            return _with_places(obj, *reduced)
+            return _keep_slots(obj, *reduced)
         return reduce_dispatching(obj) or reduced
 
 
-def _with_places(kind: type, make: Any, args: tuple[Any, ...], *rest: Any) -> tuple[Any, ...]:
+def _keep_slots(kind: type, make: Any, args: tuple[Any, ...], *rest: Any) -> tuple[Any, ...]:
     """What cloudpickle sends of a class; its objects have no dict in the worker either.
 
     cloudpickle 3.1.3 makes the class before it sets ``__slots__``, which has no effect then: what
@@ -261,7 +261,7 @@ def dumps(
     return file.getvalue()
 
 
-def pack_apart(own: object, shared: object) -> list[memoryview]:
+def pickle_apart(own: object, shared: object) -> list[memoryview]:
     """What workers without descriptors are sent: only bytes, each piece once for all of them.
 
     A pickle of what becomes a worker's own, one of what is read by all, and then the memory of
@@ -279,7 +279,7 @@ def pack_apart(own: object, shared: object) -> list[memoryview]:
     pickler.dump(own)
     if pickler.n_copied:
         advise(
-            f"func carries {counted(pickler.n_copied, 'array')} made by empty, share or load, or "
+            f"func carries {count_noun(pickler.n_copied, 'array')} made by empty, share or load, or "
             "mapped for writing. On this backend workers get copies: what func writes to them is "
             "lost. If it only reads them, set their flags.writeable = False"
         )
@@ -292,7 +292,7 @@ class _CopyingPickler(Pickler):
     n_copied = 0
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, np.ndarray) and written_through(obj) is not None:
+        if isinstance(obj, np.ndarray) and find_writable(obj) is not None:
             self.n_copied += 1
         return super().reducer_override(obj)
 
@@ -314,25 +314,25 @@ class _UserPickler(Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, np.ndarray):
-            view = written_through(obj) if self.is_at_function else None
+            view = find_writable(obj) if self.is_at_function else None
             if view is not None:
                 terms = self._packer.describe(view, "write")
                 if type(obj) is np.ndarray or isinstance(obj, np.memmap):
-                    return _received_view, terms
+                    return _open_view, terms
                 state = object.__getstate__(obj)
-                return _received_subclass, (terms, type(obj)), state, None, None, _put_back
+                return _open_subclass, (terms, type(obj)), state, None, None, _restore_state
             if type(obj) is np.ndarray or isinstance(obj, np.memmap):
                 view = self._packer.view(obj)
                 if view is not None:
-                    return _received_view, self._packer.describe(view, "private")
+                    return _open_view, self._packer.describe(view, "private")
         return super().reducer_override(obj)
 
 
-def _received_subclass(terms: tuple[Any, ...], kind: type[np.ndarray]) -> np.ndarray:
-    return _received_view(*terms).view(kind)
+def _open_subclass(terms: tuple[Any, ...], kind: type[np.ndarray]) -> np.ndarray:
+    return _open_view(*terms).view(kind)
 
 
-def _put_back(array: np.ndarray, state: Any) -> None:
+def _restore_state(array: np.ndarray, state: Any) -> None:
     """What an array of a subclass has beside its values: attributes, and those with places."""
     attributes, places = state if isinstance(state, tuple) else (state, None)
     if attributes:
@@ -341,25 +341,25 @@ def _put_back(array: np.ndarray, state: Any) -> None:
         object.__setattr__(array, name, value)
 
 
-def _received_view(segment: tuple[Any, ...], place: tuple[Any, ...], mode: Mode) -> np.ndarray:
+def _open_view(segment: tuple[Any, ...], place: tuple[Any, ...], mode: Mode) -> np.ndarray:
     """Private but for what a function may write to: what is written to it stays in the worker."""
-    return SharedView(_received_segment(*segment), *place).open(mode)
+    return SharedView(_get_segment(*segment), *place).open(mode)
 
 
-def _received_segment(number: int, on_disk: bool, label: int) -> Segment:
+def _get_segment(number: int, on_disk: bool, label: int) -> Segment:
     segment: Segment = _unpacking.segments[number]
     segment.on_disk = on_disk
     segment.label = label
     return segment
 
 
-def _received_call(pickled: bytes) -> Call:
+def _load_call(pickled: bytes) -> Call:
     unpickler = pickle.Unpickler(io.BytesIO(pickled), buffers=_unpacking.buffers)
     func = unpickler.load()
     return Call(func, *unpickler.load())
 
 
-def pack_items(items: object, beside: list[memoryview] | None = None) -> bytes:
+def pickle_items(items: object, beside: list[memoryview] | None = None) -> bytes:
     """Plain data (items of a list, results), by pickle where it can, else by cloudpickle.
 
     Plain pickle is thirteen times faster on small blocks, but writes down objects of
@@ -389,11 +389,11 @@ def _keep_in_band(beside: list[memoryview], buffer: Any) -> bool:
     return block is None
 
 
-def unpack_items(packed: bytes, beside: Iterable[Any] = ()) -> Any:
-    """What `pack_items` packed, or else a worker, read in the caller.
+def unpickle_items(packed: bytes, beside: Iterable[Any] = ()) -> Any:
+    """What `pickle_items` packed, or else a worker, read in the caller.
 
     A class that the caller sent to a worker by value comes back by value with its instances.
-    cloudpickle then finds the caller's own class, but sets all its attributes anew, to functions
+    cloudpickle then finds the caller's own class, but sets all its attributes again, to functions
     with the worker's globals; here a class that exists already is left as it is.
     """
     if b"cloudpickle" not in packed:

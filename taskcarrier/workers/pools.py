@@ -1,8 +1,8 @@
-"""The crews of this process: lent to runs, kept warm in between, ended when idle.
+"""The pools of this process: lent to runs, kept warm in between, ended when idle.
 
-One crew serves one run at a time; runs that overlap (from several threads of the caller) get
-crews of their own. A crew that nobody has used for `IDLE_SECONDS` is ended by a keeper
-thread, unless a mapper's ``with`` block is open. A forked child starts without crews.
+One pool serves one run at a time; runs that overlap (from several threads of the caller) get
+pools of their own. A pool that nobody has used for `IDLE_SECONDS` is ended by a keeper
+thread, unless a mapper's ``with`` block is open. A forked child starts without pools.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, cast
 
 from taskcarrier.memory import parent_memory
 from taskcarrier.system.contexts import contextmanager
-from taskcarrier.system.interrupts import Holder, Holders, sheltered
-from taskcarrier.workers.threads import ThreadCrew
+from taskcarrier.system.interrupts import Holder, Holders, run_sheltered
+from taskcarrier.workers.threads import ThreadPool
 
 if TYPE_CHECKING:
-    from taskcarrier.workers.processes.pool import ProcessCrew
+    from taskcarrier.workers.processes.pool import ProcessPool
 
-    Crew = ThreadCrew | ProcessCrew
+    Pool = ThreadPool | ProcessPool
 
 # As long as joblib keeps idle workers.
 IDLE_SECONDS = 300.0
@@ -38,25 +38,25 @@ _Key = tuple[str, int, bool, tuple[int, ...]]
 
 
 class _Lease:
-    """A crew is lent for as long as this lives: ``with lease as crew:``."""
+    """A pool is lent for as long as this lives: ``with lease as pool:``."""
 
     place: _Place
 
-    def __enter__(self) -> Crew:
-        return self.place.crew
+    def __enter__(self) -> Pool:
+        return self.place.pool
 
     def __exit__(self, *_: object) -> None:
         self.place.lease = _FREE
         self.place.used = time.monotonic()
-        _crews.end_unless_kept(self.place)
+        _pools.end_unless_kept(self.place)
 
 
 class _Place:
-    """A crew, and who has it: a reference to a lease, which counts for as long as that lives."""
+    """A pool, and who has it: a reference to a lease, which counts for as long as that lives."""
 
-    def __init__(self, key: _Key, crew: Crew) -> None:
+    def __init__(self, key: _Key, pool: Pool) -> None:
         self.key = key
-        self.crew = crew
+        self.pool = pool
         self.lease = _FREE
         self.used = time.monotonic()
         self._lock = threading.Lock()
@@ -67,11 +67,11 @@ class _Place:
 
     @property
     def was_lost(self) -> bool:
-        """Whether the lease is gone, and the crew was not given back."""
+        """Whether the lease is gone, and the pool was not given back."""
         return self.lease is not _FREE and self.lease() is None
 
     def lent(self, when_lost: Callable[[object], None]) -> _Lease | None:
-        """A lease of the crew, if it is free; should that get lost, this C code is called."""
+        """A lease of the pool, if it is free; should that get lost, this C code is called."""
         before = self.lease
         if before() is not None:
             return None
@@ -86,15 +86,15 @@ class _Place:
 
 
 _FREE = weakref.ref(_Lease())
-"""What stands in place of the lease of a crew that was given back."""
+"""What stands in place of the lease of a pool that was given back."""
 _OURS = _Lease()
-"""That of crews that have ended, so that they are never lent again."""
+"""That of pools that have ended, so that they are never lent again."""
 
 
-class _Crews:
-    """All crews, lent or not.
+class _Pools:
+    """All pools, lent or not.
 
-    A crew comes here in the thread that makes it, and leaves in the one that ends it; in neither
+    A pool comes here in the thread that makes it, and leaves in the one that ends it; in neither
     comes an exception from outside. That it is free is found by its lease, be that given back or
     just gone. So none can get lost, wherever the caller is interrupted.
     """
@@ -111,10 +111,10 @@ class _Crews:
             for place in sorted(self._places, key=_last_used, reverse=True):
                 if place.key == key and (lease := place.lent(self._to_keeper.put)):
                     return lease
-            sheltered(partial(self._add, key))
+            run_sheltered(partial(self._add, key))
 
     def _add(self, key: _Key) -> None:
-        self._places.append(_Place(key, _new_crew(key)))
+        self._places.append(_Place(key, _new_pool(key)))
         self._has_keeper()
 
     def _has_keeper(self) -> bool:
@@ -133,21 +133,21 @@ class _Crews:
             return self._keeper is not None
 
     def end_unless_kept(self, place: _Place) -> None:
-        """End a crew that was given back, if it lacks workers that it needed, or has no keeper.
+        """End a pool that was given back, if it lacks workers that it needed, or has no keeper.
 
         Where no more can be started, nothing is kept from others. Should this be cut short, the
         keeper ends it.
         """
-        if (place.crew.is_short or self._keeper is None) and place in self._places:
-            sheltered(partial(self._end_unless_kept, place))
+        if (place.pool.is_short or self._keeper is None) and place in self._places:
+            run_sheltered(partial(self._end_unless_kept, place))
 
     def _end_unless_kept(self, place: _Place) -> None:
-        keeps = not place.crew.is_short and self._has_keeper()
+        keeps = not place.pool.is_short and self._has_keeper()
         if not keeps and (lease := place.lent(self._to_keeper.put)):
             self._end([lease], wait=False)
 
     @contextmanager
-    def held_warm(self) -> Iterator[None]:
+    def keep_warm(self) -> Iterator[None]:
         holder = Holder()
         try:
             self._held_warm.add(holder)
@@ -158,7 +158,7 @@ class _Crews:
     def end_those_of_others(self, user: tuple[int, ...]) -> None:
         """End idle processes that run as somebody whom this program has given up to be."""
         if any(place.runs_as_another(user) for place in self._places.copy()):
-            sheltered(partial(self._end_those_of_others, user))
+            run_sheltered(partial(self._end_those_of_others, user))
 
     def _end_those_of_others(self, user: tuple[int, ...]) -> None:
         places = [place for place in self._places.copy() if place.runs_as_another(user)]
@@ -177,11 +177,11 @@ class _Crews:
 
     def forget(self) -> None:
         for place in self._places:
-            place.crew.forget()
+            place.pool.forget()
         self.__init__()  # type: ignore[misc]  # a forked child has its own, locks included
 
     def _idle(self, since: float = math.inf) -> list[_Lease]:
-        """Crews that were free since then; they are lent no more."""
+        """Pools that were free since then; they are lent no more."""
         return self._leases([place for place in self._places.copy() if place.used <= since])
 
     def _leases(self, places: list[_Place]) -> list[_Lease]:
@@ -193,20 +193,20 @@ class _Crews:
             lease.place.lease = weakref.ref(_OURS)
             self._places.remove(lease.place)
         for lease in leases:
-            lease.place.crew.close(wait=wait)
+            lease.place.pool.close(wait=wait)
 
-    def _end_the_lost(self) -> None:
-        """End crews that were lost for a time, if others were made in their place meanwhile.
+    def _end_lost_pools(self) -> None:
+        """End pools that were lost for a time, if others were made in their place meanwhile.
 
         And those that are short of workers.
         """
         for place in self._places.copy():
             alike = [other for other in self._places if other.key == place.key]
-            if place.crew.is_short or (place.was_lost and len(alike) > 1):
+            if place.pool.is_short or (place.was_lost and len(alike) > 1):
                 self._end(self._leases([place]))
 
     def _keep(self, inbox: SimpleQueue[object]) -> None:
-        """End crews that were idle for long; the keeper goes when none is left."""
+        """End pools that were idle for long; the keeper goes when none is left."""
         me = threading.current_thread()
         while True:
             with self._keeping:
@@ -217,7 +217,7 @@ class _Crews:
                     return
             with suppress(Empty):
                 inbox.get(timeout=self._seconds_to_wait())
-            self._end_the_lost()
+            self._end_lost_pools()
             if not self._held_warm:
                 self._end(self._idle(time.monotonic() - IDLE_SECONDS))
 
@@ -231,41 +231,41 @@ class _Crews:
 _last_used = attrgetter("used")
 
 
-def _new_crew(key: _Key) -> Crew:
+def _new_pool(key: _Key) -> Pool:
     backend, n_jobs, *_ = key
     if backend == "threading":
-        return ThreadCrew(n_jobs)
-    from taskcarrier.workers.processes.pool import ProcessCrew  # noqa: PLC0415  # loads joblib
+        return ThreadPool(n_jobs)
+    from taskcarrier.workers.processes.pool import ProcessPool  # noqa: PLC0415  # loads joblib
 
-    return ProcessCrew(n_jobs)
-
-
-_crews = _Crews()
+    return ProcessPool(n_jobs)
 
 
-def thread_crew(n: int) -> AbstractContextManager[ThreadCrew]:
-    """A warm crew of `n` threads for the length of a ``with`` block."""
-    return cast("AbstractContextManager[ThreadCrew]", _crews.take(("threading", n, True, ())))
+_pools = _Pools()
 
 
-def process_crew(n: int) -> AbstractContextManager[ProcessCrew]:
-    """A warm crew of `n` worker processes for the length of a ``with`` block."""
+def thread_pool(n: int) -> AbstractContextManager[ThreadPool]:
+    """A warm pool of `n` threads for the length of a ``with`` block."""
+    return cast("AbstractContextManager[ThreadPool]", _pools.take(("threading", n, True, ())))
+
+
+def process_pool(n: int) -> AbstractContextManager[ProcessPool]:
+    """A warm pool of `n` worker processes for the length of a ``with`` block."""
     # A function must not run as root once the program has given that up.
     user = (*os.getresuid(), *os.getresgid(), *os.getgroups())
-    _crews.end_those_of_others(user)
+    _pools.end_those_of_others(user)
     key = ("loky", n, parent_memory.available(), user)
-    return cast("AbstractContextManager[ProcessCrew]", _crews.take(key))
+    return cast("AbstractContextManager[ProcessPool]", _pools.take(key))
 
 
-def held_warm() -> AbstractContextManager[None]:
+def keep_warm() -> AbstractContextManager[None]:
     """No idle worker is ended while this context is open."""
-    return _crews.held_warm()
+    return _pools.keep_warm()
 
 
 _also: list[Callable[[], object]] = []
 
 
-def at_shutdown(let_go: Callable[[], object]) -> None:
+def call_at_shutdown(let_go: Callable[[], object]) -> None:
     """Have `shutdown` call something too that is kept for the next call."""
     _also.append(let_go)
 
@@ -282,16 +282,16 @@ def shutdown() -> None:
     >>> import taskcarrier
     >>> taskcarrier.shutdown()
     """
-    sheltered(partial(_crews.shutdown, wait=True, caller=threading.get_ident()))
+    run_sheltered(partial(_pools.shutdown, wait=True, caller=threading.get_ident()))
     for let_go in _also:
         let_go()
 
 
-def _at_exit(owner: int = os.getpid()) -> None:
+def _shutdown_at_exit(owner: int = os.getpid()) -> None:
     if os.getpid() == owner:
-        _crews.shutdown(wait=False)
+        _pools.shutdown(wait=False)
 
 
-atexit.register(_at_exit)
+atexit.register(_shutdown_at_exit)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_crews.forget)
+    os.register_at_fork(after_in_child=_pools.forget)

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from taskcarrier.scheduling.grid import Grid
-from taskcarrier.scheduling.ledger import FREE, Ledger
-from taskcarrier.scheduling.retries import Again
-from taskcarrier.system.exceptions import related, set_plainly
+from taskcarrier.scheduling.grid import ChunkGrid
+from taskcarrier.scheduling.ledger import PENDING, Ledger
+from taskcarrier.scheduling.retries import Attempt
+from taskcarrier.system.exceptions import collect_related, set_plainly
 
 
 @dataclass(eq=False)
-class Failure:
+class RangeFailure:
     """An exception in one range.
 
     Attributes
@@ -26,7 +26,7 @@ class Failure:
     worker : str
         By whom.
     attempt : int
-        The how-manieth time the range was run.
+        The attempt number, from 1.
     """
 
     range: tuple[int, int] | None
@@ -40,7 +40,7 @@ class Failure:
         return -1 if self.range is None else self.range[0]
 
 
-class Heard(NamedTuple):
+class WorkerWarning(NamedTuple):
     """A warning of a worker process."""
 
     message: Warning | str
@@ -56,7 +56,7 @@ class Heard(NamedTuple):
 
 
 @dataclass(eq=False)
-class Account:
+class WorkerStats:
     """What one worker did in a run, and how far it came: the last range, in which attempt.
 
     With it come warnings that a process has not shown itself. Times are nanoseconds of
@@ -69,14 +69,14 @@ class Account:
     items: int = 0
     busy_ns: int = 0
     facts: Any = None
-    failure: Failure | None = None
+    failure: RangeFailure | None = None
     at: tuple[int, int] | None = None
     attempt: int = 1
-    warnings: list[Heard] = field(default_factory=list)
+    warnings: list[WorkerWarning] = field(default_factory=list)
 
 
 @dataclass(eq=False)
-class Death:
+class WorkerDeath:
     """A worker process that ended by itself.
 
     Attributes
@@ -88,7 +88,7 @@ class Death:
     range : tuple of int or None
         ``(start, stop)`` of what it had in hand.
     attempt : int
-        The how-manieth time that was run.
+        The attempt number, from 1.
     was_late : bool
         Whether it was killed because of that.
     """
@@ -106,9 +106,9 @@ class Death:
         worker: int,
         name: str,
         exitcode: int | None,
-        held: Again | None,
+        held: Attempt | None,
         overdue: tuple[int, int] | None,
-    ) -> Death:
+    ) -> WorkerDeath:
         """Of a worker with this range in hand, which was killed because of `overdue`, if it was."""
         if held is None:
             return cls(worker, name, exitcode, None)
@@ -116,51 +116,53 @@ class Death:
 
 
 @dataclass
-class Ran:
+class RunResult:
     """How a run ended, read while its ledger was its own.
 
     Attributes
     ----------
-    accounts : list of Account
+    worker_stats : list of WorkerStats
         Of every worker, in order; those of workers that died say what the ledger tells.
-    failures : list of Failure
+    failures : list of RangeFailure
         What the caller has found itself; those of workers are in their accounts.
-    deaths : list of Death
+    deaths : list of WorkerDeath
         All of them.
-    fatal : list of Death
+    fatal : list of WorkerDeath
         Those that were not made good.
     missing : list of (int, int)
         Ranges without a result, ascending, as far as marks tell.
-    given_out : int
-        Cells below this number were claimed.
-    agreed : object
+    n_claimed : int
+        Chunks below this number were claimed.
+    first_proposal : object
         What the workers have settled on; None if nothing.
-    halted : bool
+    is_halted : bool
         Whether workers were asked to stop.
     nbytes_sent : int
         Bytes that were copied for workers on their way, and not into a segment.
     """
 
-    accounts: list[Account]
-    given_out: int
-    agreed: Any
-    halted: bool
-    failures: list[Failure] = field(default_factory=list)
-    deaths: list[Death] = field(default_factory=list)
-    fatal: list[Death] = field(default_factory=list)
+    worker_stats: list[WorkerStats]
+    n_claimed: int
+    first_proposal: Any
+    is_halted: bool
+    failures: list[RangeFailure] = field(default_factory=list)
+    deaths: list[WorkerDeath] = field(default_factory=list)
+    fatal: list[WorkerDeath] = field(default_factory=list)
     missing: list[tuple[int, int]] = field(default_factory=list)
     nbytes_sent: int = 0
 
     @classmethod
-    def read(cls, accounts: list[Account], ledger: Ledger, grid: Grid | None = None) -> Ran:
-        """From the ledger of a run that is over, before the crew is lent to another.
+    def read(
+        cls, worker_stats: list[WorkerStats], ledger: Ledger, grid: ChunkGrid | None = None
+    ) -> RunResult:
+        """From the ledger of a run that is over, before the pool is lent to another.
 
         With the grid of a run whose results are in place once they are marked, unmarked ranges
         are missing.
         """
-        ran = cls(accounts, ledger.given_out(), ledger.agreed(), ledger.halted)
+        ran = cls(worker_stats, ledger.n_claimed(), ledger.first_proposal(), ledger.is_halted)
         if grid is not None:
-            ran.missing = [grid.bounds(cell) for cell in ledger.marked(FREE)]
+            ran.missing = [grid.range_of(index) for index in ledger.chunks_marked(PENDING)]
         return ran
 
 
@@ -173,7 +175,7 @@ Fault = tuple[int, int, BaseException]
 
 
 @dataclass(eq=False)
-class Parts:
+class PartialResult:
     """What of a range is for the caller.
 
     Attributes
@@ -190,31 +192,35 @@ class Parts:
 
     def __reduce__(self) -> Any:
         # Exceptions need care on their way to the caller.
-        from taskcarrier.workers.pickled_errors import pack_error  # noqa: PLC0415  # loads joblib
+        from taskcarrier.workers.pickled_errors import pickle_error  # noqa: PLC0415  # loads joblib
 
         if self._packed is None:  # pickling may be tried twice
-            self._packed = [(start, stop, pack_error(error)) for start, stop, error in self.faults]
+            self._packed = [
+                (start, stop, pickle_error(error)) for start, stop, error in self.faults
+            ]
             # Tracebacks refer to frames, frames to their callers, and these to the errors and to
             # chunks: the worker would hold on to shared memory until the next garbage collection.
             for _, _, error in self.faults:
                 _forget_tracebacks(error)
-        return _unpacked_parts, (self.results, self._packed)
+        return _unpickle_parts, (self.results, self._packed)
 
 
 def _forget_tracebacks(error: BaseException) -> None:
-    for one in related(error):
+    for one in collect_related(error):
         set_plainly(one, "__traceback__", None)
 
 
-def _unpacked_parts(
+def _unpickle_parts(
     results: list[tuple[Where, Any]], packed: list[tuple[int, int, bytes]]
-) -> Parts:
-    from taskcarrier.workers.pickled_errors import unpack_error  # noqa: PLC0415  # loads joblib
+) -> PartialResult:
+    from taskcarrier.workers.pickled_errors import unpickle_error  # noqa: PLC0415  # loads joblib
 
-    return Parts(results, [(start, stop, unpack_error(error)) for start, stop, error in packed])
+    return PartialResult(
+        results, [(start, stop, unpickle_error(error)) for start, stop, error in packed]
+    )
 
 
-def failed_ranges(faults: list[Fault]) -> list[Any]:
+def list_failed_ranges(faults: list[Fault]) -> list[Any]:
     """What is returned of collected errors."""
     from taskcarrier.errors import FailedRange  # noqa: PLC0415  # slow, and rarely needed
 

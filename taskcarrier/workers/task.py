@@ -8,50 +8,50 @@ from typing import Any, Protocol
 
 from taskcarrier.memory.segments import SharedView
 from taskcarrier.scheduling.balance import Balance
-from taskcarrier.scheduling.grid import Grid
+from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import Ledger
-from taskcarrier.scheduling.retries import USUAL, Recovery
-from taskcarrier.workers.parent_state import Surroundings
+from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
+from taskcarrier.workers.parent_state import ParentState
 
-NOTHING = object()
-"""What a cell returns whose result is already where it belongs."""
+IN_PLACE = object()
+"""What a chunk returns whose result is already where it belongs."""
 
 
-class Cells(Protocol):
+class RangeRunner(Protocol):
     """A task opened in one worker."""
 
     def __call__(self, start: int, stop: int) -> Any:
-        """Run one cell; its result, or `NOTHING` if it was put in place."""
+        """Run one chunk; its result, or `IN_PLACE` if it was put in place."""
 
     def facts(self) -> Any:
         """Small, picklable things the caller must know when the worker is done."""
 
 
-Agree = Callable[[Any], Any]
+Propose = Callable[[Any], Any]
 
 
 class Task(Protocol):
     """Work on ``range(n)``, in a form that can travel."""
 
-    def open(self, agree: Agree) -> Cells:
-        """Called once in each worker, before its first cell.
+    def open(self, propose: Propose) -> RangeRunner:
+        """Called once in each worker, before its first chunk.
 
-        With `agree` workers settle on a value: it takes a proposal and returns the first of all.
+        With `propose` workers settle on a value: it takes a proposal and returns the first of all.
         """
 
 
-class FedCells(Cells, Protocol):
-    """Cells whose items are handed to them, block by block."""
+class BatchRunner(RangeRunner, Protocol):
+    """Chunks whose items are handed to them, block by block."""
 
     def hold(self, start: int, read: Callable[[], Sequence[Any]]) -> None:
         """Items from `start` on are what `read` returns; ranges of these are run next."""
 
 
-class Sweep(Protocol):
-    """Cells that need no loop around them, in a thread of the caller."""
+class CompiledRunner(Protocol):
+    """Chunks that need no loop around them, in a thread of the caller."""
 
-    def sweep(self, job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> None:
-        """Run cells until there are none or the run is halted; the ledger knows how far it came."""
+    def run_all(self, job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> None:
+        """Run chunks until there are none or the run is halted; the ledger knows how far it came."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,43 +63,43 @@ class Job:
     task : Task
         The work.
     balance : Balance
-        How its cells are shared out.
-    grid : Grid
-        These cells.
+        How its chunks are shared out.
+    grid : ChunkGrid
+        These chunks.
     n_workers : int
         How many there are.
-    surroundings : Surroundings
+    parent_state : ParentState
         What the function sees of the caller.
-    sweeps : bool
-        Whether what the task opens into is a `Sweep`.
-    fed : bool
-        Whether it opens into `FedCells`; then grid and balance tell nothing.
-    recovery : Recovery
+    runs_all : bool
+        Whether what the task opens into is a `CompiledRunner`.
+    is_streamed : bool
+        Whether it opens into `BatchRunner`; then grid and balance tell nothing.
+    retry_policy : RetryPolicy
         How long a range may take, and what is tried again.
-    collects : bool
+    collect_errors : bool
         Whether errors of ranges are delivered; else the first ends the run.
-    narrows : bool
-        Whether parts of a cell can be run.
+    can_split : bool
+        Whether parts of a chunk can be run.
     marks : SharedView or None
-        Where the cells are marked, if the ledger's own place will not do.
+        Where the chunks are marked, if the ledger's own place will not do.
     folder : str or None
         Where processes put large results that are not put in place; memory if None.
     """
 
     task: Task
     balance: Balance
-    grid: Grid
+    grid: ChunkGrid
     n_workers: int
-    surroundings: Surroundings = field(default_factory=Surroundings.here)
-    sweeps: bool = False
-    fed: bool = False
-    recovery: Recovery = USUAL
-    collects: bool = False
-    narrows: bool = False
+    parent_state: ParentState = field(default_factory=ParentState.capture)
+    runs_all: bool = False
+    is_streamed: bool = False
+    retry_policy: RetryPolicy = DEFAULT_POLICY
+    collect_errors: bool = False
+    can_split: bool = False
     marks: SharedView | None = None
     folder: str | None = None
 
-    def marks_here(self) -> memoryview | None:
+    def open_marks(self) -> memoryview | None:
         """Its own place for marks, in this process."""
         return None if self.marks is None else self.marks.open("write").data
 

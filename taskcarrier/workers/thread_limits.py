@@ -79,7 +79,7 @@ class _CountedLimit:
     def _put_on(self) -> None:
         # Not by the controller's own `limit`: it asks every library for everything it knows, which
         # takes 15 µs of a call that takes 0.2 ms in all.
-        for library in self.found().lib_controllers:
+        for library in self.find_libraries().lib_controllers:
             before = library.get_num_threads() if library.user_api == "blas" else None
             if before is not None and before != INNER_THREADS:
                 # Written down first; and gone from there last, or an exception that comes between
@@ -100,7 +100,7 @@ class _CountedLimit:
             self._is_on = False
             self._lift()
 
-    def found(self) -> Any:
+    def find_libraries(self) -> Any:
         """The libraries with threads of their own that are loaded now."""
         # Looking for libraries takes 0.7 ms; again only when modules were loaded since.
         if self._n_modules != len(sys.modules):
@@ -146,7 +146,7 @@ def limit_this_thread() -> None:
     if _own.n_modules == len(sys.modules):
         return
     _own.n_modules = len(sys.modules)
-    for library in limited.found().lib_controllers:
+    for library in limited.find_libraries().lib_controllers:
         if library.user_api == "openmp":
             library.set_num_threads(INNER_THREADS)
     parallel: Any = sys.modules.get("numba.np.ufunc.parallel")

@@ -1,8 +1,8 @@
-"""Crews of threads.
+"""Pools of threads.
 
-Who owns what. A `ThreadCrew` owns its threads, which are started when they are needed first; each
+Who owns what. A `ThreadPool` owns its threads, which are started when they are needed first; each
 waits at its own inbox for a run, and the last of a run to end wakes the caller. A thread says
-itself that it is free again, and ends when nothing refers to its `_Worker` any more. So the crew
+itself that it is free again, and ends when nothing refers to its `_Worker` any more. So the pool
 does not depend on how the caller has left a run: one that is not free when the next one begins is
 dropped then, and another takes its place.
 
@@ -24,10 +24,10 @@ from typing import Any
 
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.ledger import Ledger
-from taskcarrier.system.interrupts import sheltered
-from taskcarrier.workers.loop import Feeder, outlet_here, this_thread, work
-from taskcarrier.workers.queues import ThreadFeed
-from taskcarrier.workers.records import Account, Ran
+from taskcarrier.system.interrupts import run_sheltered
+from taskcarrier.workers.loop import AttemptSource, local_sink, run_worker, this_thread
+from taskcarrier.workers.queues import ThreadQueue
+from taskcarrier.workers.records import RunResult, WorkerStats
 from taskcarrier.workers.task import Deliver, Job
 from taskcarrier.workers.thread_limits import limit_this_thread, limited, serial_joblib
 
@@ -41,7 +41,7 @@ _LONGEST_WAIT = 1.0
 _GRACE_SECONDS = 1.0
 
 
-Ended = Callable[[Account], None]
+Ended = Callable[[WorkerStats], None]
 """Takes a worker's account when it is done."""
 
 
@@ -76,7 +76,7 @@ def _live(inbox: SimpleQueue[Any], worker: weakref.ref[_Worker]) -> None:
         del run  # nothing of a run is kept while waiting for the next
 
 
-class ThreadCrew:
+class ThreadPool:
     """Up to `n` threads that run jobs together.
 
     Parameters
@@ -98,73 +98,77 @@ class ThreadCrew:
         self._filling = threading.Lock()  # only in threads that are not interrupted
         self.is_short = False
 
-    def run(self, job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None) -> Ran:
+    def run(self, job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None) -> RunResult:
         """Run a job to its end; accounts in the order of the workers.
 
-        When interrupted, workers stop at their next cell; those still in one are left to
-        finish it on their own, find the way to the output closed, and do not come back to the crew.
+        When interrupted, workers stop at their next chunk; those still in one are left to
+        finish it on their own, find the way to the output closed, and do not come back to the pool.
         """
         n = job.n_workers
-        self._drop_the_stuck()  # should that have been cut short
+        self._drop_stuck_workers()  # should that have been cut short
         self._have(n)
-        ledger = (Ledger.addressed if job.sweeps else Ledger.local)(n)
-        ledger.marks = job.marks_here()
-        accounts: dict[int, Account] = {}
+        ledger = (Ledger.with_address if job.runs_all else Ledger.local)(n)
+        ledger.marks = job.open_marks()
+        worker_stats: dict[int, WorkerStats] = {}
         # The last worker opens this, so that the caller is woken once.
         finished = threading.Lock()
         finished.acquire()
         last = threading.Lock()
 
-        def ended(account: Account) -> None:
+        def ended(stats: WorkerStats) -> None:
             with last:
-                accounts[account.worker] = account
-                if len(accounts) == n:
+                worker_stats[stats.worker] = stats
+                if len(worker_stats) == n:
                     finished.release()
 
         try:
             with limited.open():
                 for number in range(n):
-                    part = partial(work, job, ledger, number, outlet_here(deliver))
+                    part = partial(run_worker, job, ledger, number, local_sink(deliver))
                     self._begin(number, job, part, ended)
                 _wait(finished, ledger, tick)
         finally:
-            if len(accounts) < n:
+            if len(worker_stats) < n:
                 ledger.halt()
-                if job.sweeps:
+                if job.runs_all:
                     finished.acquire(timeout=_GRACE_SECONDS)
-                self._drop_the_stuck()
-        for number, account in accounts.items():
-            account.name = f"thread {number}"
-        return Ran.read([accounts[number] for number in range(n)], ledger, job.grid)
+                self._drop_stuck_workers()
+        for number, stats in worker_stats.items():
+            stats.name = f"thread {number}"
+        return RunResult.read([worker_stats[number] for number in range(n)], ledger, job.grid)
 
-    def feed(self, job: Job) -> ThreadFeed:
-        """Have threads wait for blocks of items; the crew is its own until it is closed."""
-        self._drop_the_stuck()
+    def stream(self, job: Job) -> ThreadQueue:
+        """Have threads wait for blocks of items; the pool is its own until it is closed."""
+        self._drop_stuck_workers()
         ledger = Ledger.local(job.n_workers)
 
-        def begin(number: int, feed: Feeder, deliver: Deliver, ended: Ended) -> None:
+        def begin(
+            number: int, attempt_source: AttemptSource, deliver: Deliver, ended: Ended
+        ) -> None:
             self._have(number + 1)
-            part = partial(work, job, ledger, number, outlet_here(deliver), feed=feed)
+            part = partial(
+                run_worker, job, ledger, number, local_sink(deliver), attempt_source=attempt_source
+            )
             self._begin(number, job, part, ended)
 
-        return ThreadFeed(job.n_workers, ledger, begin, self._drop_the_stuck, _GRACE_SECONDS)
+        return ThreadQueue(job.n_workers, ledger, begin, self._drop_stuck_workers, _GRACE_SECONDS)
 
-    def _begin(self, number: int, job: Job, part: Callable[[], Account], ended: Ended) -> None:
+    def _begin(self, number: int, job: Job, part: Callable[[], WorkerStats], ended: Ended) -> None:
         """Have a thread begin its part of a run."""
         worker = self._workers[number]
 
         def run() -> None:
-            job.surroundings.take_on(in_process=False)
+            job.parent_state.apply(in_process=False)
             limit_this_thread()
-            account = part()
+            stats = part()
             worker.is_free = True
-            ended(account)
+            ended(stats)
 
         context = copy_context()
         worker.is_free = False
         worker.inbox.put(lambda: context.run(run))
 
-    def _drop_the_stuck(self) -> None:
+    def _drop_stuck_workers(self) -> None:
         """Let go of threads that still have something of an earlier run in hand."""
         for number, worker in self._workers.copy().items():
             if not worker.is_free:  # should this be cut short, it is so the next time too
@@ -174,7 +178,7 @@ class ThreadCrew:
     def _have(self, n: int) -> None:
         """Start those of the first `n` threads that were not needed yet, or were left behind."""
         if not all(map(self._workers.__contains__, range(n))):
-            sheltered(partial(self._fill, n))
+            run_sheltered(partial(self._fill, n))
 
     def _fill(self, n: int) -> None:
         with self._filling:  # an earlier call that was interrupted may still be at it

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from taskcarrier import FailedRange, TaskError, map_array, map_chunks, map_items, share
 from taskcarrier.memory.segments import locate
-from tests.strategies import PARALLEL, assert_same, kept_crews, run_script
+from tests.strategies import PARALLEL, assert_same, kept_pools, run_script
 
 RUNS = [("sequential", "static"), *PARALLEL]
 VERBS = [map_array, map_items]
 
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 @pytest.fixture(params=RUNS, ids=" ".join)

@@ -23,9 +23,9 @@ from taskcarrier import (
 from taskcarrier.memory import (
     memmaps,
 )
-from tests.strategies import EVERYWHERE, assert_same, kept_crews, run_script
+from tests.strategies import EVERYWHERE, assert_same, kept_pools, run_script
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 MAPPERS = {"static": StaticParallelMapper, "dynamic": DynamicParallelMapper}
 N = 9
@@ -274,7 +274,7 @@ class TestFilesWithoutTheirName:
     def test_are_refused_where_nothing_leads_to_them(self, tmp_path, monkeypatch):
         array = memmap(tmp_path)
         (tmp_path / "X.raw").unlink()
-        monkeypatch.setattr(memmaps, "_opened_already", lambda *_: None)
+        monkeypatch.setattr(memmaps, "_find_open_descriptor", lambda *_: None)
         mapper = StaticParallelMapper(n_jobs=2, backend="loky")
         with pytest.raises(ValueError, match=r"memmap of shape \(9,\).*writeable = False"):
             mapper.map(by_closure(array), range(N))

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
-from taskcarrier.arrays.casting import Fill, check_dtype, checked_cast, checked_scalar
+from taskcarrier.arrays.casting import Fill, cast_checked, cast_scalar, check_dtype
 from tests.strategies import same_bits
 
 PAYLOAD = np.uint64(0x7FF8_DEAD_BEEF_0001).view("f8")
@@ -77,7 +77,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("values", "dtype"), ALLOWED, ids=str)
 def test_casts_that_are_allowed_give_what_the_plain_cast_gives(values, dtype):
-    made = checked_cast(values, np.dtype(dtype))
+    made = cast_checked(values, np.dtype(dtype))
     expected = values.astype(dtype)
     assert made.dtype == np.dtype(dtype)
     if made.dtype.hasobject:
@@ -89,25 +89,25 @@ def test_casts_that_are_allowed_give_what_the_plain_cast_gives(values, dtype):
 @pytest.mark.parametrize(("values", "dtype", "kind", "words"), REFUSED, ids=str)
 def test_casts_that_could_lose_something_are_refused(values, dtype, kind, words):
     with pytest.raises(kind) as caught:
-        checked_cast(values, np.dtype(dtype))
+        cast_checked(values, np.dtype(dtype))
     text = str(caught.value)
     assert [word for word in [*words, "dtype=", "out="] if word not in text] == []
 
 
 def test_the_same_dtype_is_no_cast():
     values = np.array([PAYLOAD, -0.0])
-    assert checked_cast(values, np.dtype("f8")) is values
+    assert cast_checked(values, np.dtype("f8")) is values
 
 
 def test_payloads_and_signs_survive_another_byte_order():
     values = np.array([PAYLOAD, -0.0])
-    made = checked_cast(values, np.dtype(">f8"))
+    made = cast_checked(values, np.dtype(">f8"))
     assert made.byteswap().tobytes() == values.tobytes()
 
 
 def test_a_float_too_large_for_its_new_dtype_warns_as_numpy_does():
     with pytest.warns(RuntimeWarning, match="overflow"):
-        assert checked_cast(np.array([1e300]), np.dtype("f4"))[0] == np.inf
+        assert cast_checked(np.array([1e300]), np.dtype("f4"))[0] == np.inf
 
 
 # Value, dtype.
@@ -137,7 +137,7 @@ LOST = [
 
 @pytest.mark.parametrize(("value", "dtype"), KEPT, ids=str)
 def test_a_value_that_is_the_same_there(value, dtype):
-    made = checked_scalar(value, np.dtype(dtype), "cval")
+    made = cast_scalar(value, np.dtype(dtype), "cval")
     assert (made.shape, made.dtype) == ((), np.dtype(dtype))
     expected = np.array(value).astype(dtype)
     assert same_bits(made, expected)
@@ -148,7 +148,7 @@ def test_a_value_that_is_another_there_is_refused_by_name(value, dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(TypeError, match="is no value of dtype") as caught:
-            checked_scalar(value, np.dtype(dtype), "cval")
+            cast_scalar(value, np.dtype(dtype), "cval")
     assert str(caught.value) == f"cval={value!r} is no value of dtype {np.dtype(dtype)}"
 
 
@@ -156,27 +156,27 @@ def test_a_value_that_is_another_there_is_refused_by_name(value, dtype):
 @pytest.mark.parametrize("value", [1j, 1 + 0j])
 def test_complex_values_are_no_real_ones(value, dtype):
     with pytest.raises(TypeError, match="is no value of dtype"):
-        checked_scalar(value, np.dtype(dtype), "cval")
+        cast_scalar(value, np.dtype(dtype), "cval")
 
 
 def test_signs_of_zeros_and_payloads_of_nans_are_kept():
-    assert np.signbit(checked_scalar(-0.0, np.dtype("f4"), "cval"))
-    made = checked_scalar(PAYLOAD, np.dtype("f8"), "cval")
+    assert np.signbit(cast_scalar(-0.0, np.dtype("f4"), "cval"))
+    made = cast_scalar(PAYLOAD, np.dtype("f8"), "cval")
     assert made.tobytes() == PAYLOAD.tobytes()
 
 
 @pytest.mark.parametrize("value", [None, "x", [1, 2], {}, 1.5])
 def test_anything_is_an_object(value):
-    made = checked_scalar(value, np.dtype(object), "cval")
+    made = cast_scalar(value, np.dtype(object), "cval")
     assert made.shape == ()
     assert made[()] is value
 
 
 def test_a_record_is_a_value_of_its_own_dtype():
     record = np.array((1, 2.5), "i1,f8")
-    assert checked_scalar(record[()], record.dtype, "cval") == record
+    assert cast_scalar(record[()], record.dtype, "cval") == record
     with pytest.raises(TypeError, match="is no value"):
-        checked_scalar((1, 2.5), record.dtype, "cval")
+        cast_scalar((1, 2.5), record.dtype, "cval")
 
 
 MISSING = [("f4", np.nan), ("f8", np.nan), ("c8", np.nan), ("g", np.nan), (object, None)]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from taskcarrier import last_report, map_chunks
-from tests.strategies import EVERYWHERE, kept_crews
+from tests.strategies import EVERYWHERE, kept_pools
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 @pytest.fixture(params=EVERYWHERE, ids="-".join)

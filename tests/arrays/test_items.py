@@ -17,12 +17,12 @@ from tests.strategies import (
     axes_of,
     chunksizes,
     contract,
-    kept_crews,
+    kept_pools,
     same_bits,
     samples,
 )
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 @pytest.fixture(params=EVERYWHERE, ids="-".join)

@@ -11,14 +11,14 @@ import pytest
 from numpy.lib.format import open_memmap
 
 from taskcarrier import last_report, load, map_array, map_chunks, map_items, reduce_array
-from tests.strategies import PARALLEL, assert_same, contract, kept_crews
+from tests.strategies import PARALLEL, assert_same, contract, kept_pools
 
 RUNS = [("sequential", "static"), *PARALLEL]
 MAX_AXES = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
 GIB = 1 << 30
 
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 def of_many_axes(longest):
@@ -138,7 +138,7 @@ class TestManyRanges:
 @pytest.mark.fault(32)
 @pytest.mark.parametrize(("backend", "balance"), PARALLEL)
 def test_a_hundred_million_items(backend, balance):
-    X = np.arange(10**8, dtype=np.uint8)  # begins anew every 256
+    X = np.arange(10**8, dtype=np.uint8)  # begins again every 256
     result = map_array(np.invert, X, backend=backend, balance=balance, n_jobs=2)
     assert_same(result, ~X)
     assert last_report().items == 10**8

@@ -22,12 +22,12 @@ from tests.strategies import (
     chunksizes,
     contract,
     filled,
-    kept_crews,
+    kept_pools,
     same_bits,
     samples,
 )
 
-crews = kept_crews(2, 3, 8)
+pools = kept_pools(2, 3, 8)
 
 
 def quiet(func):

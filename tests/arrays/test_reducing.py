@@ -16,12 +16,12 @@ from tests.strategies import (
     REALS,
     RUNS,
     axes_of,
-    kept_crews,
+    kept_pools,
     same_bits,
     samples,
 )
 
-crews = kept_crews(2, 3, 8)
+pools = kept_pools(2, 3, 8)
 
 
 @pytest.fixture(params=EVERYWHERE, ids="-".join)

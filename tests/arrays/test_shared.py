@@ -21,18 +21,18 @@ from taskcarrier import (
 )
 from taskcarrier.memory.segments import locate
 from tests.layouts import EMPTY, GATHERED, KEPT
-from tests.strategies import PARALLEL, assert_same, kept_crews, same_bits, warm_crews
+from tests.strategies import PARALLEL, assert_same, kept_pools, same_bits, warm_pools
 
 LAYOUTS = {**KEPT, **GATHERED, **EMPTY}
 LOKY = {"backend": "loky", "n_jobs": 2}
 
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 def held():
     """Descriptors and shared maps of this process."""
-    warm_crews(2)  # their descriptors count, so they must be there
+    warm_pools(2)  # their descriptors count, so they must be there
     gc.collect()
     maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     return len(list(Path("/proc/self/fd").iterdir())), maps.count("memfd:taskcarrier ")

@@ -8,12 +8,12 @@ import pytest
 
 import taskcarrier
 from taskcarrier import last_report, map_array, map_chunks, map_items, reduce_array
-from tests.strategies import PARALLEL, assert_same, kept_crews, run_script, warm_crews
+from tests.strategies import PARALLEL, assert_same, kept_pools, run_script, warm_pools
 
 RUNS = [("sequential", "static"), *PARALLEL]
 
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 @pytest.fixture(params=RUNS, ids=" ".join)
@@ -304,5 +304,5 @@ class TestItemsAgainstStack:
 
 def test_shutdown_is_for_good_measure():
     taskcarrier.shutdown()
-    warm_crews(2)
+    warm_pools(2)
     assert_same(map_array(np.negative, np.arange(3.0), n_jobs=2, backend="loky"), -np.arange(3.0))

@@ -35,12 +35,12 @@ from tests.faults.helpers import (
     unshared,
 )
 from tests.strategies import (
-    kept_crews,
+    kept_pools,
     run_script,
     start_script,
 )
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 @pytest.mark.fault(23)

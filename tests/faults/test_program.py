@@ -36,11 +36,11 @@ from tests.faults.helpers import (
 )
 from tests.strategies import (
     assert_same,
-    kept_crews,
+    kept_pools,
     run_script,
 )
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 LONG = 60  # seconds that no test waits for
@@ -616,7 +616,7 @@ def test_a_run_reads_its_own_ledger_though_its_crew_is_lent_again(monkeypatch):
     report, others = taskcarrier.run.report_of, []
 
     def interrupted(*args, **options):
-        # Another thread's turn, when the crew of this run has been given back.
+        # Another thread's turn, when the pool of this run has been given back.
         if not others:
             others.append(
                 threading.Thread(

@@ -10,12 +10,12 @@ import pytest
 from taskcarrier import map_array
 from tests.faults.functions import note, noted
 from tests.faults.helpers import running
-from tests.strategies import assert_same, kept_crews, run_script
+from tests.strategies import assert_same, kept_pools, run_script
 
 SERIAL = {"backend": "sequential", "chunksize": 4}
 
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 KILLED = """
@@ -170,7 +170,7 @@ def test_ranges_with_torn_marks_are_run_again(stopped, tmp_path):
 
 def header(marks_at, computes):
     """What a ledger begins with."""
-    second = json.dumps({"marks_at": marks_at, "cells": 10, "computes": computes})
+    second = json.dumps({"marks_at": marks_at, "chunks": 10, "computes": computes})
     return f"TaskCarrier ledger 2\n{second}\n".encode()
 
 

@@ -29,11 +29,11 @@ from tests.faults.helpers import BALANCES, OF_BALANCE, ORDERED, RUNS
 from tests.strategies import (
     PARALLEL,
     assert_same,
-    kept_crews,
+    kept_pools,
     start_script,
 )
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 class TwoWordsError(Exception):

@@ -32,9 +32,9 @@ from taskcarrier.lists import (
 from taskcarrier.lists.imap import Pace, Source
 from taskcarrier.workers import threads
 from taskcarrier.workers.processes import stream_run
-from taskcarrier.workers.processes.messages import Channel
+from taskcarrier.workers.processes.messages import MessageSocket
 from tests.clocks import LATE, stopped_clock
-from tests.strategies import kept_crews, run_script
+from tests.strategies import kept_pools, run_script
 
 MAKERS = {
     "serial": lambda **options: SerialMapper(n_jobs=2, **options),
@@ -46,7 +46,7 @@ PARALLEL = ["dynamic threads", "dynamic processes"]
 LONG = 60  # seconds that no test waits for
 
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 @pytest.fixture(params=sorted(MAKERS))
@@ -73,8 +73,8 @@ def patience(monkeypatch):
 
 @pytest.fixture
 def quick_input(monkeypatch):
-    """Reading a block is never taken for slow, whatever else the machine does meanwhile."""
-    monkeypatch.setattr(imap, "_BLOCK_NS", LONG * 10**9)
+    """Reading a batch is never taken for slow, whatever else the machine does meanwhile."""
+    monkeypatch.setattr(imap, "_BATCH_NS", LONG * 10**9)
 
 
 @settings(max_examples=40)
@@ -149,7 +149,7 @@ def test_never_more_items_under_way_than_the_buffer_holds(make, buffersize):
 
 
 def test_by_default_a_few_blocks_for_each_worker(parallel):
-    # Blocks grow up to 1024 items, four for each of two workers.
+    # Batches grow up to 1024 items, four for each of two workers.
     read = itertools.count()
     results = parallel().imap(abs, read)
     for _ in range(20_000):
@@ -210,7 +210,7 @@ def test_results_come_before_the_input_ends(make):
 
 def test_a_slow_input_is_not_waited_for_to_fill_a_block(parallel):
     def items():
-        yield from range(500)  # blocks have grown
+        yield from range(500)  # batches have grown
         for n in range(500, 505):
             time.sleep(0.02)
             yield n
@@ -388,19 +388,19 @@ def test_stopping_early_kills_a_process_that_does_not_come_to_an_end():
 def test_workers_are_used_again_after_an_interrupt_that_has_cut_off_a_result(
     processes, monkeypatch
 ):
-    kept = Channel._kept
+    kept = MessageSocket._keep
 
     def interrupted(channel):
         data = kept(channel)
         if channel._descriptors:
-            monkeypatch.setattr(Channel, "_kept", kept)
+            monkeypatch.setattr(MessageSocket, "_kept", kept)
             raise KeyboardInterrupt
         return data
 
     def rows(n):
         return np.full(1 << 14, n)
 
-    monkeypatch.setattr(Channel, "_kept", interrupted)
+    monkeypatch.setattr(MessageSocket, "_kept", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(processes.imap(rows, range(20), chunksize=1))
     for n, row in enumerate(processes.imap(rows, range(100, 140), chunksize=1)):
@@ -857,7 +857,7 @@ def test_an_item_that_took_too_long_in_a_thread(monkeypatch):
         next(results)
 
 
-# What a block holds
+# What a batch holds
 
 
 class TestPace:
@@ -902,7 +902,7 @@ class TestSource:
     @pytest.mark.usefixtures("quick_input")
     def test_blocks_until_the_end(self):
         source = Source(iter(range(7)))
-        assert [source.block(3) for _ in range(3)] == [[0, 1, 2], [3, 4, 5], [6]]
+        assert [source.batch(3) for _ in range(3)] == [[0, 1, 2], [3, 4, 5], [6]]
         assert source.has_ended
         source.raise_error()
 
@@ -913,7 +913,7 @@ class TestSource:
                 yield n
 
         source = Source(items())
-        assert [source.block(100) for _ in range(4)] == [[0], [1], [2], []]
+        assert [source.batch(100) for _ in range(4)] == [[0], [1], [2], []]
 
     @pytest.mark.usefixtures("quick_input")
     def test_its_error_is_kept_for_later(self):
@@ -922,7 +922,7 @@ class TestSource:
             raise ValueError("broken")
 
         source = Source(items())
-        assert source.block(5) == [1]
+        assert source.batch(5) == [1]
         assert source.has_ended
         with pytest.raises(ValueError, match="broken"):
             source.raise_error()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from taskcarrier.memory import mapping_cache, segments
-from taskcarrier.memory.mapping_cache import anything_in_use, open_for_reading
+from taskcarrier.memory.mapping_cache import is_anything_in_use, open_for_reading
 from taskcarrier.memory.segments import Segment, SharedView
 
 
@@ -47,16 +47,16 @@ def test_by_its_label_a_segment_is_found_mapped():
 def test_without_a_label_nothing_is_kept():
     assert open_for_reading(shared(1.0)).tolist() == [1]
     assert kept() == []
-    assert anything_in_use() is False
+    assert is_anything_in_use() is False
 
 
 def test_where_keep_was_not_called_nothing_is_kept(monkeypatch):
     monkeypatch.setattr(mapping_cache, "_mappings", None)
     array = open_for_reading(shared(1.0, label=7))
     assert array.tolist() == [1]
-    assert anything_in_use() is True
+    assert is_anything_in_use() is True
     del array
-    assert anything_in_use() is False
+    assert is_anything_in_use() is False
 
 
 def test_keep_begins_with_nothing(monkeypatch):
@@ -93,7 +93,7 @@ def test_the_last_used_are_kept():
 
 def test_what_only_this_module_refers_to_is_not_in_use():
     open_for_reading(shared(1.0, label=7))
-    assert anything_in_use() is False
+    assert is_anything_in_use() is False
     assert kept() == [7]
 
 
@@ -101,24 +101,24 @@ def test_what_only_this_module_refers_to_is_not_in_use():
 def test_what_is_in_use_is_not_kept(held):
     holder = held(open_for_reading(shared(1.0, 2.0, label=7)))
     open_for_reading(shared(3.0, label=8))
-    assert anything_in_use() is True
+    assert is_anything_in_use() is True
     assert kept() == []
-    assert anything_in_use() is True  # as long as it lives
+    assert is_anything_in_use() is True  # as long as it lives
     del holder
-    assert anything_in_use() is False
+    assert is_anything_in_use() is False
 
 
 def test_other_mappings_are_in_use_as_well():
     array = shared(1.0, label=7).open("private")
-    assert anything_in_use() is True
+    assert is_anything_in_use() is True
     del array
-    assert anything_in_use() is False
+    assert is_anything_in_use() is False
 
 
 def test_after_a_fork_nothing_is_kept(monkeypatch):
     open_for_reading(shared(1.0, label=7))
-    assert anything_in_use() is False
+    assert is_anything_in_use() is False
     monkeypatch.setattr(segments, "n_forks", segments.n_forks + 1)  # its child sees it
-    assert anything_in_use() is True
+    assert is_anything_in_use() is True
     assert kept() == []
-    assert anything_in_use() is False
+    assert is_anything_in_use() is False

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskcarrier.memory import parent_memory
-from taskcarrier.memory.parent_memory import attach, opened, read, readable
+from taskcarrier.memory.parent_memory import attach, open_own_memory, read, readable
 from taskcarrier.memory.segments import Segment
 from taskcarrier.system.descriptors import own
 from tests.layouts import CACHE_LINE, address, byte_bounds
@@ -50,7 +50,7 @@ from taskcarrier.memory import parent_memory
 text = ctypes.create_string_buffer(b"last words")
 channel = socket.socket(fileno=int(sys.argv[1]))
 low = ctypes.addressof(text)
-memory = parent_memory.opened()
+memory = parent_memory.open_own_memory()
 socket.send_fds(channel, [low.to_bytes(8, "little")], [memory.fileno()])
 sys.stdin.read()
 """
@@ -63,7 +63,7 @@ def n_descriptors():
 
 def read_in_a_child(*requests):
     """What another process reads of this one: bytes and their address there, or an error."""
-    memory = opened()
+    memory = open_own_memory()
     try:
         child = subprocess.run(
             [sys.executable, "-c", READER],
@@ -110,7 +110,7 @@ def refuse(*_, **__):
 
 class TestOpened:
     def test_for_reading_only(self):
-        memory = opened()
+        memory = open_own_memory()
         victim = np.zeros(8, np.uint8)
         assert fcntl.fcntl(memory, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
         with pytest.raises(OSError, match="Bad file descriptor"):
@@ -118,15 +118,15 @@ class TestOpened:
         assert not victim.any()
 
     def test_closed_when_a_program_is_executed(self):
-        assert fcntl.fcntl(opened(), fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+        assert fcntl.fcntl(open_own_memory(), fcntl.F_GETFD) & fcntl.FD_CLOEXEC
 
     def test_none_where_there_is_no_such_file(self, monkeypatch, tmp_path):
         monkeypatch.setattr(parent_memory, "_PATH", str(tmp_path / "missing"))
-        assert opened() is None
+        assert open_own_memory() is None
 
     def test_none_where_it_is_forbidden(self, monkeypatch):
         monkeypatch.setattr(os, "open", refuse)
-        assert opened() is None
+        assert open_own_memory() is None
 
 
 class TestReadable:
@@ -201,7 +201,7 @@ class TestReadInAChild:
 class TestRead:
     def test_memory_is_private_and_of_bytes(self):
         array = np.arange(100, dtype=np.uint8)
-        with attached(opened()):
+        with attached(open_own_memory()):
             memory, begin = read(address(array), 100)
         assert memory.dtype == np.uint8
         assert memory.flags.owndata
@@ -213,7 +213,7 @@ class TestRead:
     def test_in_pieces(self, nbytes, monkeypatch):
         monkeypatch.setattr(parent_memory, "_READ_NBYTES", 1000)
         array = np.random.default_rng(0).integers(0, 256, 5000, np.uint8)
-        with attached(opened()):
+        with attached(open_own_memory()):
             memory, begin = read(address(array), nbytes)
         assert np.array_equal(memory[begin : begin + nbytes], array[:nbytes])
 
@@ -228,7 +228,7 @@ class TestRead:
 
         monkeypatch.setattr(os, "preadv", short)
         array = np.random.default_rng(0).integers(0, 256, 2000, np.uint8)
-        with attached(opened()):
+        with attached(open_own_memory()):
             memory, begin = read(address(array), 2000)
         assert np.array_equal(memory[begin : begin + 2000], array)
         assert lengths == [777, 777, 446]
@@ -236,7 +236,7 @@ class TestRead:
     @given(st.integers(0, 200), st.integers(0, 200))
     def test_any_range(self, start, nbytes):
         array = np.arange(400, dtype=np.uint16).view(np.uint8)
-        with attached(opened()):
+        with attached(open_own_memory()):
             memory, begin = read(address(array) + start, nbytes)
         assert memory[begin : begin + nbytes].tobytes() == array[start : start + nbytes].tobytes()
         assert (address(memory) + begin - address(array) - start) % CACHE_LINE == 0

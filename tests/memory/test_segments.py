@@ -631,12 +631,12 @@ class TestPages:
     """Pages go when the caller lets go of a segment, even if a worker has it mapped."""
 
     @staticmethod
-    def made(*, labelled=True, recycler=None):
+    def made(*, get_label=True, recycler=None):
         segment = Segment.create(recycler=recycler)
         segment.reserve(10_000)
         segment.write(0, memoryview(b"abc"))
-        if labelled:
-            assert segment.labelled() > 0
+        if get_label:
+            assert segment.get_label() > 0
         # As a worker would have it.
         other = mmap.mmap(segment.fd, 10_000, access=mmap.ACCESS_READ)
         assert other[:3] == b"abc"
@@ -660,14 +660,14 @@ class TestPages:
         assert other[:3] == bytes(3)
 
     def test_stay_where_no_worker_was_told_of_them(self):
-        segment, other = self.made(labelled=False)
+        segment, other = self.made(get_label=False)
         del segment
         assert other[:3] == b"abc"
 
     def test_stay_once_retired(self):
         segment, other = self.made()
         segment.retire()
-        assert segment.labelled() == 0
+        assert segment.get_label() == 0
         del segment
         assert other[:3] == b"abc"
 
@@ -679,7 +679,7 @@ class TestPages:
             os._exit(0 if other[:3] == b"abc" else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert other[:3] == b"abc"
-        assert segment.labelled() > 0
+        assert segment.get_label() > 0
 
     def test_stay_in_a_recycler_until_it_closes(self):
         recycler = Recycler()
@@ -688,13 +688,13 @@ class TestPages:
         del segment
         assert other[:3] == b"abc"
         again = recycler.segment(10_000, None)
-        assert again.labelled() == label
+        assert again.get_label() == label
         del again
         recycler.close()
         assert other[:3] == bytes(3)
 
     def test_of_files_are_not_ours_to_take(self, tmp_path):
-        assert Segment.create(str(tmp_path)).labelled() == 0
+        assert Segment.create(str(tmp_path)).get_label() == 0
 
     def test_labels_differ(self):
         labels = {self.made()[0].label for _ in range(5)}
@@ -759,4 +759,4 @@ class TestSharedView:
         assert (view.shape, view.strides, view.dtype) == ((10,), (-8,), np.dtype("f8"))
         mapping = view.segment.map("read")
         assert np.frombuffer(mapping, "f8", 1, view.offset)[0] == 9
-        assert np.array_equal(view.over(mapping), np.arange(10.0)[::-1])
+        assert np.array_equal(view.map_over(mapping), np.arange(10.0)[::-1])

@@ -11,7 +11,7 @@ from taskcarrier.memory.strides import (
     ALIGNMENT,
     _dense_strides,
     address_of,
-    aligned,
+    align,
     byte_bounds,
     bytes_at,
     contiguous_strides,
@@ -129,8 +129,8 @@ class TestBytesAt:
 
 @given(st.integers(0, 1 << 60))
 def test_aligned_is_the_next_multiple(nbytes):
-    assert aligned(nbytes) % CACHE_LINE == 0
-    assert nbytes <= aligned(nbytes) < nbytes + CACHE_LINE
+    assert align(nbytes) % CACHE_LINE == 0
+    assert nbytes <= align(nbytes) < nbytes + CACHE_LINE
 
 
 @pytest.mark.parametrize("order", ["C", "F"])

@@ -1,4 +1,4 @@
-"""The rules of balance: which worker comes by which cell."""
+"""The rules of balance: which worker comes by which chunk."""
 
 import sys
 import threading
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskcarrier.scheduling.balance import Dynamic, Static, get_balance
-from taskcarrier.scheduling.ledger import DONE, FREE, SENT, TAKEN_BACK, Ledger
+from taskcarrier.scheduling.ledger import DONE, PENDING, RECLAIMED, SENT, Ledger
 
 RULES = [Static(), Dynamic()]
 
@@ -25,72 +25,72 @@ def eager_switching():
 
 class TestStatic:
     @given(st.integers(1, 40), st.integers(0, 200))
-    def test_planned_cells_tile(self, n_workers, n_cells):
-        planned = [Static().planned(worker, n_workers, n_cells) for worker in range(n_workers)]
-        assert [cell for cells in planned for cell in cells] == list(range(n_cells))
+    def test_planned_chunks_tile(self, n_workers, n_chunks):
+        plan = [Static().plan(worker, n_workers, n_chunks) for worker in range(n_workers)]
+        assert [index for chunks in plan for index in chunks] == list(range(n_chunks))
 
     @given(st.integers(1, 40), st.integers(0, 200))
-    def test_planned_evenly(self, n_workers, n_cells):
-        found = [len(Static().planned(worker, n_workers, n_cells)) for worker in range(n_workers)]
+    def test_planned_evenly(self, n_workers, n_chunks):
+        found = [len(Static().plan(worker, n_workers, n_chunks)) for worker in range(n_workers)]
         assert max(found) - min(found) <= 1
 
     def test_runs_what_is_planned(self):
         ledger = Ledger.local(3)
-        assert list(Static().cells(ledger, 1, 3, 10)) == [4, 5, 6]
+        assert list(Static().chunks(ledger, 1, 3, 10)) == [4, 5, 6]
 
-    def test_cell_is_in_hand_when_yielded(self):
+    def test_chunk_is_in_hand_when_yielded(self):
         ledger = Ledger.local(2)
         seen = []
-        for cell in Static().cells(ledger, 1, 2, 6):
-            seen.append((cell, ledger.in_hand(1, 6), ledger.in_hand(0, 6)))
-            ledger.lay_down(1, 1)
+        for index in Static().chunks(ledger, 1, 2, 6):
+            seen.append((index, ledger.chunk_in_hand(1, 6), ledger.chunk_in_hand(0, 6)))
+            ledger.finish(1, 1)
         assert seen == [(3, 3, None), (4, 4, None), (5, 5, None)]
 
     def test_takes_nothing_off_the_cursor(self):
         ledger = Ledger.local(2)
-        assert len(list(Static().cells(ledger, 0, 2, 6))) == 3
-        assert ledger.given_out() == 0
+        assert len(list(Static().chunks(ledger, 0, 2, 6))) == 3
+        assert ledger.n_claimed() == 0
 
 
 class TestDynamic:
     def test_plans_nothing(self):
-        assert list(Dynamic().planned(0, 2, 10)) == []
+        assert list(Dynamic().plan(0, 2, 10)) == []
 
-    def test_next_cell_to_whoever_asks(self):
+    def test_next_chunk_to_whoever_asks(self):
         ledger = Ledger.local(2)
-        one, other = (Dynamic().cells(ledger, worker, 2, 5) for worker in range(2))
+        one, other = (Dynamic().chunks(ledger, worker, 2, 5) for worker in range(2))
         taken = [next(one), next(one), next(other), next(one), next(other)]
         assert taken == [0, 1, 2, 3, 4]
         assert next(one, None) is None
         assert next(other, None) is None
 
-    def test_cell_is_in_hand_when_yielded(self):
+    def test_chunk_is_in_hand_when_yielded(self):
         ledger = Ledger.local(2)
-        for cell in Dynamic().cells(ledger, 1, 2, 3):
-            assert ledger.in_hand(1, 3) == cell
-        assert ledger.in_hand(1, 3) is None
+        for index in Dynamic().chunks(ledger, 1, 2, 3):
+            assert ledger.chunk_in_hand(1, 3) == index
+        assert ledger.chunk_in_hand(1, 3) is None
 
     @pytest.mark.usefixtures("eager_switching")
-    def test_each_cell_exactly_once_with_many_threads(self):
-        n_workers, n_cells = 12, 20_000
+    def test_each_chunk_exactly_once_with_many_threads(self):
+        n_workers, n_chunks = 12, 20_000
         ledger = Ledger.local(n_workers)
         taken = [[] for _ in range(n_workers)]
         begin = threading.Barrier(n_workers)
 
         def run(worker):
             begin.wait()
-            for cell in Dynamic().cells(ledger, worker, n_workers, n_cells):
-                taken[worker].append(cell)
-                ledger.lay_down(worker, 1)
+            for index in Dynamic().chunks(ledger, worker, n_workers, n_chunks):
+                taken[worker].append(index)
+                ledger.finish(worker, 1)
 
         threads = [threading.Thread(target=run, args=(worker,)) for worker in range(n_workers)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert sorted(cell for cells in taken for cell in cells) == list(range(n_cells))
-        assert all(cells == sorted(cells) for cells in taken)
-        assert ledger.items_done(n_workers) == n_cells
+        assert sorted(index for chunks in taken for index in chunks) == list(range(n_chunks))
+        assert all(chunks == sorted(chunks) for chunks in taken)
+        assert ledger.n_items_done(n_workers) == n_chunks
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
@@ -98,44 +98,44 @@ class TestBoth:
     def test_nothing_once_halted(self, rule):
         ledger = Ledger.local(1)
         ledger.halt()
-        assert list(rule.cells(ledger, 0, 1, 5)) == []
-        assert ledger.given_out() == 0
+        assert list(rule.chunks(ledger, 0, 1, 5)) == []
+        assert ledger.n_claimed() == 0
 
-    def test_stop_at_the_next_cell(self, rule):
+    def test_stop_at_the_next_chunk(self, rule):
         ledger = Ledger.local(1)
-        cells = rule.cells(ledger, 0, 1, 5)
-        assert [next(cells), next(cells)] == [0, 1]
+        chunks = rule.chunks(ledger, 0, 1, 5)
+        assert [next(chunks), next(chunks)] == [0, 1]
         ledger.halt()
-        assert next(cells, None) is None
+        assert next(chunks, None) is None
 
-    def test_more_workers_than_cells(self, rule):
+    def test_more_workers_than_chunks(self, rule):
         ledger = Ledger.local(5)
-        taken = [list(rule.cells(ledger, worker, 5, 2)) for worker in range(5)]
+        taken = [list(rule.chunks(ledger, worker, 5, 2)) for worker in range(5)]
         assert sorted(chain(*taken)) == [0, 1]
 
-    def test_cells_with_a_mark_are_left_out(self, rule):
+    def test_chunks_with_a_mark_are_left_out(self, rule):
         ledger = Ledger.local(2)
-        ledger.marks = memoryview(bytes([FREE, DONE, FREE, SENT, TAKEN_BACK, FREE, DONE]))
+        ledger.marks = memoryview(bytes([PENDING, DONE, PENDING, SENT, RECLAIMED, PENDING, DONE]))
         seen = []
         for worker in range(2):
-            for cell in rule.cells(ledger, worker, 2, 7):
-                seen.append(cell)
-                assert ledger.in_hand(worker, 7) == cell
-                ledger.lay_down(worker, 1)
+            for index in rule.chunks(ledger, worker, 2, 7):
+                seen.append(index)
+                assert ledger.chunk_in_hand(worker, 7) == index
+                ledger.finish(worker, 1)
         assert seen == [0, 2, 5]
 
     def test_marks_made_meanwhile_count(self, rule):
         ledger = Ledger.local(1)
         ledger.marks = memoryview(bytearray(5))
-        cells = rule.cells(ledger, 0, 1, 5)
-        assert next(cells) == 0
-        ledger.marks[1] = ledger.marks[2] = TAKEN_BACK
-        assert list(cells) == [3, 4]
+        chunks = rule.chunks(ledger, 0, 1, 5)
+        assert next(chunks) == 0
+        ledger.marks[1] = ledger.marks[2] = RECLAIMED
+        assert list(chunks) == [3, 4]
 
-    def test_no_cell_where_all_are_marked(self, rule):
+    def test_no_chunk_where_all_are_marked(self, rule):
         ledger = Ledger.local(1)
         ledger.marks = memoryview(bytes([DONE] * 5))
-        assert list(rule.cells(ledger, 0, 1, 5)) == []
+        assert list(rule.chunks(ledger, 0, 1, 5)) == []
 
     def test_by_name(self, rule):
         assert get_balance(rule.name) == rule

@@ -1,4 +1,4 @@
-"""The ledger: cells claimed once, and found again by their marks after any death."""
+"""The ledger: chunks claimed once, and found again by their marks after any death."""
 
 import contextlib
 import json
@@ -13,58 +13,58 @@ from pathlib import Path
 
 import pytest
 
-from taskcarrier.scheduling.counters import FileAgreement, FileCursor, ThreadAgreement, ThreadCursor
+from taskcarrier.scheduling.counters import FileCounter, FileSetOnce, ThreadCounter, ThreadSetOnce
 from taskcarrier.scheduling.ledger import (
     DONE,
-    FREE,
     OWN_MARKS,
+    PENDING,
+    RECLAIMED,
     SENT,
-    TAKEN_BACK,
     Ledger,
     ledger_nbytes,
 )
 
 N_WORKERS = 3
-N_CELLS = 100
+N_CHUNKS = 100
 
 CONTENDER = """
 import sys
-from taskcarrier.scheduling.counters import FileCursor
-cursor = FileCursor(int(sys.argv[1]))
+from taskcarrier.scheduling.counters import FileCounter
+counter = FileCounter(int(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.readline()
-print(*(cursor.advance() for _ in range(int(sys.argv[2]))))
+print(*(counter.advance() for _ in range(int(sys.argv[2]))))
 """
 
 CLAIMER = """
 import json, mmap, sys
 from taskcarrier.scheduling.balance import Dynamic
 from taskcarrier.scheduling.ledger import DONE, Ledger
-from taskcarrier.scheduling.counters import FileAgreement, FileCursor
-words_fd, cursor_fd, agreement_fd, worker, n_workers, n_cells = map(int, sys.argv[1:])
+from taskcarrier.scheduling.counters import FileSetOnce, FileCounter
+words_fd, counter_fd, set_once_fd, worker, n_workers, n_chunks = map(int, sys.argv[1:])
 memory = memoryview(mmap.mmap(words_fd, 0))
-words, marks = memory[:-n_cells].cast("q"), memory[-n_cells:]
-ledger = Ledger(words, FileCursor(cursor_fd), FileAgreement(agreement_fd), marks)
-ledger.mark_in(None, n_cells)
+words, marks = memory[:-n_chunks].cast("q"), memory[-n_chunks:]
+ledger = Ledger(words, FileCounter(counter_fd), FileSetOnce(set_once_fd), marks)
+ledger.set_marks(None, n_chunks)
 print("ready", flush=True)
 sys.stdin.readline()
-settled = ledger.agree(f"worker {worker}".encode()).decode()
+settled = ledger.propose(f"worker {worker}".encode()).decode()
 taken = []
-for cell in Dynamic().cells(ledger, worker, n_workers, n_cells):
-    taken.append(cell)
-    ledger.marks[cell] = DONE
-    ledger.lay_down(worker, 2)
+for chunk in Dynamic().chunks(ledger, worker, n_workers, n_chunks):
+    taken.append(chunk)
+    ledger.marks[chunk] = DONE
+    ledger.finish(worker, 2)
 print(json.dumps([settled, taken]))
 """
 
 PROPOSER = """
 import sys
-from taskcarrier.scheduling.counters import FileAgreement
+from taskcarrier.scheduling.counters import FileSetOnce
 fds = [int(word) for word in sys.argv[2:]]
 print("ready", flush=True)
 sys.stdin.readline()
 own = sys.argv[1].encode() * 50_000
-print(*(chr(FileAgreement(fd).settle(own + b"." * at)[0]) for at, fd in enumerate(fds)))
+print(*(chr(FileSetOnce(fd).propose(own + b"." * at)[0]) for at, fd in enumerate(fds)))
 """
 
 
@@ -84,34 +84,34 @@ def opened_by(request, monkeypatch):
 
 
 @pytest.fixture
-def cursor_fd(opened_by):
-    fd = FileCursor.create()
+def counter_fd(opened_by):
+    fd = FileCounter.create()
     assert ("memfd" in Path(f"/proc/self/fd/{fd}").readlink().name) == (opened_by == "/proc")
     yield fd
     os.close(fd)
 
 
 @pytest.fixture(params=["threads", "processes"])
-def cursor(request, cursor_fd):
-    return ThreadCursor() if request.param == "threads" else FileCursor(cursor_fd)
+def cursor(request, counter_fd):
+    return ThreadCounter() if request.param == "threads" else FileCounter(counter_fd)
 
 
 @pytest.fixture
-def agreement_fd(opened_by):
-    fd = FileAgreement.create()
+def set_once_fd(opened_by):
+    fd = FileSetOnce.create()
     yield fd
     os.close(fd)
 
 
 @pytest.fixture(params=["threads", "processes"])
-def agreement(request, agreement_fd):
-    return ThreadAgreement() if request.param == "threads" else FileAgreement(agreement_fd)
+def agreement(request, set_once_fd):
+    return ThreadSetOnce() if request.param == "threads" else FileSetOnce(set_once_fd)
 
 
 @pytest.fixture
 def ledger(cursor):
     words = memoryview(bytearray(ledger_nbytes(N_WORKERS))).cast("q")
-    made = Ledger(words, cursor, ThreadAgreement())
+    made = Ledger(words, cursor, ThreadSetOnce())
     made.reset(N_WORKERS)
     return made
 
@@ -177,46 +177,48 @@ class TestCursor:
             sys.setswitchinterval(before)
         assert sorted(chain(*taken)) == list(range(16_000))
 
-    def test_each_number_to_one_process(self, cursor_fd):
+    def test_each_number_to_one_process(self, counter_fd):
         n_programs, n_numbers = 3, 30_000
-        with contenders(CONTENDER, [(cursor_fd, n_numbers)] * n_programs, [cursor_fd]) as programs:
+        with contenders(
+            CONTENDER, [(counter_fd, n_numbers)] * n_programs, [counter_fd]
+        ) as programs:
             taken = [[int(word) for word in out.split()] for out in all_go(programs)]
         assert all(mine == sorted(mine) for mine in taken)
         assert sorted(chain(*taken)) == list(range(n_programs * n_numbers))
-        assert FileCursor(cursor_fd).position() == n_programs * n_numbers
+        assert FileCounter(counter_fd).position() == n_programs * n_numbers
 
-    def test_file_is_not_inherited_by_accident(self, cursor_fd):
-        assert not os.get_inheritable(cursor_fd)
+    def test_file_is_not_inherited_by_accident(self, counter_fd):
+        assert not os.get_inheritable(counter_fd)
 
 
 class TestAgreement:
     @pytest.mark.parametrize("proposal", [b"", b"one", bytes(range(256)) * 4000])
     def test_the_first_proposal_counts(self, agreement, proposal):
-        assert agreement.settled() is None
-        assert agreement.settle(proposal) == proposal
-        assert agreement.settle(b"another") == proposal
-        assert agreement.settled() == proposal
+        assert agreement.get() is None
+        assert agreement.propose(proposal) == proposal
+        assert agreement.propose(b"another") == proposal
+        assert agreement.get() == proposal
 
     def test_starts_again(self, agreement):
-        agreement.settle(b"something long")
+        agreement.propose(b"something long")
         agreement.reset()
-        assert agreement.settled() is None
-        assert agreement.settle(b"short") == b"short"
-        assert agreement.settled() == b"short"
+        assert agreement.get() is None
+        assert agreement.propose(b"short") == b"short"
+        assert agreement.get() == b"short"
 
     def test_threads_that_propose_at_once_settle_on_one(self, agreement):
         before = sys.getswitchinterval()
         sys.setswitchinterval(1e-6)
-        settled = []
+        get = []
         begin = threading.Barrier(8, timeout=30)
 
         def run(number):
             for _ in range(50):
                 begin.wait()
-                settled.append(agreement.settle(bytes([number]) * 100))
+                get.append(agreement.propose(bytes([number]) * 100))
                 if begin.wait() == 0:
-                    assert len(set(settled)) == 1
-                    settled.clear()
+                    assert len(set(get)) == 1
+                    get.clear()
                     agreement.reset()
                 begin.wait()
 
@@ -227,144 +229,152 @@ class TestAgreement:
                 sys.setswitchinterval(before)
 
     def test_processes_that_propose_at_once_settle_on_one(self, opened_by):
-        fds = [FileAgreement.create() for _ in range(40)]
+        fds = [FileSetOnce.create() for _ in range(40)]
         try:
             with contenders(PROPOSER, [(name, *fds) for name in "abc"], fds) as programs:
                 answers = {tuple(out.split()) for out in all_go(programs)}
-            (agreed,) = answers
-            assert len(agreed) == len(fds)
-            for at, (name, fd) in enumerate(zip(agreed, fds, strict=True)):
-                assert FileAgreement(fd).settled() == name.encode() * 50_000 + b"." * at
+            (first_proposal,) = answers
+            assert len(first_proposal) == len(fds)
+            for at, (name, fd) in enumerate(zip(first_proposal, fds, strict=True)):
+                assert FileSetOnce(fd).get() == name.encode() * 50_000 + b"." * at
         finally:
             for fd in fds:
                 os.close(fd)
 
-    def test_file_is_not_inherited_by_accident(self, agreement_fd):
-        assert not os.get_inheritable(agreement_fd)
+    def test_file_is_not_inherited_by_accident(self, set_once_fd):
+        assert not os.get_inheritable(set_once_fd)
 
 
 class TestLedger:
     def test_workers_agree(self, ledger):
-        assert ledger.agreed() is None
-        assert ledger.agree(b"mine") == b"mine"
-        assert ledger.agree(b"yours") == b"mine"
-        assert ledger.agreed() == b"mine"
+        assert ledger.first_proposal() is None
+        assert ledger.propose(b"mine") == b"mine"
+        assert ledger.propose(b"yours") == b"mine"
+        assert ledger.first_proposal() == b"mine"
         ledger.reset(N_WORKERS)
-        assert ledger.agreed() is None
+        assert ledger.first_proposal() is None
 
     def test_a_claim_is_in_hand_until_laid_down(self, ledger):
         assert ledger.claim(1) == 0
-        assert ledger.in_hand(1, N_CELLS) == 0
-        assert ledger.in_hand(0, N_CELLS) is None
-        ledger.lay_down(1, 5)
-        assert ledger.in_hand(1, N_CELLS) is None
-        assert ledger.given_out() == 1
+        assert ledger.chunk_in_hand(1, N_CHUNKS) == 0
+        assert ledger.chunk_in_hand(0, N_CHUNKS) is None
+        ledger.finish(1, 5)
+        assert ledger.chunk_in_hand(1, N_CHUNKS) is None
+        assert ledger.n_claimed() == 1
 
-    def test_a_held_cell_is_in_hand(self, ledger):
+    def test_a_held_chunk_is_in_hand(self, ledger):
         ledger.hold(2, 17)
-        assert ledger.in_hand(2, N_CELLS) == 17
-        assert ledger.again_in_hand(2) is None
-        assert ledger.given_out() == 0
+        assert ledger.chunk_in_hand(2, N_CHUNKS) == 17
+        assert ledger.attempt_in_hand(2) is None
+        assert ledger.n_claimed() == 0
 
     @pytest.mark.parametrize("number", [0, 1, 1000])
     def test_a_range_given_out_again_is_in_hand_by_its_number(self, ledger, number):
-        ledger.hold_again(1, number)
-        assert ledger.again_in_hand(1) == number
-        assert ledger.in_hand(1, N_CELLS) is None
-        assert ledger.again_done(1) == 0
-        ledger.lay_down_again(1, number, 5)
-        assert ledger.again_in_hand(1) is None
-        assert ledger.again_done(1) == number + 1
-        assert ledger.items_of(1) == 5
-        assert (ledger.again_done(0), ledger.given_out()) == (0, 0)
+        ledger.hold_attempt(1, number)
+        assert ledger.attempt_in_hand(1) == number
+        assert ledger.chunk_in_hand(1, N_CHUNKS) is None
+        assert ledger.n_attempts_done(1) == 0
+        ledger.finish_attempt(1, number, 5)
+        assert ledger.attempt_in_hand(1) is None
+        assert ledger.n_attempts_done(1) == number + 1
+        assert ledger.n_items_of(1) == 5
+        assert (ledger.n_attempts_done(0), ledger.n_claimed()) == (0, 0)
 
     def test_nothing_and_a_claim_are_no_range_given_out_again(self, ledger):
-        assert ledger.again_in_hand(1) is None
+        assert ledger.attempt_in_hand(1) is None
         ledger._cursor = DeadlyCursor(ledger._cursor)
         ledger._cursor.dies = "before"
         with pytest.raises(Killed):
             ledger.claim(1)
-        assert ledger.again_in_hand(1) is None
+        assert ledger.attempt_in_hand(1) is None
 
     def test_since_when(self, ledger):
-        assert ledger.since(1) == 0
+        assert ledger.start_time_ns(1) == 0
         ledger.claim(1)
-        ledger.note_time(1, 12_345)
-        assert (ledger.since(0), ledger.since(1)) == (0, 12_345)
+        ledger.set_start_time(1, 12_345)
+        assert (ledger.start_time_ns(0), ledger.start_time_ns(1)) == (0, 12_345)
         ledger.begin(1)
-        assert ledger.since(1) == 0
+        assert ledger.start_time_ns(1) == 0
 
     def test_a_range_is_not_charged_with_the_time_of_the_one_before(self, ledger):
         ledger.claim(1)
-        ledger.note_time(1, 12_345)
-        ledger.lay_down(1, 5)
+        ledger.set_start_time(1, 12_345)
+        ledger.finish(1, 5)
         ledger.claim(1)  # and its own time is not noted yet
-        assert ledger.since(1) == 0
+        assert ledger.start_time_ns(1) == 0
 
     def test_a_worker_begins_anew(self, ledger):
         for worker in (0, 1):
             ledger.claim(worker)
-            ledger.lay_down(worker, 3)
-            ledger.hold_again(worker, 4)
-            ledger.lay_down_again(worker, 4, 3)
+            ledger.finish(worker, 3)
+            ledger.hold_attempt(worker, 4)
+            ledger.finish_attempt(worker, 4, 3)
             ledger.claim(worker)
-            ledger.note_time(worker, 99)
-        ledger.agree(b"mine")
+            ledger.set_start_time(worker, 99)
+        ledger.propose(b"mine")
         ledger.begin(1)
-        assert (ledger.items_of(1), ledger.again_done(1), ledger.since(1)) == (0, 0, 0)
-        assert ledger.in_hand(1, N_CELLS) is None
+        assert (ledger.n_items_of(1), ledger.n_attempts_done(1), ledger.start_time_ns(1)) == (
+            0,
+            0,
+            0,
+        )
+        assert ledger.chunk_in_hand(1, N_CHUNKS) is None
         # Nothing else has changed.
-        assert (ledger.items_of(0), ledger.again_done(0), ledger.since(0)) == (6, 5, 99)
-        assert ledger.in_hand(0, N_CELLS) == 1
-        assert (ledger.given_out(), ledger.agreed()) == (4, b"mine")
+        assert (ledger.n_items_of(0), ledger.n_attempts_done(0), ledger.start_time_ns(0)) == (
+            6,
+            5,
+            99,
+        )
+        assert ledger.chunk_in_hand(0, N_CHUNKS) == 1
+        assert (ledger.n_claimed(), ledger.first_proposal()) == (4, b"mine")
 
     def test_items_are_counted_by_worker_and_in_all(self, ledger):
         for worker, n_items in [(0, 3), (1, 4), (0, 5)]:
             ledger.claim(worker)
-            ledger.lay_down(worker, n_items)
-        assert [ledger.items_of(worker) for worker in range(N_WORKERS)] == [8, 4, 0]
-        assert ledger.items_done(N_WORKERS) == 12
+            ledger.finish(worker, n_items)
+        assert [ledger.n_items_of(worker) for worker in range(N_WORKERS)] == [8, 4, 0]
+        assert ledger.n_items_done(N_WORKERS) == 12
 
-    def test_a_claim_beyond_the_last_cell_is_none(self, ledger):
+    def test_a_claim_beyond_the_last_chunk_is_none(self, ledger):
         claimed = [ledger.claim(0) for _ in range(3)]
         assert claimed == [0, 1, 2]
-        assert ledger.in_hand(0, n_cells=3) == 2
-        assert ledger.in_hand(0, n_cells=2) is None
+        assert ledger.chunk_in_hand(0, n_chunks=3) == 2
+        assert ledger.chunk_in_hand(0, n_chunks=2) is None
 
     def test_halt(self, ledger):
-        assert ledger.halted is False
+        assert ledger.is_halted is False
         ledger.halt()
-        assert ledger.halted is True
+        assert ledger.is_halted is True
 
     def test_reset_forgets_everything(self, ledger):
         ledger.claim(0)
-        ledger.lay_down(0, 9)
+        ledger.finish(0, 9)
         ledger.claim(1)
-        ledger.note_time(1, 99)
-        ledger.hold_again(2, 3)
-        ledger.lay_down_again(2, 3, 1)
-        ledger.hold_again(2, 4)
+        ledger.set_start_time(1, 99)
+        ledger.hold_attempt(2, 3)
+        ledger.finish_attempt(2, 3, 1)
+        ledger.hold_attempt(2, 4)
         ledger.halt()
         ledger.reset(N_WORKERS)
-        assert ledger.halted is False
-        assert ledger.given_out() == 0
-        assert ledger.items_done(N_WORKERS) == 0
+        assert ledger.is_halted is False
+        assert ledger.n_claimed() == 0
+        assert ledger.n_items_done(N_WORKERS) == 0
         for worker in range(N_WORKERS):
-            assert ledger.in_hand(worker, N_CELLS) is None
-            assert ledger.again_in_hand(worker) is None
-            assert (ledger.again_done(worker), ledger.since(worker)) == (0, 0)
+            assert ledger.chunk_in_hand(worker, N_CHUNKS) is None
+            assert ledger.attempt_in_hand(worker) is None
+            assert (ledger.n_attempts_done(worker), ledger.start_time_ns(worker)) == (0, 0)
         assert ledger.claim(2) == 0
 
     def test_workers_do_not_write_each_other_s_words(self):
         buffer = bytearray(ledger_nbytes(N_WORKERS))
-        ledger = Ledger(memoryview(buffer).cast("q"), ThreadCursor(), ThreadAgreement())
+        ledger = Ledger(memoryview(buffer).cast("q"), ThreadCounter(), ThreadSetOnce())
         ledger.reset(N_WORKERS)
         before = bytes(buffer)
         ledger.claim(1)
-        ledger.note_time(1, 99)
-        ledger.lay_down(1, 5)
-        ledger.hold_again(1, 2)
-        ledger.lay_down_again(1, 2, 5)
+        ledger.set_start_time(1, 99)
+        ledger.finish(1, 5)
+        ledger.hold_attempt(1, 2)
+        ledger.finish_attempt(1, 2, 5)
         changed = [i for i in range(len(buffer)) if buffer[i] != before[i]]
         # One pair of cache lines, that of worker 1 behind two of the run and that of worker 0.
         assert changed
@@ -374,56 +384,56 @@ class TestLedger:
         for n_workers in (1, 2, 50):
             assert ledger_nbytes(n_workers) % 8 == 0
             words = memoryview(bytearray(ledger_nbytes(n_workers))).cast("q")
-            ledger = Ledger(words, ThreadCursor(), ThreadAgreement())
+            ledger = Ledger(words, ThreadCounter(), ThreadSetOnce())
             ledger.reset(n_workers)
             ledger.claim(n_workers - 1)
-            ledger.lay_down(n_workers - 1, 7)
-            assert ledger.items_done(n_workers) == 7
+            ledger.finish(n_workers - 1, 7)
+            assert ledger.n_items_done(n_workers) == 7
 
-    def test_processes_share_it(self, cursor_fd, agreement_fd):
-        n_workers, n_cells = 3, 5_000
+    def test_processes_share_it(self, counter_fd, set_once_fd):
+        n_workers, n_chunks = 3, 5_000
         words_fd = os.memfd_create("words")
         try:
-            os.ftruncate(words_fd, ledger_nbytes(n_workers) + n_cells)
+            os.ftruncate(words_fd, ledger_nbytes(n_workers) + n_chunks)
             with (
                 mmap.mmap(words_fd, 0) as memory,
                 memoryview(memory) as whole,
-                whole[:-n_cells] as begin,
+                whole[:-n_chunks] as begin,
                 begin.cast("q") as words,
-                whole[-n_cells:] as marks,
+                whole[-n_chunks:] as marks,
             ):
-                ledger = Ledger(words, FileCursor(cursor_fd), FileAgreement(agreement_fd))
+                ledger = Ledger(words, FileCounter(counter_fd), FileSetOnce(set_once_fd))
                 ledger.reset(n_workers)
-                fds = [words_fd, cursor_fd, agreement_fd]
-                arguments = [(*fds, w, n_workers, n_cells) for w in range(3)]
+                fds = [words_fd, counter_fd, set_once_fd]
+                arguments = [(*fds, w, n_workers, n_chunks) for w in range(3)]
                 with contenders(CLAIMER, arguments, fds) as programs:
                     told = [json.loads(out) for out in all_go(programs)]
-                taken = [cells for _, cells in told]
-                assert {settled for settled, _ in told} == {ledger.agreed().decode()}
-                assert sorted(chain(*taken)) == list(range(n_cells))
-                assert [ledger.items_of(w) for w in range(3)] == [2 * len(t) for t in taken]
-                assert ledger.given_out() == n_cells + n_workers
-                assert [ledger.in_hand(w, n_cells) for w in range(3)] == [None] * 3
-                assert bytes(marks) == bytes([DONE]) * n_cells
+                taken = [chunks for _, chunks in told]
+                assert {get for get, _ in told} == {ledger.first_proposal().decode()}
+                assert sorted(chain(*taken)) == list(range(n_chunks))
+                assert [ledger.n_items_of(w) for w in range(3)] == [2 * len(t) for t in taken]
+                assert ledger.n_claimed() == n_chunks + n_workers
+                assert [ledger.chunk_in_hand(w, n_chunks) for w in range(3)] == [None] * 3
+                assert bytes(marks) == bytes([DONE]) * n_chunks
         finally:
             os.close(words_fd)
 
 
 class TestMarks:
     def test_are_told_apart(self):
-        assert len({FREE, DONE, SENT, TAKEN_BACK}) == 4
-        assert FREE == 0  # fresh memory
+        assert len({PENDING, DONE, SENT, RECLAIMED}) == 4
+        assert PENDING == 0  # fresh memory
 
     def test_nowhere_unless_asked_for(self, ledger):
-        ledger.mark_in(None, N_CELLS)
+        ledger.set_marks(None, N_CHUNKS)
         assert ledger.marks is None
         assert Ledger.local(2).marks is None
 
     def test_in_its_own_bytes(self):
         own = bytearray(OWN_MARKS)
         words = memoryview(bytearray(ledger_nbytes(1))).cast("q")
-        ledger = Ledger(words, ThreadCursor(), ThreadAgreement(), memoryview(own))
-        ledger.mark_in(None, 7)
+        ledger = Ledger(words, ThreadCounter(), ThreadSetOnce(), memoryview(own))
+        ledger.set_marks(None, 7)
         assert len(ledger.marks) == 7
         ledger.marks[6] = SENT
         assert own.find(SENT) == 6
@@ -431,8 +441,8 @@ class TestMarks:
     def test_in_bytes_that_were_given(self):
         own, given = memoryview(bytearray(10)), memoryview(bytearray(OWN_MARKS + 1))
         words = memoryview(bytearray(ledger_nbytes(1))).cast("q")
-        ledger = Ledger(words, ThreadCursor(), ThreadAgreement(), own)
-        ledger.mark_in(given, len(given))
+        ledger = Ledger(words, ThreadCounter(), ThreadSetOnce(), own)
+        ledger.set_marks(given, len(given))
         ledger.marks[OWN_MARKS] = DONE
         assert given[OWN_MARKS] == DONE
         assert not any(own)
@@ -461,7 +471,7 @@ class DeadlyWords:
 
 
 class DeadlyCursor:
-    """A cursor that kills its user before or after it gives out a number."""
+    """A counter that kills its user before or after it gives out a number."""
 
     def __init__(self, cursor):
         self.cursor = cursor
@@ -486,7 +496,7 @@ class TestDeathInsideAClaim:
     """Worker 1 dies in each step of its claim; the others finish all they can come by."""
 
     N_WRITES = 2  # in a claim, counted by `test_number_of_steps`
-    N_CELLS = 20
+    N_CHUNKS = 20
 
     @pytest.fixture
     def words(self):
@@ -498,22 +508,22 @@ class TestDeathInsideAClaim:
 
     @pytest.fixture
     def ledger(self, words, deadly):
-        marks = memoryview(bytearray(self.N_CELLS))
-        made = Ledger(words, deadly, ThreadAgreement(), marks)
+        marks = memoryview(bytearray(self.N_CHUNKS))
+        made = Ledger(words, deadly, ThreadSetOnce(), marks)
         made.reset(N_WORKERS)
-        made.mark_in(None, self.N_CELLS)
-        for worker in (0, 1, 2, 1, 0):  # cells 0 to 4
+        made.set_marks(None, self.N_CHUNKS)
+        for worker in (0, 1, 2, 1, 0):  # chunks 0 to 4
             finish(made, worker, made.claim(worker))
         return made
 
     def left(self, ledger):
-        """Cells that are still to be run once the others are done."""
+        """Chunks that are still to be run once the others are done."""
         for worker in (0, 2, 0):
             finish(ledger, worker, ledger.claim(worker))
-        while (cell := ledger.claim(2)) < self.N_CELLS:
-            finish(ledger, 2, cell)
-        assert ledger.in_hand(2, self.N_CELLS) is None
-        return [cell for cell in range(self.N_CELLS) if ledger.marks[cell] == FREE]
+        while (index := ledger.claim(2)) < self.N_CHUNKS:
+            finish(ledger, 2, index)
+        assert ledger.chunk_in_hand(2, self.N_CHUNKS) is None
+        return [index for index in range(self.N_CHUNKS) if ledger.marks[index] == PENDING]
 
     def test_number_of_steps(self, ledger, words):
         words.writes_left = 100
@@ -527,11 +537,11 @@ class TestDeathInsideAClaim:
         with pytest.raises(Killed):
             ledger.claim(1)
         words.writes_left = None
-        assert ledger.in_hand(1, self.N_CELLS) is None
+        assert ledger.chunk_in_hand(1, self.N_CHUNKS) is None
         assert self.left(ledger) == lost
         # Whatever others did, it has not come into the dead one's hand.
-        assert ledger.in_hand(1, self.N_CELLS) is None
-        assert ledger.again_in_hand(1) is None
+        assert ledger.chunk_in_hand(1, self.N_CHUNKS) is None
+        assert ledger.attempt_in_hand(1) is None
 
     @pytest.mark.parametrize(("dies", "lost"), [("before", []), ("after", [5])])
     def test_around_the_cursor(self, ledger, deadly, dies, lost):
@@ -539,13 +549,13 @@ class TestDeathInsideAClaim:
         with pytest.raises(Killed):
             ledger.claim(1)
         deadly.dies = ""
-        assert ledger.in_hand(1, self.N_CELLS) is None
+        assert ledger.chunk_in_hand(1, self.N_CHUNKS) is None
         assert self.left(ledger) == lost
 
     def test_with_the_claim_in_hand(self, ledger):
         assert ledger.claim(1) == 5
         assert self.left(ledger) == [5]
-        assert ledger.in_hand(1, self.N_CELLS) == 5
+        assert ledger.chunk_in_hand(1, self.N_CHUNKS) == 5
 
     @pytest.mark.parametrize("n_writes", [0, 1])
     def test_while_it_lays_down_what_is_marked(self, ledger, words, n_writes):
@@ -553,30 +563,30 @@ class TestDeathInsideAClaim:
         ledger.marks[5] = DONE
         words.writes_left = n_writes
         with pytest.raises(Killed):
-            ledger.lay_down(1, 1)
+            ledger.finish(1, 1)
         words.writes_left = None
         assert self.left(ledger) == []
-        assert ledger.in_hand(1, self.N_CELLS) in {5, None}  # which is finished, by its mark
+        assert ledger.chunk_in_hand(1, self.N_CHUNKS) in {5, None}  # which is finished, by its mark
 
     @pytest.mark.parametrize("n_writes", range(3))
     def test_while_it_lays_down_a_range_given_out_again(self, ledger, words, n_writes):
-        ledger.hold_again(1, 0)
+        ledger.hold_attempt(1, 0)
         words.writes_left = n_writes
         with pytest.raises(Killed):
-            ledger.lay_down_again(1, 0, 4)
+            ledger.finish_attempt(1, 0, 4)
         words.writes_left = None
         # It is in hand or counted as finished, at every moment.
-        assert ledger.again_in_hand(1) == 0 or ledger.again_done(1) == 1
+        assert ledger.attempt_in_hand(1) == 0 or ledger.n_attempts_done(1) == 1
         assert self.left(ledger) == []
 
-    def test_a_lost_claim_beyond_the_last_cell_is_nothing(self, ledger, deadly):
+    def test_a_lost_claim_beyond_the_last_chunk_is_nothing(self, ledger, deadly):
         assert self.left(ledger) == []
         deadly.dies = "after"
         with pytest.raises(Killed):
             ledger.claim(1)
-        assert ledger.in_hand(1, self.N_CELLS) is None
+        assert ledger.chunk_in_hand(1, self.N_CHUNKS) is None
 
 
-def finish(ledger, worker, cell):
-    ledger.marks[cell] = DONE
-    ledger.lay_down(worker, 1)
+def finish(ledger, worker, index):
+    ledger.marks[index] = DONE
+    ledger.finish(worker, 1)

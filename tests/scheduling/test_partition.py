@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from taskcarrier.arguments import check_chunksize
 from taskcarrier.scheduling.grid import (
-    CELL_NBYTES,
+    CHUNK_NBYTES,
     LONG_LIST,
-    LONG_LIST_CELLS,
-    MAX_CELLS,
-    MAX_LIST_CELLS,
-    MIN_CELLS,
-    MIN_CELLS_SMALL,
-    SMALL_CELL_NBYTES,
-    Grid,
+    LONG_LIST_CHUNKS,
+    MAX_CHUNKS,
+    MAX_LIST_CHUNKS,
+    MIN_CHUNKS,
+    MIN_CHUNKS_SMALL,
+    SMALL_CHUNK_NBYTES,
+    ChunkGrid,
     chunk_grid,
     item_grid,
     list_grid,
@@ -27,7 +27,7 @@ from taskcarrier.scheduling.partition import Partition
 
 few_parts = st.integers(1, 60)
 few_items = st.integers(0, 300)
-bounds = st.none() | st.integers(-70, 70)
+range_of = st.none() | st.integers(-70, 70)
 steps = st.none() | st.integers(-5, 5).filter(bool)
 
 
@@ -80,7 +80,7 @@ class TestPartition:
         with pytest.raises(IndexError):
             Partition(3, 0)[0]
 
-    @given(few_parts, few_items, bounds, bounds, steps)
+    @given(few_parts, few_items, range_of, range_of, steps)
     def test_slicing_agrees_with_a_list(self, n_parts, size, start, stop, step):
         parts = Partition(n_parts, size)
         cut = parts[start:stop:step]
@@ -88,7 +88,7 @@ class TestPartition:
         assert list(cut) == list(parts)[start:stop:step]
         assert len(cut) == len(list(cut))
 
-    @given(few_items, bounds, bounds, steps)
+    @given(few_items, range_of, range_of, steps)
     def test_slicing_of_a_slice_agrees_with_a_list(self, size, start, stop, step):
         parts = Partition(40, size)
         assert list(parts[start:stop][::step]) == list(parts)[start:stop][::step]
@@ -167,73 +167,73 @@ class TestPartition:
             Partition(3, 10)[1.0]
 
 
-def cells_of(grid):
-    return [grid.bounds(cell) for cell in range(len(grid))]
+def ranges_of_grid(grid):
+    return [grid.range_of(index) for index in range(len(grid))]
 
 
 class TestGrid:
     @given(st.integers(1, 500), st.integers(1, 600))
-    def test_cells_cover_the_range_in_order(self, n_items, chunksize):
-        cells = cells_of(Grid(n_items, chunksize))
-        assert [i for start, stop in cells for i in range(start, stop)] == list(range(n_items))
-        assert all(stop - start == chunksize for start, stop in cells[:-1])
-        assert 1 <= cells[-1][1] - cells[-1][0] <= chunksize
+    def test_chunks_cover_the_range_in_order(self, n_items, chunksize):
+        chunks = ranges_of_grid(ChunkGrid(n_items, chunksize))
+        assert [i for start, stop in chunks for i in range(start, stop)] == list(range(n_items))
+        assert all(stop - start == chunksize for start, stop in chunks[:-1])
+        assert 1 <= chunks[-1][1] - chunks[-1][0] <= chunksize
 
-    def test_no_items_are_one_empty_cell(self):
-        assert cells_of(Grid(0, 7)) == [(0, 0)]
-        assert cells_of(chunk_grid(0, 8)) == [(0, 0)]
-        assert cells_of(list_grid(0)) == [(0, 0)]
+    def test_no_items_are_one_empty_chunk(self):
+        assert ranges_of_grid(ChunkGrid(0, 7)) == [(0, 0)]
+        assert ranges_of_grid(chunk_grid(0, 8)) == [(0, 0)]
+        assert ranges_of_grid(list_grid(0)) == [(0, 0)]
 
     def test_equal_by_value(self):
-        assert chunk_grid(1000, 8) == Grid(1000, 62)
-        assert hash(chunk_grid(1000, 8)) == hash(Grid(1000, 62))
+        assert chunk_grid(1000, 8) == ChunkGrid(1000, 62)
+        assert hash(chunk_grid(1000, 8)) == hash(ChunkGrid(1000, 62))
 
 
 class TestChunkGrid:
-    def test_cells_of_a_mebibyte(self):
-        # 2**20 items of 512 bytes: neither bound on the number of cells is met.
+    def test_chunks_of_a_mebibyte(self):
+        # 2**20 items of 512 bytes: neither bound on the number of chunks is met.
         grid = chunk_grid(1 << 20, 512)
-        assert grid.chunksize * 512 == CELL_NBYTES == 1 << 20
-        assert MIN_CELLS < len(grid) < MAX_CELLS
+        assert grid.chunksize * 512 == CHUNK_NBYTES == 1 << 20
+        assert MIN_CHUNKS < len(grid) < MAX_CHUNKS
 
-    @pytest.mark.parametrize("item_nbytes", [CELL_NBYTES + 1, 10 * CELL_NBYTES, 1 << 40])
+    @pytest.mark.parametrize("item_nbytes", [CHUNK_NBYTES + 1, 10 * CHUNK_NBYTES, 1 << 40])
     def test_never_under_one_item(self, item_nbytes):
         assert chunk_grid(100, item_nbytes).chunksize == 1
 
     @given(st.integers(1, 10**12), st.integers(0, 1 << 24))
-    def test_number_of_cells(self, n_items, item_nbytes):
+    def test_number_of_chunks(self, n_items, item_nbytes):
         grid = chunk_grid(n_items, item_nbytes)
         assert grid.chunksize >= 1
-        assert len(grid) <= MAX_CELLS == 4096
-        assert len(grid) >= min(n_items, MIN_CELLS_SMALL)
-        if grid.chunksize * item_nbytes > 2 * SMALL_CELL_NBYTES:
-            assert len(grid) >= min(n_items, MIN_CELLS)
-        assert (MIN_CELLS_SMALL, MIN_CELLS) == (16, 128)
+        assert len(grid) <= MAX_CHUNKS == 4096
+        assert len(grid) >= min(n_items, MIN_CHUNKS_SMALL)
+        if grid.chunksize * item_nbytes > 2 * SMALL_CHUNK_NBYTES:
+            assert len(grid) >= min(n_items, MIN_CHUNKS)
+        assert (MIN_CHUNKS_SMALL, MIN_CHUNKS) == (16, 128)
 
     @given(st.integers(1, 10**9), st.integers(1, 1 << 22))
-    def test_no_cell_above_a_mebibyte_unless_there_would_be_too_many(self, n_items, item_nbytes):
+    def test_no_chunk_above_a_mebibyte_unless_there_would_be_too_many(self, n_items, item_nbytes):
         grid = chunk_grid(n_items, item_nbytes)
-        fewest = -(-n_items // MAX_CELLS)
-        assert grid.chunksize * item_nbytes <= CELL_NBYTES or grid.chunksize in {1, fewest}
+        fewest = -(-n_items // MAX_CHUNKS)
+        assert grid.chunksize * item_nbytes <= CHUNK_NBYTES or grid.chunksize in {1, fewest}
 
     def test_items_without_bytes(self):
         assert chunk_grid(6400, 0).chunksize == 400
 
     @given(st.integers(0, 1000), st.integers(0, 1 << 22), st.integers(1, 2000))
     def test_chunksize_is_taken_as_it_is(self, n_items, item_nbytes, chunksize):
-        assert chunk_grid(n_items, item_nbytes, chunksize) == Grid(n_items, chunksize)
+        assert chunk_grid(n_items, item_nbytes, chunksize) == ChunkGrid(n_items, chunksize)
 
 
 @pytest.mark.parametrize(("grid_of", "most"), [(item_grid, 1024), (list_grid, 128)])
 class TestGridsOfItems:
     @given(n_items=st.integers(0, 10**9))
-    def test_so_many_cells_at_most(self, grid_of, most, n_items):
+    def test_so_many_chunks_at_most(self, grid_of, most, n_items):
         grid = grid_of(n_items)
         assert len(grid) <= most
         assert grid.chunksize == 1 or len(grid) > most // 2
 
     def test_chunksize_is_taken_as_it_is(self, grid_of, most):
-        assert grid_of(most * 10, 3) == Grid(most * 10, 3)
+        assert grid_of(most * 10, 3) == ChunkGrid(most * 10, 3)
 
 
 class TestListsInProcesses:
@@ -243,14 +243,14 @@ class TestListsInProcesses:
         if n_items < LONG_LIST:
             assert grid == list_grid(n_items)
         else:
-            most = min(MAX_LIST_CELLS, LONG_LIST_CELLS * n_processes)
+            most = min(MAX_LIST_CHUNKS, LONG_LIST_CHUNKS * n_processes)
             assert most // 2 < len(grid) <= most
 
-    def test_a_hundred_items_are_a_hundred_cells(self):
+    def test_a_hundred_items_are_a_hundred_chunks(self):
         assert len(list_grid(100, None, 2)) == 100
 
     def test_chunksize_is_taken_as_it_is(self):
-        assert list_grid(10**6, 3, 2) == Grid(10**6, 3)
+        assert list_grid(10**6, 3, 2) == ChunkGrid(10**6, 3)
 
 
 class TestCheckChunksize:

@@ -15,11 +15,11 @@ from joblib.parallel import ThreadingBackend, register_parallel_backend
 
 from taskcarrier import DynamicParallelMapper, map_array, map_chunks, map_items, reduce_array
 from taskcarrier.scheduling.retries import (
+    DEFAULT_POLICY,
     RETRIES,
-    USUAL,
-    Again,
-    Recovery,
-    Retried,
+    Attempt,
+    RetryPolicy,
+    WithRetries,
     check_timeout,
     halvings,
 )
@@ -31,14 +31,14 @@ def spans():
 
 def suspected(start, stop, item, retries):
     """The ranges on which workers die when one item kills, in order."""
-    recovery = Recovery(retries=retries)
-    pending, deaths = [Again(start, stop)], []
+    retry_policy = RetryPolicy(retries=retries)
+    pending, deaths = [Attempt(start, stop)], []
     while pending:
         one, *pending = pending
         if not one.start <= item < one.stop:
             continue
         deaths.append(one)
-        pending = recovery.after_death(one, narrows=True) + pending
+        pending = retry_policy.next_after_death(one, can_split=True) + pending
     return deaths
 
 
@@ -76,18 +76,18 @@ class TestAfterDeath:
         item = data.draw(st.integers(span[0], span[1] - 1))
         spared = []
         for one in suspected(*span, item, retries)[retries:-1]:
-            pieces = Recovery(retries=retries).after_death(one, narrows=True)
+            pieces = RetryPolicy(retries=retries).next_after_death(one, can_split=True)
             spared += [range(*p[:2]) for p in pieces if not p.start <= item < p.stop]
         others = [i for i in range(*span) if i != item]
         assert sorted(itertools.chain(*spared)) == others
 
-    @pytest.mark.parametrize("narrows", [True, False])
-    def test_without_retries_it_is_final(self, narrows):
-        assert Recovery(retries=0).after_death(Again(0, 8), narrows=narrows) == []
+    @pytest.mark.parametrize("can_split", [True, False])
+    def test_without_retries_it_is_final(self, can_split):
+        assert RetryPolicy(retries=0).next_after_death(Attempt(0, 8), can_split=can_split) == []
 
     def test_what_cannot_be_cut_is_run_as_often_as_retries_say(self):
-        one, attempts = Again(3, 9), [1]
-        while nexts := Recovery(retries=3).after_death(one, narrows=False):
+        one, attempts = Attempt(3, 9), [1]
+        while nexts := RetryPolicy(retries=3).next_after_death(one, can_split=False):
             (one,) = nexts
             assert one[:2] == (3, 9)
             attempts.append(one.attempt)
@@ -97,34 +97,38 @@ class TestAfterDeath:
 class TestAfterTimeout:
     @pytest.mark.parametrize("kinds", [(), (ValueError,), (KeyError, ConnectionError)])
     def test_it_is_final_if_nothing_was_said(self, kinds):
-        assert Recovery(1.0, 5, kinds).after_timeout(Again(0, 8)) == []
+        assert RetryPolicy(1.0, 5, kinds).next_after_timeout(Attempt(0, 8)) == []
 
     @pytest.mark.parametrize("kind", [TimeoutError, OSError, Exception])
     def test_it_is_run_again_whole(self, kind):
-        recovery = Recovery(1.0, 2, (ValueError, kind))
-        assert recovery.after_timeout(Again(0, 8)) == [Again(0, 8, 2)]
-        assert recovery.after_timeout(Again(0, 8, 2)) == [Again(0, 8, 3)]
-        assert recovery.after_timeout(Again(0, 8, 3)) == []
+        retry_policy = RetryPolicy(1.0, 2, (ValueError, kind))
+        assert retry_policy.next_after_timeout(Attempt(0, 8)) == [Attempt(0, 8, 2)]
+        assert retry_policy.next_after_timeout(Attempt(0, 8, 2)) == [Attempt(0, 8, 3)]
+        assert retry_policy.next_after_timeout(Attempt(0, 8, 3)) == []
 
 
 class TestArguments:
     def test_nothing_said_is_the_usual(self):
-        assert Recovery.checked(None, RETRIES, ()) is USUAL
-        assert (USUAL.timeout, USUAL.retries, USUAL.retry_on) == (None, 2, ())
-        assert USUAL.timeout_ns == 0
+        assert RetryPolicy.from_arguments(None, RETRIES, ()) is DEFAULT_POLICY
+        assert (DEFAULT_POLICY.timeout, DEFAULT_POLICY.retries, DEFAULT_POLICY.retry_on) == (
+            None,
+            2,
+            (),
+        )
+        assert DEFAULT_POLICY.timeout_ns == 0
 
     @pytest.mark.parametrize("timeout", [3, 0.5, np.float32(2), np.int8(4)])
     def test_seconds(self, timeout):
-        assert Recovery.checked(timeout, 2, ()).timeout == float(timeout)
-        assert Recovery.checked(timeout, 2, ()).timeout_ns == round(float(timeout) * 1e9)
+        assert RetryPolicy.from_arguments(timeout, 2, ()).timeout == float(timeout)
+        assert RetryPolicy.from_arguments(timeout, 2, ()).timeout_ns == round(float(timeout) * 1e9)
 
     @pytest.mark.parametrize(
         "timeout",
         [math.inf, np.float32("inf"), 1e300, 1e10, 10**400, Fraction(10**400), Decimal("1e999")],
     )
     def test_what_no_clock_counts_is_no_limit(self, timeout):
-        assert Recovery.checked(timeout, 2, ()).timeout is None
-        assert Recovery.checked(timeout, 2, ()).timeout_ns == 0
+        assert RetryPolicy.from_arguments(timeout, 2, ()).timeout is None
+        assert RetryPolicy.from_arguments(timeout, 2, ()).timeout_ns == 0
 
     @pytest.mark.parametrize("timeout", [1e300, math.inf, 10**400, 9e9])
     @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
@@ -148,7 +152,7 @@ class TestArguments:
             del joblib.parallel.BACKENDS["taskcarrier-recovery"]
 
     def test_a_timeout_is_never_rounded_to_none(self):
-        assert Recovery.checked(1e-12, 2, ()).timeout_ns == 1
+        assert RetryPolicy.from_arguments(1e-12, 2, ()).timeout_ns == 1
 
     @pytest.mark.parametrize(
         "timeout", [0, -1, -math.inf, -(10**400), math.nan, "3", True, [1], object, 1j]
@@ -158,8 +162,11 @@ class TestArguments:
             check_timeout(timeout)
 
     def test_retry_on_is_a_type_or_several(self):
-        assert Recovery.checked(None, 2, OSError).retry_on == (OSError,)
-        assert Recovery.checked(None, 2, (OSError, KeyError)).retry_on == (OSError, KeyError)
+        assert RetryPolicy.from_arguments(None, 2, OSError).retry_on == (OSError,)
+        assert RetryPolicy.from_arguments(None, 2, (OSError, KeyError)).retry_on == (
+            OSError,
+            KeyError,
+        )
 
     @pytest.mark.parametrize(
         "retry_on",
@@ -177,14 +184,14 @@ class TestArguments:
     )
     def test_no_types_of_exceptions(self, retry_on):
         with pytest.raises(TypeError, match="retry_on must be an exception type or a tuple"):
-            Recovery.checked(None, 2, retry_on)
+            RetryPolicy.from_arguments(None, 2, retry_on)
 
     @pytest.mark.parametrize(
         ("retries", "kind"), [(-1, ValueError), (1.0, TypeError), ("2", TypeError)]
     )
     def test_no_number_of_retries(self, retries, kind):
         with pytest.raises(kind, match="retries must be"):
-            Recovery.checked(None, retries, ())
+            RetryPolicy.from_arguments(None, retries, ())
 
     @pytest.mark.fault(34)
     @pytest.mark.parametrize(
@@ -230,13 +237,13 @@ class TestRetried:
     @pytest.mark.parametrize("n_failures", [0, 1, 3])
     def test_is_called_until_it_succeeds(self, n_failures):
         func, calls = self.failing(n_failures)
-        assert Retried(func, (OSError,), 3)(1, a=2) == n_failures + 1
+        assert WithRetries(func, (OSError,), 3)(1, a=2) == n_failures + 1
         assert calls == [((1,), {"a": 2})] * (n_failures + 1)
 
     def test_the_last_exception_is_raised_and_says_how_many_there_were(self):
         func, calls = self.failing(9)
         with pytest.raises(ConnectionError) as caught:
-            Retried(func, (OSError,), 2)()
+            WithRetries(func, (OSError,), 2)()
         assert caught.value.args == (3,)
         assert caught.value.__notes__ == ["func was called 3 times"]
         assert len(calls) == 3
@@ -245,7 +252,7 @@ class TestRetried:
     def test_other_exceptions_are_final(self, kind):
         func, calls = self.failing(9, kind)
         with pytest.raises(kind) as caught:
-            Retried(func, (OSError, KeyError), 2)()
+            WithRetries(func, (OSError, KeyError), 2)()
         assert not hasattr(caught.value, "__notes__")
         assert len(calls) == 1
 
@@ -256,7 +263,7 @@ class TestRetried:
 
         func, _ = self.failing(9, Stubborn)
         with pytest.raises(Stubborn):
-            Retried(func, (Stubborn,), 1)()
+            WithRetries(func, (Stubborn,), 1)()
 
     @pytest.mark.parametrize("copies", [True, False])
     def test_every_call_gets_arrays_of_its_own_if_it_may_change_them(self, copies):
@@ -269,7 +276,7 @@ class TestRetried:
                 raise OSError
             return array
 
-        result = Retried(func, (OSError,), 2, copies)(given)
+        result = WithRetries(func, (OSError,), 2, copies)(given)
         assert result.tolist() == [1.0 if copies else 3.0] * 3
         assert given.tolist() == [0.0 if copies else 3.0] * 3
 

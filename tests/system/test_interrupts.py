@@ -18,12 +18,12 @@ import pytest
 import taskcarrier
 from taskcarrier import StaticParallelMapper, map_array, map_chunks, map_items
 from taskcarrier.system import interrupts
-from taskcarrier.system.interrupts import Holder, Holders, is_of_the_program, sheltered
+from taskcarrier.system.interrupts import Holder, Holders, is_of_the_program, run_sheltered
 from taskcarrier.workers import thread_limits
 from tests.interrupted import interrupted_at
-from tests.strategies import BACKENDS, ROOT, kept_crews, warm_crews
+from tests.strategies import BACKENDS, ROOT, kept_pools, warm_pools
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 LONG = 30  # seconds that no test waits for
 
@@ -96,7 +96,7 @@ def made_slowly(here, there):
     if there == "unpickled" and threading.current_thread() is threading.main_thread():
         from taskcarrier.workers import loop
 
-        if not loop.in_worker_process():
+        if not loop.is_worker_process():
             time.sleep(LONG)
     return Slow(here, there)
 
@@ -303,9 +303,9 @@ def test_at_random_moments(seed):
 
 class TestSheltered:
     def test_what_it_returns_and_raises(self):
-        assert sheltered(lambda: threading.current_thread().name) == "taskcarrier-sheltered"
+        assert run_sheltered(lambda: threading.current_thread().name) == "taskcarrier-sheltered"
         with pytest.raises(ZeroDivisionError):
-            sheltered(lambda: 1 / 0)
+            run_sheltered(lambda: 1 / 0)
 
     def test_is_done_to_the_end_if_the_caller_is_interrupted_at_any_step(self, monkeypatch):
         monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # in finalizers they are lost
@@ -316,14 +316,14 @@ class TestSheltered:
             time.sleep(0.001)
             done.append(True)
 
-        while interrupted_at(step, lambda: sheltered(what)):
+        while interrupted_at(step, lambda: run_sheltered(what)):
             step += 1
         deadline = time.monotonic() + LONG
         while len(done) < len(begun):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert step > 5
-        assert sheltered(lambda: 7) == 7
+        assert run_sheltered(lambda: 7) == 7
 
     def test_is_begun_again_if_its_starter_is_hit(self, monkeypatch):
         # A new thread is taken for the one that starts it, for a moment.
@@ -337,7 +337,7 @@ class TestSheltered:
             start(*args)
 
         monkeypatch.setattr(interrupts, "_start", is_hit_once)
-        assert sheltered(lambda: 7) == 7
+        assert run_sheltered(lambda: 7) == 7
         assert hit
 
     def test_is_done_here_where_no_thread_can_be_started(self, monkeypatch):
@@ -345,7 +345,7 @@ class TestSheltered:
             raise RuntimeError("can't start new thread")
 
         monkeypatch.setattr(interrupts, "start_new_thread", refuse)
-        assert sheltered(threading.current_thread) is threading.current_thread()
+        assert run_sheltered(threading.current_thread) is threading.current_thread()
 
 
 def test_holders_that_are_gone_do_not_count():
@@ -418,4 +418,4 @@ def test_at_any_step_of_a_call_nothing_is_left_behind(backend, call, monkeypatch
     in_lists(mapper)
     assert mapper.report.backend == backend  # and not taken for a worker, where maps are serial
     taskcarrier.shutdown()
-    warm_crews(2)
+    warm_pools(2)

@@ -85,10 +85,10 @@ class TestChoose:
             ({}, {"cores": 1}, ("sequential", 1, "n_jobs is 1")),
             ({"n_jobs": 7}, {}, ("loky", 7, "the default")),
             # inside a worker
-            ({}, {"in_worker": True}, ("sequential", 1, "called inside a worker")),
+            ({}, {"is_in_worker": True}, ("sequential", 1, "called inside a worker")),
             (
                 {"n_jobs": 3, "backend": "loky"},
-                {"in_worker": True},
+                {"is_in_worker": True},
                 ("sequential", 1, "called inside a worker"),
             ),
             # inside a task of joblib
@@ -161,7 +161,11 @@ class TestChoose:
             ),
             ({"backend": "dask", "n_jobs": 1}, {}, ("sequential", 1, "n_jobs is 1")),
             ({"backend": "dask"}, {"nested_in_joblib": True}, ("sequential", 1, "n_jobs is 1")),
-            ({"backend": "dask"}, {"in_worker": True}, ("sequential", 1, "called inside a worker")),
+            (
+                {"backend": "dask"},
+                {"is_in_worker": True},
+                ("sequential", 1, "called inside a worker"),
+            ),
             ({"backend": "dask", "own_threads": True}, {}, ("sequential", 1, OWN)),
             ({"backend": "loky"}, {"active_backend": "dask"}, ("loky", 4, "asked for")),
         ],
@@ -357,7 +361,7 @@ class TestFactsNow:
     def test_inside_a_worker(self, monkeypatch):
         monkeypatch.setattr(loop, "_in_worker_process", True)
         with joblib.parallel_config(backend="threading", n_jobs=2):
-            assert facts_now() == Facts(cores=1, in_worker=True)
+            assert facts_now() == Facts(cores=1, is_in_worker=True)
 
     def test_in_a_daemonic_process(self, monkeypatch):
         assert facts_now().daemonic is False

@@ -30,8 +30,8 @@ from taskcarrier import (
 )
 from taskcarrier.workers import joblib_backends
 from taskcarrier.workers.choose import Choice
-from taskcarrier.workers.joblib_backends import counted
-from taskcarrier.workers.pickling import pack_items
+from taskcarrier.workers.joblib_backends import with_worker_count
+from taskcarrier.workers.pickling import pickle_items
 from tests.strategies import run_script, same_bits
 
 
@@ -75,7 +75,7 @@ class Elsewhere(ParallelBackendBase):
     def submit(self, func, callback=None):
         type(self).n_batches += 1
         type(self).n_tasks += len(func)
-        future = self.executor.submit(remotely, pack_items(func))
+        future = self.executor.submit(remotely, pickle_items(func))
         future.add_done_callback(callback)
         return future
 
@@ -189,12 +189,12 @@ def test_none_or_one_worker(found, monkeypatch):
     monkeypatch.setattr(Elsewhere, "n_workers", found)
     choice = Choice("test-elsewhere", -1, "asked for")
     if found:
-        assert counted(choice, "test-elsewhere") == Choice(
+        assert with_worker_count(choice, "test-elsewhere") == Choice(
             "sequential", 1, "backend 'test-elsewhere' has one worker"
         )
     else:
         with pytest.raises(RuntimeError, match="'test-elsewhere' has no worker"):
-            counted(choice, "test-elsewhere")
+            with_worker_count(choice, "test-elsewhere")
 
 
 def test_an_active_configuration_is_followed_with_all_that_it_says(backend):
@@ -419,10 +419,10 @@ def test_maps_inside_are_serial(mapper):
     def inside(i):
         other = StaticParallelMapper(n_jobs=2, backend="test-elsewhere")
         assert other(abs, [-i]) == [i]
-        return other.report.reason, taskcarrier.workers.loop.in_worker()
+        return other.report.reason, taskcarrier.workers.loop.is_in_worker()
 
     assert mapper(inside, range(4)) == [("called inside a worker", True)] * 4
-    assert not taskcarrier.workers.loop.in_worker()
+    assert not taskcarrier.workers.loop.is_in_worker()
 
 
 def test_what_numpy_warns_of_is_the_caller_s_to_say(mapper):

@@ -11,9 +11,9 @@ import pytest
 
 from taskcarrier import StaticParallelMapper, map_array
 from taskcarrier.workers import parent_state
-from tests.strategies import BACKENDS, PARALLEL, kept_crews
+from tests.strategies import BACKENDS, PARALLEL, kept_pools
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 def mapped(func, backend):

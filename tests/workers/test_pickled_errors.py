@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from taskcarrier.errors import TaskError, WorkerTracebackError
-from taskcarrier.workers.pickled_errors import pack_error, unpack_error
+from taskcarrier.workers.pickled_errors import pickle_error, unpickle_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def raised(error, *cause, handling=None):
 
 
 def travelled(error):
-    return unpack_error(pack_error(error))
+    return unpickle_error(pickle_error(error))
 
 
 def told(error):
@@ -276,9 +276,9 @@ class TestReplaced:
         assert arrived.type_name.endswith("DisguisedError")
 
     def test_those_that_cannot_be_read_here(self, monkeypatch):
-        packed = pack_error(raised(LostError("x", "y")))
+        packed = pickle_error(raised(LostError("x", "y")))
         monkeypatch.delattr(sys.modules[__name__], "LostError")
-        arrived = unpack_error(packed)
+        arrived = unpickle_error(packed)
         assert type(arrived) is TaskError
         assert "cannot be read here (AttributeError" in str(arrived)
         assert arrived.type_name.endswith("LostError")

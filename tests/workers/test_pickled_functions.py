@@ -7,10 +7,10 @@ import pytest
 
 from taskcarrier import DynamicParallelMapper
 from taskcarrier.workers.call import Call
-from tests.strategies import kept_crews, run_script
+from tests.strategies import kept_pools, run_script
 from tests.workers.test_pickling import travelled
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 @functools.cache

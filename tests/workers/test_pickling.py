@@ -1,4 +1,4 @@
-"""Parcels: what travels to a worker, and what comes back."""
+"""Payloads: what travels to a worker, and what comes back."""
 
 import os
 import pickle
@@ -14,7 +14,7 @@ from taskcarrier.memory.staging import Staging
 from taskcarrier.system.descriptors import own
 from taskcarrier.workers import pickling
 from taskcarrier.workers.call import Call
-from taskcarrier.workers.pickling import pack, pack_apart, pack_items, unpack
+from taskcarrier.workers.pickling import pickle_apart, pickle_items, pickle_task, unpickle_task
 
 SMALL = pickling._SHARED_NBYTES // 8 - 1
 LARGE = pickling._SHARED_NBYTES // 8
@@ -32,9 +32,9 @@ def _parcels_live_as_long_as_the_run():
 def travelled(task):
     """A task as it arrives, and the bytes that were copied beside the pickle."""
     staging = Staging()
-    parcel = pack(task, staging)
-    sent.append(parcel)
-    return unpack(parcel.data, [own(os.dup(fd)) for fd in parcel.fds]), staging.nbytes
+    payload = pickle_task(task, staging)
+    sent.append(payload)
+    return unpickle_task(payload.data, [own(os.dup(fd)) for fd in payload.fds]), staging.nbytes
 
 
 def module_level(x):
@@ -80,7 +80,7 @@ class TestFunctions:
 
     def test_what_cannot_be_pickled(self):
         with pytest.raises(TypeError, match="lock") as info:
-            pack(Call(module_level, (threading.Lock(),)), Staging())
+            pickle_task(Call(module_level, (threading.Lock(),)), Staging())
         (note,) = info.value.__notes__
         assert "could not pickle the function or its arguments" in note
         assert "backend='threading'" in note
@@ -90,25 +90,26 @@ class TestArrays:
     def test_large_ones_travel_beside_the_pickle(self):
         array = np.arange(float(LARGE))
         staging = Staging()
-        parcel = pack(Call(module_level, (array,)), staging)
+        payload = pickle_task(Call(module_level, (array,)), staging)
         assert staging.nbytes == array.nbytes
-        assert len(parcel.data) < 2000
-        assert len(parcel.fds) == 1
+        assert len(payload.data) < 2000
+        assert len(payload.fds) == 1
 
     def test_small_ones_travel_inside(self):
         array = np.arange(float(SMALL))
         staging = Staging()
-        parcel = pack(Call(module_level, (array,)), staging)
-        assert (staging.nbytes, parcel.fds) == (0, [])
-        assert np.array_equal(unpack(parcel.data, []).args[0], array)
+        payload = pickle_task(Call(module_level, (array,)), staging)
+        assert (staging.nbytes, payload.fds) == (0, [])
+        assert np.array_equal(unpickle_task(payload.data, []).args[0], array)
 
     @pytest.mark.parametrize("length", [SMALL, LARGE])
     def test_arrive_writable_and_private(self, length):
         array = np.arange(float(length))
         staging = Staging()
-        parcel = pack(Call(module_level, (array,)), staging)
+        payload = pickle_task(Call(module_level, (array,)), staging)
         one, other = (
-            unpack(parcel.data, [own(os.dup(fd)) for fd in parcel.fds]).args[0] for _ in range(2)
+            unpickle_task(payload.data, [own(os.dup(fd)) for fd in payload.fds]).args[0]
+            for _ in range(2)
         )
         one[5] = -1
         assert one[5] == -1
@@ -166,7 +167,7 @@ class TestArrays:
 class TestApart:
     def test_large_arrays_are_taken_apart_as_they_lie(self):
         large, small = np.arange(float(LARGE)).reshape(2, -1).T, np.arange(3)
-        own, shared, *blocks = pack_apart(lambda x: x + small, {"large": large, "small": small})
+        own, shared, *blocks = pickle_apart(lambda x: x + small, {"large": large, "small": small})
         assert [block.nbytes for block in blocks] == [large.nbytes]
         assert blocks[0].readonly
         found = pickle.loads(shared, buffers=blocks)
@@ -177,7 +178,7 @@ class TestApart:
 
     def test_what_becomes_a_worker_s_own_stays_in_its_pickle(self):
         mine = np.zeros(LARGE)
-        own, shared, *blocks = pack_apart(lambda: mine, {"rows": np.zeros((2, LARGE))[:, ::2]})
+        own, shared, *blocks = pickle_apart(lambda: mine, {"rows": np.zeros((2, LARGE))[:, ::2]})
         assert blocks == []
         arrived = pickle.loads(own)()
         assert arrived.flags.writeable
@@ -189,9 +190,9 @@ class TestSegments:
         staging = Staging()
         array = np.arange(100.0)
         (view,) = staging.share([array])
-        parcel = pack({"one": view, "again": view, "segment": view.segment}, staging)
-        assert parcel.fds == [view.segment.fd]
-        arrived = unpack(parcel.data, [own(os.dup(fd)) for fd in parcel.fds])
+        payload = pickle_task({"one": view, "again": view, "segment": view.segment}, staging)
+        assert payload.fds == [view.segment.fd]
+        arrived = unpickle_task(payload.data, [own(os.dup(fd)) for fd in payload.fds])
         assert arrived["one"].segment is arrived["again"].segment is arrived["segment"]
         assert np.array_equal(arrived["one"].open("read"), array)
         arrived["one"].open("write")[7] = -1
@@ -203,9 +204,9 @@ class TestSegments:
             segment.reserve(100 * (n + 1))
         staging = Staging()
         (view,) = staging.share([np.arange(10.0)])
-        parcel = pack([made[2], view, *made], staging)
-        assert parcel.segments == [made[2], view.segment, made[0], made[1]]
-        arrived = unpack(parcel.data, [own(os.dup(fd)) for fd in parcel.fds])
+        payload = pickle_task([made[2], view, *made], staging)
+        assert payload.segments == [made[2], view.segment, made[0], made[1]]
+        arrived = unpickle_task(payload.data, [own(os.dup(fd)) for fd in payload.fds])
         assert [os.fstat(s.fd).st_ino for s in arrived[2:]] == [os.fstat(s.fd).st_ino for s in made]
         assert [s.on_disk for s in arrived[2:]] == [False, True, False]
         assert [s.nbytes for s in arrived[2:]] == [100, 200, 300]
@@ -214,40 +215,40 @@ class TestSegments:
     def test_descriptors_belong_to_whoever_unpacks(self):
         staging = Staging()
         (view,) = staging.share([np.arange(10.0)])
-        parcel = pack(view, staging)
-        fd = os.dup(parcel.fds[0])
-        arrived = unpack(parcel.data, [own(fd)])
+        payload = pickle_task(view, staging)
+        fd = os.dup(payload.fds[0])
+        arrived = unpickle_task(payload.data, [own(fd)])
         assert os.fstat(fd)
         del arrived
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)
 
     def test_a_parcel_keeps_its_segments(self):
-        parcel = pack(Call(module_level, (np.arange(float(LARGE)),)), Staging())
-        assert os.fstat(parcel.fds[0]).st_size >= 8 * LARGE
+        payload = pickle_task(Call(module_level, (np.arange(float(LARGE)),)), Staging())
+        assert os.fstat(payload.fds[0]).st_size >= 8 * LARGE
 
 
 class TestItems:
     @pytest.mark.parametrize("items", [[1, "two", None], (3.5,), {"a": b"b"}, Ellipsis])
     def test_plain_data(self, items):
-        assert pickle.loads(pack_items(items)) == items
+        assert pickle.loads(pickle_items(items)) == items
 
     def test_what_pickle_does_not_take(self):
         factor = 3
-        assert pickle.loads(pack_items([lambda x: x * factor]))[0](7) == 21
+        assert pickle.loads(pickle_items([lambda x: x * factor]))[0](7) == 21
 
     def test_objects_of_main_travel_whole(self, monkeypatch):
         namespace = {"__name__": "__main__"}
         exec("class Thing:\n    value = 7", namespace)
         kind = namespace["Thing"]
         monkeypatch.setattr(sys.modules["__main__"], "Thing", kind, raising=False)
-        packed = pack_items([kind()])
+        packed = pickle_items([kind()])
         monkeypatch.delattr(sys.modules["__main__"], "Thing")
         assert pickle.loads(packed)[0].value == 7
 
     def test_the_error_for_what_nothing_takes(self):
         with pytest.raises(TypeError, match="lock"):
-            pack_items([threading.Lock()])
+            pickle_items([threading.Lock()])
 
 
 def n_open():

@@ -1,4 +1,4 @@
-"""Crews are lent, kept warm, and ended when nobody needs them."""
+"""Pools are lent, kept warm, and ended when nobody needs them."""
 
 import errno
 import os
@@ -22,25 +22,25 @@ from taskcarrier import (
 )
 from taskcarrier.memory.staging import Staging
 from taskcarrier.scheduling.balance import Dynamic
-from taskcarrier.scheduling.grid import Grid
+from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.workers import pools as module
 from taskcarrier.workers.call import Call
-from taskcarrier.workers.pickling import pack
-from taskcarrier.workers.pools import held_warm, process_crew, shutdown, thread_crew
+from taskcarrier.workers.pickling import pickle_task
+from taskcarrier.workers.pools import keep_warm, process_pool, shutdown, thread_pool
 from taskcarrier.workers.processes import pool
-from taskcarrier.workers.records import Account
+from taskcarrier.workers.records import WorkerStats
 from taskcarrier.workers.task import Job
-from taskcarrier.workers.threads import ThreadCrew
+from taskcarrier.workers.threads import ThreadPool
 
 LONG = 60  # seconds that no test waits for
-LENDERS = {"threading": thread_crew, "loky": process_crew}
+LENDERS = {"threading": thread_pool, "loky": process_pool}
 
 
 class Calls:
     def __init__(self, call):
         self.call = call
 
-    def open(self, agree):
+    def open(self, propose):
         return self
 
     def __call__(self, start, stop):
@@ -54,24 +54,24 @@ def where():
     return os.getpid(), threading.current_thread().name
 
 
-def run(crew, func=where, n_workers=2):
+def run(pool, func=where, n_workers=2):
     delivered = []
-    job = Job(Calls(Call(func)), Dynamic(), Grid(n_workers, 1), n_workers)
-    parcel = () if crew.shares_memory else (pack(job, Staging()),)
-    crew.run(job, *parcel, lambda _, result: delivered.append(result), None)
+    job = Job(Calls(Call(func)), Dynamic(), ChunkGrid(n_workers, 1), n_workers)
+    payload = () if pool.shares_memory else (pickle_task(job, Staging()),)
+    pool.run(job, *payload, lambda _, result: delivered.append(result), None)
     return delivered
 
 
-def workers(crew):
-    """What is alive of a crew."""
-    if crew.shares_memory:
-        return [w.thread for w in crew._workers.values() if w.thread.is_alive()]
-    return [w.pid for w in crew._workers.values() if psutil.pid_exists(w.pid)]
+def workers(pool):
+    """What is alive of a pool."""
+    if pool.shares_memory:
+        return [w.thread for w in pool._workers.values() if w.thread.is_alive()]
+    return [w.pid for w in pool._workers.values() if psutil.pid_exists(w.pid)]
 
 
-def crews():
+def pools():
     """All there are."""
-    return [place.crew for place in module._crews._places]
+    return [place.pool for place in module._pools._places]
 
 
 def wait_until(condition):
@@ -132,7 +132,7 @@ class TestTooManyWorkers:
         (note,) = [one for one in info.value.__notes__ if "could be started" in one]
         assert note.startswith("only 3 of 30 ")
         assert "pass a smaller n_jobs" in note
-        wait_until(lambda: not crews())
+        wait_until(lambda: not pools())
         # Without `shutdown`.
         wait_until(lambda: not set(threading.enumerate()) - before[0] - set(keepers()))
         trackers = 2  # of multiprocessing and of loky
@@ -161,10 +161,10 @@ def test_without_a_keeper_nothing_is_kept(lend, monkeypatch):
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", started)
-    with lend(2) as crew:
-        assert len(run(crew)) == 2
-    wait_until(lambda: not workers(crew))
-    assert not crews()
+    with lend(2) as pool:
+        assert len(run(pool)) == 2
+    wait_until(lambda: not workers(pool))
+    assert not pools()
 
 
 THREE_OF_FIVE_HUNDRED = {
@@ -183,8 +183,8 @@ THREE_OF_FIVE_HUNDRED = {
 @pytest.mark.parametrize("backend", LENDERS)
 def test_no_more_workers_are_started_than_there_are_tasks(call, backend):
     THREE_OF_FIVE_HUNDRED[call]({"n_jobs": 500, "backend": backend})
-    (crew,) = crews()
-    assert 1 <= len(workers(crew)) <= 3
+    (pool,) = pools()
+    assert 1 <= len(workers(pool)) <= 3
     assert last_report().n_jobs <= 3
 
 
@@ -203,37 +203,37 @@ def lend(request):
 
 class TestLending:
     def test_where_work_is_done(self):
-        with thread_crew(2) as threads, process_crew(2) as pool:
+        with thread_pool(2) as threads, process_pool(2) as pool:
             assert {pid for pid, _ in run(threads)} == {os.getpid()}
             assert os.getpid() not in {pid for pid, _ in run(pool)}
 
     def test_the_same_crew_again(self, lend):
-        with lend(2) as crew:
-            run(crew)
-            before = workers(crew)
+        with lend(2) as pool:
+            run(pool)
+            before = workers(pool)
         with lend(2) as again:
             run(again)
-            assert again is crew
+            assert again is pool
             assert workers(again) == before
         assert len(before) == 2
 
     def test_after_an_error_too(self, lend):
-        with pytest.raises(KeyError), lend(2) as crew:
+        with pytest.raises(KeyError), lend(2) as pool:
             raise KeyError
         with lend(2) as again:
-            assert again is crew
+            assert again is pool
 
     @pytest.mark.parametrize("other", [1, 3])
     def test_another_crew_for_other_numbers(self, lend, other):
-        with lend(2) as crew:
+        with lend(2) as pool:
             pass
         with lend(other) as another:
-            assert another is not crew
+            assert another is not pool
 
     def test_another_crew_for_another_backend(self):
-        with thread_crew(2) as threads:
+        with thread_pool(2) as threads:
             pass
-        with process_crew(2) as pool:
+        with process_pool(2) as pool:
             assert pool is not threads
 
     def test_runs_that_overlap_get_different_crews(self, lend):
@@ -258,12 +258,12 @@ class TestLending:
         def borrow():
             begin.wait(LONG)
             for _ in range(20):
-                with thread_crew(1) as crew:
-                    assert crew not in in_use
-                    in_use.add(crew)
-                    taken.append(crew)
-                    run(crew, n_workers=1)
-                    in_use.discard(crew)
+                with thread_pool(1) as pool:
+                    assert pool not in in_use
+                    in_use.add(pool)
+                    taken.append(pool)
+                    run(pool, n_workers=1)
+                    in_use.discard(pool)
 
         in_use = set()
         threads = [threading.Thread(target=borrow) for _ in range(6)]
@@ -278,47 +278,47 @@ class TestLending:
 @pytest.mark.fault(44)
 class TestLost:
     def test_a_lease_that_is_gone_frees_its_crew(self):
-        lease = module._crews.take(("threading", 2, True, ()))
-        crew = lease.place.crew
+        lease = module._pools.take(("threading", 2, True, ()))
+        pool = lease.place.pool
         del lease
-        with thread_crew(2) as again:
-            assert again is crew
+        with thread_pool(2) as again:
+            assert again is pool
 
     def test_ended_if_another_was_made_meanwhile(self):
-        lost = module._crews.take(("threading", 2, True, ()))
-        gone = workers(lost.place.crew)
-        with thread_crew(2) as other:
+        lost = module._pools.take(("threading", 2, True, ()))
+        gone = workers(lost.place.pool)
+        with thread_pool(2) as other:
             run(other)
         del lost
-        wait_until(lambda: crews() == [other])
+        wait_until(lambda: pools() == [other])
         wait_until(lambda: not any(thread.is_alive() for thread in gone))
 
     def test_a_crew_that_has_ended_is_lent_no_more(self):
-        with thread_crew(2):
-            (place,) = module._crews._places
+        with thread_pool(2):
+            (place,) = module._pools._places
         shutdown()
         assert place.lent(lambda _: None) is None
 
     def test_a_crew_whose_threads_are_left_at_work_is_whole_again(self):
         go_on = threading.Event()
-        crew = ThreadCrew(2)
+        pool = ThreadPool(2)
         begun = []
 
         def waits():
             begun.append(threading.current_thread())
             go_on.wait(LONG)
 
-        job = Job(Calls(Call(waits)), Dynamic(), Grid(2, 1), 2)
-        crew._have(2)
+        job = Job(Calls(Call(waits)), Dynamic(), ChunkGrid(2, 1), 2)
+        pool._have(2)
         for number in range(2):  # as if the caller had been stopped just after
-            crew._begin(number, job, lambda: (waits(), Account(0))[1], lambda _: None)
+            pool._begin(number, job, lambda: (waits(), WorkerStats(0))[1], lambda _: None)
         wait_until(lambda: len(begun) == 2)
-        assert len(run(crew)) == 2
+        assert len(run(pool)) == 2
         go_on.set()
         for thread in begun:
             thread.join(LONG)
             assert not thread.is_alive()
-        crew.close()
+        pool.close()
 
 
 class TestIdle:
@@ -328,57 +328,57 @@ class TestIdle:
 
     @pytest.mark.usefixtures("impatient")
     def test_idle_crews_end(self, lend):
-        with lend(2) as crew:
-            run(crew)
-            found = workers(crew)
-        wait_until(lambda: not workers(crew) and not keepers())
+        with lend(2) as pool:
+            run(pool)
+            found = workers(pool)
+        wait_until(lambda: not workers(pool) and not keepers())
         assert len(found) == 2
         with lend(2) as another:
-            assert another is not crew
+            assert another is not pool
             assert len(run(another)) == 2
 
     @pytest.mark.usefixtures("impatient")
     def test_not_while_lent(self, lend):
-        with lend(2) as crew:
-            with thread_crew(1):
+        with lend(2) as pool:
+            with thread_pool(1):
                 pass  # the keeper is at work
-            wait_until(lambda: crews() == [crew])
-            assert len(run(crew)) == 2
+            wait_until(lambda: pools() == [pool])
+            assert len(run(pool)) == 2
 
     def test_not_before_their_time(self, lend):
         assert module.IDLE_SECONDS == 300
-        with lend(2) as crew:
-            run(crew)
+        with lend(2) as pool:
+            run(pool)
         time.sleep(0.1)
-        assert len(workers(crew)) == 2
+        assert len(workers(pool)) == 2
         assert len(keepers()) == 1
 
     @pytest.mark.usefixtures("impatient")
     def test_held_warm(self):
-        with held_warm():
-            with held_warm(), thread_crew(2) as crew:
-                run(crew)
+        with keep_warm():
+            with keep_warm(), thread_pool(2) as pool:
+                run(pool)
             (keeper,) = keepers()
             time.sleep(1.3)  # the keeper looks every second at most
-            assert len(workers(crew)) == 2
+            assert len(workers(pool)) == 2
             assert keeper.is_alive()
-            with thread_crew(2) as again:
-                assert again is crew
-        wait_until(lambda: not workers(crew))
+            with thread_pool(2) as again:
+                assert again is pool
+        wait_until(lambda: not workers(pool))
 
     def test_held_warm_ends_with_an_error(self):
-        with pytest.raises(KeyError), held_warm():
+        with pytest.raises(KeyError), keep_warm():
             raise KeyError
-        assert not module._crews._held_warm
+        assert not module._pools._held_warm
 
 
 class TestShutdown:
     def test_idle_workers_are_gone(self, lend):
-        with lend(2) as crew:
-            run(crew)
-        assert len(workers(crew)) == 2
+        with lend(2) as pool:
+            run(pool)
+        assert len(workers(pool)) == 2
         shutdown()
-        assert workers(crew) == []
+        assert workers(pool) == []
         assert keepers() == []
 
     def test_a_keeper_that_cannot_start_is_tried_again(self, monkeypatch):
@@ -387,21 +387,21 @@ class TestShutdown:
 
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refuse)
-            lent = process_crew(2)
-            with process_crew(1) as other:
+            lent = process_pool(2)
+            with process_pool(1) as other:
                 pass
-            assert other not in crews()
+            assert other not in pools()
             assert keepers() == []
-        with lent as crew:
-            assert len(run(crew)) == 2
-        assert crews() == [crew]
+        with lent as pool:
+            assert len(run(pool)) == 2
+        assert pools() == [pool]
         assert len(keepers()) == 1
 
     def test_a_keeper_that_has_only_just_started_ends_too(self):
-        with module._crews._keeping:  # before the keeper comes to wait
-            take = threading.Thread(target=module._crews.take, args=[("threading", 1, True, ())])
+        with module._pools._keeping:  # before the keeper comes to wait
+            take = threading.Thread(target=module._pools.take, args=[("threading", 1, True, ())])
             take.start()
-            wait_until(crews)
+            wait_until(pools)
         take.join()
         shutdown()
         assert keepers() == []
@@ -414,30 +414,30 @@ class TestShutdown:
             pass
         shutdown()
         shutdown()
-        assert crews() == []
+        assert pools() == []
 
     def test_busy_ones_finish_and_stay_warm(self, lend):
-        with lend(2) as crew:
-            run(crew)
+        with lend(2) as pool:
+            run(pool)
             shutdown()
-            assert len(run(crew)) == 2
+            assert len(run(pool)) == 2
         with lend(2) as again:
-            assert again is crew
+            assert again is pool
 
     def test_under_held_warm_too(self, lend):
-        with held_warm():
-            with lend(1) as crew:
-                run(crew, n_workers=1)
+        with keep_warm():
+            with lend(1) as pool:
+                run(pool, n_workers=1)
             shutdown()
-            assert workers(crew) == []
+            assert workers(pool) == []
 
     def test_at_exit_only_in_the_process_that_owns_them(self, lend):
-        with lend(1) as crew:
-            run(crew, n_workers=1)
-        module._at_exit(owner=-1)
-        assert len(workers(crew)) == 1
-        module._at_exit(owner=os.getpid())
-        wait_until(lambda: not workers(crew))
+        with lend(1) as pool:
+            run(pool, n_workers=1)
+        module._shutdown_at_exit(owner=-1)
+        assert len(workers(pool)) == 1
+        module._shutdown_at_exit(owner=os.getpid())
+        wait_until(lambda: not workers(pool))
 
 
 # Python 3.12 warns of any fork beside threads; this is about what such a child finds.
@@ -461,46 +461,46 @@ class TestFork:
         return said
 
     def test_a_child_starts_without_crews(self, lend):
-        with lend(2) as crew:
-            run(crew)
+        with lend(2) as pool:
+            run(pool)
 
         def check():
-            return len(crews()), len(crew._workers)
+            return len(pools()), len(pool._workers)
 
         assert self.in_child(check) == "(0, 0)"
-        assert len(workers(crew)) == 2
+        assert len(workers(pool)) == 2
         with lend(2) as again:
-            assert again is crew
+            assert again is pool
             assert len(run(again)) == 2
 
     def test_a_child_of_a_busy_parent(self, lend):
         def check():
-            return len(crews()), bool(module._crews._held_warm)
+            return len(pools()), bool(module._pools._held_warm)
 
-        with held_warm(), lend(2) as crew:
-            run(crew)
+        with keep_warm(), lend(2) as pool:
+            run(pool)
             assert self.in_child(check) == "(0, False)"
-            assert len(run(crew)) == 2
+            assert len(run(pool)) == 2
 
     def test_a_child_has_crews_of_its_own(self):
-        with thread_crew(2) as crew:
-            run(crew)
+        with thread_pool(2) as pool:
+            run(pool)
 
         def check():
-            with thread_crew(2) as own:
-                return own is crew, {pid for pid, _ in run(own)} == {os.getpid()}
+            with thread_pool(2) as own:
+                return own is pool, {pid for pid, _ in run(own)} == {os.getpid()}
 
         assert self.in_child(check) == "(False, True)"
 
     def test_a_child_s_end_ends_nobody(self, lend):
-        with lend(2) as crew:
-            run(crew)
+        with lend(2) as pool:
+            run(pool)
 
         def check():
-            module._at_exit()
+            module._shutdown_at_exit()
             shutdown()
             return "done"
 
         assert self.in_child(check) == "'done'"
-        assert len(workers(crew)) == 2
-        assert len(run(crew)) == 2
+        assert len(workers(pool)) == 2
+        assert len(run(pool)) == 2

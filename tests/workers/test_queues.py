@@ -1,4 +1,4 @@
-"""Feeds of the caller and of threads: what is given comes back, once."""
+"""Queues of the caller and of threads: what is given comes back, once."""
 
 import threading
 import time
@@ -6,13 +6,19 @@ import time
 import pytest
 
 from taskcarrier.scheduling.balance import Dynamic
-from taskcarrier.scheduling.grid import Grid
-from taskcarrier.scheduling.retries import Recovery
+from taskcarrier.scheduling.grid import ChunkGrid
+from taskcarrier.scheduling.retries import RetryPolicy
 from taskcarrier.workers import threads
-from taskcarrier.workers.loop import in_worker
-from taskcarrier.workers.pools import thread_crew
-from taskcarrier.workers.queues import AHEAD, Came, SerialFeed, came_of, raise_and_forget
-from taskcarrier.workers.records import Account, Failure, Parts
+from taskcarrier.workers.loop import is_in_worker
+from taskcarrier.workers.pools import thread_pool
+from taskcarrier.workers.queues import (
+    AHEAD,
+    BatchResult,
+    SerialQueue,
+    raise_and_forget,
+    to_batch_result,
+)
+from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats
 from taskcarrier.workers.task import Job
 from tests.clocks import LATE
 
@@ -25,7 +31,7 @@ class Fed:
     def __init__(self, func):
         self.func = func
 
-    def open(self, agree):
+    def open(self, propose):
         return Held(self.func)
 
 
@@ -38,14 +44,22 @@ class Held:
 
     def __call__(self, start, stop):
         items = self.items[start - self.start : stop - self.start]
-        return Came(start, stop, [self.func(item) for item in items], 7)
+        return BatchResult(start, stop, [self.func(item) for item in items], 7)
 
     def facts(self):
         return None
 
 
 def job_of(func, n_workers=2, **options):
-    return Job(Fed(func), Dynamic(), Grid(0, 1), n_workers, fed=True, collects=True, **options)
+    return Job(
+        Fed(func),
+        Dynamic(),
+        ChunkGrid(0, 1),
+        n_workers,
+        is_streamed=True,
+        collect_errors=True,
+        **options,
+    )
 
 
 def all_of(feed, n_items):
@@ -60,34 +74,34 @@ def all_of(feed, n_items):
 
 class TestSerial:
     def test_runs_what_it_is_given(self):
-        feed = SerialFeed(job_of(lambda item: (item, in_worker()), 1))
+        feed = SerialQueue(job_of(lambda item: (item, is_in_worker()), 1))
         assert feed.runs_here
         assert feed.has_room
-        feed.give(5, ["a", "b"])
+        feed.put(5, ["a", "b"])
         assert not feed.has_room
-        assert feed.take(0) == [Came(5, 7, [("a", True), ("b", True)], 7)]
+        assert feed.take(0) == [BatchResult(5, 7, [("a", True), ("b", True)], 7)]
         assert feed.has_room
         assert feed.take(0) == []
-        assert not in_worker()
+        assert not is_in_worker()
 
     def test_account(self):
-        feed = SerialFeed(job_of(abs, 1))
+        feed = SerialQueue(job_of(abs, 1))
         for start in range(0, 6, 2):
-            feed.give(start, [start, start + 1])
+            feed.put(start, [start, start + 1])
             feed.take(0)
-        (account,) = feed.close().accounts
-        assert (account.name, account.ranges, account.items) == ("caller", 3, 6)
-        assert account.busy_ns == 21
-        assert feed.ledger.items_done(1) == 6
+        (stats,) = feed.close().worker_stats
+        assert (stats.name, stats.ranges, stats.items) == ("caller", 3, 6)
+        assert stats.busy_ns == 21
+        assert feed.ledger.n_items_done(1) == 6
 
     def test_an_exit_is_raised_where_it_is_given(self):
         def leave(item):
             raise SystemExit(item)
 
-        feed = SerialFeed(job_of(leave, 1))
+        feed = SerialQueue(job_of(leave, 1))
         with pytest.raises(SystemExit):
-            feed.give(0, [3])
-        assert not in_worker()
+            feed.put(0, [3])
+        assert not is_in_worker()
         feed.close()
 
 
@@ -98,30 +112,30 @@ class TestThreads:
         monkeypatch.setattr(threads, "_GRACE_SECONDS", LONG)
 
     def test_what_is_given_comes(self):
-        with thread_crew(2) as crew:
-            feed = crew.feed(job_of(lambda item: item * 2))
+        with thread_pool(2) as pool:
+            feed = pool.stream(job_of(lambda item: item * 2))
             assert not feed.runs_here
             came = {}
             for start in range(0, 40, 4):
                 while not feed.has_room:
                     came |= {one.start: one for one in feed.take(LONG)}
-                feed.give(start, range(start, start + 4))
+                feed.put(start, range(start, start + 4))
             came |= all_of(feed, 40 - 4 * len(came))
             ran = feed.close()
         assert {start: one.result for start, one in came.items()} == {
             start: [2 * item for item in range(start, start + 4)] for start in range(0, 40, 4)
         }
-        assert [account.name for account in ran.accounts] == ["thread 0", "thread 1"]
-        assert sum(account.items for account in ran.accounts) == 40
-        assert not ran.halted
+        assert [stats.name for stats in ran.worker_stats] == ["thread 0", "thread 1"]
+        assert sum(stats.items for stats in ran.worker_stats) == 40
+        assert not ran.is_halted
 
     def test_room_for_so_many_blocks(self):
         gate = threading.Event()
-        with thread_crew(2) as crew:
-            feed = crew.feed(job_of(gate.wait))
+        with thread_pool(2) as pool:
+            feed = pool.stream(job_of(gate.wait))
             for start in range(2 * AHEAD):
                 assert feed.has_room
-                feed.give(start, [LONG])
+                feed.put(start, [LONG])
             assert not feed.has_room
             assert feed.take(0.01) == []
             gate.set()
@@ -137,10 +151,10 @@ class TestThreads:
             ran_items.append(item)
             first.wait(LONG)
 
-        with thread_crew(1) as crew:
-            feed = crew.feed(job_of(func, 1))
-            feed.give(0, [0])
-            feed.give(1, [1])
+        with thread_pool(1) as pool:
+            feed = pool.stream(job_of(func, 1))
+            feed.put(0, [0])
+            feed.put(1, [1])
             while not ran_items:
                 time.sleep(0.001)
             closing = threading.Thread(target=once_halted, args=(feed.ledger, first.set))
@@ -148,7 +162,7 @@ class TestThreads:
             ran = feed.close()
             closing.join()
         assert ran_items == [0]
-        assert ran.halted
+        assert ran.is_halted
 
     def test_a_stuck_thread_is_replaced(self, monkeypatch):
         monkeypatch.setattr(threads, "_GRACE_SECONDS", LATE)  # for the one that is not stuck
@@ -159,18 +173,18 @@ class TestThreads:
                 begun.append(threading.current_thread())
                 stuck.wait(LONG)
 
-        with thread_crew(2) as crew:
-            feed = crew.feed(job_of(func))
-            feed.give(0, [0])
-            feed.give(1, [1])
+        with thread_pool(2) as pool:
+            feed = pool.stream(job_of(func))
+            feed.put(0, [0])
+            feed.put(1, [1])
             assert [came.start for came in feed.take(LONG)] == [1]
             ran = feed.close()
-            assert sorted(account.items for account in ran.accounts) == [0, 1]
-            assert [worker.thread for worker in crew._workers.values()] != begun
-            assert len(crew._workers) == 1
-            feed = crew.feed(job_of(abs))
-            feed.give(0, [0])
-            feed.give(1, [-1])
+            assert sorted(stats.items for stats in ran.worker_stats) == [0, 1]
+            assert [worker.thread for worker in pool._workers.values()] != begun
+            assert len(pool._workers) == 1
+            feed = pool.stream(job_of(abs))
+            feed.put(0, [0])
+            feed.put(1, [-1])
             assert len(all_of(feed, 2)) == 2
             feed.close()
             stuck.set()
@@ -179,37 +193,37 @@ class TestThreads:
 
     def test_another_begins_when_all_have_a_block(self):
         gate = threading.Event()
-        with thread_crew(500) as crew:
-            feed = crew.feed(job_of(gate.wait, 500))
+        with thread_pool(500) as pool:
+            feed = pool.stream(job_of(gate.wait, 500))
             for start in range(3):
-                assert len(crew._workers) == start
-                feed.give(start, [LONG])
-            assert len(crew._workers) == 3
+                assert len(pool._workers) == start
+                feed.put(start, [LONG])
+            assert len(pool._workers) == 3
             gate.set()
             all_of(feed, 3)
             for start in range(3, 20):
-                feed.give(start, [LONG])
+                feed.put(start, [LONG])
                 all_of(feed, 1)
-            assert len(crew._workers) == 3
-            assert len(feed.close().accounts) == 3
+            assert len(pool._workers) == 3
+            assert len(feed.close().worker_stats) == 3
 
     def test_an_exit_is_raised_where_results_are_taken(self):
         def leave(item):
             raise SystemExit(item)
 
-        with thread_crew(2) as crew:
-            feed = crew.feed(job_of(leave))
-            feed.give(0, [3])
+        with thread_pool(2) as pool:
+            feed = pool.stream(job_of(leave))
+            feed.put(0, [3])
             with pytest.raises(SystemExit) as caught:
                 feed.take(LONG)
             assert caught.value.code == 3
             feed.close()
 
     def test_a_range_that_took_too_long(self):
-        recovery = Recovery(timeout=0.01)
-        with thread_crew(1) as crew:
-            feed = crew.feed(job_of(time.sleep, 1, recovery=recovery))
-            feed.give(3, [0.05])
+        retry_policy = RetryPolicy(timeout=0.01)
+        with thread_pool(1) as pool:
+            feed = pool.stream(job_of(time.sleep, 1, retry_policy=retry_policy))
+            feed.put(3, [0.05])
             (came,) = all_of(feed, 1).values()
             feed.close()
         assert came[:2] == (3, 4)
@@ -219,22 +233,22 @@ class TestThreads:
 
 def once_halted(ledger, then):
     deadline = time.monotonic() + LONG
-    while not ledger.halted and time.monotonic() < deadline:
+    while not ledger.is_halted and time.monotonic() < deadline:
         time.sleep(0.001)
     then()
 
 
 def test_a_fault_alone_knows_its_range():
-    came = Came(1, 2, [5])
-    assert came_of(came) is came
-    parts = Parts([], [(4, 9, ValueError())])
-    assert came_of(parts) == Came(4, 9, parts)
+    came = BatchResult(1, 2, [5])
+    assert to_batch_result(came) is came
+    parts = PartialResult([], [(4, 9, ValueError())])
+    assert to_batch_result(parts) == BatchResult(4, 9, parts)
 
 
 def test_an_error_that_was_raised_is_not_kept():
-    account = Account(0, failure=Failure(None, ValueError("no")))
-    failure = account.failure
+    stats = WorkerStats(0, failure=RangeFailure(None, ValueError("no")))
+    failure = stats.failure
     with pytest.raises(ValueError, match="no"):
-        raise_and_forget(account)
-    assert account.failure is None
+        raise_and_forget(stats)
+    assert stats.failure is None
     assert "error" not in vars(failure)

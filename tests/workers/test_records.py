@@ -7,8 +7,8 @@ import weakref
 import numpy as np
 
 from taskcarrier.errors import TaskError
-from taskcarrier.workers.pickling import pack_items, unpack_items
-from taskcarrier.workers.records import Parts
+from taskcarrier.workers.pickling import pickle_items, unpickle_items
+from taskcarrier.workers.records import PartialResult
 
 
 class Thing:
@@ -31,11 +31,11 @@ def raised(error):
 
 
 def test_results_and_faults_arrive():
-    parts = Parts(
+    parts = PartialResult(
         [(slice(0, 2), [np.arange(2.0)]), (np.array([3, 5]), ["a", "b"])],
         [(2, 3, ValueError("no", 3)), (4, 5, KeyError("k"))],
     )
-    arrived = unpack_items(pack_items(parts))
+    arrived = unpickle_items(pickle_items(parts))
     (where, (array,)), (positions, words) = arrived.results
     assert where == slice(0, 2)
     assert array.tolist() == [0.0, 1.0]
@@ -47,13 +47,13 @@ def test_results_and_faults_arrive():
 def test_faults_arrive_with_the_traceback_they_had():
     error = ValueError("no")
     raised(error)
-    ((_, _, arrived),) = pickle.loads(pickle.dumps(Parts([], [(0, 1, error)]))).faults
+    ((_, _, arrived),) = pickle.loads(pickle.dumps(PartialResult([], [(0, 1, error)]))).faults
     assert "in raised" in str(arrived.__cause__)
 
 
 def test_a_fault_that_cannot_travel_is_replaced():
     ((_, _, arrived),) = pickle.loads(
-        pickle.dumps(Parts([], [(0, 1, UnsendableError("no"))]))
+        pickle.dumps(PartialResult([], [(0, 1, UnsendableError("no"))]))
     ).faults
     assert type(arrived) is TaskError
     assert arrived.type_name == f"{__name__}.UnsendableError"
@@ -62,7 +62,7 @@ def test_a_fault_that_cannot_travel_is_replaced():
 def test_pickled_twice_is_the_same():
     error = ValueError("no")
     raised(error)
-    parts = Parts([(slice(0, 1), "result")], [(1, 2, error)])
+    parts = PartialResult([(slice(0, 1), "result")], [(1, 2, error)])
     first, second = (pickle.loads(pickle.dumps(parts)) for _ in range(2))
     assert first.results == second.results
     # The traceback is gone after the first time, but not its text.
@@ -77,7 +77,7 @@ def test_packed_errors_hold_nothing_in_the_worker():
     gc.disable()
     try:
         assert all(thing() is not None for thing in things)
-        packed = pickle.dumps(Parts([], [(0, 1, outer)]))
+        packed = pickle.dumps(PartialResult([], [(0, 1, outer)]))
         assert [thing() for thing in things] == [None, None]
     finally:
         gc.enable()

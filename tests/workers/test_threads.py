@@ -1,4 +1,4 @@
-"""Crews of threads."""
+"""Pools of threads."""
 
 import os
 import signal
@@ -14,16 +14,16 @@ import pytest
 
 from taskcarrier import map_array, map_items
 from taskcarrier.arrays.outputs import buffers, writer
-from taskcarrier.arrays.outputs.buffers import CallIsOverError, LocalAllocation
+from taskcarrier.arrays.outputs.buffers import CallIsOverError, LocalBuffer
 from taskcarrier.memory.segments import Segment, SharedView
 from taskcarrier.scheduling.balance import Dynamic, Static
-from taskcarrier.scheduling.grid import Grid
+from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import DONE
-from taskcarrier.scheduling.retries import Recovery
+from taskcarrier.scheduling.retries import RetryPolicy
 from taskcarrier.workers import threads as module
-from taskcarrier.workers.loop import in_worker
-from taskcarrier.workers.task import NOTHING, Job
-from taskcarrier.workers.threads import ThreadCrew
+from taskcarrier.workers.loop import is_in_worker
+from taskcarrier.workers.task import IN_PLACE, Job
+from taskcarrier.workers.threads import ThreadPool
 from tests.clocks import stopped_clock
 
 BALANCES = [Static(), Dynamic()]
@@ -31,8 +31,8 @@ LONG = 60  # seconds that no test waits for
 
 
 @pytest.fixture
-def crew():
-    made = ThreadCrew(3)
+def pool():
+    made = ThreadPool(3)
     yield made
     made.close()
 
@@ -43,7 +43,7 @@ class Calls:
     def __init__(self, func):
         self.func = func
 
-    def open(self, agree):
+    def open(self, propose):
         return self
 
     def __call__(self, start, stop):
@@ -53,38 +53,38 @@ class Calls:
         return threading.current_thread().name
 
 
-def run(crew, func, *, balance=None, n_items=20, n_workers=3, tick=None, **others):
+def run(pool, func, *, balance=None, n_items=20, n_workers=3, tick=None, **others):
     delivered = []
-    job = Job(Calls(func), balance or Dynamic(), Grid(n_items, 2), n_workers, **others)
-    ran = crew.run(job, lambda *one: delivered.append(one), tick)
+    job = Job(Calls(func), balance or Dynamic(), ChunkGrid(n_items, 2), n_workers, **others)
+    ran = pool.run(job, lambda *one: delivered.append(one), tick)
     assert ran.deaths == []
-    return ran.accounts, sorted(delivered), ran
+    return ran.worker_stats, sorted(delivered), ran
 
 
 def both(start, stop):
     return start, stop
 
 
-def started(crew):
-    """A crew of three whose threads are there."""
-    run(crew, both)
-    return crew
+def started(pool):
+    """A pool of three whose threads are there."""
+    run(pool, both)
+    return pool
 
 
-def threads_of(crew):
-    return [crew._workers[number].thread for number in sorted(crew._workers)]
+def threads_of(pool):
+    return [pool._workers[number].thread for number in sorted(pool._workers)]
 
 
 @pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.name)
 class TestRun:
-    def test_every_cell_is_delivered_once(self, crew, balance):
-        accounts, delivered, _ = run(crew, both, balance=balance)
+    def test_every_chunk_is_delivered_once(self, pool, balance):
+        worker_stats, delivered, _ = run(pool, both, balance=balance)
         assert delivered == [(start, (start, start + 2)) for start in range(0, 20, 2)]
-        assert sum(account.items for account in accounts) == 20
-        assert sum(account.ranges for account in accounts) == 10
-        assert all(account.failure is None for account in accounts)
+        assert sum(stats.items for stats in worker_stats) == 20
+        assert sum(stats.ranges for stats in worker_stats) == 10
+        assert all(stats.failure is None for stats in worker_stats)
 
-    def test_accounts_in_order_of_the_workers(self, crew, balance):
+    def test_accounts_in_order_of_the_workers(self, pool, balance):
         gate = threading.Barrier(3)  # everybody takes part
 
         def meet(start, stop):
@@ -92,30 +92,30 @@ class TestRun:
                 gate.wait(LONG)
 
         n_items = 6 if balance == Dynamic() else 18
-        accounts, _, _ = run(crew, meet, balance=balance, n_items=n_items)
-        assert [account.worker for account in accounts] == [0, 1, 2]
-        assert [account.name for account in accounts] == ["thread 0", "thread 1", "thread 2"]
-        names = [account.facts for account in accounts]
+        worker_stats, _, _ = run(pool, meet, balance=balance, n_items=n_items)
+        assert [stats.worker for stats in worker_stats] == [0, 1, 2]
+        assert [stats.name for stats in worker_stats] == ["thread 0", "thread 1", "thread 2"]
+        names = [stats.facts for stats in worker_stats]
         assert names == [f"ThreadPoolExecutor-taskcarrier-{n}" for n in range(3)]
 
-    def test_fewer_workers_than_threads(self, crew, balance):
-        accounts, delivered, _ = run(crew, both, balance=balance, n_workers=2)
-        assert [account.worker for account in accounts] == [0, 1]
+    def test_fewer_workers_than_threads(self, pool, balance):
+        worker_stats, delivered, _ = run(pool, both, balance=balance, n_workers=2)
+        assert [stats.worker for stats in worker_stats] == [0, 1]
         assert len(delivered) == 10
 
-    def test_the_same_threads_again(self, crew, balance):
+    def test_the_same_threads_again(self, pool, balance):
         seen = set()
 
         def look(start, stop):
             seen.add(threading.current_thread())
-            return NOTHING
+            return IN_PLACE
 
         for _ in range(5):
-            _, delivered, _ = run(crew, look, balance=balance)
+            _, delivered, _ = run(pool, look, balance=balance)
             assert delivered == []
-        assert seen <= {worker.thread for worker in crew._workers.values()}
+        assert seen <= {worker.thread for worker in pool._workers.values()}
 
-    def test_a_failure_stops_the_others(self, crew, balance):
+    def test_a_failure_stops_the_others(self, pool, balance):
         error = ValueError("no")
 
         def fail(start, stop):
@@ -127,35 +127,35 @@ class TestRun:
         failed = threading.Event()
         timer = threading.Timer(0.2, failed.set)
         timer.start()
-        accounts, delivered, ran = run(crew, fail, balance=balance, n_items=2000)
+        worker_stats, delivered, ran = run(pool, fail, balance=balance, n_items=2000)
         timer.join()
-        failures = [account.failure for account in accounts if account.failure is not None]
+        failures = [stats.failure for stats in worker_stats if stats.failure is not None]
         assert [(failure.range, failure.error) for failure in failures] == [((0, 2), error)]
-        assert ran.halted
+        assert ran.is_halted
         assert len(delivered) < 1000
 
-    def test_the_crew_is_good_after_a_failure(self, crew, balance):
+    def test_the_crew_is_good_after_a_failure(self, pool, balance):
         for error in (SystemExit(3), KeyboardInterrupt(), ValueError("no")):
 
             def fail(start, stop, error=error):
                 raise error
 
-            accounts, _, _ = run(crew, fail, balance=balance)
-            assert error in [account.failure and account.failure.error for account in accounts]
-        assert len(run(crew, both, balance=balance)[1]) == 10
+            worker_stats, _, _ = run(pool, fail, balance=balance)
+            assert error in [stats.failure and stats.failure.error for stats in worker_stats]
+        assert len(run(pool, both, balance=balance)[1]) == 10
 
-    def test_cells_marked_by_an_earlier_run_are_left_out(self, crew, balance):
+    def test_chunks_marked_by_an_earlier_run_are_left_out(self, pool, balance):
         segment = Segment.create()
         segment.reserve(10)
         view = SharedView(segment, 0, (10,), (1,), np.dtype(np.uint8))
         marks = view.open("write")
         marks[[0, 3, 9]] = DONE
-        accounts, delivered, _ = run(crew, both, balance=balance, marks=view)
+        worker_stats, delivered, _ = run(pool, both, balance=balance, marks=view)
         assert [start // 2 for start, _ in delivered] == [1, 2, 4, 5, 6, 7, 8]
-        assert sum(account.items for account in accounts) == 14
+        assert sum(stats.items for stats in worker_stats) == 14
         assert marks.all()
 
-    def test_a_range_that_takes_too_long_is_run_to_its_end(self, crew, balance, monkeypatch):
+    def test_a_range_that_takes_too_long_is_run_to_its_end(self, pool, balance, monkeypatch):
         clock = stopped_clock(monkeypatch)
         finished = []
 
@@ -165,29 +165,31 @@ class TestRun:
             finished.append(start)
             return start
 
-        accounts, _, ran = run(crew, slow, balance=balance, recovery=Recovery(timeout=0.2))
-        (failure,) = [account.failure for account in accounts if account.failure is not None]
+        worker_stats, _, ran = run(
+            pool, slow, balance=balance, retry_policy=RetryPolicy(timeout=0.2)
+        )
+        (failure,) = [stats.failure for stats in worker_stats if stats.failure is not None]
         assert failure.range == (4, 6)
         assert isinstance(failure.error, TimeoutError)
         assert 4 in finished
-        assert ran.halted
+        assert ran.is_halted
 
 
 class TestInside:
-    def test_workers_know_that_they_are(self, crew):
-        _, delivered, _ = run(crew, lambda *_: in_worker())
+    def test_workers_know_that_they_are(self, pool):
+        _, delivered, _ = run(pool, lambda *_: is_in_worker())
         assert {found for _, found in delivered} == {True}
-        assert not in_worker()
+        assert not is_in_worker()
 
-    def test_joblib_is_serial(self, crew):
+    def test_joblib_is_serial(self, pool):
         def look(start, stop):
             parallel = joblib.Parallel()
             return type(parallel._backend).__name__, parallel.n_jobs
 
-        _, delivered, _ = run(crew, look)
+        _, delivered, _ = run(pool, look)
         assert {found for _, found in delivered} == {("SequentialBackend", 1)}
 
-    def test_inner_threads_are_limited_while_a_run_is_open(self, crew, monkeypatch):
+    def test_inner_threads_are_limited_while_a_run_is_open(self, pool, monkeypatch):
         seen = []
 
         class Guard:
@@ -201,43 +203,43 @@ class TestInside:
                 seen.append("out")
 
         monkeypatch.setattr(module, "limited", Guard())
-        run(crew, lambda *_: seen.append("cell"), n_items=2)
-        assert seen == ["in", "cell", "out"]
+        run(pool, lambda *_: seen.append("index"), n_items=2)
+        assert seen == ["in", "index", "out"]
 
-    def test_daemons_named_like_an_executor_s(self, crew):
-        found = threads_of(started(crew))
+    def test_daemons_named_like_an_executor_s(self, pool):
+        found = threads_of(started(pool))
         assert all(thread.daemon for thread in found)
         assert all(thread.name.startswith("ThreadPoolExecutor-") for thread in found)
 
-    def test_nothing_of_a_run_is_kept(self, crew):
+    def test_nothing_of_a_run_is_kept(self, pool):
         class Thing:
             def __del__(self):
                 gone.set()
 
         gone = threading.Event()
         thing = Thing()
-        run(crew, lambda *_, thing=thing: None)
+        run(pool, lambda *_, thing=thing: None)
         del thing
         assert gone.wait(LONG)
 
 
 class TestWatching:
-    def test_ticks_while_a_run_goes_on(self, crew, monkeypatch):
+    def test_ticks_while_a_run_goes_on(self, pool, monkeypatch):
         monkeypatch.setattr(module, "TICK", 0.01)
         release = threading.Event()
         seen = []
 
         def tick(ledger):
-            seen.append(ledger.items_done(3))
+            seen.append(ledger.n_items_done(3))
             if len(seen) == 3:
                 release.set()
 
-        run(crew, lambda *_: release.wait(LONG) and NOTHING, tick=tick)
+        run(pool, lambda *_: release.wait(LONG) and IN_PLACE, tick=tick)
         assert seen[0] == 0
         assert seen[-1] == 20
         assert seen == sorted(seen)
 
-    def test_an_interrupted_run_does_not_wait_for_the_stuck(self, crew, monkeypatch):
+    def test_an_interrupted_run_does_not_wait_for_the_stuck(self, pool, monkeypatch):
         monkeypatch.setattr(module, "TICK", 0.01)
         release = threading.Event()
         calls = []
@@ -250,32 +252,32 @@ class TestWatching:
             if len(calls) == 3:
                 raise KeyboardInterrupt
 
-        before = threads_of(started(crew))
+        before = threads_of(started(pool))
         with pytest.raises(KeyboardInterrupt):
-            run(crew, stuck, n_items=200, tick=interrupt)
-        assert all(thread.is_alive() for thread in before)  # still in their cells
-        assert len(run(crew, both)[1]) == 10  # by others
+            run(pool, stuck, n_items=200, tick=interrupt)
+        assert all(thread.is_alive() for thread in before)  # still in their chunks
+        assert len(run(pool, both)[1]) == 10  # by others
         release.set()
         for thread in before:
             thread.join(LONG)
             assert not thread.is_alive()  # they do not come back,
-        assert len(calls) == 3  # nor take another cell
+        assert len(calls) == 3  # nor take another chunk
 
-    def test_those_that_had_reported_stay(self, crew, monkeypatch):
+    def test_those_that_had_reported_stay(self, pool, monkeypatch):
         monkeypatch.setattr(module, "TICK", 0.01)
         release = threading.Event()
         reported = []
-        before = threads_of(started(crew))
-        begin = crew._begin
+        before = threads_of(started(pool))
+        begin = pool._begin
 
         def watched(number, job, part, ended):
-            def told(account):
-                ended(account)
+            def told(stats):
+                ended(stats)
                 reported.append(number)
 
             begin(number, job, part, told)
 
-        monkeypatch.setattr(crew, "_begin", watched)
+        monkeypatch.setattr(pool, "_begin", watched)
 
         def one_is_stuck(start, stop):
             if start == 0:
@@ -286,12 +288,12 @@ class TestWatching:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run(crew, one_is_stuck, balance=Static(), n_items=6, tick=interrupt)
-        assert threads_of(crew) == before[1:]
-        run(crew, both)
+            run(pool, one_is_stuck, balance=Static(), n_items=6, tick=interrupt)
+        assert threads_of(pool) == before[1:]
+        run(pool, both)
         release.set()
-        assert threads_of(crew)[1:] == before[1:]
-        assert threads_of(crew)[0] not in before
+        assert threads_of(pool)[1:] == before[1:]
+        assert threads_of(pool)[0] not in before
 
 
 @contextmanager
@@ -395,24 +397,24 @@ class TestAfterTheCall:
 
 class TestDoor:
     def test_closed_once_the_call_is_over(self):
-        allocation = LocalAllocation(4, "C")
+        allocation = LocalBuffer(4, "C")
         allocation.check_open()
         allocation.close()
         with pytest.raises(CallIsOverError):
             allocation.check_open()
 
     def test_whoever_is_just_writing_is_waited_for(self):
-        allocation = LocalAllocation(4, "C")
+        allocation = LocalBuffer(4, "C")
         told = []
 
         def write():
             while is_open(allocation):  # closing has begun
                 time.sleep(0.001)
             told.append("written")
-            door.release()
+            write_lock.release()
 
-        door = allocation.door()
-        door.acquire()
+        write_lock = allocation.write_lock()
+        write_lock.acquire()
         thread = threading.Thread(target=write)
         thread.start()
         allocation.close()
@@ -472,26 +474,26 @@ def call_interrupted_at(number):
 
 class TestEnd:
     def test_close_ends_idle_threads(self):
-        crew = ThreadCrew(3)
-        found = threads_of(started(crew))
-        crew.close()
+        pool = ThreadPool(3)
+        found = threads_of(started(pool))
+        pool.close()
         assert not any(thread.is_alive() for thread in found)
 
     def test_without_waiting(self):
-        crew = ThreadCrew(3)
-        found = threads_of(started(crew))
+        pool = ThreadPool(3)
+        found = threads_of(started(pool))
         began = time.monotonic()
-        crew.close(wait=False)
+        pool.close(wait=False)
         assert time.monotonic() - began < LONG
         for thread in found:
             thread.join(LONG)
         assert not any(thread.is_alive() for thread in found)
 
     def test_a_forgotten_crew_closes_nothing(self):
-        crew = started(ThreadCrew(3))
-        workers = list(crew._workers.values())
-        crew.forget()
-        crew.close()
+        pool = started(ThreadPool(3))
+        workers = list(pool._workers.values())
+        pool.forget()
+        pool.close()
         assert all(worker.thread.is_alive() for worker in workers)
         for worker in workers:
             worker.inbox.put(None)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.arguments import as_integer, without_wide_gaps
+from taskcarrier.arguments import check_integer, without_wide_gaps
 from taskcarrier.memory.memmaps import check_whole
 from taskcarrier.memory.npy import load
 from taskcarrier.notes import add_note
@@ -81,7 +81,7 @@ def check_inputs(arrays: Sequence[object], axis: object) -> Inputs:
     """The arrays of a call, or an error that says which one is wrong and what to do."""
     if not arrays:
         raise TypeError("expected at least one array to map over")
-    checked = [_as_array(array, number) for number, array in enumerate(arrays)]
+    checked = [_to_array(array, number) for number, array in enumerate(arrays)]
     if axis is None or isinstance(axis, list):
         raise TypeError(
             "axis must be an integer, or a tuple that is one axis for each array, got "
@@ -115,7 +115,7 @@ def check_inputs(arrays: Sequence[object], axis: object) -> Inputs:
 
 def normalize_axis(axis: object, ndim: int, name: str) -> int:
     """`axis` counted from the front; `numpy.exceptions.AxisError` if there is none such."""
-    value = as_integer(axis, name, "an integer")
+    value = check_integer(axis, name, "an integer")
     if not -ndim <= value < ndim:
         raise np.exceptions.AxisError(value, ndim, name)
     return value % ndim
@@ -139,13 +139,13 @@ def holds_mask(value: object) -> bool:
     return isinstance(value, np.ma.MaskedArray)
 
 
-def as_plain_range(items: object) -> np.ndarray:
+def to_plain_range(items: object) -> np.ndarray:
     """Items that an array-like gave for a range, as an array."""
     refuse_masked(items, "what the array gives for a range", _MASKED_RANGES)
     return np.asarray(items)
 
 
-def _as_array(value: object, number: int) -> Any:
+def _to_array(value: object, number: int) -> Any:
     which = f"array {number}"
     if type(value) is np.ndarray and value.ndim:
         return value
@@ -168,7 +168,7 @@ def _as_array(value: object, number: int) -> Any:
         array = value
         refuse_masked(_no_items_of(array), f"what is read from {which}", _MASKED_RANGES)
     else:
-        array = _in_memory(value, which)
+        array = _convert_in_memory(value, which)
     if array.ndim == 0:
         raise TypeError(
             f"{which} has no axis to map over: {type(value).__name__} is 0-dimensional as an "
@@ -178,7 +178,7 @@ def _as_array(value: object, number: int) -> Any:
     return array
 
 
-def _in_memory(value: object, which: str) -> np.ndarray:
+def _convert_in_memory(value: object, which: str) -> np.ndarray:
     refuse_masked(value, which, "pass each item's .filled(value)")
     try:
         array = np.asanyarray(value)

@@ -1,7 +1,7 @@
 """Neighbours beyond a chunk: `depth` items on each side, made up by a rule at the array's ends.
 
 The rules bear the names and meanings they have in `scipy.ndimage`. Positions beyond an end are
-mapped back into the array by arithmetic on indices; nothing is padded but what a cell needs.
+mapped back into the array by arithmetic on indices; nothing is padded but what a chunk needs.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from taskcarrier.arguments import as_integer
-from taskcarrier.arrays.casting import checked_scalar
+from taskcarrier.arguments import check_integer
+from taskcarrier.arrays.casting import cast_scalar
 from taskcarrier.arrays.inputs.check import Inputs
 
 BOUNDARIES = ("reflect", "nearest", "mirror", "wrap", "constant", "none")
@@ -22,7 +22,7 @@ Reader = Callable[[int, int], np.ndarray]
 
 @dataclass(frozen=True)
 class Halo:
-    """How far chunks reach beyond their cells.
+    """How far chunks reach beyond their chunks.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class Halo:
     n_items: int
 
     def margins(self, start: int, stop: int) -> tuple[int, int]:
-        """Items that the chunk of a cell has before and after the cell's own."""
+        """Items that the chunk of a chunk has before and after the chunk's own."""
         if self.n_items == 0:
             return 0, 0
         if self.boundary == "none":
@@ -50,7 +50,7 @@ class Halo:
         return self.depth, self.depth
 
     def read(self, read: Reader, axis: int, start: int, stop: int) -> np.ndarray:
-        """A cell with its neighbours."""
+        """A chunk with its neighbours."""
         before, after = self.margins(start, stop)
         low, high = start - before, stop + after
         inside = read(max(low, 0), min(high, self.n_items))
@@ -58,20 +58,20 @@ class Halo:
             return inside
         parts = [inside]
         if low < 0:
-            parts.insert(0, self._beyond(read, axis, np.arange(low, 0), inside))
+            parts.insert(0, self._read_beyond(read, axis, np.arange(low, 0), inside))
         if high > self.n_items:
-            parts.append(self._beyond(read, axis, np.arange(self.n_items, high), inside))
+            parts.append(self._read_beyond(read, axis, np.arange(self.n_items, high), inside))
         chunk = np.concatenate(parts, axis=axis, dtype=inside.dtype)  # keeps the byte order
         chunk.flags.writeable = False
         return chunk
 
-    def _beyond(
+    def _read_beyond(
         self, read: Reader, axis: int, positions: np.ndarray, like: np.ndarray
     ) -> np.ndarray:
         if self.boundary == "constant":
             shape = (*like.shape[:axis], len(positions), *like.shape[axis + 1 :])
             filled = np.empty(shape, like.dtype)
-            filled[...] = checked_scalar(self.cval, like.dtype, "cval")
+            filled[...] = cast_scalar(self.cval, like.dtype, "cval")
             return filled
         inside = positions_inside(positions, self.n_items, self.boundary)
         low, high = int(inside.min()), int(inside.max()) + 1
@@ -99,8 +99,8 @@ def positions_inside(positions: np.ndarray, n_items: int, boundary: str) -> np.n
 
 
 def check_halo(depth: object, boundary: object, cval: object, inputs: Inputs) -> Halo | None:
-    """The halo of a call; None where chunks end with their cells."""
-    items = as_integer(depth, "depth", "a number of items, 0 or more")
+    """The halo of a call; None where chunks end with their chunks."""
+    items = check_integer(depth, "depth", "a number of items, 0 or more")
     if items < 0:
         raise ValueError(f"depth must be 0 or more items, got {items}")
     if not isinstance(boundary, str) or boundary not in BOUNDARIES:
@@ -116,5 +116,5 @@ def check_halo(depth: object, boundary: object, cval: object, inputs: Inputs) ->
         )
     if boundary == "constant":
         for dtype in inputs.dtypes:
-            checked_scalar(cval, dtype, "cval")
+            cast_scalar(cval, dtype, "cval")
     return Halo(items, boundary, cval, inputs.n_items)

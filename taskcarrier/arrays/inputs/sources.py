@@ -14,17 +14,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from taskcarrier.arguments import read_only
-from taskcarrier.arrays.inputs.check import Inputs, as_plain_range
+from taskcarrier.arrays.inputs.check import Inputs, to_plain_range
 from taskcarrier.arrays.inputs.halos import Halo
 from taskcarrier.memory import parent_memory
 from taskcarrier.memory.mapping_cache import open_for_reading
-from taskcarrier.memory.memmaps import located
+from taskcarrier.memory.memmaps import find_shared
 from taskcarrier.memory.segments import SharedView
 from taskcarrier.memory.staging import Staging
 from taskcarrier.memory.strides import address_of, byte_bounds
-from taskcarrier.scheduling.grid import Grid
+from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.workers.call import Call
-from taskcarrier.workers.processes.packed_chunks import Blocks
+from taskcarrier.workers.processes.packed_chunks import PackedChunks
 
 Reader = Callable[[int, int], np.ndarray]
 """Takes ``(start, stop)``, returns those items, axis kept."""
@@ -37,7 +37,7 @@ class Source(Protocol):
     """Where one mapped array is."""
 
     def open(self) -> Reader:
-        """Called once in each worker, before its first cell."""
+        """Called once in each worker, before its first chunk."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +65,8 @@ class SharedSource:
 
 
 @dataclass(frozen=True, eq=False)
-class CallerSource:
-    """An array in the ordinary memory of the caller, read cell by cell."""
+class ParentMemorySource:
+    """An array in the ordinary memory of the caller, read chunk by chunk."""
 
     address: int
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ class CallerSource:
     axis: int
 
     @classmethod
-    def of(cls, array: np.ndarray, axis: int) -> CallerSource:
+    def of(cls, array: np.ndarray, axis: int) -> ParentMemorySource:
         """For an array of this process, which must live as long as the run."""
         return cls(address_of(array), array.shape, array.strides, array.dtype, axis)
 
@@ -93,13 +93,13 @@ class CallerSource:
         """Bytes from the first to the last of so many items."""
         return self.item_nbytes + (n_items - 1) * abs(self.strides[self.axis])
 
-    def is_worth_it(self, grid: Grid, depth: int) -> bool:
-        """Whether reading it cell by cell, with so many neighbours, reads little twice."""
+    def is_worth_it(self, grid: ChunkGrid, depth: int) -> bool:
+        """Whether reading it chunk by chunk, with so many neighbours, reads little twice."""
         whole = self.nbytes_of(grid.n_items)
         stride = abs(self.strides[self.axis])
-        in_cells = len(grid) * (self.item_nbytes + (2 * depth - 1) * stride)
-        in_cells += grid.n_items * stride
-        return whole <= _WHOLE_NBYTES or in_cells <= whole + whole // 4
+        by_chunk = len(grid) * (self.item_nbytes + (2 * depth - 1) * stride)
+        by_chunk += grid.n_items * stride
+        return whole <= _WHOLE_NBYTES or by_chunk <= whole + whole // 4
 
     def open(self) -> Reader:  # noqa: D102  # as in Source
         n_items = self.shape[self.axis]
@@ -130,14 +130,14 @@ class ArrayLikeSource:
     def open(self) -> Reader:  # noqa: D102  # as in Source
         before = (slice(None),) * self.axis
         array: Any = self.given.func
-        return lambda start, stop: read_only(as_plain_range(array[(*before, slice(start, stop))]))
+        return lambda start, stop: read_only(to_plain_range(array[(*before, slice(start, stop))]))
 
 
 @dataclass(frozen=True, eq=False)
 class PickledSource:
-    """An array of Python objects, pickled by cells of the grid into shared memory."""
+    """An array of Python objects, pickled by chunks of the grid into shared memory."""
 
-    blocks: Blocks
+    blocks: PackedChunks
     chunksize: int
     axis: int
 
@@ -146,8 +146,8 @@ class PickledSource:
 
         def read(start: int, stop: int) -> np.ndarray:
             first, last = start // self.chunksize, -(-stop // self.chunksize)
-            cells = [block(cell) for cell in range(first, last)]
-            whole = cells[0] if len(cells) == 1 else np.concatenate(cells, axis=self.axis)
+            chunks = [block(index) for index in range(first, last)]
+            whole = chunks[0] if len(chunks) == 1 else np.concatenate(chunks, axis=self.axis)
             skip = first * self.chunksize
             return LocalSource(whole, self.axis).open()(start - skip, stop - skip)
 
@@ -167,10 +167,10 @@ class HaloSource:
         return lambda start, stop: halo.read(read, axis, start, stop)
 
 
-def sources_here(inputs: Inputs, halo: Halo | None) -> list[Source]:
+def local_sources(inputs: Inputs, halo: Halo | None) -> list[Source]:
     """Sources for workers in this process."""
     return [
-        _with_halo(
+        _add_halo(
             LocalSource(array, axis)
             if isinstance(array, np.ndarray)
             else ArrayLikeSource(Call(array), axis),
@@ -182,7 +182,7 @@ def sources_here(inputs: Inputs, halo: Halo | None) -> list[Source]:
 
 
 def sources_for_processes(
-    inputs: Inputs, grid: Grid, halo: Halo | None, staging: Staging
+    inputs: Inputs, grid: ChunkGrid, halo: Halo | None, staging: Staging
 ) -> tuple[list[Source], list[str]]:
     """Sources for worker processes, and what is worth saying about them.
 
@@ -198,38 +198,40 @@ def sources_for_processes(
             sources[number] = ArrayLikeSource(Call(array), axis)
             notes.append(f"array {number} is read by range in every worker")
         elif array.dtype.hasobject:
-            sources[number] = _pickled(array, axis, grid, staging)
+            sources[number] = _pickle_by_chunk(array, axis, grid, staging)
             notes.append(f"array {number} has dtype {array.dtype}: it is pickled by range")
-        elif (view := located(array)) is not None:
+        elif (view := find_shared(array)) is not None:
             sources[number] = SharedSource(view, axis)
         elif _can_be_read(array, axis, grid, depth):
             low, high = byte_bounds(array)
             staging.nbytes += high - low
-            sources[number] = CallerSource.of(array, axis)
+            sources[number] = ParentMemorySource.of(array, axis)
         else:
             to_stage[number] = array
     views = staging.share(to_stage.values())
     for number, view in zip(to_stage, views, strict=True):
         sources[number] = SharedSource(view, inputs.axes[number])
-    return [_with_halo(sources[n], axis, halo) for n, axis in enumerate(inputs.axes)], notes
+    return [_add_halo(sources[n], axis, halo) for n, axis in enumerate(inputs.axes)], notes
 
 
-def _with_halo(source: Source, axis: int, halo: Halo | None) -> Source:
+def _add_halo(source: Source, axis: int, halo: Halo | None) -> Source:
     return source if halo is None else HaloSource(source, axis, halo)
 
 
-def _can_be_read(array: np.ndarray, axis: int, grid: Grid, depth: int) -> bool:
+def _can_be_read(array: np.ndarray, axis: int, grid: ChunkGrid, depth: int) -> bool:
     return (
         array.nbytes > 0
-        and CallerSource.of(array, axis).is_worth_it(grid, depth)
+        and ParentMemorySource.of(array, axis).is_worth_it(grid, depth)
         and parent_memory.readable(*byte_bounds(array))
     )
 
 
-def _pickled(array: np.ndarray, axis: int, grid: Grid, staging: Staging) -> PickledSource:
+def _pickle_by_chunk(
+    array: np.ndarray, axis: int, grid: ChunkGrid, staging: Staging
+) -> PickledSource:
     read = LocalSource(array, axis).open()
 
     def describe(start: int, stop: int) -> str:
         return f"items {start}:{stop} of an array of dtype {array.dtype}"
 
-    return PickledSource(Blocks.pack(read, grid, staging, describe), grid.chunksize, axis)
+    return PickledSource(PackedChunks.pack(read, grid, staging, describe), grid.chunksize, axis)

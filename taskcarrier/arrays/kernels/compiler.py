@@ -33,10 +33,10 @@ from numba.np.arrayobj import make_array, populate_array
 
 from taskcarrier.arguments import read_only
 from taskcarrier.memory.strides import items_first
-from taskcarrier.notes import add_note, counted
-from taskcarrier.scheduling.ledger import CURSOR_AT, IN_HAND_AT, ITEM_AT, ITEMS_AT, RANGES_AT
+from taskcarrier.notes import add_note, count_noun
+from taskcarrier.scheduling.ledger import COUNTER_AT, IN_HAND_AT, ITEM_AT, ITEMS_AT, RANGES_AT
 from taskcarrier.system.locks import ModuleLock
-from taskcarrier.workers.pools import at_shutdown
+from taskcarrier.workers.pools import call_at_shutdown
 
 _WORD = ir.IntType(64)
 # The beginning of the name of what makes a Python object of an array.
@@ -60,7 +60,7 @@ def _take(_context: Any, _address: Any) -> Any:
 
 @intrinsic
 def _load(_context: Any, _address: Any) -> Any:
-    """The number at an address, looked at anew each time."""
+    """The number at an address, looked at again each time."""
 
     def codegen(_target: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return builder.load_atomic(_pointer(builder, args[0]), "monotonic", 8)
@@ -120,7 +120,7 @@ def _maker(array_type: types.Array) -> Any:
 
 
 @dataclass(frozen=True)
-class Lie:
+class ArrayLayout:
     """How an array lies in memory, as far as compiled code is made for it.
 
     Attributes
@@ -141,7 +141,7 @@ class Lie:
     aligned: bool
 
     @classmethod
-    def of(cls, array: np.ndarray, axis: int) -> Lie:
+    def of(cls, array: np.ndarray, axis: int) -> ArrayLayout:
         """Of an array whose items lie along `axis`."""
         item = items_first(array, axis)
         whole = item[0] if item.ndim > 1 else item
@@ -166,7 +166,7 @@ class Lie:
 
 
 @dataclass(frozen=True)
-class Demands:
+class WritableArgs:
     """Which arrays a kernel must be able to write to, so that it gets private copies of them."""
 
     items: bool
@@ -174,29 +174,29 @@ class Demands:
 
 
 @dataclass(frozen=True, eq=False)
-class Returns:
+class KernelResult:
     """What a kernel gives for one item.
 
     Attributes
     ----------
     dtypes : tuple of dtype
         Of each result.
-    several : bool
+    is_tuple : bool
         Whether it is a tuple.
-    demands : Demands
+    writable_args : WritableArgs
         What it must be able to write to.
     loops : dict
         Loops that were compiled for it, by how the outputs lie.
     """
 
     dtypes: tuple[np.dtype[Any], ...]
-    several: bool
-    demands: Demands
-    loops: dict[tuple[Lie, ...], Callable[..., None]] = field(default_factory=dict)
+    is_tuple: bool
+    writable_args: WritableArgs
+    loops: dict[tuple[ArrayLayout, ...], Callable[..., None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Extras:
+class ExtraArgs:
     """What a kernel gets besides items or chunks, by position.
 
     Attributes
@@ -214,9 +214,9 @@ class Extras:
         return self.before + self.after
 
 
-def bound(
+def bind_arguments(
     kernel: Any, n_items: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, fills: bool = False
-) -> Extras:
+) -> ExtraArgs:
     """`args` and `kwargs` by position, for the call ``kernel(*items, *args, [row], **kwargs)``.
 
     Raises
@@ -225,14 +225,14 @@ def bound(
         If the kernel does not take them, before anything is compiled.
     """
     if not kwargs:
-        return Extras(args)
-    found = _binding(kernel, n_items, args, kwargs, fills=fills)
+        return ExtraArgs(args)
+    found = _bind(kernel, n_items, args, kwargs, fills=fills)
     found.apply_defaults()
     n_before = n_items + len(args)
-    return Extras(args, found.args[n_before + fills :])
+    return ExtraArgs(args, found.args[n_before + fills :])
 
 
-def _binding(
+def _bind(
     kernel: Any, n_items: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, fills: bool
 ) -> inspect.BoundArguments:
     signature = inspect.signature(kernel.py_func)
@@ -240,7 +240,7 @@ def _binding(
         return signature.bind(*[None] * (n_items + len(args) + fills), **kwargs)
     except TypeError as error:
         given = [
-            counted(n_items, "mapped array"),
+            count_noun(n_items, "mapped array"),
             *[f"{len(args)} of args"] * bool(args),
             *["the row to fill"] * fills,
         ]
@@ -251,7 +251,7 @@ def _binding(
         ) from None
 
 
-def typed(extras: Sequence[Any], *, writable: bool) -> tuple[types.Type, ...]:
+def types_of(extras: Sequence[Any], *, writable: bool) -> tuple[types.Type, ...]:
     """The types of further arguments; arrays among them are read-only unless `writable`.
 
     Raises
@@ -274,16 +274,16 @@ def typed(extras: Sequence[Any], *, writable: bool) -> tuple[types.Type, ...]:
     )
 
 
-def _least(records: bool, extras: Extras, *, writable: bool) -> Demands:
+def _least(records: bool, extras: ExtraArgs, *, writable: bool) -> WritableArgs:
     """What every kernel is taken to write to: numba keeps nobody from writing to records."""
-    return Demands(writable or records, any(map(_has_fields, extras.all)))
+    return WritableArgs(writable or records, any(map(_has_fields, extras.all)))
 
 
 def _has_fields(value: Any) -> bool:
     return getattr(getattr(value, "dtype", None), "names", None) is not None
 
 
-def resolved(kernel: Any, arguments: tuple[types.Type, ...]) -> Any:
+def resolve(kernel: Any, arguments: tuple[types.Type, ...]) -> Any:
     """The kernel's signature for arguments of these types; it is compiled for them by then.
 
     Raises
@@ -302,22 +302,26 @@ def resolved(kernel: Any, arguments: tuple[types.Type, ...]) -> Any:
     return signature
 
 
-def _resolved_some_way(
-    kernel: Any, arguments: Callable[[Demands], tuple[types.Type, ...]], least: Demands
-) -> tuple[Any, Demands]:
+def _resolve_any(
+    kernel: Any, arguments: Callable[[WritableArgs], tuple[types.Type, ...]], least: WritableArgs
+) -> tuple[Any, WritableArgs]:
     """The kernel's signature, and what it must be able to write to: the least if that can be.
 
     Kernels with explicit signatures take what these say; others take read-only arrays.
     """
     try:
-        return resolved(kernel, arguments(least)), least
+        return resolve(kernel, arguments(least)), least
     except TypingError as error:
         vars(error).pop("__notes__", None)  # numba raises the same object again and again
         if not kernel._can_compile:
-            more = (Demands(least.items, True), Demands(True, least.args), Demands(True, True))
-            for demands in more:
+            more = (
+                WritableArgs(least.items, True),
+                WritableArgs(True, least.args),
+                WritableArgs(True, True),
+            )
+            for writable_args in more:
                 with suppress(TypingError):  # the first error says more
-                    return resolved(kernel, arguments(demands)), demands
+                    return resolve(kernel, arguments(writable_args)), writable_args
         elif "Cannot modify readonly" in str(error):
             add_note(
                 error,
@@ -340,46 +344,46 @@ def _takes_as_they_are(signature: Any, arguments: tuple[types.Type, ...]) -> boo
     )
 
 
-def returns(
+def infer_result(
     kernel: Any,
-    lies: Sequence[Lie],
-    extras: Extras,
-    out: Lie | None,
+    layouts: Sequence[ArrayLayout],
+    extras: ExtraArgs,
+    out: ArrayLayout | None,
     *,
     writable: bool,
-) -> Returns | None:
+) -> KernelResult | None:
     """What a kernel gives for an item, or None if a loop over it cannot be fused.
 
     Parameters
     ----------
     kernel : numba dispatcher
         The function of items.
-    lies : sequence of Lie
+    layouts : sequence of ArrayLayout
         How the mapped arrays lie.
-    extras : Extras
+    extras : ExtraArgs
         Further arguments.
-    out : Lie or None
+    out : ArrayLayout or None
         How the output lies into whose rows the kernel writes; None if it returns its results.
     writable : bool
         Whether it is to get private copies.
     """
-    if any(lie.dtype.hasobject or not lie.dtype.isnative for lie in lies):
+    if any(layout.dtype.hasobject or not layout.dtype.isnative for layout in layouts):
         return None
     try:
-        for lie in lies:
-            lie.item(writable=False)
-        extra_types = typed(extras.all, writable=False)
+        for layout in layouts:
+            layout.item(writable=False)
+        extra_types = types_of(extras.all, writable=False)
     except (NumbaError, ValueError, TypeError):
         return None  # a dtype or an argument that numba does not know
-    if any(lie.ndim for lie in lies) and not all(map(_keeps_nothing, extra_types)):
+    if any(layout.ndim for layout in layouts) and not all(map(_keeps_nothing, extra_types)):
         return None
     # Numba takes 0.15 ms to look it up.
-    key = (tuple(lies), extra_types, len(extras.before), out, writable)
+    key = (tuple(layouts), extra_types, len(extras.before), out, writable)
     with suppress(KeyError):
-        return _made_for(kernel).returns[key]
-    found = _found_out(kernel, lies, extras, out, writable=writable)
+        return _get_made(kernel).infer_result[key]
+    found = _find_result(kernel, layouts, extras, out, writable=writable)
     # The kernel may only be compiled now. Of threads that come at once the first counts.
-    return _made_for(kernel).returns.setdefault(key, found)
+    return _get_made(kernel).infer_result.setdefault(key, found)
 
 
 def _keeps_nothing(kind: types.Type) -> bool:
@@ -408,7 +412,7 @@ class _Made:
 
     def __init__(self) -> None:
         self.first_overload: Any = None
-        self.returns: dict[Any, Returns | None] = {}
+        self.infer_result: dict[Any, KernelResult | None] = {}
         self.without_gil: dict[int, Any] = {}
 
     def is_outdated_by(self, first_overload: Any) -> bool:
@@ -421,10 +425,10 @@ class _Made:
 _MAX_KERNELS = 32  # arbitrary
 _made: OrderedDict[Any, _Made] = OrderedDict()
 _making = ModuleLock()
-at_shutdown(_made.clear)
+call_at_shutdown(_made.clear)
 
 
-def _made_for(kernel: Any) -> _Made:
+def _get_made(kernel: Any) -> _Made:
     first = next(iter(kernel.overloads.values()), None)
     with _making:
         made = _made.pop(kernel, None)
@@ -437,40 +441,40 @@ def _made_for(kernel: Any) -> _Made:
     return made
 
 
-def _found_out(
+def _find_result(
     kernel: Any,
-    lies: Sequence[Lie],
-    extras: Extras,
-    out: Lie | None,
+    layouts: Sequence[ArrayLayout],
+    extras: ExtraArgs,
+    out: ArrayLayout | None,
     *,
     writable: bool,
-) -> Returns | None:
+) -> KernelResult | None:
     if not extras.after:  # else it was looked at when they were bound
-        _binding(kernel, len(lies), extras.before, {}, fills=out is not None)
+        _bind(kernel, len(layouts), extras.before, {}, fills=out is not None)
 
-    def arguments(demands: Demands) -> tuple[types.Type, ...]:
-        items = tuple(lie.item(writable=demands.items) for lie in lies)
+    def arguments(writable_args: WritableArgs) -> tuple[types.Type, ...]:
+        items = tuple(layout.item(writable=writable_args.items) for layout in layouts)
         row = () if out is None else (out.type(ndim=out.ndim, writable=True),)
-        before = typed(extras.before, writable=demands.args)
-        return (*items, *before, *row, *typed(extras.after, writable=demands.args))
+        before = types_of(extras.before, writable=writable_args.args)
+        return (*items, *before, *row, *types_of(extras.after, writable=writable_args.args))
 
     # Records that are items by themselves are copied by the loop.
-    records = any(lie.ndim and lie.dtype.names is not None for lie in lies)
+    records = any(layout.ndim and layout.dtype.names is not None for layout in layouts)
     try:
         least = _least(records, extras, writable=writable)
-        signature, demands = _resolved_some_way(kernel, arguments, least)
+        signature, writable_args = _resolve_any(kernel, arguments, least)
     except ForceLiteralArg:
         return None  # it is compiled for values, which numba knows when it is called
-    if not kernel._can_compile and not _takes_as_they_are(signature, arguments(demands)):
+    if not kernel._can_compile and not _takes_as_they_are(signature, arguments(writable_args)):
         return None
-    if any(isinstance(kind, types.Array) for kind in arguments(demands)) and any(
+    if any(isinstance(kind, types.Array) for kind in arguments(writable_args)) and any(
         map(_makes_objects_of_arrays, kernel.overloads.values())
     ):
         return None
     if out is not None:
-        return Returns((out.dtype,), several=False, demands=demands)
-    scalars = _returned(signature.return_type)
-    return None if scalars is None else Returns(*scalars, demands)
+        return KernelResult((out.dtype,), is_tuple=False, writable_args=writable_args)
+    scalars = _result_dtypes(signature.return_type)
+    return None if scalars is None else KernelResult(*scalars, writable_args)
 
 
 def _makes_objects_of_arrays(overload: Any) -> bool:
@@ -482,17 +486,17 @@ def _makes_objects_of_arrays(overload: Any) -> bool:
     return _TO_PYTHON in str(overload.library._get_module_for_linking())
 
 
-def _returned(kind: types.Type) -> tuple[tuple[np.dtype[Any], ...], bool] | None:
+def _result_dtypes(kind: types.Type) -> tuple[tuple[np.dtype[Any], ...], bool] | None:
     """The dtypes of a scalar or of a tuple of them, and which it is; None for anything else."""
-    several = isinstance(kind, types.BaseTuple)
-    parts = list(kind) if several else [kind]
-    dtypes = [_as_dtype(part) for part in parts]
+    is_tuple = isinstance(kind, types.BaseTuple)
+    parts = list(kind) if is_tuple else [kind]
+    dtypes = [_to_dtype(part) for part in parts]
     if not dtypes or any(dtype is None for dtype in dtypes):
         return None  # arrays, None, text: stacked one by one
-    return tuple(d for d in dtypes if d is not None), several
+    return tuple(d for d in dtypes if d is not None), is_tuple
 
 
-def _as_dtype(kind: types.Type) -> np.dtype[Any] | None:
+def _to_dtype(kind: types.Type) -> np.dtype[Any] | None:
     kind = types.unliteral(kind)
     if isinstance(
         kind, (types.Number, types.Boolean, types.NPDatetime, types.NPTimedelta, types.Record)
@@ -504,16 +508,16 @@ def _as_dtype(kind: types.Type) -> np.dtype[Any] | None:
 _compiling = ModuleLock()
 
 
-def fused_loop(
+def compile_loop(
     kernel: Any,
-    lies: Sequence[Lie],
-    extras: Extras,
-    outs: Sequence[Lie],
-    found: Returns,
+    layouts: Sequence[ArrayLayout],
+    extras: ExtraArgs,
+    outs: Sequence[ArrayLayout],
+    found: KernelResult,
     *,
     rows_out: bool,
 ) -> Callable[..., None]:
-    """The compiled loop for a kernel over arrays that lie so; made once for what `returns` found.
+    """The compiled loop for a kernel over arrays that lie so; made once for what `infer_result` found.
 
     Its arguments are the addresses of the ledger's words and of the worker's row in it, the items
     that are left of a range (begin, end), the worker's own ranges (first, last; last is -1 where
@@ -525,18 +529,18 @@ def fused_loop(
     if key not in loops:  # looked up before: nobody waits for other kernels to be compiled
         with _compiling:
             if key not in loops:
-                extra_types = typed(extras.all, writable=found.demands.args)
+                extra_types = types_of(extras.all, writable=found.writable_args.args)
                 row_at = len(extras.before) if rows_out else None
-                loops[key] = _compiled(kernel, lies, extra_types, outs, found, row_at=row_at)
+                loops[key] = _compile(kernel, layouts, extra_types, outs, found, row_at=row_at)
     return loops[key]
 
 
-def _compiled(
+def _compile(
     kernel: Any,
-    lies: Sequence[Lie],
+    layouts: Sequence[ArrayLayout],
     extra_types: Sequence[types.Type],
-    outs: Sequence[Lie],
-    found: Returns,
+    outs: Sequence[ArrayLayout],
+    found: KernelResult,
     *,
     row_at: int | None,
 ) -> Callable[..., None]:
@@ -549,33 +553,33 @@ def _compiled(
         "store": _store,
         "copy": _copy,
     }
-    parameters = ["words", "row", "begin", "end", "first", "last", "n_cells", "size", "n_items"]
+    parameters = ["words", "row", "begin", "end", "first", "last", "n_chunks", "size", "n_items"]
     signature: list[types.Type] = [word] * len(parameters)
     before: list[str] = []
     within: list[str] = []
     arguments: list[str] = []
 
-    def add_array(name: str, lie: Lie, *, writable: bool) -> str:
+    def add_array(name: str, layout: ArrayLayout, *, writable: bool) -> str:
         """Say how an array comes into the loop; the expression for its item `i`."""
         parameters.extend([name, f"{name}_step", f"{name}_shape", f"{name}_steps"])
-        signature.extend([word, word, *[types.UniTuple(word, lie.ndim)] * 2])
-        if lie.ndim:
-            names[f"{name}_at"] = _maker(lie.type(ndim=lie.ndim, writable=writable))
+        signature.extend([word, word, *[types.UniTuple(word, layout.ndim)] * 2])
+        if layout.ndim:
+            names[f"{name}_at"] = _maker(layout.type(ndim=layout.ndim, writable=writable))
             return f"{name}_at({name} + i * {name}_step, {name}_shape, {name}_steps)"
-        names[f"{name}_at"] = _maker(lie.type(ndim=1, writable=writable))
+        names[f"{name}_at"] = _maker(layout.type(ndim=1, writable=writable))
         before.append(f"{name}_all = {name}_at({name}, (n_items,), ({name}_step,))")
         return f"{name}_all[i]"
 
-    for number, lie in enumerate(lies):
-        item = add_array(f"x{number}", lie, writable=found.demands.items)
-        if lie.ndim == 0 and lie.dtype.names is not None:
+    for number, layout in enumerate(layouts):
+        item = add_array(f"x{number}", layout, writable=found.writable_args.items)
+        if layout.ndim == 0 and layout.dtype.names is not None:
             # A record in compiled code is a pointer: the kernel would write to the caller's.
-            names[f"r{number}_dtype"] = lie.dtype
+            names[f"r{number}_dtype"] = layout.dtype
             before.append(f"r{number} = np.empty(1, r{number}_dtype)")
             within.append(f"r{number}[0] = {item}")
             item = f"r{number}[0]"
         arguments.append(item)
-    targets = [add_array(f"y{n}", lie, writable=True) for n, lie in enumerate(outs)]
+    targets = [add_array(f"y{n}", layout, writable=True) for n, layout in enumerate(outs)]
     for number, kind in enumerate(extra_types):
         name = f"a{number}"
         if isinstance(kind, types.Array):
@@ -594,13 +598,13 @@ def _compiled(
             "filled = np.empty(y0_shape, row_dtype)",
             "filled_at, filled_nbytes = filled.ctypes.data, filled.nbytes",
         ]
-        arguments.insert(len(lies) + row_at, "filled")
+        arguments.insert(len(layouts) + row_at, "filled")
         within.append(f"kernel({', '.join(arguments)})")
         written = [_put_in_place(targets[0], outs[0], found.dtypes[0])]
     else:
         within.append(f"value = kernel({', '.join(arguments)})")
         written = [
-            f"{target} = value[{n}]" if found.several else f"{target} = value"
+            f"{target} = value[{n}]" if found.is_tuple else f"{target} = value"
             for n, target in enumerate(targets)
         ]
     # The call may have been interrupted meanwhile: then nothing is written any more.
@@ -609,25 +613,25 @@ def _compiled(
         parameters=", ".join(parameters),
         before="\n    ".join(before) or "pass",
         within="\n            ".join(within),
-        CURSOR_AT=CURSOR_AT,
+        COUNTER_AT=COUNTER_AT,
         IN_HAND_AT=IN_HAND_AT,
         ITEM_AT=ITEM_AT,
         ITEMS_AT=ITEMS_AT,
         RANGES_AT=RANGES_AT,
     )
     exec(compile(source, f"<fused loop over {kernel.__name__}>", "exec"), names)
-    loop: Any = numba.njit(nogil=True, **_inherited(kernel))(names["loop"])
+    loop: Any = numba.njit(nogil=True, **_inherit_options(kernel))(names["loop"])
     loop.compile(tuple(signature))
     loop.disable_compile()
     run: Callable[..., None] = loop
     return run
 
 
-def _put_in_place(target: str, lie: Lie, dtype: np.dtype[Any]) -> str:
+def _put_in_place(target: str, layout: ArrayLayout, dtype: np.dtype[Any]) -> str:
     """The statement that copies a filled row of some dtype to its place in the output."""
-    if lie.ndim == 0:
+    if layout.ndim == 0:
         return f"{target} = filled[()]"
-    if lie.layout == "C" and lie.dtype == dtype:
+    if layout.layout == "C" and layout.dtype == dtype:
         # Assigning takes compiled code about 1 ns an element: 5 % of a picture of small numbers.
         return "copy(y0 + i * y0_step, filled_at, filled_nbytes)"
     return f"{target}[...] = filled"
@@ -642,16 +646,16 @@ def loop({parameters}):
             if load(words) != 0:
                 return
             if last < 0:
-                cell = take(words + {CURSOR_AT})
-                if cell >= n_cells:
+                index = take(words + {COUNTER_AT})
+                if index >= n_chunks:
                     return
             else:
-                cell = first
+                index = first
                 first += 1
-                if cell >= last:
+                if index >= last:
                     return
-            store(row + {IN_HAND_AT}, cell)
-            begin = cell * size
+            store(row + {IN_HAND_AT}, index)
+            begin = index * size
             end = min(begin + size, n_items)
         for i in range(begin, end):
             if load(words) != 0:
@@ -665,7 +669,7 @@ def loop({parameters}):
 """
 
 
-def _inherited(kernel: Any) -> dict[str, Any]:
+def _inherit_options(kernel: Any) -> dict[str, Any]:
     """Options that a function around a kernel must have too: the kernel may be inlined into it."""
     options = kernel.targetoptions
     names = ("boundscheck", "error_model", "fastmath")
@@ -675,39 +679,41 @@ def _inherited(kernel: Any) -> dict[str, Any]:
 def without_gil(kernel: Any, n_arguments: int) -> Any:
     """The kernel itself, called from compiled code that has let go of the GIL."""
     with _compiling:
-        made = _made_for(kernel).without_gil
+        made = _get_made(kernel).without_gil
         if n_arguments not in made:
             # Not `*args`: compiled beforehand for these, it is compiled again when called.
             names = ", ".join(f"a{n}" for n in range(n_arguments))
             source = f"def called({names}):\n    return kernel({names})\n"
             namespace: dict[str, Any] = {"kernel": kernel}
             exec(compile(source, f"<call of {kernel.__name__}>", "exec"), namespace)
-            made[n_arguments] = numba.njit(nogil=True, **_inherited(kernel))(namespace["called"])
+            made[n_arguments] = numba.njit(nogil=True, **_inherit_options(kernel))(
+                namespace["called"]
+            )
         return made[n_arguments]
 
 
-def compiled_for(
-    kernel: Any, chunks: Sequence[np.ndarray], extras: Extras, *, writable: bool
-) -> tuple[Callable[..., Any], Demands, tuple[tuple[np.dtype[Any], ...], bool] | None]:
+def compile_kernel(
+    kernel: Any, chunks: Sequence[np.ndarray], extras: ExtraArgs, *, writable: bool
+) -> tuple[Callable[..., Any], WritableArgs, tuple[tuple[np.dtype[Any], ...], bool] | None]:
     """What to call with chunks like these, compiled, what it must be able to write to.
 
     And what it returns, if that is scalars: their dtypes, and whether they come as a tuple.
     """
-    _binding(kernel, len(chunks), extras.all, {}, fills=False)
+    _bind(kernel, len(chunks), extras.all, {}, fills=False)
 
-    def arguments(demands: Demands) -> tuple[types.Type, ...]:
+    def arguments(writable_args: WritableArgs) -> tuple[types.Type, ...]:
         return (
-            *typed(chunks, writable=demands.items),
-            *typed(extras.all, writable=demands.args),
+            *types_of(chunks, writable=writable_args.items),
+            *types_of(extras.all, writable=writable_args.args),
         )
 
     try:
         least = _least(any(map(_has_fields, chunks)), extras, writable=writable)
-        signature, demands = _resolved_some_way(kernel, arguments, least)
+        signature, writable_args = _resolve_any(kernel, arguments, least)
     except ForceLiteralArg:  # as above
-        return kernel, Demands(items=writable), None
-    if not kernel._can_compile and not _takes_as_they_are(signature, arguments(demands)):
-        return kernel, demands, None
+        return kernel, WritableArgs(items=writable), None
+    if not kernel._can_compile and not _takes_as_they_are(signature, arguments(writable_args)):
+        return kernel, writable_args, None
     called: Any = without_gil(kernel, len(chunks) + len(extras.all))
-    called.compile(arguments(demands))
-    return called, demands, _returned(signature.return_type)
+    called.compile(arguments(writable_args))
+    return called, writable_args, _result_dtypes(signature.return_type)

@@ -1,7 +1,7 @@
 """Fused loops as tasks: what a compiled loop over items needs to know, and what becomes of errors.
 
 The loop itself is compiled in `taskcarrier.arrays.kernels.compiler`. In threads it claims ranges by itself
-(`sweep`); in the caller, and where the kernel must get private copies, it is called range by range
+(`run_all`); in the caller, and where the kernel must get private copies, it is called range by range
 as any other function.
 """
 
@@ -20,8 +20,8 @@ from taskcarrier.memory.strides import address_of, items_first
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.ledger import Ledger
 from taskcarrier.system.interrupts import is_of_the_program
-from taskcarrier.workers.records import Parts
-from taskcarrier.workers.task import NOTHING, Agree, Deliver, Job
+from taskcarrier.workers.records import PartialResult
+from taskcarrier.workers.task import IN_PLACE, Deliver, Job, Propose
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +42,9 @@ class FusedTask:
         Items along the mapped axis.
     takes_copies : bool
         Whether it gets private, writable copies of its items.
-    owns_args : bool
+    copies_args : bool
         Whether every worker gets such copies of arrays in its arguments.
-    collects : bool
+    collect_errors : bool
         Whether errors are collected; else the first one ends the run.
     """
 
@@ -55,8 +55,8 @@ class FusedTask:
     extras: tuple[Any, ...]
     n_items: int
     takes_copies: bool
-    owns_args: bool
-    collects: bool
+    copies_args: bool
+    collect_errors: bool
     _ledgers: list[Ledger] = field(default_factory=list)
 
     @cached_property
@@ -74,17 +74,17 @@ class FusedTask:
         for ledger in list(self._ledgers):
             ledger.halt()
 
-    def open(self, agree: Agree) -> FusedCells:  # noqa: ARG002, D102  # all is known; as in Task
-        return FusedCells(self)
+    def open(self, propose: Propose) -> FusedRunner:  # noqa: ARG002, D102  # all is known; as in Task
+        return FusedRunner(self)
 
 
-class FusedCells:
+class FusedRunner:
     """A `FusedTask` opened in one worker."""
 
     def __init__(self, task: FusedTask) -> None:
         self._task = task
         # What is passed by address must live as long as this.
-        self._extras = [own_or_read_only(value, own=task.owns_args) for value in task.extras]
+        self._extras = [own_or_read_only(value, own=task.copies_args) for value in task.extras]
         self._after: list[Any] = []
         for value in self._extras:
             if isinstance(value, np.ndarray):
@@ -92,12 +92,12 @@ class FusedCells:
             else:
                 self._after.append(value)
 
-    def sweep(self, job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> None:
+    def run_all(self, job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> None:
         """Claim ranges and run them until there are none; without the GIL, but for errors."""
-        planned = job.balance.planned(worker, job.n_workers, len(job.grid))
-        first, last = (planned.start, planned.stop) if job.balance.name == "static" else (0, -1)
+        plan = job.balance.plan(worker, job.n_workers, len(job.grid))
+        first, last = (plan.start, plan.stop) if job.balance.name == "static" else (0, -1)
         chunksize = min(job.grid.chunksize, job.grid.n_items)  # a word holds it
-        parts = Parts([], [])
+        parts = PartialResult([], [])
         begin = end = 0
         while True:
             try:
@@ -105,26 +105,26 @@ class FusedCells:
                 self._run(ledger, worker, (begin, end, *claims), self._task.array_arguments)
                 break
             except Exception as error:
-                cell, item = ledger.held(worker)
-                if not self._task.collects:
+                index, item = ledger.loop_position(worker)
+                if not self._task.collect_errors:
                     add_note(error, f"func failed on item {item}")
                     raise
                 parts.faults.append((item, item + 1, error))
-                start = begin if begin < end and begin // chunksize == cell else cell * chunksize
-                begin, end = item + 1, job.grid.bounds(cell)[1]
+                start = begin if begin < end and begin // chunksize == index else index * chunksize
+                begin, end = item + 1, job.grid.range_of(index)[1]
                 ledger.count(worker, begin - start, finished=begin == end)
-                first = max(first, cell + 1)
+                first = max(first, index + 1)
         if parts.faults:
             deliver(parts.faults[0][0], parts)
 
     def __call__(self, start: int, stop: int) -> Any:
         """Run one range, with private copies if the kernel wants them."""
         ledger = self._own_ledger
-        parts = Parts([], [])
+        parts = PartialResult([], [])
         arrays = self._task.array_arguments
         if self._task.takes_copies:
             copies = [
-                _copied(items_first(array, axis)[start:stop])
+                _copy_items(items_first(array, axis)[start:stop])
                 for array, axis in zip(self._task.arrays, self._task.axes, strict=True)
             ]
             arrays = _all_arguments(copies, [0] * len(copies))
@@ -138,18 +138,18 @@ class FusedCells:
                 self._run(ledger, 0, (begin, stop, 0, 0, 0, 1), arrays)  # claims nothing
                 break
             except Exception as error:
-                _, item = ledger.held(0)
-                if not self._task.collects or is_of_the_program(error):
+                _, item = ledger.loop_position(0)
+                if not self._task.collect_errors or is_of_the_program(error):
                     add_note(error, f"func failed on item {item}")
                     raise
                 parts.faults.append((item, item + 1, error))
                 begin = item + 1
-        return parts if parts.faults else NOTHING
+        return parts if parts.faults else IN_PLACE
 
     @cached_property
     def _own_ledger(self) -> Ledger:
         """Of this worker alone, where it is told what to run."""
-        ledger = Ledger.addressed(1)
+        ledger = Ledger.with_address(1)
         self._task._ledgers.append(ledger)
         return ledger
 
@@ -162,7 +162,7 @@ class FusedCells:
     ) -> None:
         self._task.loop(
             ledger.address,
-            ledger.address_of_row(worker),
+            ledger.row_address(worker),
             *ranges,
             self._task.n_items,
             *arrays,
@@ -175,7 +175,7 @@ class FusedCells:
         return None
 
 
-def _copied(items: np.ndarray) -> np.ndarray:
+def _copy_items(items: np.ndarray) -> np.ndarray:
     """A private copy whose items lie as they did: the loop was compiled for that."""
     if items[0].flags.f_contiguous and not items[0].flags.c_contiguous:
         backwards = (0, *range(items.ndim - 1, 0, -1))

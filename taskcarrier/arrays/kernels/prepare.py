@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.arrays.casting import checked_cast
+from taskcarrier.arrays.casting import cast_checked
 from taskcarrier.arrays.inputs.check import Inputs, normalize_axis
 from taskcarrier.arrays.inputs.halos import Halo
-from taskcarrier.arrays.inputs.sources import sources_here
+from taskcarrier.arrays.inputs.sources import local_sources
 from taskcarrier.arrays.kernels.fused import FusedTask
-from taskcarrier.arrays.outputs.buffers import opened
-from taskcarrier.arrays.outputs.request import Stray
+from taskcarrier.arrays.outputs.buffers import open_place
+from taskcarrier.arrays.outputs.request import DeferredResult
 from taskcarrier.arrays.outputs.specs import Spec
 from taskcarrier.arrays.outputs.writer import Plan
 from taskcarrier.memory.strides import items_first
@@ -56,7 +56,7 @@ class Row:
         axis = normalize_axis(axis, len(self.shape) + 1, "out_axis")
         return np.empty((*self.shape[:axis], 0, *self.shape[axis:]), self.dtype)
 
-    def returned_by(self, func: Any) -> Any:
+    def make_returning(self, func: Any) -> Any:
         """A function that returns what `func` writes."""
         return _Filled(func, self)
 
@@ -74,7 +74,7 @@ class _Filled:
 
 
 @dataclass(frozen=True, eq=False)
-class Ready:
+class PreparedCall:
     """A function as it is called, with what it needs.
 
     Attributes
@@ -83,7 +83,7 @@ class Ready:
         What to call.
     writable : bool
         Whether it gets private copies.
-    owns_args : bool
+    copies_args : bool
         Whether every worker gets copies of arrays in its arguments, which it may write to.
     notes : list of str
         What the report should say.
@@ -93,12 +93,12 @@ class Ready:
 
     call: Call
     writable: bool
-    owns_args: bool
+    copies_args: bool
     notes: list[str]
     compiling_ns: int
 
 
-def ready(
+def prepare_call(
     call: Call,
     inputs: Inputs,
     first: tuple[int, int],
@@ -107,37 +107,41 @@ def ready(
     by_item: bool,
     writable: bool,
     in_processes: bool,
-) -> Ready:
+) -> PreparedCall:
     """A function compiled for chunks (or items) like those of the first range."""
     func = call.func
     if not (is_jitted(func) or is_numba_ufunc(func)) or inputs.n_items == 0:
-        return Ready(call, writable, False, [], 0)
+        return PreparedCall(call, writable, False, [], 0)
     begin = monotonic_ns()
-    chunks = [source.open()(*first) for source in sources_here(inputs, halo)]
+    chunks = [source.open()(*first) for source in local_sources(inputs, halo)]
     if is_numba_ufunc(func):
         if not in_processes:
             _compile_ufunc(func, [*chunks, *call.args])
-        return Ready(call, writable, False, [], monotonic_ns() - begin)
+        return PreparedCall(call, writable, False, [], monotonic_ns() - begin)
     from taskcarrier.arrays.kernels import compiler  # noqa: PLC0415  # loads numba
 
-    extras = compiler.bound(func, len(chunks), call.args, call.kwargs)
+    extras = compiler.bind_arguments(func, len(chunks), call.args, call.kwargs)
     if by_item:
         chunks = [
             items_first(chunk, axis)[0] for chunk, axis in zip(chunks, inputs.axes, strict=True)
         ]
-    called, demands, returned = compiler.compiled_for(func, chunks, extras, writable=writable)
+    called, writable_args, returned = compiler.compile_kernel(
+        func, chunks, extras, writable=writable
+    )
     if in_processes:
         called = func
     elif has_own_threads(func, extras.all):
         called = _Alone(called)
-    # Objects may be of other types than the first, and are compiled for anew.
+    # Objects may be of other types than the first, and are compiled for again.
     if by_item and returned is not None and not any(d.hasobject for d in inputs.dtypes):
         called = _Typed(called, *returned)
-    notes = [_COPIES] if demands.items and not writable else []
+    notes = [_COPIES] if writable_args.items and not writable else []
     if by_item and not in_processes:
         notes.append(_NO_LOOP)
     ours = Call(called, extras.all)
-    return Ready(ours, demands.items, demands.args, notes, monotonic_ns() - begin)
+    return PreparedCall(
+        ours, writable_args.items, writable_args.args, notes, monotonic_ns() - begin
+    )
 
 
 _compiling = ModuleLock()
@@ -161,11 +165,11 @@ class _Typed:
 
     func: Any
     dtypes: tuple[np.dtype[Any], ...]
-    several: bool
+    is_tuple: bool
 
     def __call__(self, *given: Any) -> Any:
         value = self.func(*given)
-        if not self.several:
+        if not self.is_tuple:
             return np.asarray(value, self.dtypes[0])[()]
         return tuple(
             np.asarray(one, dtype)[()] for one, dtype in zip(value, self.dtypes, strict=True)
@@ -188,7 +192,7 @@ class _Alone:
 
 
 @dataclass(frozen=True, eq=False)
-class Fusion:
+class FusedLoop:
     """A call whose items are run by a compiled loop.
 
     Attributes
@@ -199,7 +203,7 @@ class Fusion:
         What the results are like.
     notes : list of str
         What the report should say.
-    sweeps : bool
+    runs_all : bool
         Whether threads may leave claiming to the loop: not if rows must be copied before.
     casts : bool
         Whether results are cast in the end, and do not stand in place before.
@@ -208,11 +212,11 @@ class Fusion:
     task: FusedTask
     spec: Spec
     notes: list[str]
-    sweeps: bool
+    runs_all: bool
     casts: bool
     _results: list[np.ndarray]
 
-    def strays(self, faults: list[Fault]) -> list[Stray]:
+    def deferred(self, faults: list[Fault]) -> list[DeferredResult]:
         """Results that are not where they belong yet, because they must be cast."""
         if not self.casts:
             return []
@@ -220,57 +224,61 @@ class Fusion:
             for out in self.task.outs:
                 out[start:stop] = np.zeros((), out.dtype)
         cast = [
-            checked_cast(result, dtype)
+            cast_checked(result, dtype)
             for result, (dtype, _) in zip(self._results, self.spec.parts, strict=True)
         ]
         return [(slice(0, self.task.n_items), cast)]
 
 
-def fused(
+def fuse_loop(
     call: Call,
     inputs: Inputs,
     plan: Plan,
     row: Row | None,
     *,
     writable: bool,
-    collects: bool,
+    collect_errors: bool,
     in_threads: bool,
-) -> Fusion | None:
+) -> FusedLoop | None:
     """A fused loop for a kernel of items, or None if it cannot be had."""
     if not all(type(a) is np.ndarray for a in inputs.arrays):
         return None
     from taskcarrier.arrays.kernels import compiler  # noqa: PLC0415  # loads numba
 
-    extras = compiler.bound(
+    extras = compiler.bind_arguments(
         call.func, len(inputs.arrays), call.args, call.kwargs, fills=row is not None
     )
-    lies = [compiler.Lie.of(*pair) for pair in zip(inputs.arrays, inputs.axes, strict=True)]
+    layouts = [
+        compiler.ArrayLayout.of(*pair) for pair in zip(inputs.arrays, inputs.axes, strict=True)
+    ]
     out = None
     if row is not None:
         place = np.empty((1, *row.shape), row.dtype.newbyteorder("="))
-        out = compiler.Lie.of(place, 0)
-    found = compiler.returns(call.func, lies, extras, out, writable=writable)
+        out = compiler.ArrayLayout.of(place, 0)
+    found = compiler.infer_result(call.func, layouts, extras, out, writable=writable)
     if found is None:
         return None
     shape = () if row is None else row.shape
     wanted = plan.axes_for(len(found.dtypes))
     axes = tuple(normalize_axis(axis, len(shape) + 1, "out_axis") for axis in wanted)
-    native = Spec(tuple((dtype, shape) for dtype in found.dtypes), axes, found.several)
+    native = Spec(tuple((dtype, shape) for dtype in found.dtypes), axes, found.is_tuple)
     outputs = plan.outputs_for(len(found.dtypes))
     dtypes = tuple(o.dtype or d for o, d in zip(outputs, found.dtypes, strict=True))
     casts = dtypes != found.dtypes
-    spec = native.of_dtypes(dtypes) if casts else native
-    plan.check(spec, promotes=False)  # the dtypes are known
+    spec = native.with_dtypes(dtypes) if casts else native
+    plan.check(spec, promote_dtypes=False)  # the dtypes are known
     if casts:
         shapes = native.shapes(inputs.n_items)
         results = [np.empty(*pair) for pair in zip(shapes, found.dtypes, strict=True)]
     else:
         places = plan.allocation.places(spec, outputs)
         assert places is not None  # for the type checker: kernels return no objects
-        results = [opened(place) for place in places]
+        results = [open_place(place) for place in places]
     outs = [items_first(*pair) for pair in zip(results, axes, strict=True)]
-    out_lies = [compiler.Lie.of(one, 0) for one in outs]
-    loop = compiler.fused_loop(call.func, lies, extras, out_lies, found, rows_out=row is not None)
+    out_lies = [compiler.ArrayLayout.of(one, 0) for one in outs]
+    loop = compiler.compile_loop(
+        call.func, layouts, extras, out_lies, found, rows_out=row is not None
+    )
     # Threads are chosen for none that has its own (`taskcarrier.workers.choose`).
     if not in_threads and has_own_threads(call.func, extras.all):
         loop = _Alone(loop)
@@ -281,13 +289,13 @@ def fused(
         outs,
         extras.all,
         inputs.n_items,
-        found.demands.items,
-        found.demands.args,
-        collects,
+        found.writable_args.items,
+        found.writable_args.args,
+        collect_errors,
     )
-    notes = [_COPIES] if found.demands.items and not writable else []
-    sweeps = not found.demands.items or not any(lie.ndim for lie in lies)
-    return Fusion(task, spec, notes, sweeps, casts, results)
+    notes = [_COPIES] if found.writable_args.items and not writable else []
+    runs_all = not found.writable_args.items or not any(layout.ndim for layout in layouts)
+    return FusedLoop(task, spec, notes, runs_all, casts, results)
 
 
 def check_row(out_shape: object, dtype: Any, out: Any) -> Row | None:

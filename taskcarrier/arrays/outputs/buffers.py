@@ -72,13 +72,13 @@ ANY = Output()
 """Nothing was asked."""
 
 
-class Allocation(Protocol):
+class OutputBuffer(Protocol):
     """Where the outputs of a run lie."""
 
     def places(self, spec: Spec, outputs: Sequence[Output]) -> list[Place] | None:
         """The whole outputs; None if they cannot lie there. Asked by workers and the caller."""
 
-    def door(self) -> threading.Lock | None:
+    def write_lock(self) -> threading.Lock | None:
         """A lock that one worker holds while it writes; None if it need not."""
 
     def check_open(self) -> None:
@@ -96,7 +96,7 @@ class CallIsOverError(Exception):
     """A worker comes with a result after the call has returned; nobody sees this."""
 
 
-class LocalAllocation:
+class LocalBuffer:
     """Outputs in ordinary memory, shared by the threads of this process.
 
     A thread cannot be stopped: one that is interrupted goes on until its range is done, and may
@@ -105,7 +105,7 @@ class LocalAllocation:
 
     def __init__(self, n_items: int, order: str) -> None:
         self._is_closed = False
-        self._doors: list[threading.Lock] = []
+        self._write_locks: list[threading.Lock] = []
         self._n_items = n_items
         self._order: Any = order
         self._lock = threading.Lock()
@@ -127,24 +127,24 @@ class LocalAllocation:
                 self._made = made
             return self._made
 
-    def door(self) -> threading.Lock | None:  # noqa: D102  # as in Allocation
-        door = threading.Lock()
-        self._doors.append(door)
-        return door
+    def write_lock(self) -> threading.Lock | None:  # noqa: D102  # as in OutputBuffer
+        write_lock = threading.Lock()
+        self._write_locks.append(write_lock)
+        return write_lock
 
-    def check_open(self) -> None:  # noqa: D102  # as in Allocation
+    def check_open(self) -> None:  # noqa: D102  # as in OutputBuffer
         if self._is_closed:
             raise CallIsOverError
 
     def close(self) -> None:
         """From now on nothing is written; whoever is just writing is waited for."""
         self._is_closed = True
-        for door in list(self._doors):
-            with door:
+        for write_lock in list(self._write_locks):
+            with write_lock:
                 pass
 
 
-class SharedAllocation:
+class SharedBuffer:
     """Outputs in one segment, one after the other, or where they were asked for."""
 
     def __init__(self, segment: Segment, n_items: int, order: str) -> None:
@@ -161,7 +161,7 @@ class SharedAllocation:
             self._segment.reserve(end)
         return places
 
-    def door(self) -> threading.Lock | None:
+    def write_lock(self) -> threading.Lock | None:
         """None is needed: no process outlives the call with a range in hand."""
         return None
 
@@ -196,7 +196,7 @@ class SharedAllocation:
 _SLACK_NBYTES = 1 << 16
 
 
-def opened(place: Place) -> np.ndarray:
+def open_place(place: Place) -> np.ndarray:
     """The whole output in this process, to be written to."""
     return place.open("write") if isinstance(place, SharedView) else place
 
@@ -235,7 +235,7 @@ class Writer:
             segment.write(offset + start * self._stride, flat.data)
             return
         if self._array is None:
-            self._array = opened(self._place)
+            self._array = open_place(self._place)
         self._array[(*self._before, slice(start, stop))] = result
 
 

@@ -39,7 +39,7 @@ Given = Sequence[np.ndarray]
 """Arrays that the function was given."""
 
 
-def owned(result: Any, given: Given) -> Any:
+def own_memory(result: Any, given: Given) -> Any:
     """The result, with copies of what is memory of `given` in it.
 
     Plain containers are put together again around the copies; other objects that hold such memory
@@ -49,22 +49,22 @@ def owned(result: Any, given: Given) -> Any:
     if kind is np.ndarray and not result.dtype.hasobject:
         return result.copy(order="K") if _is_a_view(result, given) else result
     if kind in {tuple, list}:
-        return kind(owned(value, given) for value in result)
+        return kind(own_memory(value, given) for value in result)
     if kind is dict:
-        return {key: owned(value, given) for key, value in result.items()}
-    return _copied(result, given) if _holds_a_view(result, given) else result
+        return {key: own_memory(value, given) for key, value in result.items()}
+    return _copy(result, given) if _holds_a_view(result, given) else result
 
 
-def _copied(result: Any, given: Given) -> Any:
+def _copy(result: Any, given: Given) -> Any:
     kind = type(result)
     if kind is np.ndarray and result.dtype == object:
         made = np.empty_like(result)
         for place, value in np.ndenumerate(result):
-            made[place] = owned(value, given)
+            made[place] = own_memory(value, given)
         return made
     try:
         copied = copy.deepcopy(result)
-        return _by_pickle(result) if _holds_a_view(copied, given) else copied
+        return _copy_by_pickle(result) if _holds_a_view(copied, given) else copied
     except Exception as error:
         add_note(
             error,
@@ -74,20 +74,20 @@ def _copied(result: Any, given: Given) -> Any:
         raise
 
 
-def owned_objects(result: Any, given: Given) -> Any:
+def own_objects(result: Any, given: Given) -> Any:
     """The same for results that are arrays, where they are of Python objects."""
     if isinstance(result, np.ndarray):
-        return owned(result, given) if result.dtype.hasobject else result
+        return own_memory(result, given) if result.dtype.hasobject else result
     if type(result) is tuple:
-        return tuple(owned_objects(value, given) for value in result)
+        return tuple(own_objects(value, given) for value in result)
     return result
 
 
-def _by_pickle(result: object) -> object:
+def _copy_by_pickle(result: object) -> object:
     """A copy as processes would send it, of what `copy` leaves as it is: functions."""
-    from taskcarrier.workers.pickling import pack_items, unpack_items  # noqa: PLC0415  # loads joblib
+    from taskcarrier.workers.pickling import pickle_items, unpickle_items  # noqa: PLC0415  # loads joblib
 
-    return unpack_items(pack_items(result))
+    return unpickle_items(pickle_items(result))
 
 
 def _holds_a_view(result: object, given: Given) -> bool:
@@ -117,12 +117,12 @@ def _referents(value: object) -> list[Any]:
     return gc.get_referents(value)
 
 
-def _of_array(array: np.ndarray) -> list[Any]:
+def _array_referents(array: np.ndarray) -> list[Any]:
     elements = array.ravel().tolist() if array.dtype.hasobject else []
     return [*elements, *getattr(array, "__dict__", {}).values()]
 
 
-def _of_iterator(iterator: np.nditer) -> list[Any]:
+def _iterator_referents(iterator: np.nditer) -> list[Any]:
     try:
         return list(iterator.operands)
     except ValueError:  # it is closed
@@ -135,8 +135,8 @@ _REFERENTS: dict[type, Callable[[Any], list[Any]]] = {
     MethodType: lambda method: [method.__func__, method.__self__],
     BuiltinFunctionType: lambda method: [method.__self__],
     memoryview: lambda view: [view.obj],
-    np.ndarray: _of_array,
+    np.ndarray: _array_referents,
     np.flatiter: lambda iterator: [iterator.base],
     np.broadcast: lambda broadcast: list(broadcast.iters),
-    np.nditer: _of_iterator,
+    np.nditer: _iterator_referents,
 }

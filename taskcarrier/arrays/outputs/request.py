@@ -14,15 +14,15 @@ from taskcarrier.arrays.casting import check_dtype
 from taskcarrier.arrays.inputs.check import Inputs, normalize_axis
 from taskcarrier.arrays.outputs.buffers import (
     ANY,
-    LocalAllocation,
+    LocalBuffer,
     NpyPlace,
     Output,
-    SharedAllocation,
-    opened,
+    SharedBuffer,
+    open_place,
 )
 from taskcarrier.arrays.outputs.specs import Spec
 from taskcarrier.arrays.outputs.writer import Plan
-from taskcarrier.memory.memmaps import check_whole, file_of, located, region
+from taskcarrier.memory.memmaps import check_whole, file_of, find_shared, region
 from taskcarrier.memory.npy import NpyWriter, check_path, header_of
 from taskcarrier.memory.strides import has_internal_overlap
 from taskcarrier.notes import add_note
@@ -31,12 +31,12 @@ from taskcarrier.workers.records import Where
 # How hard to look whether two interleaved views share an item; arbitrary.
 _MAX_WORK: Any = 10_000
 
-Stray = tuple[Where, list[np.ndarray]]
+DeferredResult = tuple[Where, list[np.ndarray]]
 """Results that could not be put in place by the worker."""
 
 
 @dataclass(eq=False)
-class Targets:
+class OutputRequest:
     """What a call asks of its results, from the check of its arguments to the end of the run.
 
     Attributes
@@ -45,21 +45,21 @@ class Targets:
         What ``out=`` names, one for each result: arrays and paths.
     dtypes : tuple of (dtype or None), or None
         What ``dtype=`` asks for.
-    several_dtypes : bool
+    has_several_dtypes : bool
         Whether it does so for each result, and not for every one.
     is_several : bool
         Whether either is a tuple.
-    keeps, goes_on : bool
+    keeps, is_running : bool
         Whether files in the making stay when the run fails; whether they are those that an earlier
         run has left.
     """
 
     entries: tuple[np.ndarray | str, ...] | None = None
     dtypes: tuple[np.dtype[Any] | None, ...] | None = None
-    several_dtypes: bool = False
+    has_several_dtypes: bool = False
     is_several: bool = False
     keeps: bool = False
-    goes_on: bool = False
+    is_running: bool = False
     _writers: dict[int, NpyWriter] = field(default_factory=dict)
 
     @property
@@ -79,11 +79,11 @@ class Targets:
         # Not `None in`: a dtype takes None for float64.
         return self.dtypes is not None and all(one is not None for one in self.dtypes)
 
-    def like_nothing(self) -> Any:
+    def make_empty_result(self) -> Any:
         """What a function of no items would return, to satisfy this."""
         dtypes = self.dtypes or (None,)
         entries: tuple[Any, ...] = self.entries or (None,) * len(dtypes)
-        dtypes = dtypes if self.several_dtypes else dtypes * len(entries)
+        dtypes = dtypes if self.has_several_dtypes else dtypes * len(entries)
         made = tuple(
             np.empty_like(entry) if isinstance(entry, np.ndarray) else np.empty(0, dtype)
             for entry, dtype in zip(entries, dtypes, strict=True)
@@ -96,9 +96,9 @@ class Targets:
             if self.dtypes is None:
                 return ANY
             made = tuple(Output(dtype) for dtype in self.dtypes)
-            return made if self.several_dtypes else made[0]
+            return made if self.has_several_dtypes else made[0]
         dtypes = self.dtypes or (None,)
-        if not self.several_dtypes:
+        if not self.has_several_dtypes:
             dtypes *= len(self.entries)
         return tuple(
             self._output(number, entry, dtype, shared=shared)
@@ -109,11 +109,11 @@ class Targets:
         self, number: int, entry: np.ndarray | str, dtype: np.dtype[Any] | None, *, shared: bool
     ) -> Output:
         if isinstance(entry, str):
-            writer = NpyWriter(entry, keeps=self.keeps, goes_on=self.goes_on)
+            writer = NpyWriter(entry, keeps=self.keeps, is_running=self.is_running)
             self._writers[number] = writer
             return Output(dtype, None, NpyPlace(writer.segment))
         # An array in ordinary memory is filled at the end, from the memory that workers share.
-        place = located(entry, writable=True) if shared else entry
+        place = find_shared(entry, writable=True) if shared else entry
         return Output(entry.dtype, entry.shape, place)
 
     @property
@@ -121,7 +121,7 @@ class Targets:
         """The files that are asked for."""
         return [os.path.realpath(entry) for entry in self.entries or () if isinstance(entry, str)]
 
-    def settled(self, out_axis: int | tuple[int, ...], n_items: int) -> Spec | None:
+    def read_spec(self, out_axis: int | tuple[int, ...], n_items: int) -> Spec | None:
         """What results are like that an earlier run has left; None if there are none such."""
         headers = [writer.header() for writer in self._writers.values()]
         axes = out_axis if isinstance(out_axis, tuple) else (out_axis,) * len(headers)
@@ -138,29 +138,33 @@ class Targets:
             places.append(axis)
         return Spec(tuple(parts), tuple(places), self.is_several)
 
-    def filled(
-        self, plan: Plan, spec: Spec, strays: Sequence[Stray], holes: Sequence[tuple[int, int]]
+    def fill_outputs(
+        self,
+        plan: Plan,
+        spec: Spec,
+        deferred: Sequence[DeferredResult],
+        holes: Sequence[tuple[int, int]],
     ) -> list[np.ndarray]:
         """The whole outputs, with what workers could not put in place, and what fills the holes."""
         outputs = plan.outputs_for(len(spec.parts))
         places = plan.allocation.places(spec, outputs)
         if places is None:  # Python objects, which all came here
             here = [replace(one, place=None) for one in outputs]
-            places = LocalAllocation(plan.n_items, "C").places(spec, here)
-        arrays = list(map(opened, places))
+            places = LocalBuffer(plan.n_items, "C").places(spec, here)
+        arrays = list(map(open_place, places))
         dtypes = [
-            _promoted_dtype({dtype, *(results[number].dtype for _, results in strays)})
+            _promote_dtypes({dtype, *(results[number].dtype for _, results in deferred)})
             for number, (dtype, _) in enumerate(spec.parts)
         ]
         before = [(slice(None),) * axis for axis in spec.axes]
-        missing: list[Where] = [where for where, _ in strays]
+        missing: list[Where] = [where for where, _ in deferred]
         missing += [slice(*hole) for hole in holes]
         for number, (dtype, index) in enumerate(zip(dtypes, before, strict=True)):
             if arrays[number].dtype != dtype:
                 for where in missing:  # what was never written may not survive a cast
                     arrays[number][(*index, where)] = np.zeros((), arrays[number].dtype)
-                arrays[number] = self._promoted(arrays[number], dtype, outputs[number])
-        for where, results in strays:
+                arrays[number] = self._promote(arrays[number], dtype, outputs[number])
+        for where, results in deferred:
             for array, index, result in zip(arrays, before, results, strict=True):
                 array[(*index, where)] = result
         values = [plan.fill.of(array.dtype) for array in arrays]
@@ -170,12 +174,12 @@ class Targets:
         return arrays
 
     @staticmethod
-    def _promoted(array: np.ndarray, dtype: np.dtype[Any], output: Output) -> np.ndarray:
+    def _promote(array: np.ndarray, dtype: np.dtype[Any], output: Output) -> np.ndarray:
         promoted = array.astype(dtype)
         if not isinstance(output.place, NpyPlace):
             return promoted
         order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-        file = opened(output.place.view(dtype, array.shape, order))
+        file = open_place(output.place.view(dtype, array.shape, order))
         file[...] = promoted
         return file
 
@@ -193,13 +197,13 @@ class Targets:
                 if output.place is None:
                     entry[...] = array
                 results.append(entry)
-            elif isinstance(plan.allocation, SharedAllocation) and plan.allocation.is_wasteful(
+            elif isinstance(plan.allocation, SharedBuffer) and plan.allocation.is_wasteful(
                 spec, outputs
             ):
                 results.append(array.copy(order="K"))
             else:
                 results.append(array)
-        return tuple(results) if spec.several else results[0]
+        return tuple(results) if spec.is_tuple else results[0]
 
     def discard(self) -> None:
         """Remove unfinished files."""
@@ -207,7 +211,7 @@ class Targets:
             writer.discard()
 
 
-def _promoted_dtype(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:
+def _promote_dtypes(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:
     """What `numpy.stack` makes of several dtypes; one alone keeps its byte order."""
     if len(dtypes) == 1:
         return dtypes.pop()
@@ -219,32 +223,32 @@ def _promoted_dtype(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:
         raise
 
 
-def check_targets(
+def check_output_request(
     out: object,
     dtype: object,
     out_axis: int | tuple[int, ...],
     inputs: Inputs,
     others: Iterable[object],
-) -> Targets:
+) -> OutputRequest:
     """What ``out=`` and ``dtype=`` ask for, or an error that says what is wrong with it.
 
     `others` are further objects that `func` will see, arrays among them.
     """
-    several = isinstance(dtype, tuple)
+    is_tuple = isinstance(dtype, tuple)
     dtypes: tuple[np.dtype[Any] | None, ...] | None = None
     if dtype is not None:
         dtypes = tuple(
             check_dtype(one) for one in (dtype if isinstance(dtype, tuple) else (dtype,))
         )
     if out is None:
-        return Targets(None, dtypes, several, several)
+        return OutputRequest(None, dtypes, is_tuple, is_tuple)
     entries = tuple(_entry(one) for one in (out if isinstance(out, tuple) else (out,)))
-    if several and dtypes is not None and len(dtypes) != len(entries):
+    if is_tuple and dtypes is not None and len(dtypes) != len(entries):
         raise ValueError(f"dtype has {len(dtypes)} entries, out has {len(entries)}")
     axes = out_axis if isinstance(out_axis, tuple) else (out_axis,) * len(entries)
     if len(axes) != len(entries):
         raise ValueError(f"out_axis has {len(axes)} entries, out has {len(entries)}")
-    wanted = (dtypes or (None,)) * (1 if several else len(entries))
+    wanted = (dtypes or (None,)) * (1 if is_tuple else len(entries))
     seen = list(arrays_within([*inputs.arrays, *others]))
     for entry, axis, kind in zip(entries, axes, wanted, strict=True):
         if isinstance(entry, np.ndarray):
@@ -256,7 +260,7 @@ def check_targets(
         _check_file(path, seen)
         if paths.count(path) > 1:
             raise ValueError(f"out names {path!r} twice")
-    return Targets(entries, dtypes, several, several or isinstance(out, tuple))
+    return OutputRequest(entries, dtypes, is_tuple, is_tuple or isinstance(out, tuple))
 
 
 def _entry(value: object) -> np.ndarray | str:

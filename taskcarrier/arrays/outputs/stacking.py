@@ -21,7 +21,7 @@ _PYTHON_NUMBERS = {bool: np.bool_, float: np.float64, complex: np.complex128}
 
 
 @dataclass(frozen=True, eq=False)
-class Mixed:
+class MixedDtypes:
     """Values of different dtypes, sorted by these.
 
     Attributes
@@ -37,7 +37,7 @@ _Column = np.ndarray | list[np.ndarray]
 """The values of one result: an array of all, or if their dtypes differ one array for each."""
 
 
-def stacked(
+def stack_values(
     values: Sequence[Any],
     start: int,
     out_axis: int | tuple[int, ...],
@@ -71,33 +71,33 @@ def stacked(
     ValueError
         For values of different shapes, or tuples of different lengths.
     """
-    several = isinstance(values[0], tuple)
-    n = len(values[0]) if several else 1
+    is_tuple = isinstance(values[0], tuple)
+    n = len(values[0]) if is_tuple else 1
     axes = out_axis if isinstance(out_axis, tuple) else (out_axis,) * n
     if len(axes) != n:
         raise ValueError(f"out_axis has {len(axes)} entries, func returned {n}")
-    if several:
+    if is_tuple:
         _check_tuples(values, start, n)
     columns = [
         _column(one, start, takes_objects, as_objects)
-        for one in (zip(*values, strict=True) if several else (values,))
+        for one in (zip(*values, strict=True) if is_tuple else (values,))
     ]
     if all(isinstance(column, np.ndarray) for column in columns):
-        return _result([_moved(*pair) for pair in zip(columns, axes, strict=True)], several)
+        return _result([_move_axis(*pair) for pair in zip(columns, axes, strict=True)], is_tuple)
     dtypes = [[column[row].dtype for column in columns] for row in range(len(values))]
     rows: dict[tuple[np.dtype[Any], ...], list[int]] = {}
     for row, key in enumerate(dtypes):
         rows.setdefault(tuple(key), []).append(row)
-    return Mixed(
+    return MixedDtypes(
         [
             (
                 np.array(group),
                 _result(
                     [
-                        _moved(np.stack([column[row] for row in group]), axis)
+                        _move_axis(np.stack([column[row] for row in group]), axis)
                         for column, axis in zip(columns, axes, strict=True)
                     ],
-                    several,
+                    is_tuple,
                 ),
             )
             for group in rows.values()
@@ -114,11 +114,11 @@ def _check_tuples(values: Sequence[Any], start: int, n: int) -> None:
             )
 
 
-def _result(arrays: list[np.ndarray], several: bool) -> Any:
-    return tuple(arrays) if several else arrays[0]
+def _result(arrays: list[np.ndarray], is_tuple: bool) -> Any:
+    return tuple(arrays) if is_tuple else arrays[0]
 
 
-def _moved(array: Any, out_axis: int) -> np.ndarray:
+def _move_axis(array: Any, out_axis: int) -> np.ndarray:
     axis = normalize_axis(out_axis, array.ndim, "out_axis")
     return np.moveaxis(array, 0, axis) if axis else array
 

@@ -1,7 +1,7 @@
-"""Results in place: from what the function returns to one array over all cells.
+"""Results in place: from what the function returns to one array over all chunks.
 
 The first result of a run defines the `Spec` of all: number of outputs, dtypes, and shapes but for
-the mapped axis. Workers settle on it through the ledger (`Agree`): the first proposal counts.
+the mapped axis. Workers settle on it through the ledger (`Propose`): the first proposal counts.
 
 What cannot be put in place is handed to the caller instead: results of Python objects in
 processes, and, where dtypes promote, results of another dtype than the agreed one.
@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.arrays.casting import Fill, checked_cast
+from taskcarrier.arrays.casting import Fill, cast_checked
 from taskcarrier.arrays.inputs.check import holds_mask, normalize_axis
 from taskcarrier.arrays.outputs.buffers import (
     ANY,
-    LocalAllocation,
+    LocalBuffer,
     NpyPlace,
     Output,
-    SharedAllocation,
+    SharedBuffer,
     Writer,
 )
 from taskcarrier.arrays.outputs.specs import DisagreementError, Spec
-from taskcarrier.workers.task import Agree
+from taskcarrier.workers.task import Propose
 
 NO_FILL = Fill()
 _NO_MARGINS = (0, 0)
@@ -39,7 +39,7 @@ class Plan:
 
     Attributes
     ----------
-    allocation : Allocation
+    allocation : OutputBuffer
         Where outputs lie.
     n_items : int
         Items along the mapped axis.
@@ -47,7 +47,7 @@ class Plan:
         Where the mapped axis stands in results, as the user gave it.
     outputs : Output or tuple of Output
         What was asked of every output, or of each.
-    promotes : bool
+    promote_dtypes : bool
         Whether results of different dtypes promote, or disagree.
     fill : Fill
         What is to stand where func failed.
@@ -55,11 +55,11 @@ class Plan:
         What results must be like, where an earlier run has settled on that.
     """
 
-    allocation: LocalAllocation | SharedAllocation
+    allocation: LocalBuffer | SharedBuffer
     n_items: int
     out_axis: int | tuple[int, ...]
     outputs: Output | tuple[Output, ...] = ANY
-    promotes: bool = False
+    promote_dtypes: bool = False
     fill: Fill = NO_FILL
     settled: Spec | None = None
 
@@ -91,7 +91,7 @@ class Plan:
             )
         return self.out_axis
 
-    def check(self, spec: Spec, *, promotes: bool) -> None:
+    def check(self, spec: Spec, *, promote_dtypes: bool) -> None:
         """An error if what was asked for cannot be had with results like these."""
         outputs = self.outputs_for(len(spec.parts))
         for output, shape in zip(outputs, spec.shapes(self.n_items), strict=True):
@@ -99,32 +99,32 @@ class Plan:
                 raise ValueError(f"out has shape {output.shape}, but the results need {shape}")
             if isinstance(output.place, NpyPlace) and any(d.hasobject for d, _ in spec.parts):
                 raise TypeError("Python objects cannot be mapped in a .npy file; out= an array")
-        if not promotes:  # else the dtype may still change
+        if not promote_dtypes:  # else the dtype may still change
             for dtype, _ in spec.parts:
                 self.fill.of(dtype)
 
 
-class Sink:
+class OutputWriter:
     """One worker's way of putting results in place.
 
     Parameters
     ----------
     plan : Plan
         How.
-    agree : callable
+    propose : callable
         Settles on a value with the other workers.
     """
 
-    def __init__(self, plan: Plan, agree: Agree) -> None:
+    def __init__(self, plan: Plan, propose: Propose) -> None:
         self._plan = plan
-        self._agree = agree
-        self._door = plan.allocation.door()
+        self._agree = propose
+        self._door = plan.allocation.write_lock()
         self._check_open = plan.allocation.check_open
         self._spec: Spec | None = None
         self._dtypes: list[np.dtype[Any]] = []
         self._writers: list[Writer] | None = None
-        # What one plain array must look like, by the length of its cell (there are two: the
-        # last may be shorter). Comparing with it takes 0.2 µs a cell, making a spec 4 µs.
+        # What one plain array must look like, by the length of its chunk (there are two: the
+        # last may be shorter). Comparing with it takes 0.2 µs a chunk, making a spec 4 µs.
         self._put: Callable[[int, int, np.ndarray], None]
         self._dtype: np.dtype[Any] | None = None
         self._shapes: dict[int, tuple[int, ...]] = {}
@@ -133,7 +133,7 @@ class Sink:
     def place(
         self, start: int, stop: int, result: Any, margins: tuple[int, int] = _NO_MARGINS
     ) -> list[np.ndarray] | None:
-        """Put the result of one cell where it belongs, or say what is wrong with it.
+        """Put the result of one chunk where it belongs, or say what is wrong with it.
 
         Of the result, as many items as `margins` says are cut off before and after. What is
         returned could not be put in place: it is for the caller.
@@ -152,7 +152,7 @@ class Sink:
                     self._check_open()
                     self._put(start, stop, result)
             return None
-        results = self.checked(start, length, result, margins)
+        results = self.check_result(start, length, result, margins)
         dtypes = [one.dtype for one in results]
         if self._writers is None or dtypes != self._dtypes:
             return results
@@ -166,27 +166,27 @@ class Sink:
                 writer.put(start, stop, one)
         return None
 
-    def checked(
+    def check_result(
         self, start: int, length: int, result: Any, margins: tuple[int, int] = _NO_MARGINS
     ) -> list[np.ndarray]:
         """The results of so many items, trimmed and cast, if they agree with the others."""
-        several = isinstance(result, tuple)
-        results = [_as_result(one) for one in (result if several else (result,))]
+        is_tuple = isinstance(result, tuple)
+        results = [_to_result(one) for one in (result if is_tuple else (result,))]
         axes = self._axes_of(results, length, margins)
-        spec, results = self._prepared(results, axes, several, length, margins)
+        spec, results = self._prepare(results, axes, is_tuple, length, margins)
         if self._spec is None:
             self._settle(start, spec)
         assert self._spec is not None  # for the type checker
-        if not spec.agrees(self._spec, promotes=self._plan.promotes):
+        if not spec.agrees(self._spec, promote_dtypes=self._plan.promote_dtypes):
             raise DisagreementError(spec)
         return results
 
     def _settle(self, start: int, spec: Spec) -> None:
         self.first = (start, spec)
-        self._plan.check(spec, promotes=self._plan.promotes)
+        self._plan.check(spec, promote_dtypes=self._plan.promote_dtypes)
         earlier = self._plan.settled
         if earlier is not None:  # files do not tell whether they were one result or a tuple
-            earlier = replace(earlier, several=spec.several)
+            earlier = replace(earlier, is_tuple=spec.is_tuple)
         settled: Spec = self._agree(earlier or spec)
         self._spec = settled
         self._dtypes = [dtype for dtype, _ in settled.parts]
@@ -202,11 +202,11 @@ class Sink:
         length += sum(margins)
         return tuple(_axis_of(one, axis, length) for one, axis in zip(results, wanted, strict=True))
 
-    def _prepared(
+    def _prepare(
         self,
         results: list[np.ndarray],
         axes: tuple[int, ...],
-        several: bool,
+        is_tuple: bool,
         length: int,
         margins: tuple[int, int],
     ) -> tuple[Spec, list[np.ndarray]]:
@@ -219,17 +219,17 @@ class Sink:
             ]
         outputs = self._plan.outputs_for(len(results))
         results = [
-            one if output.dtype is None else checked_cast(one, output.dtype)
+            one if output.dtype is None else cast_checked(one, output.dtype)
             for one, output in zip(results, outputs, strict=True)
         ]
         parts = tuple(
             (one.dtype, one.shape[:axis] + one.shape[axis + 1 :])
             for one, axis in zip(results, axes, strict=True)
         )
-        return Spec(parts, axes, several), results
+        return Spec(parts, axes, is_tuple), results
 
 
-def _as_result(value: Any) -> np.ndarray:
+def _to_result(value: Any) -> np.ndarray:
     if type(value) is np.ndarray:
         return value
     if holds_mask(value):

@@ -24,12 +24,12 @@ from taskcarrier.arrays.inputs.check import Inputs
 from taskcarrier.arrays.inputs.halos import Halo
 from taskcarrier.arrays.inputs.sources import ArrayLikeSource
 from taskcarrier.arrays.resume.fingerprint import Fingerprint
-from taskcarrier.memory.available import named
-from taskcarrier.memory.memmaps import located, settled
+from taskcarrier.memory.available import name_of_file
+from taskcarrier.memory.memmaps import find_shared, sync_times
 from taskcarrier.memory.segments import SharedView
 from taskcarrier.memory.strides import address_of, byte_bounds
 from taskcarrier.notes import advise
-from taskcarrier.scheduling.grid import Grid
+from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.workers.call import Call
 
 _N_SAMPLES = 64
@@ -82,7 +82,7 @@ class Computation:
         cls,
         call: Call,
         inputs: Inputs,
-        grid: Grid,
+        grid: ChunkGrid,
         halo: Halo | None,
         options: Mapping[str, object],
     ) -> Computation:
@@ -94,7 +94,7 @@ class Computation:
             The function, and what it gets besides.
         inputs : Inputs
             The mapped arrays.
-        grid : Grid
+        grid : ChunkGrid
             What a chunk is.
         halo : Halo or None
             Neighbours.
@@ -182,16 +182,16 @@ def _input(array: Any, axis: int, name: str, found: Fingerprint) -> tuple[str, S
         samples = [found.of(item, name) for item in _items(array, axis)]
         digest = found.of((kind, array.shape, array.dtype), name)
         return digest, Sampled(f"{name} ({kind})", found.of(samples, name), [])
-    view = located(array)
+    view = find_shared(array)
     if view is None or view.segment is None or not view.segment.on_disk:
         return found.of(array, name), None
-    if not settled(view.segment.fd):
+    if not sync_times(view.segment.fd):
         return found.of(array, name), None
     file = os.fstat(view.segment.fd)
     status = [file.st_dev, file.st_ino, file.st_ctime_ns, file.st_mtime_ns, file.st_size]
     place = repr((view.offset, view.shape, view.strides, view.dtype, file.st_size))
     samples = [found.of(page, name) for page in _pages(array, view)]
-    what = f"{name} ({named(view.segment.fd) or 'a file'})"
+    what = f"{name} ({name_of_file(view.segment.fd) or 'a file'})"
     return found.of(place, name), Sampled(what, found.of(samples, name), status)
 
 

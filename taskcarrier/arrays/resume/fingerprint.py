@@ -63,7 +63,7 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.memory.memmaps import written_through
+from taskcarrier.memory.memmaps import find_writable
 from taskcarrier.system.interrupts import is_of_the_program
 
 _DIGEST_NBYTES = 16
@@ -156,7 +156,7 @@ class Fingerprint:
         """The digests of what a function is made of, by name; of other values, the one digest."""
         self._is_at_function = True
         try:
-            if type(value) is not FunctionType or is_installed(_written_in(value)):
+            if type(value) is not FunctionType or is_installed(_module_of_function(value)):
                 return {name: self.of(value, name)}
             found = {name: self._walk(value.__code__, name).hex()}
             for part, one in _parts(value).items():
@@ -172,7 +172,7 @@ class Fingerprint:
     def _walk(self, value: Any, name: str) -> bytes:
         """The digest of a value. The stack is a list: values may be nested deeper than calls."""
         visits: list[_Visit] = []
-        answer = self._known(value, name, visits)
+        answer = self._digest_if_known(value, name, visits)
         while visits:
             visit = visits[-1]
             try:
@@ -182,11 +182,11 @@ class Fingerprint:
                 answer = done.value
                 self._leave(visit, done.value, visits[-1] if visits else None)
             else:
-                answer = self._known(part, part_name, visits)
+                answer = self._digest_if_known(part, part_name, visits)
         assert answer is not None  # for the type checker
         return answer
 
-    def _known(self, value: Any, name: str, visits: list[_Visit]) -> bytes | None:
+    def _digest_if_known(self, value: Any, name: str, visits: list[_Visit]) -> bytes | None:
         """The digest of what need not be looked at (again); else None, and the visit begins."""
         plain = _plain(value)
         if plain is not None:
@@ -199,8 +199,8 @@ class Fingerprint:
         if number is not None:
             if visits:
                 visits[-1].lowest = min(visits[-1].lowest, number)
-            return _joined("met before", str(self._n_met - number).encode())
-        visits.append(_Visit(self._looked_at(value, name), value, self._n_met, self._n_met))
+            return _join("met before", str(self._n_met - number).encode())
+        visits.append(_Visit(self._start_visit(value, name), value, self._n_met, self._n_met))
         self._numbers[id(value)] = self._n_met
         self._kept.append(value)
         self._n_met += 1
@@ -213,7 +213,7 @@ class Fingerprint:
         elif parent is not None:
             parent.lowest = min(parent.lowest, visit.lowest)
 
-    def _looked_at(self, value: Any, name: str) -> _Steps:
+    def _start_visit(self, value: Any, name: str) -> _Steps:
         kind = type(value)
         look = _OF_EXACTLY.get(kind)
         if look is None:
@@ -235,25 +235,25 @@ class Fingerprint:
         found = []
         for part, value in sorted(parts.items()):
             own = yield value, _member(name, part)
-            found.append(_joined(part, own))
+            found.append(_join(part, own))
         return found
 
-    def _made_of(self, parts: Mapping[str, Any], value: Any, name: str) -> _Steps:
+    def _visit_parts(self, parts: Mapping[str, Any], value: Any, name: str) -> _Steps:
         """Of an object that is its class and these attributes."""
         members = yield from self._members(parts, name)
         own = yield type(value), f"the class of {name}"
-        return _joined("object", own, *members)
+        return _join("object", own, *members)
 
     def _sequence(self, value: Any, name: str) -> _Steps:
         kind = type(value).__name__
         if (text := _text_of(value, value)) is not None:
-            return _joined(f"plain {kind}", text)
-        return _joined(kind, *(yield from self._all(value, name)))
+            return _join(f"plain {kind}", text)
+        return _join(kind, *(yield from self._all(value, name)))
 
     def _dict(self, value: Any, name: str) -> _Steps:
         if (text := _text_of([*value.items()], [*value, *value.values()])) is not None:
-            return _joined("plain dict", text)
-        return _joined("dict", *(yield from self._pairs(value.items(), name)))
+            return _join("plain dict", text)
+        return _join("dict", *(yield from self._pairs(value.items(), name)))
 
     def _pairs(
         self, pairs: Iterable[tuple[Any, Any]], name: str
@@ -263,7 +263,7 @@ class Fingerprint:
             own = yield key, name
             text = None if _plain(key) is None else _text_of(key, ())
             place = "[...]" if text is None else f"[{text.decode('utf-8', 'replace')}]"
-            found.append(_joined("pair", own, (yield one, _place(name, place))))
+            found.append(_join("pair", own, (yield one, _place(name, place))))
         return found
 
     def _set(self, value: Any, name: str) -> _Steps:
@@ -278,13 +278,13 @@ class Fingerprint:
                 self._n_met, self._numbers = n_met, numbers
             found.append(plain)
         if type(value) in {set, frozenset, weakref.WeakSet}:
-            return _joined(type(value).__name__, *sorted(found))
+            return _join(type(value).__name__, *sorted(found))
         state = yield value.__getstate__(), name
         own = yield type(value), f"the class of {name}"
-        return _joined("set", own, state, *sorted(found))
+        return _join("set", own, state, *sorted(found))
 
     def _array(self, value: np.ndarray, name: str) -> _Steps:
-        if self._is_at_function and written_through(value) is not None:
+        if self._is_at_function and find_writable(value) is not None:
             self.takes_writes.append(name)
         plain = np.asarray(value)
         if plain.dtype.hasobject:
@@ -293,22 +293,24 @@ class Fingerprint:
             else:
                 fields = {field: plain[field] for field in plain.dtype.names}
                 items = yield from self._members(fields, name)
-            own = _joined("objects", repr((plain.dtype, plain.shape)).encode(), *items)
+            own = _join("objects", repr((plain.dtype, plain.shape)).encode(), *items)
         else:
             own = array_digest(plain)
         if type(value) in {np.ndarray, np.memmap}:
             return own
         # A subclass may have a mask or a unit beside its values.
-        return _joined("subclass", own, (yield from self._made_of(_attributes(value), value, name)))
+        return _join(
+            "subclass", own, (yield from self._visit_parts(_attributes(value), value, name))
+        )
 
     def _function(self, function: FunctionType, name: str) -> _Steps:
         module = function.__module__
         if is_installed(module) and _is_found(function, module, function.__qualname__):
-            return _joined("function", _named(module, function.__qualname__).encode())
+            return _join("function", _qualify(module, function.__qualname__).encode())
         # A function of the program, or one that a decorator made around such a function.
         code = yield function.__code__, name
         members = yield from self._members(_parts(function), name)
-        return _joined("function", code, *members)
+        return _join("function", code, *members)
 
     def _code(self, code: CodeType, name: str) -> _Steps:
         facts = (
@@ -323,12 +325,12 @@ class Fingerprint:
         )
         constants = yield from self._all(code.co_consts, name)
         bytecode = (code.co_code, code.co_exceptiontable)
-        return _joined("code", repr(facts).encode(), *bytecode, *constants)
+        return _join("code", repr(facts).encode(), *bytecode, *constants)
 
     def _class(self, kind: type, name: str) -> _Steps:
         """Of a class of the program."""
         if _package(type(kind)) == "numba":  # such as of `jitclass`: its name is never the same
-            return (yield from self._by_type(kind, name))
+            return (yield from self._visit_type(kind, name))
         members = {key: one for key, one in vars(kind).items() if key not in _OF_EVERY_CLASS}
         if issubclass(kind, enum.Enum):
             own_names = {*kind.__members__, *(k for k in members if _IN_ENUMS.match(k))}
@@ -345,54 +347,54 @@ class Fingerprint:
         bases = yield from self._all(kind.__bases__, name)
         found = yield from self._members(members, name)
         named = f"{kind.__module__}.{kind.__qualname__}".encode()
-        return _joined("class", named, own, *bases, *found)
+        return _join("class", named, own, *bases, *found)
 
     def _numba(self, value: Any, name: str) -> _Steps:
         """Of what numba has compiled from a function of Python, or knows about types."""
         n_before = len(self.takes_writes)
         for path in _COMPILED_FROM:
-            func = _at(value, path)
+            func = _get_nested(value, path)
             if type(func) is FunctionType:
-                target = value if path == "py_func" else _at(value, "_dispatcher")
-                options = {key: _at(target, key) for key in ("targetoptions", "locals")}
+                target = value if path == "py_func" else _get_nested(value, "_dispatcher")
+                options = {key: _get_nested(target, key) for key in ("targetoptions", "locals")}
                 parts: dict[str, Any] = {"func": func, "options": options}
-                if _at(value, "_can_compile") is False:  # its signatures were given
-                    parts["signatures"] = str(_at(value, "signatures"))
-                if _at(value, "_frozen"):  # likewise
-                    parts["types"] = str(_at(value, "types"))
-                own = yield from self._made_of(parts, value, name)
+                if _get_nested(value, "_can_compile") is False:  # its signatures were given
+                    parts["signatures"] = str(_get_nested(value, "signatures"))
+                if _get_nested(value, "_frozen"):  # likewise
+                    parts["types"] = str(_get_nested(value, "types"))
+                own = yield from self._visit_parts(parts, value, name)
                 del self.takes_writes[n_before:]  # arrays that kernels enclose are constants
                 return own
         if type(value).__module__.startswith("numba.core.types"):
-            return _joined("type of numba", repr(value).encode())
-        return (yield from self._by_type(value, name))
+            return _join("type of numba", repr(value).encode())
+        return (yield from self._visit_type(value, name))
 
     def _holder(self, value: Any, name: str) -> _Steps:
         """Of what holds functions, and says by attributes of its own which."""
         parts = next(parts for kind, parts in _MADE_OF.items() if issubclass(type(value), kind))
         beside = {k: one for k, one in _attributes(value).items() if k not in {"lock", "_ufunc"}}
         members = {part: getattr(value, part) for part in parts}
-        return self._made_of({**beside, **members}, value, name)
+        return self._visit_parts({**beside, **members}, value, name)
 
     def _scalar(self, value: np.generic, name: str) -> _Steps:
         """Of a class of the program that is a number of NumPy's as well."""
         parts = {**_attributes(value), "value as array": np.asarray(value)}
-        return self._made_of(parts, value, name)
+        return self._visit_parts(parts, value, name)
 
     def _path(self, value: Any, name: str) -> _Steps:
         own = yield type(value), f"the class of {name}"
-        return _joined("path", own, os.fsencode(value))
+        return _join("path", own, os.fsencode(value))
 
     def _enum_member(self, value: enum.Enum, name: str) -> _Steps:
-        return self._made_of(_attributes_of_member(value), value, name)
+        return self._visit_parts(_attributes_of_member(value), value, name)
 
     def _builtin(self, value: Any, name: str) -> _Steps:
         parts = {"object": value.__self__, "named": value.__qualname__}
-        return self._made_of(parts, value, name)
+        return self._visit_parts(parts, value, name)
 
     def _descriptor(self, value: Any, name: str) -> _Steps:
         own = yield type(value), f"the class of {name}"
-        return _joined("descriptor", own, value.__qualname__.encode())
+        return _join("descriptor", own, value.__qualname__.encode())
 
     def _object(self, value: Any, name: str) -> _Steps:
         """Of an object: its class, and what decides what it does."""
@@ -403,20 +405,20 @@ class Fingerprint:
         deciding = getattr(kind, "_taskcarrier_deciding", None)
         if deciding is not None:
             state = {one: getattr(value, one) for one in deciding}
-            return (yield from self._made_of(state, value, name))
+            return (yield from self._visit_parts(state, value, name))
         if value is os.environ or package in _STORED:
-            return (yield from self._by_type(value, name))
+            return (yield from self._visit_type(value, name))
         try:
-            sent = _reduced(value)
+            sent = _reduce(value)
         except Exception as error:
             if is_of_the_program(error):
                 raise
-            return (yield from self._by_type(value, name))
+            return (yield from self._visit_type(value, name))
         if isinstance(sent, str):
-            return _joined("named", sent.encode())
-        return (yield from self._sent(sent, value, name))
+            return _join("named", sent.encode())
+        return (yield from self._visit_reduced(sent, value, name))
 
-    def _sent(self, sent: tuple[Any, ...], value: Any, name: str) -> _Steps:
+    def _visit_reduced(self, sent: tuple[Any, ...], value: Any, name: str) -> _Steps:
         """Of what pickle would send: how to make the object, and what to put into it."""
         make, args, state, items, pairs = (*sent, None, None, None)[:5]
         found = [(yield type(value), f"the class of {name}"), (yield make, name)]
@@ -432,14 +434,14 @@ class Fingerprint:
             found += yield from self._members(kept, name)
         else:
             found.append((yield state, name))
-        found.append(_joined("items", *(yield from self._all(items or (), name))))
+        found.append(_join("items", *(yield from self._all(items or (), name))))
         found += yield from self._pairs(pairs or (), name)
-        return _joined("object", *found)
+        return _join("object", *found)
 
-    def _by_type(self, value: Any, name: str) -> _Steps:
+    def _visit_type(self, value: Any, name: str) -> _Steps:
         kind = type(value)
         self.not_looked_into[f"{name} ({_module_of(kind)}.{kind.__qualname__})"] = None
-        return _joined("type", (yield kind, f"the class of {name}"))
+        return _join("type", (yield kind, f"the class of {name}"))
 
 
 _Look = Callable[[Fingerprint, Any, str], _Steps]
@@ -522,7 +524,7 @@ def _is_pandas_cache(value: object) -> bool:
     return isinstance(value, dict) and value.keys() <= {"_cache"}
 
 
-def _at(value: Any, path: str) -> Any:
+def _get_nested(value: Any, path: str) -> Any:
     """An attribute of an attribute, as far as there is one; no ``__getattr__`` is asked."""
     for name in path.split("."):
         found = _attributes(value).get(name)
@@ -545,12 +547,12 @@ def _parts(function: FunctionType) -> dict[str, Any]:
         own = _attributes(functools.singledispatch(len)).keys() - {"registry"}
         attributes = {name: one for name, one in attributes.items() if name not in own}
         return {**found, **attributes}
-    if not is_installed(_written_in(function)):
+    if not is_installed(_module_of_function(function)):
         found |= _read_by(function)
     return {
         **found,
         **{f"attribute {name}": one for name, one in attributes.items()},
-        **_enclosed(function),
+        **_closure_values(function),
     }
 
 
@@ -558,14 +560,14 @@ def _read_by(function: FunctionType) -> dict[str, Any]:
     """The global names that a function reads, and the attributes that it reads of modules."""
     found = {}
     for names in _names_read(function.__code__, function.__globals__):
-        value, n_used = _resolved(names, function.__globals__)
+        value, n_used = _resolve(names, function.__globals__)
         if value is not _MISSING:
             label = "" if names[0].startswith(_IMPORT) else "global "
             found[label + ".".join(names[:n_used])] = value
     return found
 
 
-def _reduced(value: Any) -> Any:
+def _reduce(value: Any) -> Any:
     """What pickle would make of an object: a name, or how to make it."""
     registered = copyreg.dispatch_table.get(type(value))
     sent = value.__reduce_ex__(4) if registered is None else registered(value)
@@ -579,22 +581,22 @@ def _reduced(value: Any) -> Any:
         return sent
     if not is_installed(module) or not _is_found(value, module, sent):
         raise pickle.PicklingError(f"{module}.{sent} may be another one in another program")
-    return _named(module, sent)
+    return _qualify(module, sent)
 
 
 def _plain(value: Any) -> bytes | None:
     """The digest of a value that is its own content."""
     kind = type(value)
     if kind is int:  # Python refuses to print long ones in decimals
-        return _joined("int", b"%x" % value)
+        return _join("int", b"%x" % value)
     if kind in _SIMPLE or kind is range:
-        return _joined(kind.__name__, _bytes_of(repr(value)))
+        return _join(kind.__name__, _bytes_of(repr(value)))
     if kind is bytearray:
-        return _joined("bytearray", bytes(value))
+        return _join("bytearray", bytes(value))
     if isinstance(value, np.generic) and kind.__module__ == "numpy" and not value.dtype.hasobject:
-        return _joined("scalar", array_digest(np.asarray(value)))
+        return _join("scalar", array_digest(np.asarray(value)))
     named = _name_of(value, kind)
-    return None if named is None else _joined(kind.__name__, named.encode())
+    return None if named is None else _join(kind.__name__, named.encode())
 
 
 def _text_of(value: Any, items: Iterable[Any]) -> bytes | None:
@@ -613,24 +615,24 @@ def _name_of(value: Any, kind: type) -> str | None:
         return repr(value)
     if kind is np.ufunc:
         name = str(value.__name__)
-        return _named("numpy", name) if getattr(np, name, None) is value else None
+        return _qualify("numpy", name) if getattr(np, name, None) is value else None
     if issubclass(kind, ModuleType):
         module = str(_attributes(value).get("__name__"))
-        return _named(module) if is_installed(module) else None
+        return _qualify(module) if is_installed(module) else None
     if issubclass(kind, type):
         return _name_of_class(value)
     if kind is BuiltinFunctionType and issubclass(type(value.__self__), (type, ModuleType)):
         module = value.__module__
-        return _named(module, value.__qualname__) if is_installed(module) else None
+        return _qualify(module, value.__qualname__) if is_installed(module) else None
     return _name_of_stream(value) if kind.__name__ in {"Random", "RandomState"} else None
 
 
 def _name_of_class(kind: type) -> str | None:
     module = _module_of(kind)
     if not kind.__flags__ & _HEAP_TYPE:  # written in C, and as old as its module
-        return _named(module, kind.__qualname__)
+        return _qualify(module, kind.__qualname__)
     if is_installed(module) and _is_found(kind, module, kind.__qualname__):
-        return _named(module, kind.__qualname__)
+        return _qualify(module, kind.__qualname__)
     return None
 
 
@@ -663,7 +665,7 @@ def _is_found(value: Any, module: str, name: str) -> bool:
     return found is value
 
 
-def _named(module: str, *name: str) -> str:
+def _qualify(module: str, *name: str) -> str:
     """A name in an installed module, with the version of its package."""
     version = _attributes(sys.modules.get(module.partition(".")[0])).get("__version__", "")
     return f"{'.'.join([module, *name])} {version}"
@@ -711,12 +713,12 @@ def _place(name: str, place: str) -> str:
 _MAX_NAME = 200
 
 
-def _written_in(function: FunctionType) -> str:
+def _module_of_function(function: FunctionType) -> str:
     """Where a function was written, whatever its ``__module__`` says of it."""
     return str(function.__globals__.get("__name__"))
 
 
-def _enclosed(function: FunctionType) -> dict[str, Any]:
+def _closure_values(function: FunctionType) -> dict[str, Any]:
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     values = {}
     for variable, cell in cells:
@@ -733,11 +735,11 @@ _MISSING = object()
 _NOT_YET = ModuleType("not there yet")
 
 
-def _resolved(names: tuple[str, ...], names_of: Mapping[str, Any]) -> tuple[Any, int]:
+def _resolve(names: tuple[str, ...], names_of: Mapping[str, Any]) -> tuple[Any, int]:
     """What the first of some names refer to, and how many; attributes of modules alone count."""
     if names[0].startswith(_IMPORT):
         module = names[0].removeprefix(_IMPORT)
-        value = _installed(module) if is_installed(module) else _imported(module)
+        value = _describe_installed(module) if is_installed(module) else _import(module)
     else:
         value = names_of.get(names[0], vars(builtins).get(names[0], _MISSING))
     n_used = 1
@@ -751,7 +753,7 @@ def _resolved(names: tuple[str, ...], names_of: Mapping[str, Any]) -> tuple[Any,
     return value, n_used
 
 
-def _installed(module: str) -> str:
+def _describe_installed(module: str) -> str:
     """An installed module that a function imports, which need not be imported yet."""
     from importlib import metadata  # noqa: PLC0415  # slow, and rarely needed
 
@@ -769,7 +771,7 @@ def _distributions() -> Mapping[str, list[str]]:
     return metadata.packages_distributions()
 
 
-def _imported(module: str) -> Any:
+def _import(module: str) -> Any:
     """A module of the program that a function imports: the same before and after it has."""
     if module not in sys.modules:
         try:
@@ -823,7 +825,7 @@ def array_digest(array: np.ndarray) -> bytes:
     if array.dtype.names is not None:  # field by field: what lies between them is no value
         fields = [name.encode() for name in array.dtype.names]
         values = [array_digest(array[name]) for name in array.dtype.names]
-        return _joined("records", repr((array.dtype, array.shape)).encode(), *fields, *values)
+        return _join("records", repr((array.dtype, array.shape)).encode(), *fields, *values)
     content = hashlib.blake2b(digest_size=_DIGEST_NBYTES)
     for piece in _pieces(array):
         raw = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
@@ -831,7 +833,7 @@ def array_digest(array: np.ndarray) -> bytes:
             raw = np.ascontiguousarray(raw.reshape(-1, 16)[:, :10])
         content.update(raw.data)
     facts = repr((array.dtype, array.shape)).encode()
-    return _joined("array", facts, content.digest())
+    return _join("array", facts, content.digest())
 
 
 # Whether long doubles have 80 bits that count in 128.
@@ -854,7 +856,7 @@ def _bytes_of(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _joined(kind: str, *parts: bytes) -> bytes:
+def _join(kind: str, *parts: bytes) -> bytes:
     """A digest of parts that tells where one ends and the next begins."""
     content = hashlib.blake2b(kind.encode(), digest_size=_DIGEST_NBYTES)
     for part in parts:

@@ -6,10 +6,10 @@ The file ``Y.npy.ledger`` stands beside ``Y.npy.part`` until ``Y.npy`` is comple
 bytes                  what
 =====================  =========================================================================
 first line             ``TaskCarrier ledger 2``
-second line            one JSON object in ASCII: ``marks_at``, ``cells``, and under ``computes`` all
+second line            one JSON object in ASCII: ``marks_at``, ``chunks``, and under ``computes`` all
                        that decides values (`taskcarrier.arrays.resume.computation`)
 up to ``marks_at``     zeros; a multiple of 4096
-``cells`` bytes more   one for each range of the run: 1 if its result is in the output, else
+``chunks`` bytes more   one for each range of the run: 1 if its result is in the output, else
                        anything else
 =====================  =========================================================================
 
@@ -36,10 +36,10 @@ import numpy as np
 
 from taskcarrier.arrays.resume.computation import Computation
 from taskcarrier.memory.available import room_for
-from taskcarrier.memory.npy import busy, ledger_path, locked, open_own
+from taskcarrier.memory.npy import busy, ledger_path, lock_file, open_own
 from taskcarrier.memory.segments import Segment, SharedView
-from taskcarrier.scheduling.ledger import DONE, FREE
-from taskcarrier.system.descriptors import Descriptor, opened, own
+from taskcarrier.scheduling.ledger import DONE, PENDING
+from taskcarrier.system.descriptors import Descriptor, open_owned, own
 
 _FIRST_LINE = b"TaskCarrier ledger 2\n"
 # Far more than the names of any call; a file that says more is none of ours.
@@ -49,14 +49,14 @@ _PLACE_NBYTES = 64
 _DESCRIPTORS = "/proc/self/fd/"
 
 
-class KeptLedger:
+class LedgerFile:
     """The ledger beside an output.
 
     Parameters
     ----------
     path : str
         Where the output is to be in the end.
-    n_cells : int
+    n_chunks : int
         Ranges of the run.
     computation : Computation
         All that decides values.
@@ -79,35 +79,35 @@ class KeptLedger:
         Of what cannot be compared, or in samples only.
     """
 
-    def __init__(self, path: str, n_cells: int, computation: Computation) -> None:
+    def __init__(self, path: str, n_chunks: int, computation: Computation) -> None:
         self.path = ledger_path(path)
         self.notes = computation.notes()
-        self._n_cells = n_cells
+        self._n_chunks = n_chunks
         self._computation = computation
         try:
             self._file = open_own(self.path)
         except FileNotFoundError:
             self.is_new = True
-            self._file = self._made()
+            self._file = self._create()
         else:
             self.is_new = False
-            locked(self._file, self.path)
+            lock_file(self._file, self.path)
         try:
-            self._segment = self._checked()
+            self._segment = self._check()
         except BaseException:
             self.close()
             raise
 
     @property
     def marks(self) -> SharedView:
-        """Where the cells are marked."""
-        n = self._n_cells
+        """Where the chunks are marked."""
+        n = self._n_chunks
         return SharedView(self._segment, self._marks_at, (n,), (1,), np.dtype(np.uint8))
 
     def begin(self, *, anew: bool) -> int:
         """Have marks of finished ranges alone, or none at all; how many there are."""
         marks = self.marks.open("write")
-        marks[slice(None) if anew else marks != DONE] = FREE
+        marks[slice(None) if anew else marks != DONE] = PENDING
         return int(np.count_nonzero(marks))
 
     def remove(self) -> None:
@@ -120,17 +120,17 @@ class KeptLedger:
         fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
-    def _made(self) -> Descriptor:
+    def _create(self) -> Descriptor:
         """A new file with a whole header and no marks, put in place at once."""
-        header = {"cells": self._n_cells, "computes": self._computation.to_json()}
-        marks_at = _aligned(len(_FIRST_LINE) + len(json.dumps(header)) + _PLACE_NBYTES)
+        header = {"chunks": self._n_chunks, "computes": self._computation.to_json()}
+        marks_at = _round_to_pages(len(_FIRST_LINE) + len(json.dumps(header)) + _PLACE_NBYTES)
         text = json.dumps({"marks_at": marks_at, **header}).encode("ascii") + b"\n"
         content = (_FIRST_LINE + text).ljust(marks_at, b"\0")
         folder, own_name = os.path.split(self.path)
-        there = opened(os.open, folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        there = open_owned(os.open, folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         file, name = _nameless(folder)
         try:
-            end = len(content) + self._n_cells
+            end = len(content) + self._n_chunks
             with room_for(file.fileno(), end):
                 os.posix_fallocate(file.fileno(), 0, end)
             os.pwrite(file.fileno(), content, 0)
@@ -145,12 +145,12 @@ class KeptLedger:
                 os.unlink(name)
         return file
 
-    def _checked(self) -> Segment:
+    def _check(self) -> Segment:
         """The file as a segment, if it is of this computation."""
         fd = self._file.fileno()
-        self._marks_at, n_cells, earlier = _header_of(fd, self.path)
+        self._marks_at, n_chunks, earlier = _header_of(fd, self.path)
         differing = self._computation.differences(earlier)
-        differing += ["the number of ranges"] if n_cells != self._n_cells else []
+        differing += ["the number of ranges"] if n_chunks != self._n_chunks else []
         if differing:
             raise ValueError(
                 f"{self.path} is of another computation; what differs: {', '.join(differing)}. To "
@@ -158,11 +158,11 @@ class KeptLedger:
             )
         if not self.is_new:
             self.notes += self._computation.doubts(earlier)
-        end = self._marks_at + self._n_cells
+        end = self._marks_at + self._n_chunks
         if os.fstat(fd).st_size < end:  # it was cut off: those ranges are run again
             with room_for(fd, end):
                 os.posix_fallocate(fd, 0, end)
-        return Segment(opened(os.dup, fd), on_disk=True, nbytes=end)
+        return Segment(open_owned(os.dup, fd), on_disk=True, nbytes=end)
 
 
 def _nameless(folder: str) -> tuple[Descriptor, str]:
@@ -172,22 +172,22 @@ def _nameless(folder: str) -> tuple[Descriptor, str]:
     know no such files, and where there is no /proc.
     """
     if not os.path.exists(_DESCRIPTORS):
-        return _named(folder)
+        return _create_named_file(folder)
     try:
-        file = opened(os.open, folder, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
+        file = open_owned(os.open, folder, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
     except OSError as error:
         if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}:
             raise
-        return _named(folder)
+        return _create_named_file(folder)
     return file, f"{_DESCRIPTORS}{file.fileno()}"
 
 
-def _named(folder: str) -> tuple[Descriptor, str]:
+def _create_named_file(folder: str) -> tuple[Descriptor, str]:
     fd, name = tempfile.mkstemp(".new", ".ledger-", folder)
     return own(fd), name
 
 
-def _aligned(nbytes: int) -> int:
+def _round_to_pages(nbytes: int) -> int:
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
@@ -198,12 +198,12 @@ def _header_of(fd: int, path: str) -> tuple[int, int, Computation]:
         if lines[0] + b"\n" != _FIRST_LINE:
             raise ValueError("its first line is another")  # noqa: TRY301  # one way out for all
         found = json.loads(lines[1])
-        marks_at, cells = found["marks_at"], found["cells"]
+        marks_at, n_chunks = found["marks_at"], found["chunks"]
         computation = Computation.from_json(found["computes"])
-        if not (isinstance(marks_at, int) and isinstance(cells, int) and marks_at > 0):
+        if not (isinstance(marks_at, int) and isinstance(n_chunks, int) and marks_at > 0):
             raise TypeError("its numbers are none")  # noqa: TRY301  # likewise
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(
             f"{path} is no ledger of this version of TaskCarrier ({error}); remove it to start over"
         ) from None
-    return marks_at, cells, computation
+    return marks_at, n_chunks, computation

@@ -25,7 +25,7 @@ def is_readable(fd: int, seconds: float = 0) -> bool:
     return bool(poll.poll(seconds * 1e3))
 
 
-class Ending:
+class ProcessExit:
     """The end of a child process that is not reaped yet.
 
     Parameters

@@ -1,10 +1,10 @@
-"""One run on a crew of processes, as the caller sees it.
+"""One run on a pool of processes, as the caller sees it.
 
 What becomes of a run when a worker dies. A new process takes the dead worker's place and number.
 What that had in hand is given out to it again (`taskcarrier.scheduling.retries` says how often, and in which
-pieces), before the cells that are the number's own. What else got lost with it, a claim that was
+pieces), before the chunks that are the number's own. What else got lost with it, a claim that was
 not written down or results on their way, is found by the marks of the ledger when all others are
-done, and shared out anew. A range that took too long ends in the same way: its worker is killed.
+done, and shared out again. A range that took too long ends in the same way: its worker is killed.
 """
 
 from __future__ import annotations
@@ -16,19 +16,31 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from taskcarrier.notes import add_note
-from taskcarrier.scheduling.ledger import DONE, FREE, SENT, TAKEN_BACK, Ledger
+from taskcarrier.scheduling.ledger import DONE, PENDING, RECLAIMED, SENT, Ledger
 from taskcarrier.scheduling.partition import Partition
-from taskcarrier.scheduling.retries import Again
+from taskcarrier.scheduling.retries import Attempt
 from taskcarrier.system.interrupts import is_of_the_program
 from taskcarrier.workers.loop import timeout_error
-from taskcarrier.workers.pickling import Parcel, unpack_items
-from taskcarrier.workers.processes.messages import Channel
-from taskcarrier.workers.processes.worker import KEPT, RESULTS, account_from, order, results_from
-from taskcarrier.workers.records import Account, Death, Failure, Parts, Ran
+from taskcarrier.workers.pickling import Payload, unpickle_items
+from taskcarrier.workers.processes.messages import MessageSocket
+from taskcarrier.workers.processes.worker import (
+    KEPT,
+    RESULTS,
+    order,
+    unpickle_results,
+    unpickle_stats,
+)
+from taskcarrier.workers.records import (
+    PartialResult,
+    RangeFailure,
+    RunResult,
+    WorkerDeath,
+    WorkerStats,
+)
 from taskcarrier.workers.task import Deliver, Job
 
 GRACE_SECONDS = 0.5
-"""How long an interrupted run waits for a worker to finish its cell before it is killed."""
+"""How long an interrupted run waits for a worker to finish its chunk before it is killed."""
 LONGEST_WAIT = 1.0
 """A signal that comes just before the caller begins to wait is not seen until something else
 happens; so it looks now and then."""
@@ -38,7 +50,7 @@ class Worker(Protocol):
     """A worker process, as a run needs it (`taskcarrier.workers.processes.pool.WorkerProcess`)."""
 
     name: str
-    channel: Channel
+    channel: MessageSocket
     is_free: bool
 
     @property
@@ -65,7 +77,7 @@ class Watch:
             self._by_fd[fd] = (number, worker)
             self._poll.register(fd, select.POLLIN)
 
-    def listen_no_more(self, worker: Worker) -> None:
+    def stop_listening(self, worker: Worker) -> None:
         """Its stream has ended; the process's own descriptor tells the rest."""
         self._poll.unregister(worker.channel.fileno())
 
@@ -88,10 +100,10 @@ class Watch:
                 yield *self._by_fd[fd], fd in ended
 
 
-def end_the_late(
+def kill_overdue(
     timeout: float,
     workers: dict[int, Worker],
-    in_hand: Callable[[int], Again | None],
+    in_hand: Callable[[int], Attempt | None],
     ledger: Ledger,
     overdue: dict[int, tuple[int, int]],
 ) -> float:
@@ -102,10 +114,10 @@ def end_the_late(
     now = time.monotonic_ns()
     left = timeout
     for number, worker in workers.items():
-        held, since = in_hand(number), ledger.since(number)
-        if held is None or not since:
+        held, start_time_ns = in_hand(number), ledger.start_time_ns(number)
+        if held is None or not start_time_ns:
             continue
-        due = timeout - (now - since) / 1e9
+        due = timeout - (now - start_time_ns) / 1e9
         if due > 0:
             left = min(left, due)
         elif number not in overdue:
@@ -122,34 +134,36 @@ class ProcessRun:
         job: Job,
         ledger: Ledger,
         deliver: Deliver,
-        parcel: Parcel,
-        living: Callable[[int], Worker],
+        payload: Payload,
+        get_worker: Callable[[int], Worker],
     ) -> None:
         self._job = job
         self._ledger = ledger
         self._deliver = deliver
-        self._parcel = parcel
-        self._living = living
+        self._parcel = payload
+        self._get_worker = get_worker
         self._began_ns: dict[int, int] = {}
         self._watch = Watch()
-        self._again: dict[int, Sequence[Again]] = {}  # what each worker at work was given to begin
+        self._attempts: dict[
+            int, Sequence[Attempt]
+        ] = {}  # what each worker at work was given to begin
         self._overdue: dict[int, tuple[int, int]] = {}  # who is killed for which range
         self._received: set[int] = set()  # the starts of ranges whose results have come
         self._idle_deaths: dict[int, int] = {}
         self.at_work: dict[int, Worker] = {}
-        self._accounts: list[Account] = []
-        self._deaths: list[Death] = []
-        self._fatal: list[Death] = []
+        self._worker_stats: list[WorkerStats] = []
+        self._deaths: list[WorkerDeath] = []
+        self._fatal: list[WorkerDeath] = []
         self._lost: list[tuple[int, int]] = []  # ranges given out again that were not run
-        self._failures: list[Failure] = []  # seen from here
+        self._failures: list[RangeFailure] = []  # seen from here
         self._is_over = False  # an error has come, or the caller stops
         self.memory_kept = False
 
-    def start(self, number: int, worker: Worker, again: Sequence[Again] = ()) -> None:
-        """Have a worker begin, with these ranges and then with cells."""
+    def start(self, number: int, worker: Worker, again: Sequence[Attempt] = ()) -> None:
+        """Have a worker begin, with these ranges and then with chunks."""
         self._ledger.begin(number)
         self._began_ns[number] = time.monotonic_ns()
-        self._again[number] = again
+        self._attempts[number] = again
         self.at_work[number] = worker
         self._watch.add(number, worker)
         message = order(list(again), self._parcel.data)
@@ -158,15 +172,15 @@ class ProcessRun:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             worker.channel.send(message, self._parcel.fds)
 
-    def goes_on(self) -> bool:
+    def is_running(self) -> bool:
         """Whether anybody is at work; if all are done, what got lost is shared out again."""
         if not self.at_work and self._deaths and not self._has_ended:
-            lost = self._lost_cells()
+            lost = self._find_lost()
             marks = self._ledger.marks
-            if self._job.recovery.retries == 0 and marks is not None:
+            if self._job.retry_policy.retries == 0 and marks is not None:
                 # What was sent has been run, and is not to be run again.
-                sent = [cell for cell in lost if marks[cell] == SENT]
-                lost = [cell for cell in lost if marks[cell] != SENT]
+                sent = [index for index in lost if marks[index] == SENT]
+                lost = [index for index in lost if marks[index] != SENT]
                 if sent:
                     self._fatal.append(self._deaths[-1])
             self._share_out(lost)
@@ -183,7 +197,7 @@ class ProcessRun:
 
     def step(self, seconds: float | None) -> None:
         """Wait for something to happen, and take it in."""
-        timeout = self._job.recovery.timeout
+        timeout = self._job.retry_policy.timeout
         waits = [LONGEST_WAIT, *([] if seconds is None else [seconds])]
         if timeout is not None:
             waits.append(self._seconds_left(timeout))
@@ -194,12 +208,12 @@ class ProcessRun:
             if has_ended:
                 overdue = self._overdue.get(number)
                 self._leave(number, worker)
-                self._bury(number, worker, overdue)
+                self._handle_death(number, worker, overdue)
             elif not says_more:
-                self._watch.listen_no_more(worker)
+                self._watch.stop_listening(worker)
 
     def abort(self) -> None:
-        """Stop: workers at their next cell, or soon by force."""
+        """Stop: workers at their next chunk, or soon by force."""
         self._halt()
         deadline = time.monotonic() + GRACE_SECONDS
         try:
@@ -218,19 +232,19 @@ class ProcessRun:
         """Workers at work, but those that were not sent their order any more."""
         return [worker for worker in self.at_work.values() if not worker.is_free]
 
-    def ran(self) -> Ran:
+    def ran(self) -> RunResult:
         """How the run ended."""
-        self._accounts.sort(key=lambda account: account.worker)
-        ran = Ran.read(self._accounts, self._ledger)
+        self._worker_stats.sort(key=lambda stats: stats.worker)
+        ran = RunResult.read(self._worker_stats, self._ledger)
         ran.deaths, ran.fatal = self._deaths, self._fatal
         ran.failures = self._failures
-        ran.missing = sorted({*self._lost, *map(self._job.grid.bounds, self._lost_cells())})
+        ran.missing = sorted({*self._lost, *map(self._job.grid.range_of, self._find_lost())})
         if ran.missing and not self._is_over:
             ran.fatal = self._fatal or self._deaths  # whichever it was, not all were made good
         return ran
 
     def _halt(self) -> None:
-        """Have the workers stop at their next cell; nothing more is begun."""
+        """Have the workers stop at their next chunk; nothing more is begun."""
         self._is_over = True
         self._ledger.halt()
 
@@ -238,32 +252,32 @@ class ProcessRun:
 
     def _seconds_left(self, timeout: float) -> float:
         """Seconds until the next range has taken too long; those that have are ended."""
-        return end_the_late(timeout, self.at_work, self._held, self._ledger, self._overdue)
+        return kill_overdue(timeout, self.at_work, self._range_in_hand, self._ledger, self._overdue)
 
     # Deaths
 
-    def _held(self, number: int) -> Again | None:
+    def _range_in_hand(self, number: int) -> Attempt | None:
         """The range that a worker has in hand, if it is not finished."""
         ledger, grid = self._ledger, self._job.grid
-        position = ledger.again_in_hand(number)
+        position = ledger.attempt_in_hand(number)
         if position is not None:
-            again = self._again[number][position]
-            is_done = position < ledger.again_done(number) or self._is_there(again)
+            again = self._attempts[number][position]
+            is_done = position < ledger.n_attempts_done(number) or self._is_there(again)
             return None if is_done else again
-        cell = ledger.in_hand(number, len(grid))
-        if cell is None or (ledger.marks is not None and ledger.marks[cell] != FREE):
+        index = ledger.chunk_in_hand(number, len(grid))
+        if index is None or (ledger.marks is not None and ledger.marks[index] != PENDING):
             return None
-        return Again(*grid.bounds(cell))
+        return Attempt(*grid.range_of(index))
 
-    def _is_there(self, again: Again) -> bool:
-        """Whether a whole cell that was given out again is finished, and its result here."""
-        cell = again.start // self._job.grid.chunksize
+    def _is_there(self, again: Attempt) -> bool:
+        """Whether a whole chunk that was given out again is finished, and its result here."""
+        index = again.start // self._job.grid.chunksize
         marks = self._ledger.marks
-        if marks is None or self._job.grid.bounds(cell) != again[:2]:
+        if marks is None or self._job.grid.range_of(index) != again[:2]:
             return False
-        return marks[cell] == DONE or (marks[cell] == SENT and again.start in self._received)
+        return marks[index] == DONE or (marks[index] == SENT and again.start in self._received)
 
-    def _bury(self, number: int, worker: Worker, overdue: tuple[int, int] | None) -> None:
+    def _handle_death(self, number: int, worker: Worker, overdue: tuple[int, int] | None) -> None:
         """A worker has died: see to what it had in hand, and put another in its place.
 
         `overdue` is the range for which it was killed, if it was.
@@ -271,13 +285,13 @@ class ProcessRun:
         exitcode = worker.reap()
         if not self._has_ended:
             # If it had halted the run for an error, that did not arrive: it is a death like others.
-            self._ledger.go_on()
-        held = self._held(number)
-        rest = list(self._again[number][self._ledger.again_done(number) :])
+            self._ledger.resume()
+        held = self._range_in_hand(number)
+        rest = list(self._attempts[number][self._ledger.n_attempts_done(number) :])
         if held is not None and rest and rest[0] == held:
             del rest[0]
-        self._accounts.append(self._account_of_dead(number, worker))
-        death = Death.of(number, worker.name, exitcode, held, overdue)
+        self._worker_stats.append(self._stats_of_dead(number, worker))
+        death = WorkerDeath.of(number, worker.name, exitcode, held, overdue)
         nexts = self._nexts(death, held, overdue, worker)
         if self._has_ended:
             self._lost += [part[:2] for part in (*nexts, *rest)]
@@ -285,40 +299,48 @@ class ProcessRun:
         if held is not None:
             self._take_back(held)
         if not self._has_ended:
-            self.start(number, self._living(number), [*nexts, *rest])
+            self.start(number, self._get_worker(number), [*nexts, *rest])
 
     def _nexts(
-        self, death: Death, held: Again | None, overdue: tuple[int, int] | None, worker: Worker
-    ) -> list[Again]:
+        self,
+        death: WorkerDeath,
+        held: Attempt | None,
+        overdue: tuple[int, int] | None,
+        worker: Worker,
+    ) -> list[Attempt]:
         """What is to be run instead of what a dead worker had in hand."""
-        number, recovery = death.worker, self._job.recovery
+        number, retry_policy = death.worker, self._job.retry_policy
         if held is None:
             # It was dying when it began, or died between two ranges.
-            idle = 0 if self._ledger.items_of(number) else self._idle_deaths.get(number, 0) + 1
+            idle = 0 if self._ledger.n_items_of(number) else self._idle_deaths.get(number, 0) + 1
             self._idle_deaths[number] = idle
-            if idle > max(1, recovery.retries):
+            if idle > max(1, retry_policy.retries):
                 self._fatal.append(death)
             return []
         if overdue is not None:
             if overdue != held[:2]:  # it had come to this one meanwhile, which is not to blame
                 return [held]
-            if not (nexts := recovery.after_timeout(held)):
-                self._blame(held, self._too_late(worker), worker)
+            if not (nexts := retry_policy.next_after_timeout(held)):
+                self._blame(held, self._make_timeout_error(worker), worker)
             return nexts
-        nexts = [] if self._fatal else recovery.after_death(held, narrows=self._job.narrows)
-        if not nexts and self._job.collects:
-            from taskcarrier.errors import death_of  # noqa: PLC0415  # slow, and rarely needed
+        nexts = (
+            []
+            if self._fatal
+            else retry_policy.next_after_death(held, can_split=self._job.can_split)
+        )
+        if not nexts and self._job.collect_errors:
+            from taskcarrier.errors import make_died_error  # noqa: PLC0415  # slow, and rarely needed
 
-            self._blame(held, death_of(death, f"items {held.start}:{held.stop}"), worker)
+            self._blame(held, make_died_error(death, f"items {held.start}:{held.stop}"), worker)
         elif not nexts:
             self._fatal.append(death)
             self._lost.append(held[:2])
         return nexts
 
-    def _account_of_dead(self, number: int, worker: Worker) -> Account:
+    def _stats_of_dead(self, number: int, worker: Worker) -> WorkerStats:
         """What the ledger tells of a worker that cannot tell it any more."""
-        items = self._ledger.items_of(number)
-        return Account(
+        items = self._ledger.n_items_of(number)
+        return WorkerStats(
             number,
             worker.name,
             -(-items // self._job.grid.chunksize),
@@ -326,44 +348,46 @@ class ProcessRun:
             time.monotonic_ns() - self._began_ns[number],
         )
 
-    def _too_late(self, worker: Worker) -> TimeoutError:
-        error = timeout_error(self._job.recovery)
+    def _make_timeout_error(self, worker: Worker) -> TimeoutError:
+        error = timeout_error(self._job.retry_policy)
         add_note(error, f"{worker.name} was killed")
         return error
 
-    def _blame(self, held: Again, error: BaseException, worker: Worker) -> None:
+    def _blame(self, held: Attempt, error: BaseException, worker: Worker) -> None:
         """A range is given up: its error is collected, or ends the run."""
         start, stop, attempt = held
-        if self._job.collects:
-            self._deliver(start, Parts([], [(start, stop, error)]))
+        if self._job.collect_errors:
+            self._deliver(start, PartialResult([], [(start, stop, error)]))
         else:
-            self._failures.append(Failure((start, stop), error, worker.name, attempt))
+            self._failures.append(RangeFailure((start, stop), error, worker.name, attempt))
             self._lost.append((start, stop))
             self._halt()
 
-    def _take_back(self, held: Again) -> None:
-        """Mark the cell of a range that is seen to from here."""
-        marks, cell = self._ledger.marks, held.start // self._job.grid.chunksize
+    def _take_back(self, held: Attempt) -> None:
+        """Mark the chunk of a range that is seen to from here."""
+        marks, index = self._ledger.marks, held.start // self._job.grid.chunksize
         assert marks is not None  # for the type checker: workers can die here
-        if marks[cell] == FREE:
-            marks[cell] = TAKEN_BACK
+        if marks[index] == PENDING:
+            marks[index] = RECLAIMED
 
-    def _lost_cells(self) -> list[int]:
-        """Cells that nobody will run any more, and whose results are not there."""
+    def _find_lost(self) -> list[int]:
+        """Chunks that nobody will run any more, and whose results are not there."""
         size = self._job.grid.chunksize
-        on_their_way = {cell * size for cell in self._ledger.marked(SENT)} - self._received
-        return sorted([*self._ledger.marked(FREE), *(start // size for start in on_their_way)])
+        on_their_way = {index * size for index in self._ledger.chunks_marked(SENT)} - self._received
+        return sorted(
+            [*self._ledger.chunks_marked(PENDING), *(start // size for start in on_their_way)]
+        )
 
-    def _share_out(self, cells: list[int]) -> None:
-        """Have workers run cells that got lost."""
-        ranges = [Again(*self._job.grid.bounds(cell)) for cell in cells]
+    def _share_out(self, indices: list[int]) -> None:
+        """Have workers run chunks that got lost."""
+        ranges = [Attempt(*self._job.grid.range_of(index)) for index in indices]
         marks = self._ledger.marks
         assert marks is not None  # for the type checker: as above
-        for cell in cells:
-            marks[cell] = TAKEN_BACK
+        for index in indices:
+            marks[index] = RECLAIMED
         if ranges:
             for number, part in enumerate(Partition(self._job.n_workers, len(ranges))):
-                self.start(number, self._living(number), ranges[part])
+                self.start(number, self._get_worker(number), ranges[part])
 
     # What comes up
 
@@ -372,31 +396,31 @@ class ProcessRun:
         for message in worker.channel.messages():
             data, _ = message
             if data[:1] == RESULTS:
-                for one in results_from(message, on_disk=self._job.folder is not None):
+                for one in unpickle_results(message, on_disk=self._job.folder is not None):
                     self._unpack_result(worker, *one)
             else:
                 # At first: if this is cut short, the worker is free all the same.
                 self.memory_kept |= data[1:2] == KEPT
                 worker.is_free = True
                 self._leave(number, worker)
-                account = account_from(data[2:])
-                account.name = worker.name
-                self._accounts.append(account)
-                if account.failure is not None:
+                stats = unpickle_stats(data[2:])
+                stats.name = worker.name
+                self._worker_stats.append(stats)
+                if stats.failure is not None:
                     self._halt()
-                undone = self._again[number][self._ledger.again_done(number) :]
+                undone = self._attempts[number][self._ledger.n_attempts_done(number) :]
                 self._lost += [again[:2] for again in undone]
         return open_
 
     def _unpack_result(self, worker: Worker, start: int, packed: bytes, large: list[Any]) -> None:
         try:
-            result = unpack_items(packed, large)
+            result = unpickle_items(packed, large)
         except Exception as error:
             if is_of_the_program(error):
                 raise
             add_note(error, "taskcarrier could not unpickle this result of a worker process")
-            where = self._job.grid.bounds(start // self._job.grid.chunksize)
-            self._failures.append(Failure(where, error, worker.name))
+            where = self._job.grid.range_of(start // self._job.grid.chunksize)
+            self._failures.append(RangeFailure(where, error, worker.name))
             self._halt()
         else:
             self._received.add(start)

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from taskcarrier.system.descriptors import Descriptor, above_standard, own
+from taskcarrier.system.descriptors import Descriptor, keep_standard_free, own
 
 _TOO_MANY = "too many open files for the shared arrays of this call"
 
@@ -45,7 +45,7 @@ Message = tuple[bytes, list[Descriptor]]
 """Bytes, and the descriptors that came with them."""
 
 
-class Channel:
+class MessageSocket:
     """One end of a worker's socket: whole messages, with file descriptors beside them.
 
     Parameters
@@ -73,7 +73,7 @@ class Channel:
         """Close this end; the other end sees the end of the stream."""
         self._socket.close()
         if self._came:
-            self._kept()
+            self._keep()
         self._descriptors = []
 
     def send(self, data: bytes, fds: list[int] | None = None) -> None:
@@ -94,16 +94,16 @@ class Channel:
         self._received.clear()
         head += self._exactly(_HEADER.size - len(head))
         nbytes, n_descriptors = _HEADER.unpack(head)
-        return self._exactly(nbytes), self._taken(n_descriptors)
+        return self._exactly(nbytes), self._take(n_descriptors)
 
     def _piece(self, nbytes: int, flags: int = 0) -> bytes:
         """Take in bytes, and descriptors, that have come."""
-        with above_standard():
+        with keep_standard_free():
             # Received and kept in one step, by C: no exception from outside comes between.
             [self._came] = map(self._socket.recvmsg, (nbytes,), (_FDS_SPACE,), (flags | _CLOEXEC,))
-        return self._kept()
+        return self._keep()
 
-    def _kept(self) -> bytes:
+    def _keep(self) -> bytes:
         """What has come, which from now on is among what was received."""
         data, ancillary, flags, _ = self._came
         fds = array.array("i")
@@ -118,7 +118,7 @@ class Channel:
             raise self._torn()
         return bytes(data)
 
-    def _taken(self, number: int) -> list[Descriptor]:
+    def _take(self, number: int) -> list[Descriptor]:
         """The descriptors of a message: the first that have come and were not taken."""
         if len(self._descriptors) < number:
             raise self._torn()
@@ -144,7 +144,7 @@ class Channel:
             return False
         try:
             if self._came:
-                self._kept()
+                self._keep()
             for _ in range(_MAX_READS):
                 if not self._piece(1 << 20, _DONTWAIT):
                     return False

@@ -1,6 +1,6 @@
-"""Python objects for worker processes: pickled once, by cells, into the run's shared memory.
+"""Python objects for worker processes: pickled once, by chunks, into the run's shared memory.
 
-Whoever comes to run a cell finds it there, so static and dynamic balance ship the same bytes and
+Whoever comes to run a chunk finds it there, so static and dynamic balance ship the same bytes and
 taking a block costs no message.
 """
 
@@ -17,12 +17,12 @@ from taskcarrier.memory.mapping_cache import open_for_reading
 from taskcarrier.memory.segments import SharedView
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note
-from taskcarrier.scheduling.grid import Grid
+from taskcarrier.scheduling.grid import ChunkGrid
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
-    """One pickle for each cell of a grid, one after the other, and where each begins and ends.
+class PackedChunks:
+    """One pickle for each chunk of a grid, one after the other, and where each begins and ends.
 
     The pickles lie in the segment of that table.
     """
@@ -33,19 +33,19 @@ class Blocks:
     def pack(
         cls,
         read: Callable[[int, int], object],
-        grid: Grid,
+        grid: ChunkGrid,
         staging: Staging,
         describe: Callable[[int, int], str],
-    ) -> Blocks:
-        """Pickle what `read` returns for each cell; an error names the cell by `describe`."""
-        from taskcarrier.workers.pickling import pack_items  # noqa: PLC0415  # loads joblib
+    ) -> PackedChunks:
+        """Pickle what `read` returns for each chunk; an error names the chunk by `describe`."""
+        from taskcarrier.workers.pickling import pickle_items  # noqa: PLC0415  # loads joblib
 
         packed = bytearray()
         ends = [0]
-        for cell in range(len(grid)):
-            start, stop = grid.bounds(cell)
+        for index in range(len(grid)):
+            start, stop = grid.range_of(index)
             try:
-                packed += pack_items(read(start, stop))
+                packed += pickle_items(read(start, stop))
             except Exception as error:
                 add_note(
                     error,
@@ -58,11 +58,11 @@ class Blocks:
         return cls(*staging.share([np.array(ends, np.int64) + begin]))
 
     def open(self) -> Callable[[int], Any]:
-        """In a worker: a function that takes a cell's number and returns what was packed."""
+        """In a worker: a function that takes a chunk's number and returns what was packed."""
         segment, bounds = self.bounds.segment, open_for_reading(self.bounds).data
         assert segment is not None  # for the type checker: there is a table
 
-        def block(cell: int) -> Any:
-            return pickle.loads(segment.read(bounds[cell], bounds[cell + 1]))
+        def block(index: int) -> Any:
+            return pickle.loads(segment.read(bounds[index], bounds[index + 1]))
 
         return block

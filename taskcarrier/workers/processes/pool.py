@@ -1,7 +1,7 @@
-"""Crews of worker processes.
+"""Pools of worker processes.
 
-Who owns what. A `ProcessCrew` owns its workers, the memory of their ledger, the file whose
-position is the ledger's cursor, and a descriptor of the caller's memory. A worker is a process
+Who owns what. A `ProcessPool` owns its workers, the memory of their ledger, the file whose
+position is the ledger's counter, and a descriptor of the caller's memory. A worker is a process
 of joblib's loky context (started without fork) with one socket of its own: runs and descriptors
 go down, batches of results and the account come up. Nothing is shared between workers but the
 ledger, which has no lock; so the death of one costs no other anything.
@@ -38,21 +38,21 @@ from joblib.externals.loky.backend import get_context
 
 from taskcarrier.memory import parent_memory
 from taskcarrier.notes import add_note
-from taskcarrier.scheduling.counters import FileAgreement, FileCursor
+from taskcarrier.scheduling.counters import FileCounter, FileSetOnce
 from taskcarrier.scheduling.ledger import OWN_MARKS, Ledger, ledger_nbytes
 from taskcarrier.system.contexts import contextmanager
-from taskcarrier.system.descriptors import Descriptor, above_standard
-from taskcarrier.system.interrupts import is_of_the_program, sheltered
-from taskcarrier.workers.pickling import Parcel
-from taskcarrier.workers.processes.exits import Ending, is_readable
+from taskcarrier.system.descriptors import Descriptor, keep_standard_free
+from taskcarrier.system.interrupts import is_of_the_program, run_sheltered
+from taskcarrier.workers.pickling import Payload
+from taskcarrier.workers.processes.exits import ProcessExit, is_readable
 from taskcarrier.workers.processes.grid_run import ProcessRun
-from taskcarrier.workers.processes.messages import Channel
-from taskcarrier.workers.processes.stream_run import ProcessFeed
+from taskcarrier.workers.processes.messages import MessageSocket
+from taskcarrier.workers.processes.stream_run import ProcessQueue
 from taskcarrier.workers.processes.worker import (
     ledger_over,
     worker_main,
 )
-from taskcarrier.workers.records import Ran
+from taskcarrier.workers.records import RunResult
 from taskcarrier.workers.task import Deliver, Job
 from taskcarrier.workers.thread_limits import inner_environment
 from taskcarrier.workers.threads import TICK
@@ -61,7 +61,7 @@ from taskcarrier.workers.threads import TICK
 _EXIT_SECONDS = 5.0
 
 # glibc gives freed memory at the top of its heap back to the kernel as soon as it is twice the
-# largest freed block, so the temporaries of each cell are faulted in anew: over 256 MB,
+# largest freed block, so the temporaries of each chunk are faulted in again: over 256 MB,
 # sqrt(c) * sin(c) spent 0.18 s of system time on that, more than on everything else. Workers
 # keep up to this much instead. Other allocators ignore the variables.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(32 << 20)}
@@ -104,9 +104,9 @@ class WorkerProcess:
         own = _own_environment()
         self._burying = threading.Lock()
         self._exitcode: int | None = None
-        with above_standard(), contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+        with keep_standard_free(), contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             our_end, their_end = socket.socketpair()
-            self.channel = Channel(our_end)
+            self.channel = MessageSocket(our_end)
             ours.callback(self.channel.close)
             their_end.settimeout(None)  # likewise; here it is the end itself that would not wait
             down = theirs.enter_context(Connection(their_end.detach()))
@@ -121,7 +121,7 @@ class WorkerProcess:
                 daemon=False,
             )
             try:
-                with _streams_that_can_be_flushed(), _born_deaf():
+                with _flushable_streams(), _born_deaf():
                     self.process.start()
             except UnboundLocalError as error:  # how loky fails where it cannot open a pipe
                 raise error.__context__ or error from None
@@ -133,7 +133,7 @@ class WorkerProcess:
             told = ours.enter_context(contextlib.ExitStack())
             ours.callback(self.process.join)
             ours.callback(os.kill, self.pid, signal.SIGKILL)
-            self._ending = Ending(self.pid)
+            self._ending = ProcessExit(self.pid)
             told.callback(self._ending.close)
             self.channel.send(b"", fds)
             ours.pop_all()
@@ -166,9 +166,9 @@ class WorkerProcess:
 
     def reap(self) -> int | None:
         """Exit code of a process that has ended; its descriptors are closed."""
-        return sheltered(self.buried)
+        return run_sheltered(self.wait_and_reap)
 
-    def buried(self) -> int | None:
+    def wait_and_reap(self) -> int | None:
         """The same, in a thread that is not interrupted."""
         with self._burying:
             if self.pidfd >= 0:
@@ -184,7 +184,7 @@ class WorkerProcess:
         self._close_life()
 
 
-class ProcessCrew:
+class ProcessPool:
     """Up to `n` worker processes that run jobs together.
 
     Parameters
@@ -212,13 +212,13 @@ class ProcessCrew:
         self._fds: list[int] = []  # of the ledger's three files, and of the caller's memory
         self._memory: Descriptor | None = None
         try:
-            with above_standard():
+            with keep_standard_free():
                 self._fds.append(os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC))
                 os.ftruncate(self._fds[0], ledger_nbytes(n) + OWN_MARKS)
-                self._fds.append(FileCursor.create())
-                self._fds.append(FileAgreement.create())
+                self._fds.append(FileCounter.create())
+                self._fds.append(FileSetOnce.create())
                 self._ledger = ledger_over(*self._fds)
-                memory = parent_memory.opened()
+                memory = parent_memory.open_own_memory()
         except BaseException:
             self._close_files()
             raise
@@ -226,14 +226,14 @@ class ProcessCrew:
         if memory is not None:
             self._fds.append(memory.fileno())
 
-    def _living(self, number: int) -> WorkerProcess:
+    def _get_worker(self, number: int) -> WorkerProcess:
         """A worker that is free: the one there is, or a new one if none was needed yet."""
         worker = self._workers.get(number)
         if worker is None or not (worker.is_free and worker.alive):
-            worker = sheltered(functools.partial(self._renewed, number, worker))
+            worker = run_sheltered(functools.partial(self._replace_worker, number, worker))
         return worker
 
-    def _renewed(self, number: int, worker: WorkerProcess | None) -> WorkerProcess:
+    def _replace_worker(self, number: int, worker: WorkerProcess | None) -> WorkerProcess:
         """A new worker in place of one that is dead, or has something of an earlier run in hand.
 
         It is not started by half: here no exception comes from outside.
@@ -269,17 +269,17 @@ class ProcessCrew:
 
     def _end(self, number: int, worker: WorkerProcess) -> None:
         worker.kill()
-        worker.buried()
+        worker.wait_and_reap()
         del self._workers[number]
 
-    def _end_the_stuck(self) -> None:
+    def _end_stuck_workers(self) -> None:
         """End workers that still have something of an earlier run in hand.
 
         They would write to the ledger.
         """
         stuck = [one for one in self._workers.copy().items() if not one[1].is_free]
         if stuck:
-            sheltered(functools.partial(self._end_all, stuck))
+            run_sheltered(functools.partial(self._end_all, stuck))
 
     def _end_all(self, workers: list[tuple[int, WorkerProcess]]) -> None:
         with self._renewing:
@@ -291,49 +291,49 @@ class ProcessCrew:
     def run(
         self,
         job: Job,
-        parcel: Parcel,
+        payload: Payload,
         deliver: Deliver,
         tick: Callable[[Ledger], None] | None,
-    ) -> Ran:
+    ) -> RunResult:
         """Run a packed job to its end; accounts in the order of the workers.
 
-        When interrupted, workers stop at their next cell, and those that do not come to it soon
+        When interrupted, workers stop at their next chunk, and those that do not come to it soon
         are killed.
         """
-        self._end_the_stuck()
-        workers = [self._living(number) for number in range(job.n_workers)]
+        self._end_stuck_workers()
+        workers = [self._get_worker(number) for number in range(job.n_workers)]
         ledger = self._ledger
         ledger.reset(job.n_workers)
-        ledger.mark_in(job.marks_here(), len(job.grid))
+        ledger.set_marks(job.open_marks(), len(job.grid))
         if job.marks is None and ledger.marks is not None:
             ledger.marks[:] = bytes(len(job.grid))
-        run = ProcessRun(job, ledger, deliver, parcel, self._living)
+        run = ProcessRun(job, ledger, deliver, payload, self._get_worker)
         # If the run is cut short, a worker may write to them for a moment longer.
-        for segment in parcel.segments:
+        for segment in payload.segments:
             segment.is_lent = True
         try:
             for number, worker in enumerate(workers):
                 run.start(number, worker)
-            while run.goes_on():
+            while run.is_running():
                 run.step(None if tick is None else TICK)
                 if tick is not None:
                     tick(ledger)
-            for segment in parcel.segments:
+            for segment in payload.segments:
                 segment.is_lent = False
             return run.ran()
         finally:
             if run.at_work:
                 run.abort()
             if run.memory_kept:
-                for segment in parcel.segments:
+                for segment in payload.segments:
                     segment.retire()
             ledger.marks = None
 
-    def feed(self, job: Job, parcel: Parcel) -> ProcessFeed:
-        """Have workers wait for blocks of items; the crew is its own until it is closed."""
-        self._end_the_stuck()
+    def stream(self, job: Job, payload: Payload) -> ProcessQueue:
+        """Have workers wait for blocks of items; the pool is its own until it is closed."""
+        self._end_stuck_workers()
         self._ledger.reset(job.n_workers)
-        return ProcessFeed(job, self._ledger, parcel, self._living)
+        return ProcessQueue(job, self._ledger, payload, self._get_worker)
 
     def close(self, *, wait: bool = True) -> None:
         """End the workers; who has something in hand is killed."""
@@ -349,7 +349,7 @@ class ProcessCrew:
             left = max(0.0, deadline - time.monotonic())
             if not is_readable(worker.pidfd, left):
                 worker.kill()
-            worker.buried()
+            worker.wait_and_reap()
         self._close_files()
 
     def forget(self) -> None:
@@ -367,7 +367,7 @@ class ProcessCrew:
 
 
 @contextmanager
-def _streams_that_can_be_flushed() -> Iterator[None]:
+def _flushable_streams() -> Iterator[None]:
     """Loky flushes both before it starts a process; they may be None, closed, or anything else."""
     with contextlib.ExitStack() as stack:
         for name in ("stdout", "stderr"):

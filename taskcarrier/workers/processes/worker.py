@@ -1,4 +1,4 @@
-"""A worker process from its start to the end of its socket: the other side of a crew."""
+"""A worker process from its start to the end of its socket: the other side of a pool."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from taskcarrier.memory import mapping_cache, parent_memory
 from taskcarrier.memory.segments import Segment, descriptors_are_scarce
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note
-from taskcarrier.scheduling.counters import FileAgreement, FileCursor
+from taskcarrier.scheduling.counters import FileCounter, FileSetOnce
 from taskcarrier.scheduling.ledger import OWN_MARKS, Ledger
-from taskcarrier.scheduling.retries import Again
+from taskcarrier.scheduling.retries import Attempt
 from taskcarrier.system.contexts import contextmanager
-from taskcarrier.system.descriptors import Descriptor, above_standard
+from taskcarrier.system.descriptors import Descriptor, keep_standard_free
 from taskcarrier.system.interrupts import Handlers
-from taskcarrier.workers.loop import mark_worker_process, work
-from taskcarrier.workers.pickled_errors import pack_error, pack_warning, unpack_error
-from taskcarrier.workers.pickling import pack_items, unpack, unpack_items
+from taskcarrier.workers.loop import mark_worker_process, run_worker
+from taskcarrier.workers.pickled_errors import pickle_error, pickle_warning, unpickle_error
+from taskcarrier.workers.pickling import pickle_items, unpickle_items, unpickle_task
 from taskcarrier.workers.processes.exits import is_readable
-from taskcarrier.workers.processes.messages import Channel, Message
-from taskcarrier.workers.queues import Came
-from taskcarrier.workers.records import Account, Failure, Heard, Parts
-from taskcarrier.workers.task import Deliver, FedCells
+from taskcarrier.workers.processes.messages import Message, MessageSocket
+from taskcarrier.workers.queues import BatchResult
+from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats, WorkerWarning
+from taskcarrier.workers.task import BatchRunner, Deliver
 from taskcarrier.workers.thread_limits import serial_joblib
 
 # Results that are not put in place travel in batches: when this many bytes or seconds have
@@ -51,7 +51,7 @@ _KEPT_PARTS = 4
 # More different warnings than this are not sent; arbitrary.
 _MAX_WARNINGS = 100
 
-RESULTS, ACCOUNT = b"R", b"A"
+RESULTS, STATS = b"R", b"A"
 """What a message to the caller is: results of ranges, or the end of a run."""
 KEPT, FREE = b"K", b"F"
 """Whether the function still holds on to shared memory then."""
@@ -59,39 +59,41 @@ KEPT, FREE = b"K", b"F"
 PackedResult = tuple[int, bytes, list[tuple[int, int]]]
 """Start of a range, its pickled result, and where its large arrays lie: offsets and lengths."""
 
-# Before a parcel stands whether blocks of items will follow, the length of what this worker alone
+# Before a payload stands whether batches of items will follow, the length of what this worker alone
 # is to begin with, and that.
 _ORDER = struct.Struct("<?I")
 
 
-def order(again: list[Again], parcel: bytes, *, fed: bool = False) -> bytes:
-    """A message to a worker: what it is to run first, the run, and whether blocks follow."""
-    first = pickle.dumps([tuple(one) for one in again]) if again else b""
-    return _ORDER.pack(fed, len(first)) + first + parcel
+def order(attempts: list[Attempt], payload: bytes, *, is_streamed: bool = False) -> bytes:
+    """A message to a worker: what it is to run first, the run, and whether batches follow."""
+    first = pickle.dumps([tuple(one) for one in attempts]) if attempts else b""
+    return _ORDER.pack(is_streamed, len(first)) + first + payload
 
 
-PackedBlock = bytes | tuple[int, int]
-"""A block's pickle and where its large arrays lie, pickled, or where that lies itself: offsets and
+PackedBatch = bytes | tuple[int, int]
+"""A batch's pickle and where its large arrays lie, pickled, or where that lies itself: offsets and
 lengths in the segment that comes with it."""
 
 
-def block_order(again: Again, first: int, packed: PackedBlock) -> bytes:
-    """A message to a worker that is fed: a range, and the block that it is of, from `first` on."""
-    return pickle.dumps((tuple(again), first, packed))
+def batch_order(attempts: Attempt, first: int, packed: PackedBatch) -> bytes:
+    """A message to a worker that is fed: a range, and the batch that it is of, from `first` on."""
+    return pickle.dumps((tuple(attempts), first, packed))
 
 
-def _taken_apart(message: bytes) -> tuple[list[Again], bytes, bool]:
-    fed, length = _ORDER.unpack_from(message)
+def _parse_order(message: bytes) -> tuple[list[Attempt], bytes, bool]:
+    is_streamed, length = _ORDER.unpack_from(message)
     begin = _ORDER.size + length
-    again = [Again(*one) for one in pickle.loads(message[_ORDER.size : begin])] if length else []
-    return again, message[begin:], fed
+    attempts = (
+        [Attempt(*one) for one in pickle.loads(message[_ORDER.size : begin])] if length else []
+    )
+    return attempts, message[begin:], is_streamed
 
 
-def ledger_over(words_fd: int, cursor_fd: int, agreement_fd: int) -> Ledger:
-    """The ledger of a crew, over its files."""
+def ledger_over(words_fd: int, counter_fd: int, set_once_fd: int) -> Ledger:
+    """The ledger of a pool, over its files."""
     memory = memoryview(mmap.mmap(words_fd, 0))
     words, marks = memory[:-OWN_MARKS].cast("q"), memory[-OWN_MARKS:]
-    return Ledger(words, FileCursor(cursor_fd), FileAgreement(agreement_fd), marks)
+    return Ledger(words, FileCounter(counter_fd), FileSetOnce(set_once_fd), marks)
 
 
 def worker_main(
@@ -116,20 +118,20 @@ def worker_main(
     handlers = Handlers()  # all others are set by functions, for as long as this process lives
     serial_joblib()
     mapping_cache.keep()
-    with above_standard():
-        channel = Channel(socket.socket(fileno=os.dup(down.fileno())))
+    with keep_standard_free():
+        channel = MessageSocket(socket.socket(fileno=os.dup(down.fileno())))
     down.close()
     with contextlib.suppress(EOFError, ConnectionResetError):
         _, files = channel.receive()
-        words_fd, cursor_fd, agreement_fd, *memory_fd = (file.fileno() for file in files)
+        words_fd, counter_fd, set_once_fd, *memory_fd = (file.fileno() for file in files)
         for fd in memory_fd:
             parent_memory.attach(fd)
-        with above_standard():
-            ledger = ledger_over(words_fd, cursor_fd, agreement_fd)
+        with keep_standard_free():
+            ledger = ledger_over(words_fd, counter_fd, set_once_fd)
         files[0].close()
         while True:
             data, descriptors = channel.receive()
-            _run_parcel(number, channel, ledger, data, descriptors)
+            _run_payload(number, channel, ledger, data, descriptors)
             del descriptors
             del data
             for stream in (sys.stdout, sys.stderr):
@@ -147,65 +149,67 @@ def _die_with(life: int) -> None:
         os._exit(1)
 
 
-def _run_parcel(
-    number: int, channel: Channel, ledger: Ledger, data: bytes, descriptors: list[Descriptor]
+def _run_payload(
+    number: int, channel: MessageSocket, ledger: Ledger, data: bytes, descriptors: list[Descriptor]
 ) -> None:
-    again, parcel, is_fed = _taken_apart(data)
-    fed = _Fed(channel, ledger, number) if is_fed else None
+    attempts, payload, is_streamed = _parse_order(data)
+    batches = _Batches(channel, ledger, number) if is_streamed else None
     doing = "unpickled the function or its arguments"
     try:
-        job = unpack(parcel, descriptors)
+        job = unpickle_task(payload, descriptors)
         descriptors.clear()
         doing = "took on the caller's folder and settings"
-        job.surroundings.take_on(in_process=True)
+        job.parent_state.apply(in_process=True)
     except BaseException as error:  # noqa: BLE001  # the caller raises it
         ledger.halt()
         add_note(error, f"while a worker process {doing}")
-        account = Account(number, failure=Failure(None, error))
+        stats = WorkerStats(number, failure=RangeFailure(None, error))
     else:
         outbox = _Outbox(channel, job.folder)
         deliver: Deliver = outbox.deliver
-        if is_fed:
+        if is_streamed:
             deliver = outbox.deliver_or_fault
         else:
-            ledger.mark_in(job.marks_here(), len(job.grid))
+            ledger.set_marks(job.open_marks(), len(job.grid))
         with _warnings_heard() as heard:
-            account = work(job, ledger, number, (deliver, outbox.flush), again, feed=fed)
+            stats = run_worker(
+                job, ledger, number, (deliver, outbox.flush), attempts, attempt_source=batches
+            )
         outbox.flush()
-        account.warnings = list(heard.values())
+        stats.warnings = list(heard.values())
         ledger.marks = None
         del job
-    packed = _packed_account(account)
+    packed = _pickle_stats(stats)
     # An exception's traceback refers to chunks, and to the account through the loop's frame.
-    account.failure = None
-    del account
+    stats.failure = None
+    del stats
     # What the function still holds on to must not be overwritten by a later call's data.
-    channel.send(ACCOUNT + (KEPT if mapping_cache.anything_in_use() else FREE) + packed)
-    if fed is not None:
-        fed.drain()
+    channel.send(STATS + (KEPT if mapping_cache.is_anything_in_use() else FREE) + packed)
+    if batches is not None:
+        batches.drain()
 
 
-class _Fed:
-    """Ranges whose items come through the socket, block by block, until an empty message."""
+class _Batches:
+    """Ranges whose items come through the socket, batch by batch, until an empty message."""
 
-    def __init__(self, channel: Channel, ledger: Ledger, worker: int) -> None:
+    def __init__(self, channel: MessageSocket, ledger: Ledger, worker: int) -> None:
         self._channel = channel
         self._ledger = ledger
         self._worker = worker
         self._is_over = False
 
-    def __call__(self, cells: FedCells) -> Iterator[tuple[Again, int]]:
+    def __call__(self, runner: BatchRunner) -> Iterator[tuple[Attempt, int]]:
         number = 0
         while (message := self._next()) is not None:
             data, descriptors = message
-            again, first, packed = pickle.loads(data)
+            attempts, first, packed = pickle.loads(data)
             segment = Segment(descriptors[0], on_disk=False) if descriptors else None
             del message, descriptors
-            if self._ledger.halted:
+            if self._ledger.is_halted:
                 return
-            cells.hold(first, functools.partial(_block_items, segment, packed))
-            self._ledger.hold_again(self._worker, number)
-            yield Again(*again), number
+            runner.hold(first, functools.partial(_batch_items, segment, packed))
+            self._ledger.hold_attempt(self._worker, number)
+            yield Attempt(*attempts), number
             number += 1
 
     def _next(self) -> Message | None:
@@ -221,8 +225,8 @@ class _Fed:
             pass
 
 
-def _block_items(segment: Segment | None, packed: PackedBlock) -> Sequence[Any]:
-    """The items of a block; arrays among them are this worker's own."""
+def _batch_items(segment: Segment | None, packed: PackedBatch) -> Sequence[Any]:
+    """The items of a batch; arrays among them are this worker's own."""
     memory = memoryview(b"")
     if segment is not None:
         segment.nbytes = os.fstat(segment.fd).st_size
@@ -237,13 +241,13 @@ def _block_items(segment: Segment | None, packed: PackedBlock) -> Sequence[Any]:
 
 
 @contextmanager
-def _warnings_heard() -> Iterator[dict[Any, Heard]]:
+def _warnings_heard() -> Iterator[dict[Any, WorkerWarning]]:
     """Warnings of the function, each once: the caller's filters decide what becomes of them."""
-    heard: dict[Any, Heard] = {}
+    heard: dict[Any, WorkerWarning] = {}
 
     def hear(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
         if len(heard) < _MAX_WARNINGS:
-            one = Heard(message, category, filename, lineno, _module_of(filename))
+            one = WorkerWarning(message, category, filename, lineno, _module_of(filename))
             heard.setdefault(one.key, one)
 
     # Where it is entered, Python forgets which warnings it has shown, so that every run is heard.
@@ -264,7 +268,7 @@ def _module_of(filename: str) -> str | None:
 class _Outbox:
     """Results on their way up, in batches; the large arrays of a batch lie in one segment."""
 
-    def __init__(self, channel: Channel, folder: str | None) -> None:
+    def __init__(self, channel: MessageSocket, folder: str | None) -> None:
         self._channel = channel
         self._folder = folder
         self._seconds = _FIRST_BATCH_SECONDS
@@ -280,33 +284,33 @@ class _Outbox:
     def deliver(self, start: int, result: Any) -> None:
         large: list[memoryview] = []
         try:
-            packed = pack_items(result, large)
+            packed = pickle_items(result, large)
         except Exception as error:
             add_note(error, "taskcarrier could not pickle the result for the caller")
             raise
         # At once: the function may change its array when it is called again.
-        places = [self._put(block) for block in large]
+        places = [self._put(batch) for batch in large]
         now = time.monotonic()
         if not self._batch:
             self._since = now
         self._batch.append((start, packed, places))
-        self._nbytes += len(packed) + sum(len(block) for block in large)
+        self._nbytes += len(packed) + sum(len(batch) for batch in large)
         if self._nbytes >= _BATCH_NBYTES or now - self._since >= self._seconds:
             self._seconds = min(2 * self._seconds, _BATCH_SECONDS)
             self.flush()
 
-    def deliver_or_fault(self, start: int, result: Came | Parts) -> None:
+    def deliver_or_fault(self, start: int, result: BatchResult | PartialResult) -> None:
         """What cannot be sent comes as a fault of its item, after what could be sent before it."""
         try:
             self.deliver(start, result)
         except Exception:
-            if not isinstance(result, Came):
+            if not isinstance(result, BatchResult):
                 raise
             self.deliver(start, result._replace(result=_up_to_a_fault(start, result.result)))
 
-    def _put(self, block: memoryview) -> tuple[int, int]:
-        self._segment, offset = self._staging.add(block)
-        return offset, len(block)
+    def _put(self, batch: memoryview) -> tuple[int, int]:
+        self._segment, offset = self._staging.add(batch)
+        return offset, len(batch)
 
     def flush(self) -> None:
         if self._batch:
@@ -316,14 +320,14 @@ class _Outbox:
             self._begin()
 
 
-def _up_to_a_fault(start: int, result: list[Any] | Parts) -> list[Any] | Parts:
+def _up_to_a_fault(start: int, result: list[Any] | PartialResult) -> list[Any] | PartialResult:
     """Results up to the first that cannot be pickled, or fails anyway, if there is one."""
     values = result if isinstance(result, list) else result.results[0][1]
     faults = [] if isinstance(result, list) else result.faults
     end = start + len(values) if not faults else faults[0][0]
     for n, value in enumerate(values[: end - start]):
         try:
-            pack_items(value)
+            pickle_items(value)
         except Exception as error:  # noqa: BLE001  # whatever pickling a user's object raises
             add_note(error, "taskcarrier could not pickle the result for the caller")
             faults = [(start + n, start + n + 1, error)]
@@ -331,10 +335,10 @@ def _up_to_a_fault(start: int, result: list[Any] | Parts) -> list[Any] | Parts:
             break
     if not faults:
         return values
-    return Parts([(slice(start, start + len(values)), values)], faults[:1])
+    return PartialResult([(slice(start, start + len(values)), values)], faults[:1])
 
 
-def results_from(message: Message, on_disk: bool) -> Iterator[tuple[int, bytes, list[Any]]]:
+def unpickle_results(message: Message, on_disk: bool) -> Iterator[tuple[int, bytes, list[Any]]]:
     """Starts of ranges, their pickled results, and the large arrays' bytes, in the caller.
 
     The bytes are shared memory that nobody else knows of any more. What is a small part of it is
@@ -346,7 +350,7 @@ def results_from(message: Message, on_disk: bool) -> Iterator[tuple[int, bytes, 
     memory = memoryview(b"")
     least = 0
     if descriptors:
-        memory = memoryview(Segment.taken_over(descriptors[0], on_disk).map("write"))
+        memory = memoryview(Segment.take_over(descriptors[0], on_disk).map("write"))
         least = len(memory) + 1 if descriptors_are_scarce() else len(memory) // _KEPT_PARTS
 
     def block(offset: int, nbytes: int) -> Any:
@@ -357,32 +361,32 @@ def results_from(message: Message, on_disk: bool) -> Iterator[tuple[int, bytes, 
         yield start, packed, [block(*place) for place in places]
 
 
-def _packed_account(account: Account) -> bytes:
-    failure = account.failure
+def _pickle_stats(stats: WorkerStats) -> bytes:
+    failure = stats.failure
     packed_failure = (
-        None if failure is None else (failure.range, pack_error(failure.error), failure.attempt)
+        None if failure is None else (failure.range, pickle_error(failure.error), failure.attempt)
     )
-    numbers = (account.worker, account.ranges, account.items, account.busy_ns)
-    heard = list(map(_packed_warning, account.warnings))
-    return pickle.dumps((numbers, account.facts, packed_failure, heard), protocol=5)
+    numbers = (stats.worker, stats.ranges, stats.items, stats.busy_ns)
+    heard = list(map(_pickle_warning, stats.warnings))
+    return pickle.dumps((numbers, stats.facts, packed_failure, heard), protocol=5)
 
 
-def _packed_warning(heard: Heard) -> bytes:
+def _pickle_warning(heard: WorkerWarning) -> bytes:
     try:
-        packed = pack_warning(heard)
+        packed = pickle_warning(heard)
     except Exception:  # noqa: BLE001  # whatever pickling a user's object raises
         text = f"{heard.category.__qualname__}: {heard.message}"
         packed = pickle.dumps(heard._replace(message=text, category=UserWarning))
     return packed
 
 
-def account_from(packed: bytes) -> Account:
+def unpickle_stats(packed: bytes) -> WorkerStats:
     """What a worker did, in the caller."""
     (worker, ranges, items, busy_ns), facts, packed_failure, heard = pickle.loads(packed)
     failure = None
     if packed_failure is not None:
         where, packed_error, attempt = packed_failure
-        failure = Failure(where, unpack_error(packed_error), attempt=attempt)
-    account = Account(worker, "", ranges, items, busy_ns, facts, failure)
-    account.warnings = list(map(unpack_items, heard))
-    return account
+        failure = RangeFailure(where, unpickle_error(packed_error), attempt=attempt)
+    stats = WorkerStats(worker, "", ranges, items, busy_ns, facts, failure)
+    stats.warnings = list(map(unpickle_items, heard))
+    return stats

@@ -11,7 +11,7 @@ from tests.strategies import (
     PARALLEL,
     assert_same,
     contract,
-    kept_crews,
+    kept_pools,
     same_bits,
 )
 
@@ -27,7 +27,7 @@ PADS = {
 SOME = [("sequential", "static", 1), ("threading", "dynamic", 2), ("loky", "static", 2)]
 
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 @pytest.fixture(params=RUNS, ids=" ".join)
@@ -457,7 +457,7 @@ def test_positions_are_those_of_numpy_s_padding(n_items, boundary, data):
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.sampled_from([*PADS, "none"]), st.data())
-def test_margins_say_where_a_cell_lies_in_its_chunk(n_items, depth, boundary, data):
+def test_margins_say_where_a_chunk_lies_in_its_chunk(n_items, depth, boundary, data):
     start = data.draw(st.integers(0, n_items - 1))
     stop = data.draw(st.integers(start + 1, n_items))
     X = np.arange(n_items)

@@ -15,18 +15,18 @@ from taskcarrier.arrays.inputs.check import check_inputs
 from taskcarrier.arrays.inputs.halos import Halo
 from taskcarrier.arrays.inputs.sources import (
     ArrayLikeSource,
-    CallerSource,
     HaloSource,
     LocalSource,
+    ParentMemorySource,
     PickledSource,
     SharedSource,
+    local_sources,
     sources_for_processes,
-    sources_here,
 )
 from taskcarrier.memory import parent_memory
 from taskcarrier.memory.segments import locate
 from taskcarrier.memory.staging import Staging
-from taskcarrier.scheduling.grid import Grid, chunk_grid
+from taskcarrier.scheduling.grid import ChunkGrid, chunk_grid
 from tests.layouts import (
     EMPTY,
     GATHERED,
@@ -39,14 +39,14 @@ from tests.layouts import (
     facts_of_slices,
     unaligned,
 )
-from tests.strategies import axes_of, filled, kept_crews, run_script, samples
+from tests.strategies import axes_of, filled, kept_pools, run_script, samples
 
 LAYOUTS = {**KEPT, **GATHERED}
 CHUNKSIZES = [1, 2, 3, 1000]
 LOKY = {"backend": "loky", "n_jobs": 2}
 
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 def set_whole_nbytes(chunk, nbytes):
@@ -54,9 +54,9 @@ def set_whole_nbytes(chunk, nbytes):
     return chunk
 
 
-@pytest.fixture(params=["whole", "in cells"])
+@pytest.fixture(params=["whole", "by chunk"])
 def small_arrays(request, monkeypatch):
-    """How workers read small arrays: as they do, and cell by cell like large ones."""
+    """How workers read small arrays: as they do, and chunk by chunk like large ones."""
     if request.param == "whole":
         yield
         return
@@ -71,7 +71,7 @@ def small_arrays(request, monkeypatch):
 @contextlib.contextmanager
 def as_worker(whole_nbytes=sources._WHOLE_NBYTES):
     """This process reads its own memory as a worker would."""
-    memory = parent_memory.opened()
+    memory = parent_memory.open_own_memory()
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(parent_memory, "_fd", memory.fileno())
@@ -159,10 +159,10 @@ STAGED = {
 
 class TestChoice:
     @pytest.mark.parametrize("case", READ)
-    def test_read_where_cells_are_apart(self, case):
+    def test_read_where_chunks_are_apart(self, case):
         make, axis = READ[case]
         array = make()
-        assert isinstance(source_of(array, axis), CallerSource)
+        assert isinstance(source_of(array, axis), ParentMemorySource)
 
     @pytest.mark.parametrize("case", STAGED)
     def test_staged_where_they_are_not(self, case):
@@ -171,21 +171,21 @@ class TestChoice:
         assert isinstance(source_of(array, axis), SharedSource)
 
     @pytest.mark.parametrize("case", STAGED)
-    def test_read_if_there_is_one_cell(self, case):
+    def test_read_if_there_is_one_chunk(self, case):
         make, axis = STAGED[case]
         array = make()
-        assert isinstance(source_of(array, axis, chunksize=100_000), CallerSource)
+        assert isinstance(source_of(array, axis, chunksize=100_000), ParentMemorySource)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_small_arrays_are_always_read(self, layout):
         array = LAYOUTS[layout]()
         for axis in range(array.ndim):
-            assert isinstance(source_of(array, axis, chunksize=1), CallerSource)
+            assert isinstance(source_of(array, axis, chunksize=1), ParentMemorySource)
 
-    def test_by_the_length_of_cells(self):
+    def test_by_the_length_of_chunks(self):
         windows = sliding_window_view(np.zeros(100_000), 9)
         assert isinstance(source_of(windows, chunksize=8), SharedSource)
-        assert isinstance(source_of(windows, chunksize=80), CallerSource)
+        assert isinstance(source_of(windows, chunksize=80), ParentMemorySource)
 
     @pytest.mark.parametrize("layout", EMPTY)
     def test_arrays_without_bytes_are_neither_read_nor_copied(self, layout):
@@ -207,12 +207,12 @@ class TestChoice:
     def test_private_pages_of_a_segment_are_read(self):
         (view,) = Staging().share([square()])
         array = view.open("private")
-        assert isinstance(source_of(array), CallerSource)
+        assert isinstance(source_of(array), ParentMemorySource)
 
     def test_each_array_has_its_own(self):
         read, columns, result = square(), square(), shared(square())
         found, staging = sources_of(columns, read, result, square(), axis=(1, 0, 0, 1))
-        kinds = [SharedSource, CallerSource, SharedSource, SharedSource]
+        kinds = [SharedSource, ParentMemorySource, SharedSource, SharedSource]
         assert [type(source) for source in found] == kinds
         assert [source.axis for source in found] == [1, 0, 0, 1]
         assert found[1].address == address(read)
@@ -226,17 +226,17 @@ class TestChoice:
             array = gathered(array)  # noqa: PLW2901  # as a call takes it
             assume(array.nbytes)
             axis = data.draw(axes_of(array)) % array.ndim
-            grid = Grid(array.shape[axis], data.draw(st.integers(1, 25)))
+            grid = ChunkGrid(array.shape[axis], data.draw(st.integers(1, 25)))
             before = (slice(None),) * axis
-            cells = [array[(*before, slice(*grid.bounds(cell)))] for cell in range(len(grid))]
+            chunks = [array[(*before, slice(*grid.range_of(index)))] for index in range(len(grid))]
             whole = extent(array)
-            in_cells = sum(map(extent, cells))
-            source = CallerSource.of(array, axis)
+            by_chunk = sum(map(extent, chunks))
+            source = ParentMemorySource.of(array, axis)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sources, "_WHOLE_NBYTES", whole)
                 assert source.is_worth_it(grid, 0)
                 patch.setattr(sources, "_WHOLE_NBYTES", whole - 1)
-                assert source.is_worth_it(grid, 0) is (in_cells <= whole + whole // 4)
+                assert source.is_worth_it(grid, 0) is (by_chunk <= whole + whole // 4)
 
 
 class TestReaders:
@@ -256,7 +256,7 @@ class TestReaders:
         with sample.array() as array, as_worker(whole_nbytes):
             assume(array.nbytes)
             axis = data.draw(axes_of(array)) % array.ndim
-            self.assert_reads(CallerSource.of(array, axis), array, axis, chunksize)
+            self.assert_reads(ParentMemorySource.of(array, axis), array, axis, chunksize)
 
     @given(samples(), st.data(), st.integers(1, 25))
     def test_of_segments(self, sample, data, chunksize):
@@ -278,7 +278,7 @@ class TestReaders:
 
     def test_here_are_views_of_the_arrays(self):
         X, Y = square(), square()
-        one, other = sources_here(check_inputs([X, Y], (0, 1)), None)
+        one, other = local_sources(check_inputs([X, Y], (0, 1)), None)
         assert (one.axis, other.axis) == (0, 1)
         assert address(one.open()(3, 5)) == address(X[3:5])
         assert address(other.open()(3, 5)) == address(Y[:, 3:5])
@@ -292,14 +292,14 @@ class TestReaders:
             monkeypatch.setattr(
                 parent_memory, "read", lambda *where: asked.append(where) or read(*where)
             )
-            self.assert_reads(CallerSource.of(array, 0), array, 0, 2000)
+            self.assert_reads(ParentMemorySource.of(array, 0), array, 0, 2000)
         assert len(asked) == n_reads
         assert sum(nbytes for _, nbytes in asked) == array.nbytes
 
     def test_a_chunk_is_a_copy(self):
         array = np.zeros(10_000)
         with as_worker():
-            chunk = CallerSource.of(array, 0).open()(0, 100)
+            chunk = ParentMemorySource.of(array, 0).open()(0, 100)
         array[:] = 1
         assert not chunk.any()
 
@@ -501,7 +501,7 @@ class TestOtherSources:
     @staticmethod
     def opened(array, axis=0, chunksize=3, halo=None):
         inputs = check_inputs([array], axis)
-        grid = Grid(inputs.n_items, chunksize)
+        grid = ChunkGrid(inputs.n_items, chunksize)
         (source,), notes = sources_for_processes(inputs, grid, halo, Staging())
         return source, notes
 
@@ -517,7 +517,7 @@ class TestOtherSources:
 
     @pytest.mark.parametrize("axis", [0, 1])
     @pytest.mark.parametrize("chunksize", [1, 3, 10, 100])
-    def test_objects_are_read_across_their_cells(self, chunksize, axis):
+    def test_objects_are_read_across_their_chunks(self, chunksize, axis):
         X = np.array([str(number) for number in range(99)], object).reshape(9, 11)
         source, notes = self.opened(X, axis, chunksize)
         assert isinstance(source, PickledSource)
@@ -555,14 +555,14 @@ class TestOtherSources:
             assert chunk.tolist() == expected.tolist()
             assert not chunk.flags.writeable
 
-    def test_with_deep_neighbours_small_cells_are_staged(self):
+    def test_with_deep_neighbours_small_chunks_are_staged(self):
         array = square()
-        assert isinstance(self.opened(array, 0, 3, None)[0], CallerSource)
+        assert isinstance(self.opened(array, 0, 3, None)[0], ParentMemorySource)
         deep, _ = self.opened(array, 0, 3, Halo(100, "none", 0, 300))
         assert isinstance(deep, HaloSource)
         assert isinstance(deep.inner, SharedSource)
         shallow, _ = self.opened(array, 0, 100, Halo(1, "none", 0, 300))
-        assert isinstance(shallow.inner, CallerSource)
+        assert isinstance(shallow.inner, ParentMemorySource)
 
 
 class TestMemoryThatCannotBeOpened:

@@ -10,7 +10,7 @@ import pytest
 
 from taskcarrier import map_array, map_items, shutdown
 from taskcarrier.arrays.kernels import compiler
-from taskcarrier.arrays.kernels.compiler import Extras, Lie
+from taskcarrier.arrays.kernels.compiler import ArrayLayout, ExtraArgs
 
 
 @numba.njit(nogil=True)
@@ -52,25 +52,25 @@ def test_words_are_written_and_read():
 class TestLie:
     def test_of_items(self):
         X = np.zeros((5, 4, 3), "f4")
-        assert Lie.of(X, 0) == Lie(np.dtype("f4"), 2, "C", True)
-        assert Lie.of(X, 2) == Lie(np.dtype("f4"), 2, "A", True)
-        assert Lie.of(X.T, 2) == Lie(np.dtype("f4"), 2, "F", True)
-        assert Lie.of(X.T, 0) == Lie(np.dtype("f4"), 2, "A", True)
-        assert Lie.of(X[:, ::-1], 0).layout == "A"
+        assert ArrayLayout.of(X, 0) == ArrayLayout(np.dtype("f4"), 2, "C", True)
+        assert ArrayLayout.of(X, 2) == ArrayLayout(np.dtype("f4"), 2, "A", True)
+        assert ArrayLayout.of(X.T, 2) == ArrayLayout(np.dtype("f4"), 2, "F", True)
+        assert ArrayLayout.of(X.T, 0) == ArrayLayout(np.dtype("f4"), 2, "A", True)
+        assert ArrayLayout.of(X[:, ::-1], 0).layout == "A"
 
     def test_of_scalars(self):
         X = np.zeros(6)
-        assert Lie.of(X, 0) == Lie(np.dtype("f8"), 0, "C", True)
-        assert Lie.of(X[::2], 0).layout == "A"
+        assert ArrayLayout.of(X, 0) == ArrayLayout(np.dtype("f8"), 0, "C", True)
+        assert ArrayLayout.of(X[::2], 0).layout == "A"
         unaligned = np.frombuffer(b"x" * 17, np.uint8)[1:].view("f8")
-        assert Lie.of(unaligned, 0).aligned is False
+        assert ArrayLayout.of(unaligned, 0).aligned is False
 
     def test_types(self):
-        lie = Lie.of(np.zeros((2, 3)), 0)
+        lie = ArrayLayout.of(np.zeros((2, 3)), 0)
         assert str(lie.item(writable=False)) == "readonly array(float64, 1d, C)"
         assert str(lie.item(writable=True)) == "array(float64, 1d, C)"
         assert lie.item(writable=False).mutable is False
-        assert Lie.of(np.zeros(3, "i2"), 0).item(writable=False) == numba.int16
+        assert ArrayLayout.of(np.zeros(3, "i2"), 0).item(writable=False) == numba.int16
 
 
 class TestBound:
@@ -79,36 +79,40 @@ class TestBound:
         return numba.njit(lambda x, y, a, b=2, c=3: x + y + a + b + c)
 
     def test_without_keywords_as_given(self):
-        assert compiler.bound(self.kernel(), 2, (5,), {}) == Extras((5,))
+        assert compiler.bind_arguments(self.kernel(), 2, (5,), {}) == ExtraArgs((5,))
 
     def test_keywords_find_their_places(self):
-        assert compiler.bound(self.kernel(), 2, (), {"c": 1, "a": 5}) == Extras((), (5, 2, 1))
-        assert compiler.bound(self.kernel(), 2, (5,), {"c": 1}) == Extras((5,), (2, 1))
+        assert compiler.bind_arguments(self.kernel(), 2, (), {"c": 1, "a": 5}) == ExtraArgs(
+            (), (5, 2, 1)
+        )
+        assert compiler.bind_arguments(self.kernel(), 2, (5,), {"c": 1}) == ExtraArgs((5,), (2, 1))
 
     @pytest.mark.parametrize("kwargs", [{"d": 1}, {"x": 1}])
     def test_unknown_ones_are_errors(self, kwargs):
         with pytest.raises(TypeError):
-            compiler.bound(self.kernel(), 2, (5,), kwargs)
+            compiler.bind_arguments(self.kernel(), 2, (5,), kwargs)
 
     def test_the_row_follows_the_positional_ones(self):
         kernel = numba.njit(lambda x, a, out, b=1, c=2: None)
-        assert compiler.bound(kernel, 1, (5,), {"c": 3}, fills=True) == Extras((5,), (1, 3))
+        assert compiler.bind_arguments(kernel, 1, (5,), {"c": 3}, fills=True) == ExtraArgs(
+            (5,), (1, 3)
+        )
         kernel = numba.njit(lambda x, a, out: None)
         with pytest.raises(TypeError, match=r"\(x, a, out\) .* the row to fill, a= \(mult"):
-            compiler.bound(kernel, 1, (), {"a": 5}, fills=True)
+            compiler.bind_arguments(kernel, 1, (), {"a": 5}, fills=True)
 
     def test_any_number_of_arguments(self):
         kernel = numba.njit(lambda x, y=1.0, *rest: x)
-        assert compiler.bound(kernel, 1, (), {"y": 2.0}) == Extras((), (2.0,))
-        assert compiler.bound(kernel, 1, (1.0, 2, 3), {}) == Extras((1.0, 2, 3))
+        assert compiler.bind_arguments(kernel, 1, (), {"y": 2.0}) == ExtraArgs((), (2.0,))
+        assert compiler.bind_arguments(kernel, 1, (1.0, 2, 3), {}) == ExtraArgs((1.0, 2, 3))
 
 
 class TestReturns:
-    LIES = (Lie(np.dtype("f8"), 0, "C", True),)
+    LIES = (ArrayLayout(np.dtype("f8"), 0, "C", True),)
 
-    def returned(self, func, *extras, lies=LIES):
+    def returned(self, func, *extras, layouts=LIES):
         kernel = numba.njit(func)
-        return compiler.returns(kernel, lies, Extras(extras), None, writable=False)
+        return compiler.infer_result(kernel, layouts, ExtraArgs(extras), None, writable=False)
 
     @pytest.mark.parametrize(
         ("func", "dtypes"),
@@ -123,13 +127,13 @@ class TestReturns:
     def test_numbers(self, func, dtypes):
         found = self.returned(func)
         assert found.dtypes == tuple(map(np.dtype, dtypes))
-        assert found.several is False
+        assert found.is_tuple is False
 
     def test_tuples(self):
         found = self.returned(lambda x: (x, 1, x > 0))
         assert found.dtypes == (np.dtype("f8"), np.dtype("i8"), np.dtype("?"))
-        assert found.several is True
-        assert self.returned(lambda x: (x,)).several is True
+        assert found.is_tuple is True
+        assert self.returned(lambda x: (x,)).is_tuple is True
 
     @pytest.mark.parametrize(
         "func", [lambda x: None, lambda x: "text", lambda x: np.ones(3), lambda x: ()]
@@ -139,7 +143,10 @@ class TestReturns:
 
     @pytest.mark.parametrize("dtype", ["O", ">f8", "g"])
     def test_dtypes_that_numba_does_not_know(self, dtype):
-        assert self.returned(lambda x: x, lies=(Lie(np.dtype(dtype), 0, "C", True),)) is None
+        assert (
+            self.returned(lambda x: x, layouts=(ArrayLayout(np.dtype(dtype), 0, "C", True),))
+            is None
+        )
 
     def test_arguments_that_numba_does_not_know(self):
         assert self.returned(lambda x, y: x, object()) is None
@@ -147,12 +154,14 @@ class TestReturns:
 
 def test_loops_are_made_once_for_each_way_arrays_lie():
     kernel = numba.njit(lambda x: x * 2)
-    C = Lie(np.dtype("f8"), 0, "C", True)
-    A = Lie(np.dtype("f8"), 0, "A", True)
+    C = ArrayLayout(np.dtype("f8"), 0, "C", True)
+    A = ArrayLayout(np.dtype("f8"), 0, "A", True)
     loops = []
     for lie in (C, A, C):
-        found = compiler.returns(kernel, (lie,), Extras(()), None, writable=False)
-        loops.append(compiler.fused_loop(kernel, (lie,), Extras(()), (C,), found, rows_out=False))
+        found = compiler.infer_result(kernel, (lie,), ExtraArgs(()), None, writable=False)
+        loops.append(
+            compiler.compile_loop(kernel, (lie,), ExtraArgs(()), (C,), found, rows_out=False)
+        )
     assert loops[0] is loops[2]
     assert loops[0] is not loops[1]
     assert len(kernel.signatures) == 1
@@ -171,14 +180,14 @@ def test_after_shutdown_nothing_is_kept_of_a_kernel_that_is_gone():
 
 def test_the_last_kernels_are_kept():
     first = numba.njit(lambda x: x * 2)
-    made = compiler._made_for(first)
+    made = compiler._get_made(first)
     for _ in range(compiler._MAX_KERNELS - 1):
-        compiler._made_for(numba.njit(lambda x: x))
-        assert compiler._made_for(first) is made
+        compiler._get_made(numba.njit(lambda x: x))
+        assert compiler._get_made(first) is made
     for _ in range(compiler._MAX_KERNELS):
-        compiler._made_for(numba.njit(lambda x: x))
+        compiler._get_made(numba.njit(lambda x: x))
     assert len(compiler._made) == compiler._MAX_KERNELS
-    assert compiler._made_for(first) is not made
+    assert compiler._get_made(first) is not made
 
 
 class TestWithoutGil:

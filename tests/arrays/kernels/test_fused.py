@@ -18,7 +18,7 @@ from tests.strategies import (
     assert_same,
     axes_of,
     chunksizes,
-    kept_crews,
+    kept_pools,
     same_bits,
     samples,
 )
@@ -31,7 +31,7 @@ RUNS = [
 ]
 
 
-crews = kept_crews(2, 3)
+pools = kept_pools(2, 3)
 
 
 @pytest.fixture(params=RUNS, ids=lambda run: f"{run[0]}-{run[1]}-{run[2]}")
@@ -562,7 +562,7 @@ class TestKernels:
         assert last_report().compiling > 0
         for balance in ("static", "dynamic"):
             assert_same(map_items(kernel, X, n_jobs=2, balance=balance), X * 5)
-        (found,) = compiler._made_for(kernel).returns.values()
+        (found,) = compiler._get_made(kernel).infer_result.values()
         assert len(found.loops) == 1
         assert len(kernel.signatures) == 1
 

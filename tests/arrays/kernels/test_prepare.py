@@ -13,7 +13,7 @@ import pytest
 
 from taskcarrier import last_report, map_array, map_chunks, map_items, reduce_array
 from taskcarrier.arrays.kernels import compiler
-from tests.strategies import assert_same, kept_crews, run_script, start_script
+from tests.strategies import assert_same, kept_pools, run_script, start_script
 
 X = np.random.default_rng(0).random((1000, 3))
 RUNS = [
@@ -24,7 +24,7 @@ RUNS = [
 ]
 
 
-crews = kept_crews(2, 3)
+pools = kept_pools(2, 3)
 
 
 @pytest.fixture(params=RUNS, ids=str)
@@ -158,7 +158,7 @@ class TestChunks:
         assert last_report().compiling > 0
         assert "of compiling" in str(last_report())
         map_array(kernel, X, n_jobs=2, balance="dynamic")
-        (called,) = compiler._made_for(kernel).without_gil.values()
+        (called,) = compiler._get_made(kernel).without_gil.values()
         assert len(called.signatures) == 1
         assert len(kernel.signatures) == 1
 

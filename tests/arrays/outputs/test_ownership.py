@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from taskcarrier import map_array, map_chunks, map_items, reduce_array
-from taskcarrier.arrays.outputs.ownership import owned
-from tests.strategies import EVERYWHERE, kept_crews
+from taskcarrier.arrays.outputs.ownership import own_memory
+from tests.strategies import EVERYWHERE, kept_pools
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 class Pair(NamedTuple):
@@ -181,8 +181,8 @@ class Uncopiable:
 )
 def test_other_objects_stay_themselves(value):
     given = [np.zeros(2)]
-    assert owned(value, given) is value
-    assert owned([value], given)[0] is value
+    assert own_memory(value, given) is value
+    assert own_memory([value], given)[0] is value
 
 
 def read_only(array):

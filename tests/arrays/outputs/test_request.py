@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 
 from taskcarrier import empty, last_report, load, map_array, map_items, share
 from taskcarrier.arrays.inputs.check import check_inputs
-from taskcarrier.arrays.outputs.request import check_targets, overlap
+from taskcarrier.arrays.outputs.request import check_output_request, overlap
 from tests.strategies import (
     PARALLEL,
     assert_same,
     cooled_crews,
-    kept_crews,
+    kept_pools,
     run_script,
     same_bits,
     samples,
-    warm_crews,
+    warm_pools,
 )
 
 RUNS = [("sequential", "static"), *PARALLEL]
@@ -29,7 +29,7 @@ ONE_OF_EACH = [("sequential", "static"), ("threading", "dynamic"), ("loky", "sta
 SHAPE = (30, 4)
 
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 @pytest.fixture(params=RUNS, ids=" ".join)
@@ -657,9 +657,9 @@ class TestFiles:
             map_array(func, X, out=path, chunksize=4, dtype="f8", **some_run)
         assert list(tmp_path.iterdir()) == ([] if before is None else [path])
         assert before is None or path.read_bytes() == before
-        if fault == "died":  # the worker that took its place is a crew's, not a leak
+        if fault == "died":  # the worker that took its place is a pool's, not a leak
             cooled_crews()
-            warm_crews(2)
+            warm_pools(2)
 
     @pytest.mark.parametrize("verb", ["map_array", "map_items"])
     def test_of_python_objects_are_refused_and_what_was_there_stays(self, verb, some_run, tmp_path):
@@ -722,7 +722,7 @@ class TestFiles:
 
     def test_leave_no_descriptors_or_maps(self, some_run, X, tmp_path):
         def held():
-            warm_crews(2)  # their descriptors count, so they must be there
+            warm_pools(2)  # their descriptors count, so they must be there
             maps = Path("/proc/self/maps").read_text(encoding="utf-8")
             return maps.count(str(tmp_path)), len(list(Path("/proc/self/fd").iterdir()))
 
@@ -736,6 +736,6 @@ class TestFiles:
 def test_several_dtypes_need_as_many_targets():
     inputs = check_inputs((np.zeros(4),), 0)
     with pytest.raises(ValueError, match="dtype has 2 entries, out has 1"):
-        check_targets(np.zeros(4), ("f4", "f8"), 0, inputs, ())
+        check_output_request(np.zeros(4), ("f4", "f8"), 0, inputs, ())
     with pytest.raises(ValueError, match="out_axis has 2 entries, out has 1"):
-        check_targets(np.zeros(4), None, (0, 0), inputs, ())
+        check_output_request(np.zeros(4), None, (0, 0), inputs, ())

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskcarrier.arrays.outputs.stacking import Mixed, stacked
+from taskcarrier.arrays.outputs.stacking import MixedDtypes, stack_values
 from tests.strategies import DTYPES, assert_same, filled
 
 NUMBERS = (
@@ -21,8 +21,8 @@ NUMBERS = (
 
 
 def put(values, start=0, out_axis=0, *, takes_objects=False):
-    made = stacked(values, start, out_axis, takes_objects=takes_objects)
-    return joined(made, len(values), out_axis) if isinstance(made, Mixed) else made
+    made = stack_values(values, start, out_axis, takes_objects=takes_objects)
+    return joined(made, len(values), out_axis) if isinstance(made, MixedDtypes) else made
 
 
 def joined(mixed, n, out_axis):
@@ -30,7 +30,7 @@ def joined(mixed, n, out_axis):
     (_, first), *_ = mixed.groups
     if isinstance(first, tuple):
         columns = [[(where, made[k]) for where, made in mixed.groups] for k in range(len(first))]
-        return tuple(joined(Mixed(column), n, out_axis) for column in columns)
+        return tuple(joined(MixedDtypes(column), n, out_axis) for column in columns)
     whole = np.empty(
         (n, *np.moveaxis(first, out_axis, 0).shape[1:]),
         np.result_type(*(made.dtype for _, made in mixed.groups)),

@@ -11,23 +11,23 @@ from taskcarrier import map_array
 from taskcarrier.arrays.casting import Fill
 from taskcarrier.arrays.outputs.buffers import (
     ANY,
-    LocalAllocation,
+    LocalBuffer,
     Output,
-    SharedAllocation,
+    SharedBuffer,
     Writer,
-    opened,
+    open_place,
 )
 from taskcarrier.arrays.outputs.specs import DisagreementError, Spec
-from taskcarrier.arrays.outputs.writer import Plan, Sink, check_out_axis
+from taskcarrier.arrays.outputs.writer import OutputWriter, Plan, check_out_axis
 from taskcarrier.memory.segments import Segment
-from tests.strategies import PARALLEL, assert_same, kept_crews
+from tests.strategies import PARALLEL, assert_same, kept_pools
 
 RUNS = [("sequential", "static"), *PARALLEL]
 # Where the lowest failing range is raised, the same on every run.
 ORDERED = [run for run in RUNS if run[0] == "sequential" or run[1] == "dynamic"]
 
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 def said(error):
@@ -210,8 +210,8 @@ def test_lists_are_arrays():
 
 # The parts
 
-FLAT = Spec(((np.dtype("f8"), ()),), (0,), several=False)
-PAIR = Spec(((np.dtype("i2"), (3,)), (np.dtype("M8[s]"), (2, 5))), (1, 0), several=True)
+FLAT = Spec(((np.dtype("f8"), ()),), (0,), is_tuple=False)
+PAIR = Spec(((np.dtype("i2"), (3,)), (np.dtype("M8[s]"), (2, 5))), (1, 0), is_tuple=True)
 
 
 def test_a_spec_gives_shapes_and_words():
@@ -222,7 +222,7 @@ def test_a_spec_gives_shapes_and_words():
 
 
 def arrays_of(allocation, spec, outputs=(ANY,)):
-    return [opened(place) for place in allocation.places(spec, outputs)]
+    return [open_place(place) for place in allocation.places(spec, outputs)]
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -233,10 +233,10 @@ def test_writers_put_ranges_where_they_belong(shape, axis, order):
         axis = len(shape) - 1
     n_items = shape[axis]
     values = np.arange(math.prod(shape), dtype=">i4").reshape(shape)
-    spec = Spec(((values.dtype, shape[:axis] + shape[axis + 1 :]),), (axis,), several=False)
+    spec = Spec(((values.dtype, shape[:axis] + shape[axis + 1 :]),), (axis,), is_tuple=False)
     for allocation in (
-        LocalAllocation(n_items, order),
-        SharedAllocation(Segment.create(), n_items, order),
+        LocalBuffer(n_items, order),
+        SharedBuffer(Segment.create(), n_items, order),
     ):
         (place,) = allocation.places(spec, [ANY])
         writer = Writer(place, axis)
@@ -244,28 +244,28 @@ def test_writers_put_ranges_where_they_belong(shape, axis, order):
             stop = min(start + 5, n_items)
             part = values[(slice(None),) * axis + (slice(start, stop),)]
             writer.put(start, stop, part if start else np.asfortranarray(part))
-        assert_same(opened(place), values)
+        assert_same(open_place(place), values)
 
 
 def test_specs_agree_if_all_is_equal_or_only_dtypes_differ_that_promote():
-    single = FLAT.of_dtypes([np.dtype("f4")])
+    single = FLAT.with_dtypes([np.dtype("f4")])
     assert single.parts == ((np.dtype("f4"), ()),)
-    assert FLAT.agrees(FLAT, promotes=False)
-    assert not FLAT.agrees(single, promotes=False)
-    assert FLAT.agrees(single, promotes=True)
+    assert FLAT.agrees(FLAT, promote_dtypes=False)
+    assert not FLAT.agrees(single, promote_dtypes=False)
+    assert FLAT.agrees(single, promote_dtypes=True)
     for other in (
-        Spec(((np.dtype("f8"), (1,)),), (0,), several=False),
-        Spec(((np.dtype("f8"), ()),), (0,), several=True),
-        Spec(((np.dtype("f8"), ()),) * 2, (0, 0), several=False),
+        Spec(((np.dtype("f8"), (1,)),), (0,), is_tuple=False),
+        Spec(((np.dtype("f8"), ()),), (0,), is_tuple=True),
+        Spec(((np.dtype("f8"), ()),) * 2, (0, 0), is_tuple=False),
     ):
-        assert not FLAT.agrees(other, promotes=True)
+        assert not FLAT.agrees(other, promote_dtypes=True)
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("spec", [FLAT, PAIR], ids=["flat", "pair"])
 def test_both_allocations_lay_out_alike(order, spec):
     segment = Segment.create()
-    shared, local = SharedAllocation(segment, 7, order), LocalAllocation(7, order)
+    shared, local = SharedBuffer(segment, 7, order), LocalBuffer(7, order)
     outputs = (ANY,) * len(spec.parts)
     for number, (one, other) in enumerate(
         zip(arrays_of(shared, spec, outputs), arrays_of(local, spec, outputs), strict=True)
@@ -278,14 +278,14 @@ def test_both_allocations_lay_out_alike(order, spec):
         for (dtype, _), shape in zip(spec.parts, spec.shapes(7), strict=True)
     )
     # Whoever asks later sees what the first has written.
-    for number, again in enumerate(arrays_of(SharedAllocation(segment, 7, order), spec, outputs)):
+    for number, again in enumerate(arrays_of(SharedBuffer(segment, 7, order), spec, outputs)):
         assert (again == np.array(number).astype(again.dtype)).all()
 
 
 @pytest.mark.parametrize("kind", ["local", "shared"])
 def test_an_output_with_a_place_lies_there_and_takes_no_other_room(kind):
     segment = Segment.create()
-    allocation = SharedAllocation(segment, 5, "C") if kind == "shared" else LocalAllocation(5, "C")
+    allocation = SharedBuffer(segment, 5, "C") if kind == "shared" else LocalBuffer(5, "C")
     mine = np.zeros(10)[::2]
     (array,) = arrays_of(allocation, FLAT, [Output(mine.dtype, mine.shape, mine)])
     assert array is mine
@@ -294,7 +294,7 @@ def test_an_output_with_a_place_lies_there_and_takes_no_other_room(kind):
 
 def test_results_stay_shared_unless_their_segment_is_much_too_large():
     segment = Segment.create()
-    shared = SharedAllocation(segment, 1000, "C")
+    shared = SharedBuffer(segment, 1000, "C")
     shared.places(FLAT, [ANY])
     assert not shared.is_wasteful(FLAT, [ANY])
     segment.reserve(1 << 20)
@@ -303,20 +303,20 @@ def test_results_stay_shared_unless_their_segment_is_much_too_large():
 
 def test_results_without_bytes_need_no_segment():
     segment = Segment.create()
-    (array,) = arrays_of(SharedAllocation(segment, 0, "C"), FLAT)
+    (array,) = arrays_of(SharedBuffer(segment, 0, "C"), FLAT)
     assert array.shape == (0,)
     assert segment.nbytes == 0
 
 
 def test_objects_have_no_place_in_a_segment():
     segment = Segment.create()
-    spec = FLAT.of_dtypes([np.dtype(object)])
-    assert SharedAllocation(segment, 3, "C").places(spec, [ANY]) is None
+    spec = FLAT.with_dtypes([np.dtype(object)])
+    assert SharedBuffer(segment, 3, "C").places(spec, [ANY]) is None
     assert segment.nbytes == 0
 
 
 def test_threads_get_the_same_outputs():
-    local = LocalAllocation(5, "C")
+    local = LocalBuffer(5, "C")
     found = []
     threads = [
         threading.Thread(target=lambda: found.append(local.places(FLAT, [ANY])[0]))
@@ -330,9 +330,9 @@ def test_threads_get_the_same_outputs():
     assert len({id(array) for array in found}) == 1
 
 
-def sink_of(n_items=6, agree=lambda proposal: proposal, **options):
-    plan = Plan(LocalAllocation(n_items, "C"), n_items, 0, **options)
-    return Sink(plan, agree), plan
+def sink_of(n_items=6, propose=lambda proposal: proposal, **options):
+    plan = Plan(LocalBuffer(n_items, "C"), n_items, 0, **options)
+    return OutputWriter(plan, propose), plan
 
 
 def test_a_sink_remembers_its_first_result_and_refuses_others():
@@ -353,15 +353,15 @@ def test_a_sink_keeps_to_what_others_have_settled_on():
         proposals.append(proposal)
         return FLAT
 
-    sink, _ = sink_of(agree=settled)
+    sink, _ = sink_of(propose=settled)
     with pytest.raises(DisagreementError):
         sink.place(0, 2, np.array([4, 5]))
     assert sink.place(2, 4, np.array([4.0, 5.0])) is None
-    assert proposals == [FLAT.of_dtypes([np.dtype(int)])]
+    assert proposals == [FLAT.with_dtypes([np.dtype(int)])]
 
 
 def test_a_sink_whose_results_promote_hands_others_to_the_caller():
-    sink, plan = sink_of(promotes=True, agree=lambda proposal: FLAT)
+    sink, plan = sink_of(promote_dtypes=True, propose=lambda proposal: FLAT)
     (left,) = sink.place(0, 2, np.array([4, 5]))
     assert_same(left, np.array([4, 5]))
     assert sink.place(2, 4, np.array([4.0, 5.0])) is None
@@ -375,7 +375,7 @@ def test_a_sink_trims_margins_and_casts():
     sink.place(0, 2, np.arange(3.0), (0, 1))
     sink.place(2, 6, np.arange(1.0, 7.0), (1, 1))
     assert arrays_of(plan.allocation, FLAT)[0].tolist() == [0, 1, 2, 3, 4, 5]
-    assert sink.first == (0, FLAT.of_dtypes([np.dtype("f4")]))
+    assert sink.first == (0, FLAT.with_dtypes([np.dtype("f4")]))
     with pytest.raises(TypeError, match="complex128 cannot become float32"):
         sink.place(0, 2, np.ones(2, complex))
 

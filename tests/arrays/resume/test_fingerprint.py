@@ -1073,7 +1073,7 @@ def sparse():
     return scipy.sparse.csr_matrix(np.eye(3))
 
 
-def labelled():
+def get_label():
     import xarray
 
     return xarray.Dataset({"a": (("x",), np.arange(3))}, coords={"x": [1, 2, 3]})
@@ -1084,7 +1084,7 @@ ASKED = {
     "member of an enumeration": (None, lambda: Shape.ROUND, lambda shape: shape.corners),
     "frame with dates": ("pandas", dated, lambda frame: frame.loc[frame.index[1]]),
     "sparse matrix": ("scipy.sparse", sparse, lambda matrix: matrix.has_canonical_format),
-    "dataset": ("xarray", labelled, lambda dataset: (dataset.a, dataset.sel(x=1))),
+    "dataset": ("xarray", get_label, lambda dataset: (dataset.a, dataset.sel(x=1))),
 }
 
 

@@ -24,15 +24,15 @@ from taskcarrier import (
 )
 from taskcarrier.arrays.resume import computation
 from taskcarrier.arrays.resume.computation import Computation
-from taskcarrier.arrays.resume.ledger_file import KeptLedger
+from taskcarrier.arrays.resume.ledger_file import LedgerFile
 from tests.faults.functions import note, noted
-from tests.strategies import EVERYWHERE, assert_same, kept_crews, run_script
+from tests.strategies import EVERYWHERE, assert_same, kept_pools, run_script
 
 SERIAL = {"backend": "sequential", "n_jobs": 1}
 X = np.arange(80.0).reshape(40, 2)
 
 
-crews = kept_crews(2)
+pools = kept_pools(2)
 
 
 class Stored:
@@ -821,9 +821,9 @@ class TestTheFile:
         halfway.stopped(func, X, X, kwargs={}, args=(3, "x"))
         first, header, marks = self.parsed(halfway.ledger)
         assert first == b"TaskCarrier ledger 2"
-        assert set(header) == {"marks_at", "cells", "computes"}
+        assert set(header) == {"marks_at", "chunks", "computes"}
         assert header["marks_at"] % 4096 == 0
-        assert header["cells"] == 10
+        assert header["chunks"] == 10
         assert marks[:5] == b"\1" * 5
         assert len(marks) == 10
         assert 1 not in marks[5:]
@@ -889,7 +889,7 @@ class TestKeptLedger:
 
     def kept(self, folder, n=5, **changes):
         digests = {**self.DIGESTS, **changes}
-        return KeptLedger(str(folder / "Y.npy"), n, Computation(digests, {}, []))
+        return LedgerFile(str(folder / "Y.npy"), n, Computation(digests, {}, []))
 
     def test_marks_outlive_it(self, tmp_path):
         kept = self.kept(tmp_path)

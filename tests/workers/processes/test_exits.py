@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from taskcarrier.workers.processes.exits import Ending, is_readable
+from taskcarrier.workers.processes.exits import ProcessExit, is_readable
 
 LONG = 60  # seconds that no test waits for
 
@@ -48,7 +48,7 @@ def child():
 @pytest.mark.fault(50)
 class TestEnding:
     def test_it_is_seen_and_the_process_left_to_be_reaped(self, way, child):
-        ending = Ending(child.pid)
+        ending = ProcessExit(child.pid)
         assert not is_readable(ending.fd)
         assert not os.get_inheritable(ending.fd)
         child.communicate(b"\n", timeout=LONG)
@@ -60,14 +60,14 @@ class TestEnding:
     def test_one_that_has_ended_before(self, way, child):
         child.stdin.close()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        ending = Ending(child.pid)
+        ending = ProcessExit(child.pid)
         assert is_readable(ending.fd, LONG)
         ending.kill()
         assert child.wait(LONG) == 1
         ending.close()
 
     def test_it_is_killed(self, way, child):
-        ending = Ending(child.pid)
+        ending = ProcessExit(child.pid)
         ending.kill()
         assert is_readable(ending.fd, LONG)
         ending.kill()
@@ -76,7 +76,7 @@ class TestEnding:
         ending.close()
 
     def test_in_a_forked_child_nothing_is_waited_for(self, way, child):
-        ending = Ending(child.pid)
+        ending = ProcessExit(child.pid)
         pid = os.fork()
         if pid == 0:
             ending.close(forked=True)
@@ -88,7 +88,7 @@ class TestEnding:
         ending.close()
 
     def test_another_user_s_process_is_not_ours_to_kill(self, way, child, monkeypatch):
-        ending = Ending(child.pid)
+        ending = ProcessExit(child.pid)
         monkeypatch.setattr(os, "kill", refuse(errno.EPERM))
         monkeypatch.setattr(signal, "pidfd_send_signal", refuse(errno.EPERM), raising=False)
         with pytest.raises(PermissionError):
@@ -100,7 +100,7 @@ class TestEnding:
 
 
 def test_a_thread_waits_only_where_it_must(child):
-    ending = Ending(child.pid)
+    ending = ProcessExit(child.pid)
     assert not [one for one in threading.enumerate() if one.name == "taskcarrier-waiting"]
     child.kill()
     child.wait(LONG)
@@ -110,7 +110,7 @@ def test_a_thread_waits_only_where_it_must(child):
 def test_too_many_open_files_are_an_error(child, monkeypatch):
     monkeypatch.setattr(os, "pidfd_open", refuse(errno.EMFILE))
     with pytest.raises(OSError, match="Too many open files"):
-        Ending(child.pid)
+        ProcessExit(child.pid)
 
 
 class TestReadable:

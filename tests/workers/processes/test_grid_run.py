@@ -1,4 +1,4 @@
-"""One run on a crew of processes: nothing is lost, whoever dies, wherever in its code.
+"""One run on a pool of processes: nothing is lost, whoever dies, wherever in its code.
 
 Most of it is scripted: workers run the real loop of a worker process, but in this thread, over
 memory in which they die in front of a chosen write, claim, message or call.
@@ -23,29 +23,28 @@ from taskcarrier.errors import WorkerDiedError
 from taskcarrier.memory.segments import Segment, SharedView
 from taskcarrier.memory.staging import Staging
 from taskcarrier.scheduling.balance import Dynamic, Static
-from taskcarrier.scheduling.counters import ThreadAgreement, ThreadCursor
-from taskcarrier.scheduling.grid import Grid
+from taskcarrier.scheduling.counters import ThreadCounter, ThreadSetOnce
+from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import (
     DONE,
-    FREE,
     OWN_MARKS,
+    PENDING,
+    RECLAIMED,
     SENT,
-    TAKEN_BACK,
     Ledger,
     ledger_nbytes,
 )
-from taskcarrier.scheduling.retries import Again, Recovery
-from taskcarrier.workers import pickling
+from taskcarrier.scheduling.retries import Attempt, RetryPolicy
 from taskcarrier.workers.call import Call
-from taskcarrier.workers.pickling import Parcel, pack
+from taskcarrier.workers.pickling import Payload, pickle_task
 from taskcarrier.workers.processes import grid_run as module
-from taskcarrier.workers.processes import worker
+from taskcarrier.workers.processes import messages, worker
 from taskcarrier.workers.processes.grid_run import ProcessRun
-from taskcarrier.workers.processes.messages import Channel
-from taskcarrier.workers.processes.pool import ProcessCrew
+from taskcarrier.workers.processes.messages import MessageSocket
+from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.processes.worker import RESULTS
-from taskcarrier.workers.records import Parts
-from taskcarrier.workers.task import NOTHING, Job
+from taskcarrier.workers.records import PartialResult
+from taskcarrier.workers.task import IN_PLACE, Job
 from tests.clocks import LATE
 
 BALANCES = [Static(), Dynamic()]
@@ -88,7 +87,7 @@ class MortalMemory:
         self.memory[index] = value
 
 
-class MortalCursor:
+class MortalCounter:
     """A worker may die before and after it takes a number."""
 
     def __init__(self, cursor, fate):
@@ -102,7 +101,7 @@ class MortalCursor:
         return number
 
 
-class MortalChannel(Channel):
+class MortalSocket(MessageSocket):
     """A worker may die before, in the middle of and after a message."""
 
     def __init__(self, sock, fate):
@@ -111,7 +110,7 @@ class MortalChannel(Channel):
         self.results = []  # of messages that have left as a whole
 
     def send(self, data, fds=None):
-        whole = pickling._HEADER.pack(len(data), len(fds or [])) + data
+        whole = messages._HEADER.pack(len(data), len(fds or [])) + data
         self._fate.step()
         socket.send_fds(self._socket, [whole[: len(whole) // 2]], fds or [])
         self._fate.step()
@@ -129,8 +128,8 @@ class Process:
         self.number = number
         self.name = name
         self.fate = fate
-        self.channel = Channel(ours)
-        self.inside = MortalChannel(theirs, fate)
+        self.channel = MessageSocket(ours)
+        self.inside = MortalSocket(theirs, fate)
         self.pidfd, self._end = os.pipe()
         self.n_kills = 0
         self.has_ended = False
@@ -174,7 +173,7 @@ class Task:
         self.calls = []
         self.fate = Fate()
 
-    def open(self, agree):
+    def open(self, propose):
         self.fate.step()
         return self
 
@@ -187,7 +186,7 @@ class Task:
         if self.place is None:
             return doubled(start, stop)
         self.place[start:stop] = doubled(start, stop)
-        return NOTHING
+        return IN_PLACE
 
     def facts(self):
         return None
@@ -197,7 +196,7 @@ def doubled(start, stop):
     return [2 * item for item in range(start, stop)]
 
 
-class Crew:
+class Pool:
     """Scripted workers of one run.
 
     Parameters
@@ -215,22 +214,22 @@ class Crew:
         self.batch_seconds = batch_seconds
         self.ledger = Ledger(
             memoryview(bytearray(ledger_nbytes(job.n_workers))).cast("q"),
-            ThreadCursor(),
-            ThreadAgreement(),
+            ThreadCounter(),
+            ThreadSetOnce(),
             memoryview(bytearray(len(job.grid))),
         )
         self.ledger.reset(job.n_workers)
-        self.ledger.mark_in(None, len(job.grid))
+        self.ledger.set_marks(None, len(job.grid))
         self.delivered = {}
         self.fates = iter(fates)
         self.processes = []
         self.waiting = []
         self.lost = []  # ranges of each that died which it had run, or begun, for nothing
         self.run = ProcessRun(
-            job, self.ledger, self.delivered.__setitem__, Parcel(b"", []), self.living
+            job, self.ledger, self.delivered.__setitem__, Payload(b"", []), self.get_worker
         )
 
-    def living(self, number):
+    def get_worker(self, number):
         """A new process that waits for its run."""
         name = f"process {len(self.processes)}"
         process = Process(number, name, Fate(next(self.fates, None)))
@@ -241,7 +240,7 @@ class Crew:
     def started(self):
         """All processes, each with its order."""
         for number in range(self.job.n_workers):
-            self.run.start(number, self.living(number))
+            self.run.start(number, self.get_worker(number))
         return self
 
     def live(self, process):
@@ -251,18 +250,18 @@ class Crew:
         n_calls = len(task.calls)
         ledger = Ledger(
             MortalMemory(words._words, fate),
-            MortalCursor(words._cursor, fate),
+            MortalCounter(words._cursor, fate),
             words._agreement,
             MortalMemory(words._own_marks, fate),
         )
         data, fds = process.inside.receive()
         try:
             with (
-                patch.object(worker, "unpack", lambda data, fds: self.job),
+                patch.object(worker, "unpickle_task", lambda data, fds: self.job),
                 patch.object(worker, "_BATCH_SECONDS", self.batch_seconds),
                 patch.object(worker, "_FIRST_BATCH_SECONDS", self.batch_seconds),
             ):
-                worker._run_parcel(process.number, process.inside, ledger, data, fds)
+                worker._run_payload(process.number, process.inside, ledger, data, fds)
         except Killed:
             self.lost.append(self.lost_with(process, task.calls[n_calls:]))
             process.end()
@@ -274,7 +273,7 @@ class Crew:
         return [
             (start, stop)
             for start, stop in calls
-            if marks[start // size] in {FREE, TAKEN_BACK}
+            if marks[start // size] in {PENDING, RECLAIMED}
             or (marks[start // size] == SENT and start not in arrived)
         ]
 
@@ -283,7 +282,7 @@ class Crew:
         try:
             self.started()
             for _ in range(1000):
-                if not self.run.goes_on():
+                if not self.run.is_running():
                     return self.run.ran()
                 while self.waiting:
                     self.live(self.waiting.pop(0))
@@ -293,9 +292,9 @@ class Crew:
             self.close()
 
     def calls_expected(self):
-        """Every cell once, and what those that died have lost."""
-        cells = map(self.job.grid.bounds, range(len(self.job.grid)))
-        return Counter(cells) + Counter(itertools.chain(*self.lost))
+        """Every chunk once, and what those that died have lost."""
+        indices = map(self.job.grid.range_of, range(len(self.job.grid)))
+        return Counter(indices) + Counter(itertools.chain(*self.lost))
 
     def results(self):
         """What has come of each item: -1 for those without a result."""
@@ -332,8 +331,8 @@ def scripted(
     **others,
 ):
     task = Task(np.full(n_items, -1) if in_place else None, deadly)
-    job = Job(task, balance or Dynamic(), Grid(n_items, chunksize), n_workers, **others)
-    return Crew(job, fates, batch_seconds)
+    job = Job(task, balance or Dynamic(), ChunkGrid(n_items, chunksize), n_workers, **others)
+    return Pool(job, fates, batch_seconds)
 
 
 WAYS = {
@@ -351,10 +350,10 @@ IN_FIRST_RANGE = {"static": 3, "dynamic": 5}
 def at_every_step(before, **options):
     """Runs in which the process started after those `before` dies at its first step, second, ..."""
     for n_steps in itertools.count():
-        crew = scripted(fates=[*before, n_steps], **options)
-        ran = crew.to_the_end()
-        yield crew, ran
-        if crew.processes[len(before)].fate.left:
+        pool = scripted(fates=[*before, n_steps], **options)
+        ran = pool.to_the_end()
+        yield pool, ran
+        if pool.processes[len(before)].fate.left:
             return  # it had steps left in the end
 
 
@@ -365,50 +364,50 @@ class TestDeathAtAnyStep:
     @pytest.mark.parametrize(("before", "n_workers"), [([], 1), ([], 2), ([None], 2)], ids=str)
     def test_exactly_what_got_lost_is_run_again(self, balance, way, before, n_workers):
         n_deaths = 0
-        for crew, ran in at_every_step(before, balance=balance, n_workers=n_workers, **WAYS[way]):
-            assert crew.results() == doubled(0, 8)
+        for pool, ran in at_every_step(before, balance=balance, n_workers=n_workers, **WAYS[way]):
+            assert pool.results() == doubled(0, 8)
             assert (ran.fatal, ran.missing, ran.failures) == ([], [], [])
-            assert not ran.halted
-            assert Counter(crew.job.task.calls) == crew.calls_expected()
+            assert not ran.is_halted
+            assert Counter(pool.job.task.calls) == pool.calls_expected()
             n_deaths = max(n_deaths, len(ran.deaths))
         assert n_deaths == 1
 
     def test_also_in_the_place_of_one_that_died(self, balance, way):
-        for crew, ran in at_every_step(
+        for pool, ran in at_every_step(
             [IN_FIRST_RANGE[balance.name]], balance=balance, **WAYS[way]
         ):
-            assert crew.results() == doubled(0, 8)
+            assert pool.results() == doubled(0, 8)
             assert (ran.fatal, ran.missing, ran.failures) == ([], [], [])
-            again = Counter(crew.job.task.calls) - crew.calls_expected()
+            again = Counter(pool.job.task.calls) - pool.calls_expected()
             # What was given out again and is just finished may be run once more.
             assert again in (Counter(), Counter([(0, 2)]))
 
     def test_what_is_finished_is_not_given_up(self, balance, way):
-        recovery = Recovery(retries=1)
-        options = {"balance": balance, "recovery": recovery, **WAYS[way]}
+        retry_policy = RetryPolicy(retries=1)
+        options = {"balance": balance, "retry_policy": retry_policy, **WAYS[way]}
         n_fatal = 0
-        for crew, ran in at_every_step([IN_FIRST_RANGE[balance.name]], **options):
+        for pool, ran in at_every_step([IN_FIRST_RANGE[balance.name]], **options):
             for part in ran.missing:
-                mark = crew.ledger.marks[part[0] // 2]
+                mark = pool.ledger.marks[part[0] // 2]
                 assert mark != DONE
-                assert mark != SENT or part[0] not in crew.delivered
+                assert mark != SENT or part[0] not in pool.delivered
             n_fatal += len(ran.fatal)
         assert n_fatal > 0
 
     def test_items_are_accounted_for(self, balance, way):
-        for crew, ran in at_every_step([], balance=balance, **WAYS[way]):
-            (last,) = [one for one in ran.accounts if one.name == crew.processes[-1].name]
+        for pool, ran in at_every_step([], balance=balance, **WAYS[way]):
+            (last,) = [one for one in ran.worker_stats if one.name == pool.processes[-1].name]
             assert last.failure is None
-            done = sum(account.items for account in ran.accounts)
-            n_lost = sum(stop - start for start, stop in itertools.chain(*crew.lost))
+            done = sum(stats.items for stats in ran.worker_stats)
+            n_lost = sum(stop - start for start, stop in itertools.chain(*pool.lost))
             # What was finished and got lost counts for both that finished it.
             assert 8 - 2 * len(ran.deaths) <= done <= 8 + n_lost
 
     def test_never_again_means_never(self, balance, way):
-        recovery = Recovery(retries=0)
-        for crew, ran in at_every_step([], balance=balance, recovery=recovery, **WAYS[way]):
-            assert max(Counter(crew.job.task.calls).values(), default=0) <= 1
-            for item, result in enumerate(crew.results()):
+        retry_policy = RetryPolicy(retries=0)
+        for pool, ran in at_every_step([], balance=balance, retry_policy=retry_policy, **WAYS[way]):
+            assert max(Counter(pool.job.task.calls).values(), default=0) <= 1
+            for item, result in enumerate(pool.results()):
                 is_missing = any(start <= item < stop for start, stop in ran.missing)
                 assert result == 2 * item or is_missing
             assert bool(ran.fatal) == bool(ran.missing)
@@ -428,33 +427,33 @@ some_options = st.builds(
 class TestManyDeaths:
     @given(some_options, some_fates)
     def test_nothing_is_lost(self, options, fates):
-        crew = scripted(**options, fates=fates, recovery=Recovery(retries=len(fates) + 1))
-        ran = crew.to_the_end()
-        assert crew.results() == doubled(0, options["n_items"])
+        pool = scripted(**options, fates=fates, retry_policy=RetryPolicy(retries=len(fates) + 1))
+        ran = pool.to_the_end()
+        assert pool.results() == doubled(0, options["n_items"])
         assert (ran.fatal, ran.missing, ran.failures) == ([], [], [])
-        assert len(ran.deaths) <= sum(process.has_ended for process in crew.processes)
+        assert len(ran.deaths) <= sum(process.has_ended for process in pool.processes)
 
     @given(
         some_options,
         some_fates,
         st.sets(st.integers(0, 8), max_size=2),
         st.integers(0, 2),
-        st.fixed_dictionaries({"narrows": st.booleans(), "collects": st.booleans()}),
+        st.fixed_dictionaries({"can_split": st.booleans(), "collect_errors": st.booleans()}),
     )
     def test_an_item_without_its_result_is_missing(self, options, fates, deadly, retries, ways):
-        recovery = Recovery(retries=retries)
-        crew = scripted(**options, fates=fates, deadly=deadly, recovery=recovery, **ways)
-        ran = crew.to_the_end()
+        retry_policy = RetryPolicy(retries=retries)
+        pool = scripted(**options, fates=fates, deadly=deadly, retry_policy=retry_policy, **ways)
+        ran = pool.to_the_end()
         assert ran.missing == sorted(ran.missing)
         assert bool(ran.missing) <= bool(ran.fatal)
         faults = [
             fault[:2]
-            for parts in crew.delivered.values()
-            if isinstance(parts, Parts)
+            for parts in pool.delivered.values()
+            if isinstance(parts, PartialResult)
             for fault in parts.faults
         ]
         said = {item for part in [*ran.missing, *faults] for item in range(*part)}
-        without = {i for i, result in enumerate(crew.results()) if result != 2 * i}
+        without = {i for i, result in enumerate(pool.results()) if result != 2 * i}
         kill = deadly & set(range(options["n_items"]))
         assert kill <= without <= said
         if all(ways.values()) and retries and not any(fate is not None for fate in fates):
@@ -467,16 +466,16 @@ class TestNarrowing:
     @by_balance
     def test_one_death_for_each_halving(self, n_items, retries, balance):
         for deadly in range(n_items):
-            crew = scripted(
+            pool = scripted(
                 balance=balance,
                 n_items=n_items,
                 chunksize=n_items,
                 deadly={deadly},
-                recovery=Recovery(retries=retries),
-                narrows=True,
-                collects=True,
+                retry_policy=RetryPolicy(retries=retries),
+                can_split=True,
+                collect_errors=True,
             )
-            ran = crew.to_the_end()
+            ran = pool.to_the_end()
             ranges = [death.range for death in ran.deaths]
             assert ranges[: retries + 1] == [(0, n_items)] * (retries + 1)
             for (start, stop), (first, last) in itertools.pairwise(ranges[retries:]):
@@ -484,77 +483,84 @@ class TestNarrowing:
                 assert last - first <= (stop - start + 1) // 2
             assert ranges[-1] == (deadly, deadly + 1)
             assert [death.attempt for death in ran.deaths] == list(range(1, len(ranges) + 1))
-            (fault,) = crew.delivered[deadly].faults
+            (fault,) = pool.delivered[deadly].faults
             assert fault[:2] == (deadly, deadly + 1)
             expected = doubled(0, n_items)
             expected[deadly] = -1
-            assert crew.results() == expected
+            assert pool.results() == expected
             assert ran.fatal == ran.missing == []
 
     def test_two_in_one_range(self):
-        crew = scripted(
-            n_items=16, chunksize=16, deadly={3, 11}, narrows=True, collects=True, in_place=True
+        pool = scripted(
+            n_items=16,
+            chunksize=16,
+            deadly={3, 11},
+            can_split=True,
+            collect_errors=True,
+            in_place=True,
         )
-        ran = crew.to_the_end()
-        assert set(crew.delivered) == {3, 11}
-        assert [i for i, result in enumerate(crew.results()) if result != 2 * i] == [3, 11]
+        ran = pool.to_the_end()
+        assert set(pool.delivered) == {3, 11}
+        assert [i for i, result in enumerate(pool.results()) if result != 2 * i] == [3, 11]
         assert ran.fatal == []
 
     def test_a_range_that_cannot_be_narrowed(self):
-        crew = scripted(deadly={3}, collects=True, recovery=Recovery(retries=1))
-        ran = crew.to_the_end()
+        pool = scripted(deadly={3}, collect_errors=True, retry_policy=RetryPolicy(retries=1))
+        ran = pool.to_the_end()
         assert [death.range for death in ran.deaths] == [(2, 4)] * 2
-        ((start, stop, error),) = crew.delivered[2].faults
+        ((start, stop, error),) = pool.delivered[2].faults
         assert (start, stop) == (2, 4)
         assert isinstance(error, WorkerDiedError)
         assert (error.exitcode, error.in_hand, error.attempt) == (SIGKILL, (2, 4), 2)
         assert "items 2:4" in str(error)
-        assert [i for i, result in enumerate(crew.results()) if result < 0] == [2, 3]
+        assert [i for i, result in enumerate(pool.results()) if result < 0] == [2, 3]
 
 
 @by_balance
 class TestGivenUp:
     def test_at_once_without_retries(self, balance):
-        crew = scripted(balance=balance, deadly={3}, n_workers=2, recovery=Recovery(retries=0))
-        ran = crew.to_the_end()
+        pool = scripted(
+            balance=balance, deadly={3}, n_workers=2, retry_policy=RetryPolicy(retries=0)
+        )
+        ran = pool.to_the_end()
         (death,) = ran.deaths
         assert ran.fatal == [death]
         assert (death.range, death.attempt, death.exitcode) == ((2, 4), 1, SIGKILL)
-        assert crew.job.task.calls.count((2, 4)) == 1
+        assert pool.job.task.calls.count((2, 4)) == 1
 
     @pytest.mark.parametrize("retries", [1, 2])
     def test_after_so_many_attempts(self, balance, retries):
-        crew = scripted(
-            balance=balance, deadly={3}, n_workers=2, recovery=Recovery(retries=retries)
+        pool = scripted(
+            balance=balance, deadly={3}, n_workers=2, retry_policy=RetryPolicy(retries=retries)
         )
-        ran = crew.to_the_end()
+        ran = pool.to_the_end()
         assert [death.attempt for death in ran.deaths] == list(range(1, retries + 2))
         assert ran.fatal == ran.deaths[-1:]
-        assert crew.job.task.calls.count((2, 4)) == retries + 1
+        assert pool.job.task.calls.count((2, 4)) == retries + 1
 
     def test_the_other_worker_goes_on(self, balance):
-        crew = scripted(
+        pool = scripted(
             balance=balance,
             n_items=20,
             deadly={1},
             n_workers=2,
-            recovery=Recovery(retries=0),
+            retry_policy=RetryPolicy(retries=0),
             in_place=True,
         )
-        ran = crew.to_the_end()
-        assert not ran.halted
+        ran = pool.to_the_end()
+        assert not ran.is_halted
         # What nobody has begun by static balance was the dead worker's own.
         expected = [(0, 2)] if balance == Dynamic() else [(i, i + 2) for i in range(0, 10, 2)]
         assert ran.missing == expected
         gone = {item for part in expected for item in range(*part)}
-        assert [i for i, r in enumerate(crew.results()) if r < 0] == sorted(gone)
+        assert [i for i, r in enumerate(pool.results()) if r < 0] == sorted(gone)
 
     def test_missing_are_pieces_of_what_was_narrowed_down(self, balance):
-        crew = scripted(
-            balance=balance, n_items=8, chunksize=8, deadly={4}, narrows=True, in_place=True
+        pool = scripted(
+            balance=balance, n_items=8, chunksize=8, deadly={4}, can_split=True, in_place=True
         )
-        ran = crew.to_the_end()
-        results = crew.results()
+        ran = pool.to_the_end()
+        results = pool.results()
         missing = [item for part in ran.missing for item in range(*part)]
         assert missing == [i for i, result in enumerate(results) if result < 0]
         assert missing[0] == 4
@@ -567,35 +573,35 @@ class TestIdleDeaths:
     @pytest.mark.parametrize(("retries", "n_deaths"), [(0, 2), (1, 2), (2, 3), (5, 6)])
     @by_balance
     def test_who_dies_again_and_again_is_given_up(self, balance, retries, n_deaths):
-        crew = scripted(balance=balance, fates=[0] * 20, recovery=Recovery(retries=retries))
-        ran = crew.to_the_end()
+        pool = scripted(balance=balance, fates=[0] * 20, retry_policy=RetryPolicy(retries=retries))
+        ran = pool.to_the_end()
         assert len(ran.deaths) == n_deaths
         assert ran.fatal == ran.deaths[-1:]
         assert [death.range for death in ran.deaths] == [None] * n_deaths
-        assert ran.missing == list(map(crew.job.grid.bounds, range(4)))
-        assert crew.job.task.calls == []
+        assert ran.missing == list(map(pool.job.grid.range_of, range(4)))
+        assert pool.job.task.calls == []
 
     @by_balance
     def test_a_few_times_is_nothing(self, balance):
-        crew = scripted(balance=balance, fates=[0, 0])
-        ran = crew.to_the_end()
+        pool = scripted(balance=balance, fates=[0, 0])
+        ran = pool.to_the_end()
         assert len(ran.deaths) == 2
         assert ran.fatal == []
-        assert crew.results() == doubled(0, 8)
+        assert pool.results() == doubled(0, 8)
 
     def test_who_has_done_something_meanwhile_counts_anew(self):
         n_steps = self.steps_to_do_something()
-        crew = scripted(balance=Static(), in_place=True, fates=[0, 0, n_steps, 0, 0])
-        ran = crew.to_the_end()
+        pool = scripted(balance=Static(), in_place=True, fates=[0, 0, n_steps, 0, 0])
+        ran = pool.to_the_end()
         assert [death.range for death in ran.deaths] == [None] * 5
-        assert crew.job.task.calls == list(map(crew.job.grid.bounds, range(4)))
+        assert pool.job.task.calls == list(map(pool.job.grid.range_of, range(4)))
         assert (ran.fatal, ran.missing) == ([], [])
 
     def steps_to_do_something(self):
         """After which a worker has one range behind it and none in hand."""
         runs = at_every_step([], balance=Static(), in_place=True)
-        for n_steps, (crew, ran) in enumerate(runs):
-            (dead,) = (one for one in ran.accounts if one.name == crew.processes[0].name)
+        for n_steps, (pool, ran) in enumerate(runs):
+            (dead,) = (one for one in ran.worker_stats if one.name == pool.processes[0].name)
             if ran.deaths[0].range is None and dead.items == 2:
                 return n_steps
         return pytest.fail("there is no such moment")
@@ -603,238 +609,238 @@ class TestIdleDeaths:
     @by_balance
     def test_what_another_has_done_is_not_missing(self, balance):
         # Processes 0, 2 and 3 are worker 0, one after the other.
-        crew = scripted(balance=balance, fates=[0, None, 0, 0], n_workers=2)
-        ran = crew.to_the_end()
+        pool = scripted(balance=balance, fates=[0, None, 0, 0], n_workers=2)
+        ran = pool.to_the_end()
         assert [death.worker for death in ran.deaths] == [0, 0, 0]
         expected = [] if balance == Dynamic() else [(0, 2), (2, 4)]
         assert ran.missing == expected
-        assert [i for i, r in enumerate(crew.results()) if r < 0] == list(range(2 * len(expected)))
+        assert [i for i, r in enumerate(pool.results()) if r < 0] == list(range(2 * len(expected)))
 
     def test_who_has_reported_may_die(self):
-        crew = scripted()
-        with crew:
-            (process,) = crew.processes
-            crew.live(process)
+        pool = scripted()
+        with pool:
+            (process,) = pool.processes
+            pool.live(process)
             process.end()
-            crew.run.step(0)
-            assert not crew.run.goes_on()
-            ran = crew.run.ran()
+            pool.run.step(0)
+            assert not pool.run.is_running()
+            ran = pool.run.ran()
         assert ran.deaths == []
-        assert [account.items for account in ran.accounts] == [8]
+        assert [stats.items for stats in ran.worker_stats] == [8]
 
 
 def order_of(process):
     """The ranges that a process was given to begin with."""
     data, _ = process.inside.receive()
-    return worker._taken_apart(data)[0]
+    return worker._parse_order(data)[0]
 
 
 class TestTimeout:
     """Workers are moved about by hand."""
 
     def overdue(self, **options):
-        """A crew whose worker has had its first range for longer than it may."""
-        recovery = Recovery(timeout=LONG, **options.pop("recovery", {}))
-        crew = scripted(recovery=recovery, **options).started()
-        crew.ledger.hold(0, 0)
-        self.since(crew, LONG + 1)
-        return crew
+        """A pool whose worker has had its first range for longer than it may."""
+        retry_policy = RetryPolicy(timeout=LONG, **options.pop("retry_policy", {}))
+        pool = scripted(retry_policy=retry_policy, **options).started()
+        pool.ledger.hold(0, 0)
+        self.since(pool, LONG + 1)
+        return pool
 
-    def since(self, crew, seconds):
-        crew.ledger.note_time(0, time.monotonic_ns() - round(seconds * 1e9))
+    def since(self, pool, seconds):
+        pool.ledger.set_start_time(0, time.monotonic_ns() - round(seconds * 1e9))
 
     def test_in_time(self):
-        crew = self.overdue()
-        with crew_closed(crew):
+        pool = self.overdue()
+        with crew_closed(pool):
             for seconds in (0, LONG / 2):
-                self.since(crew, seconds)
-                crew.run.step(0)
-            assert crew.processes[0].n_kills == 0
+                self.since(pool, seconds)
+                pool.run.step(0)
+            assert pool.processes[0].n_kills == 0
 
     def test_is_killed_once(self):
-        crew = self.overdue()
-        with crew_closed(crew):
+        pool = self.overdue()
+        with crew_closed(pool):
             for _ in range(3):
-                crew.run.step(0)
-            assert crew.processes[0].n_kills == 1
+                pool.run.step(0)
+            assert pool.processes[0].n_kills == 1
 
     def test_nobody_is_killed_for_what_is_done(self):
-        crew = self.overdue()
-        with crew_closed(crew):
-            crew.ledger.marks[0] = DONE
-            crew.run.step(0)
-            crew.ledger.lay_down(0, 2)
-            crew.run.step(0)
-            assert crew.processes[0].n_kills == 0
+        pool = self.overdue()
+        with crew_closed(pool):
+            pool.ledger.marks[0] = DONE
+            pool.run.step(0)
+            pool.ledger.finish(0, 2)
+            pool.run.step(0)
+            assert pool.processes[0].n_kills == 0
 
     def test_nobody_is_killed_before_it_has_begun(self):
-        crew = scripted(recovery=Recovery(timeout=1e-9))
-        with crew:
+        pool = scripted(retry_policy=RetryPolicy(timeout=1e-9))
+        with pool:
             time.sleep(0.01)
-            crew.run.step(0)
-            assert crew.processes[0].n_kills == 0
+            pool.run.step(0)
+            assert pool.processes[0].n_kills == 0
 
     def test_the_next_range_is_not_charged_with_the_time_of_the_last(self):
-        crew = self.overdue()
-        with crew_closed(crew):
-            crew.ledger.marks[0] = DONE
-            crew.ledger.lay_down(0, 2)
-            crew.ledger.hold(0, 1)  # it is about to look at the clock
-            crew.run.step(0)
-            assert crew.processes[0].n_kills == 0
+        pool = self.overdue()
+        with crew_closed(pool):
+            pool.ledger.marks[0] = DONE
+            pool.ledger.finish(0, 2)
+            pool.ledger.hold(0, 1)  # it is about to look at the clock
+            pool.run.step(0)
+            assert pool.processes[0].n_kills == 0
 
     def test_the_end_of_the_run(self):
-        crew = self.overdue()
-        with crew_closed(crew):
-            crew.run.step(0)
-            crew.processes[0].end()
-            crew.run.step(0)
-            assert not crew.run.goes_on()
-            ran = crew.run.ran()
+        pool = self.overdue()
+        with crew_closed(pool):
+            pool.run.step(0)
+            pool.processes[0].end()
+            pool.run.step(0)
+            assert not pool.run.is_running()
+            ran = pool.run.ran()
         (failure,) = ran.failures
         assert (failure.range, failure.attempt, failure.worker) == ((0, 2), 1, "process 0")
         assert isinstance(failure.error, TimeoutError)
         assert "took longer than timeout=60 seconds" in str(failure.error)
         assert failure.error.__notes__ == ["process 0 was killed"]
-        assert ran.halted
+        assert ran.is_halted
         assert ran.fatal == []
         assert [death.range for death in ran.deaths] == [(0, 2)]
 
     def test_collected(self):
-        crew = self.overdue(collects=True)
-        with crew_closed(crew):
-            crew.run.step(0)
-            crew.processes[0].end()
-            crew.run.step(0)
-            ((start, stop, error),) = crew.delivered[0].faults
+        pool = self.overdue(collect_errors=True)
+        with crew_closed(pool):
+            pool.run.step(0)
+            pool.processes[0].end()
+            pool.run.step(0)
+            ((start, stop, error),) = pool.delivered[0].faults
             assert (start, stop) == (0, 2)
             assert isinstance(error, TimeoutError)
-            crew.live(crew.processes[1])
-            crew.run.step(0)
-            assert not crew.run.goes_on()
-            assert crew.run.ran().failures == []
-        assert crew.job.task.calls == [(2, 4), (4, 6), (6, 8)]
+            pool.live(pool.processes[1])
+            pool.run.step(0)
+            assert not pool.run.is_running()
+            assert pool.run.ran().failures == []
+        assert pool.job.task.calls == [(2, 4), (4, 6), (6, 8)]
 
     def test_a_range_it_had_come_to_meanwhile_is_not_to_blame(self):
-        crew = self.overdue(balance=Static())
-        with crew_closed(crew):
-            crew.run.step(0)
-            crew.ledger.marks[0] = DONE
-            crew.ledger.lay_down(0, 2)
-            crew.ledger.hold(0, 1)
-            crew.processes[0].end()
-            crew.run.step(0)
-            assert crew.run.goes_on()
-            assert order_of(crew.processes[1]) == [Again(2, 4, 1)]
-            assert not crew.ledger.halted
+        pool = self.overdue(balance=Static())
+        with crew_closed(pool):
+            pool.run.step(0)
+            pool.ledger.marks[0] = DONE
+            pool.ledger.finish(0, 2)
+            pool.ledger.hold(0, 1)
+            pool.processes[0].end()
+            pool.run.step(0)
+            assert pool.run.is_running()
+            assert order_of(pool.processes[1]) == [Attempt(2, 4, 1)]
+            assert not pool.ledger.is_halted
 
     def test_between_two_ranges_nothing_is_to_blame(self):
-        crew = self.overdue(balance=Static())
-        with crew_closed(crew):
-            crew.run.step(0)
-            crew.ledger.marks[0] = DONE
-            crew.ledger.lay_down(0, 2)
-            crew.processes[0].end()
-            crew.run.step(0)
-            assert order_of(crew.processes[1]) == []
-            assert not crew.ledger.halted
+        pool = self.overdue(balance=Static())
+        with crew_closed(pool):
+            pool.run.step(0)
+            pool.ledger.marks[0] = DONE
+            pool.ledger.finish(0, 2)
+            pool.processes[0].end()
+            pool.run.step(0)
+            assert order_of(pool.processes[1]) == []
+            assert not pool.ledger.is_halted
 
     def test_run_again_where_that_was_asked_for(self):
-        crew = self.overdue(recovery={"retries": 1, "retry_on": (TimeoutError,)})
-        with crew_closed(crew):
-            crew.run.step(0)
-            crew.processes[0].end()
-            crew.run.step(0)
-            assert order_of(crew.processes[1]) == [Again(0, 2, 2)]
-            crew.ledger.hold_again(0, 0)
-            self.since(crew, LONG + 1)
-            crew.run.step(0)
-            assert crew.processes[1].n_kills == 1
-            crew.processes[1].end()
-            crew.run.step(0)
-            assert not crew.run.goes_on()
-            (failure,) = crew.run.ran().failures
+        pool = self.overdue(retry_policy={"retries": 1, "retry_on": (TimeoutError,)})
+        with crew_closed(pool):
+            pool.run.step(0)
+            pool.processes[0].end()
+            pool.run.step(0)
+            assert order_of(pool.processes[1]) == [Attempt(0, 2, 2)]
+            pool.ledger.hold_attempt(0, 0)
+            self.since(pool, LONG + 1)
+            pool.run.step(0)
+            assert pool.processes[1].n_kills == 1
+            pool.processes[1].end()
+            pool.run.step(0)
+            assert not pool.run.is_running()
+            (failure,) = pool.run.ran().failures
         assert (failure.range, failure.attempt) == ((0, 2), 2)
 
     def test_other_exceptions_are_no_reason(self):
-        crew = self.overdue(recovery={"retries": 1, "retry_on": (ValueError,)})
-        with crew_closed(crew):
-            crew.run.step(0)
-            crew.processes[0].end()
-            crew.run.step(0)
-            assert not crew.run.goes_on()
-            assert [failure.attempt for failure in crew.run.ran().failures] == [1]
+        pool = self.overdue(retry_policy={"retries": 1, "retry_on": (ValueError,)})
+        with crew_closed(pool):
+            pool.run.step(0)
+            pool.processes[0].end()
+            pool.run.step(0)
+            assert not pool.run.is_running()
+            assert [failure.attempt for failure in pool.run.ran().failures] == [1]
 
     def test_holds_also_for_who_was_done_before_it_was_killed(self):
         # Worker 0 is killed too late to be hit; what worker 1 has lost is then given to it.
-        crew = self.overdue(n_workers=2, balance=Dynamic())
-        with crew_closed(crew):
-            crew.run.step(0)
-            lost = crew.ledger.claim(1)
-            crew.ledger.begin(1)  # its claim was not written down
-            crew.processes[1].end()
-            crew.live(crew.processes[0])
-            crew.run.step(0)
-            crew.live(crew.processes[2])
-            crew.run.step(0)
-            assert crew.run.goes_on()
-            assert order_of(crew.processes[3]) == [Again(*crew.job.grid.bounds(lost))]
-            crew.ledger.hold_again(0, 0)
-            self.since(crew, LONG + 1)
-            crew.run.step(0)
-            assert crew.processes[3].n_kills == 1
+        pool = self.overdue(n_workers=2, balance=Dynamic())
+        with crew_closed(pool):
+            pool.run.step(0)
+            lost = pool.ledger.claim(1)
+            pool.ledger.begin(1)  # its claim was not written down
+            pool.processes[1].end()
+            pool.live(pool.processes[0])
+            pool.run.step(0)
+            pool.live(pool.processes[2])
+            pool.run.step(0)
+            assert pool.run.is_running()
+            assert order_of(pool.processes[3]) == [Attempt(*pool.job.grid.range_of(lost))]
+            pool.ledger.hold_attempt(0, 0)
+            self.since(pool, LONG + 1)
+            pool.run.step(0)
+            assert pool.processes[3].n_kills == 1
 
     def test_waits_no_longer_than_to_the_next_end(self):
-        crew = scripted(recovery=Recovery(timeout=0.1))
-        with crew:
-            crew.ledger.hold(0, 0)
-            crew.ledger.note_time(0, time.monotonic_ns())
-            crew.run.step(None)  # nothing happens until then
-            crew.run.step(0)
-            assert crew.processes[0].n_kills == 1
+        pool = scripted(retry_policy=RetryPolicy(timeout=0.1))
+        with pool:
+            pool.ledger.hold(0, 0)
+            pool.ledger.set_start_time(0, time.monotonic_ns())
+            pool.run.step(None)  # nothing happens until then
+            pool.run.step(0)
+            assert pool.processes[0].n_kills == 1
 
 
 class crew_closed:  # noqa: N801  # read as a function
-    def __init__(self, crew):
-        self.crew = crew
+    def __init__(self, pool):
+        self.pool = pool
 
     def __enter__(self):
-        return self.crew
+        return self.pool
 
     def __exit__(self, *_):
-        self.crew.close()
+        self.pool.close()
 
 
 class TestAbort:
     def test_those_that_do_not_stop_are_killed(self, monkeypatch):
         monkeypatch.setattr(module, "GRACE_SECONDS", 0.01)
-        crew = scripted(n_workers=2)
-        with crew:
-            crew.run.abort()
-            assert crew.ledger.halted
-            assert [process.n_kills for process in crew.processes] == [1, 1]
-            assert [process.pidfd for process in crew.processes] == [-1, -1]
-            assert crew.run.at_work == {}
+        pool = scripted(n_workers=2)
+        with pool:
+            pool.run.abort()
+            assert pool.ledger.is_halted
+            assert [process.n_kills for process in pool.processes] == [1, 1]
+            assert [process.pidfd for process in pool.processes] == [-1, -1]
+            assert pool.run.at_work == {}
 
     def test_those_that_stop_are_not(self, monkeypatch):
         monkeypatch.setattr(module, "GRACE_SECONDS", LONG)
-        crew = scripted(n_workers=2)
-        with crew:
-            crew.ledger.halt()
-            for process in crew.processes:
-                crew.live(process)
-            crew.run.abort()
-            assert [process.n_kills for process in crew.processes] == [0, 0]
-            assert crew.job.task.calls == []
+        pool = scripted(n_workers=2)
+        with pool:
+            pool.ledger.halt()
+            for process in pool.processes:
+                pool.live(process)
+            pool.run.abort()
+            assert [process.n_kills for process in pool.processes] == [0, 0]
+            assert pool.job.task.calls == []
 
     def test_the_dead_are_not_replaced(self, monkeypatch):
         monkeypatch.setattr(module, "GRACE_SECONDS", LONG)
-        crew = scripted(n_workers=2)
-        with crew:
-            for process in crew.processes:
+        pool = scripted(n_workers=2)
+        with pool:
+            for process in pool.processes:
                 process.end()
-            crew.run.abort()
-            assert len(crew.processes) == 2
+            pool.run.abort()
+            assert len(pool.processes) == 2
 
 
 # From here on, processes are real
@@ -846,7 +852,7 @@ class Calls:
     def __init__(self, call):
         self.call = call
 
-    def open(self, agree):
+    def open(self, propose):
         return self
 
     def __call__(self, start, stop):
@@ -857,19 +863,19 @@ class Calls:
 
 
 @pytest.fixture
-def crew():
-    made = ProcessCrew(2)
+def pool():
+    made = ProcessPool(2)
     yield made
     made.close()
     # pytest keeps it beyond the watch for leaks; its memory and processes go now.
     vars(made).clear()
 
 
-def run(crew, func, *args, balance=None, n_items=20, chunksize=2, n_workers=2, tick=None, **others):
+def run(pool, func, *args, balance=None, n_items=20, chunksize=2, n_workers=2, tick=None, **others):
     delivered = {}
-    grid = Grid(n_items, chunksize)
+    grid = ChunkGrid(n_items, chunksize)
     job = Job(Calls(Call(func, args)), balance or Dynamic(), grid, n_workers, **others)
-    ran = crew.run(job, pack(job, Staging()), delivered.__setitem__, tick)
+    ran = pool.run(job, pickle_task(job, Staging()), delivered.__setitem__, tick)
     return ran, delivered
 
 
@@ -928,60 +934,60 @@ def no_core_files():
 class TestRealDeaths:
     @pytest.mark.usefixtures("no_core_files")
     @pytest.mark.parametrize("how", [0, 7, -signal.SIGKILL, -signal.SIGSEGV])
-    def test_a_worker_that_dies_once_costs_nothing(self, crew, balance, how, tmp_path):
-        ran, delivered = run(crew, dies_once, 6, how, str(tmp_path), balance=balance)
+    def test_a_worker_that_dies_once_costs_nothing(self, pool, balance, how, tmp_path):
+        ran, delivered = run(pool, dies_once, 6, how, str(tmp_path), balance=balance)
         (death,) = ran.deaths
         assert (death.exitcode, death.range, death.attempt) == (how, (6, 8), 1)
         assert (ran.fatal, ran.missing, ran.failures) == ([], [], [])
         assert delivered == in_pieces(20)
-        assert {account.worker for account in ran.accounts} == {0, 1}
-        assert death.name in {account.name for account in ran.accounts}
+        assert {stats.worker for stats in ran.worker_stats} == {0, 1}
+        assert death.name in {stats.name for stats in ran.worker_stats}
         # Nothing else is run again but what it had not sent yet.
         counts = {int(path.name): path.stat().st_size for path in tmp_path.iterdir()}
         assert set(counts) == set(range(0, 20, 2))
         assert counts[6] == 2
 
-    def test_all_at_once(self, crew, balance, tmp_path):
-        ran, delivered = run(crew, dies_once_each, str(tmp_path), balance=balance, n_items=8)
+    def test_all_at_once(self, pool, balance, tmp_path):
+        ran, delivered = run(pool, dies_once_each, str(tmp_path), balance=balance, n_items=8)
         assert len(ran.deaths) == 4
         assert sorted(death.range for death in ran.deaths) == sorted(in_pieces(8).values())
         assert ran.fatal == []
         assert delivered == in_pieces(8)
 
-    def test_results_on_their_way_are_not_lost(self, crew, balance, tmp_path):
+    def test_results_on_their_way_are_not_lost(self, pool, balance, tmp_path):
         ran, delivered = run(
-            crew, dies_once, 398, 7, str(tmp_path), balance=balance, n_items=400, n_workers=1
+            pool, dies_once, 398, 7, str(tmp_path), balance=balance, n_items=400, n_workers=1
         )
         assert len(ran.deaths) == 1
         assert delivered == in_pieces(400)
 
-    def test_more_cells_than_the_ledger_has_room_for(self, crew, balance, tmp_path):
-        n_cells = OWN_MARKS + 500
+    def test_more_chunks_than_the_ledger_has_room_for(self, pool, balance, tmp_path):
+        n_chunks = OWN_MARKS + 500
         segment, results = Segment.create(), Segment.create()
-        segment.reserve(n_cells)
-        results.reserve(8 * n_cells)
-        marks = SharedView(segment, 0, (n_cells,), (1,), np.dtype(np.uint8))
-        place = SharedView(results, 0, (n_cells,), (8,), np.dtype(np.int64))
+        segment.reserve(n_chunks)
+        results.reserve(8 * n_chunks)
+        marks = SharedView(segment, 0, (n_chunks,), (1,), np.dtype(np.uint8))
+        place = SharedView(results, 0, (n_chunks,), (8,), np.dtype(np.int64))
         task = InPlace(place, OWN_MARKS + 250, str(tmp_path))
-        job = Job(task, balance, Grid(n_cells, 1), 2, marks=marks)
-        ran = crew.run(job, pack(job, Staging()), lambda *_: pytest.fail("in place"), None)
+        job = Job(task, balance, ChunkGrid(n_chunks, 1), 2, marks=marks)
+        ran = pool.run(job, pickle_task(job, Staging()), lambda *_: pytest.fail("in place"), None)
         (death,) = ran.deaths
         assert death.range == (OWN_MARKS + 250, OWN_MARKS + 251)
         assert (ran.fatal, ran.missing) == ([], [])
-        assert np.array_equal(place.open("read"), 2 * np.arange(n_cells))
+        assert np.array_equal(place.open("read"), 2 * np.arange(n_chunks))
         assert np.isin(marks.open("read"), [DONE]).all()
 
-    def test_narrowed_down_to_the_item_that_kills(self, crew, balance):
-        recovery = Recovery(retries=1)
+    def test_narrowed_down_to_the_item_that_kills(self, pool, balance):
+        retry_policy = RetryPolicy(retries=1)
         ran, delivered = run(
-            crew,
+            pool,
             dies_always,
             5,
             balance=balance,
             chunksize=8,
-            recovery=recovery,
-            narrows=True,
-            collects=True,
+            retry_policy=retry_policy,
+            can_split=True,
+            collect_errors=True,
         )
         assert [death.range for death in ran.deaths] == [(0, 8)] * 2 + [(4, 6), (5, 6)]
         assert [death.attempt for death in ran.deaths] == [1, 2, 3, 4]
@@ -992,23 +998,23 @@ class TestRealDeaths:
         assert delivered.pop(16) == (16, 20)
         assert sorted(delivered.values()) == [(0, 4), (4, 5), (6, 7), (7, 8)]
 
-    def test_given_up(self, crew, balance):
-        recovery = Recovery(retries=0)
-        ran, delivered = run(crew, dies_always, 19, balance=balance, recovery=recovery)
+    def test_given_up(self, pool, balance):
+        retry_policy = RetryPolicy(retries=0)
+        ran, delivered = run(pool, dies_always, 19, balance=balance, retry_policy=retry_policy)
         assert [death.range for death in ran.fatal] == [(18, 20)]
         assert (18, 20) in ran.missing
         # Each range has its result or is missing.
         assert sorted([*delivered.values(), *ran.missing]) == sorted(in_pieces(20).values())
 
-    def test_the_crew_is_whole_afterwards(self, crew, balance):
-        run(crew, dies_always, 0, balance=balance)
-        ran, delivered = run(crew, dies_always, -1, balance=balance)
+    def test_the_crew_is_whole_afterwards(self, pool, balance):
+        run(pool, dies_always, 0, balance=balance)
+        ran, delivered = run(pool, dies_always, -1, balance=balance)
         assert ran.deaths == []
-        assert len(ran.accounts) == 2
+        assert len(ran.worker_stats) == 2
         assert delivered == in_pieces(20)
 
-    def test_seen_though_a_grandchild_holds_the_socket(self, crew, balance, tmp_path):
-        ran, delivered = run(crew, fork_and_die, str(tmp_path), balance=balance)
+    def test_seen_though_a_grandchild_holds_the_socket(self, pool, balance, tmp_path):
+        ran, delivered = run(pool, fork_and_die, str(tmp_path), balance=balance)
         assert [(death.exitcode, death.range) for death in ran.deaths] == [(7, (0, 2))]
         assert delivered == in_pieces(20)
 
@@ -1037,40 +1043,47 @@ class InPlace:
         self.at = at
         self.folder = folder
 
-    def open(self, agree):
+    def open(self, propose):
         array = self.place.open("write")
 
-        class Cells:
+        class RangeRunner:
             def __call__(_, start, stop):  # noqa: N805  # `self` is the task
                 if start == self.at and seen(self.folder, start) == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
                 array[start:stop] = 2 * np.arange(start, stop)
-                return NOTHING
+                return IN_PLACE
 
             def facts(_):  # noqa: N805  # likewise
                 return None
 
-        return Cells()
+        return RangeRunner()
 
 
 @by_balance
 class TestRealTimeouts:
-    def test_the_worker_is_killed(self, crew, balance, tmp_path):
-        recovery = Recovery(timeout=LATE)
-        ran, _ = run(crew, hangs, 4, 9, str(tmp_path), balance=balance, recovery=recovery)
+    def test_the_worker_is_killed(self, pool, balance, tmp_path):
+        retry_policy = RetryPolicy(timeout=LATE)
+        ran, _ = run(pool, hangs, 4, 9, str(tmp_path), balance=balance, retry_policy=retry_policy)
         (failure,) = ran.failures
         (death,) = ran.deaths
         assert failure.range == death.range == (4, 6)
         assert isinstance(failure.error, TimeoutError)
         assert death.exitcode == SIGKILL
-        assert ran.halted
+        assert ran.is_halted
         assert ran.fatal == []
         assert (4, 6) in ran.missing
 
-    def test_collected(self, crew, balance, tmp_path):
-        recovery = Recovery(timeout=LATE)
+    def test_collected(self, pool, balance, tmp_path):
+        retry_policy = RetryPolicy(timeout=LATE)
         ran, delivered = run(
-            crew, hangs, 4, 9, str(tmp_path), balance=balance, recovery=recovery, collects=True
+            pool,
+            hangs,
+            4,
+            9,
+            str(tmp_path),
+            balance=balance,
+            retry_policy=retry_policy,
+            collect_errors=True,
         )
         (fault,) = delivered.pop(4).faults
         assert fault[:2] == (4, 6)
@@ -1078,11 +1091,13 @@ class TestRealTimeouts:
         expected = in_pieces(20)
         del expected[4]
         assert delivered == expected
-        assert not ran.halted
+        assert not ran.is_halted
 
-    def test_run_again(self, crew, balance, tmp_path):
-        recovery = Recovery(timeout=LATE, retries=2, retry_on=(TimeoutError,))
-        ran, delivered = run(crew, hangs, 4, 2, str(tmp_path), balance=balance, recovery=recovery)
+    def test_run_again(self, pool, balance, tmp_path):
+        retry_policy = RetryPolicy(timeout=LATE, retries=2, retry_on=(TimeoutError,))
+        ran, delivered = run(
+            pool, hangs, 4, 2, str(tmp_path), balance=balance, retry_policy=retry_policy
+        )
         assert [death.range for death in ran.deaths] == [(4, 6)] * 2
         assert ran.failures == []
         assert delivered == in_pieces(20)

@@ -10,9 +10,9 @@ import pytest
 
 from taskcarrier.memory.segments import Segment
 from taskcarrier.memory.staging import Staging
-from taskcarrier.workers.pickling import pack
+from taskcarrier.workers.pickling import pickle_task
 from taskcarrier.workers.processes import messages as module
-from taskcarrier.workers.processes.messages import Channel
+from taskcarrier.workers.processes.messages import MessageSocket
 from tests.interrupted import interrupted_at
 from tests.workers.test_pickling import n_open, ready
 
@@ -23,14 +23,14 @@ class TestChannel:
         """A channel, and the bare socket at its other end."""
         ours, theirs = socket.socketpair()
         theirs.settimeout(30)
-        channel = Channel(ours)
+        channel = MessageSocket(ours)
         yield channel, theirs
         channel.close()
         theirs.close()
 
     @pytest.fixture
     def pair(self):
-        one, other = map(Channel, socket.socketpair())
+        one, other = map(MessageSocket, socket.socketpair())
         yield one, other
         one.close()
         other.close()
@@ -166,7 +166,7 @@ class TestChannel:
 
     def test_too_many_descriptors(self):
         with pytest.raises(ValueError, match="at most 253 separate shared arrays, got 254"):
-            pack([Segment.create() for _ in range(254)], Staging())
+            pickle_task([Segment.create() for _ in range(254)], Staging())
 
     def test_descriptors_are_not_inherited(self, pair):
         file = os.memfd_create("file")

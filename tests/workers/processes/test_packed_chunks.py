@@ -1,4 +1,4 @@
-"""Python objects for processes: one pickle for each cell, wherever it is read."""
+"""Python objects for processes: one pickle for each chunk, wherever it is read."""
 
 import pickle
 import threading
@@ -8,14 +8,14 @@ import pytest
 
 from taskcarrier.run import Settings
 from taskcarrier.scheduling.balance import Static
-from taskcarrier.scheduling.grid import Grid
-from taskcarrier.workers.processes.packed_chunks import Blocks
+from taskcarrier.scheduling.grid import ChunkGrid
+from taskcarrier.workers.processes.packed_chunks import PackedChunks
 
 ITEMS = [1, "two", None, (4,), {5: 6}, [7.5], b"8"]
 
 
 def new_staging():
-    return Settings(Static()).staging()
+    return Settings(Static()).new_staging()
 
 
 def describe(start, stop):
@@ -23,19 +23,21 @@ def describe(start, stop):
 
 
 @pytest.mark.parametrize("chunksize", [1, 2, 3, 7, 100])
-def test_each_cell_is_read_alone_and_in_any_order(chunksize):
-    grid = Grid(len(ITEMS), chunksize)
-    blocks = Blocks.pack(lambda start, stop: ITEMS[start:stop], grid, new_staging(), describe)
+def test_each_chunk_is_read_alone_and_in_any_order(chunksize):
+    grid = ChunkGrid(len(ITEMS), chunksize)
+    blocks = PackedChunks.pack(lambda start, stop: ITEMS[start:stop], grid, new_staging(), describe)
     read = blocks.open()
-    for cell in reversed(range(len(grid))):
-        start, stop = grid.bounds(cell)
-        assert read(cell) == ITEMS[start:stop]
+    for index in reversed(range(len(grid))):
+        start, stop = grid.range_of(index)
+        assert read(index) == ITEMS[start:stop]
     assert read(0) is not read(0)
 
 
 def test_arrays_of_objects_keep_shape_and_are_the_reader_s_own():
     X = np.array([[{1}, None], [2, "x"], [3, (4,)]], object)
-    blocks = Blocks.pack(lambda start, stop: X[start:stop], Grid(3, 2), new_staging(), describe)
+    blocks = PackedChunks.pack(
+        lambda start, stop: X[start:stop], ChunkGrid(3, 2), new_staging(), describe
+    )
     first = blocks.open()(0)
     assert first.tolist() == [[{1}, None], [2, "x"]]
     first[0, 0].add(5)
@@ -45,33 +47,35 @@ def test_arrays_of_objects_keep_shape_and_are_the_reader_s_own():
 
 def test_only_what_was_packed_is_counted_as_copied():
     staging = new_staging()
-    Blocks.pack(lambda start, stop: b"x" * 50_000, Grid(4, 1), staging, describe)
+    PackedChunks.pack(lambda start, stop: b"x" * 50_000, ChunkGrid(4, 1), staging, describe)
     assert 200_000 < staging.nbytes < 210_000
 
 
 def test_functions_of_the_moment_can_be_packed():
     shift = 3
-    blocks = Blocks.pack(lambda *_: [lambda i: i + shift], Grid(1, 1), new_staging(), describe)
+    blocks = PackedChunks.pack(
+        lambda *_: [lambda i: i + shift], ChunkGrid(1, 1), new_staging(), describe
+    )
     assert blocks.open()(0)[0](4) == 7
 
 
 def test_blocks_travel_without_what_they_hold():
     # Descriptors go beside the pickle; without a channel for them only the failure can be seen.
-    blocks = Blocks.pack(lambda *_: [0], Grid(1, 1), new_staging(), describe)
+    blocks = PackedChunks.pack(lambda *_: [0], ChunkGrid(1, 1), new_staging(), describe)
     assert {"bounds"} == set(vars(blocks))
     with pytest.raises((TypeError, pickle.PicklingError)):
         pickle.dumps(blocks)
 
 
 @pytest.mark.parametrize("bad", range(4))
-def test_what_cannot_be_pickled_names_its_cell_and_the_remedy(bad):
+def test_what_cannot_be_pickled_names_its_chunk_and_the_remedy(bad):
     items = [threading.Lock() if number == bad else number for number in range(4)]
     read = []
     staging = new_staging()
     with pytest.raises(TypeError, match="lock") as caught:
-        Blocks.pack(
+        PackedChunks.pack(
             lambda start, stop: read.append(start) or items[start:stop],
-            Grid(4, 1),
+            ChunkGrid(4, 1),
             staging,
             describe,
         )
@@ -82,10 +86,10 @@ def test_what_cannot_be_pickled_names_its_cell_and_the_remedy(bad):
     assert staging.nbytes == 0
 
 
-def test_an_error_while_reading_names_the_cell_too():
+def test_an_error_while_reading_names_the_chunk_too():
     def read(start, stop):
         raise ZeroDivisionError(start)
 
     with pytest.raises(ZeroDivisionError) as caught:
-        Blocks.pack(read, Grid(4, 2), new_staging(), describe)
+        PackedChunks.pack(read, ChunkGrid(4, 2), new_staging(), describe)
     assert "<0:2>" in caught.value.__notes__[0]

@@ -1,4 +1,4 @@
-"""Crews of worker processes: what they deliver, how they end, who is started anew."""
+"""Pools of worker processes: what they deliver, how they end, who is started again."""
 
 import multiprocessing
 import os
@@ -15,14 +15,14 @@ from joblib.externals.loky.backend import fork_exec
 
 from taskcarrier.memory.staging import Staging
 from taskcarrier.scheduling.balance import Dynamic, Static
-from taskcarrier.scheduling.grid import Grid
-from taskcarrier.scheduling.retries import Recovery
+from taskcarrier.scheduling.grid import ChunkGrid
+from taskcarrier.scheduling.retries import RetryPolicy
 from taskcarrier.workers.call import Call
-from taskcarrier.workers.pickling import pack
+from taskcarrier.workers.pickling import pickle_task
 from taskcarrier.workers.processes import grid_run
 from taskcarrier.workers.processes import pool as module
-from taskcarrier.workers.processes.pool import ProcessCrew
-from taskcarrier.workers.task import NOTHING, Job
+from taskcarrier.workers.processes.pool import ProcessPool
+from taskcarrier.workers.task import IN_PLACE, Job
 
 BALANCES = [Static(), Dynamic()]
 LONG = 60  # seconds that no test waits for
@@ -34,7 +34,7 @@ class Calls:
     def __init__(self, call):
         self.call = call
 
-    def open(self, agree):
+    def open(self, propose):
         return self
 
     def __call__(self, start, stop):
@@ -46,31 +46,33 @@ class Calls:
 
 @pytest.fixture(scope="module")
 def warm():
-    """One crew for the tests that leave it whole, started before the watch for leaks begins."""
-    made = ProcessCrew(2)
+    """One pool for the tests that leave it whole, started before the watch for leaks begins."""
+    made = ProcessPool(2)
     run(made, both)
     yield made
     made.close()
 
 
 @pytest.fixture
-def crew():
-    made = ProcessCrew(2)
+def pool():
+    made = ProcessPool(2)
     yield made
     made.close()
     # pytest keeps it beyond the watch for leaks; its memory and processes go now.
     vars(made).clear()
 
 
-def run(crew, func, *args, balance=None, n_items=20, n_workers=2, tick=None, **others):
+def run(pool, func, *args, balance=None, n_items=20, n_workers=2, tick=None, **others):
     delivered = []
-    job = Job(Calls(Call(func, args)), balance or Dynamic(), Grid(n_items, 2), n_workers, **others)
-    ran = crew.run(job, pack(job, Staging()), lambda *one: delivered.append(one), tick)
+    job = Job(
+        Calls(Call(func, args)), balance or Dynamic(), ChunkGrid(n_items, 2), n_workers, **others
+    )
+    ran = pool.run(job, pickle_task(job, Staging()), lambda *one: delivered.append(one), tick)
     return ran, delivered
 
 
-def pids(crew):
-    return {worker.pid for worker in crew._workers.values() if worker.pidfd >= 0}
+def pids(pool):
+    return {worker.pid for worker in pool._workers.values() if worker.pidfd >= 0}
 
 
 def running(pid):
@@ -92,7 +94,7 @@ def both(start, stop):
 
 
 def in_place(start, stop):
-    return NOTHING
+    return IN_PLACE
 
 
 def die(start, stop, at):
@@ -112,19 +114,21 @@ ALL = [(start, (start, start + 2)) for start in range(0, 20, 2)]
 
 @pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.name)
 class TestRun:
-    def test_every_cell_is_delivered_once(self, warm, balance):
+    def test_every_chunk_is_delivered_once(self, warm, balance):
         ran, delivered = run(warm, both, balance=balance)
         assert sorted(delivered) == ALL
         assert (ran.deaths, ran.fatal, ran.missing, ran.failures) == ([], [], [], [])
-        assert sum(account.items for account in ran.accounts) == 20
-        assert sum(account.ranges for account in ran.accounts) == 10
-        assert all(account.failure is None for account in ran.accounts)
+        assert sum(stats.items for stats in ran.worker_stats) == 20
+        assert sum(stats.ranges for stats in ran.worker_stats) == 10
+        assert all(stats.failure is None for stats in ran.worker_stats)
 
     def test_accounts_in_order_of_the_workers(self, warm, balance):
-        accounts = run(warm, both, balance=balance)[0].accounts
-        assert [account.worker for account in accounts] == [0, 1]
-        assert [account.name for account in accounts] == [f"process {a.facts}" for a in accounts]
-        assert {account.facts for account in accounts} == pids(warm)
+        worker_stats = run(warm, both, balance=balance)[0].worker_stats
+        assert [stats.worker for stats in worker_stats] == [0, 1]
+        assert [stats.name for stats in worker_stats] == [
+            f"process {a.facts}" for a in worker_stats
+        ]
+        assert {stats.facts for stats in worker_stats} == pids(warm)
         assert os.getpid() not in pids(warm)
 
     def test_the_same_processes_again(self, warm, balance):
@@ -136,60 +140,60 @@ class TestRun:
     def test_marks_of_the_last_run_are_forgotten(self, warm, balance):
         for n_items in (20, 12, 40):
             ran, _ = run(warm, in_place, balance=balance, n_items=n_items)
-            assert sum(account.items for account in ran.accounts) == n_items
+            assert sum(stats.items for stats in ran.worker_stats) == n_items
 
     def test_fewer_workers_than_there_are(self, warm, balance):
         ran, delivered = run(warm, both, balance=balance, n_workers=1)
-        assert [account.worker for account in ran.accounts] == [0]
+        assert [stats.worker for stats in ran.worker_stats] == [0]
         assert delivered == ALL
 
     def test_results_in_place_are_not_delivered(self, warm, balance):
         ran, delivered = run(warm, in_place, balance=balance)
         assert delivered == []
-        assert sum(account.items for account in ran.accounts) == 20
+        assert sum(stats.items for stats in ran.worker_stats) == 20
 
-    def test_no_items_are_one_empty_cell(self, warm, balance):
+    def test_no_items_are_one_empty_chunk(self, warm, balance):
         ran, delivered = run(warm, both, balance=balance, n_items=0)
         assert delivered == [(0, (0, 0))]
-        assert sum(account.ranges for account in ran.accounts) == 1
+        assert sum(stats.ranges for stats in ran.worker_stats) == 1
 
 
 class TestTheDead:
-    def test_are_replaced_within_the_run(self, crew):
-        run(crew, both)
-        before = pids(crew)
-        ran, _ = run(crew, die, 6, recovery=Recovery(retries=1))
+    def test_are_replaced_within_the_run(self, pool):
+        run(pool, both)
+        before = pids(pool)
+        ran, _ = run(pool, die, 6, retry_policy=RetryPolicy(retries=1))
         assert len(ran.deaths) == 2
-        assert pids(crew) & before  # the other worker is the same
+        assert pids(pool) & before  # the other worker is the same
         assert {death.name for death in ran.deaths}.isdisjoint(
-            f"process {pid}" for pid in pids(crew)
+            f"process {pid}" for pid in pids(pool)
         )
 
-    def test_who_was_given_up_is_replaced_by_the_next_run(self, crew):
-        run(crew, both)
-        before = pids(crew)
-        run(crew, die, 6, recovery=Recovery(retries=0))
-        assert len(pids(crew)) == 1
-        ran, delivered = run(crew, both)
-        assert (len(ran.accounts), ran.deaths, sorted(delivered)) == (2, [], ALL)
-        assert len(pids(crew) & before) == 1
-        assert len(pids(crew)) == 2
+    def test_who_was_given_up_is_replaced_by_the_next_run(self, pool):
+        run(pool, both)
+        before = pids(pool)
+        run(pool, die, 6, retry_policy=RetryPolicy(retries=0))
+        assert len(pids(pool)) == 1
+        ran, delivered = run(pool, both)
+        assert (len(ran.worker_stats), ran.deaths, sorted(delivered)) == (2, [], ALL)
+        assert len(pids(pool) & before) == 1
+        assert len(pids(pool)) == 2
 
-    def test_killed_while_idle(self, crew):
-        run(crew, both)
-        victim, other = crew._workers[0].pid, crew._workers[1].pid
+    def test_killed_while_idle(self, pool):
+        run(pool, both)
+        victim, other = pool._workers[0].pid, pool._workers[1].pid
         os.kill(victim, signal.SIGKILL)
         wait_until(lambda: not running(victim))
-        ran, delivered = run(crew, both)
-        assert (len(ran.accounts), ran.deaths, sorted(delivered)) == (2, [], ALL)
-        assert victim not in pids(crew)
-        assert other in pids(crew)
+        ran, delivered = run(pool, both)
+        assert (len(ran.worker_stats), ran.deaths, sorted(delivered)) == (2, [], ALL)
+        assert victim not in pids(pool)
+        assert other in pids(pool)
 
-    def test_killed_while_the_run_begins(self, crew):
+    def test_killed_while_the_run_begins(self, pool):
         for _ in range(5):
-            run(crew, both)
-            os.kill(crew._workers[0].pid, signal.SIGKILL)
-            ran, delivered = run(crew, both)
+            run(pool, both)
+            os.kill(pool._workers[0].pid, signal.SIGKILL)
+            ran, delivered = run(pool, both)
             assert ran.fatal == []
             assert sorted(set(delivered)) == ALL
 
@@ -199,64 +203,64 @@ class TestTheDead:
             monkeypatch.delattr(os, "pidfd_open")
 
     @pytest.mark.fault(50)
-    def test_seen_without_a_descriptor_of_the_process_too(self, way, crew):
-        ran, delivered = run(crew, die, 6, recovery=Recovery(retries=1))
+    def test_seen_without_a_descriptor_of_the_process_too(self, way, pool):
+        ran, delivered = run(pool, die, 6, retry_policy=RetryPolicy(retries=1))
         assert [death.exitcode for death in ran.deaths] == [7, 7]
-        ran, delivered = run(crew, both)
+        ran, delivered = run(pool, both)
         assert (ran.deaths, sorted(delivered)) == ([], ALL)
-        os.kill(crew._workers[0].pid, signal.SIGKILL)
-        ran, delivered = run(crew, both)
+        os.kill(pool._workers[0].pid, signal.SIGKILL)
+        ran, delivered = run(pool, both)
         assert sorted(set(delivered)) == ALL
 
     @pytest.mark.fault(50)
     @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-    def test_nothing_is_left_of_one_that_could_not_be_started_whole(self, crew, monkeypatch, error):
+    def test_nothing_is_left_of_one_that_could_not_be_started_whole(self, pool, monkeypatch, error):
         def fails(pid):
             started.append(pid)
             raise error("no")
 
         started = []
         with monkeypatch.context() as patch:
-            patch.setattr(module, "Ending", fails)
+            patch.setattr(module, "ProcessExit", fails)
             with pytest.raises(error, match="no"):
-                run(crew, both)
+                run(pool, both)
         (pid,) = started
         assert not psutil.pid_exists(pid)
-        assert sorted(run(crew, both)[1]) == ALL
+        assert sorted(run(pool, both)[1]) == ALL
 
     @pytest.mark.fault(51)
     def test_a_python_that_cannot_be_run_is_an_error_that_says_so(
-        self, crew, monkeypatch, tmp_path
+        self, pool, monkeypatch, tmp_path
     ):
         other = tmp_path / "python"
         other.touch(mode=0o600)
         monkeypatch.setattr(sys, "executable", str(other))
         with pytest.raises(PermissionError, match="pass backend='threading'") as caught:
-            run(crew, both)
+            run(pool, both)
         assert caught.value.filename == str(other)
         monkeypatch.undo()
-        assert sorted(run(crew, both)[1]) == ALL
+        assert sorted(run(pool, both)[1]) == ALL
 
     @pytest.mark.fault(51)
-    def test_one_that_is_another_user_s_is_killed_by_its_pipe(self, crew, monkeypatch):
+    def test_one_that_is_another_user_s_is_killed_by_its_pipe(self, pool, monkeypatch):
         def refuse(*_):
             raise PermissionError
 
-        run(crew, both)
+        run(pool, both)
         monkeypatch.setattr(os, "kill", refuse)
         monkeypatch.setattr(signal, "pidfd_send_signal", refuse)
-        for worker in crew._workers.values():
+        for worker in pool._workers.values():
             worker.kill()
             worker.kill()
             assert worker.reap() == -signal.SIGKILL
 
-    def test_no_descriptor_is_left(self, way, crew):
-        run(crew, both)
-        run(crew, both)
+    def test_no_descriptor_is_left(self, way, pool):
+        run(pool, both)
+        run(pool, both)
         before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208  # names are compared, as strings
         for _ in range(2):
-            run(crew, die, 6)
-            run(crew, both)
+            run(pool, die, 6)
+            run(pool, both)
         after = os.listdir("/proc/self/fd")  # noqa: PTH208  # names are compared, as strings
         assert len(after) == len(before)
 
@@ -268,7 +272,7 @@ class TestWatching:
         seen = []
 
         def tick(ledger):
-            seen.append(ledger.items_done(2))
+            seen.append(ledger.n_items_done(2))
             if len(seen) == 3:
                 gate.touch()
 
@@ -277,40 +281,40 @@ class TestWatching:
         assert seen[-1] == 20
         assert seen == sorted(seen)
 
-    def test_an_interrupted_run_kills_the_stuck(self, crew, monkeypatch, tmp_path):
+    def test_an_interrupted_run_kills_the_stuck(self, pool, monkeypatch, tmp_path):
         monkeypatch.setattr(module, "TICK", 0.01)
         monkeypatch.setattr(grid_run, "GRACE_SECONDS", 0.1)
-        run(crew, both)
-        before = pids(crew)
+        run(pool, both)
+        before = pids(pool)
 
         def interrupt(ledger):
             if len(list(tmp_path.iterdir())) == 2:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run(crew, stuck, str(tmp_path), n_items=200, tick=interrupt)
+            run(pool, stuck, str(tmp_path), n_items=200, tick=interrupt)
         assert not any(running(pid) for pid in before)
         assert len(list(tmp_path.iterdir())) == 2
-        assert sorted(run(crew, both)[1]) == ALL
-        assert pids(crew).isdisjoint(before)
+        assert sorted(run(pool, both)[1]) == ALL
+        assert pids(pool).isdisjoint(before)
 
-    def test_an_interrupted_run_lets_the_others_finish_their_cell(self, crew, monkeypatch):
+    def test_an_interrupted_run_lets_the_others_finish_their_chunk(self, pool, monkeypatch):
         monkeypatch.setattr(module, "TICK", 0.01)
         monkeypatch.setattr(grid_run, "GRACE_SECONDS", LONG)
-        run(crew, both)
-        before = pids(crew)
+        run(pool, both)
+        before = pids(pool)
 
         def interrupt(ledger):
-            if ledger.items_done(2) > 2:
+            if ledger.n_items_done(2) > 2:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run(crew, nap, n_items=8_000, tick=interrupt)
-        ran, delivered = run(crew, both)
-        assert (len(ran.accounts), sorted(delivered)) == (2, ALL)
-        assert pids(crew) == before
+            run(pool, nap, n_items=8_000, tick=interrupt)
+        ran, delivered = run(pool, both)
+        assert (len(ran.worker_stats), sorted(delivered)) == (2, ALL)
+        assert pids(pool) == before
 
-    def test_an_interrupt_while_a_worker_is_started(self, crew, monkeypatch):
+    def test_an_interrupt_while_a_worker_is_started(self, pool, monkeypatch):
         # It reaches a thread that a library might have started: the mask of ours is no help.
         end = threading.Event()
         bystander = threading.Thread(target=end.wait)
@@ -327,36 +331,36 @@ class TestWatching:
         monkeypatch.setattr(fork_exec, "fork_exec", interrupted_start)
         try:
             with pytest.raises(KeyboardInterrupt):
-                run(crew, both)
+                run(pool, both)
         finally:
             end.set()
             bystander.join()
             monkeypatch.undo()
-        assert sorted(run(crew, both)[1]) == ALL
-        assert started[0] in pids(crew)  # it was started to the end
+        assert sorted(run(pool, both)[1]) == ALL
+        assert started[0] in pids(pool)  # it was started to the end
 
-    def test_an_interrupt_while_a_worker_dies(self, crew, monkeypatch):
+    def test_an_interrupt_while_a_worker_dies(self, pool, monkeypatch):
         monkeypatch.setattr(module, "TICK", 0.01)
         monkeypatch.setattr(grid_run, "GRACE_SECONDS", 0.1)
-        run(crew, both)
+        run(pool, both)
 
         def interrupt(ledger):
-            if ledger.items_done(2) > 2:
-                os.kill(crew._workers[0].pid, signal.SIGKILL)
+            if ledger.n_items_done(2) > 2:
+                os.kill(pool._workers[0].pid, signal.SIGKILL)
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run(crew, nap, n_items=8_000, tick=interrupt)
-        assert sorted(run(crew, both)[1]) == ALL
+            run(pool, nap, n_items=8_000, tick=interrupt)
+        assert sorted(run(pool, both)[1]) == ALL
 
-    def test_an_error_in_the_caller_s_own_part(self, crew):
+    def test_an_error_in_the_caller_s_own_part(self, pool):
         def refuse_result(start, result):
             raise ZeroDivisionError
 
-        job = Job(Calls(Call(both)), Dynamic(), Grid(20, 2), 2)
+        job = Job(Calls(Call(both)), Dynamic(), ChunkGrid(20, 2), 2)
         with pytest.raises(ZeroDivisionError):
-            crew.run(job, pack(job, Staging()), refuse_result, None)
-        assert sorted(run(crew, both)[1]) == ALL
+            pool.run(job, pickle_task(job, Staging()), refuse_result, None)
+        assert sorted(run(pool, both)[1]) == ALL
 
 
 def wait_for(start, stop, gate):
@@ -364,7 +368,7 @@ def wait_for(start, stop, gate):
     while not Path(gate).exists():
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    return NOTHING
+    return IN_PLACE
 
 
 def nap(start, stop):
@@ -372,9 +376,9 @@ def nap(start, stop):
 
 
 @pytest.mark.fault(44)
-def test_stuck_workers_that_end_late_take_no_others_with_them(crew, monkeypatch):
+def test_stuck_workers_that_end_late_take_no_others_with_them(pool, monkeypatch):
     def at_work(yes):
-        for worker in crew._workers.values():
+        for worker in pool._workers.values():
             worker.is_free = not yes
 
     def interrupted(what):
@@ -382,22 +386,22 @@ def test_stuck_workers_that_end_late_take_no_others_with_them(crew, monkeypatch)
         raise KeyboardInterrupt
 
     late = []
-    run(crew, both)
-    before = pids(crew)
+    run(pool, both)
+    before = pids(pool)
     at_work(True)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "sheltered", interrupted)
+        patch.setattr(module, "run_sheltered", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(crew, both)
-    assert len(run(crew, both)[1]) == 10
-    after = pids(crew)
+            run(pool, both)
+    assert len(run(pool, both)[1]) == 10
+    after = pids(pool)
     assert before.isdisjoint(after)
     at_work(True)
     late[0]()
-    assert pids(crew) == after
+    assert pids(pool) == after
     at_work(False)
-    assert len(run(crew, both)[1]) == 10
-    assert pids(crew) == after
+    assert len(run(pool, both)[1]) == 10
+    assert pids(pool) == after
 
 
 class TestInside:
@@ -405,11 +409,11 @@ class TestInside:
         monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
         names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
-        crew = ProcessCrew(1)
+        pool = ProcessPool(1)
         try:
-            _, ((_, found),) = run(crew, environment, names, n_items=2, n_workers=1)
+            _, ((_, found),) = run(pool, environment, names, n_items=2, n_workers=1)
         finally:
-            crew.close()
+            pool.close()
         assert found == ["1", "1"]
 
     @pytest.mark.parametrize("own", [None, "1", "0"])
@@ -419,11 +423,11 @@ class TestInside:
             monkeypatch.delenv("JOBLIB_MULTIPROCESSING", raising=False)
         else:
             monkeypatch.setenv("JOBLIB_MULTIPROCESSING", own)
-        crew = ProcessCrew(1)
+        pool = ProcessPool(1)
         try:
-            _, ((_, found),) = run(crew, of_joblib, n_items=2, n_workers=1)
+            _, ((_, found),) = run(pool, of_joblib, n_items=2, n_workers=1)
         finally:
-            crew.close()
+            pool.close()
         assert found == (None, own)
 
     def test_daemons_of_nobody(self, warm):
@@ -442,42 +446,42 @@ def environment(start, stop, names):
 class TestEnd:
     @pytest.mark.parametrize("wait", [True, False])
     def test_idle_workers_end_on_close(self, wait):
-        crew = ProcessCrew(2)
-        run(crew, both)
-        found = pids(crew)
+        pool = ProcessPool(2)
+        run(pool, both)
+        found = pids(pool)
         assert all(running(pid) for pid in found)
-        crew.close(wait=wait)
+        pool.close(wait=wait)
         assert not any(psutil.pid_exists(pid) for pid in found)
 
     def test_a_crew_that_never_ran(self):
-        crew = ProcessCrew(2)
-        assert pids(crew) == set()
-        crew.close()
+        pool = ProcessPool(2)
+        assert pids(pool) == set()
+        pool.close()
 
     def test_a_worker_that_does_not_end_is_killed(self, monkeypatch):
         monkeypatch.setattr(module, "_EXIT_SECONDS", 0.1)
-        crew = ProcessCrew(2)
-        run(crew, both)
-        found = pids(crew)
+        pool = ProcessPool(2)
+        run(pool, both)
+        found = pids(pool)
         for pid in found:
             os.kill(pid, signal.SIGSTOP)
-        crew.close()
+        pool.close()
         assert not any(psutil.pid_exists(pid) for pid in found)
 
     def test_exit_hooks_of_idle_workers_run(self, monkeypatch, tmp_path):
         monkeypatch.setattr(module, "_EXIT_SECONDS", LONG)
-        crew = ProcessCrew(1)
-        run(crew, hook, str(tmp_path / "mark"), n_workers=1)
-        crew.close()
+        pool = ProcessPool(1)
+        run(pool, hook, str(tmp_path / "mark"), n_workers=1)
+        pool.close()
         assert (tmp_path / "mark").exists()
 
     def test_a_forgotten_crew_ends_nobody(self):
-        crew = ProcessCrew(1)
-        run(crew, both, n_workers=1)
+        pool = ProcessPool(1)
+        run(pool, both, n_workers=1)
         # As in a forked child, which has descriptors of its own.
-        (pid,) = pids(crew)
-        channel, life = os.dup(crew._workers[0].channel.fileno()), os.dup(crew._workers[0]._life)
-        crew.forget()
+        (pid,) = pids(pool)
+        channel, life = os.dup(pool._workers[0].channel.fileno()), os.dup(pool._workers[0]._life)
+        pool.forget()
         time.sleep(0.2)
         assert running(pid)
         os.close(channel)
@@ -486,14 +490,14 @@ class TestEnd:
         os.waitpid(pid, 0)
 
     def test_workers_end_with_their_caller(self):
-        crew = ProcessCrew(1)
-        run(crew, both, n_workers=1)
-        worker = crew._workers[0]
+        pool = ProcessPool(1)
+        run(pool, both, n_workers=1)
+        worker = pool._workers[0]
         os.close(worker._life)  # what the kernel does when the caller is gone
         wait_until(lambda: not worker.alive)
         worker._life = os.open("/dev/null", os.O_RDONLY)
         assert worker.reap() == -signal.SIGKILL
-        crew.close()
+        pool.close()
 
 
 def hook(start, stop, path):

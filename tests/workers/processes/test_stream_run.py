@@ -1,4 +1,4 @@
-"""Feeds of worker processes: what is sent, what comes, and what is made good."""
+"""Queues of worker processes: what is sent, what comes, and what is made good."""
 
 import functools
 import os
@@ -12,13 +12,13 @@ import pytest
 from taskcarrier import WorkerDiedError
 from taskcarrier.memory.staging import Staging
 from taskcarrier.scheduling.balance import Dynamic
-from taskcarrier.scheduling.grid import Grid
-from taskcarrier.scheduling.retries import Recovery
+from taskcarrier.scheduling.grid import ChunkGrid
+from taskcarrier.scheduling.retries import RetryPolicy
 from taskcarrier.workers.call import Call
-from taskcarrier.workers.pickling import pack
+from taskcarrier.workers.pickling import pickle_task
 from taskcarrier.workers.processes import stream_run as module
-from taskcarrier.workers.processes.pool import ProcessCrew
-from taskcarrier.workers.queues import AHEAD, Came, UnsendableError
+from taskcarrier.workers.processes.pool import ProcessPool
+from taskcarrier.workers.queues import AHEAD, BatchResult, UnsendableError
 from taskcarrier.workers.task import Job
 from tests.clocks import LATE
 
@@ -31,7 +31,7 @@ class Fed:
     def __init__(self, call):
         self.call = call
 
-    def open(self, agree):
+    def open(self, propose):
         return Held(self.call.func)
 
 
@@ -44,7 +44,7 @@ class Held:
 
     def __call__(self, start, stop):
         items = self.read()[start - self.start : stop - self.start]
-        return Came(start, stop, [self.func(item) for item in items], 7)
+        return BatchResult(start, stop, [self.func(item) for item in items], 7)
 
     def facts(self):
         return None
@@ -60,11 +60,11 @@ def patience():
 
 @pytest.fixture(scope="module")
 def warm():
-    """One crew for the tests that leave it whole, started before the watch for leaks begins."""
-    made = ProcessCrew(2)
-    feed = fed(made, double)
+    """One pool for the tests that leave it whole, started before the watch for leaks begins."""
+    made = ProcessPool(2)
+    feed = is_streamed(made, double)
     for start in range(2):
-        feed.give(start, [0])
+        feed.put(start, [0])
     results(feed, 2)
     feed.close()
     yield made
@@ -73,26 +73,26 @@ def warm():
 
 
 @pytest.fixture
-def crew():
-    made = ProcessCrew(2)
+def pool():
+    made = ProcessPool(2)
     yield made
     made.close()
     # pytest keeps it beyond the watch for leaks; its memory and processes go now.
     vars(made).clear()
 
 
-def fed(crew, func, n_workers=2, **options):
+def is_streamed(pool, func, n_workers=2, **options):
     job = Job(
         Fed(Call(func)),
         Dynamic(),
-        Grid(0, 1),
+        ChunkGrid(0, 1),
         n_workers,
-        fed=True,
-        collects=True,
-        narrows=True,
+        is_streamed=True,
+        collect_errors=True,
+        can_split=True,
         **options,
     )
-    return crew.feed(job, pack(job, Staging()))
+    return pool.stream(job, pickle_task(job, Staging()))
 
 
 def results(feed, n_items):
@@ -109,55 +109,55 @@ def double(item):
 
 def test_workers_that_have_left_are_given_nothing(warm):
     """They leave when another fails, and its error may come after that."""
-    feed = fed(warm, double)
+    feed = is_streamed(warm, double)
     feed.ledger.halt()
-    feed.give(0, [1])
-    feed.give(1, [2])
+    feed.put(0, [1])
+    feed.put(1, [2])
     deadline = time.monotonic() + LONG
     while feed._workers and time.monotonic() < deadline:
         assert feed.take(0.01) == []
     assert not feed._workers
     assert not feed.has_room
-    feed.give(2, [3])
-    assert feed.close().given_out == 0
-    feed = fed(warm, double)
-    feed.give(0, [1])
+    feed.put(2, [3])
+    assert feed.close().n_claimed == 0
+    feed = is_streamed(warm, double)
+    feed.put(0, [1])
     assert results(feed, 1) == [(0, 1, [2])]
     feed.close()
 
 
 def test_results_that_come_too_late_are_not_unpickled(warm, monkeypatch):
     read = []
-    monkeypatch.setattr(module, "unpack_items", lambda *packed: read.append(packed))
-    feed = fed(warm, double)
-    feed.give(0, [1])
+    monkeypatch.setattr(module, "unpickle_items", lambda *packed: read.append(packed))
+    feed = is_streamed(warm, double)
+    feed.put(0, [1])
     deadline = time.monotonic() + LONG
-    while feed.ledger.items_done(2) == 0:  # then it has been sent
+    while feed.ledger.n_items_done(2) == 0:  # then it has been sent
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert sum(account.items for account in feed.close().accounts) == 1
+    assert sum(stats.items for stats in feed.close().worker_stats) == 1
     assert read == []
 
 
 def test_what_is_given_comes(warm):
-    feed = fed(warm, double)
+    feed = is_streamed(warm, double)
     for start in range(0, 2 * AHEAD * 3, 3):
         assert feed.has_room
-        feed.give(start, range(start, start + 3))
+        feed.put(start, range(start, start + 3))
     assert not feed.has_room
     assert results(feed, 12) == [(n, n + 3, [2 * n, 2 * n + 2, 2 * n + 4]) for n in (0, 3, 6, 9)]
     assert feed.has_room
     ran = feed.close()
-    assert [account.items for account in ran.accounts] == [6, 6]
-    assert not ran.halted
+    assert [stats.items for stats in ran.worker_stats] == [6, 6]
+    assert not ran.is_halted
 
 
 def test_the_same_workers_serve_the_next_run(warm):
     pids = []
     for _ in range(3):
-        feed = fed(warm, lambda _: os.getpid())
-        feed.give(0, [0])
-        feed.give(1, [0])
+        feed = is_streamed(warm, lambda _: os.getpid())
+        feed.put(0, [0])
+        feed.put(1, [0])
         pids.append({result for _, _, (result,) in results(feed, 2)})
         feed.close()
     assert pids[0] == pids[1] == pids[2]
@@ -168,8 +168,8 @@ def test_the_same_workers_serve_the_next_run(warm):
 @pytest.mark.parametrize("kind", [bytes, np.ndarray])
 def test_items_of_every_size(warm, kind, nbytes):
     items = [b"x" * nbytes] if kind is bytes else [np.ones(nbytes, np.uint8)]
-    feed = fed(warm, lambda item: (len(item), int(item[-1])))
-    feed.give(0, items)
+    feed = is_streamed(warm, lambda item: (len(item), int(item[-1])))
+    feed.put(0, items)
     (came,) = feed.take(LONG)
     feed.close()
     assert came.result == [(nbytes, int(items[0][-1]))]
@@ -178,21 +178,21 @@ def test_items_of_every_size(warm, kind, nbytes):
 
 def test_large_items_and_results_both_ways_at_once(warm):
     # Neither side may wait for the other to read.
-    feed = fed(warm, lambda item: item)
+    feed = is_streamed(warm, lambda item: item)
     items = [os.urandom(3 << 20) for _ in range(2 * AHEAD)]
     for start, item in enumerate(items):
-        feed.give(start, [item])
+        feed.put(start, [item])
     assert [result for _, _, (result,) in results(feed, 2 * AHEAD)] == items
     feed.close()
 
 
 def test_items_that_cannot_be_pickled(warm):
-    feed = fed(warm, double)
+    feed = is_streamed(warm, double)
     with pytest.raises(UnsendableError) as caught:
-        feed.give(0, [(n for n in range(3))])
+        feed.put(0, [(n for n in range(3))])
     assert isinstance(caught.value.error, TypeError)
     assert any("could not pickle item 0 for" in note for note in caught.value.error.__notes__)
-    feed.give(0, [4])
+    feed.put(0, [4])
     assert results(feed, 1) == [(0, 1, [8])]
     feed.close()
 
@@ -206,8 +206,8 @@ def wait_for(path):
 
 def test_nothing_comes_in_time(warm, tmp_path):
     gate = tmp_path / "gate"
-    feed = fed(warm, wait_for)
-    feed.give(0, [gate])
+    feed = is_streamed(warm, wait_for)
+    feed.put(0, [gate])
     assert feed.take(0.05) == []
     gate.touch()
     assert results(feed, 1) == [(0, 1, [None])]
@@ -224,10 +224,10 @@ def once(path):
     raise AssertionError("not dead")
 
 
-def test_a_worker_that_dies_is_made_good(crew, tmp_path):
-    feed = fed(crew, once)
-    feed.give(0, [str(tmp_path / "0")])
-    feed.give(1, [str(tmp_path / "1")])
+def test_a_worker_that_dies_is_made_good(pool, tmp_path):
+    feed = is_streamed(pool, once)
+    feed.put(0, [str(tmp_path / "0")])
+    feed.put(1, [str(tmp_path / "1")])
     assert results(feed, 2) == [(0, 1, ["done"]), (1, 2, ["done"])]
     ran = feed.close()
     assert sorted((death.exitcode, death.range) for death in ran.deaths) == [
@@ -242,10 +242,10 @@ def die_at(bad, item):
     return item
 
 
-def test_what_kills_is_found_in_a_block(crew):
-    feed = fed(crew, lambda item: die_at(5, item), recovery=Recovery(retries=1))
-    feed.give(0, range(8))
-    feed.give(8, range(8, 12))
+def test_what_kills_is_found_in_a_block(pool):
+    feed = is_streamed(pool, lambda item: die_at(5, item), retry_policy=RetryPolicy(retries=1))
+    feed.put(0, range(8))
+    feed.put(8, range(8, 12))
     came = results(feed, 12)
     deaths = feed.close().deaths
     (fault,) = [result for _, _, result in came if not isinstance(result, list)]
@@ -257,24 +257,24 @@ def test_what_kills_is_found_in_a_block(crew):
     assert [death.range for death in deaths] == [(0, 8), (0, 8), (4, 6), (5, 6)]
 
 
-def test_blocks_that_were_not_begun_are_not_to_blame(crew):
-    feed = fed(crew, lambda item: die_at(0, item), 1, recovery=Recovery(retries=0))
-    feed.give(0, [0])
-    feed.give(1, [1])
+def test_blocks_that_were_not_begun_are_not_to_blame(pool):
+    feed = is_streamed(pool, lambda item: die_at(0, item), 1, retry_policy=RetryPolicy(retries=0))
+    feed.put(0, [0])
+    feed.put(1, [1])
     came = results(feed, 2)
     feed.close()
     assert came[1] == (1, 2, [1])
     assert came[0][2].faults[0][2].in_hand == (0, 1)
 
 
-def test_a_worker_that_dies_while_it_has_nothing_to_do(crew):
-    feed = fed(crew, lambda item: (item, os.getpid()))
-    feed.give(0, [0])
+def test_a_worker_that_dies_while_it_has_nothing_to_do(pool):
+    feed = is_streamed(pool, lambda item: (item, os.getpid()))
+    feed.put(0, [0])
     ((_, _, ((_, pid),)),) = results(feed, 1)
     os.kill(pid, signal.SIGKILL)
     feed.take(0.2)
     for start in range(1, 4):
-        feed.give(start, [start])
+        feed.put(start, [start])
     assert [result[0][0] for _, _, result in results(feed, 3)] == [1, 2, 3]
     assert len(feed.close().deaths) == 1
 
@@ -285,9 +285,9 @@ def dies_behind(gate, item):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_dies_before_it_has_told_why_all_stop(crew, tmp_path):
-    feed = fed(crew, functools.partial(dies_behind, tmp_path), 1)
-    feed.give(0, [0])
+def test_a_worker_that_dies_before_it_has_told_why_all_stop(pool, tmp_path):
+    feed = is_streamed(pool, functools.partial(dies_behind, tmp_path), 1)
+    feed.put(0, [0])
     wait_for(tmp_path / "begun")
     feed.ledger.halt()  # as a worker does that ends by an exit
     (tmp_path / "open").touch()
@@ -296,10 +296,10 @@ def test_a_worker_that_dies_before_it_has_told_why_all_stop(crew, tmp_path):
     feed.close()
 
 
-def test_a_range_that_takes_too_long(crew):
-    feed = fed(crew, time.sleep, 1, recovery=Recovery(timeout=LATE))
-    feed.give(0, [LONG])
-    feed.give(1, [0])
+def test_a_range_that_takes_too_long(pool):
+    feed = is_streamed(pool, time.sleep, 1, retry_policy=RetryPolicy(timeout=LATE))
+    feed.put(0, [LONG])
+    feed.put(1, [0])
     came = results(feed, 2)
     ran = feed.close()
     assert came[1] == (1, 2, [None])
@@ -315,17 +315,17 @@ def called_with(item, log):
         time.sleep(LONG)
 
 
-def test_a_range_takes_too_long_while_nobody_takes_the_results_before_it(crew, tmp_path):
+def test_a_range_takes_too_long_while_nobody_takes_the_results_before_it(pool, tmp_path):
     log = tmp_path / "calls"
-    recovery = Recovery(timeout=LATE, retries=0)
-    feed = fed(crew, lambda item: called_with(item, log), 1, recovery=recovery)
-    feed.give(0, [("short", False)])
-    feed.give(1, [("long", True)])
+    retry_policy = RetryPolicy(timeout=LATE, retries=0)
+    feed = is_streamed(pool, lambda item: called_with(item, log), 1, retry_policy=retry_policy)
+    feed.put(0, [("short", False)])
+    feed.put(1, [("long", True)])
     deadline = time.monotonic() + LONG
     while not (log.exists() and "long" in log.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    feed.ledger.note_time(0, time.monotonic_ns() - LONG * 10**9)
+    feed.ledger.set_start_time(0, time.monotonic_ns() - LONG * 10**9)
     came = results(feed, 2)
     assert came[0] == (0, 1, [None])
     assert isinstance(came[1][2].faults[0][2], TimeoutError)
@@ -333,52 +333,52 @@ def test_a_range_takes_too_long_while_nobody_takes_the_results_before_it(crew, t
     assert log.read_text().split() == ["short", "long"]
 
 
-def test_closed_with_blocks_in_hand(crew, monkeypatch):
+def test_closed_with_blocks_in_hand(pool, monkeypatch):
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.1)
-    feed = fed(crew, time.sleep)
+    feed = is_streamed(pool, time.sleep)
     for start in range(4):
-        feed.give(start, [LONG])
+        feed.put(start, [LONG])
     began = time.monotonic()
     ran = feed.close()
     assert time.monotonic() - began < LONG / 2
-    assert ran.halted
-    feed = fed(crew, double)
-    feed.give(0, [1])
+    assert ran.is_halted
+    feed = is_streamed(pool, double)
+    feed.put(0, [1])
     assert results(feed, 1) == [(0, 1, [2])]
     feed.close()
 
 
-def test_workers_that_are_still_starting_when_all_is_done(crew, monkeypatch):
+def test_workers_that_are_still_starting_when_all_is_done(pool, monkeypatch):
     monkeypatch.setattr(module, "GRACE_SECONDS", 0)
-    feed = fed(crew, double)
-    feed.give(0, [1])
+    feed = is_streamed(pool, double)
+    feed.put(0, [1])
     results(feed, 1)
-    os.kill(dead := crew._workers[0].pid, signal.SIGKILL)
-    while crew._workers[0].pid == dead:
+    os.kill(dead := pool._workers[0].pid, signal.SIGKILL)
+    while pool._workers[0].pid == dead:
         assert feed.take(0.1) == []
     ran = feed.close()  # another has taken its place
-    assert [(account.worker, account.items) for account in ran.accounts] == [(0, 1), (0, 0)]
-    assert crew._workers[0].alive
+    assert [(stats.worker, stats.items) for stats in ran.worker_stats] == [(0, 1), (0, 0)]
+    assert pool._workers[0].alive
 
 
 def test_another_begins_when_all_have_a_block(tmp_path):
-    crew = ProcessCrew(500)
+    pool = ProcessPool(500)
     try:
-        feed = fed(crew, waits_for, 500)
+        feed = is_streamed(pool, waits_for, 500)
         for start in range(2):
-            assert len(crew._workers) == start
-            feed.give(start, [str(tmp_path / "open")])
-        assert len(crew._workers) == 2
+            assert len(pool._workers) == start
+            feed.put(start, [str(tmp_path / "open")])
+        assert len(pool._workers) == 2
         (tmp_path / "open").touch()
         results(feed, 2)
         for start in range(2, 6):
-            feed.give(start, [str(tmp_path / "open")])
+            feed.put(start, [str(tmp_path / "open")])
             results(feed, 1)
-        assert len(crew._workers) == 2
-        assert [account.worker for account in feed.close().accounts] == [0, 1]
+        assert len(pool._workers) == 2
+        assert [stats.worker for stats in feed.close().worker_stats] == [0, 1]
     finally:
-        crew.close()
-        vars(crew).clear()
+        pool.close()
+        vars(pool).clear()
 
 
 def waits_for(path):
@@ -392,9 +392,9 @@ def test_descriptors_stay_flat(warm):
 
     counts = []
     for _ in range(3):
-        feed = fed(warm, lambda item: item)
+        feed = is_streamed(warm, lambda item: item)
         for start in range(4):
-            feed.give(start, [np.zeros(100_000)])
+            feed.put(start, [np.zeros(100_000)])
         results(feed, 4)
         feed.close()
         counts.append(n_open())

@@ -16,25 +16,25 @@ from taskcarrier.errors import TaskError
 from taskcarrier.memory.segments import locate
 from taskcarrier.memory.staging import Staging
 from taskcarrier.scheduling.balance import Dynamic, Static
-from taskcarrier.scheduling.counters import FileAgreement, FileCursor
-from taskcarrier.scheduling.grid import Grid
+from taskcarrier.scheduling.counters import FileCounter, FileSetOnce
+from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import OWN_MARKS, SENT, ledger_nbytes
-from taskcarrier.scheduling.retries import Again, Recovery
+from taskcarrier.scheduling.retries import Attempt, RetryPolicy
 from taskcarrier.system.descriptors import own
 from taskcarrier.workers.call import Call
-from taskcarrier.workers.loop import in_worker
-from taskcarrier.workers.pickling import pack, unpack_items
+from taskcarrier.workers.loop import is_in_worker
+from taskcarrier.workers.pickling import pickle_task, unpickle_items
 from taskcarrier.workers.processes import pool
 from taskcarrier.workers.processes import worker as module
-from taskcarrier.workers.processes.pool import ProcessCrew
+from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.processes.worker import (
     RESULTS,
-    account_from,
     ledger_over,
     order,
-    results_from,
+    unpickle_results,
+    unpickle_stats,
 )
-from taskcarrier.workers.records import Account, Failure, Heard, Parts
+from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats, WorkerWarning
 from taskcarrier.workers.task import Job
 
 BALANCES = [Static(), Dynamic()]
@@ -47,7 +47,7 @@ class Calls:
     def __init__(self, call):
         self.call = call
 
-    def open(self, agree):
+    def open(self, propose):
         return self
 
     def __call__(self, start, stop):
@@ -58,25 +58,30 @@ class Calls:
 
 
 class Unopenable(Calls):
-    def open(self, agree):
+    def open(self, propose):
         raise OSError("cannot be opened")
 
 
 @pytest.fixture(scope="module")
 def warm():
-    """One crew, which no test of this module kills; there before the watch for leaks begins."""
-    made = ProcessCrew(2)
+    """One pool, which no test of this module kills; there before the watch for leaks begins."""
+    made = ProcessPool(2)
     run(made, both)
     yield made
     made.close()
 
 
-def run(crew, func, *args, kind=Calls, balance=None, n_items=20, n_workers=2, tick=None, **others):
+def run(pool, func, *args, kind=Calls, balance=None, n_items=20, n_workers=2, tick=None, **others):
     delivered = {}
-    job = Job(kind(Call(func, args)), balance or Dynamic(), Grid(n_items, 2), n_workers, **others)
-    ran = crew.run(job, pack(job, Staging()), delivered.__setitem__, tick)
+    job = Job(
+        kind(Call(func, args)), balance or Dynamic(), ChunkGrid(n_items, 2), n_workers, **others
+    )
+    ran = pool.run(job, pickle_task(job, Staging()), delivered.__setitem__, tick)
     assert ran.deaths == []
-    failures = [*ran.failures, *(one.failure for one in ran.accounts if one.failure is not None)]
+    failures = [
+        *ran.failures,
+        *(one.failure for one in ran.worker_stats if one.failure is not None),
+    ]
     return ran, delivered, failures
 
 
@@ -85,34 +90,40 @@ def both(start, stop):
 
 
 class TestOrder:
-    @pytest.mark.parametrize("parcel", [b"", b"parcel", bytes(range(256)) * 1000])
-    @pytest.mark.parametrize("again", [[], [Again(0, 8, 3)], [Again(2**40, 2**40 + 1, 2)] * 500])
-    @pytest.mark.parametrize("fed", [True, False])
-    def test_ranges_and_the_run_arrive(self, again, parcel, fed):
-        assert module._taken_apart(order(again, parcel, fed=fed)) == (again, parcel, fed)
+    @pytest.mark.parametrize("payload", [b"", b"payload", bytes(range(256)) * 1000])
+    @pytest.mark.parametrize(
+        "again", [[], [Attempt(0, 8, 3)], [Attempt(2**40, 2**40 + 1, 2)] * 500]
+    )
+    @pytest.mark.parametrize("is_streamed", [True, False])
+    def test_ranges_and_the_run_arrive(self, again, payload, is_streamed):
+        assert module._parse_order(order(again, payload, is_streamed=is_streamed)) == (
+            again,
+            payload,
+            is_streamed,
+        )
 
     def test_ranges_arrive_as_they_were(self):
-        ((again,), _, _) = module._taken_apart(order([Again(3, 5, 2)], b"parcel"))
-        assert type(again) is Again
+        ((again,), _, _) = module._parse_order(order([Attempt(3, 5, 2)], b"payload"))
+        assert type(again) is Attempt
         assert (again.start, again.stop, again.attempt) == (3, 5, 2)
 
 
 class TestLedgerOver:
     def test_words_and_marks_do_not_overlap(self):
-        fds = [os.memfd_create("words"), FileCursor.create(), FileAgreement.create()]
+        fds = [os.memfd_create("words"), FileCounter.create(), FileSetOnce.create()]
         try:
             os.ftruncate(fds[0], ledger_nbytes(2) + OWN_MARKS)
             one, other = ledger_over(*fds), ledger_over(*fds)
-            one.mark_in(None, OWN_MARKS)
+            one.set_marks(None, OWN_MARKS)
             one.marks[:] = bytes([SENT]) * OWN_MARKS
             one.reset(2)
             one.claim(1)
-            one.lay_down(1, 7)
-            one.note_time(1, 99)
+            one.finish(1, 7)
+            one.set_start_time(1, 99)
             # The other, as in another process, sees all of it.
-            other.mark_in(None, OWN_MARKS)
+            other.set_marks(None, OWN_MARKS)
             assert bytes(other.marks) == bytes([SENT]) * OWN_MARKS
-            assert (other.items_of(1), other.since(1), other.given_out()) == (7, 99, 1)
+            assert (other.n_items_of(1), other.start_time_ns(1), other.n_claimed()) == (7, 99, 1)
             with mmap.mmap(fds[0], 0) as memory:
                 assert bytes(memory[-OWN_MARKS:]) == bytes([SENT]) * OWN_MARKS
         finally:
@@ -130,8 +141,8 @@ class Sent:
     def send(self, data, fds=None):
         assert data[:1] == RESULTS
         self.n_fds.append(len(fds))
-        received = results_from((data, [own(os.dup(fd)) for fd in fds]), on_disk=False)
-        self.messages.append([(start, unpack_items(*packed)) for start, *packed in received])
+        received = unpickle_results((data, [own(os.dup(fd)) for fd in fds]), on_disk=False)
+        self.messages.append([(start, unpickle_items(*packed)) for start, *packed in received])
 
 
 class TestOutbox:
@@ -259,13 +270,13 @@ class LocalWarning(UserWarning):
 
 
 class TestAccount:
-    def packed(self, account):
-        return account_from(module._packed_account(account))
+    def packed(self, stats):
+        return unpickle_stats(module._pickle_stats(stats))
 
     def test_arrives(self):
-        account = Account(3, "", 4, 10, 99, facts=("some", 1))
-        account.warnings = [Heard(UserWarning("look"), UserWarning, "file.py", 7, "module")]
-        arrived = self.packed(account)
+        stats = WorkerStats(3, "", 4, 10, 99, facts=("some", 1))
+        stats.warnings = [WorkerWarning(UserWarning("look"), UserWarning, "file.py", 7, "module")]
+        arrived = self.packed(stats)
         assert (arrived.worker, arrived.ranges, arrived.items, arrived.busy_ns) == (3, 4, 10, 99)
         assert arrived.facts == ("some", 1)
         assert arrived.failure is None
@@ -274,16 +285,16 @@ class TestAccount:
 
     @pytest.mark.parametrize("where", [(2, 4), None])
     def test_with_its_failure(self, where):
-        failure = Failure(where, ValueError("no"), attempt=3)
-        arrived = self.packed(Account(0, failure=failure)).failure
+        failure = RangeFailure(where, ValueError("no"), attempt=3)
+        arrived = self.packed(WorkerStats(0, failure=failure)).failure
         assert (arrived.range, arrived.attempt) == (where, 3)
         assert repr(arrived.error) == "ValueError('no')"
 
     def test_a_warning_that_cannot_be_pickled_is_replaced(self):
-        account = Account(0)
-        account.warnings = [Heard(LocalWarning("look"), LocalWarning, "file.py", 7, "module")]
-        (arrived,) = self.packed(account).warnings
-        assert arrived == Heard("LocalWarning: look", UserWarning, "file.py", 7, "module")
+        stats = WorkerStats(0)
+        stats.warnings = [WorkerWarning(LocalWarning("look"), LocalWarning, "file.py", 7, "module")]
+        (arrived,) = self.packed(stats).warnings
+        assert arrived == WorkerWarning("LocalWarning: look", UserWarning, "file.py", 7, "module")
 
 
 class TestWarnings:
@@ -344,7 +355,7 @@ class TestWarnings:
         for _ in range(2):
             ran, _, failures = run(warm, warns_at_four, balance=balance)
             assert failures == []
-            heard = [one for account in ran.accounts for one in account.warnings]
+            heard = [one for stats in ran.worker_stats for one in stats.warnings]
             assert [(str(one.message), one.category) for one in heard] == [("four", FutureWarning)]
             assert Path(heard[0].filename) == Path(__file__)
         assert "four" not in capfd.readouterr().err
@@ -381,13 +392,15 @@ class TestResults:
         delivered = []
 
         def tick(ledger):
-            if 2 in delivered:  # the last cell waits for this
+            if 2 in delivered:  # the last chunk waits for this
                 gate.touch()
 
-        job = Job(Calls(Call(slow_then_wait, (str(gate),))), Dynamic(), Grid(6, 2), 1)
-        ran = warm.run(job, pack(job, Staging()), lambda start, _: delivered.append(start), tick)
+        job = Job(Calls(Call(slow_then_wait, (str(gate),))), Dynamic(), ChunkGrid(6, 2), 1)
+        ran = warm.run(
+            job, pickle_task(job, Staging()), lambda start, _: delivered.append(start), tick
+        )
         assert delivered == [0, 2, 4]
-        assert ran.accounts[0].items == 6
+        assert ran.worker_stats[0].items == 6
 
     def test_that_cannot_be_pickled(self, warm):
         _, _, (failure, *_) = run(warm, lambda *_: (n for n in range(3)))
@@ -397,10 +410,10 @@ class TestResults:
     def test_that_cannot_be_unpickled(self, warm):
         ran, delivered, (failure,) = run(warm, unreadable_at_four)
         assert (failure.range, failure.attempt) == ((4, 6), 1)
-        assert failure.worker in {account.name for account in ran.accounts}
+        assert failure.worker in {stats.name for stats in ran.worker_stats}
         assert isinstance(failure.error, EOFError)
         assert any("could not unpickle this result" in note for note in failure.error.__notes__)
-        assert ran.halted
+        assert ran.is_halted
         assert set(delivered.values()) <= {"good"}
         assert 4 not in delivered
 
@@ -442,19 +455,19 @@ class TestFailures:
         assert failure.range == (0, 2)
         assert repr(failure.error) == repr(error)
         assert "in fail_first" in str(failure.error.__cause__)
-        assert ran.halted
+        assert ran.is_halted
 
     def test_of_ranges_that_took_too_long_and_ended(self, warm, monkeypatch):
         # The caller is kept from looking at the clock, so that the worker sees it first.
         monkeypatch.setattr(pool.ProcessRun, "_seconds_left", lambda *_: LONG)
-        _, _, failures = run(warm, fail_late, recovery=Recovery(timeout=0.1), n_workers=1)
+        _, _, failures = run(warm, fail_late, retry_policy=RetryPolicy(timeout=0.1), n_workers=1)
         (failure,) = failures
         assert isinstance(failure.error, TimeoutError)
         assert failure.range == (0, 2)
         assert not hasattr(failure.error, "__notes__")  # nothing about threads
 
     def test_collected(self, warm):
-        _, delivered, failures = run(warm, parts_at_four, collects=True)
+        _, delivered, failures = run(warm, parts_at_four, collect_errors=True)
         assert failures == []
         ((start, stop, error),) = delivered.pop(4).faults
         assert (start, stop, repr(error)) == (4, 6, "ValueError('no')")
@@ -485,14 +498,14 @@ class TestFailures:
 
 
 def parts_at_four(start, stop):
-    return Parts([], [(start, stop, ValueError("no"))]) if start == 4 else "good"
+    return PartialResult([], [(start, stop, ValueError("no"))]) if start == 4 else "good"
 
 
 class TestInside:
     def test_workers_know_that_they_are(self, warm):
-        _, delivered, _ = run(warm, lambda *_: in_worker())
+        _, delivered, _ = run(warm, lambda *_: is_in_worker())
         assert set(delivered.values()) == {True}
-        assert not in_worker()
+        assert not is_in_worker()
 
     def test_joblib_is_serial(self, warm):
         def look(start, stop):
@@ -510,19 +523,19 @@ class TestInside:
     def test_a_function_that_forks_goes_on_once(self, warm):
         ran, delivered, failures = run(warm, fork_at_four)
         assert failures == []
-        assert sum(account.items for account in ran.accounts) == 20
+        assert sum(stats.items for stats in ran.worker_stats) == 20
         assert sorted(delivered) == list(range(0, 20, 2))
 
     def test_what_tasks_print_is_seen_at_once(self, capfd):
-        crew = ProcessCrew(1)
+        pool = ProcessPool(1)
         try:
-            run(crew, say, n_items=2, n_workers=1)
+            run(pool, say, n_items=2, n_workers=1)
             deadline = time.monotonic() + LONG
             while "hello from a worker" not in capfd.readouterr().out:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
         finally:
-            crew.close()
+            pool.close()
 
 
 def say(start, stop):
