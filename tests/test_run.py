@@ -124,7 +124,7 @@ def run(
         notes=notes,
         collect_errors=collect_errors,
         can_split=can_split,
-        resumed=kept,
+        resumed=resumed,
         deliver=delivered.__setitem__,
     )
     return outcome, delivered
