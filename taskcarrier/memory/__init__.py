@@ -1,1 +1,1 @@
-"""Where arrays lie, and how workers see them without a copy."""
+"""Where arrays lie in memory, and how workers see them without a copy."""

@@ -1,4 +1,4 @@
-"""How much room there is to take, by the kernel, the control groups and the file systems."""
+"""The memory and disk space that is left: by the kernel, the control groups, the file systems."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from taskcarrier.system import cgroups
 from taskcarrier.system.cgroups import text_of
 from taskcarrier.system.contexts import contextmanager
 
-# From this size on, memory is asked after before it is used (reading the limits costs 60 µs).
+# From this size on, memory is checked before it is used (reading the limits costs 60 µs).
 CHECKED_NBYTES = 64 << 20
 
-# What the system says where a file cannot have so many bytes.
+# The errors by which the system says that a file cannot have that many bytes.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM}
 
 
@@ -24,7 +24,10 @@ def check_memory(
     what: str = "a shared array",
     remedy: str = "use smaller arrays, fewer at once, or temp_folder= on a disk",
 ) -> None:
-    """An error with sizes beats the kernel ending the process for want of memory."""
+    """Raise a `MemoryError` with sizes if `nbytes` more are not available.
+
+    Without that, the kernel would kill the process for lack of memory.
+    """
     if nbytes < CHECKED_NBYTES:
         return
     available, source = _available_memory()
@@ -36,34 +39,34 @@ def check_memory(
 
 
 def _available_memory() -> tuple[int, str]:
-    """Bytes that can still be used, and what says so; unlimited where nothing tells."""
+    """Return the bytes that can still be used, and what says so; `sys.maxsize` if nothing does."""
     limits = [(sys.maxsize, "no limit known"), *cgroups.memory_left()]
     with suppress(OSError):
         lines = text_of("/proc/meminfo").splitlines()
-        facts = {name: value for name, _, value in (line.partition(":") for line in lines)}
-        if "MemAvailable" in facts:
-            # Swapped out it is slow, but there.
-            words = (facts["MemAvailable"], facts.get("SwapFree", "0 kB"))
-            left = sum(int(word.split()[0]) << 10 for word in words)
+        fields = {name: value for name, _, value in (line.partition(":") for line in lines)}
+        if "MemAvailable" in fields:
+            # Memory that is swapped out is slow, but it is there.
+            amounts = (fields["MemAvailable"], fields.get("SwapFree", "0 kB"))
+            left = sum(int(amount.split()[0]) << 10 for amount in amounts)
             limits.append((left, "MemAvailable and SwapFree in /proc/meminfo"))
     return min(limits)
 
 
 @contextmanager
 def room_for(fd: int, nbytes: int) -> Iterator[None]:
-    """What is done inside makes room for so many bytes in a file; an error with sizes if it fails.
+    """Turn an error for lack of room into one with sizes, while a file is made `nbytes` long.
 
-    The error has the number that the system gives, and names the file, or the folder of one that
-    has no name.
+    The error has the number that the system gives, and names the file, or the folder of a file
+    without a name.
     """
     try:
-        if nbytes > sys.maxsize:  # which the system calls do not take
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))  # noqa: TRY301  # one way for all
+        if nbytes > sys.maxsize:  # system calls do not take it
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))  # noqa: TRY301  # one path for all
         yield
     except OSError as error:
         if not is_no_room(error):
             raise
-        raise _no_room(error.errno or 0, fd, nbytes) from None
+        raise _make_no_room_error(error.errno or 0, fd, nbytes) from None
 
 
 def is_no_room(error: Exception) -> bool:
@@ -73,25 +76,25 @@ def is_no_room(error: Exception) -> bool:
     )
 
 
-def _no_room(number: int, fd: int, nbytes: int) -> OSError:
+def _make_no_room_error(number: int, fd: int, nbytes: int) -> OSError:
     name = name_of_file(fd)
     is_temporary = name is not None and os.path.isdir(name)
     if number == errno.ENOSPC:
         info = os.fstatvfs(fd)
         where = "the folder for temporary files" if is_temporary else "its file system"
-        why = f"{where} has {info.f_bavail * info.f_frsize:,} bytes left"
+        reason = f"{where} has {info.f_bavail * info.f_frsize:,} bytes left"
     elif number == errno.EDQUOT:
-        why = "a quota allows less"
+        reason = "a quota allows less"
     else:
-        why = _largest_file(nbytes)
+        reason = _explain_size_limit(nbytes)
     what = "a file" if name is not None and not is_temporary else "a shared array"
     remedy = "; choose another temp_folder, or none to use memory" if is_temporary else ""
-    text = f"no room for {what} of {nbytes:,} bytes: {why}{remedy}"
-    return OSError(number, text) if name is None else OSError(number, text, name)
+    message = f"no room for {what} of {nbytes:,} bytes: {reason}{remedy}"
+    return OSError(number, message) if name is None else OSError(number, message, name)
 
 
 def name_of_file(fd: int) -> str | None:
-    """The path of an open file, or the folder of one without a name; None of memory."""
+    """Return the path of an open file, or the folder of a nameless one; None for memory."""
     try:
         path = os.readlink(f"/proc/self/fd/{fd}")
     except FileNotFoundError:  # no /proc
@@ -101,8 +104,8 @@ def name_of_file(fd: int) -> str | None:
     return os.path.dirname(path) if path.endswith(" (deleted)") else path
 
 
-def _largest_file(nbytes: int) -> str:
-    """What keeps a file from having so many bytes."""
+def _explain_size_limit(nbytes: int) -> str:
+    """Say what keeps a file from having `nbytes` bytes."""
     import resource  # noqa: PLC0415  # POSIX only
 
     soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)

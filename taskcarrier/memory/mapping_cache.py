@@ -1,12 +1,12 @@
-"""What a worker process keeps mapped of the caller's memory from one call to the next.
+"""The segments of the parent that a worker process keeps mapped from one call to the next.
 
-To map a segment afresh costs 0.35 µs for each page that is touched, with or without asking for
-them all at once, and as much as reading the bytes into memory of one's own: half the time of a sum
-over rows that are shared already (`python -m bench reducing`). So the segments last read stay
-mapped, by the label that the caller has given them. Memory is not held by this: the caller takes
-the pages out when it lets go of a segment (`taskcarrier.memory.segments`).
+Mapping a segment again costs 0.35 µs for each page that is touched, whether or not all are asked
+for at once. That is as much as reading the bytes into private memory, and half the time of a sum
+over rows that are shared already (`python -m bench reducing`). So the segments that were read last
+stay mapped, by the label that the parent gave them. This holds no memory: the parent takes the
+pages out when it releases a segment (`taskcarrier.memory.segments`).
 
-Only where `keep` was called, which workers do.
+Mappings are kept only in processes that have called `keep`, as workers do.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ import numpy as np
 from taskcarrier.memory import segments
 from taskcarrier.memory.segments import Mapping, SharedView, live_mappings
 
-# A chain of calls reads three; arbitrary beyond that. Each holds up to two descriptors.
+# A chain of calls reads three segments; arbitrary beyond that. Each holds up to two descriptors.
 _MAX_KEPT = 8
 
-_mappings: OrderedDict[int, Mapping] | None = None  # by label, last used last
-_arrays: list[weakref.ref[np.ndarray]] = []  # over them; views of an array refer to it
-_n_forks = 0  # as far as is known here
+_mappings: OrderedDict[int, Mapping] | None = None  # by label; the last one was used last
+_arrays: list[weakref.ref[np.ndarray]] = []  # over these mappings; views of an array refer to it
+_n_forks = 0  # as last seen by this module
 
 
 def keep() -> None:
-    """From now on, keep what is mapped for reading."""
+    """Keep the segments that are mapped for reading, from now on."""
     global _mappings  # noqa: PLW0603  # a fact about the process, set once
     _mappings = OrderedDict()
 
 
 def open_for_reading(view: SharedView) -> np.ndarray:
-    """The array, over a mapping that may be kept."""
+    """Return the array of a view, over a mapping that may be kept."""
     segment = view.segment
     if _mappings is None or segment is None or not segment.label:
         return view.open("read")
     mapping = _mappings.pop(segment.label, None)
-    if mapping is None or len(mapping) < segment.nbytes:  # it has grown since
+    if mapping is None or len(mapping) < segment.nbytes:  # it has grown since then
         mapping = segment.map("read")
     _mappings[segment.label] = mapping
     if len(_mappings) > _MAX_KEPT:
@@ -50,17 +50,21 @@ def open_for_reading(view: SharedView) -> np.ndarray:
 
 
 def is_anything_in_use() -> bool:
-    """Whether anything but this module still refers to shared memory; then nothing is kept.
+    """Return whether anything but this module refers to shared memory; if so, drop all mappings.
 
-    The caller will not touch the pages of a segment again that is in use here, so that memory has
-    to go with the last that refers to it. A child that the function has forked refers to all.
+    The parent does not touch a segment again that is in use here, so its memory must be freed with
+    the last reference to it. A child that the function has forked refers to every segment.
     """
-    global _n_forks  # noqa: PLW0603  # what was last seen of a counter
-    forked = segments.n_forks != _n_forks
+    global _n_forks  # noqa: PLW0603  # the last value of a counter
+    has_forked = segments.n_forks != _n_forks
     _n_forks = segments.n_forks
-    kept = set() if _mappings is None else {id(mapping) for mapping in _mappings.values()}
+    kept_ids = set() if _mappings is None else {id(mapping) for mapping in _mappings.values()}
     _arrays[:] = [array for array in _arrays if array() is not None]
-    if not forked and not _arrays and all(id(mapping) in kept for mapping in live_mappings()):
+    if (
+        not has_forked
+        and not _arrays
+        and all(id(mapping) in kept_ids for mapping in live_mappings())
+    ):
         return False
     if _mappings is not None:
         _mappings.clear()

@@ -1,4 +1,4 @@
-"""``.npy`` files, read and written in place."""
+"""``.npy`` files, which are mapped to read and write them in place."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from taskcarrier.memory.segments import Segment, SharedView
 from taskcarrier.memory.strides import ALIGNMENT, contiguous_strides
 from taskcarrier.system.descriptors import Descriptor, open_owned
 
-# Headers are as long as a dtype has fields; NumPy's own limit is 10,000 characters.
+# A header grows with the fields of its dtype; NumPy's own limit is 10,000 characters.
 _MAX_HEADER = 1 << 20
 
 
 def check_path(path: object) -> str:
-    """The path of a ``.npy`` file as a string, or an error that says what is expected."""
+    """Return the path of a ``.npy`` file as a string, or raise an error that says what is wrong."""
     text = os.fspath(path)  # type: ignore[call-overload]  # whatever the user passed
     if not isinstance(text, str) or not text.endswith(".npy"):
         raise ValueError(f"expected a path that ends in .npy, got {path!r}")
@@ -32,29 +32,28 @@ def check_path(path: object) -> str:
 def load(path: str | os.PathLike[str], mode: str = "r") -> np.ndarray:
     """Map a ``.npy`` file as an ordinary array.
 
-    Nothing is read until it is looked at, and workers map the file themselves: neither the
-    array nor a view of it is ever copied to them. What another program writes into the file is
-    seen.
+    Data is read only when it is used, and workers map the file themselves: neither the array nor a
+    view of it is ever copied to them. What another program writes to the file shows in the array.
 
     Parameters
     ----------
     path : str or path-like
         A file in NumPy's ``.npy`` format, of any dtype but Python objects.
     mode : {"r", "r+"}, default "r"
-        Whether the array is read-only, or writes go to the file: those of the caller, and those of
+        Whether the array is read-only, or writes go to the file: the caller's own, and those of
         functions that carry the array, as with `empty`.
 
     Returns
     -------
     ndarray
-        Over the mapped file; the mapping ends with the last view.
+        The array over the mapped file. The mapping ends with the last view.
 
     Raises
     ------
     FileNotFoundError, PermissionError
         As `open` does.
     ValueError
-        No ``.npy`` file, one of Python objects, or one that is shorter than its header says.
+        If the file is no ``.npy`` file, holds Python objects, or is shorter than its header says.
 
     Examples
     --------
@@ -74,7 +73,7 @@ def load(path: str | os.PathLike[str], mode: str = "r") -> np.ndarray:
 
 
 def _map_file(text: str, mode: str, *, takes_writes: bool = False) -> np.ndarray:
-    """A ``.npy`` file as an array, whatever its name ends in; see `Segment.takes_writes`."""
+    """Map a ``.npy`` file, which may have any name; see `Segment` for `takes_writes`."""
     with open(text, "rb") as file:
         try:
             version = np.lib.format.read_magic(file)
@@ -90,9 +89,9 @@ def _map_file(text: str, mode: str, *, takes_writes: bool = False) -> np.ndarray
     order: Literal["C", "F"] = "F" if fortran_order else "C"
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes == 0:
-        nothing = np.empty(shape, dtype, order)
-        nothing.flags.writeable = mode == "r+"
-        return nothing
+        empty = np.empty(shape, dtype, order)
+        empty.flags.writeable = mode == "r+"
+        return empty
     flags = (os.O_RDONLY if mode == "r" else os.O_RDWR) | os.O_CLOEXEC
     descriptor = open_owned(os.open, text, flags)
     segment = Segment(descriptor, on_disk=True, nbytes=os.fstat(descriptor.fileno()).st_size)
@@ -112,35 +111,38 @@ def _read_header(file: Any, version: tuple[int, int]) -> Any:
         return np.lib.format.read_array_header_1_0(file, _MAX_HEADER)
     if version == (2, 0):
         return np.lib.format.read_array_header_2_0(file, _MAX_HEADER)
-    # Field names in UTF-8: NumPy has no public function for the header of this version.
+    # Version 3 has field names in UTF-8; NumPy has no public function for its header.
     mapped = np.load(file.name, mmap_mode="r", allow_pickle=False, max_header_size=_MAX_HEADER)
     file.seek(mapped.offset)
     return mapped.shape, mapped.flags.f_contiguous and not mapped.flags.c_contiguous, mapped.dtype
 
 
 def header_of(dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> bytes:
-    """The bytes before the data of a ``.npy`` file; a pure function, so that all workers agree."""
+    """Return the bytes before the data of a ``.npy`` file; all workers compute the same."""
     file = io.BytesIO()
     if dtype.names is None:
-        dtype = np.dtype(dtype.str)  # without metadata, which dtypes of dates get on their way
-    facts = {
+        dtype = np.dtype(dtype.str)  # without metadata, which dtypes of dates get when they travel
+    fields = {
         "descr": np.lib.format.dtype_to_descr(dtype),
         "fortran_order": order == "F",
         "shape": shape,
     }
     try:
-        np.lib.format.write_array_header_1_0(file, facts)
+        np.lib.format.write_array_header_1_0(file, fields)
     except UnicodeEncodeError:
-        return _header_3(repr(facts))
+        return _make_header_3(repr(fields))
     except ValueError:  # a header above 64 KiB
-        np.lib.format.write_array_header_2_0(file, facts)
+        np.lib.format.write_array_header_2_0(file, fields)
     return file.getvalue()
 
 
-def _header_3(facts: str) -> bytes:
-    """Version 3, whose field names may have any letters; NumPy has no public function for it."""
+def _make_header_3(fields: str) -> bytes:
+    """Return a header of version 3, whose field names may have any letters.
+
+    NumPy has no public function for it.
+    """
     magic = np.lib.format.magic(3, 0)
-    text = facts.encode()
+    text = fields.encode()
     n_before = len(magic) + 4
     padding = -(n_before + len(text) + 1) % ALIGNMENT
     text += b" " * padding + b"\n"
@@ -148,14 +150,14 @@ def _header_3(facts: str) -> bytes:
 
 
 def open_own(path: str) -> Descriptor:
-    """A descriptor of an ordinary file that is ours, to read and write it.
+    """Open an ordinary file of this user for reading and writing.
 
     Raises
     ------
     FileNotFoundError
-        If there is none.
+        If there is no file.
     FileExistsError
-        If it is a link or no ordinary file, or somebody else's.
+        If it is a link, not an ordinary file, or another user's.
     """
     refusal = FileExistsError(
         errno.EEXIST, "there is no ordinary file of this user's; remove it first", path
@@ -166,27 +168,27 @@ def open_own(path: str) -> Descriptor:
         if error.errno not in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
             raise
         raise refusal from None
-    facts = os.fstat(file.fileno())
-    if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
         raise refusal
     return file
 
 
 class NpyWriter:
-    """A ``.npy`` file in the making: filled beside its place, and renamed when it is complete.
+    """A ``.npy`` file that is filled under another name, and renamed when it is complete.
 
-    Half a result never looks whole: until `finish` there is only a file with ``.part`` added to its
-    name, and `discard` removes that. The file has the permissions and the group of the one that it
-    replaces, from the start, and those of new files where there is none.
+    An incomplete result never looks complete: until `finish` there is only a file with ``.part``
+    added to its name, and `discard` removes it. From the start, the file has the permissions and
+    the group of the file that it replaces, or those of new files if there is none.
 
     Parameters
     ----------
     path : str
-        Where the file is to be in the end.
+        The final path of the file.
     keeps : bool
-        Whether what there is stays there when the writer is discarded.
+        Whether the incomplete file stays when the writer is discarded.
     is_running : bool
-        Whether to fill the file that an earlier writer has left, if there is one.
+        Whether to continue the file that an earlier writer has left, if there is one.
     """
 
     def __init__(self, path: str, *, keeps: bool = False, is_running: bool = False) -> None:
@@ -195,22 +197,22 @@ class NpyWriter:
         self._keeps = keeps
         if os.path.isdir(path):
             raise IsADirectoryError(f"out={path!r} is a folder")
-        file = _left_open(self.part)
+        file = _open_leftover(self.part)
         if file is not None and not is_running:
-            # What an earlier run has left is of no use, nor is what it has noted about it.
+            # What an earlier run has left is of no use, and neither is its ledger file.
             for leftover in (self.part, *([] if keeps else [ledger_path(self.path)])):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(leftover)
             file = None
         if file is None:
-            # One that replaces another is this user's alone until it has that one's permissions.
-            file = _new_file(self.part, 0o600 if os.path.exists(self.path) else 0o666)
+            # A file that replaces another is private until it has the permissions of that one.
+            file = _create_file(self.part, 0o600 if os.path.exists(self.path) else 0o666)
         self.segment = Segment(file, on_disk=True)
-        # Its owner may write to it for now, whatever becomes of it then.
-        _take_on(self.segment.fd, self.path, stat.S_IRUSR | stat.S_IWUSR)
+        # Its owner may write to it for now, even if the finished file will be read-only.
+        _copy_permissions(self.segment.fd, self.path, stat.S_IRUSR | stat.S_IWUSR)
 
     def header(self) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
-        """What an earlier writer has left says of its dtype and shape; None if it says nothing."""
+        """Return dtype and shape of what an earlier writer has left; None if it is of no use."""
         try:
             with open(self.part, "rb") as file:
                 shape, _, dtype = _read_header(file, np.lib.format.read_magic(file))
@@ -221,65 +223,65 @@ class NpyWriter:
         return (dtype, shape) if is_whole and not dtype.hasobject else None
 
     def finish(self, array: np.ndarray, header: bytes) -> np.ndarray:
-        """Write the header, and give the file its name; the file, mapped."""
+        """Write the header, rename the file to its final path, and return the file mapped."""
         self.segment.write(0, memoryview(header))
         os.truncate(self.segment.fd, len(header) + array.nbytes)
         file = _map_file(self.part, "r+")
-        _take_on(self.segment.fd, self.path)
+        _copy_permissions(self.segment.fd, self.path)
         os.replace(self.part, self.path)
-        self._let_go()
+        self._unlock()
         return file
 
     def discard(self) -> None:
-        """Remove what is there, unless it was finished or is to be kept."""
+        """Remove the incomplete file, unless it was finished or is to be kept."""
         if self.part:
             if not self._keeps:
-                with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+                with contextlib.suppress(FileNotFoundError):  # something else has removed it
                     os.unlink(self.part)
-            self._let_go()
+            self._unlock()
 
-    def _let_go(self) -> None:
-        """Another run may write to this path from now on."""
+    def _unlock(self) -> None:
+        """Unlock the path, so that another run may write to it."""
         fcntl.flock(self.segment.fd, fcntl.LOCK_UN)
         self.part = ""
 
 
-def _take_on(fd: int, path: str, more: int | None = None) -> None:
-    """Give a file the permissions and the group of the one at `path`, if there is one.
+def _copy_permissions(fd: int, path: str, extra_mode: int | None = None) -> None:
+    """Give a file the permissions and the group of the file at `path`, if there is one.
 
-    With `more` permissions as long as it is not finished; when it is, its owner too, which only
-    root can give.
+    An unfinished file gets `extra_mode` as well. A finished one (without `extra_mode`) also gets
+    the owner, which only root can change.
     """
     try:
-        there = os.stat(path)
+        target = os.stat(path)
     except FileNotFoundError:
         return
-    own = os.fstat(fd)
-    mode = stat.S_IMODE(there.st_mode) & 0o777
-    owner = there.st_uid if more is None and os.geteuid() == 0 else own.st_uid
-    if (owner, there.st_gid) != (own.st_uid, own.st_gid):
+    current = os.fstat(fd)
+    mode = stat.S_IMODE(target.st_mode) & 0o777
+    owner = target.st_uid if extra_mode is None and os.geteuid() == 0 else current.st_uid
+    if (owner, target.st_gid) != (current.st_uid, current.st_gid):
         try:
-            os.fchown(fd, owner, there.st_gid)
+            os.fchown(fd, owner, target.st_gid)
         except OSError as error:
-            # Not a group of this user's (EPERM), or one that its namespace does not know (EINVAL).
+            # The user is not in the group (EPERM), or the namespace does not know it (EINVAL).
             if error.errno not in {errno.EPERM, errno.EINVAL}:
                 raise
-            # The group that it has instead may do what everybody may.
+            # The group that the file keeps gets the permissions of all others.
             mode = mode & ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
-    mode |= more or 0
-    if mode != stat.S_IMODE(own.st_mode):  # some file systems cannot change it
+    mode |= extra_mode or 0
+    if mode != stat.S_IMODE(current.st_mode):  # some file systems cannot change it
         os.fchmod(fd, mode)
 
 
 def ledger_path(path: str) -> str:
-    """Where the ledger of a run that can be resumed stands, by the path of its output."""
+    """Return the path of the ledger file of a run that can be resumed, by that of its output."""
     return f"{path}.ledger"
 
 
-def _left_open(path: str) -> Descriptor | None:
-    """What an earlier run has left, locked for this one; None if there is nothing.
+def _open_leftover(path: str) -> Descriptor | None:
+    """Open and lock the file that an earlier run has left; return None if there is none.
 
-    A link or a device is not ours to write to, nor to remove.
+    A link or a device is refused: it is not ours to write to or to remove.
     """
     try:
         file = open_own(path)
@@ -288,8 +290,8 @@ def _left_open(path: str) -> Descriptor | None:
     return lock_file(file, path)
 
 
-def _new_file(path: str, mode: int) -> Descriptor:
-    """A new, empty file, locked for this run."""
+def _create_file(path: str, mode: int) -> Descriptor:
+    """Create an empty file, locked for this run."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         return lock_file(open_owned(os.open, path, flags, mode), path)
@@ -298,7 +300,7 @@ def _new_file(path: str, mode: int) -> Descriptor:
 
 
 def lock_file(file: Descriptor, path: str) -> Descriptor:
-    """The same file, which this run alone holds from now on; or an error."""
+    """Lock a file for this run and return it, or raise an error if another run has locked it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -307,5 +309,5 @@ def lock_file(file: Descriptor, path: str) -> Descriptor:
 
 
 def busy(path: str) -> BlockingIOError:
-    """What is said where two runs want the same output."""
+    """Return the error for a second run that wants the same output."""
     return BlockingIOError(errno.EAGAIN, "another run is at work on this output", path)

@@ -1,22 +1,22 @@
-"""Shared memory without a name, and descriptors of the arrays that live in it.
+"""Shared memory without a name, and views of the arrays that lie in it.
 
-Who owns what. A `Segment` owns one file descriptor: of an anonymous memory file, or, when a
-folder is asked for, of a file in it that was unlinked as soon as it was made. Nothing else
-refers to the memory, so nothing is left behind however a process ends. A `Mapping` is a
-segment mapped into this process and keeps its segment; an array over a mapping keeps the
-mapping. When the last view of a result dies, its mapping and descriptor go with it.
+Ownership. A `Segment` owns one file descriptor: of an anonymous memory file or, if a folder is
+asked for, of a file in it that was unlinked as soon as it was made. Nothing else refers to the
+memory, so nothing is left behind however a process ends. A `Mapping` is a segment mapped into this
+process, and keeps its segment alive; an array over a mapping keeps the mapping alive. When the last
+view of a result is deleted, so are its mapping and its descriptor.
 
-Which way the data goes. `Staging` writes what a run needs into one segment; a `SharedView`
-says where an array lies and is all that travels (the descriptors of its segments go beside
-it, see `taskcarrier.workers.pickling`); `SharedView.open` maps it on the other side.
+Travel. `Staging` writes what a run needs into one segment. A `SharedView` says where an array lies,
+and only that travels (the descriptors of its segments go beside it, see
+`taskcarrier.workers.pickling`). `SharedView.open` maps it on the other side.
 
-Segments only ever grow, by the kernel's own rule (a seal; `posix_fallocate` on disk), so no
-worker can cut away pages that another has mapped.
+Segments only grow. The kernel guarantees that (a seal; `posix_fallocate` on disk), so no worker can
+cut away pages that another has mapped.
 
-When memory is given back. Workers keep segments mapped from one call to the next
-(`taskcarrier.memory.mapping_cache`), so closing the caller's descriptor would free nothing. Its pages are
-taken out of the memory file instead, for everybody, as soon as nothing of the caller refers to it:
-what workers keep then are addresses without memory.
+Release. Workers keep segments mapped between calls (`taskcarrier.memory.mapping_cache`), so closing
+the parent's descriptor would free nothing. Instead, as soon as nothing in the parent refers to a
+segment, its pages are taken out of the memory file, for all processes. Then workers keep addresses
+without memory.
 """
 
 from __future__ import annotations
@@ -47,47 +47,47 @@ Mode = Literal["read", "write", "private"]
 
 _ACCESS = {
     "read": mmap.ACCESS_READ,  # the array cannot be made writable
-    "write": mmap.ACCESS_WRITE,  # seen by all
-    "private": mmap.ACCESS_COPY,  # writable, changed pages are the writer's own
+    "write": mmap.ACCESS_WRITE,  # changes are seen by all processes
+    "private": mmap.ACCESS_COPY,  # writable; changed pages are private
 }
 # Python 3.13 can map without keeping a duplicate of the descriptor.
 _MMAP_OPTIONS: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
-# A segment of less is recycled for whatever fits into it; arbitrary.
+# A segment of at most this size is recycled for any smaller one; arbitrary.
 _SMALL_NBYTES = 1 << 20
-# One pwrite moves 2 GiB at most.
+# One pwrite moves at most 2 GiB.
 _PWRITE_NBYTES = 1 << 30
 
 
 class Mapping(mmap.mmap):
-    """A segment mapped into this process; ``segment`` is kept as long as the mapping lives."""
+    """A segment mapped into this process; it keeps its ``segment`` alive."""
 
     segment: Segment
     private: bool
 
 
-# No `WeakSet`: it is told of every mapping that goes, by Python code, and Ctrl-C that comes while a
-# finalizer runs is lost. Entries of mappings that are gone are thrown out when there are many.
+# Not a `WeakSet`: it would run Python code whenever a mapping is deleted, and a Ctrl-C that comes
+# while a finalizer runs is lost. Entries of deleted mappings are removed at intervals.
 _live: dict[int, weakref.ref[Mapping]] = {}
 _numbers = count()
-_MOST_GONE = 64
+_SWEEP_INTERVAL = 64
 
 
-def _enter(mapping: Mapping) -> None:
-    """Have a mapping among those that live."""
+def _register(mapping: Mapping) -> None:
+    """Add a mapping to the live ones."""
     _live[next(_numbers)] = weakref.ref(mapping)
-    if len(_live) % _MOST_GONE == 0:
+    if len(_live) % _SWEEP_INTERVAL == 0:
         for number, reference in _live.copy().items():
             if reference() is None:
                 _live.pop(number, None)
 
 
 n_forks = 0
-"""How often this process has been forked: children see what was mapped then."""
+"""The number of times that this process has forked; a child sees what was mapped then."""
 
 
 def _retire_all() -> None:
-    """A forked child will share what is mapped now: it must not be recycled under its eyes."""
+    """Retire all mapped segments before a fork: the child shares them, so none may be recycled."""
     global n_forks  # noqa: PLW0603  # a fact about the process
     n_forks += 1
     for mapping in live_mappings():
@@ -99,16 +99,16 @@ if hasattr(os, "register_at_fork"):
 
 
 def live_mappings() -> list[Mapping]:
-    """The mappings of this process that something refers to."""
-    found = [reference() for reference in _live.copy().values()]
-    return [mapping for mapping in found if mapping is not None]
+    """Return the mappings of this process that something refers to."""
+    mappings = [reference() for reference in _live.copy().values()]
+    return [mapping for mapping in mappings if mapping is not None]
 
 
 def trim_files() -> None:
-    """Unmap the pages of files that this process has looked at; they stay in the page cache.
+    """Unmap the pages of files that this process has read; they stay in the page cache.
 
-    A worker that goes through a large file would otherwise hold as much memory as the file has, as
-    far as the kernel's accounts tell. Pages are mapped again when they are touched.
+    Otherwise, by the kernel's accounts, a worker that goes through a large file would hold as much
+    memory as the file has bytes. Pages are mapped again when they are touched.
     """
     for mapping in live_mappings():
         if mapping.segment.on_disk and not mapping.private:
@@ -116,9 +116,9 @@ def trim_files() -> None:
 
 
 def descriptors_are_scarce() -> bool:
-    """Whether mappings hold so many descriptors that results should be copied out of them.
+    """Return whether mappings hold so many descriptors that results should be copied out of them.
 
-    A mapping holds up to two; a quarter of what the process may open is ours at most.
+    A mapping holds up to two. Mappings may take a quarter of what the process may open.
     """
     import resource  # noqa: PLC0415  # POSIX only
 
@@ -128,14 +128,15 @@ def descriptors_are_scarce() -> bool:
 
 _labels = count(1)
 
-# The kernel's words for taking pages out of a file.
+# The kernel's flags for taking pages out of a file.
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
-# `fallocate`, which needs neither a mapping nor a descriptor more; loaded with the first label.
+# `fallocate`, which needs no mapping and no further descriptor; loaded with the first label.
 _punch: Any = None
 
 
 def _load_punch() -> None:
-    global _punch  # noqa: PLW0603  # once
+    """Load `fallocate` from the C library, if that is not done yet."""
+    global _punch  # noqa: PLW0603  # set once
     if _punch is None:
         import ctypes  # noqa: PLC0415  # takes 3 ms, and only runs need it
 
@@ -144,19 +145,19 @@ def _load_punch() -> None:
 
 
 class _Memory(NamedTuple):
-    """What a segment owns: a descriptor, and what has to be known to let go of it."""
+    """What a segment owns: a descriptor, and the facts that are needed to release it."""
 
     descriptor: Descriptor
     nbytes: int
     on_disk: bool
     label: int
 
-    # What is called when the interpreter ends is bound here: names of the module are gone then.
-    def let_go(self, _size: Any = os.fstat, _ending: Any = sys.is_finalizing) -> None:
-        """Close the descriptor; of memory that others may have mapped, take the pages out."""
-        if self.label and _punch is not None and not _ending():
+    # Functions needed when the interpreter ends are bound here: names of the module are gone then.
+    def release(self, _fstat: Any = os.fstat, _is_ending: Any = sys.is_finalizing) -> None:
+        """Close the descriptor; if others may have mapped the memory, take its pages out first."""
+        if self.label and _punch is not None and not _is_ending():
             fd = self.descriptor.fileno()
-            whole_pages = -(-_size(fd).st_size // mmap.PAGESIZE) * mmap.PAGESIZE
+            whole_pages = -(-_fstat(fd).st_size // mmap.PAGESIZE) * mmap.PAGESIZE
             _punch(fd, _KEEP_SIZE | _PUNCH_HOLE, 0, whole_pages)
         self.descriptor.close()
 
@@ -167,25 +168,25 @@ class Segment:
     Parameters
     ----------
     descriptor : Descriptor
-        Of the memory; the segment closes it.
+        The descriptor of the memory; the segment closes it.
     on_disk : bool
-        Whether it lies on a file system (and is reserved there) or in memory.
+        Whether the segment lies on a file system (and is reserved there), not in memory.
     nbytes : int
-        Bytes known to be reserved.
+        The bytes that are known to be reserved.
     recycler : Recycler, optional
-        Where the descriptor goes when the segment is no longer used, instead of being closed.
+        The recycler that takes the descriptor when the segment is no longer used.
     label : int, optional
-        In a worker: what the caller calls this segment; 0 if it is not to be kept mapped.
+        In a worker: the parent's name for this segment; 0 if it is not to be kept mapped.
 
     Attributes
     ----------
     fd : int
         The number of the descriptor.
     is_lent : bool
-        Whether workers have it: then it is not recycled, should the caller let go of it.
+        Whether workers are using it; then it is not recycled if the parent releases it.
     takes_writes : bool
-        Whether a function that carries an array in it may write there: the user has asked for
-        memory that is shared. Else what a worker writes stays its own.
+        Whether a function that carries an array in it may write there, because the user has asked
+        for shared memory. Else what a worker writes stays its own.
     """
 
     __slots__ = (
@@ -220,9 +221,9 @@ class Segment:
 
     @classmethod
     def create(cls, folder: str | None = None, recycler: Recycler | None = None) -> Segment:
-        """An empty segment, in memory or in a file without a name in `folder`."""
+        """Create an empty segment, in memory or in a nameless file in `folder`."""
         if folder is not None:
-            return cls(_nameless_file(folder), on_disk=True, recycler=recycler)
+            return cls(_create_nameless_file(folder), on_disk=True, recycler=recycler)
         import fcntl  # noqa: PLC0415  # POSIX only
 
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
@@ -232,6 +233,7 @@ class Segment:
 
     @classmethod
     def _adopt(cls, memory: _Memory, recycler: Recycler | None) -> Segment:
+        """Make a segment of memory that belongs to this process."""
         descriptor, nbytes, on_disk, label = memory
         segment = cls(descriptor, on_disk, nbytes, recycler, label)
         segment._maker = os.getpid()
@@ -239,14 +241,14 @@ class Segment:
 
     @classmethod
     def take_over(cls, descriptor: Descriptor, on_disk: bool) -> Segment:
-        """What another process has made and filled for this one, and knows no more."""
+        """Make a segment of what another process has filled for this one, and has released."""
         nbytes = os.fstat(descriptor.fileno()).st_size
         return cls._adopt(_Memory(descriptor, nbytes, on_disk, label=0), None)
 
     def get_label(self) -> int:
-        """What workers are to call this segment, so that they may keep it mapped; 0 if not.
+        """Return a label by which workers may keep this segment mapped; 0 if they may not.
 
-        Only memory that is this process's own to take back: files are let go of at once.
+        They may only keep memory that this process can take back. Files are never kept.
         """
         if self._maker == os.getpid() and not self.on_disk and not self.label:
             _load_punch()
@@ -254,36 +256,36 @@ class Segment:
         return self.label
 
     def __del__(
-        self, _getpid: Any = os.getpid, _memory: Any = _Memory, _ending: Any = sys.is_finalizing
+        self, _getpid: Any = os.getpid, _memory: Any = _Memory, _is_ending: Any = sys.is_finalizing
     ) -> None:
-        if not hasattr(self, "_maker"):  # not made to the end; the descriptor closes by itself
+        if not hasattr(self, "_maker"):  # `__init__` did not finish; the descriptor closes itself
             return
         label = self.label if self._maker == _getpid() else 0
         memory = _memory(self._descriptor, self.nbytes, self.on_disk, label)
-        recycler = None if _ending() or self.is_lent else self._recycler
+        recycler = None if _is_ending() or self.is_lent else self._recycler
         if recycler is None or not recycler.take_back(memory):
-            memory.let_go()
+            memory.release()
 
     def __reduce__(self) -> Any:
-        # Whoever packs a run knows how to send a descriptor; nobody else can.
+        # Only the pickler of a run can send a descriptor.
         raise TypeError("a segment can only be pickled as part of a run")
 
     def retire(self) -> None:
-        """Never recycle this segment or its pages: somebody else still looks at it."""
+        """Never recycle this segment or its pages: another process still uses it."""
         self._recycler = None
         self._maker = 0
         self.label = 0
 
     def reserve(self, nbytes: int) -> None:
-        """Make room for `nbytes`; several processes may do so at once.
+        """Reserve `nbytes` in all; several processes may do so at once.
 
         Raises
         ------
         OSError
-            The file system has no room (``ENOSPC``), or files may not be so large (``EFBIG``), with
-            sizes.
+            If the file system has no room (``ENOSPC``), or files may not be so large (``EFBIG``);
+            with sizes.
         MemoryError
-            In memory: less is available than asked for, with sizes.
+            If less memory is available than asked for; with sizes.
         """
         if nbytes > self.nbytes:
             # Another process may have reserved it already.
@@ -296,22 +298,22 @@ class Segment:
             if self.on_disk:
                 os.posix_fallocate(self.fd, 0, nbytes)
             else:
-                # The seal refuses to shrink: another worker has reserved more meanwhile.
+                # The seal forbids shrinking: another worker has reserved more meanwhile.
                 with contextlib.suppress(PermissionError):
                     os.ftruncate(self.fd, nbytes)
         self.nbytes = os.fstat(self.fd).st_size
 
     def map(self, mode: Mode) -> Mapping:
-        """The reserved bytes, mapped. The segment must not be empty.
+        """Map the reserved bytes. The segment must not be empty.
 
-        `MemoryError` with sizes where no address space is left for them.
+        Raise a `MemoryError` with sizes if there is no address space left for them.
         """
         try:
-            with keep_standard_free():  # before Python 3.13 it keeps a duplicate of the descriptor
+            with keep_standard_free():  # before Python 3.13, `mmap` duplicates the descriptor
                 mapping = Mapping(self.fd, self.nbytes, access=_ACCESS[mode], **_MMAP_OPTIONS)
         except ValueError:
             size = os.fstat(self.fd).st_size
-            if size < self.nbytes:  # just now
+            if size < self.nbytes:  # it was cut off just now
                 raise cut_off(name_of_file(self.fd) or "shared memory", size, self.nbytes) from None
             raise
         except OSError as error:
@@ -323,14 +325,14 @@ class Segment:
             ) from None
         mapping.segment = self
         mapping.private = mode == "private"
-        _enter(mapping)
+        _register(mapping)
         return mapping
 
     def write(self, offset: int, block: memoryview) -> None:
-        """Copy `block` to `offset`.
+        """Copy `block` to `offset`, by `pwrite`.
 
-        By `pwrite`: a fresh 256 MB takes half the time of a copy through a mapping, which
-        pays for each page when it is first touched.
+        For 256 MB of new memory that takes half the time of a copy through a mapping, which pays
+        for each page when it is first touched.
         """
         written = 0
         while written < len(block):
@@ -338,7 +340,7 @@ class Segment:
             written += os.pwrite(self.fd, piece, offset + written)
 
     def read(self, begin: int, end: int) -> bytes:
-        """A copy of bytes that were written."""
+        """Copy bytes that were written to the segment."""
         block = b""
         while begin + len(block) < end:
             piece = os.pread(self.fd, end - begin - len(block), begin + len(block))
@@ -352,87 +354,88 @@ class Segment:
 
 
 class Recycler:
-    """Segments that are free again, kept for the next call: their pages are warm.
+    """Segments of finished runs that are kept for the next call, because their pages are warm.
 
-    The first touch of fresh shared memory costs about ten times that of recycled memory.
-    Bounded in number and bytes; only for the process that made it (a forked child would
-    share the pages with its parent).
+    The first touch of new shared memory costs about ten times that of recycled memory. A recycler
+    is bounded in number and bytes, and works only in the process that made it (a forked child
+    would share the pages with its parent).
 
     Parameters
     ----------
     max_segments : int, default 4
-        A call uses two, a chain of calls three; the bound is arbitrary beyond that.
+        The maximum number of segments. A call uses two, a chain of calls three; the bound is
+        arbitrary beyond that.
     max_nbytes : int, default 4 GiB
-        Bytes kept in all.
+        The maximum number of bytes in all segments.
     """
 
-    _free: list[_Memory] = []  # noqa: RUF012  # of one that was not made to the end
-    _open = False
+    _free: list[_Memory] = []  # noqa: RUF012  # if `__init__` did not finish
+    _is_open = False
     _pid = 0
 
     def __init__(self, max_segments: int = 4, max_nbytes: int = 4 << 30) -> None:
         self._max_segments = max_segments
         self._max_nbytes = max_nbytes
         self._free: list[_Memory] = []
-        self._open = True
-        # Reentrant: a segment may be freed by the garbage collector inside `segment`.
+        self._is_open = True
+        # Reentrant: the garbage collector may free a segment while `segment` runs.
         self._lock = threading.RLock()
         self._pid = os.getpid()
 
     def segment(self, nbytes: int, folder: str | None) -> Segment:
-        """A segment for about `nbytes`, recycled if one fits."""
+        """Return a segment for about `nbytes`, recycled if one fits."""
         on_disk = folder is not None
-        most = max(2 * nbytes, _SMALL_NBYTES)
+        max_nbytes = max(2 * nbytes, _SMALL_NBYTES)
         if self._pid == os.getpid():
             with self._lock:
-                fits = [
-                    kept
-                    for kept in self._free
-                    if kept.on_disk == on_disk and nbytes <= kept.nbytes <= most
+                fitting = [
+                    memory
+                    for memory in self._free
+                    if memory.on_disk == on_disk and nbytes <= memory.nbytes <= max_nbytes
                 ]
-                chosen = min(fits, key=lambda kept: kept.nbytes, default=None)
-                # It may be gone: a finalizer may have begun a map in this thread just now.
+                chosen = min(fitting, key=lambda memory: memory.nbytes, default=None)
+                # It may be taken already: a finalizer may have begun a map in this thread just now.
                 if chosen in self._free:
                     self._free.remove(chosen)
                     return Segment._adopt(chosen, recycler=self)
         return Segment.create(folder, recycler=self)
 
     def take_back(self, memory: _Memory) -> bool:
-        """Keep the memory of a segment that is no longer used; False if it is not wanted."""
-        if self._pid != os.getpid():  # not even the lock is ours in a forked child
+        """Keep the memory of a segment that is no longer used; return False if there is no room."""
+        if self._pid != os.getpid():  # a forked child must not even take the lock
             return False
         with self._lock:
-            kept = sum(other.nbytes for other in self._free)
-            wanted = (
-                self._open
+            kept_nbytes = sum(other.nbytes for other in self._free)
+            is_wanted = (
+                self._is_open
                 and memory.nbytes > 0
                 and len(self._free) < self._max_segments
-                and kept + memory.nbytes <= self._max_nbytes
+                and kept_nbytes + memory.nbytes <= self._max_nbytes
             )
-            if wanted:
+            if is_wanted:
                 self._free.append(memory)
-            return wanted
+            return is_wanted
 
     def close(self) -> None:
-        """Let go of everything, now and from now on."""
-        ours = self._pid == os.getpid()
-        with self._lock if ours else contextlib.nullcontext():
-            self._open = False
+        """Release all segments, and keep none from now on."""
+        is_ours = self._pid == os.getpid()
+        with self._lock if is_ours else contextlib.nullcontext():
+            self._is_open = False
             free, self._free = self._free, []
         for memory in free:
-            (memory if ours else memory._replace(label=0)).let_go()
+            (memory if is_ours else memory._replace(label=0)).release()
 
-    def __del__(self, _ending: Any = sys.is_finalizing) -> None:
-        if _ending():
+    def __del__(self, _is_ending: Any = sys.is_finalizing) -> None:
+        if _is_ending():
             for memory in self._free:
-                memory.let_go()
+                memory.release()
         else:
             self.close()
 
 
 @dataclass(frozen=True)
 class SharedView:
-    """Where an array lies in a segment: all that travels of it.
+    """The place of an array in a segment, in a form that can travel.
 
     ``segment`` is None for an array without bytes.
     """
@@ -444,7 +447,7 @@ class SharedView:
     dtype: np.dtype[Any]
 
     def open(self, mode: Mode) -> np.ndarray:
-        """The array, over a mapping of its own."""
+        """Map the segment, and return the array over that mapping."""
         if self.segment is None:
             array = np.empty(self.shape, self.dtype)
             array.flags.writeable = mode != "read"
@@ -460,24 +463,24 @@ class SharedView:
         return self.map_over(self.segment.map(mode))
 
     def map_over(self, mapping: Mapping) -> np.ndarray:
-        """The array over a mapping of its segment."""
+        """Return the array over a given mapping of its segment."""
         return np.ndarray(self.shape, self.dtype, mapping, self.offset, self.strides)
 
 
 def cut_off(path: str, size: int, end: int) -> ValueError:
-    """The error for a file that is shorter than an array in it."""
+    """Return the error for a file that is shorter than an array in it."""
     return ValueError(
         f"{path} was cut off: it has {size:,} bytes, but the array that maps it needs {end:,}"
     )
 
 
 def memory_owner(array: np.ndarray) -> object:
-    """What an array is a view of in the end, through arrays and memoryviews."""
+    """Return the object that owns the memory of an array, behind all arrays and memoryviews."""
     owner: Any = array
     while True:
         if isinstance(owner, memoryview):
             owner = owner.obj
-        # Others have a base without end. NumPy itself puts an object below views with strides.
+        # Bases of other types may never end. NumPy itself puts an object below views with strides.
         elif isinstance(owner, np.ndarray) or type(owner).__module__.startswith("numpy."):
             owner = getattr(owner, "base", None)
         else:
@@ -485,7 +488,7 @@ def memory_owner(array: np.ndarray) -> object:
 
 
 def locate(array: np.ndarray) -> SharedView | None:
-    """The descriptor of an array over a mapping of this process; None if it is elsewhere."""
+    """Return the view of an array over a mapping of this process; None if it lies elsewhere."""
     owner = memory_owner(array)
     if not isinstance(owner, Mapping) or owner.private or array.nbytes == 0:
         return None
@@ -497,8 +500,8 @@ def locate(array: np.ndarray) -> SharedView | None:
     return SharedView(owner.segment, offset, array.shape, array.strides, array.dtype)
 
 
-def _nameless_file(folder: str) -> Descriptor:
-    """A new file, readable by its owner alone, that has no name from the start or at once."""
+def _create_nameless_file(folder: str) -> Descriptor:
+    """Create a file that only its owner can read, and that has no name or loses it at once."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(
             errno.ENOENT, "temp_folder must be an existing folder", os.fspath(folder)

@@ -1,4 +1,4 @@
-"""Copies of what a run needs, in one segment."""
+"""Copies of what a run needs, all in one segment."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from taskcarrier.memory.strides import (
 
 
 class Staging:
-    """Copies arrays and bytes into one segment, one after the other.
+    """Copies of arrays and bytes in one segment, one after the other.
 
     Parameters
     ----------
     folder : str, optional
-        Where the segment lies; memory if None.
+        The folder in which the segment lies; None for memory.
     recycler : Recycler, optional
-        Where segments come from and go to.
+        The source of the segment, to which it returns.
 
     Attributes
     ----------
     nbytes : int
-        Bytes copied so far; who copies in another way for the run adds to it.
+        The bytes copied so far. Code that copies in another way for the run adds to it.
     """
 
     def __init__(self, folder: str | None = None, recycler: Recycler | None = None) -> None:
@@ -41,16 +41,16 @@ class Staging:
         self.nbytes = 0
 
     def share(self, arrays: Iterable[np.ndarray]) -> list[SharedView]:
-        """Descriptors of arrays: those in a segment cost nothing, others are copied.
+        """Return views of arrays; those that are not in a segment yet are copied.
 
-        What is copied is all bytes from an array's first to its last, gaps and all.
+        All bytes from an array's first to its last are copied, including gaps.
         """
-        found = [(array, locate(array)) for array in arrays]
-        self._prepare(sum(footprint(array) for array, view in found if view is None))
-        return [self._copy(array) if view is None else view for array, view in found]
+        located = [(array, locate(array)) for array in arrays]
+        self._prepare(sum(footprint(array) for array, view in located if view is None))
+        return [self._copy(array) if view is None else view for array, view in located]
 
     def place(self, nbytes: int, low: int = 0) -> tuple[Segment, int]:
-        """Room for `nbytes` whose original address is `low`: the segment and an offset."""
+        """Reserve room for `nbytes` from address `low`, and return the segment and the offset."""
         offset = align(self._end) + low % ALIGNMENT
         end = offset + nbytes
         if self._segment is None:
@@ -62,13 +62,13 @@ class Staging:
         return self._segment, offset
 
     def add(self, block: memoryview) -> tuple[Segment, int]:
-        """Copy bytes; the segment and the offset they have now."""
+        """Copy bytes, and return the segment and the offset at which they lie."""
         segment, offset = self.place(len(block))
         segment.write(offset, block)
         return segment, offset
 
     def _prepare(self, nbytes: int) -> None:
-        """Have the segment, and reserve at once what is known to be needed."""
+        """Make the segment if there is none, and reserve `nbytes` more in one step."""
         if nbytes == 0:
             return
         if self._segment is None:
@@ -82,8 +82,8 @@ class Staging:
         if array.nbytes == 0:
             return SharedView(None, 0, array.shape, array.strides, array.dtype)
         low, high = byte_bounds(array)
-        # The bytes as they lie, gaps and all: the strides stay the same, so the function adds
-        # up in the same order as it would on the original. Overlapping and repeated items
+        # Bytes are copied as they lie, including gaps: the strides stay the same, so the function
+        # adds up in the same order as it would on the original. Overlapping and repeated items
         # (windows, zero strides) are not expanded.
         segment, offset = self.place(high - low, low)
         segment.write(offset, bytes_at(low, high - low))

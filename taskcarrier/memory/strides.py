@@ -1,16 +1,16 @@
-"""How arrays lie in memory: arithmetic on addresses, shapes and strides."""
+"""The layout of arrays in memory: arithmetic on addresses, shapes and strides."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# Copies agree with the original address modulo a cache line, so that loops which treat an
-# unaligned start specially do the same work on the copy.
+# A copy has the address of the original modulo a cache line, so that loops which treat an unaligned
+# start specially do the same work on the copy.
 ALIGNMENT = 64
 
 
 def is_mostly_gaps(array: np.ndarray) -> bool:
-    """Whether a view spreads over more than twice the bytes of its items."""
+    """Return whether a view spreads over more than twice the bytes of its items."""
     if array.flags.forc or array.nbytes == 0:
         return False
     low, high = byte_bounds(array)
@@ -18,13 +18,13 @@ def is_mostly_gaps(array: np.ndarray) -> bool:
 
 
 def items_first(array: np.ndarray, axis: int) -> np.ndarray:
-    """A view with the mapped axis first."""
-    # `moveaxis` takes 2 µs, and calls of 0.2 ms come to several (`python -m bench kernels`).
+    """Return a view with the mapped axis first."""
+    # `moveaxis` takes 2 µs, and a call of 0.2 ms would need several (`python -m bench kernels`).
     return array if axis == 0 else np.moveaxis(array, axis, 0)
 
 
 def without_gaps(array: np.ndarray) -> np.ndarray:
-    """A copy of a non-empty array without gaps, in the order and with the signs of its strides."""
+    """Copy a non-empty array without gaps, with the order and the signs of its strides."""
     strides = _dense_strides(array)
     ends = [(n - 1) * stride for n, stride in zip(array.shape, strides, strict=True)]
     memory = np.empty(sum(map(abs, ends)) + array.itemsize, np.uint8)
@@ -35,6 +35,7 @@ def without_gaps(array: np.ndarray) -> np.ndarray:
 
 
 def _dense_strides(array: np.ndarray) -> tuple[int, ...]:
+    """Return strides without gaps, with the order and the signs of those of `array`."""
     strides = [0] * array.ndim
     step = array.itemsize
     for axis in sorted(range(array.ndim), key=lambda axis: abs(array.strides[axis])):
@@ -45,7 +46,7 @@ def _dense_strides(array: np.ndarray) -> tuple[int, ...]:
 
 
 def contiguous_strides(shape: tuple[int, ...], itemsize: int, order: str) -> tuple[int, ...]:
-    """Strides of a contiguous array in C or Fortran order (``"C"``, ``"F"``)."""
+    """Return the strides of a contiguous array in C or Fortran order (``"C"``, ``"F"``)."""
     strides = []
     step = itemsize
     for length in shape if order == "F" else reversed(shape):
@@ -55,7 +56,7 @@ def contiguous_strides(shape: tuple[int, ...], itemsize: int, order: str) -> tup
 
 
 def byte_bounds(array: np.ndarray) -> tuple[int, int]:
-    """Addresses of the first byte of a non-empty array and of the one after its last."""
+    """Return the address of a non-empty array's lowest byte, and that after its highest byte."""
     low = high = address_of(array)
     for n, stride in zip(array.shape, array.strides, strict=True):
         if stride < 0:
@@ -66,7 +67,7 @@ def byte_bounds(array: np.ndarray) -> tuple[int, int]:
 
 
 def footprint(array: np.ndarray) -> int:
-    """Bytes that copying the array takes, with room for alignment."""
+    """Return the bytes that a copy of the array takes, with room for alignment."""
     if array.nbytes == 0:
         return 0
     low, high = byte_bounds(array)
@@ -74,13 +75,13 @@ def footprint(array: np.ndarray) -> int:
 
 
 def address_of(array: np.ndarray) -> int:
-    """Address of an array's first item (not of its lowest byte, if strides are negative)."""
+    """Return the address of the first item (not of the lowest byte, if strides are negative)."""
     address: int = array.__array_interface__["data"][0]
     return address
 
 
-class _Raw:
-    """Bytes at an address, as NumPy's array interface says it."""
+class _RawMemory:
+    """Bytes at an address, in the form of NumPy's array interface."""
 
     def __init__(self, address: int, nbytes: int) -> None:
         self.__array_interface__ = {
@@ -92,19 +93,19 @@ class _Raw:
 
 
 def bytes_at(address: int, nbytes: int) -> memoryview:
-    """The memory at an address, which must stay alive meanwhile; read-only."""
-    return np.asarray(_Raw(address, nbytes)).data
+    """Return the memory at an address, read-only; it must stay alive while it is used."""
+    return np.asarray(_RawMemory(address, nbytes)).data
 
 
 def align(nbytes: int) -> int:
-    """The next multiple of `ALIGNMENT`."""
+    """Round up to a multiple of `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def has_internal_overlap(array: np.ndarray) -> bool:
-    """Whether two items of an array may lie in the same memory.
+    """Return whether two items of an array may lie in the same memory.
 
-    Told from the strides: those of an array whose axes nest in each other do not overlap.
+    The strides decide: items do not overlap if the axes nest in each other.
     """
     if array.size <= 1:
         return False

@@ -1,1 +1,1 @@
-"""Who takes which chunk: arithmetic and shared counters, no data."""
+"""Which worker takes which chunk: arithmetic and shared counters, no data."""

@@ -1,9 +1,9 @@
-"""The rules by which workers come by chunks, as small frozen values.
+"""The rules that decide which worker takes which chunk, as small frozen values.
 
-Static and dynamic differ in who takes which chunk, and in nothing else. Under both, the chunks
-of one worker come in ascending order, and a worker looks at the ledger's halt word before
-each. Under dynamic, chunks are given out in ascending order over all workers: when one fails,
-all chunks below it were taken before, and are finished. Chunks with a mark are left out.
+Static and dynamic differ only in which worker takes which chunk. Under both, a worker takes its
+chunks in ascending order, and checks the ledger's halt word before each. Under dynamic, chunks are
+given out in ascending order over all workers: when one fails, all chunks below it were taken
+earlier, and are finished. Chunks that are marked already are skipped.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from taskcarrier.scheduling.partition import Partition
 
 @dataclass(frozen=True)
 class Static:
-    """Each worker has one contiguous run of chunks, cut evenly beforehand."""
+    """Each worker has one contiguous share of the chunks, of equal size and cut beforehand."""
 
     name = "static"
 
     def chunks(self, ledger: Ledger, worker: int, n_workers: int, n_chunks: int) -> Iterator[int]:
-        """The chunks of one worker, each in its hand when it is yielded."""
+        """Yield the chunks of one worker, each in hand when it is yielded."""
         marks = ledger.marks
         for index in self.plan(worker, n_workers, n_chunks):
             if ledger.is_halted:
@@ -32,26 +32,26 @@ class Static:
                 yield index
 
     def plan(self, worker: int, n_workers: int, n_chunks: int) -> range:
-        """The chunks that only this worker will run."""
+        """Return the chunks that only this worker will run."""
         parts = Partition(n_workers, n_chunks)
         return range(parts[worker].start, parts[worker].stop) if worker < len(parts) else range(0)
 
 
 @dataclass(frozen=True)
 class Dynamic:
-    """The next chunk goes to whoever is free."""
+    """The next chunk goes to the next free worker."""
 
     name = "dynamic"
 
     def chunks(self, ledger: Ledger, worker: int, n_workers: int, n_chunks: int) -> Iterator[int]:  # noqa: ARG002  # the rules share one signature
-        """The chunks of one worker, each in its hand when it is yielded."""
+        """Yield the chunks of one worker, each in hand when it is yielded."""
         marks = ledger.marks
         while not ledger.is_halted and (index := ledger.claim(worker)) < n_chunks:
             if marks is None or marks[index] == PENDING:
                 yield index
 
     def plan(self, worker: int, n_workers: int, n_chunks: int) -> range:  # noqa: ARG002  # the rules share one signature
-        """No chunk belongs to one worker alone."""
+        """Return no chunks: none is reserved for one worker."""
         return range(0)
 
 
@@ -61,7 +61,7 @@ _RULES: dict[str, Balance] = {rule.name: rule for rule in (Static(), Dynamic())}
 
 
 def get_balance(name: object) -> Balance:
-    """The rule of that name; a `ValueError` names the allowed ones."""
+    """Return the rule with this name, or raise a `ValueError` that lists the allowed names."""
     rule = _RULES.get(name) if isinstance(name, str) else None
     if rule is None:
         raise ValueError(f"balance must be one of {', '.join(map(repr, _RULES))}, got {name!r}")

@@ -1,4 +1,4 @@
-"""Small values that workers share: a counter that each number leaves once, a value that is set once."""
+"""Small values that workers share: a counter, and a value that is set once."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _LENGTH = struct.Struct("<Q")
 
 
 class Counter(Protocol):
-    """A counter that several workers advance, each number going to exactly one of them."""
+    """A number that several workers advance; each value goes to exactly one of them."""
 
     def advance(self) -> int:
-        """The next number, from 0."""
+        """Take the next number; the first is 0."""
 
     def position(self) -> int:
-        """How many numbers were given out."""
+        """Return how many numbers were given out."""
 
     def reset(self) -> None:
-        """Start from 0 again; nobody may be claiming."""
+        """Start from 0 again; no worker may be claiming."""
 
 
 class ThreadCounter:
@@ -52,7 +52,7 @@ class FileCounter:
     Parameters
     ----------
     fd : int
-        A descriptor of the description. Owned by whoever made it.
+        A descriptor of that file. The code that created it owns it.
     """
 
     def __init__(self, fd: int) -> None:
@@ -60,8 +60,8 @@ class FileCounter:
 
     @staticmethod
     def create() -> int:
-        """A new descriptor fit to be a counter; the caller owns it."""
-        return _memory_file(0)
+        """Return a new descriptor that can serve as a counter; the calling code owns it."""
+        return _create_memory_file(0)
 
     def advance(self) -> int:  # noqa: D102  # as in Counter
         return os.lseek(self.fd, 1, os.SEEK_CUR) - 1
@@ -74,20 +74,20 @@ class FileCounter:
 
 
 class SetOnce(Protocol):
-    """One small value, settled by whoever proposes first; picklable, and not None."""
+    """A small value that the first proposal decides; it must be picklable, and not None."""
 
     def propose(self, proposal: Any) -> Any:
-        """The first proposal of all: this one, or an earlier one."""
+        """Propose a value, and return the first of all proposals: this one or an earlier one."""
 
     def get(self) -> Any:
-        """The first proposal, None before there is one."""
+        """Return the first proposal, or None if there is none yet."""
 
     def reset(self) -> None:
-        """Forget it; nobody may be proposing."""
+        """Forget the value; no worker may be proposing."""
 
 
 class ThreadSetOnce:
-    """An agreement between the threads of one process."""
+    """A set-once value for the threads of one process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -107,12 +107,12 @@ class ThreadSetOnce:
 
 
 class FileSetOnce:
-    """An agreement between processes: the first record of an append-only file.
+    """A set-once value for processes: the first record of an append-only file.
 
     Parameters
     ----------
     fd : int
-        A descriptor of the file. Owned by whoever made it.
+        A descriptor of the file. The code that created it owns it.
     """
 
     def __init__(self, fd: int) -> None:
@@ -120,40 +120,43 @@ class FileSetOnce:
 
     @staticmethod
     def create() -> int:
-        """A new descriptor fit to be an agreement; the caller owns it."""
-        return _memory_file(os.O_APPEND)
+        """Return a new descriptor that can hold a set-once value; the calling code owns it."""
+        return _create_memory_file(os.O_APPEND)
 
     def propose(self, proposal: Any) -> Any:  # noqa: D102  # as in SetOnce
         packed = pickle.dumps(proposal)
-        # One write, so a proposal is there whole or not at all.
+        # One write, so that the file has a proposal either completely or not at all.
         os.write(self.fd, _LENGTH.pack(len(packed)) + packed)
         return self.get()
 
     def get(self) -> Any:  # noqa: D102  # as in SetOnce
-        head = os.pread(self.fd, _LENGTH.size, 0)
-        if not head:
+        header = os.pread(self.fd, _LENGTH.size, 0)
+        if not header:
             return None
-        return pickle.loads(os.pread(self.fd, _LENGTH.unpack(head)[0], _LENGTH.size))
+        return pickle.loads(os.pread(self.fd, _LENGTH.unpack(header)[0], _LENGTH.size))
 
     def reset(self) -> None:  # noqa: D102  # as in SetOnce
         os.ftruncate(self.fd, 0)
 
 
-def _memory_file(flags: int) -> int:
-    """A new memory file, opened through /proc: the kernel serialises the position of these."""
+def _create_memory_file(flags: int) -> int:
+    """Create a memory file and return its descriptor.
+
+    It is opened through /proc, because the kernel serialises the position of such files only.
+    """
     with keep_standard_free():
         raw = os.memfd_create("taskcarrier-ledger", os.MFD_CLOEXEC)
         try:
             return os.open(f"/proc/self/fd/{raw}", os.O_RDWR | os.O_CLOEXEC | flags)
-        except (FileNotFoundError, PermissionError):  # there is no /proc, or not for us
-            return _temporary_file(flags)
+        except (FileNotFoundError, PermissionError):  # /proc is missing, or closed to us
+            return _create_temporary_file(flags)
         finally:
             os.close(raw)
 
 
-def _temporary_file(flags: int) -> int:
-    """The same on disk, without a name; what is written to it is next to nothing."""
-    import fcntl  # noqa: PLC0415  # rarely needed, as the next one
+def _create_temporary_file(flags: int) -> int:
+    """Create a file without a name on disk instead; very little is written to it."""
+    import fcntl  # noqa: PLC0415  # rarely needed, like the next one
     import tempfile  # noqa: PLC0415  # slow
 
     with tempfile.TemporaryFile() as file:

@@ -1,8 +1,8 @@
-"""Cutting a range of items into contiguous pieces: arithmetic only, no data.
+"""Cutting a range of items into contiguous slices: arithmetic only, no data.
 
 `Partition` cuts a range into a given number of near-equal slices; `ChunkGrid` cuts it into chunks
-of a given length. Both are three integers: nothing is materialised, any piece is computed
-when it is asked for.
+of a given length. Both hold a few integers: nothing is materialised, and each slice or chunk is
+computed when it is asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Partition(Sequence[slice]):
     """At most `n_parts` contiguous, non-empty, near-equal slices of ``range(size)``.
 
     The slices cover ``range(size)`` in order, without gap or overlap. Their lengths differ
-    by one at most, and the longer ones come first.
+    by at most one, and the longer ones come first.
 
     Parameters
     ----------
@@ -34,8 +34,8 @@ class Partition(Sequence[slice]):
 
     Notes
     -----
-    A partition is a sequence in O(1) memory: it has a length, can be indexed (from the end
-    too), sliced (which gives a partition again) and iterated.
+    A partition is a sequence in O(1) memory: it has a length, and can be indexed (also from the
+    end), sliced (which gives a partition again) and iterated over.
 
     Examples
     --------

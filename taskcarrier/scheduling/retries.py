@@ -1,8 +1,8 @@
-"""What is done about a range that failed: decisions without a clock or a worker.
+"""Decisions on what to do about a range that failed; they need no clock and no worker.
 
-A worker that dies leaves a range in hand. It is given out again, `retries` times; if it kills each
-time, it is cut into halves of what is left, so that every further death halves the range that is
-suspected, until one item is left.
+A worker that dies leaves a range in hand. That range is run again, up to `retries` times. If a
+worker dies each time, it is split: half of it, half of the rest, and so on. So every further death
+halves the range under suspicion, until one item is left.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from taskcarrier.notes import add_note
 from taskcarrier.system.interrupts import is_of_the_program
 
 RETRIES = 2
-"""How often a range on which a worker died is run again, if nothing else was said."""
+"""How often a range on which a worker died is run again by default."""
 
 
 class Attempt(NamedTuple):
-    """A range that is given out again.
+    """A range that is run outside the grid.
 
     Attributes
     ----------
     start, stop : int
-        Its items.
+        The bounds of the range.
     attempt : int
         The attempt number, from 1.
     """
@@ -37,16 +37,16 @@ class Attempt(NamedTuple):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a range may take, and what is tried again.
+    """How long a range may take, and which failures are retried.
 
     Attributes
     ----------
     timeout : float or None
-        Seconds for each range; None for any time.
+        The seconds that each range may take; None for no limit.
     retries : int
         How often a range is run again.
     retry_on : tuple of exception types
-        Which exceptions of the function are a reason for that, beside the death of a worker.
+        The exceptions of the function that are retried, besides the death of a worker.
     """
 
     timeout: float | None = None
@@ -55,7 +55,7 @@ class RetryPolicy:
 
     @classmethod
     def from_arguments(cls, timeout: object, retries: object, retry_on: object) -> RetryPolicy:
-        """From the arguments of a call, or an error that says what is wrong with them."""
+        """Make a policy from the arguments of a call, or raise an error that says what is wrong."""
         if timeout is None and retries is RETRIES and retry_on == ():
             return DEFAULT_POLICY
         n_retries = check_integer(retries, "retries", "a number of further attempts, 0 or more")
@@ -70,50 +70,52 @@ class RetryPolicy:
         return cls(check_timeout(timeout), n_retries, kinds)
 
     def __reduce__(self) -> Any:
-        # For workers. Types of the caller's own are for it alone, which knows how to pickle them.
-        kept = tuple(kind for kind in self.retry_on if kind.__module__ == "builtins")
-        return RetryPolicy, (self.timeout, self.retries, kept)
+        # For workers, which look for builtin types only. The user's own types travel with the
+        # function (`WithRetries`), through a pickler that can handle them.
+        builtin_types = tuple(kind for kind in self.retry_on if kind.__module__ == "builtins")
+        return RetryPolicy, (self.timeout, self.retries, builtin_types)
 
     @property
     def timeout_ns(self) -> int:
-        """The time for each range in nanoseconds, 0 for any time."""
+        """The nanoseconds that each range may take, 0 for no limit."""
         return 0 if self.timeout is None else max(1, round(self.timeout * 1e9))
 
     def next_after_death(self, attempt: Attempt, *, can_split: bool) -> list[Attempt]:
-        """What to run instead of a range on which a worker died; nothing if it is to blame.
+        """Return what to run after a worker died on a range; nothing if the range is to blame.
 
         Parameters
         ----------
         attempt : Attempt
-            The range.
+            The range that the worker had in hand.
         can_split : bool
             Whether parts of a range can be run.
 
-        >>> RetryPolicy(retries=1).next_after_death(Attempt(0, 8, 1), can_split=True)
+        >>> policy = RetryPolicy(retries=1)
+        >>> policy.next_after_death(Attempt(0, 8, 1), can_split=True)
         [Attempt(start=0, stop=8, attempt=2)]
-        >>> [tuple(one) for one in RetryPolicy(retries=1).next_after_death(Attempt(0, 8, 2), can_split=True)]
+        >>> [tuple(part) for part in policy.next_after_death(Attempt(0, 8, 2), can_split=True)]
         [(0, 4, 3), (4, 6, 3), (6, 7, 3), (7, 8, 3)]
         """
-        number = attempt.attempt + 1
+        next_number = attempt.attempt + 1
         if attempt.attempt <= self.retries:
-            return [attempt._replace(attempt=number)]
+            return [attempt._replace(attempt=next_number)]
         if self.retries == 0 or not can_split or attempt.stop - attempt.start == 1:
             return []
-        return [Attempt(*part, number) for part in halvings(attempt.start, attempt.stop)]
+        return [Attempt(*part, next_number) for part in halvings(attempt.start, attempt.stop)]
 
     def next_after_timeout(self, attempt: Attempt) -> list[Attempt]:
-        """What to run instead of a range that took too long; nothing if that is final."""
+        """Return what to run after a range took too long; nothing if it is not retried."""
         if attempt.attempt <= self.retries and issubclass(TimeoutError, self.retry_on):
             return [attempt._replace(attempt=attempt.attempt + 1)]
         return []
 
 
 DEFAULT_POLICY = RetryPolicy()
-"""What holds if nothing else was said."""
+"""The policy of a call that does not ask for another."""
 
 
 def halvings(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """A range of at least two items in pieces, each half of what is left, the last of one item.
+    """Yield the parts of a range of at least two items: each is half of the rest, down to one item.
 
     >>> list(halvings(0, 10))
     [(0, 5), (5, 8), (8, 9), (9, 10)]
@@ -126,12 +128,12 @@ def halvings(start: int, stop: int) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
-# More seconds than a clock of nanoseconds counts in 64 bits, some 292 years, are no limit.
+# A 64-bit clock of nanoseconds counts up to about 292 years; longer timeouts are no limit.
 _LONGEST_TIMEOUT = 2**63 / 1e9
 
 
 def check_timeout(timeout: Any) -> float | None:
-    """`timeout` as a positive number of seconds; None for any time.
+    """Return `timeout` as a positive number of seconds, or None for no limit; else `ValueError`.
 
     >>> check_timeout(3), check_timeout(float("inf"))
     (3.0, None)
@@ -140,7 +142,7 @@ def check_timeout(timeout: Any) -> float | None:
         return None
     try:
         seconds = float(timeout)
-    except OverflowError:  # an integer or a fraction beyond all floats
+    except OverflowError:  # an integer or a fraction too large for a float
         seconds = float("inf") if timeout > 0 else 0.0
     except (TypeError, ValueError):
         seconds = float("nan")
@@ -151,18 +153,18 @@ def check_timeout(timeout: Any) -> float | None:
 
 @dataclass(frozen=True, eq=False)
 class WithRetries:
-    """A function that is called again when it raises what is a reason for that.
+    """A function that is called again when it raises certain exceptions.
 
     Attributes
     ----------
     func : callable
         The function.
     retry_on : tuple of exception types
-        What is a reason.
+        The exceptions after which it is called again.
     retries : int
-        How often.
+        How often it is called again.
     copies : bool
-        Whether it may change the arrays that it gets, so that each call needs its own.
+        Whether the function may change the arrays that it gets, so that each call needs copies.
     """
 
     func: Callable[..., Any]
@@ -171,7 +173,7 @@ class WithRetries:
     copies: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What it returns, at the latest in the last attempt."""
+        """Return the result of the first successful call, or raise the error of the last one."""
         for _ in range(self.retries):
             try:
                 return self._call(args, kwargs)
@@ -186,5 +188,5 @@ class WithRetries:
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.copies:
-            args = tuple(one.copy() if hasattr(one, "__array__") else one for one in args)
+            args = tuple(arg.copy() if hasattr(arg, "__array__") else arg for arg in args)
         return self.func(*args, **kwargs)

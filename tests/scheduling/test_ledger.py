@@ -282,8 +282,8 @@ class TestLedger:
 
     def test_nothing_and_a_claim_are_no_range_given_out_again(self, ledger):
         assert ledger.attempt_in_hand(1) is None
-        ledger._cursor = DeadlyCursor(ledger._cursor)
-        ledger._cursor.dies = "before"
+        ledger._counter = DeadlyCursor(ledger._counter)
+        ledger._counter.dies = "before"
         with pytest.raises(Killed):
             ledger.claim(1)
         assert ledger.attempt_in_hand(1) is None

@@ -250,8 +250,8 @@ class Pool:
         n_calls = len(task.calls)
         ledger = Ledger(
             MortalMemory(words._words, fate),
-            MortalCounter(words._cursor, fate),
-            words._agreement,
+            MortalCounter(words._counter, fate),
+            words._set_once,
             MortalMemory(words._own_marks, fate),
         )
         data, fds = process.inside.receive()
