@@ -1,1 +1,1 @@
-"""What Python and the kernel may do at any moment: interrupts, forks, locks, descriptors, limits."""
+"""Tools for interrupts, forks, locks, descriptors, exceptions and limits of control groups."""

@@ -1,8 +1,8 @@
 """The control groups that this process is in: each may limit its memory and its share of cores.
 
-Limits are set at any level, by Docker at the root that a container sees, by systemd or Slurm
-further down. So all levels are asked, from the process's own group up to where the hierarchy is
-mounted.
+Limits may be set at any level: Docker sets them at the root that a container sees, systemd and
+Slurm further down. So all levels are read, from the process's own group up to where the hierarchy
+is mounted.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ _UNIFIED = "cgroup2"  # the second version has one hierarchy for everything
 
 
 def memory_left() -> list[tuple[int, str]]:
-    """Bytes that each limit leaves, cached files not counted, and the file that says so."""
+    """Return the bytes that each limit leaves (file cache counts as free) and the limit's file."""
     left = []
-    for folder, version in _folders("memory"):
+    for folder, version in _find_folders("memory"):
         limit, used = (
             ("memory.max", "memory.current")
             if version == _UNIFIED
             else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         )
-        with suppress(OSError, ValueError):  # no such file, or "max": no limit there
+        with suppress(OSError, ValueError):  # no such file, or "max": no limit
             room = int(text_of(f"{folder}/{limit}")) - int(text_of(f"{folder}/{used}"))
-            left.append((room + _reclaimable(folder), f"{folder}/{limit}"))
+            left.append((room + _count_reclaimable(folder), f"{folder}/{limit}"))
     return left
 
 
 def cores() -> float:
-    """The share of cores that the tightest limit allows; infinite if there is none."""
+    """Return the number of cores that the tightest limit allows; infinity if there is no limit."""
     shares = [float("inf")]
-    for folder, version in _folders("cpu"):
+    for folder, version in _find_folders("cpu"):
         with suppress(OSError, ValueError, ZeroDivisionError):  # as above
             if version == _UNIFIED:
                 quota, period = map(int, text_of(f"{folder}/cpu.max").split())
@@ -46,13 +46,13 @@ def cores() -> float:
     return min(shares)
 
 
-def _folders(controller: str) -> Iterator[tuple[str, str]]:
-    """Folders of a controller's groups, from this process's own up, and which version they are."""
-    for version, root, mounted_at, controllers in _mounts():
+def _find_folders(controller: str) -> Iterator[tuple[str, str]]:
+    """Yield folder and version of a controller's groups, from this process's own group up."""
+    for version, root, mounted_at, controllers in _find_mounts():
         if version != _UNIFIED and controller not in controllers:
             continue
-        own = _own_group(version, controller)
-        # Seen from a container, the own group may lie outside of what is mounted.
+        own = _find_own_group(version, controller)
+        # In a container, the process's own group may lie outside of what is mounted.
         below = os.path.relpath(own, root) if own is not None else "."
         folder = mounted_at if below.startswith("..") else os.path.normpath(f"{mounted_at}/{below}")
         while True:
@@ -62,8 +62,8 @@ def _folders(controller: str) -> Iterator[tuple[str, str]]:
             folder = os.path.dirname(folder)
 
 
-def _mounts() -> Iterator[tuple[str, str, str, list[str]]]:
-    """Version, root, place and controllers of each hierarchy that is mounted."""
+def _find_mounts() -> Iterator[tuple[str, str, str, list[str]]]:
+    """Yield version, root, mount point and controllers of each mounted hierarchy."""
     with suppress(OSError):
         for line in text_of(_MOUNTS).splitlines():
             before, _, after = line.partition(" - ")
@@ -73,7 +73,7 @@ def _mounts() -> Iterator[tuple[str, str, str, list[str]]]:
                 yield kind, root, mounted_at, options.split(",")
 
 
-def _own_group(version: str, controller: str) -> str | None:
+def _find_own_group(version: str, controller: str) -> str | None:
     with suppress(OSError):
         for line in text_of(_GROUPS).splitlines():
             number, controllers, path = line.split(":", 2)
@@ -86,18 +86,18 @@ def _unescape(word: str) -> str:
     return word.encode().decode("unicode_escape") if "\\" in word else word
 
 
-def _reclaimable(folder: str) -> int:
-    """Bytes of a group's use that are file cache, which the kernel gives back on demand."""
+def _count_reclaimable(folder: str) -> int:
+    """Return the bytes of file cache in a group's use, which the kernel frees on demand."""
     try:
         lines = [line.split() for line in text_of(f"{folder}/memory.stat").splitlines()]
     except OSError:
         return 0
-    found = {words[0]: int(words[1]) for words in lines}
-    # In the first version only what begins so counts groups below, as the use does.
-    return found.get("total_inactive_file", found.get("inactive_file", 0))
+    values = {words[0]: int(words[1]) for words in lines}
+    # In version 1 only the values with "total_" include the groups below, as the use does.
+    return values.get("total_inactive_file", values.get("inactive_file", 0))
 
 
 def text_of(path: str) -> str:
-    """What the kernel says in a file."""
+    """Return the text of a file of the kernel."""
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         return file.read()

@@ -1,8 +1,8 @@
-"""Context managers from generators, for blocks that may raise any exception.
+"""Context managers made from generators, for blocks that may raise any exception.
 
-`contextlib.contextmanager` sets the traceback of each exception that passes through. One that
-refuses attributes (`taskcarrier.notes`) would be replaced by the error of that. What is made here
-lets it pass, and is the same otherwise.
+`contextlib.contextmanager` sets the traceback of each exception that passes through. An exception
+that refuses attributes (`taskcarrier.notes`) would be replaced by the error of that attempt. The
+context managers here let it pass, and are the same otherwise.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class _Block(_GeneratorContextManager[Any]):
 
 
 def contextmanager(func: Callable[P, Iterator[T]]) -> Callable[P, AbstractContextManager[T]]:
-    """Make a context manager of a generator that yields once, as `contextlib` does."""
+    """Turn a generator function that yields once into a context manager, as `contextlib` does."""
 
     @functools.wraps(func)
-    def block(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[T]:
+    def make_block(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[T]:
         return _Block(func, args, kwargs)  # type: ignore[arg-type]  # it is a generator function
 
-    return block
+    return make_block

@@ -1,10 +1,10 @@
-"""Descriptors 0 to 2 are the program's own, also while they are closed.
+"""Descriptors 0 to 2 belong to the program, even while they are closed.
 
-Daemons close them, and so may the function in a worker. The kernel gives out the lowest number that
-is free, so memory or a socket of ours would get it, and the next `print` would go there. Whatever
-opens a descriptor that stays open does so inside ``with above_standard():``.
+Daemons close them, and so may the function in a worker. The kernel gives out the lowest free
+number, so our memory or socket would get it, and the next `print` would write there. Code that
+opens a descriptor that stays open does so inside ``with keep_standard_free():``.
 
-And none is a bare number for longer than it takes to open it: an exception that comes from outside
+A descriptor is a bare number only while it is being opened: an exception from outside
 (`taskcarrier.system.interrupts`) would leave it open for ever.
 """
 
@@ -24,34 +24,34 @@ STANDARD = range(3)
 
 
 _lock = ModuleLock()
-_inside = Holders()
-_plugs: list[int] = []  # standard descriptors that are ours meanwhile
+_openings = Holders()
+_plugs: list[int] = []  # standard descriptors that are blocked while something is opened
 
 
 @contextmanager
 def keep_standard_free() -> Iterator[None]:
-    """While it is entered, what is opened gets no standard descriptor, in any thread."""
+    """Keep what is opened meanwhile, in any thread, off the standard descriptors."""
     opening = Holder()
     try:
         with _lock:
-            _inside.add(opening)
+            _openings.add(opening)
             while not all(map(_is_open, STANDARD)):
-                # Of this kind nothing can be read, and nothing written: as if it were closed. Older
-                # lokys let children inherit it, and Python does not start on a folder.
+                # With O_PATH nothing can be read or written, as if it were closed. Older versions
+                # of loky let children inherit it, and Python does not start with a folder there.
                 _plugs.extend(map(os.open, (os.devnull,), (os.O_PATH | os.O_CLOEXEC,)))
                 if _plugs[-1] not in STANDARD:  # another thread has opened something
-                    _pull()
+                    _pull_plug()
                     break
         yield
     finally:
         with _lock:
-            _inside.discard(opening)
-            while _plugs and not _inside:
-                _pull()
+            _openings.discard(opening)
+            while _plugs and not _openings:
+                _pull_plug()
 
 
-def _pull() -> None:
-    """Close the last plug; done twice, this does no harm."""
+def _pull_plug() -> None:
+    """Close the last plug; to repeat an interrupted call does no harm."""
     if _is_plug(_plugs[-1]):  # the program may have put something else there
         os.close(_plugs[-1])
     _plugs.pop()
@@ -75,28 +75,28 @@ def _is_plug(fd: int) -> bool:
 
 if sys.platform == "linux":
     Descriptor = select.epoll
-    """The owner of an open descriptor, whatever that is of: ``fileno()``, ``close()``.
+    """The owner of an open descriptor of any kind, with ``fileno()`` and ``close()``.
 
-    It closes the descriptor when nothing refers to it any more. Of all that can own one, only this
-    does so without a word and without a line of Python, which an exception could cut short; nothing
-    else is done with it.
+    It closes the descriptor when nothing refers to it any more. No other possible owner does so
+    without a warning and without a line of Python, which an exception could interrupt. Nothing
+    else of epoll is used.
     """
     own = select.epoll.fromfd
-    """Makes one of a number; C code."""
+    """The function, in C code, that makes the owner of a descriptor from its number."""
 else:
 
     class Descriptor:
-        """The same, where there is no epoll."""
+        """The owner of an open descriptor, on platforms without epoll."""
 
         def __init__(self, fd: int) -> None:
             self._fd = fd
 
         def fileno(self) -> int:
-            """Its number."""
+            """Return the number of the descriptor."""
             return self._fd
 
         def close(self) -> None:
-            """Close it, unless that was done."""
+            """Close the descriptor, if it is still open."""
             fd, self._fd = self._fd, -1
             if fd >= 0:
                 os.close(fd)
@@ -107,7 +107,7 @@ else:
 
 
 def open_owned(function: Callable[..., int], *args: object) -> Descriptor:
-    """What a function of C opens, which has an owner before an exception can come between."""
+    """Call a C function that opens a descriptor; no exception can come before it has an owner."""
     with keep_standard_free():
-        (descriptor,) = map(own, map(function, *((one,) for one in args)))
+        (descriptor,) = map(own, map(function, *((argument,) for argument in args)))
     return descriptor

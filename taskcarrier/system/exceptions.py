@@ -1,4 +1,4 @@
-"""Attributes of the user's exceptions, whatever their classes do about attributes."""
+"""Access to attributes of the user's exceptions, even if their classes override it."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from typing import Any, NoReturn
 
 
 def get_plainly(error: BaseException, name: str) -> Any:
-    """An attribute that every exception has, as if its class had no ``__getattribute__``."""
+    """Return an attribute that every exception has, without a ``__getattribute__`` of its class."""
     return BaseException.__getattribute__(error, name)
 
 
 def set_plainly(error: BaseException, name: str, value: object) -> None:
-    """Set an attribute as if the exception's class had no ``__setattr__``."""
+    """Set an attribute of an exception, without a ``__setattr__`` of its class."""
     BaseException.__setattr__(error, name, value)
 
 
 def collect_related(error: BaseException) -> list[BaseException]:
-    """The exception, and all that it leads to once: causes, contexts, members of groups."""
-    found = {id(error): error}
+    """Return an exception and, once each, all its causes, contexts and members of groups."""
+    seen = {id(error): error}
     errors = [error]
-    for one in errors:  # grows meanwhile
-        members = one.exceptions if isinstance(one, BaseExceptionGroup) else ()
-        for following in (get_plainly(one, "__cause__"), get_plainly(one, "__context__"), *members):
-            if following is not None and id(following) not in found:
-                found[id(following)] = following
-                errors.append(following)
+    for each in errors:  # the list grows in the loop
+        members = each.exceptions if isinstance(each, BaseExceptionGroup) else ()
+        for inner in (get_plainly(each, "__cause__"), get_plainly(each, "__context__"), *members):
+            if inner is not None and id(inner) not in seen:
+                seen[id(inner)] = inner
+                errors.append(inner)
     return errors
 
 
 def raise_again(error: BaseException) -> NoReturn:
-    """Raise an exception that was raised before, with the context that it had there.
+    """Raise an exception that was raised before, with the context that it had then.
 
-    Python would put in its place what the caller is handling just now.
+    Python would replace this context by the exception that the caller is handling now.
     """
     context = get_plainly(error, "__context__")
     try:

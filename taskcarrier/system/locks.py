@@ -1,15 +1,18 @@
 """Locks that outlast every call: those of modules.
 
-Three things happen to them that do not happen to a lock of one run. A signal handler, or a
-finalizer that the garbage collector runs, may begin a map in a thread that is inside one: so each
-can be taken again by the thread that holds it, and what it guards must be right if that happens at
-any point. A program may fork while another thread is inside: the child has no such thread, so each
-is renewed there. And if the other thread is importing a module, the child would wait for ever for
-Python's own lock on that module: so a fork waits until such a lock is free.
+Three things happen to them that do not happen to a lock of one run:
 
-And an exception may come from outside (`taskcarrier.system.interrupts`) when one has just been taken. So
-``with`` must reach the C code of the lock itself: a method of ours between the two would be left
-with the lock taken, for good.
+- A signal handler, or a finalizer that the garbage collector runs, may begin a map in a thread that
+  holds such a lock. So that thread can take it again, and the guarded data must be valid if this
+  happens at any point.
+- The program may fork while another thread holds the lock. The child has no such thread, so the
+  lock is renewed there.
+- If the other thread is importing a module, the child would wait for ever for Python's own lock on
+  that module. So a fork waits until such a lock is free.
+
+An exception may also come from outside (`taskcarrier.system.interrupts`) just after a lock was
+taken. So ``with`` must call the C code of the lock directly: if a method of ours stood between the
+two, such an exception could end it with the lock still held, for good.
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ from typing import Self
 _locks: list[ModuleLock] = []
 
 
-class ModuleLock(RLock):  # type: ignore[misc]  # it can be inherited from: the stubs are wrong
+class ModuleLock(RLock):  # type: ignore[misc]  # it can be subclassed: the stubs are wrong
     """A lock for the variables of a module: ``with lock:``.
 
     Parameters
     ----------
     forks_wait : bool
-        Whether a fork of this process waits until no other thread is inside.
+        Whether a fork of this process waits until no other thread holds the lock.
     """
 
     _forks_wait: bool
@@ -39,22 +42,22 @@ class ModuleLock(RLock):  # type: ignore[misc]  # it can be inherited from: the 
         return lock
 
     def before_fork(self) -> None:
-        """Wait, if forks do."""
+        """Take the lock, if forks wait for it."""
         if self._forks_wait:
             self.acquire()
 
     def after_fork(self) -> None:
-        """Undo `before_fork`, in parent and child."""
+        """Undo `before_fork`, in the parent or the child."""
         if self._forks_wait:
             self.release()
 
     def renew(self) -> None:
-        """In a forked child: no other thread can be inside."""
+        """Renew the lock in a forked child, where no other thread can hold it."""
         self.after_fork()
         if self.acquire(blocking=False):
             self.release()
         else:
-            self._at_fork_reinit()  # type: ignore[attr-defined]  # what Python does to its own
+            self._at_fork_reinit()  # type: ignore[attr-defined]  # as Python does with its own locks
 
 
 def _before_fork() -> None:

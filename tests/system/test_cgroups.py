@@ -139,7 +139,7 @@ class TestCores:
 
 def group_of(controller):
     """A folder for a new group of the first version below that of this process, or None."""
-    for folder, version in cgroups._folders(controller):
+    for folder, version in cgroups._find_folders(controller):
         if version == "cgroup" and os.access(folder, os.W_OK):
             return Path(folder) / f"taskcarrier-{os.getpid()}"
     return None

@@ -1,1 +1,1 @@
-"""What a run has computed, so that another run can go on with it."""
+"""Records of what a run has computed, so that a later run can continue it."""

@@ -1,13 +1,13 @@
-"""What a call computes, so that a later run can tell whether it computes the same.
+"""A description of what a call computes, so that a later run can check that it computes the same.
 
-All that decides the values of a call is compared by digests (`taskcarrier.arrays.resume.fingerprint`), except for
-mapped arrays that may be too large for that:
+Everything that decides the values of a call is compared by digests
+(`taskcarrier.arrays.resume.fingerprint`), except for mapped arrays that may be too large for that:
 
-- A file is the same if its device, inode, times and size are. Otherwise 64 pages of it are
-  compared. One in memory (tmpfs) is compared as a whole: its times do not tell of all writes.
-- Of an array-like (a zarr array, for example) up to 64 items are compared.
+- A file is the same if its device, inode, times and size are the same. Otherwise 64 of its pages
+  are compared. A file in memory (tmpfs) is compared as a whole: its times do not show every write.
+- For an array-like (a zarr array, for example) up to 64 items are compared.
 
-Where samples are equal, the rest may still differ: the run goes on with a warning.
+Where the samples are equal, the rest may still differ: the run continues with a warning.
 """
 
 from __future__ import annotations
@@ -33,25 +33,26 @@ from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.workers.call import Call
 
 _N_SAMPLES = 64
-# Items of array-likes that are sampled together have about so many bytes at most.
+# The approximate limit on the bytes of all sampled items of one array-like.
 _SAMPLED_NBYTES = 1 << 26
-# So many names make a message that is still read.
+# A list with more names than this is too long to be read.
 _N_NAMES = 8
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """An input that is compared in samples.
+    """An input of which only samples are compared.
 
     Attributes
     ----------
     name : str
-        What to call it.
+        The name of the input in messages.
     samples : str
         A digest of the samples.
     status : list of int
-        Of a file: device, inode, time of the last change of its inode and of its content (in
-        nanoseconds), and size in bytes. Empty for others, which are never known to be the same.
+        For a file: device, inode, time of the last change of its inode and of its content (in
+        nanoseconds), and size in bytes. Empty for other inputs: they can never be known to be
+        unchanged.
     """
 
     name: str
@@ -61,16 +62,16 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Computation:
-    """All that decides the values of a call, as far as that can be told.
+    """Everything that decides the values of a call, as far as it can be determined.
 
     Attributes
     ----------
     digests : dict of str to str
-        By name.
+        A digest of each part of the call, by the name of the part.
     sampled : dict of str to Sampled
-        Inputs that are compared in samples besides, by name.
+        Inputs of which samples are compared in addition, by name.
     by_type : list of str
-        What is compared by its type alone.
+        Names of the values that are compared by their types alone.
     """
 
     digests: dict[str, str]
@@ -86,71 +87,79 @@ class Computation:
         halo: Halo | None,
         options: Mapping[str, object],
     ) -> Computation:
-        """Of a call; a `ValueError` if its function may write to arrays of the caller.
+        """Return the computation of a call.
 
         Parameters
         ----------
         call : Call
-            The function, and what it gets besides.
+            The function and its arguments besides the mapped arrays.
         inputs : Inputs
             The mapped arrays.
         grid : ChunkGrid
-            What a chunk is.
+            The division of the items into chunks.
         halo : Halo or None
-            Neighbours.
+            The neighbours that are read with each chunk.
         options : mapping of str to object
-            What else counts, as a text.
+            Other options that decide values; they are compared by their `repr`.
+
+        Raises
+        ------
+        ValueError
+            If the function may write to arrays of the caller.
         """
-        found = Fingerprint()
-        digests = found.of_function(call.func, "func")
-        if found.takes_writes:
+        fingerprint = Fingerprint()
+        digests = fingerprint.of_function(call.func, "func")
+        if fingerprint.takes_writes:
             raise ValueError(
                 f"resume=True cannot go with a function that may write to arrays of the caller: "
-                f"{', '.join(found.takes_writes)}. A range that an earlier run has finished is not "
-                "run again, so what it wrote there would be missing. Return the values instead; "
-                "if func only reads the array, pass it in args= or set its flags.writeable = False"
+                f"{', '.join(fingerprint.takes_writes)}. A range that an earlier run has finished "
+                "is not run again, so what it wrote there would be missing. Return the values "
+                "instead; if func only reads the array, pass it in args= or set its "
+                "flags.writeable = False"
             )
-        digests |= {f"args[{n}]": found.of(one, f"args[{n}]") for n, one in enumerate(call.args)}
-        keyed = {f"kwargs[{name!r}]": one for name, one in call.kwargs.items()}
-        digests |= {name: found.of(one, name) for name, one in keyed.items()}
+        digests |= {
+            f"args[{n}]": fingerprint.of(value, f"args[{n}]") for n, value in enumerate(call.args)
+        }
+        keywords = {f"kwargs[{name!r}]": value for name, value in call.kwargs.items()}
+        digests |= {name: fingerprint.of(value, name) for name, value in keywords.items()}
         sampled = {}
         for number, (array, axis) in enumerate(zip(inputs.arrays, inputs.axes, strict=True)):
             name = f"array {number}"
-            digests[name], samples = _input(array, axis, name, found)
+            digests[name], samples = _digest_input(array, axis, name, fingerprint)
             if samples is not None:
                 sampled[name] = samples
-        words = {"axis": inputs.axes, "items": grid.n_items, "chunksize": grid.chunksize}
-        words |= {"order": inputs.order}  # so the output lies
-        words |= {**options, "depth": halo}
-        digests |= {name: repr(value) for name, value in words.items()}
-        return cls(digests, sampled, sorted(found.not_looked_into))
+        settings = {"axis": inputs.axes, "items": grid.n_items, "chunksize": grid.chunksize}
+        settings |= {"order": inputs.order}  # the memory order of the output
+        settings |= {**options, "depth": halo}
+        digests |= {name: repr(value) for name, value in settings.items()}
+        return cls(digests, sampled, sorted(fingerprint.not_looked_into))
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Computation:
-        """From what `to_json` gave; an error where it was not that."""
-        digests, sampled = dict.items(found["digests"]), dict.items(found["sampled"])
-        return cls(dict(digests), {name: Sampled(**one) for name, one in sampled}, [])
+    def from_json(cls, data: Mapping[str, Any]) -> Computation:
+        """Return the computation that `to_json` described; raise an error for any other data."""
+        digests, sampled = dict.items(data["digests"]), dict.items(data["sampled"])
+        return cls(dict(digests), {name: Sampled(**fields) for name, fields in sampled}, [])
 
     def to_json(self) -> dict[str, Any]:
-        """What a later run is compared with, in a form for JSON."""
+        """Return what a later run is compared with, as an object for JSON."""
         return {
             "digests": self.digests,
-            "sampled": {name: asdict(one) for name, one in self.sampled.items()},
+            "sampled": {name: asdict(sampled) for name, sampled in self.sampled.items()},
         }
 
     def differences(self, earlier: Computation) -> list[str]:
-        """Names of what this computation and an earlier one do not have in common."""
+        """Return the names of the parts in which an earlier computation differs from this one."""
         names = {**self.digests, **earlier.digests}
-        differing = [one for one in names if self.digests.get(one) != earlier.digests.get(one)]
+        differing = [name for name in names if self.digests.get(name) != earlier.digests.get(name)]
         return differing + [
             name
             for name in {**self.sampled, **earlier.sampled}
             if name not in differing
-            and _samples(self.sampled.get(name)) != _samples(earlier.sampled.get(name))
+            and _get_samples(self.sampled.get(name)) != _get_samples(earlier.sampled.get(name))
         ]
 
     def notes(self) -> list[str]:
-        """Of what is compared by its type alone; the program is warned of it."""
+        """Return a note on the values that are compared by type alone, and warn of them."""
         if not self.by_type:
             return []
         names = self.by_type[:_N_NAMES]
@@ -160,65 +169,67 @@ class Computation:
         return [note]
 
     def doubts(self, earlier: Computation) -> list[str]:
-        """Of inputs that may differ from those of an earlier computation; the program is warned."""
+        """Return notes on inputs that may have changed since an earlier computation, and warn."""
         notes = [
-            f"resume compared samples of {own.name}, which may have changed"
-            for name, own in self.sampled.items()
-            if not own.status or own.status != earlier.sampled[name].status
+            f"resume compared samples of {sampled.name}, which may have changed"
+            for name, sampled in self.sampled.items()
+            if not sampled.status or sampled.status != earlier.sampled[name].status
         ]
         for note in notes:
             advise(f"{note}. The samples are equal, so the run goes on")
         return notes
 
 
-def _samples(sampled: Sampled | None) -> str | None:
+def _get_samples(sampled: Sampled | None) -> str | None:
     return None if sampled is None else sampled.samples
 
 
-def _input(array: Any, axis: int, name: str, found: Fingerprint) -> tuple[str, Sampled | None]:
-    """The digest of a mapped array, and what is sampled of it."""
+def _digest_input(
+    array: Any, axis: int, name: str, fingerprint: Fingerprint
+) -> tuple[str, Sampled | None]:
+    """Return the digest of a mapped array, and its samples (None if it is compared as a whole)."""
     if not isinstance(array, np.ndarray):
         kind = f"{type(array).__module__}.{type(array).__qualname__}"
-        samples = [found.of(item, name) for item in _items(array, axis)]
-        digest = found.of((kind, array.shape, array.dtype), name)
-        return digest, Sampled(f"{name} ({kind})", found.of(samples, name), [])
+        samples = [fingerprint.of(item, name) for item in _sample_items(array, axis)]
+        digest = fingerprint.of((kind, array.shape, array.dtype), name)
+        return digest, Sampled(f"{name} ({kind})", fingerprint.of(samples, name), [])
     view = find_shared(array)
     if view is None or view.segment is None or not view.segment.on_disk:
-        return found.of(array, name), None
+        return fingerprint.of(array, name), None
     if not sync_times(view.segment.fd):
-        return found.of(array, name), None
+        return fingerprint.of(array, name), None
     file = os.fstat(view.segment.fd)
     status = [file.st_dev, file.st_ino, file.st_ctime_ns, file.st_mtime_ns, file.st_size]
-    place = repr((view.offset, view.shape, view.strides, view.dtype, file.st_size))
-    samples = [found.of(page, name) for page in _pages(array, view)]
-    what = f"{name} ({name_of_file(view.segment.fd) or 'a file'})"
-    return found.of(place, name), Sampled(what, found.of(samples, name), status)
+    layout = repr((view.offset, view.shape, view.strides, view.dtype, file.st_size))
+    samples = [fingerprint.of(page, name) for page in _sample_pages(array, view)]
+    label = f"{name} ({name_of_file(view.segment.fd) or 'a file'})"
+    return fingerprint.of(layout, name), Sampled(label, fingerprint.of(samples, name), status)
 
 
-def _pages(array: np.ndarray, view: SharedView) -> Iterator[bytes]:
-    """Pages of a file that an array lies in, as far as it covers them."""
+def _sample_pages(array: np.ndarray, view: SharedView) -> Iterator[bytes]:
+    """Yield sampled pages of the file that an array lies in, cut to the bytes of the array."""
     assert view.segment is not None  # for the type checker
     low, high = byte_bounds(array)
     shift = view.offset - address_of(array)
     low, high = low + shift, high + shift
-    size = mmap.PAGESIZE
-    first, last = low // size, (high - 1) // size
-    for page in _evenly(last - first + 1, _N_SAMPLES):
-        start, stop = (first + page) * size, (first + page + 1) * size
+    page_nbytes = mmap.PAGESIZE
+    first, last = low // page_nbytes, (high - 1) // page_nbytes
+    for page in _pick_evenly(last - first + 1, _N_SAMPLES):
+        start, stop = (first + page) * page_nbytes, (first + page + 1) * page_nbytes
         start, stop = max(low, start), min(high, stop)
         yield os.pread(view.segment.fd, stop - start, start)
 
 
-def _items(array: Any, axis: int) -> Iterator[np.ndarray]:
-    """Items of an array-like."""
+def _sample_items(array: Any, axis: int) -> Iterator[np.ndarray]:
+    """Yield sampled items of an array-like."""
     n_items = array.shape[axis]
     item_nbytes = array.dtype.itemsize * int(np.prod(array.shape)) // max(1, n_items)
     read = ArrayLikeSource(Call(array), axis).open()
     n_samples = min(_N_SAMPLES, _SAMPLED_NBYTES // max(1, item_nbytes))
-    for item in _evenly(n_items, max(2, n_samples)):
+    for item in _pick_evenly(n_items, max(2, n_samples)):
         yield np.asarray(read(item, item + 1))
 
 
-def _evenly(n: int, n_samples: int) -> list[int]:
-    """So many of n numbers, at even distances: the first, the last, and between them."""
+def _pick_evenly(n: int, n_samples: int) -> list[int]:
+    """Return up to `n_samples` evenly spaced numbers from `range(n)`, with its first and last."""
     return np.unique(np.linspace(0, n - 1, min(n, n_samples)).astype(int)).tolist() if n else []

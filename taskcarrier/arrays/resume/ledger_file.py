@@ -1,25 +1,25 @@
-"""The ledger that a run keeps beside its output, so that another run can go on with it.
+"""The ledger that a run keeps beside its output, so that a later run can continue it.
 
 The file ``Y.npy.ledger`` stands beside ``Y.npy.part`` until ``Y.npy`` is complete:
 
 =====================  =========================================================================
-bytes                  what
+bytes                  content
 =====================  =========================================================================
 first line             ``TaskCarrier ledger 2``
-second line            one JSON object in ASCII: ``marks_at``, ``chunks``, and under ``computes`` all
-                       that decides values (`taskcarrier.arrays.resume.computation`)
+second line            one JSON object in ASCII: ``marks_at``, ``chunks``, and ``computes``:
+                       everything that decides values (`taskcarrier.arrays.resume.computation`)
 up to ``marks_at``     zeros; a multiple of 4096
-``chunks`` bytes more   one for each range of the run: 1 if its result is in the output, else
-                       anything else
+``chunks`` more bytes  one for each chunk of the run: 1 if its result is in the output, any other
+                       value if it is not
 =====================  =========================================================================
 
-A worker writes the result of a range to the output before it sets the range's mark. Both are in
-files, so they outlive every process (though not a power cut, for nobody waits for the disk). What
-results are like is in the header of the ``.part`` file, which is written before the first result.
-The file has no name until its header is whole, so there is a whole one or none; of marks that are
-torn or cut off, the ranges are run again.
+A worker writes the result of a chunk to the output before it sets the chunk's mark. Both are in
+files, so they outlive every process (but not a power cut, as no process waits for the disk). The
+dtype and shape of the results are in the header of the ``.part`` file, which is written before the
+first result. The ledger file gets its name only when its header is complete, so an incomplete one
+is never found. If marks are torn or cut off, their chunks are run again.
 
-Nothing here is pickled, and no file is opened through a link or that is somebody else's.
+Nothing here is pickled. A file is not opened through a link, nor if it belongs to another user.
 """
 
 from __future__ import annotations
@@ -42,41 +42,41 @@ from taskcarrier.scheduling.ledger import DONE, PENDING
 from taskcarrier.system.descriptors import Descriptor, open_owned, own
 
 _FIRST_LINE = b"TaskCarrier ledger 2\n"
-# Far more than the names of any call; a file that says more is none of ours.
+# Far more bytes than the names of any call need. A file with a longer header is not a ledger.
 _MAX_HEADER = 1 << 26
-# What `marks_at` itself takes in the header.
+# The bytes that `marks_at` itself may take in the header.
 _PLACE_NBYTES = 64
 _DESCRIPTORS = "/proc/self/fd/"
 
 
 class LedgerFile:
-    """The ledger beside an output.
+    """The ledger file beside an output.
 
     Parameters
     ----------
     path : str
-        Where the output is to be in the end.
+        The path of the finished output.
     n_chunks : int
-        Ranges of the run.
+        The number of chunks of the run.
     computation : Computation
-        All that decides values.
+        Everything that decides the values of the run.
 
     Attributes
     ----------
     notes : list of str
-        What the report should say.
+        Notes for the report.
 
     Raises
     ------
     ValueError
-        If there is one of another computation; says what differs.
+        If the file belongs to another computation. The message says what differs.
     BlockingIOError
-        If another run is at work with it.
+        If another run is using the file.
 
     Warns
     -----
     UserWarning
-        Of what cannot be compared, or in samples only.
+        If some values cannot be compared, or only in samples.
     """
 
     def __init__(self, path: str, n_chunks: int, computation: Computation) -> None:
@@ -100,44 +100,47 @@ class LedgerFile:
 
     @property
     def marks(self) -> SharedView:
-        """Where the chunks are marked."""
+        """The place of the marks in the file, one byte for each chunk."""
         n = self._n_chunks
         return SharedView(self._segment, self._marks_at, (n,), (1,), np.dtype(np.uint8))
 
     def begin(self, *, anew: bool) -> int:
-        """Have marks of finished ranges alone, or none at all; how many there are."""
+        """Reset the marks of unfinished chunks (all marks if `anew`); return the number left."""
         marks = self.marks.open("write")
         marks[slice(None) if anew else marks != DONE] = PENDING
         return int(np.count_nonzero(marks))
 
     def remove(self) -> None:
-        """The output is complete."""
-        with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+        """Remove the file: the output is complete."""
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
             os.unlink(self.path)
 
     def close(self) -> None:
-        """Let another run go on with it, whoever else has it open: workers, and what is mapped."""
+        """Unlock and close the file, so that another run can use it.
+
+        Workers may still have it open or mapped; that does not keep the lock.
+        """
         fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
     def _create(self) -> Descriptor:
-        """A new file with a whole header and no marks, put in place at once."""
+        """Create a file with a complete header and no marks, and give it its name in one step."""
         header = {"chunks": self._n_chunks, "computes": self._computation.to_json()}
         marks_at = _round_to_pages(len(_FIRST_LINE) + len(json.dumps(header)) + _PLACE_NBYTES)
         text = json.dumps({"marks_at": marks_at, **header}).encode("ascii") + b"\n"
         content = (_FIRST_LINE + text).ljust(marks_at, b"\0")
-        folder, own_name = os.path.split(self.path)
-        there = open_owned(os.open, folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        file, name = _nameless(folder)
+        folder, file_name = os.path.split(self.path)
+        folder_descriptor = open_owned(os.open, folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        file, name = _create_nameless_file(folder)
         try:
             end = len(content) + self._n_chunks
             with room_for(file.fileno(), end):
                 os.posix_fallocate(file.fileno(), 0, end)
             os.pwrite(file.fileno(), content, 0)
             fcntl.flock(file, fcntl.LOCK_EX)
-            # Not over one that another run has made meanwhile. Where a folder's descriptor is
-            # given, the link in /proc is followed to the file.
-            os.link(name, own_name, dst_dir_fd=there.fileno())
+            # A link does not replace a file that another run has made meanwhile. With a folder's
+            # descriptor given, Python follows the link in /proc to the file.
+            os.link(name, file_name, dst_dir_fd=folder_descriptor.fileno())
         except FileExistsError:
             raise busy(self.path) from None
         finally:
@@ -146,9 +149,9 @@ class LedgerFile:
         return file
 
     def _check(self) -> Segment:
-        """The file as a segment, if it is of this computation."""
+        """Return the file as a segment; raise `ValueError` if it is of another computation."""
         fd = self._file.fileno()
-        self._marks_at, n_chunks, earlier = _header_of(fd, self.path)
+        self._marks_at, n_chunks, earlier = _read_header(fd, self.path)
         differing = self._computation.differences(earlier)
         differing += ["the number of ranges"] if n_chunks != self._n_chunks else []
         if differing:
@@ -159,17 +162,17 @@ class LedgerFile:
         if not self.is_new:
             self.notes += self._computation.doubts(earlier)
         end = self._marks_at + self._n_chunks
-        if os.fstat(fd).st_size < end:  # it was cut off: those ranges are run again
+        if os.fstat(fd).st_size < end:  # it was cut off: chunks without marks are run again
             with room_for(fd, end):
                 os.posix_fallocate(fd, 0, end)
         return Segment(open_owned(os.dup, fd), on_disk=True, nbytes=end)
 
 
-def _nameless(folder: str) -> tuple[Descriptor, str]:
-    """A new file that is its owner's alone, and by what it can be linked to its place.
+def _create_nameless_file(folder: str) -> tuple[Descriptor, str]:
+    """Create a file that only its owner can open; return it and the path to link it from.
 
-    It has no name until then, so nothing is left of it however a run ends; but on file systems that
-    know no such files, and where there is no /proc.
+    The file has no name until it is linked, so nothing is left behind however a run ends. It has a
+    temporary name on file systems without nameless files, and where there is no /proc.
     """
     if not os.path.exists(_DESCRIPTORS):
         return _create_named_file(folder)
@@ -191,15 +194,15 @@ def _round_to_pages(nbytes: int) -> int:
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _header_of(fd: int, path: str) -> tuple[int, int, Computation]:
-    """Where the marks begin, how many there are, and what was computed."""
+def _read_header(fd: int, path: str) -> tuple[int, int, Computation]:
+    """Return where the marks begin, how many there are, and the computation of the file."""
     lines = os.pread(fd, _MAX_HEADER, 0).split(b"\n", 2)
     try:
         if lines[0] + b"\n" != _FIRST_LINE:
-            raise ValueError("its first line is another")  # noqa: TRY301  # one way out for all
-        found = json.loads(lines[1])
-        marks_at, n_chunks = found["marks_at"], found["chunks"]
-        computation = Computation.from_json(found["computes"])
+            raise ValueError("its first line is another")  # noqa: TRY301  # all errors leave below
+        header = json.loads(lines[1])
+        marks_at, n_chunks = header["marks_at"], header["chunks"]
+        computation = Computation.from_json(header["computes"])
         if not (isinstance(marks_at, int) and isinstance(n_chunks, int) and marks_at > 0):
             raise TypeError("its numbers are none")  # noqa: TRY301  # likewise
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
