@@ -1,1 +1,1 @@
-"""Where ranges run: in the caller, in threads, in processes, in workers of joblib."""
+"""The places where ranges run: the caller, threads, processes, and workers of joblib."""

@@ -1,4 +1,4 @@
-"""What the user gave."""
+"""The user's function and its arguments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Call:
-    """What the user gave: the function and what every call of it gets."""
+    """The user's function, and the arguments that every call of it gets."""
 
     func: Callable[..., Any]
     args: tuple[Any, ...] = ()

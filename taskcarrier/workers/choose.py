@@ -1,4 +1,4 @@
-"""Where a run takes place: pure decisions, each with its reason.
+"""The choice of where a run takes place: pure decisions, each with its reason.
 
 `facts_now` reads the state of the process once; `choose` turns the user's wishes and those
 facts into a `Choice`, and can be tested without any worker.
@@ -25,9 +25,10 @@ from taskcarrier.system.locks import ModuleLock
 from taskcarrier.workers.loop import is_in_worker
 
 OWN = ("sequential", "threading", "loky")
-"""Where our own workers run; any other name is one that was registered with joblib."""
+"""The backends of our own workers; any other name is one that was registered with joblib."""
 
-# Other words for these; the original's word, which is joblib's too, means our processes.
+# Other words for these. The original's word "multiprocessing", which is joblib's too, means our
+# processes.
 _ALIASES = {"threads": "threading", "processes": "loky", "multiprocessing": "loky"}
 
 BACKENDS = (*OWN, *_ALIASES)
@@ -35,18 +36,18 @@ BACKENDS = (*OWN, *_ALIASES)
 
 @dataclass(frozen=True)
 class Facts:
-    """What the process and the call bring along.
+    """The facts about the process and the call on which the choice depends.
 
     Attributes
     ----------
     cores : int
-        Cores this process may use (affinity and cgroup limits count).
+        The number of cores this process may use (affinity and cgroup limits count).
     is_in_worker : bool
-        Whether the call comes from inside a worker of ours.
+        Whether the call comes from inside one of our workers.
     nested_in_joblib : bool
-        Whether it comes from inside a task of joblib.
+        Whether the call comes from inside a task of joblib.
     active_backend, active_n_jobs : str or None, int or None
-        What an active `joblib.parallel_config` sets.
+        The backend and n_jobs that an active `joblib.parallel_config` sets.
     daemonic : bool
         Whether this process may not have children (a worker of `multiprocessing.Pool`).
     has_gil : bool
@@ -54,7 +55,7 @@ class Facts:
     has_processes : bool
         Whether the platform can run our worker processes.
     has_threads : bool
-        Whether Python starts threads (before 3.12.2 no more once the main thread has ended).
+        Whether Python starts threads (before 3.12.2, not after the main thread has ended).
     """
 
     cores: int
@@ -70,7 +71,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Choice:
-    """How many workers, where, and why.
+    """The backend and number of workers of a run, with the reason.
 
     Attributes
     ----------
@@ -78,10 +79,11 @@ class Choice:
         ``"sequential"``, ``"threading"`` or ``"loky"``; else the name of a backend that was
         registered with joblib.
     n_jobs : int
-        Workers, at least 1; 1 exactly for ``"sequential"``. Where the backend is a registered one,
-        which alone knows its workers, what was asked for: negative numbers count from all of them.
+        The number of workers, at least 1; 1 exactly for ``"sequential"``. For a backend that was
+        registered with joblib, which alone knows its workers, the number that was asked for:
+        negative numbers count from all of them.
     reason : str
-        Why this backend.
+        Why this backend was chosen.
     """
 
     backend: str
@@ -90,22 +92,22 @@ class Choice:
 
 
 def check_backend(backend: object) -> str | None:
-    """`backend` as the user may pass it; a `ValueError` names the allowed words."""
+    """Return the user's `backend` in our words; a `ValueError` names the allowed ones."""
     if backend is None:
         return None
     if isinstance(backend, str) and backend in BACKENDS:
         return _ALIASES.get(backend, backend)
-    others = [name for name in _check_registered() if name not in BACKENDS]
+    others = [name for name in _list_registered() if name not in BACKENDS]
     if not isinstance(backend, str) or backend not in others:
         raise ValueError(
-            f"backend must be None or one of {_list_in_words(BACKENDS)}, or for lists a name that is "
-            f"registered with joblib (now {_list_in_words(others)}), got {backend!r}"
+            f"backend must be None or one of {_list_in_words(BACKENDS)}, or for lists a name that "
+            f"is registered with joblib (now {_list_in_words(others)}), got {backend!r}"
         )
     return backend
 
 
 def check_for_arrays(backend: str | None, asked: str = "got ") -> None:
-    """A `ValueError` for a backend that can map over lists only; `asked` says who wants it."""
+    """Raise a `ValueError` for a backend that only maps over lists; `asked` says who wants it."""
     if backend is not None and backend not in OWN:
         raise ValueError(
             f"{asked}backend={backend!r}, which maps over arrays cannot use: only our own workers "
@@ -118,8 +120,8 @@ def _list_in_words(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-def _check_registered() -> list[str]:
-    """Names that joblib knows, those among them that it loads when they are asked for."""
+def _list_registered() -> list[str]:
+    """Return the names that joblib knows, including those that it loads only on demand."""
     load_joblib()
     from joblib.parallel import BACKENDS as REGISTERED  # noqa: PLC0415  # loaded already
     from joblib.parallel import EXTERNAL_BACKENDS  # noqa: PLC0415  # likewise
@@ -128,7 +130,7 @@ def _check_registered() -> list[str]:
 
 
 def check_n_jobs(n_jobs: object) -> int | None:
-    """`n_jobs` as the user may pass it: None or a non-zero integer."""
+    """Return the user's `n_jobs`; raise if it is neither None nor a non-zero integer."""
     if n_jobs is None:
         return None
     value = check_integer(n_jobs, "n_jobs", "a non-zero integer or None; -1 means all cores")
@@ -138,13 +140,16 @@ def check_n_jobs(n_jobs: object) -> int | None:
 
 
 def count_workers(n_jobs: int | None, facts: Facts) -> int:
-    """Workers for an `n_jobs`: joblib's rule for negative numbers, all cores for None."""
-    n_jobs = _get_wish(n_jobs, facts)
+    """Return the number of workers for `n_jobs`, by joblib's rule for negative numbers.
+
+    None means what joblib's configuration sets, else 1 inside a task of joblib, else all cores.
+    """
+    n_jobs = _resolve_n_jobs(n_jobs, facts)
     return n_jobs if n_jobs > 0 else max(1, facts.cores + 1 + n_jobs)
 
 
-def _get_wish(n_jobs: int | None, facts: Facts) -> int:
-    """An `n_jobs` as it is asked for here: a non-zero integer."""
+def _resolve_n_jobs(n_jobs: int | None, facts: Facts) -> int:
+    """Return `n_jobs` as a non-zero integer, with the default in place of None."""
     if n_jobs is None:
         n_jobs = facts.active_n_jobs
     if n_jobs is None:
@@ -170,54 +175,57 @@ def choose(
     facts : Facts
         The state of the process.
     releases_gil : str
-        What is known to run without the interpreter's lock, in words; nothing if that is not known.
+        Why the function is known to run without the interpreter's lock; empty if it is not.
     own_threads : bool
-        Whether it is known to start threads of its own (numba's ``parallel=True``).
+        Whether the function is known to start its own threads (numba's ``parallel=True``).
     lists : bool
-        Whether the map is over a list, for which any backend will do that joblib knows.
+        Whether the map is over a list, which any backend that joblib knows can run.
 
     >>> choose(None, None, Facts(cores=4))
     Choice(backend='loky', n_jobs=4, reason='the default')
     >>> choose(3, None, Facts(cores=4), releases_gil="the function releases the GIL").reason
     'the function releases the GIL'
     """
-    active = None if backend else _follow_config(facts)
+    active = None if backend else _get_configured_backend(facts)
     if not lists:
         check_for_arrays(backend)
         check_for_arrays(active, "joblib's active configuration asks for ")
     wanted = backend or active
     is_ours = wanted is None or wanted in OWN
-    workers = count_workers(n_jobs, facts) if is_ours else _get_wish(n_jobs, facts)
-    why = "asked for" if backend else "joblib's active configuration"
-    where, reason = _where((wanted, why), workers, facts, releases_gil, own_threads)
-    if where == "loky":
+    workers = count_workers(n_jobs, facts) if is_ours else _resolve_n_jobs(n_jobs, facts)
+    wanted_reason = "asked for" if backend else "joblib's active configuration"
+    selected, reason = _select_backend(
+        (wanted, wanted_reason), workers, facts, releases_gil, own_threads
+    )
+    if selected == "loky":
         if not facts.has_processes:
             raise OSError("worker processes need Linux; pass backend='threading'")
         if facts.daemonic:
-            where, reason = "sequential", "a daemonic process may not start worker processes"
-    if where == "threading" and not facts.has_threads:
-        where, reason = "sequential", "the program is ending, and Python starts no more threads"
-    return Choice(where, 1 if where == "sequential" else workers, reason)
+            selected, reason = "sequential", "a daemonic process may not start worker processes"
+    if selected == "threading" and not facts.has_threads:
+        selected, reason = "sequential", "the program is ending, and Python starts no more threads"
+    return Choice(selected, 1 if selected == "sequential" else workers, reason)
 
 
-def _where(
-    asked: tuple[str | None, str],
+def _select_backend(
+    wish: tuple[str | None, str],
     workers: int,
     facts: Facts,
     releases_gil: str,
     own_threads: bool,
 ) -> tuple[str, str]:
-    """The backend that is wanted, and why: what is asked for, else what suits best."""
-    wanted, why = asked
+    """Return a backend and the reason for it: the `wish` if possible, else what suits best."""
+    wanted, wanted_reason = wish
     if facts.is_in_worker:
         return "sequential", "called inside a worker"
     if own_threads and wanted != "loky":
-        # Under numba's workqueue layer a second thread that enters one aborts the process.
+        # Under numba's workqueue layer, the process aborts when a second thread enters such a
+        # function.
         return "sequential", "parallel=True: one range at a time, on numba's own threads"
     if workers == 1 and wanted != "sequential":
         return "sequential", "n_jobs is 1"
     if wanted is not None:
-        return wanted, why
+        return wanted, wanted_reason
     for applies, reason in (
         (bool(releases_gil), releases_gil),
         (not facts.has_gil, "the interpreter has no GIL"),
@@ -228,18 +236,18 @@ def _where(
     return "loky", "the default"
 
 
-def _follow_config(facts: Facts) -> str | None:
-    """The backend of an active `joblib.parallel_config`, in our words."""
+def _get_configured_backend(facts: Facts) -> str | None:
+    """Return the backend of an active `joblib.parallel_config`, in our words."""
     return "loky" if facts.active_backend == "multiprocessing" else facts.active_backend
 
 
 def facts_now(*, follows_joblib: bool = True) -> Facts:
-    """The state of this process; of joblib's configuration only if it is to be followed."""
+    """Return the state of this process, with joblib's configuration if that is to be followed."""
     if is_in_worker():
         return Facts(cores=1, is_in_worker=True)
     load_joblib()
     active_backend, active_n_jobs, nested = (
-        _joblib_config() if follows_joblib else (None, None, False)
+        _read_joblib_config() if follows_joblib else (None, None, False)
     )
     multiprocessing = sys.modules.get("multiprocessing")
     return Facts(
@@ -250,16 +258,16 @@ def facts_now(*, follows_joblib: bool = True) -> Facts:
         daemonic=multiprocessing is not None and bool(multiprocessing.current_process().daemon),
         has_gil=getattr(sys, "_is_gil_enabled", lambda: True)(),
         has_processes=sys.platform == "linux",
-        has_threads=not _is_ending() or _starts_threads(),
+        has_threads=not _is_ending() or _can_start_threads(),
     )
 
 
 def _is_ending() -> bool:
-    """Whether the main thread has ended, or is waiting for the others to end."""
+    """Return whether the main thread has ended or is waiting for the others to end."""
     return bool(threading._SHUTTING_DOWN)  # type: ignore[attr-defined]  # no public way
 
 
-def _starts_threads() -> bool:
+def _can_start_threads() -> bool:
     try:
         _thread.start_new_thread(int, ())
     except RuntimeError:
@@ -267,24 +275,25 @@ def _starts_threads() -> bool:
     return True
 
 
-_loading = ModuleLock(forks_wait=True)
+_import_lock = ModuleLock(forks_wait=True)
 
 
 def load_joblib() -> None:
-    """Import joblib, which takes 140 ms; only runs need it."""
+    """Import joblib. This takes 140 ms, and only runs need it."""
     _load("joblib.parallel")
 
 
 def load_processes() -> None:
-    """Import what worker processes need."""
+    """Import the modules that worker processes need."""
     _load("taskcarrier.workers.pickling", "taskcarrier.workers.processes.pool")
 
 
 def _load(*modules: str) -> None:
-    """Import modules, one thread at a time: those of joblib import each other in circles.
+    """Import modules, one thread at a time: joblib's modules import each other in circles.
 
-    This is done in a thread that is not interrupted, because an import that is cut short leaves
-    modules half made. Where this thread is inside an import itself, the other might wait for it.
+    A thread that is not interrupted does this, because an import that is cut short leaves modules
+    half made. If this thread is inside an import itself, it does this alone: the other thread might
+    wait for it.
     """
     if all(map(_loaded.__contains__, modules)):
         return
@@ -299,7 +308,7 @@ def _is_being_imported(module: object) -> bool:
 
 
 def _import(modules: tuple[str, ...]) -> None:
-    with _loading, _late_hooks():
+    with _import_lock, _late_hooks():
         for module in modules:
             importlib.import_module(module)
             _loaded.add(module)
@@ -310,10 +319,11 @@ _loaded: set[str] = set()
 
 @contextmanager
 def _late_hooks() -> Iterator[None]:
-    """Have modules loaded that joblib needs, also by a thread that outlives the main thread.
+    """Let a thread import modules that joblib needs even after the main thread has ended.
 
-    From then on Python takes no hooks of executors that end their threads, and their modules cannot
-    be imported. What is registered here is called when all threads of the program have ended.
+    From then on Python refuses the hooks with which executors end their threads, so the modules of
+    executors cannot be imported. Hooks that are registered while this context is open are called
+    when all threads of the program have ended.
     """
     register = threading._register_atexit  # type: ignore[attr-defined]  # no public way
     if not _is_ending():
@@ -330,11 +340,11 @@ _cores: dict[object, int] = {}
 
 
 def count_cores() -> int:
-    """Cores this process may use, as loky counts them, and by the quotas of all its cgroups.
+    """Return how many cores this process may use: loky's count, limited by all its cgroups' quotas.
 
-    Not by `joblib.cpu_count`: that is 1 where joblib can make no semaphore (`/dev/shm` is full, or
-    not there), which our workers do not need. Kept for as long as affinity and joblib's own limits
-    stay the same (counting takes 80 µs, most of it reading quotas).
+    `joblib.cpu_count` is no use: it is 1 where joblib can make no semaphore (`/dev/shm` is full or
+    missing), and our workers need none. The count is kept for as long as affinity and joblib's own
+    limits stay the same (counting takes 80 µs, most of it reading quotas).
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     switch = os.environ.get("JOBLIB_MULTIPROCESSING", "1")
@@ -348,35 +358,36 @@ def count_cores() -> int:
     return _cores[key]
 
 
-def _joblib_config() -> tuple[str | None, int | None, bool]:
-    """Backend and n_jobs of an active `joblib.parallel_config`, and whether we are nested."""
+def _read_joblib_config() -> tuple[str | None, int | None, bool]:
+    """Return backend and n_jobs of an active `joblib.parallel_config`, and if we are nested."""
     if "joblib" not in sys.modules:
         return None, None, False
     from joblib.parallel import get_active_backend  # noqa: PLC0415  # loaded already
 
     backend, n_jobs = get_active_backend()
     nested = bool(getattr(backend, "nesting_level", 0))
-    # joblib does not say whether the backend was set or is its default, but it makes its default
-    # for everybody who asks. (Its kind does not tell: without semaphores the default is threads.)
+    # joblib does not say whether the backend was set or is its default. But it makes a new default
+    # on each request, so the same object twice was set. (Its type says nothing: without semaphores
+    # the default is threads.)
     was_set = get_active_backend()[0] is backend
     if not was_set and not _requires_threads():
         return None, n_jobs, nested
-    return _joblib_name(backend), n_jobs, nested
+    return _get_joblib_name(backend), n_jobs, nested
 
 
 def _requires_threads() -> bool:
-    """Whether joblib's configuration requires shared memory, which only threads have."""
+    """Return whether joblib's configuration requires shared memory, which only threads have."""
     from joblib.parallel import get_active_backend  # noqa: PLC0415  # loaded already
 
     try:
-        # What is preferred changes only a default; but what contradicts is an error.
+        # A preference only changes a default, but one that contradicts a requirement is an error.
         get_active_backend(prefer="processes")
     except ValueError:
         return True
     return False
 
 
-def _joblib_name(backend: object) -> str:
+def _get_joblib_name(backend: object) -> str:
     from joblib.parallel import BACKENDS as REGISTERED  # noqa: PLC0415  # loaded already
 
     for name, kind in REGISTERED.items():

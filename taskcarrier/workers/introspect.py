@@ -1,4 +1,4 @@
-"""What is known of a user's function without calling it."""
+"""What can be known of a user's function without calling it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 
 def is_jitted(func: Callable[..., Any]) -> bool:
-    """Whether a function is one that numba compiles for the CPU, not in object mode."""
-    registry: Any = sys.modules.get("numba.core.registry")  # no kernel without it
+    """Return whether numba compiles a function for the CPU, and not in object mode."""
+    registry: Any = sys.modules.get("numba.core.registry")  # without it there is no kernel
     return (
         registry is not None
         and isinstance(func, registry.CPUDispatcher)
@@ -20,28 +20,28 @@ def is_jitted(func: Callable[..., Any]) -> bool:
 
 
 def has_own_threads(func: Callable[..., Any], extras: Iterable[Any] = ()) -> bool:
-    """Whether a function is known to start threads of numba's own (``parallel=True``).
+    """Return whether a function is known to start threads of numba's own (``parallel=True``).
 
-    It, a jitted function that it refers to (by name, in a tuple, in a module, as a default), or
-    one among its arguments. What a Python function calls inside, and ufuncs compiled with
-    ``target="parallel"``, cannot be seen.
+    That is so if the function itself, a jitted function that it refers to (by name, in a tuple, in
+    a module, as a default), or one among its arguments `extras` does so. What a Python function
+    calls inside cannot be seen, nor can ufuncs compiled with ``target="parallel"``.
     """
     seen: list[Any] = []
-    found = [func, *extras]
-    while found:
-        one = found.pop()
-        if isinstance(one, tuple):
-            found += one
-        elif is_jitted(one) and not any(one is other for other in seen):
-            if one.targetoptions.get("parallel", False):
+    candidates = [func, *extras]
+    while candidates:
+        candidate = candidates.pop()
+        if isinstance(candidate, tuple):
+            candidates += candidate
+        elif is_jitted(candidate) and not any(candidate is other for other in seen):
+            if candidate.targetoptions.get("parallel", False):
                 return True
-            seen.append(one)
-            found += _list_referents(one.py_func)
+            seen.append(candidate)
+            candidates += _iterate_referents(candidate.py_func)
     return False
 
 
-def _list_referents(function: Any) -> Iterator[Any]:
-    """Values of global and enclosing names in a Python function, of modules there; defaults."""
+def _iterate_referents(function: Any) -> Iterator[Any]:
+    """Yield a Python function's defaults, and its global and enclosing values, also in modules."""
     yield from function.__defaults__ or ()
     names = function.__code__.co_names
     for name in names:
@@ -55,24 +55,24 @@ def _list_referents(function: Any) -> Iterator[Any]:
 
 
 def is_numba_ufunc(func: Callable[..., Any]) -> bool:
-    """Whether a function of numba's ``vectorize`` or ``guvectorize`` is compiled when called."""
+    """Return whether numba's ``vectorize`` or ``guvectorize`` compiles a function when called."""
     for module, name in (
         ("numba.np.ufunc.dufunc", "DUFunc"),
         ("numba.np.ufunc.gufunc", "GUFunc"),
     ):
-        found: Any = sys.modules.get(module)
-        if found is not None and isinstance(func, getattr(found, name)):
+        ufunc_module: Any = sys.modules.get(module)
+        if ufunc_module is not None and isinstance(func, getattr(ufunc_module, name)):
             return True
     return False
 
 
 def releases_gil(func: Callable[..., Any]) -> bool:
-    """Whether a function is known to run without the interpreter's lock.
+    """Return whether a function is known to run without the interpreter's lock.
 
-    True for ufuncs with loops over something else than Python objects, and for whatever numba
-    has compiled but in object mode: what was compiled without ``nogil`` is called from a function
-    of ours that was (`taskcarrier.arrays.kernels.compiler`). What a Python function calls inside cannot be
-    seen.
+    This is true for ufuncs with a loop over something other than Python objects, and for functions
+    that numba compiles, except in object mode: those compiled without ``nogil`` are called from a
+    function of ours that has it (`taskcarrier.arrays.kernels.compiler`). What a Python function
+    calls inside cannot be seen.
     """
     numpy: Any = sys.modules.get("numpy")
     if isinstance(func, numpy.ufunc):

@@ -1,19 +1,19 @@
 """Lists on backends that others have registered with joblib, such as those of Dask and Ray.
 
-`joblib.Parallel` is handed a task for each chunk, a block of items with its number, and shares these
-out; there is no ledger that its workers could see. They call the function with the code of our own
-workers, and what they send back is a result or an error that is packed as ours are, so that neither
-a strange exception nor a strange result depends on how the backend pickles.
+`joblib.Parallel` gets one task for each chunk, with the chunk's items and its start, and shares the
+tasks out; its workers see no ledger. They call the function with the code of our own workers. The
+result or error that they send back is packed as ours are, so that even unusual exceptions and
+results do not depend on how the backend pickles.
 
-What travels. Workers that share memory with the caller are given the objects themselves. To others
-everything goes as bytes: the function, what every call gets, and the memory of large arrays in
-that are one plain array of bytes each, the same object in every task, because that is what
-backends know to send once (Dask scatters it, kin of loky's map it from a file). The rest of a task
-is its block.
+What travels. Workers that share memory with the caller get the objects themselves. Other workers
+get everything as bytes: the function, the arguments of every call, and the memory of large arrays
+among these. Each of these is one plain array of bytes, the same object in every task, because
+backends know to send such an array once (Dask scatters it, relatives of loky map it from a file).
+The rest of a task is its chunk.
 
-Who stops. Results are taken in the order of the blocks, so the lowest that fails is the one raised;
-from then on no further task is made, and those under way are waited for. Deaths of workers are the
-backend's own affair: its error, or its way to try again.
+How a run stops. Results are taken in the order of the chunks, so the error of the lowest chunk that
+fails is the one raised. From then on no further task is made, and those under way are waited for.
+The backend itself handles deaths of workers, by an error or by trying again.
 """
 
 from __future__ import annotations
@@ -48,35 +48,35 @@ from taskcarrier.workers.thread_limits import limited
 
 
 class Calls(Protocol):
-    """How a function is called with items: a dataclass, which is pickled without the keywords."""
+    """A dataclass that calls a function with items; it is pickled without the keyword arguments."""
 
     call: Call
 
     def bind_shared(self) -> Calls:
-        """The same in a worker."""
+        """Return the same calls as a worker makes them."""
 
     def call_items(self, items: Sequence[Any], start: int) -> Any:
-        """Results of items from `start` on."""
+        """Return the results of `items`, the first of which is item number `start`."""
 
 
 class ListTask(Protocol):
-    """A task of a list: what is done, and with what."""
+    """A task over a list: the calls to make, and the items."""
 
     calls: Any  # Calls, which `replace` does not see as a dataclass
     items: Sequence[Any]
 
 
 def with_worker_count(choice: Choice, backend: str | None) -> Choice:
-    """The same with the number of workers that there are, or in the caller if that is one.
+    """Return a choice with the actual number of workers, or of the caller if that number is 1.
 
     Parameters
     ----------
     choice : Choice
-        Of a registered backend.
+        The choice of a backend that was registered with joblib.
     backend : str or None
-        Its name, None for that of the active `joblib.parallel_config`, which may have more to say.
+        The backend's name; None for the active `joblib.parallel_config`, which may set more.
     """
-    with _use_backend(backend):  # an ImportError if it is loaded now and cannot be
+    with _use_backend(backend):  # an ImportError if joblib cannot load it
         n_workers = joblib.effective_n_jobs(choice.n_jobs)
     if n_workers < 1:
         raise RuntimeError(f"backend {choice.backend!r} has no worker: start some, then map")
@@ -92,92 +92,92 @@ def run(
     deliver: Deliver,
     tick: Callable[[Ledger], None] | None,
 ) -> RunResult:
-    """Run a job over a list to its end; accounts of those workers that had a block."""
+    """Run a job over a list to its end; the result has stats of the workers that had a chunk."""
     ledger = Ledger.local(job.n_workers)
     failures: list[RangeFailure] = []
     worker_stats = _StatsByWorker()
     with _use_backend(backend):
-        there, _ = get_active_backend()
-        shares_memory = getattr(there, "supports_sharedmem", False)
-        streams = getattr(there, "supports_return_generator", False)
+        active_backend, _ = get_active_backend()
+        shares_memory = getattr(active_backend, "supports_sharedmem", False)
+        can_stream = getattr(active_backend, "supports_return_generator", False)
         parallel = joblib.Parallel(
-            n_jobs=choice.n_jobs, return_as="generator" if streams else "list"
+            n_jobs=choice.n_jobs, return_as="generator" if can_stream else "list"
         )
         sender = (_Sender if shares_memory else _ByteSender)(job)
         tasks = _generate_tasks(job, ledger, sender, failures)
-        with _close_early(_results(parallel, tasks)) as results:
-            for done in results:
-                stats = worker_stats.call_items(done.worker)
-                stats.busy_ns += done.busy_ns
-                failure = _failure(done, deliver, stats.name)
+        with _close_early(_generate_results(parallel, tasks)) as results:
+            for result in results:
+                stats = worker_stats.get(result.worker)
+                stats.busy_ns += result.busy_ns
+                failure = _deliver_result(result, deliver, stats.name)
                 if failure is not None:
                     ledger.halt()
                     failures.append(failure)
                     continue
                 stats.ranges += 1
-                stats.items += done.n_items
-                ledger.finish(0, done.n_items)
+                stats.items += result.n_items
+                ledger.finish(0, result.n_items)
                 if tick is not None:
                     tick(ledger)
-    ran = RunResult.read(worker_stats.all, ledger)
-    ran.failures = failures
-    ran.nbytes_sent = sender.nbytes
-    return ran
+    run_result = RunResult.read(worker_stats.all, ledger)
+    run_result.failures = failures
+    run_result.nbytes_sent = sender.nbytes
+    return run_result
 
 
 def _use_backend(backend: str | None) -> AbstractContextManager[Any]:
-    """Where `joblib.Parallel` finds the backend; it loads some of them when this is entered."""
+    """Return a context in which `joblib.Parallel` uses the backend; entering it may load it."""
     if backend is None:
         return nullcontext()
     return cast("AbstractContextManager[Any]", joblib.parallel_config(backend=backend))
 
 
 class _Worker(NamedTuple):
-    """Who ran a block."""
+    """The identity of a worker that ran a chunk."""
 
     node: str
     pid: int
     thread: int
 
     @classmethod
-    def here(cls) -> _Worker:
+    def current(cls) -> _Worker:
         return cls(socket.gethostname(), os.getpid(), threading.get_ident())
 
 
-class _Done(NamedTuple):
-    """What comes back of a block: its result, or the error that ended it; packed or not."""
+class _Result(NamedTuple):
+    """The result of a chunk, or the error that ended it; packed or not."""
 
     start: int
     n_items: int
     worker: _Worker
     busy_ns: int
-    failed: bool
-    result: Any
+    has_failed: bool
+    value: Any
     is_packed: bool = False
 
 
 class _StatsByWorker:
-    """Accounts of workers, in the order in which they are first heard of."""
+    """The stats of all workers, in the order in which their first results came."""
 
     def __init__(self) -> None:
         self._by_worker: dict[_Worker, WorkerStats] = {}
-        self._here = _Worker.here()
+        self._caller = _Worker.current()
 
-    def call_items(self, worker: _Worker) -> WorkerStats:
+    def get(self, worker: _Worker) -> WorkerStats:
         if worker not in self._by_worker:
             number = len(self._by_worker)
             self._by_worker[worker] = WorkerStats(number, self._name(worker))
         return self._by_worker[worker]
 
     def _name(self, worker: _Worker) -> str:
-        if worker == self._here:
+        if worker == self._caller:
             return "caller"
-        place = worker[:2]
-        thread = sum(other[:2] == place for other in self._by_worker)
-        if place == self._here[:2]:
+        process = worker[:2]
+        thread = sum(other[:2] == process for other in self._by_worker)
+        if process == self._caller[:2]:
             return f"thread {thread}"
         name = f"process {worker.pid}"
-        if worker.node != self._here.node:
+        if worker.node != self._caller.node:
             name += f" on {worker.node}"
         return f"{name}, thread {thread}" if thread else name
 
@@ -186,31 +186,31 @@ class _StatsByWorker:
         return list(self._by_worker.values())
 
 
-_Task = tuple[Callable[..., "_Done"], tuple[Any, ...], dict[str, Any]]
-"""A task of joblib's: what is called, with what."""
+_Task = tuple[Callable[..., "_Result"], tuple[Any, ...], dict[str, Any]]
+"""A task of joblib: a function, its arguments and its keyword arguments."""
 
 
 class _Sender:
-    """Makes tasks of blocks, for workers that share memory with the caller."""
+    """Makes tasks of chunks, for workers that share memory with the caller."""
 
-    nbytes = 0  # that were copied
+    nbytes = 0  # the bytes that were copied
 
     def __init__(self, job: Job) -> None:
         self._calls: Calls = cast("ListTask", job.task).calls.bind_shared()
-        self._surroundings = job.parent_state
+        self._parent_state = job.parent_state
 
-    def task(self, items: Sequence[Any], start: int) -> _Task:
-        return _run, (self._calls, items, start, self._surroundings), {}
+    def make_task(self, items: Sequence[Any], start: int) -> _Task:
+        return _run_chunk, (self._calls, items, start, self._parent_state), {}
 
 
 class _ByteSender(_Sender):
-    """The same for workers that do not; they get bytes."""
+    """Makes tasks of chunks for workers that do not share memory: they get bytes."""
 
     def __init__(self, job: Job) -> None:
         calls = cast("ListTask", job.task).calls
-        own = replace(calls, call=Call(calls.call.func)), job.parent_state
+        calls_and_state = replace(calls, call=Call(calls.call.func)), job.parent_state
         try:
-            packed = pickle_apart(own, calls.call.kwargs)
+            packed = pickle_apart(calls_and_state, calls.call.kwargs)
         except Exception as error:
             add_note(
                 error,
@@ -221,24 +221,24 @@ class _ByteSender(_Sender):
         self._pieces = [np.frombuffer(piece, np.uint8) for piece in packed]
         self.nbytes = sum(piece.nbytes for piece in self._pieces)
 
-    def task(self, items: Sequence[Any], start: int) -> _Task:
+    def make_task(self, items: Sequence[Any], start: int) -> _Task:
         packed = pickle_items(items)
         self.nbytes += len(packed)
-        where = start, start + len(items)
-        return _run_packed, (packed, where, *self._pieces), {}
+        bounds = start, start + len(items)
+        return _run_packed_chunk, (packed, bounds, *self._pieces), {}
 
 
 def _generate_tasks(
     job: Job, ledger: Ledger, sender: _Sender, failures: list[RangeFailure]
 ) -> Iterator[_Task]:
-    """Tasks for all chunks. Joblib asks for them in any thread, so errors are for the caller."""
+    """Yield the tasks of all chunks. Joblib asks in any thread, so `failures` takes the errors."""
     items = cast("ListTask", job.task).items
     for index in range(len(job.grid)):
         if ledger.is_halted:
             return
         start, stop = job.grid.range_of(index)
         try:
-            task = sender.task(items[start:stop], start)
+            task = sender.make_task(items[start:stop], start)
         except Exception as error:
             if is_of_the_program(error):
                 raise
@@ -253,82 +253,88 @@ def _generate_tasks(
         yield task
 
 
-def _results(parallel: Any, tasks: Iterator[_Task]) -> Generator[_Done, None, None]:
-    """What comes back, block by block in order; all at the end where the backend cannot do that."""
+def _generate_results(parallel: Any, tasks: Iterator[_Task]) -> Generator[_Result, None, None]:
+    """Yield the results of chunks in order, or all at the end if the backend cannot stream them."""
     yield from parallel(tasks)
 
 
 @contextmanager
-def _close_early(results: Generator[_Done, None, None]) -> Iterator[Generator[_Done, None, None]]:
-    """Have joblib end when the block does, which is early only after an interrupt."""
+def _close_early(
+    results: Generator[_Result, None, None],
+) -> Iterator[Generator[_Result, None, None]]:
+    """End joblib's call when the ``with`` block ends, which is early only after an interrupt."""
     try:
         yield results
     finally:
-        with suppress(Warning):  # of results that nobody takes; a filter may make errors of them
+        with suppress(Warning):  # about results not taken; a filter may make an error of it
             results.close()
 
 
-def _run(calls: Calls, items: Sequence[Any], start: int, parent_state: ParentState) -> _Done:
-    """In a worker: one block."""
+def _run_chunk(
+    calls: Calls, items: Sequence[Any], start: int, parent_state: ParentState
+) -> _Result:
+    """Run one chunk in a worker."""
     begin = monotonic_ns()
-    failed = False
+    has_failed = False
     was_worker = this_thread.is_worker
     try:
         this_thread.is_worker = True
         with limited.open(), parent_state.apply_within():
-            result = calls.call_items(items, start)
+            value = calls.call_items(items, start)
     except BaseException as error:  # noqa: BLE001  # also exits: the caller raises
-        result, failed = error, True
+        value, has_failed = error, True
     finally:
         this_thread.is_worker = was_worker
-    return _Done(start, len(items), _Worker.here(), monotonic_ns() - begin, failed, result)
+    return _Result(start, len(items), _Worker.current(), monotonic_ns() - begin, has_failed, value)
 
 
-def _run_packed(packed_items: bytes, where: tuple[int, int], *pieces: np.ndarray) -> _Done:
-    """In a worker that has nothing of the caller's: the same, from bytes to bytes."""
+def _run_packed_chunk(packed_items: bytes, bounds: tuple[int, int], *pieces: np.ndarray) -> _Result:
+    """Run one chunk, from bytes to bytes, in a worker that shares no memory with the caller."""
     begin = monotonic_ns()
-    start, stop = where
-    doing = "unpickled the function or its arguments"
+    start, stop = bounds
+    step = "unpickled the function or its arguments"
     try:
-        own, shared, *blocks = (piece.data for piece in pieces)
-        calls, parent_state = pickle.loads(own)
-        kwargs = pickle.loads(shared, buffers=blocks)
+        packed_calls, packed_kwargs, *buffers = (piece.data for piece in pieces)
+        calls, parent_state = pickle.loads(packed_calls)
+        kwargs = pickle.loads(packed_kwargs, buffers=buffers)
         calls = replace(calls, call=Call(calls.call.func, (), kwargs)).bind_shared()
-        doing = "unpickled these items"
+        step = "unpickled these items"
         items = pickle.loads(packed_items)
     except BaseException as error:  # noqa: BLE001  # likewise
-        add_note(error, f"while a worker {doing}")
+        add_note(error, f"while a worker {step}")
         busy_ns = monotonic_ns() - begin
-        done = _Done(start, stop - start, _Worker.here(), busy_ns, failed=True, result=error)
+        result = _Result(
+            start, stop - start, _Worker.current(), busy_ns, has_failed=True, value=error
+        )
     else:
-        done = _run(calls, items, start, parent_state)
-    return _pickle_done(done)
+        result = _run_chunk(calls, items, start, parent_state)
+    return _pickle_result(result)
 
 
-def _pickle_done(done: _Done) -> _Done:
-    result = done.result
-    if not done.failed:
+def _pickle_result(result: _Result) -> _Result:
+    value = result.value
+    if not result.has_failed:
         try:
-            return done._replace(result=pickle_items(result), is_packed=True)
-        except Exception as error:  # noqa: BLE001  # whatever pickling a user's object raises
+            return result._replace(value=pickle_items(value), is_packed=True)
+        except Exception as error:  # noqa: BLE001  # pickling a user's object can raise anything
             add_note(error, "taskcarrier could not pickle the result for the caller")
-            result = error
-    return done._replace(failed=True, result=pickle_error(result), is_packed=True)
+            value = error
+    return result._replace(has_failed=True, value=pickle_error(value), is_packed=True)
 
 
-def _failure(done: _Done, deliver: Deliver, worker: str) -> RangeFailure | None:
-    """In the caller: the result is delivered, or what stands in its way is returned."""
-    result = done.result
-    where = (done.start, done.start + done.n_items)
-    if done.failed:
-        return RangeFailure(where, unpickle_error(result) if done.is_packed else result, worker)
-    if done.is_packed:
+def _deliver_result(result: _Result, deliver: Deliver, worker: str) -> RangeFailure | None:
+    """Deliver a result in the caller, or return the failure that prevents this."""
+    value = result.value
+    bounds = (result.start, result.start + result.n_items)
+    if result.has_failed:
+        return RangeFailure(bounds, unpickle_error(value) if result.is_packed else value, worker)
+    if result.is_packed:
         try:
-            result = unpickle_items(result)
+            value = unpickle_items(value)
         except Exception as error:
             if is_of_the_program(error):
                 raise
             add_note(error, "taskcarrier could not unpickle this result of a worker")
-            return RangeFailure(where, error, worker)
-    deliver(done.start, result)
+            return RangeFailure(bounds, error, worker)
+    deliver(result.start, value)
     return None

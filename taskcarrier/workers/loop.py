@@ -1,8 +1,8 @@
-"""The worker's loop: the only thing that is ever dispatched.
+"""The worker's loop: the only code that is ever sent to workers.
 
-The narrow waist of the library. On one side a `Task` opens, in each worker, into a callable
-of ``(start, stop)``; on the other side balance, ledger and backends know nothing but chunks.
-Arrays and lists are tasks; threads, processes and the caller itself run this loop.
+All parts of the library meet here. On one side a `Task` opens, in each worker, into a callable
+of ``(start, stop)``; on the other side balance, ledger and backends know only chunks. Arrays and
+lists are tasks; threads, processes and the caller itself run this loop.
 """
 
 from __future__ import annotations
@@ -29,46 +29,46 @@ from taskcarrier.workers.task import (
 
 
 class _ThisThread(threading.local):
-    """What is known of the thread that asks."""
+    """What is known of the current thread."""
 
     is_worker = False
 
 
 this_thread = _ThisThread()
-"""It is changed by assignment, and changed back by one that begins a ``finally``:
-then no exception from outside can come before (`taskcarrier.system.interrupts`)."""
+"""What is known of the current thread. Set it by assignment, and set it back first in a
+``finally``: no exception from outside can come before that (`taskcarrier.system.interrupts`)."""
 _in_worker_process = False
 
 
 def is_in_worker() -> bool:
-    """Whether this code runs inside a worker, where further maps are serial."""
+    """Return whether this code runs inside a worker, where further maps are serial."""
     return _in_worker_process or this_thread.is_worker
 
 
 def is_worker_process() -> bool:
-    """Whether this whole process is a worker."""
+    """Return whether this whole process is a worker."""
     return _in_worker_process
 
 
 def mark_worker_process() -> None:
-    """Say that this whole process is a worker."""
+    """Record that this whole process is a worker."""
     global _in_worker_process  # noqa: PLW0603  # a fact about the process, set once
     _in_worker_process = True
 
 
 ResultSink = tuple[Deliver, Callable[[], None]]
-"""How results leave a worker: a function that takes them, and one that has them arrive."""
+"""How results leave a worker: a function that takes one, and one that sends those still waiting."""
 
 
-# A range that is given out attempts, or was fed, and its number among these; or a chunk.
-_Held = tuple[Attempt, int] | int
+# The index of a chunk; or an attempt or a batch, with its number among those of this worker.
+_Claim = tuple[Attempt, int] | int
 
-AttemptSource = Callable[[BatchRunner], Iterable[_Held]]
-"""Hands blocks of items to a worker's chunks, and yields what it is to run of them."""
+AttemptSource = Callable[[BatchRunner], Iterable[_Claim]]
+"""Hands batches of items to a worker's runner, and yields the ranges of them that it is to run."""
 
 
 def local_sink(deliver: Deliver) -> ResultSink:
-    """That of a worker in the caller's process."""
+    """Return the sink of a worker in the caller's process, which holds nothing back."""
     return deliver, lambda: None
 
 
@@ -81,22 +81,22 @@ def run_worker(
     *,
     attempt_source: AttemptSource | None = None,
 ) -> WorkerStats:
-    """Run ranges until there are none, one fails, or the run is halted.
+    """Run ranges until none is left, one fails, or the run is halted; return the worker's stats.
 
     Parameters
     ----------
     job : Job
         The run.
     ledger : Ledger
-        Where chunks are claimed and laid down.
+        The record in which chunks are claimed and finished.
     worker : int
         This worker's number, from 0.
     sink : ResultSink
         Where results go that are not in place yet.
     attempts : sequence of Attempt
-        Ranges that this worker is to run before its chunks, because another has died on them.
+        Ranges to run before any chunk, because another worker has died on them.
     attempt_source : AttemptSource, optional
-        Where its other ranges come from, instead of the grid.
+        Where all other ranges come from, instead of the grid.
     """
     stats = WorkerStats(worker)
     was_worker = this_thread.is_worker
@@ -107,14 +107,14 @@ def run_worker(
         if job.runs_all:
             _run_all(job, ledger, stats, cast("CompiledRunner", runner), sink[0])
         else:
-            held: Iterable[_Held]
+            claims: Iterable[_Claim]
             if attempt_source is not None:
-                held = attempt_source(cast("BatchRunner", runner))
+                claims = attempt_source(cast("BatchRunner", runner))
             else:
-                held = job.balance.chunks(ledger, worker, job.n_workers, len(job.grid))
+                claims = job.balance.chunks(ledger, worker, job.n_workers, len(job.grid))
             if attempts:
-                held = chain(_claim_attempts(ledger, worker, attempts), held)
-            _run_ranges(job, ledger, stats, runner, sink=sink, held=held)
+                claims = chain(_claim_attempts(ledger, worker, attempts), claims)
+            _run_ranges(job, ledger, stats, runner, sink=sink, claims=claims)
     except BaseException as error:  # noqa: BLE001  # also exits and interrupts: the caller raises
         ledger.halt()
         stats.failure = RangeFailure(stats.at, error, attempt=stats.attempt)
@@ -128,7 +128,7 @@ def run_worker(
 def _run_all(
     job: Job, ledger: Ledger, stats: WorkerStats, runner: CompiledRunner, deliver: Deliver
 ) -> None:
-    """Have compiled code run chunks until there are none."""
+    """Let compiled code run chunks until none is left."""
     worker = stats.worker
     begin = monotonic_ns()
     try:
@@ -147,9 +147,9 @@ def _run_ranges(
     runner: RangeRunner,
     *,
     sink: ResultSink,
-    held: Iterable[_Held],
+    claims: Iterable[_Claim],
 ) -> None:
-    """Run ranges one after the other; all that is done for each is in this loop."""
+    """Run ranges one after the other; this loop has everything that is done for each."""
     worker, marks = stats.worker, ledger.marks
     deliver, flush = sink
     timeout_ns = job.retry_policy.timeout_ns
@@ -158,13 +158,13 @@ def _run_ranges(
     pid = os.getpid()
     start, stop, attempt, number = -1, -1, 1, -1
     try:
-        for one in held:
-            if isinstance(one, int):
-                index, attempt, number = one, 1, -1
+        for claim in claims:
+            if isinstance(claim, int):
+                index, attempt, number = claim, 1, -1
                 start = index * chunksize
                 stop = min(start + chunksize, n_items)
             else:
-                (start, stop, attempt), number = one
+                (start, stop, attempt), number = claim
                 index = start // chunksize
             begin = monotonic_ns()
             try:
@@ -179,7 +179,7 @@ def _run_ranges(
             finally:
                 busy_ns += monotonic_ns() - begin
                 if os.getpid() != pid:
-                    # The function has forked and both came back. Only one is the worker.
+                    # The function has forked, and both processes came back. One is the worker.
                     os._exit(1)
             if marks is not None and (number < 0 or job.grid.range_of(index) == (start, stop)):
                 marks[index] = DONE if result is IN_PLACE else SENT
@@ -195,41 +195,40 @@ def _run_ranges(
         stats.at, stats.attempt = None if start < 0 else (start, stop), attempt
 
 
-def _claim_attempts(ledger: Ledger, worker: int, attempts: Sequence[Attempt]) -> Iterator[_Held]:
-    """Ranges that are given out attempts, each in the worker's hand when it is yielded."""
-    for number, one in enumerate(attempts):
+def _claim_attempts(ledger: Ledger, worker: int, attempts: Sequence[Attempt]) -> Iterator[_Claim]:
+    """Yield attempts with their numbers; each is in the worker's hand when it is yielded."""
+    for number, attempt in enumerate(attempts):
         if ledger.is_halted:
             return
         ledger.hold_attempt(worker, number)
-        yield one, number
+        yield attempt, number
 
 
 def run_with_timeout(
-    job: Job, ledger: Ledger, worker: int, runner: RangeRunner, attempts: Attempt
+    job: Job, ledger: Ledger, worker: int, runner: RangeRunner, attempt: Attempt
 ) -> Any:
-    """The result of a range; the worker itself sees when it is over that it has taken too long."""
+    """Return the result of a range; whether it took too long is checked when it is over."""
     while True:
         begin = monotonic_ns()
         ledger.set_start_time(worker, begin)
-        result = runner(attempts.start, attempts.stop)
+        result = runner(attempt.start, attempt.stop)
         taken_ns = monotonic_ns() - begin
-        ledger.set_start_time(
-            worker, 0
-        )  # sending the result, which may have to wait, does not count
+        # Sending the result does not count, as it may have to wait.
+        ledger.set_start_time(worker, 0)
         if taken_ns <= job.retry_policy.timeout_ns:
             return result
-        if not (nexts := job.retry_policy.next_after_timeout(attempts)):
+        if not (next_attempts := job.retry_policy.next_after_timeout(attempt)):
             break
-        (attempts,) = nexts
+        (attempt,) = next_attempts
     error = timeout_error(job.retry_policy, taken_ns / 1e9)
     if not _in_worker_process:
         add_note(error, "only processes can be stopped within a range: it was run to its end")
     if not job.collect_errors:
         raise error
-    return PartialResult([], [(attempts.start, attempts.stop, error)])
+    return PartialResult([], [(attempt.start, attempt.stop, error)])
 
 
 def timeout_error(retry_policy: RetryPolicy, seconds: float | None = None) -> TimeoutError:
-    """The error for a range that has taken too long: so many seconds, if that is known."""
+    """Return the error for a range that took too long, with the `seconds` if they are known."""
     taken = "" if seconds is None else f"{seconds:.3g} s, "
     return TimeoutError(f"a range took {taken}longer than timeout={retry_policy.timeout:g} seconds")

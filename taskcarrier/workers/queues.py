@@ -1,9 +1,9 @@
-"""Workers that are handed batches of items as these come: a `WorkQueue`, in the caller and in threads.
+"""Work queues, which hand workers batches of items as these come: in the caller and in threads.
 
-Who owns what. A queue is open from its making to its `close`; meanwhile its workers are its own.
-Everything the caller does happens in the thread that asks for results: it gives batches while a
-worker has room, and takes what has come. Between two questions workers finish what they were given,
-which is at most `AHEAD` batches each, and nothing goes on behind the caller's back.
+Who owns what. A queue is open from its creation to its `close`, and owns its workers for that time.
+Everything the caller does happens in the thread that asks for results: it puts batches while a
+worker has room, and takes the results that have come. Between two requests, workers only finish the
+batches that they have, at most `AHEAD` each; nothing else goes on in the background.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from taskcarrier.workers.records import PartialResult, RunResult, WorkerStats
 from taskcarrier.workers.task import BatchRunner, Deliver, Job
 
 AHEAD = 2
-"""Batches that are handed to a worker at most: one in hand, one to go on with."""
+"""The most batches that a worker has at a time: one in hand, and one to go on with."""
 
 
 class UnsendableError(Exception):
-    """Items of a batch cannot be sent to workers; only streams catch this."""
+    """The error for items of a batch that cannot be sent to workers; only streams catch it."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(error)
@@ -37,18 +37,18 @@ class UnsendableError(Exception):
 
 
 class BatchResult(NamedTuple):
-    """What fed chunks return for a range.
+    """What batch runners return for a range.
 
     Attributes
     ----------
     start, stop : int
-        Its items.
+        The bounds of the range.
     result : list or PartialResult
-        Their results, with what failed.
+        The results of its items, with failures.
     busy_ns : int
         Nanoseconds inside the function.
     nbytes : int
-        Bytes that were sent for it, there and back.
+        The number of bytes that were sent for the range, to the worker and back.
     """
 
     start: int
@@ -59,7 +59,7 @@ class BatchResult(NamedTuple):
 
 
 def to_batch_result(result: BatchResult | PartialResult) -> BatchResult:
-    """What has come; a range that took too long comes as a fault alone."""
+    """Return a result as a `BatchResult`; a range that took too long gives only a fault."""
     if isinstance(result, BatchResult):
         return result
     start, stop, _ = result.faults[0]
@@ -67,34 +67,34 @@ def to_batch_result(result: BatchResult | PartialResult) -> BatchResult:
 
 
 class WorkQueue(Protocol):
-    """Workers that take batches of items and give back results, in any order."""
+    """Workers that take batches of items and give back results in any order."""
 
     ledger: Ledger
     runs_here: bool
-    """Whether giving is running: nothing happens while the caller is busy with something else."""
+    """Whether `put` runs the batch: nothing happens while the caller is busy with other things."""
 
     @property
     def has_room(self) -> bool:
         """Whether a worker would take a further batch."""
 
     def put(self, start: int, items: Sequence[Any]) -> None:
-        """Have the items from `start` on run; only while there is room.
+        """Have a batch run, the items from `start` on; call this only while there is room.
 
-        `UnsendableError` if they cannot be sent.
+        Raises `UnsendableError` if the items cannot be sent.
         """
 
     def take(self, seconds: float) -> list[BatchResult]:
-        """What has come; if nothing has, wait until something does, or so many seconds.
+        """Return the results that have come; if there are none, wait up to `seconds` for one.
 
-        Raises what is no `Exception` and so ends a worker: an exit, an interrupt.
+        Raises exceptions that are no `Exception` and so end a worker: an exit, an interrupt.
         """
 
     def close(self) -> RunResult:
-        """Stop; workers that do not come to the end of their range soon are not waited for."""
+        """Stop the workers, without waiting for those that do not finish their range soon."""
 
 
 class SerialQueue:
-    """A queue whose only worker is the caller: a batch is run when it is given."""
+    """A queue whose only worker is the caller: a batch is run when it is put."""
 
     runs_here = True
 
@@ -103,72 +103,73 @@ class SerialQueue:
         self._job = job
         self._stats = WorkerStats(0, "caller")
         self._runner = cast("BatchRunner", job.task.open(self.ledger.propose))
-        self._came: list[BatchResult] = []
+        self._results: list[BatchResult] = []
 
     @property
     def has_room(self) -> bool:
-        """Whether what was given was taken."""
-        return not self._came
+        """Whether the result of the last batch was taken."""
+        return not self._results
 
     def put(self, start: int, items: Sequence[Any]) -> None:
-        """Run the items."""
-        again = Attempt(start, start + len(items))
-        self._runner.hold(start, partial(_itself, items))
+        """Run the items now."""
+        attempt = Attempt(start, start + len(items))
+        self._runner.hold(start, partial(_return_items, items))
         was_worker = this_thread.is_worker
-        # The function may set others, whose exceptions are reasons to try again.
+        # Handlers that the function itself sets do not count: their exceptions can be retried.
         handlers = Handlers() if self._job.retry_policy.retry_on else None
         try:
             this_thread.is_worker = True
             if self._job.retry_policy.timeout is None:
-                came = self._runner(again.start, again.stop)
+                result = self._runner(attempt.start, attempt.stop)
             else:
-                came = to_batch_result(
-                    run_with_timeout(self._job, self.ledger, 0, self._runner, again)
+                result = to_batch_result(
+                    run_with_timeout(self._job, self.ledger, 0, self._runner, attempt)
                 )
         finally:
             this_thread.is_worker = was_worker
             del handlers
-        self._came.append(came)
+        self._results.append(result)
         self.ledger.finish(0, len(items))
         self._stats.ranges += 1
         self._stats.items += len(items)
-        self._stats.busy_ns += came.busy_ns
+        self._stats.busy_ns += result.busy_ns
 
     def take(self, seconds: float) -> list[BatchResult]:  # noqa: ARG002  # there is nothing to wait for
-        """What was given last."""
-        came, self._came = self._came, []
-        return came
+        """Return the result of the last batch."""
+        results, self._results = self._results, []
+        return results
 
     def close(self) -> RunResult:
-        """Nothing is running."""
+        """Return what the worker did: nothing is running that must be stopped."""
         return RunResult.read([self._stats], self.ledger)
 
 
-Begin = Callable[[int, AttemptSource, Deliver, Callable[[WorkerStats], None]], None]
-"""Has a worker begin: takes its number, where its ranges come from, where its results go, and what
-takes its account at the end."""
+BeginWorker = Callable[[int, AttemptSource, Deliver, Callable[[WorkerStats], None]], None]
+"""A function that starts a worker. It takes the worker's number, the source of its ranges, the
+function that gets its results, and the one that gets its stats at the end."""
 
 
-_Given = SimpleQueue[Any]
-"""Batches, and behind the last one something else, which is left there for the other threads."""
+_BatchQueue = SimpleQueue[Any]
+"""A queue of batches. Its last entry is no batch, and each thread leaves it for the others."""
 
 
 class ThreadQueue:
-    """A queue of threads, which share one queue of batches. Another begins when all have a batch.
+    """A work queue whose workers are threads, which share one queue of batches.
 
-    Threads refer to its queues and not to it. If it is dropped, by an exception from outside, they
-    come to the end of the batches as after `close`.
+    A further thread starts when all others have a batch. Threads refer to the queues and not to
+    this object. If it is dropped, by an exception from outside, they come to the end of the batches
+    as after `close`.
 
     Parameters
     ----------
     n_workers : int
-        How many threads at most.
-    begin : Begin
-        Has one of them begin.
+        The largest number of threads.
+    begin : BeginWorker
+        A function that starts a thread.
     drop_stuck_workers : callable
-        Lets go of those that are not waited for.
+        A function that drops the threads that are not waited for.
     grace : float
-        Seconds that they have to come to the end of their range when the feed is closed.
+        Seconds that threads have to finish their range when the queue is closed.
     """
 
     runs_here = False
@@ -177,7 +178,7 @@ class ThreadQueue:
         self,
         n_workers: int,
         ledger: Ledger,
-        begin: Begin,
+        begin: BeginWorker,
         drop_stuck_workers: Callable[[], None],
         grace: float,
     ) -> None:
@@ -186,67 +187,68 @@ class ThreadQueue:
         self._begin = begin
         self._drop_stuck_workers = drop_stuck_workers
         self._grace = grace
-        self._n_begun = 0
-        self._n_out = 0  # batches that were given and have not come
-        self._given: _Given = SimpleQueue()
+        self._n_started = 0
+        self._n_under_way = 0  # batches without a result yet
+        self._batches: _BatchQueue = SimpleQueue()
         self._arrivals: SimpleQueue[BatchResult | WorkerStats] = SimpleQueue()
-        # Threads write it themselves: what they put into the queue besides may get lost on the way.
+        # Threads write this themselves: what they put into the queue as well may get lost there.
         self._worker_stats: dict[int, WorkerStats] = {}
-        self._ranges = partial(_ranges, ledger, self._given, weakref.ref(self, self._given.put))
-        self._deliver = partial(_deliver, self._arrivals)
+        self._claim_batches = partial(
+            _claim_batches, ledger, self._batches, weakref.ref(self, self._batches.put)
+        )
+        self._put_result = partial(_put_result, self._arrivals)
         self._record_end = partial(_record_end, self._worker_stats, self._arrivals)
 
     @property
     def has_room(self) -> bool:
-        """Whether fewer batches are on their way than the threads may hold."""
-        return self._n_out < AHEAD * self._n_workers
+        """Whether fewer batches are under way than the threads may have."""
+        return self._n_under_way < AHEAD * self._n_workers
 
     def put(self, start: int, items: Sequence[Any]) -> None:
-        """Put the items into the queue."""
-        if self._n_begun <= self._n_out and self._n_begun < self._n_workers:
-            self._begin(self._n_begun, self._ranges, self._deliver, self._record_end)
-            self._n_begun += 1
-        self._n_out += 1
-        self._given.put((start, items))
+        """Put the items into the queue, and start a further thread if all have a batch."""
+        if self._n_started <= self._n_under_way and self._n_started < self._n_workers:
+            self._begin(self._n_started, self._claim_batches, self._put_result, self._record_end)
+            self._n_started += 1
+        self._n_under_way += 1
+        self._batches.put((start, items))
 
     def take(self, seconds: float) -> list[BatchResult]:
-        """What has come."""
-        came: list[BatchResult] = []
+        """Return the results that have come; wait up to `seconds` for the first."""
+        results: list[BatchResult] = []
         try:
-            came += self._take_arrival(self._arrivals.get(timeout=seconds))
+            results += self._handle_arrival(self._arrivals.get(timeout=seconds))
             while True:
-                came += self._take_arrival(self._arrivals.get_nowait())
+                results += self._handle_arrival(self._arrivals.get_nowait())
         except Empty:
-            return came
+            return results
 
-    def _take_arrival(self, one: BatchResult | WorkerStats) -> list[BatchResult]:
-        if isinstance(one, BatchResult):
-            self._n_out -= 1
-            return [one]
-        if one.failure is not None:
-            raise_and_forget(one)
+    def _handle_arrival(self, arrival: BatchResult | WorkerStats) -> list[BatchResult]:
+        if isinstance(arrival, BatchResult):
+            self._n_under_way -= 1
+            return [arrival]
+        if arrival.failure is not None:
+            raise_and_forget(arrival)
         return []
 
     def close(self) -> RunResult:
-        """Stop the threads; one still in a range is left to finish it on its own."""
-        is_done = not self._n_out
-        if not is_done:
+        """Stop the threads; one that is still in a range is left to finish it on its own."""
+        is_idle = not self._n_under_way
+        if not is_idle:
             self.ledger.halt()
-        self._given.put(None)
+        self._batches.put(None)
         deadline = time.monotonic() + self._grace
-        # In a worker a forgotten stream may be closed by the garbage collector: maybe in one of
-        # its own, which would wait for itself.
-        waits = is_done and not is_in_worker()
-        with suppress(Empty):  # they have had their time
-            while len(self._worker_stats) < self._n_begun:
-                left = None if waits else max(0.0, deadline - time.monotonic())
-                self._arrivals.get(timeout=left)
+        # Inside a worker, the garbage collector may be closing a forgotten stream; if the worker is
+        # one of the stream's own, it would wait for itself.
+        must_wait = is_idle and not is_in_worker()
+        with suppress(Empty):  # the threads have had their time
+            while len(self._worker_stats) < self._n_started:
+                seconds = None if must_wait else max(0.0, deadline - time.monotonic())
+                self._arrivals.get(timeout=seconds)
         worker_stats = self._worker_stats.copy()
-        if len(worker_stats) < self._n_begun:
+        if len(worker_stats) < self._n_started:
             self._drop_stuck_workers()
-        for number in set(range(self._n_begun)) - set(
-            worker_stats
-        ):  # what they have finished counts
+        # What the missing threads have finished counts.
+        for number in set(range(self._n_started)) - set(worker_stats):
             ranges, items = self.ledger.n_attempts_done(number), self.ledger.n_items_of(number)
             worker_stats[number] = WorkerStats(number, ranges=ranges, items=items)
         for number, stats in worker_stats.items():
@@ -256,26 +258,26 @@ class ThreadQueue:
         )
 
 
-def _ranges(
+def _claim_batches(
     ledger: Ledger,
-    given: _Given,
-    _: object,  # is kept for as long as this goes on
+    batches: _BatchQueue,
+    _: object,  # a weak reference, kept while this runs so that its callback works
     runner: BatchRunner,
 ) -> Iterator[tuple[Attempt, int]]:
-    """In a worker: batches from the queue."""
+    """Yield batches from the queue, in a worker."""
     number = 0
     while not ledger.is_halted:
-        batch = given.get()
+        batch = batches.get()
         if not isinstance(batch, tuple):
-            given.put(batch)
+            batches.put(batch)
             return
         start, items = batch
-        runner.hold(start, partial(_itself, items))
+        runner.hold(start, partial(_return_items, items))
         yield Attempt(start, start + len(items)), number
         number += 1
 
 
-def _deliver(arrivals: SimpleQueue[Any], start: int, result: Any) -> None:  # noqa: ARG001  # the result knows it
+def _put_result(arrivals: SimpleQueue[Any], start: int, result: Any) -> None:  # noqa: ARG001  # the result has it
     arrivals.put(to_batch_result(result))
 
 
@@ -286,14 +288,14 @@ def _record_end(
     arrivals.put(stats)
 
 
-def _itself(items: Sequence[Any]) -> Sequence[Any]:
+def _return_items(items: Sequence[Any]) -> Sequence[Any]:
     return items
 
 
 def raise_and_forget(stats: WorkerStats) -> None:
-    """Raise what has ended a worker, and keep no reference to it: its traceback refers to all."""
+    """Raise the error that ended a worker, and drop it here: its traceback refers to everything."""
     failure, stats.failure = stats.failure, None
-    assert failure is not None  # for the type checker: who calls has looked
+    assert failure is not None  # for the type checker: the caller has checked
     try:
         raise_again(vars(failure).pop("error"))
     finally:

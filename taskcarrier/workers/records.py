@@ -1,4 +1,4 @@
-"""What is known of a run: what its workers did, which of them died, what failed."""
+"""Records of a run: what its workers did, which of them died, and what failed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class RangeFailure:
     Attributes
     ----------
     range : tuple of int or None
-        ``(start, stop)``; None if it concerns no range, but all of a worker.
+        ``(start, stop)``; None if it concerns a worker as a whole.
     error : BaseException
-        What was raised.
+        The exception that was raised.
     worker : str
-        By whom.
+        The name of the worker that raised it.
     attempt : int
         The attempt number, from 1.
     """
@@ -36,7 +36,7 @@ class RangeFailure:
 
     @property
     def place(self) -> int:
-        """Where it stands among others: the first item, -1 for all of a worker."""
+        """The position among other failures: the first item, or -1 for a worker as a whole."""
         return -1 if self.range is None else self.range[0]
 
 
@@ -51,16 +51,16 @@ class WorkerWarning(NamedTuple):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """The same for the same warning."""
+        """A key that is equal for equal warnings."""
         return (str(self.message), *self[1:])
 
 
 @dataclass(eq=False)
 class WorkerStats:
-    """What one worker did in a run, and how far it came: the last range, in which attempt.
+    """What one worker did in a run, with its last range and the attempt number of that.
 
-    With it come warnings that a process has not shown itself. Times are nanoseconds of
-    ``CLOCK_MONOTONIC``, comparable between processes.
+    `warnings` are those that a process has not shown itself. Times are nanoseconds of
+    ``CLOCK_MONOTONIC``, which are comparable between processes.
     """
 
     worker: int
@@ -77,20 +77,20 @@ class WorkerStats:
 
 @dataclass(eq=False)
 class WorkerDeath:
-    """A worker process that ended by itself.
+    """A worker process that ended by itself or was killed.
 
     Attributes
     ----------
     worker, name : int, str
-        Which one.
+        The number and name of the worker.
     exitcode : int or None
         As in `multiprocessing.Process.exitcode`: negative for a signal.
     range : tuple of int or None
-        ``(start, stop)`` of what it had in hand.
+        ``(start, stop)`` of the range that it had in hand.
     attempt : int
         The attempt number, from 1.
     was_late : bool
-        Whether it was killed because of that.
+        Whether it was killed because that range took too long.
     """
 
     worker: int
@@ -109,7 +109,7 @@ class WorkerDeath:
         held: Attempt | None,
         overdue: tuple[int, int] | None,
     ) -> WorkerDeath:
-        """Of a worker with this range in hand, which was killed because of `overdue`, if it was."""
+        """Return the death of a worker with `held` in hand; it was late if that is `overdue`."""
         if held is None:
             return cls(worker, name, exitcode, None)
         return cls(worker, name, exitcode, held[:2], held.attempt, overdue == held[:2])
@@ -117,28 +117,28 @@ class WorkerDeath:
 
 @dataclass
 class RunResult:
-    """How a run ended, read while its ledger was its own.
+    """How a run ended, read while the ledger still belonged to it.
 
     Attributes
     ----------
     worker_stats : list of WorkerStats
-        Of every worker, in order; those of workers that died say what the ledger tells.
+        The stats of every worker, in order; for workers that died, what the ledger says.
     failures : list of RangeFailure
-        What the caller has found itself; those of workers are in their accounts.
+        The failures that the caller found itself; those of workers are in their stats.
     deaths : list of WorkerDeath
-        All of them.
+        All deaths of workers.
     fatal : list of WorkerDeath
-        Those that were not made good.
+        The deaths that no further attempt made good.
     missing : list of (int, int)
-        Ranges without a result, ascending, as far as marks tell.
+        Ranges without a result, ascending, as far as marks show.
     n_claimed : int
         Chunks below this number were claimed.
     first_proposal : object
-        What the workers have settled on; None if nothing.
+        The value on which the workers agreed; None if nothing was proposed.
     is_halted : bool
         Whether workers were asked to stop.
     nbytes_sent : int
-        Bytes that were copied for workers on their way, and not into a segment.
+        The number of bytes that were copied on their way to workers, and not into a segment.
     """
 
     worker_stats: list[WorkerStats]
@@ -155,15 +155,17 @@ class RunResult:
     def read(
         cls, worker_stats: list[WorkerStats], ledger: Ledger, grid: ChunkGrid | None = None
     ) -> RunResult:
-        """From the ledger of a run that is over, before the pool is lent to another.
+        """Read the ledger of a run that is over, before the pool is lent to another run.
 
-        With the grid of a run whose results are in place once they are marked, unmarked ranges
-        are missing.
+        With `grid`, unmarked chunks are missing; pass it for a run whose results are in place once
+        they are marked.
         """
-        ran = cls(worker_stats, ledger.n_claimed(), ledger.first_proposal(), ledger.is_halted)
+        run_result = cls(
+            worker_stats, ledger.n_claimed(), ledger.first_proposal(), ledger.is_halted
+        )
         if grid is not None:
-            ran.missing = [grid.range_of(index) for index in ledger.chunks_marked(PENDING)]
-        return ran
+            run_result.missing = [grid.range_of(index) for index in ledger.chunks_marked(PENDING)]
+        return run_result
 
 
 Where = slice | np.ndarray
@@ -176,7 +178,7 @@ Fault = tuple[int, int, BaseException]
 
 @dataclass(eq=False)
 class PartialResult:
-    """What of a range is for the caller.
+    """The results of a range that go to the caller, with the failures in it.
 
     Attributes
     ----------
@@ -188,42 +190,42 @@ class PartialResult:
 
     results: list[tuple[Where, Any]]
     faults: list[Fault]
-    _packed: list[tuple[int, int, bytes]] | None = None
+    _pickled_faults: list[tuple[int, int, bytes]] | None = None
 
     def __reduce__(self) -> Any:
-        # Exceptions need care on their way to the caller.
+        # Exceptions need special care on their way to the caller.
         from taskcarrier.workers.pickled_errors import pickle_error  # noqa: PLC0415  # loads joblib
 
-        if self._packed is None:  # pickling may be tried twice
-            self._packed = [
+        if self._pickled_faults is None:  # pickling may be tried twice
+            self._pickled_faults = [
                 (start, stop, pickle_error(error)) for start, stop, error in self.faults
             ]
             # Tracebacks refer to frames, frames to their callers, and these to the errors and to
-            # chunks: the worker would hold on to shared memory until the next garbage collection.
+            # chunks: the worker would keep shared memory until the next garbage collection.
             for _, _, error in self.faults:
                 _forget_tracebacks(error)
-        return _unpickle_parts, (self.results, self._packed)
+        return _unpickle_parts, (self.results, self._pickled_faults)
 
 
 def _forget_tracebacks(error: BaseException) -> None:
-    for one in collect_related(error):
-        set_plainly(one, "__traceback__", None)
+    for related in collect_related(error):
+        set_plainly(related, "__traceback__", None)
 
 
 def _unpickle_parts(
-    results: list[tuple[Where, Any]], packed: list[tuple[int, int, bytes]]
+    results: list[tuple[Where, Any]], pickled_faults: list[tuple[int, int, bytes]]
 ) -> PartialResult:
     from taskcarrier.workers.pickled_errors import unpickle_error  # noqa: PLC0415  # loads joblib
 
     return PartialResult(
-        results, [(start, stop, unpickle_error(error)) for start, stop, error in packed]
+        results, [(start, stop, unpickle_error(error)) for start, stop, error in pickled_faults]
     )
 
 
 def list_failed_ranges(faults: list[Fault]) -> list[Any]:
-    """What is returned of collected errors."""
+    """Return the faults as the user gets them, and clear `faults`."""
     from taskcarrier.errors import FailedRange  # noqa: PLC0415  # slow, and rarely needed
 
-    found = [FailedRange(*fault) for fault in faults]
+    failed_ranges = [FailedRange(*fault) for fault in faults]
     faults.clear()  # errors refer to frames, and these to the faults
-    return found
+    return failed_ranges

@@ -1,4 +1,4 @@
-"""A task, and the job that every worker of a run gets."""
+"""Tasks, and the job that every worker of a run gets."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
 from taskcarrier.workers.parent_state import ParentState
 
 IN_PLACE = object()
-"""What a chunk returns whose result is already where it belongs."""
+"""What a runner returns for a range whose result is already in place."""
 
 
 class RangeRunner(Protocol):
-    """A task opened in one worker."""
+    """A task that was opened in one worker."""
 
     def __call__(self, start: int, stop: int) -> Any:
-        """Run one chunk; its result, or `IN_PLACE` if it was put in place."""
+        """Run one range; return its result, or `IN_PLACE` if that was put in place."""
 
     def facts(self) -> Any:
-        """Small, picklable things the caller must know when the worker is done."""
+        """Return small, picklable facts that the caller must know when the worker is done."""
 
 
 Propose = Callable[[Any], Any]
@@ -34,56 +34,56 @@ class Task(Protocol):
     """Work on ``range(n)``, in a form that can travel."""
 
     def open(self, propose: Propose) -> RangeRunner:
-        """Called once in each worker, before its first chunk.
+        """Open the task in a worker: called once in each, before its first chunk.
 
-        With `propose` workers settle on a value: it takes a proposal and returns the first of all.
+        With `propose`, workers agree on a value: it takes a proposal and returns the first of all.
         """
 
 
 class BatchRunner(RangeRunner, Protocol):
-    """Chunks whose items are handed to them, block by block."""
+    """A runner whose items are handed to it, batch by batch."""
 
     def hold(self, start: int, read: Callable[[], Sequence[Any]]) -> None:
-        """Items from `start` on are what `read` returns; ranges of these are run next."""
+        """Take a batch: `read` returns the items from `start` on. Ranges of it are run next."""
 
 
 class CompiledRunner(Protocol):
-    """Chunks that need no loop around them, in a thread of the caller."""
+    """A runner that needs no loop around it, in a thread of the caller's process."""
 
     def run_all(self, job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> None:
-        """Run chunks until there are none or the run is halted; the ledger knows how far it came."""
+        """Run chunks until none is left or the run is halted; the ledger records the progress."""
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What every worker of a run is given.
+    """All that a worker must know of a run.
 
     Attributes
     ----------
     task : Task
         The work.
     balance : Balance
-        How its chunks are shared out.
+        The rule by which workers come by chunks.
     grid : ChunkGrid
-        These chunks.
+        The division of all items into chunks.
     n_workers : int
-        How many there are.
+        The number of workers.
     parent_state : ParentState
-        What the function sees of the caller.
+        The state of the caller that the function sees.
     runs_all : bool
-        Whether what the task opens into is a `CompiledRunner`.
+        Whether the task opens into a `CompiledRunner`.
     is_streamed : bool
-        Whether it opens into `BatchRunner`; then grid and balance tell nothing.
+        Whether the task opens into a `BatchRunner`; then grid and balance mean nothing.
     retry_policy : RetryPolicy
-        How long a range may take, and what is tried again.
+        How long a range may take, and which ranges are tried again.
     collect_errors : bool
-        Whether errors of ranges are delivered; else the first ends the run.
+        Whether errors of ranges are delivered; otherwise the first error ends the run.
     can_split : bool
         Whether parts of a chunk can be run.
     marks : SharedView or None
-        Where the chunks are marked, if the ledger's own place will not do.
+        Where the chunks are marked, if not in the ledger's own bytes.
     folder : str or None
-        Where processes put large results that are not put in place; memory if None.
+        Where processes put large results that are not put in place; None for memory.
     """
 
     task: Task
@@ -100,9 +100,9 @@ class Job:
     folder: str | None = None
 
     def open_marks(self) -> memoryview | None:
-        """Its own place for marks, in this process."""
+        """Return the job's own bytes for marks, mapped in this process; None if it has none."""
         return None if self.marks is None else self.marks.open("write").data
 
 
 Deliver = Callable[[int, Any], None]
-"""Takes the start of a range and its result."""
+"""A function that takes the start of a range and its result."""

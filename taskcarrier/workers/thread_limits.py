@@ -1,11 +1,11 @@
-"""One thread inside each worker, so that all together are no more than the workers.
+"""Limits on the threads of libraries: one thread inside each worker, so no more than workers.
 
-Worker processes are born with the usual environment variables set to one. Threads, and the
-caller where it maps itself, share one process, so there one counted guard limits BLAS while any
-run is open: the first caller saves and limits, the last one restores (each restoring its own
-would leave a limit behind when two overlap). OpenBLAS's limit holds for the whole process while
-it lasts, the caller's own threads included. Limits on OpenMP and on numba's threads hold only in
-the thread that sets them: workers that are threads do so for themselves, for good.
+Worker processes start with the usual environment variables set to one. Threads, and the caller
+when it maps itself, share one process. There one counted guard limits BLAS while any run is open:
+the first run saves and limits, the last one restores (if each restored its own, a limit would be
+left behind when two overlap). OpenBLAS's limit holds for the whole process while it lasts, the
+caller's own threads included. Limits on OpenMP and on numba's threads hold only in the thread that
+sets them: workers that are threads set them for themselves, for good.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _VARIABLES = (
 )
 
 
-# Threads that libraries may use inside a worker, and in the caller while it maps. Not the cores'
-# share of each worker: BLAS sums up in another order with another number of threads, so results
-# would depend on n_jobs.
+# The number of threads that libraries may use inside a worker, and in the caller while it maps. It
+# is not each worker's share of the cores: BLAS sums in a different order with a different number of
+# threads, so results would depend on n_jobs.
 INNER_THREADS = 1
 
 
 def inner_environment() -> dict[str, str]:
-    """Environment of a worker process.
+    """Return the environment variables that limit threads in a worker process.
 
-    What the user has set for this process does not count there: results would depend on it.
+    What the user has set for this process does not count, or results would depend on it.
     """
     return dict.fromkeys(_VARIABLES, str(INNER_THREADS))
 
@@ -50,9 +50,9 @@ class _CountedLimit:
 
     def __init__(self) -> None:
         self._lock = ModuleLock()
-        self._runs = Holders()  # those that are open
+        self._runs = Holders()  # the open ones
         self._is_on = False
-        self._limited: dict[int, tuple[Any, int]] = {}  # libraries, and what they are set to again
+        self._saved: dict[int, tuple[Any, int]] = {}  # libraries, and the number to restore
         self._controller: Any = None
         self._n_modules = -1
         self._generation = 0
@@ -62,47 +62,48 @@ class _CountedLimit:
         generation, run = self._generation, Holder()
         try:
             with self._lock:
-                # Entered first: another run of this thread may begin and end while it is put on.
+                # Add the run first: while the limit is set, another run of this thread may begin
+                # and end.
                 self._runs.add(run)
                 if not self._is_on:
-                    self._put_on()
+                    self._set_limits()
                     self._is_on = True
             yield
         finally:
-            if generation == self._generation:  # else this is a forked child, see `restart`
+            if generation == self._generation:  # else this is a forked child: see `restart`
                 with self._lock:
                     self._runs.discard(run)
                     if not self._runs:
                         self._is_on = False
-                        self._lift()
+                        self._restore_limits()
 
-    def _put_on(self) -> None:
-        # Not by the controller's own `limit`: it asks every library for everything it knows, which
-        # takes 15 µs of a call that takes 0.2 ms in all.
+    def _set_limits(self) -> None:
+        # The controller's own `limit` is slower: it asks every library for everything it knows,
+        # which takes 15 µs of a call that takes 0.2 ms in all.
         for library in self.find_libraries().lib_controllers:
             before = library.get_num_threads() if library.user_api == "blas" else None
             if before is not None and before != INNER_THREADS:
-                # Written down first; and gone from there last, or an exception that comes between
-                # leaves the limit on for ever.
-                self._limited[id(library)] = library, before
-                _limit(library, INNER_THREADS)
+                # Save this before limiting, and remove it after restoring: otherwise an exception
+                # in between would leave the limit on for ever.
+                self._saved[id(library)] = library, before
+                _set_num_threads(library, INNER_THREADS)
 
-    def _lift(self) -> None:
-        for key, (library, before) in self._limited.copy().items():
-            _limit(library, before)
-            self._limited.pop(key, None)  # another run of this thread may have come between
+    def _restore_limits(self) -> None:
+        for key, (library, before) in self._saved.copy().items():
+            _set_num_threads(library, before)
+            self._saved.pop(key, None)  # another run of this thread may have done so
 
     def restart(self) -> None:
-        """In a forked child: the runs are its parent's."""
+        """Forget the open runs, in a forked child: they are its parent's."""
         self._generation += 1
         if self._runs:
             self._runs = Holders()
             self._is_on = False
-            self._lift()
+            self._restore_limits()
 
     def find_libraries(self) -> Any:
-        """The libraries with threads of their own that are loaded now."""
-        # Looking for libraries takes 0.7 ms; again only when modules were loaded since.
+        """Return the loaded libraries that have threads of their own."""
+        # Looking for libraries takes 0.7 ms, so look again only when modules were loaded since.
         if self._n_modules != len(sys.modules):
             from threadpoolctl import ThreadpoolController  # noqa: PLC0415  # runs only
 
@@ -111,26 +112,26 @@ class _CountedLimit:
         return self._controller
 
 
-def _limit(library: Any, n_threads: int) -> None:
-    """Set the number of threads of a library, whichever thread asks.
+def _set_num_threads(library: Any, n_threads: int) -> None:
+    """Set the number of threads of a library, from any thread.
 
-    From threadpoolctl 3.8 on, the thread that limits OpenBLAS first is the only one whose limits
-    count until it gives this up, and who does is asked under a lock that a signal handler in the
-    same thread would wait for. But the last run to end may belong to another thread, and a run may
-    begin in a signal handler.
+    From threadpoolctl 3.8 on, only limits by the thread that first limited OpenBLAS count, until it
+    gives this up. Which thread that is, is asked under a lock that a signal handler in the same
+    thread would wait for. But the last run to end may belong to another thread, and a run may begin
+    in a signal handler.
     """
     getattr(library, "_real_set_num_threads", library.set_num_threads)(n_threads)
 
 
 limited = _CountedLimit()
-"""The process's guard: ``with limited.open():``."""
+"""The guard of this process: ``with limited.open():``."""
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=limited.restart)
 
 
 class _OwnLimits(threading.local):
-    """What a worker that is a thread has limited for itself."""
+    """The limits that a worker thread has set for itself."""
 
     n_modules = -1
 
@@ -139,9 +140,10 @@ _own = _OwnLimits()
 
 
 def limit_this_thread() -> None:
-    """One thread of OpenMP and of numba for what this thread, a worker, calls from now on.
+    """Limit OpenMP and numba to one thread in this thread, a worker, from now on.
 
-    Both count for the thread that says so. Asked again when modules were loaded since.
+    Both limits hold for the thread that sets them. Called again, this does something only if
+    modules were loaded since.
     """
     if _own.n_modules == len(sys.modules):
         return
@@ -150,7 +152,7 @@ def limit_this_thread() -> None:
         if library.user_api == "openmp":
             library.set_num_threads(INNER_THREADS)
     parallel: Any = sys.modules.get("numba.np.ufunc.parallel")
-    # Before it has started its threads, to ask numba about them would start them.
+    # Before numba has started its threads, asking it about them would start them.
     if parallel is not None and parallel._is_initialized:
         parallel.set_num_threads(INNER_THREADS)
 

@@ -1,15 +1,15 @@
 """Pools of threads.
 
-Who owns what. A `ThreadPool` owns its threads, which are started when they are needed first; each
-waits at its own inbox for a run, and the last of a run to end wakes the caller. A thread says
-itself that it is free again, and ends when nothing refers to its `_Worker` any more. So the pool
-does not depend on how the caller has left a run: one that is not free when the next one begins is
+Who owns what. A `ThreadPool` owns its threads, which are started when they are first needed. Each
+waits at its own inbox for a run, and the last thread to end a run wakes the caller. A thread itself
+records that it is free again, and ends when nothing refers to its `_Worker` any more. So the pool
+does not depend on how the caller left a run: a thread that is not free when the next run begins is
 dropped then, and another takes its place.
 
-The threads are daemons of ours and not those of a `ThreadPoolExecutor`, which joins its threads
+The threads are our own daemons and not those of a `ThreadPoolExecutor`, which joins its threads
 when the interpreter exits: a thread stuck in a kernel would hold up the exit after Ctrl-C. They are
-named like an executor's threads because libraries that ask whether they run inside a thread pool
-look for that name.
+named like an executor's threads because libraries look for that name to find out whether they run
+inside a thread pool.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from taskcarrier.workers.thread_limits import limit_this_thread, limited, serial
 # Seconds between two looks at a run whose progress is shown.
 TICK = 0.1
 # A signal that comes just before the caller begins to wait is not seen until something else
-# happens; so it looks now and then.
+# happens, so the caller wakes from time to time.
 _LONGEST_WAIT = 1.0
-# How long an interrupted call waits for compiled loops, which look at the halt word before every
-# item and write their results themselves.
+# How long an interrupted call waits for compiled loops, which check the halt word before every item
+# and write their results themselves.
 _GRACE_SECONDS = 1.0
 
 
-Ended = Callable[[WorkerStats], None]
-"""Takes a worker's account when it is done."""
+RecordEnd = Callable[[WorkerStats], None]
+"""A function that takes a worker's stats when it is done."""
 
 
 class _Worker:
-    """A thread that waits at its inbox, and ends with this."""
+    """A thread that waits at its inbox, and ends when this object does."""
 
     is_free = True
-    """Whether it has nothing to do; the caller says otherwise before it gives it something."""
+    """Whether the thread has nothing to do; the caller clears this before it hands it a run."""
 
     def __init__(self, number: int) -> None:
         self.inbox: SimpleQueue[Any] = SimpleQueue()
         self.thread = threading.Thread(
-            target=_live,
+            target=_worker_main,
             args=(self.inbox, weakref.ref(self, self.inbox.put)),
             name=f"ThreadPoolExecutor-taskcarrier-{number}",
             daemon=True,
@@ -62,18 +62,18 @@ class _Worker:
         self.thread.start()
 
     def end(self) -> None:
-        """Have the thread end when it has done what it was given."""
+        """Let the thread end when it has done what it was given."""
         self.inbox.put(None)
 
 
-def _live(inbox: SimpleQueue[Any], worker: weakref.ref[_Worker]) -> None:
+def _worker_main(inbox: SimpleQueue[Any], worker: weakref.ref[_Worker]) -> None:
     serial_joblib()
-    # Between two runs, too: the garbage collector may close a stream at any moment.
+    # Set between runs, too: the garbage collector may close a stream at any moment.
     this_thread.is_worker = True
-    # What comes when the worker is gone is the reference to it: no code of ours runs for that.
+    # When the worker is gone, the dead reference to it comes: none of our code runs for that.
     while (run := inbox.get()) is not None and run is not worker:
         run()
-        del run  # nothing of a run is kept while waiting for the next
+        del run  # keep nothing of a run while waiting for the next
 
 
 class ThreadPool:
@@ -87,7 +87,7 @@ class ThreadPool:
     Attributes
     ----------
     is_short : bool
-        Whether one that was needed could not be started.
+        Whether a thread that was needed could not be started.
     """
 
     shares_memory = True
@@ -95,28 +95,28 @@ class ThreadPool:
     def __init__(self, n: int) -> None:
         self._n = n
         self._workers: dict[int, _Worker] = {}
-        self._filling = threading.Lock()  # only in threads that are not interrupted
+        self._start_lock = threading.Lock()  # only in threads that are not interrupted
         self.is_short = False
 
     def run(self, job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None) -> RunResult:
-        """Run a job to its end; accounts in the order of the workers.
+        """Run a job to its end; the result has stats in the order of the workers.
 
-        When interrupted, workers stop at their next chunk; those still in one are left to
-        finish it on their own, find the way to the output closed, and do not come back to the pool.
+        When interrupted, workers stop at their next chunk. Those still in a chunk are left to
+        finish it on their own; they find the output closed and do not come back to the pool.
         """
         n = job.n_workers
-        self._drop_stuck_workers()  # should that have been cut short
-        self._have(n)
+        self._drop_stuck_workers()  # in case that was cut short last time
+        self._ensure_threads(n)
         ledger = (Ledger.with_address if job.runs_all else Ledger.local)(n)
         ledger.marks = job.open_marks()
         worker_stats: dict[int, WorkerStats] = {}
-        # The last worker opens this, so that the caller is woken once.
+        # The last worker releases this, so that the caller is woken once.
         finished = threading.Lock()
         finished.acquire()
-        last = threading.Lock()
+        stats_lock = threading.Lock()
 
-        def ended(stats: WorkerStats) -> None:
-            with last:
+        def record_end(stats: WorkerStats) -> None:
+            with stats_lock:
                 worker_stats[stats.worker] = stats
                 if len(worker_stats) == n:
                     finished.release()
@@ -124,9 +124,9 @@ class ThreadPool:
         try:
             with limited.open():
                 for number in range(n):
-                    part = partial(run_worker, job, ledger, number, local_sink(deliver))
-                    self._begin(number, job, part, ended)
-                _wait(finished, ledger, tick)
+                    work = partial(run_worker, job, ledger, number, local_sink(deliver))
+                    self._begin(number, job, work, record_end)
+                _wait_for_last(finished, ledger, tick)
         finally:
             if len(worker_stats) < n:
                 ledger.halt()
@@ -138,50 +138,52 @@ class ThreadPool:
         return RunResult.read([worker_stats[number] for number in range(n)], ledger, job.grid)
 
     def stream(self, job: Job) -> ThreadQueue:
-        """Have threads wait for blocks of items; the pool is its own until it is closed."""
+        """Return a queue of batches for threads; it has the pool to itself until it is closed."""
         self._drop_stuck_workers()
         ledger = Ledger.local(job.n_workers)
 
         def begin(
-            number: int, attempt_source: AttemptSource, deliver: Deliver, ended: Ended
+            number: int, attempt_source: AttemptSource, deliver: Deliver, record_end: RecordEnd
         ) -> None:
-            self._have(number + 1)
-            part = partial(
+            self._ensure_threads(number + 1)
+            work = partial(
                 run_worker, job, ledger, number, local_sink(deliver), attempt_source=attempt_source
             )
-            self._begin(number, job, part, ended)
+            self._begin(number, job, work, record_end)
 
         return ThreadQueue(job.n_workers, ledger, begin, self._drop_stuck_workers, _GRACE_SECONDS)
 
-    def _begin(self, number: int, job: Job, part: Callable[[], WorkerStats], ended: Ended) -> None:
-        """Have a thread begin its part of a run."""
+    def _begin(
+        self, number: int, job: Job, work: Callable[[], WorkerStats], record_end: RecordEnd
+    ) -> None:
+        """Hand a thread its work in a run."""
         worker = self._workers[number]
 
         def run() -> None:
             job.parent_state.apply(in_process=False)
             limit_this_thread()
-            stats = part()
+            stats = work()
             worker.is_free = True
-            ended(stats)
+            record_end(stats)
 
         context = copy_context()
         worker.is_free = False
         worker.inbox.put(lambda: context.run(run))
 
     def _drop_stuck_workers(self) -> None:
-        """Let go of threads that still have something of an earlier run in hand."""
+        """Drop threads that still have something of an earlier run in hand."""
         for number, worker in self._workers.copy().items():
-            if not worker.is_free:  # should this be cut short, it is so the next time too
+            if not worker.is_free:  # if this is cut short, the next call repeats it
                 worker.end()
                 self._workers.pop(number, None)
 
-    def _have(self, n: int) -> None:
-        """Start those of the first `n` threads that were not needed yet, or were left behind."""
+    def _ensure_threads(self, n: int) -> None:
+        """Start those of the first `n` threads that are missing: not needed so far, or dropped."""
         if not all(map(self._workers.__contains__, range(n))):
-            run_sheltered(partial(self._fill, n))
+            run_sheltered(partial(self._start_threads, n))
 
-    def _fill(self, n: int) -> None:
-        with self._filling:  # an earlier call that was interrupted may still be at it
+    def _start_threads(self, n: int) -> None:
+        with self._start_lock:  # an earlier, interrupted call may still be doing this
             self.is_short = False
             for number in set(range(n)) - set(self._workers):
                 try:
@@ -197,7 +199,7 @@ class ThreadPool:
                     raise
 
     def close(self, *, wait: bool = True) -> None:
-        """End the threads; who has something in hand is not waited for."""
+        """End the threads, without waiting for those that have something in hand."""
         workers = list(self._workers.copy().values())
         for worker in workers:
             worker.end()
@@ -211,8 +213,10 @@ class ThreadPool:
         self._workers = {}
 
 
-def _wait(finished: threading.Lock, ledger: Ledger, tick: Callable[[Ledger], None] | None) -> None:
-    """Wait until the last worker opens the lock; meanwhile what is shown is kept up to date."""
+def _wait_for_last(
+    finished: threading.Lock, ledger: Ledger, tick: Callable[[Ledger], None] | None
+) -> None:
+    """Wait until the last worker releases the lock; meanwhile keep calling `tick`."""
     while not finished.acquire(timeout=_LONGEST_WAIT if tick is None else TICK):
         if tick is not None:
             tick(ledger)

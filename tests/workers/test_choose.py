@@ -1,4 +1,4 @@
-"""Where a run takes place: a table of facts, and what is chosen."""
+"""The choice of where a run takes place, by a table of facts."""
 
 import multiprocessing
 import os
@@ -310,7 +310,7 @@ class TestFactsNow:
         assert found.active_n_jobs == peer.n_jobs
 
     def test_a_default_of_joblib_is_no_wish(self, monkeypatch):
-        """As where it can make no semaphores, and all that it can do is threads."""
+        """As on systems where joblib can make no semaphores, so that it has only threads."""
         for name in ("DEFAULT_BACKEND", "DEFAULT_PROCESS_BACKEND"):
             monkeypatch.setattr(joblib.parallel, name, "threading", raising=False)
         assert facts_now().active_backend is None
@@ -487,5 +487,5 @@ print(map_array(np.sqrt, np.arange(3.0) ** 2, n_jobs=2, backend=sys.argv[1]))
 @pytest.mark.fault(44)
 @pytest.mark.parametrize("backend", ["threading", "loky"])
 def test_an_interrupt_leaves_no_module_half_imported(backend, tmp_path):
-    told = run_script(tmp_path, INTERRUPTED, backend)
-    assert told.splitlines() == ["interrupted", "[0. 1. 2.]"]
+    output = run_script(tmp_path, INTERRUPTED, backend)
+    assert output.splitlines() == ["interrupted", "[0. 1. 2.]"]

@@ -1,4 +1,4 @@
-"""What is known of functions without calling them."""
+"""What can be known of functions without calling them."""
 
 import sys
 

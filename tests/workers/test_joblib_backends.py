@@ -36,7 +36,7 @@ from tests.strategies import run_script, same_bits
 
 
 class Threads(ThreadingBackend):
-    """Shares memory with the caller."""
+    """A backend that shares memory with the caller."""
 
     n_calls = n_tasks = 0
 
@@ -99,7 +99,7 @@ def remotely(packed):
 
 
 class AtTheEnd(Elsewhere):
-    """Cannot say when a result is there."""
+    """A backend that cannot say when a result is there."""
 
     supports_retrieve_callback = False
     supports_return_generator = False
@@ -479,7 +479,7 @@ def test_an_interrupt_of_the_caller_ends_the_call(mapper, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(joblib_backends, "_failure", interrupted)
+    monkeypatch.setattr(joblib_backends, "_deliver_result", interrupted)
     with pytest.raises(KeyboardInterrupt):
         mapper(abs, range(1000))
 

@@ -1,4 +1,4 @@
-"""Pools are lent, kept warm, and ended when nobody needs them."""
+"""Pools are lent, kept warm, and ended when they are not needed."""
 
 import errno
 import os
@@ -63,14 +63,14 @@ def run(pool, func=where, n_workers=2):
 
 
 def workers(pool):
-    """What is alive of a pool."""
+    """Return the workers of a pool that are alive."""
     if pool.shares_memory:
         return [w.thread for w in pool._workers.values() if w.thread.is_alive()]
     return [w.pid for w in pool._workers.values() if psutil.pid_exists(w.pid)]
 
 
 def pools():
-    """All there are."""
+    """Return all pools of this process."""
     return [place.pool for place in module._pools._places]
 
 
@@ -86,7 +86,7 @@ def keepers():
 
 
 def limit_starts(monkeypatch, backend, n):
-    """From now on only so many workers can be started, as where the system allows no more."""
+    """Let only `n` more workers start, as where the system allows no more."""
     left = iter(range(n))
     if backend == "threading":
         start = threading.Thread.start
@@ -189,8 +189,8 @@ def test_no_more_workers_are_started_than_there_are_tasks(call, backend):
 
 
 @pytest.fixture(autouse=True)
-def no_crews():
-    """Nothing is warm before, nor after."""
+def no_pools():
+    """Leave no pool warm before or after a test."""
     shutdown()
     yield
     shutdown()
@@ -207,7 +207,7 @@ class TestLending:
             assert {pid for pid, _ in run(threads)} == {os.getpid()}
             assert os.getpid() not in {pid for pid, _ in run(pool)}
 
-    def test_the_same_crew_again(self, lend):
+    def test_the_same_pool_again(self, lend):
         with lend(2) as pool:
             run(pool)
             before = workers(pool)
@@ -224,19 +224,19 @@ class TestLending:
             assert again is pool
 
     @pytest.mark.parametrize("other", [1, 3])
-    def test_another_crew_for_other_numbers(self, lend, other):
+    def test_another_pool_for_other_numbers(self, lend, other):
         with lend(2) as pool:
             pass
         with lend(other) as another:
             assert another is not pool
 
-    def test_another_crew_for_another_backend(self):
+    def test_another_pool_for_another_backend(self):
         with thread_pool(2) as threads:
             pass
         with process_pool(2) as pool:
             assert pool is not threads
 
-    def test_runs_that_overlap_get_different_crews(self, lend):
+    def test_runs_that_overlap_get_different_pools(self, lend):
         with lend(2) as one, lend(2) as other:
             assert one is not other
             run(one)
@@ -277,7 +277,7 @@ class TestLending:
 
 @pytest.mark.fault(44)
 class TestLost:
-    def test_a_lease_that_is_gone_frees_its_crew(self):
+    def test_a_lease_that_is_gone_frees_its_pool(self):
         lease = module._pools.take(("threading", 2, True, ()))
         pool = lease.place.pool
         del lease
@@ -293,13 +293,13 @@ class TestLost:
         wait_until(lambda: pools() == [other])
         wait_until(lambda: not any(thread.is_alive() for thread in gone))
 
-    def test_a_crew_that_has_ended_is_lent_no_more(self):
+    def test_a_pool_that_has_ended_is_lent_no_more(self):
         with thread_pool(2):
             (place,) = module._pools._places
         shutdown()
-        assert place.lent(lambda _: None) is None
+        assert place.lend(lambda _: None) is None
 
-    def test_a_crew_whose_threads_are_left_at_work_is_whole_again(self):
+    def test_a_pool_whose_threads_are_left_at_work_is_whole_again(self):
         go_on = threading.Event()
         pool = ThreadPool(2)
         begun = []
@@ -309,7 +309,7 @@ class TestLost:
             go_on.wait(LONG)
 
         job = Job(Calls(Call(waits)), Dynamic(), ChunkGrid(2, 1), 2)
-        pool._have(2)
+        pool._ensure_threads(2)
         for number in range(2):  # as if the caller had been stopped just after
             pool._begin(number, job, lambda: (waits(), WorkerStats(0))[1], lambda _: None)
         wait_until(lambda: len(begun) == 2)
@@ -327,7 +327,7 @@ class TestIdle:
         monkeypatch.setattr(module, "IDLE_SECONDS", 0.05)
 
     @pytest.mark.usefixtures("impatient")
-    def test_idle_crews_end(self, lend):
+    def test_idle_pools_end(self, lend):
         with lend(2) as pool:
             run(pool)
             found = workers(pool)
@@ -354,7 +354,7 @@ class TestIdle:
         assert len(keepers()) == 1
 
     @pytest.mark.usefixtures("impatient")
-    def test_held_warm(self):
+    def test_kept_warm(self):
         with keep_warm():
             with keep_warm(), thread_pool(2) as pool:
                 run(pool)
@@ -366,10 +366,10 @@ class TestIdle:
                 assert again is pool
         wait_until(lambda: not workers(pool))
 
-    def test_held_warm_ends_with_an_error(self):
+    def test_kept_warm_ends_with_an_error(self):
         with pytest.raises(KeyError), keep_warm():
             raise KeyError
-        assert not module._pools._held_warm
+        assert not module._pools._warm_holders
 
 
 class TestShutdown:
@@ -398,7 +398,7 @@ class TestShutdown:
         assert len(keepers()) == 1
 
     def test_a_keeper_that_has_only_just_started_ends_too(self):
-        with module._pools._keeping:  # before the keeper comes to wait
+        with module._pools._keeper_lock:  # before the keeper comes to wait
             take = threading.Thread(target=module._pools.take, args=[("threading", 1, True, ())])
             take.start()
             wait_until(pools)
@@ -424,7 +424,7 @@ class TestShutdown:
         with lend(2) as again:
             assert again is pool
 
-    def test_under_held_warm_too(self, lend):
+    def test_under_kept_warm_too(self, lend):
         with keep_warm():
             with lend(1) as pool:
                 run(pool, n_workers=1)
@@ -445,7 +445,7 @@ class TestShutdown:
 class TestFork:
     @staticmethod
     def in_child(check):
-        """What a forked child says."""
+        """Return what `check` returns in a forked child, as text."""
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -460,7 +460,7 @@ class TestFork:
         os.waitpid(pid, 0)
         return said
 
-    def test_a_child_starts_without_crews(self, lend):
+    def test_a_child_starts_without_pools(self, lend):
         with lend(2) as pool:
             run(pool)
 
@@ -475,14 +475,14 @@ class TestFork:
 
     def test_a_child_of_a_busy_parent(self, lend):
         def check():
-            return len(pools()), bool(module._pools._held_warm)
+            return len(pools()), bool(module._pools._warm_holders)
 
         with keep_warm(), lend(2) as pool:
             run(pool)
             assert self.in_child(check) == "(0, False)"
             assert len(run(pool)) == 2
 
-    def test_a_child_has_crews_of_its_own(self):
+    def test_a_child_has_pools_of_its_own(self):
         with thread_pool(2) as pool:
             run(pool)
 

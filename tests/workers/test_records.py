@@ -21,7 +21,7 @@ class UnsendableError(Exception):
 
 
 def raised(error):
-    """An error with a traceback, whose frame refers to a thing; and whether that is still there."""
+    """Raise an error in a frame that refers to a thing; return a weak reference to that."""
     thing = Thing()
     there = weakref.ref(thing)
     try:

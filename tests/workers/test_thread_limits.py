@@ -61,7 +61,7 @@ def free_for_all():
 
 
 class User:
-    """Another thread, which does what it is told until it is sent away."""
+    """Another thread, which calls what it is given until it is left."""
 
     def __init__(self):
         self._orders = SimpleQueue()
@@ -95,7 +95,7 @@ class User:
 class TestCountedLimit:
     @pytest.fixture
     def several_threads(self):
-        """BLAS with several threads; put right afterwards even if the test is not."""
+        """Give BLAS several threads, and restore its limits even after a failed test."""
         np.ones((2, 2)) @ np.ones((2, 2))  # loads it
         free_for_all()
         before = ThreadpoolController().info()
@@ -172,7 +172,7 @@ class TestCountedLimit:
             raise OSError("no")
 
         with monkeypatch.context() as patch:
-            patch.setattr(limit, "found", refuse)
+            patch.setattr(limit, "find_libraries", refuse)
             with pytest.raises(OSError, match="no"), limit.open():
                 pytest.fail("entered")
         with limit.open():
@@ -286,7 +286,7 @@ def test_openmp_is_limited_in_the_thread_that_says_so(monkeypatch):
 
     openmp, blas = Library("openmp"), Library("blas")
     found = SimpleNamespace(lib_controllers=[openmp, blas])
-    monkeypatch.setattr(limited, "found", lambda: found)
+    monkeypatch.setattr(limited, "find_libraries", lambda: found)
     idents = []
 
     def worker():

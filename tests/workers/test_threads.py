@@ -38,7 +38,7 @@ def pool():
 
 
 class Calls:
-    """A task that calls a function of the range; open already."""
+    """A task that calls a function of the range; it opens into itself."""
 
     def __init__(self, func):
         self.func = func
@@ -66,7 +66,7 @@ def both(start, stop):
 
 
 def started(pool):
-    """A pool of three whose threads are there."""
+    """Return the pool of three once its threads are started."""
     run(pool, both)
     return pool
 
@@ -84,7 +84,7 @@ class TestRun:
         assert sum(stats.ranges for stats in worker_stats) == 10
         assert all(stats.failure is None for stats in worker_stats)
 
-    def test_accounts_in_order_of_the_workers(self, pool, balance):
+    def test_stats_in_order_of_the_workers(self, pool, balance):
         gate = threading.Barrier(3)  # everybody takes part
 
         def meet(start, stop):
@@ -134,7 +134,7 @@ class TestRun:
         assert ran.is_halted
         assert len(delivered) < 1000
 
-    def test_the_crew_is_good_after_a_failure(self, pool, balance):
+    def test_the_pool_is_good_after_a_failure(self, pool, balance):
         for error in (SystemExit(3), KeyboardInterrupt(), ValueError("no")):
 
             def fail(start, stop, error=error):
@@ -270,12 +270,12 @@ class TestWatching:
         before = threads_of(started(pool))
         begin = pool._begin
 
-        def watched(number, job, part, ended):
-            def told(stats):
-                ended(stats)
+        def watched(number, job, work, record_end):
+            def record_both(stats):
+                record_end(stats)
                 reported.append(number)
 
-            begin(number, job, part, told)
+            begin(number, job, work, record_both)
 
         monkeypatch.setattr(pool, "_begin", watched)
 
@@ -298,7 +298,7 @@ class TestWatching:
 
 @contextmanager
 def left_behind(verb, func, *, n_before, **options):
-    """Interrupt a call whose two threads are in a call of `func`, each after so many.
+    """Interrupt a call whose two threads are in a call of `func`, each after `n_before` calls.
 
     Inside, they are still there; what is yielded lets them go on, and waits for their end.
     """
@@ -353,7 +353,7 @@ ITEMS = np.arange(1.0, 41)
 
 @pytest.mark.parametrize("balance", ["static", "dynamic"])
 class TestAfterTheCall:
-    """Threads that an interrupted call has left behind come to their results when it is over."""
+    """Threads that an interrupted call has left behind get their results when it is over."""
 
     # The first result of a thread and further ones go different ways.
     @pytest.mark.parametrize("n_before", [0, 1, 2])
@@ -405,12 +405,12 @@ class TestDoor:
 
     def test_whoever_is_just_writing_is_waited_for(self):
         allocation = LocalBuffer(4, "C")
-        told = []
+        events = []
 
         def write():
             while is_open(allocation):  # closing has begun
                 time.sleep(0.001)
-            told.append("written")
+            events.append("written")
             write_lock.release()
 
         write_lock = allocation.write_lock()
@@ -418,9 +418,9 @@ class TestDoor:
         thread = threading.Thread(target=write)
         thread.start()
         allocation.close()
-        told.append("closed")
+        events.append("closed")
         thread.join(LONG)
-        assert told == ["written", "closed"]
+        assert events == ["written", "closed"]
 
     def test_ctrl_c_at_any_step_of_the_caller_s_own_writing_ends_the_call(self):
         n_steps = 0
@@ -438,7 +438,7 @@ def is_open(allocation):
 
 
 def call_interrupted_at(number):
-    """How a map in the caller ends, with Ctrl-C at that step of the code that writes results.
+    """Return how a map in the caller ends, with Ctrl-C at a step of the code that writes results.
 
     Python delivers it where a function begins, and where one of C has returned.
     """
@@ -489,7 +489,7 @@ class TestEnd:
             thread.join(LONG)
         assert not any(thread.is_alive() for thread in found)
 
-    def test_a_forgotten_crew_closes_nothing(self):
+    def test_a_forgotten_pool_closes_nothing(self):
         pool = started(ThreadPool(3))
         workers = list(pool._workers.values())
         pool.forget()
