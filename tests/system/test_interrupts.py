@@ -372,7 +372,7 @@ def test_a_limit_that_was_not_lifted_is_lifted_after_the_next_run(monkeypatch):
 
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # in finalizers they are lost
     library, guard = Library(), thread_limits._CountedLimit()
-    monkeypatch.setattr(guard, "found", lambda: SimpleNamespace(lib_controllers=[library]))
+    monkeypatch.setattr(guard, "find_libraries", lambda: SimpleNamespace(lib_controllers=[library]))
 
     def run():
         with guard.open():
