@@ -1,8 +1,8 @@
-"""What of the caller's own state the function sees in every worker.
+"""The part of the caller's state that the function sees in every worker.
 
-Each is read where the call is made, and set in each worker before its first range: the current
+It is read where the call is made, and set in each worker before its first range: the current
 folder, what NumPy and `decimal` do about rounding and floating-point errors, and how deep functions
-may call each other. What else a program can set for itself does not travel; the README lists it.
+may call each other. Other settings of a program do not travel; the README lists them.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ import numpy as np
 from taskcarrier.system.contexts import contextmanager
 from taskcarrier.workers.call import Call
 
-# What NumPy can be told to do about an error that needs the handler of `numpy.seterrcall`.
-_CALLING = {"call", "log"}
+# Values of NumPy's error state that need the handler of `numpy.seterrcall`.
+_HANDLED = {"call", "log"}
 
 
 @dataclass(frozen=True, eq=False)
 class ParentState:
-    """State of the caller's that decides what a function does.
+    """State of the caller that decides what a function does.
 
     Attributes
     ----------
     folder : str or None
         The current folder; None if it was removed.
     errstate : dict
-        As `numpy.geterr` tells it.
+        The result of `numpy.geterr`.
     errcall : Call or None
-        The handler that `errstate` asks for, if it does.
+        The handler of `numpy.seterrcall`; None if `errstate` needs none.
     decimals : decimal.Context or None
-        That of `decimal`, without flags; None if `decimal` is not loaded.
+        The context of `decimal`, without flags; None if `decimal` is not loaded.
     recursion_limit : int
-        As `sys.getrecursionlimit` tells it.
+        The result of `sys.getrecursionlimit`.
     """
 
     folder: str | None
@@ -49,21 +49,21 @@ class ParentState:
 
     @classmethod
     def capture(cls) -> ParentState:
-        """Those of this thread."""
+        """Return the state of this thread and its process."""
         errstate = dict(np.geterr())
-        handler: Any = np.geterrcall() if _CALLING & {*errstate.values()} else None
+        handler: Any = np.geterrcall() if _HANDLED & {*errstate.values()} else None
         return cls(
-            _folder(),
+            _get_folder(),
             errstate,
             None if handler is None else Call(handler),
-            _decimals(),
+            _copy_decimal_context(),
             sys.getrecursionlimit(),
         )
 
     def apply(self, *, in_process: bool) -> None:
-        """Make them those of this thread, and with `in_process` those of this process, for good."""
+        """Set the state in this thread and, with `in_process`, in this process, for good."""
         if in_process:
-            if self.folder is not None and _folder() != self.folder:
+            if self.folder is not None and _get_folder() != self.folder:
                 os.chdir(self.folder)
             if sys.getrecursionlimit() != self.recursion_limit:
                 sys.setrecursionlimit(self.recursion_limit)
@@ -71,14 +71,14 @@ class ParentState:
         if self.errcall is not None:
             np.seterrcall(self.errcall.func)
         if self.decimals is not None:
-            # A copy for each: threads would share the caller's context, flags and all.
+            # Each thread gets a copy: otherwise threads would share the caller's context and flags.
             import decimal  # noqa: PLC0415  # the caller has loaded it
 
             decimal.setcontext(self.decimals.copy())
 
     @contextmanager
     def apply_within(self) -> Iterator[None]:
-        """Make them those of this thread for the length of a block, but for those of a process."""
+        """Set the state in this thread while a `with` block runs; leave the process as it is."""
         handler = np.geterrcall()
         with np.errstate(**self.errstate), contextlib.ExitStack() as stack:
             if self.errcall is not None:
@@ -91,14 +91,14 @@ class ParentState:
             yield
 
 
-def _folder() -> str | None:
+def _get_folder() -> str | None:
     try:
         return os.getcwd()
     except FileNotFoundError:  # it was removed
         return None
 
 
-def _decimals() -> Any:
+def _copy_decimal_context() -> Any:
     decimal: Any = sys.modules.get("decimal")
     if decimal is None or not hasattr(decimal, "getcontext"):  # another thread is importing it
         return None

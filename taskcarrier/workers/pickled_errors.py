@@ -1,12 +1,13 @@
 """How an exception travels from a worker to the caller.
 
-Pickle leaves out what an exception leads to (its cause and its context) and calls the class again,
-with arguments that may not be those of the class. Here the exception goes with all that it leads
-to, and each is made again by what Python's own class for it does, without calling the user's
-``__init__`` or ``__setattr__``. An exception that defines how it is pickled is pickled so. One that
-cannot be sent is replaced by a `TaskError`, alone: what leads to it, or is led to, comes as it is.
+Pickle leaves out the exceptions that an exception refers to (its cause and its context), and it
+calls the class again, with arguments that may not fit. Here an exception is sent with all those
+that it refers to. Each is made again by the methods of its built-in base class, without a call of
+the user's ``__init__`` or ``__setattr__``. If the user's class defines how it is pickled, that is
+done instead. An exception that cannot be sent is replaced by a `TaskError`; those that refer to it,
+and those that it refers to, arrive as they are.
 
-Tracebacks stay behind. Their text is the cause of the last exception that Python would show.
+Tracebacks are not sent. Their text becomes the cause of the last exception that Python would show.
 """
 
 from __future__ import annotations
@@ -26,38 +27,38 @@ from taskcarrier.system.interrupts import is_of_the_program
 from taskcarrier.workers.pickling import Pickler, dumps, unpickle_items
 
 _Link = tuple[int | None, int | None, bool]
-"""Cause and context of an exception by their numbers, and whether the context is not shown."""
+"""The numbers of an exception's cause and context, and whether the context is not shown."""
 
 
 def pickle_error(error: BaseException) -> bytes:
-    """An exception, what it leads to, and the text of its traceback."""
+    """Pickle an exception, those that it refers to, and the text of its traceback."""
     errors = collect_related(error)
-    numbers = {id(one): number for number, one in enumerate(errors)}
+    numbers = {id(related): number for number, related in enumerate(errors)}
 
-    def number(one: BaseException | None) -> int | None:
-        return None if one is None else numbers[id(one)]
+    def get_number(related: BaseException | None) -> int | None:
+        return None if related is None else numbers[id(related)]
 
     links = [
         (
-            number(get_plainly(one, "__cause__")),
-            number(get_plainly(one, "__context__")),
-            get_plainly(one, "__suppress_context__"),
+            get_number(get_plainly(related, "__cause__")),
+            get_number(get_plainly(related, "__context__")),
+            get_plainly(related, "__suppress_context__"),
         )
-        for one in errors
+        for related in errors
     ]
     try:
         packed = _pickle_all(errors, links)
-    except Exception:  # noqa: BLE001  # whatever pickling a user's object raises; see below
-        stand_ins: dict[int, BaseException] = {}
+    except Exception:  # noqa: BLE001  # a user's object may raise anything when it is pickled
+        replacements: dict[int, BaseException] = {}
         try:
-            packed = _pickle_all([_sendable(one, stand_ins) for one in errors], links)
-        except Exception as trouble:  # noqa: BLE001  # groups in groups, or it is not always the same
-            packed = _pickle_all([_stand_in(error, trouble)], [(None, None, True)])
+            packed = _pickle_all([_make_sendable(each, replacements) for each in errors], links)
+        except Exception as trouble:  # noqa: BLE001  # groups in groups, or pickling is not repeatable
+            packed = _pickle_all([_make_stand_in(error, trouble)], [(None, None, True)])
     return pickle.dumps((packed, _traceback_of(error), _name_of(error)))
 
 
 def unpickle_error(packed: bytes) -> BaseException:
-    """The exception of a worker, in the caller."""
+    """Return the exception that a worker has pickled by `pickle_error`."""
     packed_errors, text, type_name = pickle.loads(packed)
     error: BaseException
     try:
@@ -65,40 +66,46 @@ def unpickle_error(packed: bytes) -> BaseException:
     except Exception as trouble:
         if is_of_the_program(trouble):
             raise
-        # It survived in the worker, not here.
+        # The worker could read it, but this process cannot.
         error = TaskError(
             "an exception arrived from the worker that cannot be read here "
             f"({type(trouble).__name__}: {text_of(trouble)})",
             type_name,
         )
     else:
-        for one, (cause, context, is_suppressed) in zip(errors, links, strict=True):
-            set_plainly(one, "__cause__", None if cause is None else errors[cause])
-            set_plainly(one, "__context__", None if context is None else errors[context])
-            set_plainly(one, "__suppress_context__", is_suppressed)
+        for related, (cause, context, is_suppressed) in zip(errors, links, strict=True):
+            set_plainly(related, "__cause__", None if cause is None else errors[cause])
+            set_plainly(related, "__context__", None if context is None else errors[context])
+            set_plainly(related, "__suppress_context__", is_suppressed)
         error = errors[0]
-    set_plainly(_last_shown(error), "__cause__", WorkerTracebackError(text))
+    set_plainly(_find_last_shown(error), "__cause__", WorkerTracebackError(text))
     return error
 
 
 def pickle_warning(worker_warning: object) -> bytes:
-    """A warning, which is an exception too, and where it was given."""
+    """Pickle a warning (which is an exception too) with the place where it was given.
+
+    Raise if it cannot be pickled, or cannot be read again.
+    """
     packed = dumps(worker_warning, pickler=_ErrorPickler)
     unpickle_items(packed)
     return packed
 
 
 def _pickle_all(errors: list[BaseException], links: list[_Link]) -> bytes:
-    """The pickle, which has been read once."""
+    """Return the pickle of these exceptions, after a trial that it can be read."""
     packed = dumps((errors, links), pickler=_ErrorPickler)
-    for one in unpickle_items(packed)[0]:
-        if not isinstance(one, BaseException):
+    for error in unpickle_items(packed)[0]:
+        if not isinstance(error, BaseException):
             raise TypeError("it unpickles as something else")
     return packed
 
 
-def _sendable(error: BaseException, known: dict[int, BaseException]) -> BaseException:
-    """The exception if it can be sent alone, else what is sent instead."""
+def _make_sendable(error: BaseException, known: dict[int, BaseException]) -> BaseException:
+    """Return the exception if it can be sent on its own, else a replacement.
+
+    Each is tried once: `known` holds what was returned, by the `id` of the exception.
+    """
     if id(error) not in known:
         known[id(error)] = _replace_unsendable(error, known)
     return known[id(error)]
@@ -107,20 +114,20 @@ def _sendable(error: BaseException, known: dict[int, BaseException]) -> BaseExce
 def _replace_unsendable(error: BaseException, known: dict[int, BaseException]) -> BaseException:
     try:
         _pickle_all([error], [])
-    except Exception as trouble:  # noqa: BLE001  # whatever pickling a user's object raises
+    except Exception as trouble:  # noqa: BLE001  # a user's object may raise anything when it is pickled
         if isinstance(error, BaseExceptionGroup):
-            members = [_sendable(one, known) for one in error.exceptions]
+            members = [_make_sendable(member, known) for member in error.exceptions]
             if any(map(operator.is_not, members, error.exceptions)):
                 group = BaseExceptionGroup(error.message, members)
                 for note in getattr(error, "__notes__", ()):
                     group.add_note(note)
                 return group
-        return _stand_in(error, trouble)
+        return _make_stand_in(error, trouble)
     return error
 
 
-def _stand_in(error: BaseException, trouble: Exception) -> TaskError:
-    """What is sent instead of an exception that cannot be."""
+def _make_stand_in(error: BaseException, trouble: Exception) -> TaskError:
+    """Return the `TaskError` that is sent instead of an exception that cannot be sent."""
     return TaskError(
         f"{type(error).__qualname__}: {text_of(error)} (the exception itself could not be sent "
         f"from the worker: {type(trouble).__name__}: {text_of(trouble)})",
@@ -133,7 +140,7 @@ def _name_of(error: BaseException) -> str:
 
 
 def _traceback_of(error: BaseException) -> str:
-    """What Python would print of it."""
+    """Return the text that Python would print for the exception."""
     try:
         lines = traceback.format_exception(error)
     except Exception:  # noqa: BLE001  # attributes of a user's class may raise anything
@@ -142,8 +149,8 @@ def _traceback_of(error: BaseException) -> str:
     return "".join(lines).rstrip()
 
 
-def _last_shown(error: BaseException) -> BaseException:
-    """The last exception of the chain that Python prints, which may be a ring."""
+def _find_last_shown(error: BaseException) -> BaseException:
+    """Return the last exception of the chain that Python prints; the chain may be a ring."""
     seen: set[int] = set()
     while id(error) not in seen:
         seen.add(id(error))
@@ -158,7 +165,7 @@ def _last_shown(error: BaseException) -> BaseException:
 
 
 class _ErrorPickler(Pickler):
-    """Pickles exceptions by what they hold."""
+    """A pickler that sends exceptions as their arguments and attributes."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, BaseException):
@@ -169,29 +176,29 @@ class _ErrorPickler(Pickler):
 
 
 def _reduce(error: BaseException) -> tuple[Any, ...] | None:
-    """How an exception is pickled whose class leaves that to Python; None for others."""
+    """Reduce an exception to its contents; return None if its class defines how it is pickled."""
     kind = type(error)
-    own = _own_class(kind)
+    builtin = _find_builtin_base(kind)
     if (
         kind in copyreg.dispatch_table
-        or kind.__reduce__ is not own.__reduce__
+        or kind.__reduce__ is not builtin.__reduce__
         or kind.__reduce_ex__ is not object.__reduce_ex__
     ):
         return None
     reduced: Any = error.__reduce__()
     _, args, *state = reduced
-    if kind.__setstate__ is not own.__setstate__:
+    if kind.__setstate__ is not builtin.__setstate__:
         return _recreate, (kind, args), *state
-    held = {**(state[0] if state else {}), **dict(_list_slots(error))}
-    return _recreate, (kind, args), held, None, None, _fill
+    attributes = {**(state[0] if state else {}), **dict(_list_slots(error))}
+    return _recreate, (kind, args), attributes, None, None, _set_attributes
 
 
-_HEAP_TYPE = 1 << 9  # the interpreter's mark of classes that are made when a program runs
+_HEAP_TYPE = 1 << 9  # the interpreter's flag for classes that are made when a program runs
 
 
-def _own_class(kind: type) -> Any:
-    """Python's own class that decides how its instances lie in memory."""
-    # Not told by the module: a class of the program may say that it is one of the builtins.
+def _find_builtin_base(kind: type) -> Any:
+    """Return the built-in class that decides how instances of `kind` lie in memory."""
+    # `__module__` is no proof: a class of the program may claim to be one of the builtins.
     while kind.__flags__ & _HEAP_TYPE:
         assert kind.__base__ is not None  # for the type checker: `object` is a builtin
         kind = kind.__base__
@@ -199,7 +206,7 @@ def _own_class(kind: type) -> Any:
 
 
 def _list_slots(error: BaseException) -> Iterator[tuple[str, Any]]:
-    """What ``__slots__`` of its classes hold, by name."""
+    """Yield names and values of all ``__slots__`` that are set, of all classes of the exception."""
     for kind in type(error).__mro__:
         if "__slots__" in vars(kind):
             for name, slot in vars(kind).items():
@@ -208,12 +215,12 @@ def _list_slots(error: BaseException) -> Iterator[tuple[str, Any]]:
 
 
 def _recreate(kind: type, args: tuple[Any, ...]) -> BaseException:
-    own = _own_class(kind)
-    error: BaseException = own.__new__(kind, *args)
-    own.__init__(error, *args)
+    builtin = _find_builtin_base(kind)
+    error: BaseException = builtin.__new__(kind, *args)
+    builtin.__init__(error, *args)
     return error
 
 
-def _fill(error: BaseException, held: dict[str, Any]) -> None:
-    for name, value in held.items():
+def _set_attributes(error: BaseException, attributes: dict[str, Any]) -> None:
+    for name, value in attributes.items():
         set_plainly(error, name, value)

@@ -1,9 +1,9 @@
-"""What `functools` makes of functions, pickled by value where cloudpickle would not.
+"""Pickling by value of what `functools` makes of functions, where cloudpickle fails.
 
-Python pickles a cached function by its name, which is no name in a worker if the function is one of
-``__main__`` or stands in another function or class; a generic function holds weak references, and
-in Python 3.11 a cached property holds a lock. Here each goes as what it was made of. What was
-cached stays behind: each worker has a cache of its own.
+Python pickles a cached function by its name, which a worker cannot find if the function is one of
+``__main__`` or is defined in another function or class. A generic function holds weak references,
+and in Python 3.11 a cached property holds a lock. Here each is sent as the parts that it was made
+of. Cached values are not sent: each worker has its own cache.
 """
 
 from __future__ import annotations
@@ -14,43 +14,54 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-_CACHED = type(functools.lru_cache(lambda: None))
-_sample: Any = functools.singledispatch(lambda one: one)
-_GENERIC, _DISPATCH = _sample.__code__, _sample.dispatch.__code__
-# What `functools` itself sets on them.
-_OWN = {"__wrapped__", "cache_parameters", "registry", "dispatch", "register", "_clear_cache"}
+_CACHED_TYPE = type(functools.lru_cache(lambda: None))
+_sample: Any = functools.singledispatch(lambda value: value)
+_GENERIC_CODE, _DISPATCH_CODE = _sample.__code__, _sample.dispatch.__code__
+# Attributes that `functools` itself sets on them.
+_OWN_ATTRIBUTES = {
+    "__wrapped__",
+    "cache_parameters",
+    "registry",
+    "dispatch",
+    "register",
+    "_clear_cache",
+}
 
 
 def reduce_cached(obj: Any) -> Any:
-    """How a cached function or property, or a generic method, is pickled.
+    """Reduce a cached function or property, or a generic method.
 
-    `NotImplemented` for all else.
+    Return `NotImplemented` for anything else.
     """
     kind = type(obj)
     if kind is functools.cached_property:
-        return kind, (obj.func,), {name: one for name, one in vars(obj).items() if name != "lock"}
+        return (
+            kind,
+            (obj.func,),
+            {name: value for name, value in vars(obj).items() if name != "lock"},
+        )
     if kind is functools.singledispatchmethod:
         return kind, (obj.func,), (dict(obj.dispatcher.registry), {}), None, None, _register
-    if kind is not _CACHED or _is_importable(obj) or not hasattr(obj, "cache_parameters"):
+    if kind is not _CACHED_TYPE or _is_importable(obj) or not hasattr(obj, "cache_parameters"):
         return NotImplemented
-    return _make_cached, (obj.__wrapped__, obj.cache_parameters()), _extras(obj)
+    return _make_cached, (obj.__wrapped__, obj.cache_parameters()), _get_extras(obj)
 
 
 def reduce_dispatching(obj: Any) -> tuple[Any, ...] | None:
-    """How a generic function is pickled that has no name in a worker; None for all else.
+    """Reduce a generic function that a worker cannot find by name; return None for anything else.
 
-    A generic method that is bound holds the part of one that finds the implementation.
+    A bound generic method holds only `dispatch`, the part that finds the implementation.
     """
     if type(obj) is not FunctionType:
         return None
     func: Any = obj
-    if func.__code__ is _GENERIC:
-        # Implementations may call it: so they come when it is there.
-        state = (dict(func.registry), _extras(func))
+    if func.__code__ is _GENERIC_CODE:
+        # Implementations may call the function, so they are registered once it is there.
+        state = (dict(func.registry), _get_extras(func))
         return functools.singledispatch, (func.__wrapped__,), state, None, None, _register
-    if func.__code__ is _DISPATCH:
-        place = _DISPATCH.co_freevars.index("registry")
-        return _dispatch, (dict(func.__closure__[place].cell_contents),)
+    if func.__code__ is _DISPATCH_CODE:
+        place = _DISPATCH_CODE.co_freevars.index("registry")
+        return _make_dispatch, (dict(func.__closure__[place].cell_contents),)
     return None
 
 
@@ -58,7 +69,7 @@ def _make_cached(func: Callable[..., Any], parameters: dict[str, Any]) -> Any:
     return functools.lru_cache(**parameters)(func)
 
 
-def _dispatch(implementations: dict[type, Any]) -> Any:
+def _make_dispatch(implementations: dict[type, Any]) -> Any:
     func = functools.singledispatch(implementations[object])
     _register(func, (implementations, {}))
     return func.dispatch
@@ -71,16 +82,16 @@ def _register(func: Any, state: tuple[dict[type, Any], dict[str, Any]]) -> None:
     vars(func).update(extras)
 
 
-def _extras(func: Any) -> dict[str, Any]:
-    """What the user has set on it."""
-    return {name: one for name, one in vars(func).items() if name not in _OWN}
+def _get_extras(func: Any) -> dict[str, Any]:
+    """Return the attributes that the user has set on a function."""
+    return {name: value for name, value in vars(func).items() if name not in _OWN_ATTRIBUTES}
 
 
 def _is_importable(obj: Any) -> bool:
-    """Whether a worker finds it by its name."""
-    found: Any = sys.modules.get(obj.__module__)
-    if found is None or obj.__module__ in {"__main__", "__mp_main__"}:
+    """Return whether a worker can find the object by its name."""
+    named: Any = sys.modules.get(obj.__module__)
+    if named is None or obj.__module__ in {"__main__", "__mp_main__"}:
         return False
     for name in obj.__qualname__.split("."):
-        found = getattr(found, name, None)
-    return found is obj
+        named = getattr(named, name, None)
+    return named is obj

@@ -155,7 +155,7 @@ class TestFolders:
 
     @pytest.mark.fault(36)
     def test_one_that_goes_before_the_worker_comes_is_named(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(parent_state, "_folder", lambda: str(tmp_path / "missing"))
+        monkeypatch.setattr(parent_state, "_get_folder", lambda: str(tmp_path / "missing"))
         with pytest.raises(FileNotFoundError, match="missing") as caught:
             mapped(abs, "loky")
         assert "while a worker process took on the caller's folder" in caught.value.__notes__[0]

@@ -1,1 +1,1 @@
-"""Worker processes: their pool, their deaths and deadlines, and the messages between them and us."""
+"""Worker processes: their pool, their deaths and deadlines, and the messages they exchange."""

@@ -1,8 +1,8 @@
-"""How the end of a child process is seen: by a descriptor that becomes readable.
+"""A descriptor that becomes readable when a child process ends.
 
-That is the process's own (`os.pidfd_open`). Where there is none to be had (a sandbox refuses the
-call, or Python was built without it), a thread waits for the process and tells by an `eventfd`.
-The process stays a zombie until it is reaped, so its number is its own until then.
+It is the descriptor of the process (`os.pidfd_open`). If there is none (a sandbox refuses the call,
+or Python was built without it), a thread waits for the process and then writes to an `eventfd`.
+The process stays a zombie until it is reaped, so no other process gets its number before.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import select
 import signal
 import threading
 
-# What sandboxes answer.
+# The errors by which sandboxes refuse a call.
 _REFUSED = {errno.ENOSYS, errno.EPERM, errno.EACCES}
 
 
 def is_readable(fd: int, seconds: float = 0) -> bool:
-    """Whether there is something to read; not by `select`, which ends at descriptor 1023."""
+    """Return whether there is something to read, after a wait of at most `seconds`.
+
+    Use `poll`: `select` takes no descriptors above 1023.
+    """
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(seconds * 1e3))
@@ -36,50 +39,50 @@ class ProcessExit:
     Attributes
     ----------
     fd : int
-        Is readable once the process has ended.
+        A descriptor that is readable once the process has ended.
     """
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._waiting: threading.Thread | None = None
+        self._thread: threading.Thread | None = None
         try:
             self.fd = os.pidfd_open(pid)
         except (AttributeError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in _REFUSED:
                 raise
             self.fd = os.eventfd(0)
-            self._waiting = threading.Thread(
+            self._thread = threading.Thread(
                 target=self._wait, name="taskcarrier-waiting", daemon=True
             )
             try:
-                self._waiting.start()
+                self._thread.start()
             except BaseException:
                 os.close(self.fd)
                 raise
 
     def _wait(self) -> None:
-        with contextlib.suppress(ChildProcessError):  # it was reaped just now
+        with contextlib.suppress(ChildProcessError):  # it has just been reaped
             os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
         os.eventfd_write(self.fd, 1)
 
     def kill(self) -> None:
-        """End the process now; a `PermissionError` if it is another user's."""
+        """Kill the process; raise `PermissionError` if it belongs to another user."""
         try:
-            if self._waiting is None:
+            if self._thread is None:
                 signal.pidfd_send_signal(self.fd, signal.SIGKILL)
                 return
         except ProcessLookupError:
             return
-        except (AttributeError, OSError):  # likewise refused, or it is another user's
+        except (AttributeError, OSError):  # refused too, or the process is another user's
             pass
-        if not is_readable(self.fd):  # else its number may be another's
+        if not is_readable(self.fd):  # else its number may be that of another process
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
 
     def close(self, *, forked: bool = False) -> None:
-        """Close the descriptor, once the process was reaped; or in a forked child, at any time."""
-        if self._waiting is not None and not forked:
-            self._waiting.join()
-        with contextlib.suppress(OSError):  # the program may close what it likes
+        """Close the descriptor. The process must have been reaped, except in a forked child."""
+        if self._thread is not None and not forked:
+            self._thread.join()
+        with contextlib.suppress(OSError):  # the program may have closed any descriptor
             os.close(self.fd)
         self.fd = -1

@@ -1,10 +1,10 @@
-"""One run on a pool of processes, as the caller sees it.
+"""One run on a pool of worker processes, seen from the parent.
 
-What becomes of a run when a worker dies. A new process takes the dead worker's place and number.
-What that had in hand is given out to it again (`taskcarrier.scheduling.retries` says how often, and in which
-pieces), before the chunks that are the number's own. What else got lost with it, a claim that was
-not written down or results on their way, is found by the marks of the ledger when all others are
-done, and shared out again. A range that took too long ends in the same way: its worker is killed.
+How a run survives the death of a worker. A new process takes the dead worker's place and number. It
+first gets the range that the dead worker had in hand (`taskcarrier.scheduling.retries` decides how
+often, and in which pieces), then the chunks that belong to the number. Other losses (a claim that
+was not recorded, results on their way) are found by the marks of the ledger when all workers are
+done, and are shared out again. A range that takes too long is treated alike: its worker is killed.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from taskcarrier.workers.records import (
 from taskcarrier.workers.task import Deliver, Job
 
 GRACE_SECONDS = 0.5
-"""How long an interrupted run waits for a worker to finish its chunk before it is killed."""
+"""The seconds that workers of an interrupted run get for their chunks before they are killed."""
 LONGEST_WAIT = 1.0
-"""A signal that comes just before the caller begins to wait is not seen until something else
-happens; so it looks now and then."""
+"""The largest number of seconds in one wait: a signal that comes just before the caller begins to
+wait is not seen until the wait ends."""
 
 
 class Worker(Protocol):
@@ -55,43 +55,43 @@ class Worker(Protocol):
 
     @property
     def pidfd(self) -> int:
-        """A descriptor that is readable once it has ended; -1 if it was reaped."""
+        """A descriptor that is readable once the process has ended; -1 if it was reaped."""
 
     def kill(self) -> None:
-        """End it now."""
+        """Kill the process."""
 
     def reap(self) -> int | None:
-        """Exit code of a process that has ended; its descriptors are closed."""
+        """Close the descriptors of a process that has ended, and return its exit code."""
 
 
 class Watch:
-    """Waits until a worker says something or ends."""
+    """A way to wait until any of several workers sends a message or ends."""
 
     def __init__(self) -> None:
         self._poll = select.poll()
         self._by_fd: dict[int, tuple[int, Worker]] = {}
 
     def add(self, number: int, worker: Worker) -> None:
-        """Watch a worker; the number is the caller's."""
+        """Watch a worker; `wait` yields `number` with it."""
         for fd in (worker.channel.fileno(), worker.pidfd):
             self._by_fd[fd] = (number, worker)
             self._poll.register(fd, select.POLLIN)
 
     def stop_listening(self, worker: Worker) -> None:
-        """Its stream has ended; the process's own descriptor tells the rest."""
+        """Watch only the end of a worker whose stream of messages has ended."""
         self._poll.unregister(worker.channel.fileno())
 
     def drop(self, worker: Worker) -> None:
-        """Watch it no more."""
+        """Stop watching a worker."""
         for fd in (worker.channel.fileno(), worker.pidfd):
             self._by_fd.pop(fd, None)  # both may be missing, if `add` was cut short
             with contextlib.suppress(KeyError):
                 self._poll.unregister(fd)
 
     def wait(self, seconds: float) -> Iterator[tuple[int, Worker, bool]]:
-        """Number and worker of those that have said something, then of those that have ended.
+        """Yield ``(number, worker, has_ended)``: workers with messages first, then ended ones.
 
-        The last of the three is whether it has ended. Who is dropped meanwhile is left out.
+        Wait at most `seconds`. Workers that are dropped meanwhile are left out.
         """
         fds = [fd for fd, _ in self._poll.poll(seconds * 1e3)]
         ended = {fd for fd in fds if fd == self._by_fd[fd][1].pidfd}
@@ -107,27 +107,27 @@ def kill_overdue(
     ledger: Ledger,
     overdue: dict[int, tuple[int, int]],
 ) -> float:
-    """Seconds until the next range has taken too long.
+    """Kill workers whose range has taken too long, and add these ranges to `overdue`.
 
-    Workers with one that has are killed, and it is written down in `overdue`.
+    Return the seconds until the next range will have taken too long.
     """
     now = time.monotonic_ns()
-    left = timeout
+    next_seconds = timeout
     for number, worker in workers.items():
-        held, start_time_ns = in_hand(number), ledger.start_time_ns(number)
-        if held is None or not start_time_ns:
+        attempt, start_time_ns = in_hand(number), ledger.start_time_ns(number)
+        if attempt is None or not start_time_ns:
             continue
-        due = timeout - (now - start_time_ns) / 1e9
-        if due > 0:
-            left = min(left, due)
+        seconds = timeout - (now - start_time_ns) / 1e9
+        if seconds > 0:
+            next_seconds = min(next_seconds, seconds)
         elif number not in overdue:
-            overdue[number] = held[:2]
+            overdue[number] = attempt[:2]
             worker.kill()
-    return left
+    return next_seconds
 
 
 class ProcessRun:
-    """The caller's side of one run: who is at work, what has come, what has to be run again."""
+    """The parent's side of one run: workers at work, results that came, ranges to run again."""
 
     def __init__(
         self,
@@ -140,14 +140,12 @@ class ProcessRun:
         self._job = job
         self._ledger = ledger
         self._deliver = deliver
-        self._parcel = payload
+        self._payload = payload
         self._get_worker = get_worker
-        self._began_ns: dict[int, int] = {}
+        self._start_times_ns: dict[int, int] = {}
         self._watch = Watch()
-        self._attempts: dict[
-            int, Sequence[Attempt]
-        ] = {}  # what each worker at work was given to begin
-        self._overdue: dict[int, tuple[int, int]] = {}  # who is killed for which range
+        self._attempts: dict[int, Sequence[Attempt]] = {}  # what each worker was told to run first
+        self._overdue: dict[int, tuple[int, int]] = {}  # the range for which a worker was killed
         self._received: set[int] = set()  # the starts of ranges whose results have come
         self._idle_deaths: dict[int, int] = {}
         self.at_work: dict[int, Worker] = {}
@@ -155,30 +153,30 @@ class ProcessRun:
         self._deaths: list[WorkerDeath] = []
         self._fatal: list[WorkerDeath] = []
         self._lost: list[tuple[int, int]] = []  # ranges given out again that were not run
-        self._failures: list[RangeFailure] = []  # seen from here
-        self._is_over = False  # an error has come, or the caller stops
+        self._failures: list[RangeFailure] = []  # those that no worker reports
+        self._is_over = False  # an error has come, or the caller stops the run
         self.memory_kept = False
 
-    def start(self, number: int, worker: Worker, again: Sequence[Attempt] = ()) -> None:
-        """Have a worker begin, with these ranges and then with chunks."""
+    def start(self, number: int, worker: Worker, attempts: Sequence[Attempt] = ()) -> None:
+        """Start a worker on these attempts, and then on chunks."""
         self._ledger.begin(number)
-        self._began_ns[number] = time.monotonic_ns()
-        self._attempts[number] = again
+        self._start_times_ns[number] = time.monotonic_ns()
+        self._attempts[number] = attempts
         self.at_work[number] = worker
         self._watch.add(number, worker)
-        message = order(list(again), self._parcel.data)
+        message = order(list(attempts), self._payload.data)
         worker.is_free = False
-        # A worker that is just dying is seen by its descriptor.
+        # If the worker is just dying, its descriptor will show that.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            worker.channel.send(message, self._parcel.fds)
+            worker.channel.send(message, self._payload.fds)
 
     def is_running(self) -> bool:
-        """Whether anybody is at work; if all are done, what got lost is shared out again."""
+        """Return whether a worker is at work; if none is, first share out again what got lost."""
         if not self.at_work and self._deaths and not self._has_ended:
             lost = self._find_lost()
             marks = self._ledger.marks
             if self._job.retry_policy.retries == 0 and marks is not None:
-                # What was sent has been run, and is not to be run again.
+                # What was sent has been run, and may not be run again.
                 sent = [index for index in lost if marks[index] == SENT]
                 lost = [index for index in lost if marks[index] != SENT]
                 if sent:
@@ -188,37 +186,37 @@ class ProcessRun:
 
     @property
     def _has_ended(self) -> bool:
-        """Whether nothing more is to be begun.
+        """Whether nothing new may be started.
 
-        The halt word does not tell: a worker sets it before it sends its error, which may not
-        arrive.
+        The ledger's halt does not decide: a worker halts the run before it sends its error, which
+        may not arrive.
         """
         return self._is_over or bool(self._fatal)
 
     def step(self, seconds: float | None) -> None:
-        """Wait for something to happen, and take it in."""
+        """Wait for messages and ends of workers, at most for `seconds`, and handle them."""
         timeout = self._job.retry_policy.timeout
         waits = [LONGEST_WAIT, *([] if seconds is None else [seconds])]
         if timeout is not None:
-            waits.append(self._seconds_left(timeout))
+            waits.append(self._kill_overdue(timeout))
         for number, worker, has_ended in self._watch.wait(min(waits)):
-            says_more = self._take_in(number, worker)  # at last, what it said before it died
+            is_open = self._read_messages(number, worker)  # also the last, from before its death
             if number not in self.at_work:
                 continue
             if has_ended:
                 overdue = self._overdue.get(number)
-                self._leave(number, worker)
+                self._drop_worker(number, worker)
                 self._handle_death(number, worker, overdue)
-            elif not says_more:
+            elif not is_open:
                 self._watch.stop_listening(worker)
 
     def abort(self) -> None:
-        """Stop: workers at their next chunk, or soon by force."""
+        """Stop the run: workers stop at their next chunk, or are killed after `GRACE_SECONDS`."""
         self._halt()
         deadline = time.monotonic() + GRACE_SECONDS
         try:
             for number, worker in list(self.at_work.items()):
-                self._take_in(number, worker)  # what has come may not have been looked at
+                self._read_messages(number, worker)  # some that came may not have been read
             while self._busy and (left := deadline - time.monotonic()) > 0:
                 self.step(left)
         finally:
@@ -229,123 +227,127 @@ class ProcessRun:
 
     @property
     def _busy(self) -> list[Worker]:
-        """Workers at work, but those that were not sent their order any more."""
+        """The workers at work, without those to which no order was sent."""
         return [worker for worker in self.at_work.values() if not worker.is_free]
 
     def ran(self) -> RunResult:
-        """How the run ended."""
+        """Return how the run ended."""
         self._worker_stats.sort(key=lambda stats: stats.worker)
-        ran = RunResult.read(self._worker_stats, self._ledger)
-        ran.deaths, ran.fatal = self._deaths, self._fatal
-        ran.failures = self._failures
-        ran.missing = sorted({*self._lost, *map(self._job.grid.range_of, self._find_lost())})
-        if ran.missing and not self._is_over:
-            ran.fatal = self._fatal or self._deaths  # whichever it was, not all were made good
-        return ran
+        result = RunResult.read(self._worker_stats, self._ledger)
+        result.deaths, result.fatal = self._deaths, self._fatal
+        result.failures = self._failures
+        result.missing = sorted({*self._lost, *map(self._job.grid.range_of, self._find_lost())})
+        if result.missing and not self._is_over:
+            result.fatal = self._fatal or self._deaths  # any of them may have lost the results
+        return result
 
     def _halt(self) -> None:
-        """Have the workers stop at their next chunk; nothing more is begun."""
+        """Make the workers stop at their next chunk, and start nothing new."""
         self._is_over = True
         self._ledger.halt()
 
     # Time
 
-    def _seconds_left(self, timeout: float) -> float:
-        """Seconds until the next range has taken too long; those that have are ended."""
+    def _kill_overdue(self, timeout: float) -> float:
+        """Kill workers whose range has taken too long; return the seconds until the next one."""
         return kill_overdue(timeout, self.at_work, self._range_in_hand, self._ledger, self._overdue)
 
     # Deaths
 
     def _range_in_hand(self, number: int) -> Attempt | None:
-        """The range that a worker has in hand, if it is not finished."""
+        """Return the range that a worker has in hand; None if it has none, or has finished it."""
         ledger, grid = self._ledger, self._job.grid
         position = ledger.attempt_in_hand(number)
         if position is not None:
-            again = self._attempts[number][position]
-            is_done = position < ledger.n_attempts_done(number) or self._is_there(again)
-            return None if is_done else again
+            attempt = self._attempts[number][position]
+            is_done = position < ledger.n_attempts_done(number) or self._has_result(attempt)
+            return None if is_done else attempt
         index = ledger.chunk_in_hand(number, len(grid))
         if index is None or (ledger.marks is not None and ledger.marks[index] != PENDING):
             return None
         return Attempt(*grid.range_of(index))
 
-    def _is_there(self, again: Attempt) -> bool:
-        """Whether a whole chunk that was given out again is finished, and its result here."""
-        index = again.start // self._job.grid.chunksize
+    def _has_result(self, attempt: Attempt) -> bool:
+        """Return whether an attempt is a whole chunk that is finished and whose result is here."""
+        index = attempt.start // self._job.grid.chunksize
         marks = self._ledger.marks
-        if marks is None or self._job.grid.range_of(index) != again[:2]:
+        if marks is None or self._job.grid.range_of(index) != attempt[:2]:
             return False
-        return marks[index] == DONE or (marks[index] == SENT and again.start in self._received)
+        return marks[index] == DONE or (marks[index] == SENT and attempt.start in self._received)
 
     def _handle_death(self, number: int, worker: Worker, overdue: tuple[int, int] | None) -> None:
-        """A worker has died: see to what it had in hand, and put another in its place.
+        """Record a death, decide on what the worker had in hand, and start another in its place.
 
-        `overdue` is the range for which it was killed, if it was.
+        `overdue` is the range for which the worker was killed, or None.
         """
         exitcode = worker.reap()
         if not self._has_ended:
-            # If it had halted the run for an error, that did not arrive: it is a death like others.
+            # If it halted the run for an error, that did not arrive: this is a death like others.
             self._ledger.resume()
-        held = self._range_in_hand(number)
+        in_hand = self._range_in_hand(number)
         rest = list(self._attempts[number][self._ledger.n_attempts_done(number) :])
-        if held is not None and rest and rest[0] == held:
+        if in_hand is not None and rest and rest[0] == in_hand:
             del rest[0]
         self._worker_stats.append(self._stats_of_dead(number, worker))
-        death = WorkerDeath.of(number, worker.name, exitcode, held, overdue)
-        nexts = self._nexts(death, held, overdue, worker)
+        death = WorkerDeath.of(number, worker.name, exitcode, in_hand, overdue)
+        next_attempts = self._decide_next(death, in_hand, overdue, worker)
         if self._has_ended:
-            self._lost += [part[:2] for part in (*nexts, *rest)]
+            self._lost += [attempt[:2] for attempt in (*next_attempts, *rest)]
         self._deaths.append(death)
-        if held is not None:
-            self._take_back(held)
+        if in_hand is not None:
+            self._reclaim(in_hand)
         if not self._has_ended:
-            self.start(number, self._get_worker(number), [*nexts, *rest])
+            self.start(number, self._get_worker(number), [*next_attempts, *rest])
 
-    def _nexts(
+    def _decide_next(
         self,
         death: WorkerDeath,
-        held: Attempt | None,
+        in_hand: Attempt | None,
         overdue: tuple[int, int] | None,
         worker: Worker,
     ) -> list[Attempt]:
-        """What is to be run instead of what a dead worker had in hand."""
+        """Return what to run instead of what a dead worker had in hand."""
         number, retry_policy = death.worker, self._job.retry_policy
-        if held is None:
-            # It was dying when it began, or died between two ranges.
-            idle = 0 if self._ledger.n_items_of(number) else self._idle_deaths.get(number, 0) + 1
-            self._idle_deaths[number] = idle
-            if idle > max(1, retry_policy.retries):
+        if in_hand is None:
+            # The worker was dying when it was started, or died between two ranges.
+            n = 0 if self._ledger.n_items_of(number) else self._idle_deaths.get(number, 0) + 1
+            self._idle_deaths[number] = n
+            if n > max(1, retry_policy.retries):
                 self._fatal.append(death)
             return []
         if overdue is not None:
-            if overdue != held[:2]:  # it had come to this one meanwhile, which is not to blame
-                return [held]
-            if not (nexts := retry_policy.next_after_timeout(held)):
-                self._blame(held, self._make_timeout_error(worker), worker)
-            return nexts
-        nexts = (
+            if (
+                overdue != in_hand[:2]
+            ):  # the worker had gone on to this range, which is not to blame
+                return [in_hand]
+            if not (attempts := retry_policy.next_after_timeout(in_hand)):
+                self._give_up(in_hand, self._make_timeout_error(worker), worker)
+            return attempts
+        attempts = (
             []
             if self._fatal
-            else retry_policy.next_after_death(held, can_split=self._job.can_split)
+            else retry_policy.next_after_death(in_hand, can_split=self._job.can_split)
         )
-        if not nexts and self._job.collect_errors:
+        if not attempts and self._job.collect_errors:
             from taskcarrier.errors import make_died_error  # noqa: PLC0415  # slow, and rarely needed
 
-            self._blame(held, make_died_error(death, f"items {held.start}:{held.stop}"), worker)
-        elif not nexts:
+            self._give_up(
+                in_hand, make_died_error(death, f"items {in_hand.start}:{in_hand.stop}"), worker
+            )
+        elif not attempts:
             self._fatal.append(death)
-            self._lost.append(held[:2])
-        return nexts
+            self._lost.append(in_hand[:2])
+        return attempts
 
     def _stats_of_dead(self, number: int, worker: Worker) -> WorkerStats:
-        """What the ledger tells of a worker that cannot tell it any more."""
-        items = self._ledger.n_items_of(number)
+        """Return the stats of a dead worker, as far as the ledger has them."""
+        n_items = self._ledger.n_items_of(number)
         return WorkerStats(
             number,
             worker.name,
-            -(-items // self._job.grid.chunksize),
-            items,
-            time.monotonic_ns() - self._began_ns[number],
+            -(-n_items // self._job.grid.chunksize),
+            n_items,
+            time.monotonic_ns() - self._start_times_ns[number],
         )
 
     def _make_timeout_error(self, worker: Worker) -> TimeoutError:
@@ -353,33 +355,33 @@ class ProcessRun:
         add_note(error, f"{worker.name} was killed")
         return error
 
-    def _blame(self, held: Attempt, error: BaseException, worker: Worker) -> None:
-        """A range is given up: its error is collected, or ends the run."""
-        start, stop, attempt = held
+    def _give_up(self, attempt: Attempt, error: BaseException, worker: Worker) -> None:
+        """Give up a range: collect its error, or end the run by it."""
+        start, stop, number = attempt
         if self._job.collect_errors:
             self._deliver(start, PartialResult([], [(start, stop, error)]))
         else:
-            self._failures.append(RangeFailure((start, stop), error, worker.name, attempt))
+            self._failures.append(RangeFailure((start, stop), error, worker.name, number))
             self._lost.append((start, stop))
             self._halt()
 
-    def _take_back(self, held: Attempt) -> None:
-        """Mark the chunk of a range that is seen to from here."""
-        marks, index = self._ledger.marks, held.start // self._job.grid.chunksize
+    def _reclaim(self, attempt: Attempt) -> None:
+        """Mark the chunk of a range as taken back by the parent."""
+        marks, index = self._ledger.marks, attempt.start // self._job.grid.chunksize
         assert marks is not None  # for the type checker: workers can die here
         if marks[index] == PENDING:
             marks[index] = RECLAIMED
 
     def _find_lost(self) -> list[int]:
-        """Chunks that nobody will run any more, and whose results are not there."""
+        """Return the chunks whose results are missing, once no worker will run or send them."""
         size = self._job.grid.chunksize
-        on_their_way = {index * size for index in self._ledger.chunks_marked(SENT)} - self._received
+        unreceived = {index * size for index in self._ledger.chunks_marked(SENT)} - self._received
         return sorted(
-            [*self._ledger.chunks_marked(PENDING), *(start // size for start in on_their_way)]
+            [*self._ledger.chunks_marked(PENDING), *(start // size for start in unreceived)]
         )
 
     def _share_out(self, indices: list[int]) -> None:
-        """Have workers run chunks that got lost."""
+        """Share out chunks that got lost among the workers."""
         ranges = [Attempt(*self._job.grid.range_of(index)) for index in indices]
         marks = self._ledger.marks
         assert marks is not None  # for the type checker: as above
@@ -389,28 +391,29 @@ class ProcessRun:
             for number, part in enumerate(Partition(self._job.n_workers, len(ranges))):
                 self.start(number, self._get_worker(number), ranges[part])
 
-    # What comes up
+    # Messages
 
-    def _take_in(self, number: int, worker: Worker) -> bool:
-        open_ = worker.channel.read()
+    def _read_messages(self, number: int, worker: Worker) -> bool:
+        """Handle what a worker has sent; return whether more messages may come."""
+        is_open = worker.channel.read()
         for message in worker.channel.messages():
             data, _ = message
             if data[:1] == RESULTS:
-                for one in unpickle_results(message, on_disk=self._job.folder is not None):
-                    self._unpack_result(worker, *one)
+                for result in unpickle_results(message, on_disk=self._job.folder is not None):
+                    self._unpack_result(worker, *result)
             else:
-                # At first: if this is cut short, the worker is free all the same.
+                # First of all: even if the rest is interrupted, the worker is free.
                 self.memory_kept |= data[1:2] == KEPT
                 worker.is_free = True
-                self._leave(number, worker)
+                self._drop_worker(number, worker)
                 stats = unpickle_stats(data[2:])
                 stats.name = worker.name
                 self._worker_stats.append(stats)
                 if stats.failure is not None:
                     self._halt()
                 undone = self._attempts[number][self._ledger.n_attempts_done(number) :]
-                self._lost += [again[:2] for again in undone]
-        return open_
+                self._lost += [attempt[:2] for attempt in undone]
+        return is_open
 
     def _unpack_result(self, worker: Worker, start: int, packed: bytes, large: list[Any]) -> None:
         try:
@@ -419,14 +422,14 @@ class ProcessRun:
             if is_of_the_program(error):
                 raise
             add_note(error, "taskcarrier could not unpickle this result of a worker process")
-            where = self._job.grid.range_of(start // self._job.grid.chunksize)
-            self._failures.append(RangeFailure(where, error, worker.name))
+            chunk_range = self._job.grid.range_of(start // self._job.grid.chunksize)
+            self._failures.append(RangeFailure(chunk_range, error, worker.name))
             self._halt()
         else:
             self._received.add(start)
             self._deliver(start, result)
 
-    def _leave(self, number: int, worker: Worker) -> None:
+    def _drop_worker(self, number: int, worker: Worker) -> None:
         del self.at_work[number]
         self._overdue.pop(number, None)
         self._watch.drop(worker)

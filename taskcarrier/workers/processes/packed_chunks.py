@@ -1,7 +1,7 @@
-"""Python objects for worker processes: pickled once, by chunks, into the run's shared memory.
+"""Python objects for worker processes, pickled once, chunk by chunk, into the run's shared memory.
 
-Whoever comes to run a chunk finds it there, so static and dynamic balance ship the same bytes and
-taking a block costs no message.
+Every worker can read every chunk there. So static and dynamic balance ship the same bytes, and
+taking a chunk costs no message.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from taskcarrier.scheduling.grid import ChunkGrid
 
 @dataclass(frozen=True, eq=False)
 class PackedChunks:
-    """One pickle for each chunk of a grid, one after the other, and where each begins and ends.
+    """One pickle for each chunk of a grid, one after the other, and a table of their bounds.
 
-    The pickles lie in the segment of that table.
+    The pickles lie in the segment of the table.
     """
 
     bounds: SharedView
@@ -37,7 +37,7 @@ class PackedChunks:
         staging: Staging,
         describe: Callable[[int, int], str],
     ) -> PackedChunks:
-        """Pickle what `read` returns for each chunk; an error names the chunk by `describe`."""
+        """Pickle what `read` returns for each chunk; errors name the chunk as `describe` does."""
         from taskcarrier.workers.pickling import pickle_items  # noqa: PLC0415  # loads joblib
 
         packed = bytearray()
@@ -58,11 +58,11 @@ class PackedChunks:
         return cls(*staging.share([np.array(ends, np.int64) + begin]))
 
     def open(self) -> Callable[[int], Any]:
-        """In a worker: a function that takes a chunk's number and returns what was packed."""
+        """Return, in a worker, a function that takes a chunk's index and returns its objects."""
         segment, bounds = self.bounds.segment, open_for_reading(self.bounds).data
         assert segment is not None  # for the type checker: there is a table
 
-        def block(index: int) -> Any:
+        def read_chunk(index: int) -> Any:
             return pickle.loads(segment.read(bounds[index], bounds[index + 1]))
 
-        return block
+        return read_chunk

@@ -1,19 +1,19 @@
 """Pools of worker processes.
 
 Who owns what. A `ProcessPool` owns its workers, the memory of their ledger, the file whose
-position is the ledger's counter, and a descriptor of the caller's memory. A worker is a process
-of joblib's loky context (started without fork) with one socket of its own: runs and descriptors
-go down, batches of results and the account come up. Nothing is shared between workers but the
-ledger, which has no lock; so the death of one costs no other anything.
+position is the ledger's counter, and a descriptor of the parent's memory. A worker is a process
+of joblib's loky context (started without fork) with one socket of its own. The parent sends runs
+and descriptors; the worker sends batches of results, and its stats. Workers share only the ledger,
+which has no lock; so the death of a worker harms no other.
 
-How they end. An idle worker whose socket is closed ends by itself. A busy one, when the
-caller's process is gone however it went: each worker holds the reading end of a pipe whose
-only writer is the caller, and has asked the kernel to be killed when that pipe closes
-(``O_ASYNC`` with ``F_SETSIG``; unlike ``PR_SET_PDEATHSIG`` this does not mistake the end of
-the thread that started the worker for the end of the process).
+How workers end. An idle worker ends by itself when its socket is closed. A busy one ends when the
+parent is gone, however it went: each worker holds the reading end of a pipe whose only writer is
+the parent, and has asked the kernel to be killed when that pipe closes (``O_ASYNC`` with
+``F_SETSIG``; unlike ``PR_SET_PDEATHSIG`` this does not mistake the end of the thread that started
+the worker for the end of the process).
 
-How deaths are seen. By the process's own descriptor (`taskcarrier.workers.processes.exits`): the end of
-the socket can be held open by a process that the worker forked.
+How deaths are seen. By a descriptor of the process (`taskcarrier.workers.processes.exits`). The
+socket would not do: a process that the worker forked can hold it open.
 """
 
 from __future__ import annotations
@@ -57,23 +57,23 @@ from taskcarrier.workers.task import Deliver, Job
 from taskcarrier.workers.thread_limits import inner_environment
 from taskcarrier.workers.threads import TICK
 
-# How long an idle worker has for its own exit hooks before it is killed.
+# The seconds that an idle worker has for its exit hooks before it is killed.
 _EXIT_SECONDS = 5.0
 
 # glibc gives freed memory at the top of its heap back to the kernel as soon as it is twice the
 # largest freed block, so the temporaries of each chunk are faulted in again: over 256 MB,
-# sqrt(c) * sin(c) spent 0.18 s of system time on that, more than on everything else. Workers
-# keep up to this much instead. Other allocators ignore the variables.
+# sqrt(c) * sin(c) spent 0.18 s of system time on that, more than on everything else. With these
+# variables workers keep up to 32 MiB. Other allocators ignore them.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(32 << 20)}
 
 
-# One for all workers of this program: `hash` of a text must be the same in each of them, or a
-# function that goes by it gives results that depend on who runs what.
+# One seed for all workers of this program: `hash` of a text must be the same in each, or results
+# of a function that uses it depend on which worker runs which chunk.
 _HASH_SEED = str(random.SystemRandom().randrange(1, 1 << 32))
 
 
 def _own_environment() -> dict[str, str]:
-    """Variables for a worker alone, and not for programs that the function starts.
+    """Return variables for a worker alone, not for programs that the function starts.
 
     joblib makes a semaphore when it is imported, to see whether that works. A worker that is killed
     at that moment would leave it in /dev/shm, so the first variable turns this off.
@@ -85,13 +85,13 @@ def _own_environment() -> dict[str, str]:
 
 
 class WorkerProcess:
-    """A worker process as the caller sees it.
+    """A worker process, seen from the parent.
 
-    It is made, and its descriptors are closed, where no exception comes from outside.
+    It is made, and its descriptors are closed, only where no asynchronous exception can come.
     """
 
     is_free = True
-    """Whether it waits for a run: it has told what came of the last one."""
+    """Whether the worker waits for a run: it has sent its stats of the last one."""
 
     def __init__(self, number: int, environment: dict[str, str], fds: list[int]) -> None:
         if not os.access(sys.executable, os.X_OK, effective_ids=True):
@@ -102,75 +102,75 @@ class WorkerProcess:
                 sys.executable,
             )
         own = _own_environment()
-        self._burying = threading.Lock()
+        self._reap_lock = threading.Lock()
         self._exitcode: int | None = None
         with keep_standard_free(), contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             our_end, their_end = socket.socketpair()
             self.channel = MessageSocket(our_end)
             ours.callback(self.channel.close)
-            their_end.settimeout(None)  # likewise; here it is the end itself that would not wait
-            down = theirs.enter_context(Connection(their_end.detach()))
-            life_end, self._life = os.pipe()
-            ours.callback(os.close, self._life)
-            life = theirs.enter_context(Connection(life_end, writable=False))
+            their_end.settimeout(None)  # as for the channel, or the worker's reads would not wait
+            connection = theirs.enter_context(Connection(their_end.detach()))
+            lifeline_end, self._lifeline = os.pipe()
+            ours.callback(os.close, self._lifeline)
+            lifeline = theirs.enter_context(Connection(lifeline_end, writable=False))
             self.process = get_context("loky").Process(
                 target=worker_main,
                 name=f"taskcarrier-{number}",
-                args=(number, down, life, {name: os.environ.get(name) for name in own}),
+                args=(number, connection, lifeline, {name: os.environ.get(name) for name in own}),
                 env=environment | own,
                 daemon=False,
             )
             try:
-                with _flushable_streams(), _born_deaf():
+                with _make_streams_flushable(), _block_interrupts():
                     self.process.start()
-            except UnboundLocalError as error:  # how loky fails where it cannot open a pipe
+            except UnboundLocalError as error:  # loky raises this when it cannot open a pipe
                 raise error.__context__ or error from None
-            # Its end is ours to see to: multiprocessing would join it when the program exits.
+            # This class handles the end of the process; multiprocessing would join it at exit.
             multiprocessing_process._children.discard(self.process)  # type: ignore[attr-defined]  # no public way
             self.pid: int = self.process.pid
             self.name = f"process {self.pid}"
-            # If anything fails from here on, nothing is left of it.
-            told = ours.enter_context(contextlib.ExitStack())
+            # If anything fails from here on, the process is killed and its descriptors are closed.
+            after_join = ours.enter_context(contextlib.ExitStack())
             ours.callback(self.process.join)
             ours.callback(os.kill, self.pid, signal.SIGKILL)
-            self._ending = ProcessExit(self.pid)
-            told.callback(self._ending.close)
+            self._exit = ProcessExit(self.pid)
+            after_join.callback(self._exit.close)
             self.channel.send(b"", fds)
             ours.pop_all()
 
     @property
     def pidfd(self) -> int:
-        """A descriptor that is readable once it has ended; -1 if it was reaped."""
-        return self._ending.fd
+        """A descriptor that is readable once the process has ended; -1 if it was reaped."""
+        return self._exit.fd
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the process has not ended yet."""
         return self.pidfd >= 0 and not is_readable(self.pidfd)
 
     def kill(self) -> None:
-        """End it now."""
+        """Kill the process."""
         if self.pidfd < 0:
             return
         try:
-            self._ending.kill()
+            self._exit.kill()
         except PermissionError:
-            # The program has become another user since. The worker itself has asked the kernel to
-            # be killed when this pipe is closed.
-            self._close_life()
+            # The program has changed its user since. The worker itself has asked the kernel to be
+            # killed when this pipe is closed.
+            self._close_lifeline()
 
-    def _close_life(self) -> None:
-        life, self._life = self._life, -1
-        with contextlib.suppress(OSError):  # it was, or the program closes what it likes
-            os.close(life)
+    def _close_lifeline(self) -> None:
+        lifeline, self._lifeline = self._lifeline, -1
+        with contextlib.suppress(OSError):  # closed before, by this class or by the program
+            os.close(lifeline)
 
     def reap(self) -> int | None:
-        """Exit code of a process that has ended; its descriptors are closed."""
+        """Close the descriptors of a process that has ended, and return its exit code."""
         return run_sheltered(self.wait_and_reap)
 
     def wait_and_reap(self) -> int | None:
-        """The same, in a thread that is not interrupted."""
-        with self._burying:
+        """Wait for the end of the process and reap it, in a thread that is not interrupted."""
+        with self._reap_lock:
             if self.pidfd >= 0:
                 self.process.join()
                 self._exitcode = self.process.exitcode
@@ -178,10 +178,10 @@ class WorkerProcess:
         return self._exitcode
 
     def forget(self, *, forked: bool = True) -> None:
-        """Close this process's descriptors, without a word to the worker."""
+        """Close the descriptors that this process has of the worker, without telling the worker."""
         self.channel.close()
-        self._ending.close(forked=forked)
-        self._close_life()
+        self._exit.close(forked=forked)
+        self._close_lifeline()
 
 
 class ProcessPool:
@@ -195,21 +195,21 @@ class ProcessPool:
     Attributes
     ----------
     is_short : bool
-        Whether one that was needed could not be started.
+        Whether a worker that was needed could not be started.
     """
 
     shares_memory = False
 
     def __init__(self, n: int) -> None:
-        # What the user has set for the allocator stays.
+        # Variables that the user has set for the allocator stay.
         allocator = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
         self._environment = inner_environment() | allocator
         self._n = n
         self._workers: dict[int, WorkerProcess] = {}
         self.is_short = False
         self._is_closed = False
-        self._renewing = threading.Lock()  # only in threads that are not interrupted
-        self._fds: list[int] = []  # of the ledger's three files, and of the caller's memory
+        self._workers_lock = threading.Lock()  # taken only in threads that are not interrupted
+        self._fds: list[int] = []  # of the ledger's three files, and of the parent's memory
         self._memory: Descriptor | None = None
         try:
             with keep_standard_free():
@@ -227,38 +227,38 @@ class ProcessPool:
             self._fds.append(memory.fileno())
 
     def _get_worker(self, number: int) -> WorkerProcess:
-        """A worker that is free: the one there is, or a new one if none was needed yet."""
+        """Return a free worker: the one with this number, or a new one if that will not do."""
         worker = self._workers.get(number)
         if worker is None or not (worker.is_free and worker.alive):
             worker = run_sheltered(functools.partial(self._replace_worker, number, worker))
         return worker
 
     def _replace_worker(self, number: int, worker: WorkerProcess | None) -> WorkerProcess:
-        """A new worker in place of one that is dead, or has something of an earlier run in hand.
+        """Start a worker in place of one that is dead or busy with an earlier run; return it.
 
-        It is not started by half: here no exception comes from outside.
+        No asynchronous exception can come here, so a worker is never half started.
         """
-        with self._renewing:
-            # An earlier call that was interrupted may have left this going on.
+        with self._workers_lock:
+            # An interrupted call may have left its thread running here, so look at the pool again.
             if self._is_closed:
                 raise RuntimeError("the crew has ended")
             if self._workers.get(number) is worker:
                 if worker is not None:
                     self._end(number, worker)
-                self._workers[number] = self._new(number)
+                self._workers[number] = self._start_worker(number)
             return self._workers[number]
 
-    def _new(self, number: int) -> WorkerProcess:
+    def _start_worker(self, number: int) -> WorkerProcess:
         self.is_short = False
         try:
             return WorkerProcess(number, self._environment, self._fds)
         except (OSError, RuntimeError, MemoryError) as error:
             self.is_short = True
-            # A child of multiprocessing that is still importing the main module starts no process;
-            # Python's error says so.
+            # A child of multiprocessing that is still importing the main module may start no
+            # process; Python's error says so.
             if getattr(multiprocessing_process.current_process(), "_inheriting", False):
                 raise
-            n_living = sum(one.pidfd >= 0 for one in self._workers.values())
+            n_living = sum(worker.pidfd >= 0 for worker in self._workers.values())
             add_note(
                 error,
                 f"only {n_living:,} of {self._n:,} worker processes could be started; pass a "
@@ -273,18 +273,15 @@ class ProcessPool:
         del self._workers[number]
 
     def _end_stuck_workers(self) -> None:
-        """End workers that still have something of an earlier run in hand.
-
-        They would write to the ledger.
-        """
-        stuck = [one for one in self._workers.copy().items() if not one[1].is_free]
+        """End workers that are still busy with an earlier run: they would write to the ledger."""
+        stuck = [item for item in self._workers.copy().items() if not item[1].is_free]
         if stuck:
             run_sheltered(functools.partial(self._end_all, stuck))
 
     def _end_all(self, workers: list[tuple[int, WorkerProcess]]) -> None:
-        with self._renewing:
+        with self._workers_lock:
             for number, worker in workers:
-                # If this is left going on too, others are at work in their places by now.
+                # If this thread outlived an interrupted call, a new worker may have the number.
                 if self._workers.get(number) is worker:
                     self._end(number, worker)
 
@@ -295,10 +292,10 @@ class ProcessPool:
         deliver: Deliver,
         tick: Callable[[Ledger], None] | None,
     ) -> RunResult:
-        """Run a packed job to its end; accounts in the order of the workers.
+        """Run a packed job to its end; return its result, with stats in the order of the workers.
 
-        When interrupted, workers stop at their next chunk, and those that do not come to it soon
-        are killed.
+        When interrupted, workers stop at their next chunk; those that do not reach it soon are
+        killed.
         """
         self._end_stuck_workers()
         workers = [self._get_worker(number) for number in range(job.n_workers)]
@@ -308,7 +305,7 @@ class ProcessPool:
         if job.marks is None and ledger.marks is not None:
             ledger.marks[:] = bytes(len(job.grid))
         run = ProcessRun(job, ledger, deliver, payload, self._get_worker)
-        # If the run is cut short, a worker may write to them for a moment longer.
+        # If the run is interrupted, a worker may write to the segments for a moment longer.
         for segment in payload.segments:
             segment.is_lent = True
         try:
@@ -330,14 +327,14 @@ class ProcessPool:
             ledger.marks = None
 
     def stream(self, job: Job, payload: Payload) -> ProcessQueue:
-        """Have workers wait for blocks of items; the pool is its own until it is closed."""
+        """Return a queue whose workers wait for batches; it owns the pool until it is closed."""
         self._end_stuck_workers()
         self._ledger.reset(job.n_workers)
         return ProcessQueue(job, self._ledger, payload, self._get_worker)
 
     def close(self, *, wait: bool = True) -> None:
-        """End the workers; who has something in hand is killed."""
-        with self._renewing:
+        """End the workers: with `wait`, idle ones have time for exit hooks; others are killed."""
+        with self._workers_lock:
             self._is_closed = True
         workers = [worker for worker in self._workers.values() if worker.pidfd >= 0]
         for worker in workers:
@@ -353,7 +350,7 @@ class ProcessPool:
         self._close_files()
 
     def forget(self) -> None:
-        """Drop everything in a forked child: the workers are its parent's."""
+        """Drop everything in a forked child: the workers belong to its parent."""
         for worker in self._workers.values():
             worker.forget()
         self._workers = {}
@@ -367,14 +364,17 @@ class ProcessPool:
 
 
 @contextmanager
-def _flushable_streams() -> Iterator[None]:
-    """Loky flushes both before it starts a process; they may be None, closed, or anything else."""
+def _make_streams_flushable() -> Iterator[None]:
+    """Replace stdout and stderr while they cannot be flushed, which loky does before each start.
+
+    The program may have set them to None, a closed file or any other object.
+    """
     with contextlib.ExitStack() as stack:
         for name in ("stdout", "stderr"):
             stream: Any = getattr(sys, name)
             try:
                 stream.flush()
-            except Exception as error:  # whatever the program has put there
+            except Exception as error:  # the program's object may raise anything
                 if is_of_the_program(error):
                     raise
                 stack.callback(setattr, sys, name, stream)
@@ -383,8 +383,8 @@ def _flushable_streams() -> Iterator[None]:
 
 
 @contextmanager
-def _born_deaf() -> Iterator[None]:
-    """A process that is started meanwhile does not hear Ctrl-C until it says otherwise."""
+def _block_interrupts() -> Iterator[None]:
+    """Block SIGINT, so that a process started meanwhile ignores Ctrl-C until it unblocks it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,12 +1,12 @@
-"""A queue of worker processes (`taskcarrier.workers.queues`).
+"""A work queue of worker processes (`taskcarrier.workers.queues`).
 
-Which way the data goes. A batch's items are pickled once; what is large of it lies in a segment, so
-that a message to a worker always fits into its socket and sending never waits. Results come as in
-any run. Each worker runs its batches in the order in which they were sent, so what it died on, and
-what it has not begun, is known here, from the ledger's word and from what has come.
+How data travels. The items of a batch are pickled once. Large parts lie in a segment, so that a
+message to a worker always fits into its socket and sending never waits. Results come as in any run.
+Each worker runs its batches in the order in which they were sent. So the ledger and the results
+that have come tell which batch a worker died on, and which it has not begun.
 
-A worker that dies is replaced. What it had in hand is given out again as `taskcarrier.scheduling.retries`
-says, before new batches; if that is given up, the error comes in place of the result.
+A worker that dies is replaced. What it had in hand is given out again, before new batches, as
+`taskcarrier.scheduling.retries` decides; if it is given up, its result is the error.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ from taskcarrier.workers.queues import (
 from taskcarrier.workers.records import PartialResult, RunResult, WorkerDeath, WorkerStats
 from taskcarrier.workers.task import Job
 
-# A worker starts, and imports what the function needs, in less; after that it has hung.
+# A worker starts and imports what the function needs in less time; one that takes longer hangs.
 _STARTING_SECONDS = 60.0
-# A pickle from this size on lies in a segment too. Far below what a socket holds.
+# A pickle lies in a segment too, from this size on. Far below what a socket holds.
 _SENT_NBYTES = 1 << 14
 
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """A range that a worker was given or is to be given, and the batch that its items are of."""
+    """A range for a worker, sent or still to be sent, and the packed batch that has its items."""
 
-    again: Attempt
+    attempt: Attempt
     first: int
     packed: PackedBatch
     segment: Segment | None
@@ -70,18 +70,18 @@ class _Batch:
 
 
 class ProcessQueue:
-    """The caller's side.
+    """The parent's side of a work queue of processes.
 
     Parameters
     ----------
     job : Job
         The run.
     ledger : Ledger
-        Of the pool, fresh.
+        The ledger of the pool, reset.
     payload : Payload
         The packed job.
     get_worker : callable
-        Takes a number; the worker of that number, a new one if the last has died.
+        Takes a number and returns the worker with that number, a new one if the last has died.
     """
 
     runs_here = False
@@ -91,16 +91,16 @@ class ProcessQueue:
     ) -> None:
         self.ledger = ledger
         self._job = job
-        self._parcel = payload
+        self._payload = payload
         self._get_worker = get_worker
         self._watch = Watch()
         self._workers: dict[int, Worker] = {}  # at work
-        self._to_end: dict[int, Worker] = {}  # those that wait to be told that nothing more comes
-        self._told: dict[int, Worker] = {}  # and those that know
-        self._handed: dict[int, deque[_Batch]] = {}
-        self._n_come: dict[int, int] = {}  # results since the worker began
-        self._items_come: dict[int, int] = {}  # ... and items in them
-        self._waiting: deque[_Batch] = deque()  # to be handed out before new batches
+        self._unended: dict[int, Worker] = {}  # not told yet that no more batches come
+        self._told: dict[int, Worker] = {}  # told so
+        self._sent: dict[int, deque[_Batch]] = {}  # batches whose results have not come
+        self._n_results: dict[int, int] = {}  # results that came since the worker began
+        self._n_items: dict[int, int] = {}  # ... and items in them
+        self._waiting: deque[_Batch] = deque()  # to be sent before new batches
         self._overdue: dict[int, tuple[int, int]] = {}
         self._idle_deaths: dict[int, int] = {}
         self._worker_stats: list[WorkerStats] = []
@@ -111,18 +111,18 @@ class ProcessQueue:
 
     @property
     def has_room(self) -> bool:
-        """Whether a worker would take a further batch, maybe one that has not begun."""
+        """Whether a worker, maybe one that is not started yet, would take a further batch."""
         return not self._waiting and (
-            self._may_begin or any(len(self._handed[one]) < AHEAD for one in self._workers)
+            self._can_begin or any(len(self._sent[number]) < AHEAD for number in self._workers)
         )
 
     @property
-    def _may_begin(self) -> bool:
-        """Whether a further worker may; not once some have left because another has failed."""
-        return len(self._workers) == len(self._handed) < self._job.n_workers
+    def _can_begin(self) -> bool:
+        """Whether another worker can begin; not once workers left because one has failed."""
+        return len(self._workers) == len(self._sent) < self._job.n_workers
 
     def put(self, start: int, items: Sequence[object]) -> None:
-        """Hand items to the worker that has least to do."""
+        """Send items to the worker that has the fewest batches."""
         stop = start + len(items)
         large: list[memoryview] = []
         try:
@@ -132,27 +132,27 @@ class ProcessQueue:
                 raise
             add_note(
                 error,
-                f"taskcarrier could not pickle {describe_items(start, stop)} for worker processes; use "
-                "backend='threading' if they cannot be pickled",
+                f"taskcarrier could not pickle {describe_items(start, stop)} for worker processes; "
+                "use backend='threading' if they cannot be pickled",
             )
             raise UnsendableError(error) from None
         nbytes = len(packed) + sum(map(len, large))
         self._nbytes_sent += nbytes
         staging, segment, places = Staging(self._job.folder), None, []
-        for batch in large:
-            segment, offset = staging.add(batch)
-            places.append((offset, len(batch)))
+        for raw in large:
+            segment, offset = staging.add(raw)
+            places.append((offset, len(raw)))
         content = pickle.dumps((packed, places))
-        where: PackedBatch = content
+        packed_batch: PackedBatch = content
         if len(content) > _SENT_NBYTES:
             segment, offset = staging.add(memoryview(content))
-            where = (offset, len(content))
-        self._waiting.append(_Batch(Attempt(start, stop), start, where, segment, nbytes))
-        self._hand_out()
+            packed_batch = (offset, len(content))
+        self._waiting.append(_Batch(Attempt(start, stop), start, packed_batch, segment, nbytes))
+        self._send_waiting()
 
     def take(self, seconds: float) -> list[BatchResult]:
-        """What has come; if nothing has, wait until something does, or so many seconds."""
-        came: list[BatchResult] = []
+        """Return the results that have come; if there are none, wait for one up to `seconds`."""
+        results: list[BatchResult] = []
         deadline = time.monotonic() + seconds
         while True:
             left = max(0.0, deadline - time.monotonic())
@@ -162,188 +162,192 @@ class ProcessQueue:
                 )
                 left = min(left, next_due)
             for number, worker, has_ended in self._watch.wait(left):
-                says_more = self._take_in(number, worker, came)
+                is_open = self._read_messages(number, worker, results)
                 if number not in self._workers:
                     continue
                 if has_ended:
-                    self._handle_death(number, worker, came)
-                elif not says_more:
+                    self._handle_death(number, worker, results)
+                elif not is_open:
                     self._watch.stop_listening(worker)
             if self._failed is not None:
                 raise_and_forget(self._failed)
-            self._hand_out()
-            if came or time.monotonic() >= deadline:
-                return came
+            self._send_waiting()
+            if results or time.monotonic() >= deadline:
+                return results
 
     def close(self) -> RunResult:
-        """Stop: workers at the end of their range, or soon by force.
+        """End the run and return its result: workers stop after their range, or are killed soon.
 
-        When all is done, a worker that is there still is one that has just been started: it gets
-        the time to.
+        If all is done, a worker that does not report has just been started: it gets time to start.
         """
-        is_done = not self._waiting and not any(self._handed.values())
+        is_done = not self._waiting and not any(self._sent.values())
         if not is_done:
             self.ledger.halt()
         try:
             self._end(_STARTING_SECONDS if is_done else GRACE_SECONDS)
         finally:
             if self._memory_kept:
-                for segment in self._parcel.segments:
+                for segment in self._payload.segments:
                     segment.retire()
         self._worker_stats.sort(key=lambda stats: stats.worker)
-        ran = RunResult.read(self._worker_stats, self.ledger)
-        ran.deaths = self._deaths
-        ran.nbytes_sent = self._nbytes_sent
-        return ran
+        result = RunResult.read(self._worker_stats, self.ledger)
+        result.deaths = self._deaths
+        result.nbytes_sent = self._nbytes_sent
+        return result
 
     # Workers
 
     def _begin(self, number: int) -> None:
         worker = self._get_worker(number)
         self.ledger.begin(number)
-        self._n_come[number] = self._items_come[number] = 0
-        self._handed[number] = deque()
+        self._n_results[number] = self._n_items[number] = 0
+        self._sent[number] = deque()
         worker.is_free = False
-        self._send(worker, order([], self._parcel.data, is_streamed=True), self._parcel.fds)
-        self._workers[number] = self._to_end[number] = worker
+        self._send(worker, order([], self._payload.data, is_streamed=True), self._payload.fds)
+        self._workers[number] = self._unended[number] = worker
         self._watch.add(number, worker)
 
     def _send(self, worker: Worker, message: bytes, fds: list[int]) -> None:
-        # A worker that is just dying is seen by its descriptor.
+        # If the worker is just dying, its descriptor will show that.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             worker.channel.send(message, fds)
 
-    def _leave(self, number: int) -> None:
+    def _drop_worker(self, number: int) -> None:
         self._watch.drop(self._workers.pop(number))
         self._overdue.pop(number, None)
 
     def _end(self, seconds: float) -> None:
-        """Tell workers that nothing more comes; those that do not report soon are killed."""
+        """Tell workers that no more batches come; kill those that do not report in `seconds`."""
         deadline = time.monotonic() + seconds
         try:
-            for number in list(self._to_end):
-                self._send(self._to_end[number], b"", [])
-                self._told[number] = self._to_end.pop(number)
+            for number in list(self._unended):
+                self._send(self._unended[number], b"", [])
+                self._told[number] = self._unended.pop(number)
             for number, worker in list(self._workers.items()):
-                self._take_in(number, worker, None)  # what has come may not have been looked at
+                self._read_messages(number, worker, None)  # some that came may not have been read
             while self._workers and (left := deadline - time.monotonic()) > 0:
                 for number, worker, has_ended in self._watch.wait(min(left, LONGEST_WAIT)):
-                    says_more = self._take_in(number, worker, None)
-                    if number in self._workers and (has_ended or not says_more):
-                        self._give_up(number, worker)
+                    is_open = self._read_messages(number, worker, None)
+                    if number in self._workers and (has_ended or not is_open):
+                        self._kill(number, worker)
         finally:
-            # Also whoever was not told: it would take the next run for a batch of this one.
-            for number, worker in {**self._to_end, **self._workers}.items():
-                self._give_up(number, worker)
-            self._to_end = {}
+            # Also those that were not told: they would take the next run for a batch of this one.
+            for number, worker in {**self._unended, **self._workers}.items():
+                self._kill(number, worker)
+            self._unended = {}
         for worker in self._told.values():
             worker.is_free = True  # it has reported, or it is dead
 
-    def _give_up(self, number: int, worker: Worker) -> None:
-        """End a worker that has not reported, or was not told to; what came of it counts."""
+    def _kill(self, number: int, worker: Worker) -> None:
+        """Kill a worker that has not reported, or was not told to; its results still count."""
         if number in self._workers:
-            self._leave(number)
+            self._drop_worker(number)
             self._worker_stats.append(self._stats_of_dead(number, worker))
         worker.kill()
         worker.reap()
 
     def _stats_of_dead(self, number: int, worker: Worker) -> WorkerStats:
-        return WorkerStats(number, worker.name, self._n_come[number], self._items_come[number])
+        return WorkerStats(number, worker.name, self._n_results[number], self._n_items[number])
 
     # Batches and results
 
-    def _hand_out(self) -> None:
+    def _send_waiting(self) -> None:
         while self._waiting:
-            number = min(self._workers, key=lambda one: len(self._handed[one]), default=None)
-            if self._may_begin and (number is None or self._handed[number]):
-                number = len(self._handed)  # all have something in hand: another begins
+            number = min(self._workers, key=lambda each: len(self._sent[each]), default=None)
+            if self._can_begin and (number is None or self._sent[number]):
+                number = len(self._sent)  # all have something in hand: another begins
                 self._begin(number)
             if number is None:  # all have left, because of one whose error has not come yet
                 return
-            if len(self._handed[number]) >= AHEAD:
+            if len(self._sent[number]) >= AHEAD:
                 return
             batch = self._waiting.popleft()
-            self._handed[number].append(batch)
+            self._sent[number].append(batch)
             fds = [] if batch.segment is None else [batch.segment.fd]
-            message = batch_order(batch.again, batch.first, batch.packed)
+            message = batch_order(batch.attempt, batch.first, batch.packed)
             self._send(self._workers[number], message, fds)
 
-    def _take_in(self, number: int, worker: Worker, came: list[BatchResult] | None) -> bool:
-        """Read what a worker says; without `came` results are counted and not unpickled."""
-        says_more = worker.channel.read()
+    def _read_messages(
+        self, number: int, worker: Worker, results: list[BatchResult] | None
+    ) -> bool:
+        """Handle what a worker has sent; return whether more messages may come.
+
+        Results are added to `results`; if that is None, they are counted and not unpickled.
+        """
+        is_open = worker.channel.read()
         for message in worker.channel.messages():
             data, _ = message
             if data[:1] == RESULTS:
                 on_disk = self._job.folder is not None
                 for _, packed, large in unpickle_results(message, on_disk=on_disk):
-                    batch = self._handed[number].popleft()
-                    self._n_come[number] += 1
-                    self._items_come[number] += batch.again.stop - batch.again.start
-                    if came is not None:
-                        came.append(_unpickle_result(batch, packed, large))
+                    batch = self._sent[number].popleft()
+                    self._n_results[number] += 1
+                    self._n_items[number] += batch.attempt.stop - batch.attempt.start
+                    if results is not None:
+                        results.append(_unpickle_result(batch, packed, large))
             else:
-                # At first: if this is cut short, the worker has reported all the same.
+                # First of all: even if the rest is interrupted, the worker has reported.
                 self._memory_kept |= data[1:2] == KEPT
-                self._leave(number)
+                self._drop_worker(number)
                 stats = unpickle_stats(data[2:])
                 stats.name = worker.name
                 self._worker_stats.append(stats)
                 if stats.failure is not None:
                     self._failed = stats
-        return says_more
+        return is_open
 
     # Deaths
 
     def _range_in_hand(self, number: int) -> Attempt | None:
-        """The range that a worker has in hand, if its result has not come."""
+        """Return the range that a worker has in hand; None if none, or if its result has come."""
         position = self.ledger.attempt_in_hand(number)
-        if position is None or position < self._n_come[number]:
+        if position is None or position < self._n_results[number]:
             return None
-        # Results of ranges before it may have come and not been read yet.
-        return self._handed[number][position - self._n_come[number]].again
+        # Results of earlier ranges may have come without being read yet.
+        return self._sent[number][position - self._n_results[number]].attempt
 
-    def _handle_death(self, number: int, worker: Worker, came: list[BatchResult]) -> None:
-        """A worker has died: see to what it had in hand, and put another in its place."""
-        held, overdue = self._range_in_hand(number), self._overdue.get(number)
-        self._leave(number)
-        del self._to_end[number]
+    def _handle_death(self, number: int, worker: Worker, results: list[BatchResult]) -> None:
+        """Record a death, decide on what the worker had in hand, and start another in its place."""
+        in_hand, overdue = self._range_in_hand(number), self._overdue.get(number)
+        self._drop_worker(number)
+        del self._unended[number]
         exitcode = worker.reap()
-        death = WorkerDeath.of(number, worker.name, exitcode, held, overdue)
+        death = WorkerDeath.of(number, worker.name, exitcode, in_hand, overdue)
         self._deaths.append(death)
         self._worker_stats.append(self._stats_of_dead(number, worker))
-        if self.ledger.is_halted:  # by a worker that did not live to tell why
-            raise self._error_of(death)
-        rest = self._handed.pop(number)
-        nexts: list[_Batch] = []
+        if self.ledger.is_halted:  # by a worker that died before it could send the error
+            raise self._make_died_error(death)
+        rest = self._sent.pop(number)
+        next_batches: list[_Batch] = []
         retry_policy = self._job.retry_policy
-        if held is None:
-            # It was dying when it began, or died between two batches.
-            idle = 0 if self._n_come[number] else self._idle_deaths.get(number, 0) + 1
-            self._idle_deaths[number] = idle
-            if idle > max(1, retry_policy.retries):
-                raise self._error_of(death)
+        if in_hand is None:
+            # The worker was dying when it was started, or died between two batches.
+            n = 0 if self._n_results[number] else self._idle_deaths.get(number, 0) + 1
+            self._idle_deaths[number] = n
+            if n > max(1, retry_policy.retries):
+                raise self._make_died_error(death)
         else:
             batch = rest.popleft()
             if death.was_late:
-                parts = retry_policy.next_after_timeout(held)
-            elif overdue is not None:  # it had come to this one meanwhile, which is not to blame
-                parts = [held]
+                attempts = retry_policy.next_after_timeout(in_hand)
+            elif overdue is not None:  # the worker had gone on to this range, which is not to blame
+                attempts = [in_hand]
             else:
-                parts = retry_policy.next_after_death(held, can_split=True)
-            nexts = [replace(batch, again=part) for part in parts]
-            if not parts:
+                attempts = retry_policy.next_after_death(in_hand, can_split=True)
+            next_batches = [replace(batch, attempt=attempt) for attempt in attempts]
+            if not attempts:
                 error: Exception
                 if death.was_late:
                     error = timeout_error(retry_policy)
                     add_note(error, f"{worker.name} was killed")
                 else:
-                    error = self._error_of(death)
-                fault = PartialResult([], [(held.start, held.stop, error)])
-                came.append(BatchResult(held.start, held.stop, fault))
-        self._waiting.extendleft(reversed([*nexts, *rest]))
+                    error = self._make_died_error(death)
+                fault = PartialResult([], [(in_hand.start, in_hand.stop, error)])
+                results.append(BatchResult(in_hand.start, in_hand.stop, fault))
+        self._waiting.extendleft(reversed([*next_batches, *rest]))
         self._begin(number)
 
-    def _error_of(self, death: WorkerDeath) -> Exception:
+    def _make_died_error(self, death: WorkerDeath) -> Exception:
         from taskcarrier.errors import make_died_error  # noqa: PLC0415  # slow, and rarely needed
 
         if death.range is None:
@@ -352,7 +356,7 @@ class ProcessQueue:
 
 
 def _unpickle_result(batch: _Batch, packed: bytes, large: list[memoryview]) -> BatchResult:
-    start, stop, _ = batch.again
+    start, stop, _ = batch.attempt
     nbytes = batch.nbytes + len(packed) + sum(map(len, large))
     try:
         result = unpickle_items(packed, large)

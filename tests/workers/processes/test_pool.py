@@ -480,7 +480,10 @@ class TestEnd:
         run(pool, both, n_workers=1)
         # As in a forked child, which has descriptors of its own.
         (pid,) = pids(pool)
-        channel, life = os.dup(pool._workers[0].channel.fileno()), os.dup(pool._workers[0]._life)
+        channel, life = (
+            os.dup(pool._workers[0].channel.fileno()),
+            os.dup(pool._workers[0]._lifeline),
+        )
         pool.forget()
         time.sleep(0.2)
         assert running(pid)
@@ -493,9 +496,9 @@ class TestEnd:
         pool = ProcessPool(1)
         run(pool, both, n_workers=1)
         worker = pool._workers[0]
-        os.close(worker._life)  # what the kernel does when the caller is gone
+        os.close(worker._lifeline)  # what the kernel does when the caller is gone
         wait_until(lambda: not worker.alive)
-        worker._life = os.open("/dev/null", os.O_RDONLY)
+        worker._lifeline = os.open("/dev/null", os.O_RDONLY)
         assert worker.reap() == -signal.SIGKILL
         pool.close()
 

@@ -299,7 +299,7 @@ class TestAccount:
 
 class TestWarnings:
     def heard(self, warn):
-        with module._warnings_heard() as heard:
+        with module._record_warnings() as heard:
             warn()
         return [(str(one.message), one.category) for one in heard.values()]
 
@@ -459,7 +459,7 @@ class TestFailures:
 
     def test_of_ranges_that_took_too_long_and_ended(self, warm, monkeypatch):
         # The caller is kept from looking at the clock, so that the worker sees it first.
-        monkeypatch.setattr(pool.ProcessRun, "_seconds_left", lambda *_: LONG)
+        monkeypatch.setattr(pool.ProcessRun, "_kill_overdue", lambda *_: LONG)
         _, _, failures = run(warm, fail_late, retry_policy=RetryPolicy(timeout=0.1), n_workers=1)
         (failure,) = failures
         assert isinstance(failure.error, TimeoutError)
