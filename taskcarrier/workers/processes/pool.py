@@ -241,7 +241,7 @@ class ProcessPool:
         with self._workers_lock:
             # An interrupted call may have left its thread running here, so look at the pool again.
             if self._is_closed:
-                raise RuntimeError("the crew has ended")
+                raise RuntimeError("the pool has ended")
             if self._workers.get(number) is worker:
                 if worker is not None:
                     self._end(number, worker)
