@@ -232,11 +232,11 @@ def test_a_leak_after_the_last_test_fails_the_session(run):
     result.assert_outcomes(passed=1, errors=1)
 
 
-def test_nothing_is_said_where_nothing_leaks(run):
+def test_nothing_is_reported_where_nothing_leaks(run):
     run(CLEAN, grace=60).assert_outcomes(passed=4)
 
 
-def test_what_other_programs_have_in_shared_memory_is_not_looked_at(run):
+def test_shared_memory_of_other_programs_is_ignored(run):
     command = [sys.executable, "-c", NEIGHBOUR, str(os.getpid())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as neighbour:
         assert neighbour.stdout.readline() == "ready\n"
@@ -251,7 +251,7 @@ def test_what_other_programs_have_in_shared_memory_is_not_looked_at(run):
     result.assert_outcomes(passed=3)
 
 
-def test_a_session_keeps_to_a_folder_of_its_own(pytester, monkeypatch):
+def test_a_session_uses_a_folder_of_its_own(pytester, monkeypatch):
     set_environment(pytester, monkeypatch)
     pytester.makeconftest((ROOT / "conftest.py").read_text())
     pytester.makepyfile("""

@@ -35,7 +35,7 @@ def calls(name):
                 yield str(path.relative_to(PACKAGE)), ast.unparse(node.func), words
 
 
-def test_no_code_unpickles_from_a_file():
+def test_no_code_unpickles_a_file():
     assert not list(calls("pickle.load"))
     # What is unpickled from memory came over a worker's own socket, by the backend a user
     # has registered, or lies in nameless memory.
@@ -85,7 +85,7 @@ def test_planted_pickles_are_refused(where, tmp_path):
     assert not mark.exists()
 
 
-def test_ledgers_are_their_owners_alone_under_any_umask(tmp_path):
+def test_ledger_files_are_readable_only_by_their_owner_under_any_umask(tmp_path):
     seen = []
 
     def look(chunk):

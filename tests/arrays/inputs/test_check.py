@@ -199,7 +199,7 @@ REFUSED = {
 @pytest.mark.fault(31)
 @pytest.mark.parametrize("case", sorted(REFUSED))
 @pytest.mark.parametrize("place", [0, 1])
-def test_what_would_lose_something_is_refused_by_name(case, place, nothing_starts):
+def test_inputs_that_would_lose_something_are_refused_by_name(case, place, nothing_starts):
     value, kind, words = REFUSED[case]
     arrays = [X, X]
     arrays[place] = value
@@ -253,7 +253,7 @@ def test_n_jobs_follow_the_rule_of_joblib(n_jobs, at_least):
 
 
 @pytest.mark.fault(31)
-def test_whatever_numpy_takes_is_mapped_as_a_base_class_array():
+def test_everything_numpy_takes_is_mapped_as_a_base_class_array():
     def func(chunk):
         assert type(chunk) is np.ndarray
         return chunk
@@ -274,7 +274,7 @@ def test_whatever_numpy_takes_is_mapped_as_a_base_class_array():
             assert result.dtype.names == np.asarray(value).dtype.names
 
 
-def test_objects_with_the_array_interface_are_their_values():
+def test_objects_with_the_array_interface_are_mapped_as_their_values():
     frame = pytest.importorskip("pandas", reason="an optional package").DataFrame(
         {"a": [1, 2], "b": [3, 4]}
     )
@@ -308,7 +308,7 @@ def test_inputs_without_items_have_items_of_no_bytes():
     assert check_inputs([np.zeros((0, 5))], 0).item_nbytes == 0
 
 
-def test_read_only_is_a_view_and_leaves_the_rest_alone():
+def test_read_only_makes_a_view_and_leaves_the_original_writable():
     Y = X.copy()
     view = read_only(Y)
     assert np.shares_memory(view, Y)

@@ -107,7 +107,7 @@ def double(item):
     return 2 * item
 
 
-def test_workers_that_have_left_are_given_nothing(warm):
+def test_workers_that_have_left_get_no_batches(warm):
     """They leave when another fails, and its error may come after that."""
     feed = is_streamed(warm, double)
     feed.ledger.halt()
@@ -139,7 +139,7 @@ def test_results_that_come_too_late_are_not_unpickled(warm, monkeypatch):
     assert read == []
 
 
-def test_what_is_given_comes(warm):
+def test_every_queued_batch_gives_its_result(warm):
     feed = is_streamed(warm, double)
     for start in range(0, 2 * AHEAD * 3, 3):
         assert feed.has_room
@@ -166,7 +166,7 @@ def test_the_same_workers_serve_the_next_run(warm):
 
 @pytest.mark.parametrize("nbytes", [10, module._SENT_NBYTES, 5 << 20])
 @pytest.mark.parametrize("kind", [bytes, np.ndarray])
-def test_items_of_every_size(warm, kind, nbytes):
+def test_items_of_every_size_are_sent(warm, kind, nbytes):
     items = [b"x" * nbytes] if kind is bytes else [np.ones(nbytes, np.uint8)]
     feed = is_streamed(warm, lambda item: (len(item), int(item[-1])))
     feed.put(0, items)
@@ -176,7 +176,7 @@ def test_items_of_every_size(warm, kind, nbytes):
     assert nbytes < came.nbytes < nbytes + 1000
 
 
-def test_large_items_and_results_both_ways_at_once(warm):
+def test_large_items_and_results_are_sent_both_ways_at_once(warm):
     # Neither side may wait for the other to read.
     feed = is_streamed(warm, lambda item: item)
     items = [os.urandom(3 << 20) for _ in range(2 * AHEAD)]
@@ -186,7 +186,7 @@ def test_large_items_and_results_both_ways_at_once(warm):
     feed.close()
 
 
-def test_items_that_cannot_be_pickled(warm):
+def test_items_that_cannot_be_pickled_are_an_error(warm):
     feed = is_streamed(warm, double)
     with pytest.raises(UnsendableError) as caught:
         feed.put(0, [(n for n in range(3))])
@@ -204,7 +204,7 @@ def wait_for(path):
         time.sleep(0.005)
 
 
-def test_nothing_comes_in_time(warm, tmp_path):
+def test_get_returns_nothing_if_no_result_comes_in_time(warm, tmp_path):
     gate = tmp_path / "gate"
     feed = is_streamed(warm, wait_for)
     feed.put(0, [gate])
@@ -224,7 +224,7 @@ def once(path):
     raise AssertionError("not dead")
 
 
-def test_a_worker_that_dies_is_made_good(pool, tmp_path):
+def test_a_batch_whose_worker_died_is_run_again(pool, tmp_path):
     feed = is_streamed(pool, once)
     feed.put(0, [str(tmp_path / "0")])
     feed.put(1, [str(tmp_path / "1")])
@@ -242,7 +242,7 @@ def die_at(bad, item):
     return item
 
 
-def test_what_kills_is_found_in_a_block(pool):
+def test_the_item_that_kills_is_found_in_a_batch(pool):
     feed = is_streamed(pool, lambda item: die_at(5, item), retry_policy=RetryPolicy(retries=1))
     feed.put(0, range(8))
     feed.put(8, range(8, 12))
@@ -257,7 +257,7 @@ def test_what_kills_is_found_in_a_block(pool):
     assert [death.range for death in deaths] == [(0, 8), (0, 8), (4, 6), (5, 6)]
 
 
-def test_blocks_that_were_not_begun_are_not_to_blame(pool):
+def test_batches_that_were_not_begun_are_not_to_blame(pool):
     feed = is_streamed(pool, lambda item: die_at(0, item), 1, retry_policy=RetryPolicy(retries=0))
     feed.put(0, [0])
     feed.put(1, [1])
@@ -267,7 +267,7 @@ def test_blocks_that_were_not_begun_are_not_to_blame(pool):
     assert came[0][2].faults[0][2].in_hand == (0, 1)
 
 
-def test_a_worker_that_dies_while_it_has_nothing_to_do(pool):
+def test_a_worker_that_dies_while_idle_is_replaced(pool):
     feed = is_streamed(pool, lambda item: (item, os.getpid()))
     feed.put(0, [0])
     ((_, _, ((_, pid),)),) = results(feed, 1)
@@ -285,7 +285,7 @@ def dies_behind(gate, item):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_dies_before_it_has_told_why_all_stop(pool, tmp_path):
+def test_a_worker_may_die_before_it_has_told_why_all_stop(pool, tmp_path):
     feed = is_streamed(pool, functools.partial(dies_behind, tmp_path), 1)
     feed.put(0, [0])
     wait_for(tmp_path / "begun")
@@ -296,7 +296,7 @@ def test_a_worker_that_dies_before_it_has_told_why_all_stop(pool, tmp_path):
     feed.close()
 
 
-def test_a_range_that_takes_too_long(pool):
+def test_a_range_that_takes_too_long_is_an_error(pool):
     feed = is_streamed(pool, time.sleep, 1, retry_policy=RetryPolicy(timeout=LATE))
     feed.put(0, [LONG])
     feed.put(1, [0])
@@ -315,7 +315,7 @@ def called_with(item, log):
         time.sleep(LONG)
 
 
-def test_a_range_takes_too_long_while_nobody_takes_the_results_before_it(pool, tmp_path):
+def test_a_range_is_late_though_earlier_results_are_not_taken(pool, tmp_path):
     log = tmp_path / "calls"
     retry_policy = RetryPolicy(timeout=LATE, retries=0)
     feed = is_streamed(pool, lambda item: called_with(item, log), 1, retry_policy=retry_policy)
@@ -333,7 +333,7 @@ def test_a_range_takes_too_long_while_nobody_takes_the_results_before_it(pool, t
     assert log.read_text().split() == ["short", "long"]
 
 
-def test_closed_with_blocks_in_hand(pool, monkeypatch):
+def test_a_queue_may_be_closed_with_batches_in_hand(pool, monkeypatch):
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.1)
     feed = is_streamed(pool, time.sleep)
     for start in range(4):
@@ -348,7 +348,7 @@ def test_closed_with_blocks_in_hand(pool, monkeypatch):
     feed.close()
 
 
-def test_workers_that_are_still_starting_when_all_is_done(pool, monkeypatch):
+def test_workers_may_still_be_starting_when_all_is_done(pool, monkeypatch):
     monkeypatch.setattr(module, "GRACE_SECONDS", 0)
     feed = is_streamed(pool, double)
     feed.put(0, [1])
@@ -361,7 +361,7 @@ def test_workers_that_are_still_starting_when_all_is_done(pool, monkeypatch):
     assert pool._workers[0].alive
 
 
-def test_another_begins_when_all_have_a_block(tmp_path):
+def test_another_worker_starts_when_all_have_a_batch(tmp_path):
     pool = ProcessPool(500)
     try:
         feed = is_streamed(pool, waits_for, 500)
@@ -386,7 +386,7 @@ def waits_for(path):
         time.sleep(0.01)
 
 
-def test_descriptors_stay_flat(warm):
+def test_the_number_of_descriptors_stays_constant(warm):
     def n_open():
         return len(list(Path("/proc/self/fd").iterdir()))
 
