@@ -60,7 +60,7 @@ def warm_pools(*n_jobs: int) -> None:
             map_array(np.copy, np.zeros(n), n_jobs=n, backend=backend)
 
 
-def cooled_crews() -> None:
+def shut_down_pools() -> None:
     taskcarrier.shutdown()
 
 
@@ -71,7 +71,7 @@ def kept_pools(*n_jobs: int) -> Any:
     def pools() -> Iterator[None]:
         warm_pools(*n_jobs)
         yield
-        cooled_crews()
+        shut_down_pools()
 
     return pools
 

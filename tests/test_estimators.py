@@ -9,7 +9,7 @@ import pytest
 
 from taskcarrier import StaticParallelMapper, fit_many, last_report, predict_array, share
 from taskcarrier.random_streams import RandomStreams
-from tests.strategies import EVERYWHERE, ROOT, assert_same, cooled_crews, run_script, warm_pools
+from tests.strategies import EVERYWHERE, ROOT, assert_same, run_script, shut_down_pools, warm_pools
 
 sklearn = pytest.importorskip("sklearn", reason="scikit-learn is optional")
 from sklearn import datasets  # noqa: E402  # only where it is there
@@ -35,7 +35,7 @@ def pools():
     warm_pools(2)
     fit_many([Ridge()] * 2, X, y, n_jobs=2, backend="loky")  # workers have scikit-learn then
     yield
-    cooled_crews()
+    shut_down_pools()
 
 
 @pytest.fixture(params=RUNS, ids=lambda run: "-".join(map(str, run.values())))

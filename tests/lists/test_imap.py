@@ -755,9 +755,9 @@ def test_finished_results_do_not_wait_for_an_input_that_has_become_slow(parallel
 def test_batches_of_very_many_arrays_are_sent(processes):
     # Where they lie is more than a socket holds.
     a = np.zeros(2048)
-    blocks = ([a.view() for _ in range(20_000)] for _ in range(5))
+    batches = ([a.view() for _ in range(20_000)] for _ in range(5))
     assert (
-        list(processes.imap(lambda arrays: "y" * 10**6 * len(arrays[:1]), blocks))
+        list(processes.imap(lambda arrays: "y" * 10**6 * len(arrays[:1]), batches))
         == ["y" * 10**6] * 5
     )
 

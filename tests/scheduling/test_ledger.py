@@ -48,13 +48,13 @@ ledger = Ledger(words, FileCounter(counter_fd), FileSetOnce(set_once_fd), marks)
 ledger.set_marks(None, n_chunks)
 print("ready", flush=True)
 sys.stdin.readline()
-settled = ledger.propose(f"worker {worker}".encode()).decode()
+decided = ledger.propose(f"worker {worker}".encode()).decode()
 taken = []
 for chunk in Dynamic().chunks(ledger, worker, n_workers, n_chunks):
     taken.append(chunk)
     ledger.marks[chunk] = DONE
     ledger.finish(worker, 2)
-print(json.dumps([settled, taken]))
+print(json.dumps([decided, taken]))
 """
 
 PROPOSER = """
@@ -92,7 +92,7 @@ def counter_fd(opened_by):
 
 
 @pytest.fixture(params=["threads", "processes"])
-def cursor(request, counter_fd):
+def counter(request, counter_fd):
     return ThreadCounter() if request.param == "threads" else FileCounter(counter_fd)
 
 
@@ -104,14 +104,14 @@ def set_once_fd(opened_by):
 
 
 @pytest.fixture(params=["threads", "processes"])
-def agreement(request, set_once_fd):
+def set_once(request, set_once_fd):
     return ThreadSetOnce() if request.param == "threads" else FileSetOnce(set_once_fd)
 
 
 @pytest.fixture
-def ledger(cursor):
+def ledger(counter):
     words = memoryview(bytearray(ledger_nbytes(N_WORKERS))).cast("q")
-    made = Ledger(words, cursor, ThreadSetOnce())
+    made = Ledger(words, counter, ThreadSetOnce())
     made.reset(N_WORKERS)
     return made
 
@@ -147,17 +147,17 @@ def all_go(programs):
 
 
 class TestCounter:
-    def test_a_counter_counts_from_zero(self, cursor):
-        assert [cursor.advance() for _ in range(4)] == [0, 1, 2, 3]
-        assert cursor.position() == 4
+    def test_a_counter_counts_from_zero(self, counter):
+        assert [counter.advance() for _ in range(4)] == [0, 1, 2, 3]
+        assert counter.position() == 4
 
-    def test_a_counter_starts_over_after_reset(self, cursor):
-        cursor.advance()
-        cursor.reset()
-        assert cursor.position() == 0
-        assert cursor.advance() == 0
+    def test_a_counter_starts_over_after_reset(self, counter):
+        counter.advance()
+        counter.reset()
+        assert counter.position() == 0
+        assert counter.advance() == 0
 
-    def test_each_number_goes_to_one_thread(self, cursor):
+    def test_each_number_goes_to_one_thread(self, counter):
         before = sys.getswitchinterval()
         sys.setswitchinterval(1e-6)
         taken = [[] for _ in range(8)]
@@ -165,7 +165,7 @@ class TestCounter:
 
         def run(mine):
             begin.wait()
-            mine.extend(cursor.advance() for _ in range(2000))
+            mine.extend(counter.advance() for _ in range(2000))
 
         threads = [threading.Thread(target=run, args=(mine,)) for mine in taken]
         try:
@@ -193,33 +193,33 @@ class TestCounter:
 
 class TestSetOnce:
     @pytest.mark.parametrize("proposal", [b"", b"one", bytes(range(256)) * 4000])
-    def test_the_first_proposal_counts(self, agreement, proposal):
-        assert agreement.get() is None
-        assert agreement.propose(proposal) == proposal
-        assert agreement.propose(b"another") == proposal
-        assert agreement.get() == proposal
+    def test_the_first_proposal_counts(self, set_once, proposal):
+        assert set_once.get() is None
+        assert set_once.propose(proposal) == proposal
+        assert set_once.propose(b"another") == proposal
+        assert set_once.get() == proposal
 
-    def test_a_value_can_be_set_again_after_reset(self, agreement):
-        agreement.propose(b"something long")
-        agreement.reset()
-        assert agreement.get() is None
-        assert agreement.propose(b"short") == b"short"
-        assert agreement.get() == b"short"
+    def test_a_value_can_be_set_again_after_reset(self, set_once):
+        set_once.propose(b"something long")
+        set_once.reset()
+        assert set_once.get() is None
+        assert set_once.propose(b"short") == b"short"
+        assert set_once.get() == b"short"
 
-    def test_threads_that_propose_at_once_get_the_same_value(self, agreement):
+    def test_threads_that_propose_at_once_get_the_same_value(self, set_once):
         before = sys.getswitchinterval()
         sys.setswitchinterval(1e-6)
-        get = []
+        answers = []
         begin = threading.Barrier(8, timeout=30)
 
         def run(number):
             for _ in range(50):
                 begin.wait()
-                get.append(agreement.propose(bytes([number]) * 100))
+                answers.append(set_once.propose(bytes([number]) * 100))
                 if begin.wait() == 0:
-                    assert len(set(get)) == 1
-                    get.clear()
-                    agreement.reset()
+                    assert len(set(answers)) == 1
+                    answers.clear()
+                    set_once.reset()
                 begin.wait()
 
         with ThreadPoolExecutor(8) as threads:
@@ -473,23 +473,23 @@ class DeadlyWords:
 class DeadlyCounter:
     """A counter that kills its user before or after it gives out a number."""
 
-    def __init__(self, cursor):
-        self.cursor = cursor
+    def __init__(self, counter):
+        self.counter = counter
         self.dies = ""
 
     def advance(self):
         if self.dies == "before":
             raise Killed
-        number = self.cursor.advance()
+        number = self.counter.advance()
         if self.dies == "after":
             raise Killed
         return number
 
     def position(self):
-        return self.cursor.position()
+        return self.counter.position()
 
     def reset(self):
-        self.cursor.reset()
+        self.counter.reset()
 
 
 class TestDeathInsideAClaim:
@@ -503,8 +503,8 @@ class TestDeathInsideAClaim:
         return DeadlyWords(memoryview(bytearray(ledger_nbytes(N_WORKERS))).cast("q"))
 
     @pytest.fixture
-    def deadly(self, cursor):
-        return DeadlyCounter(cursor)
+    def deadly(self, counter):
+        return DeadlyCounter(counter)
 
     @pytest.fixture
     def ledger(self, words, deadly):

@@ -79,7 +79,7 @@ def run(
     ledger=None,
     deliver=None,
     flush=None,
-    again=(),
+    attempts=(),
     **others,
 ):
     job = Job(task, balance or Dynamic(), grid or ChunkGrid(10, 3), n_workers, **others)
@@ -89,7 +89,7 @@ def run(
         deliver or (lambda start, result: delivered.append((start, result))),
         flush or (lambda: None),
     )
-    stats = run_worker(job, ledger, worker, outlet, again)
+    stats = run_worker(job, ledger, worker, outlet, attempts)
     return stats, ledger, delivered
 
 
@@ -153,7 +153,9 @@ class TestEveryBalance:
     def test_nothing_is_run_after_a_halt(self, balance):
         ledger = Ledger.local(1)
         ledger.halt()
-        stats, _, delivered = run(Script(), balance=balance, ledger=ledger, again=[Attempt(0, 3)])
+        stats, _, delivered = run(
+            Script(), balance=balance, ledger=ledger, attempts=[Attempt(0, 3)]
+        )
         assert delivered == []
         assert (stats.ranges, stats.items, stats.facts) == (0, 0, [])
         assert stats.at is None
@@ -227,8 +229,8 @@ class TestAttempts:
     def test_attempts_come_before_chunks(self, balance):
         ledger = self.taken_back(1, 3)
         task = Script()
-        again = [Attempt(9, 10, 2), Attempt(3, 6, 3)]
-        stats, _, delivered = run(task, balance=balance, ledger=ledger, again=again)
+        attempts = [Attempt(9, 10, 2), Attempt(3, 6, 3)]
+        stats, _, delivered = run(task, balance=balance, ledger=ledger, attempts=attempts)
         assert task.calls == [(9, 10), (3, 6), (0, 3), (6, 9)]
         assert [start for start, _ in delivered] == [9, 3, 0, 6]
         assert (stats.ranges, stats.items) == (4, 10)
@@ -238,8 +240,8 @@ class TestAttempts:
     def test_attempts_on_parts_of_a_chunk_do_not_mark_it(self, balance):
         ledger = self.taken_back(0)
         task = Script(result=lambda *_: IN_PLACE)
-        again = [Attempt(0, 2, 4), Attempt(2, 3, 4)]
-        run(task, balance=balance, ledger=ledger, again=again)
+        attempts = [Attempt(0, 2, 4), Attempt(2, 3, 4)]
+        run(task, balance=balance, ledger=ledger, attempts=attempts)
         assert task.calls == [(0, 2), (2, 3), *ALL_CHUNKS[1:]]
         assert list(ledger.marks) == [RECLAIMED, DONE, DONE, DONE]
 
@@ -250,28 +252,28 @@ class TestAttempts:
         def deliver(start, result):
             seen.append((start, ledger.attempt_in_hand(0), ledger.n_attempts_done(0)))
 
-        again = [Attempt(0, 3, 2), Attempt(3, 6, 2)]
-        run(Script(), balance=balance, ledger=ledger, deliver=deliver, again=again)
+        attempts = [Attempt(0, 3, 2), Attempt(3, 6, 2)]
+        run(Script(), balance=balance, ledger=ledger, deliver=deliver, attempts=attempts)
         assert seen == [(0, 0, 0), (3, 1, 1), (6, None, 2), (9, None, 2)]
 
     def test_each_result_is_sent_before_its_attempt_is_finished(self, balance):
         ledger = self.taken_back(0, 1)
         seen = []
-        again = [Attempt(0, 3, 2), Attempt(3, 6, 2)]
+        attempts = [Attempt(0, 3, 2), Attempt(3, 6, 2)]
         run(
             Script(),
             balance=balance,
             ledger=ledger,
-            again=again,
+            attempts=attempts,
             flush=lambda: seen.append((ledger.attempt_in_hand(0), ledger.n_attempts_done(0))),
         )
         assert seen == [(0, 0), (1, 1)]  # chunks that were not given out before go in batches
 
     def test_a_failure_names_the_attempt(self, balance):
         error = ValueError("no")
-        again = [Attempt(0, 3, 2), Attempt(3, 6, 5)]
+        attempts = [Attempt(0, 3, 2), Attempt(3, 6, 5)]
         stats, ledger, _ = run(
-            Script({3: error}), balance=balance, ledger=self.taken_back(0, 1), again=again
+            Script({3: error}), balance=balance, ledger=self.taken_back(0, 1), attempts=attempts
         )
         assert stats.failure.error is error
         assert (stats.failure.range, stats.failure.attempt) == ((3, 6), 5)
@@ -282,7 +284,7 @@ class TestAttempts:
         ledger = self.taken_back(0, 1)
         task = Script({0: ledger.halt})
         stats, _, _ = run(
-            task, balance=balance, ledger=ledger, again=[Attempt(0, 3, 2), Attempt(3, 6, 2)]
+            task, balance=balance, ledger=ledger, attempts=[Attempt(0, 3, 2), Attempt(3, 6, 2)]
         )
         assert task.calls == [(0, 3)]
         assert stats.failure is None
@@ -290,7 +292,7 @@ class TestAttempts:
     def test_an_attempt_may_have_no_items(self, balance):
         ledger = self.taken_back(0)
         task = Script()
-        run(task, balance=balance, grid=ChunkGrid(0, 5), ledger=ledger, again=[Attempt(0, 0, 2)])
+        run(task, balance=balance, grid=ChunkGrid(0, 5), ledger=ledger, attempts=[Attempt(0, 0, 2)])
         assert task.calls == [(0, 0)]
         assert ledger.marks[0] == SENT
 

@@ -24,7 +24,7 @@ sent = []
 
 
 @pytest.fixture(autouse=True)
-def _parcels_live_as_long_as_the_run():
+def _payloads_live_as_long_as_the_run():
     yield
     sent.clear()
 

@@ -189,7 +189,7 @@ def test_no_more_workers_are_started_than_there_are_tasks(call, backend):
 
 
 @pytest.fixture(autouse=True)
-def no_crews():
+def no_pools():
     """Nothing is warm before, nor after."""
     shutdown()
     yield

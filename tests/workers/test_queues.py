@@ -25,17 +25,17 @@ from tests.clocks import LATE
 LONG = 60  # seconds that no test waits for
 
 
-class Fed:
+class StreamTask:
     """A task on items that are handed to it; open already in the caller."""
 
     def __init__(self, func):
         self.func = func
 
     def open(self, propose):
-        return Held(self.func)
+        return StreamRunner(self.func)
 
 
-class Held:
+class StreamRunner:
     def __init__(self, func):
         self.func = func
 
@@ -52,7 +52,7 @@ class Held:
 
 def job_of(func, n_workers=2, **options):
     return Job(
-        Fed(func),
+        StreamTask(func),
         Dynamic(),
         ChunkGrid(0, 1),
         n_workers,
@@ -62,11 +62,11 @@ def job_of(func, n_workers=2, **options):
     )
 
 
-def all_of(feed, n_items):
+def all_of(queue, n_items):
     """What comes of so many items, by its start."""
     came = {}
     while sum(one.stop - one.start for one in came.values()) < n_items:
-        for one in feed.take(LONG):
+        for one in queue.take(LONG):
             assert one.start not in came
             came[one.start] = one
     return came
@@ -74,35 +74,35 @@ def all_of(feed, n_items):
 
 class TestSerialQueue:
     def test_a_serial_queue_runs_a_batch_in_the_caller(self):
-        feed = SerialQueue(job_of(lambda item: (item, is_in_worker()), 1))
-        assert feed.runs_here
-        assert feed.has_room
-        feed.put(5, ["a", "b"])
-        assert not feed.has_room
-        assert feed.take(0) == [BatchResult(5, 7, [("a", True), ("b", True)], 7)]
-        assert feed.has_room
-        assert feed.take(0) == []
+        queue = SerialQueue(job_of(lambda item: (item, is_in_worker()), 1))
+        assert queue.runs_here
+        assert queue.has_room
+        queue.put(5, ["a", "b"])
+        assert not queue.has_room
+        assert queue.take(0) == [BatchResult(5, 7, [("a", True), ("b", True)], 7)]
+        assert queue.has_room
+        assert queue.take(0) == []
         assert not is_in_worker()
 
     def test_a_serial_queue_has_stats(self):
-        feed = SerialQueue(job_of(abs, 1))
+        queue = SerialQueue(job_of(abs, 1))
         for start in range(0, 6, 2):
-            feed.put(start, [start, start + 1])
-            feed.take(0)
-        (stats,) = feed.close().worker_stats
+            queue.put(start, [start, start + 1])
+            queue.take(0)
+        (stats,) = queue.close().worker_stats
         assert (stats.name, stats.ranges, stats.items) == ("caller", 3, 6)
         assert stats.busy_ns == 21
-        assert feed.ledger.n_items_done(1) == 6
+        assert queue.ledger.n_items_done(1) == 6
 
     def test_a_serial_queue_raises_an_exit(self):
         def leave(item):
             raise SystemExit(item)
 
-        feed = SerialQueue(job_of(leave, 1))
+        queue = SerialQueue(job_of(leave, 1))
         with pytest.raises(SystemExit):
-            feed.put(0, [3])
+            queue.put(0, [3])
         assert not is_in_worker()
-        feed.close()
+        queue.close()
 
 
 class TestThreadQueue:
@@ -113,15 +113,15 @@ class TestThreadQueue:
 
     def test_every_queued_batch_gives_its_result(self):
         with thread_pool(2) as pool:
-            feed = pool.stream(job_of(lambda item: item * 2))
-            assert not feed.runs_here
+            queue = pool.stream(job_of(lambda item: item * 2))
+            assert not queue.runs_here
             came = {}
             for start in range(0, 40, 4):
-                while not feed.has_room:
-                    came |= {one.start: one for one in feed.take(LONG)}
-                feed.put(start, range(start, start + 4))
-            came |= all_of(feed, 40 - 4 * len(came))
-            ran = feed.close()
+                while not queue.has_room:
+                    came |= {one.start: one for one in queue.take(LONG)}
+                queue.put(start, range(start, start + 4))
+            came |= all_of(queue, 40 - 4 * len(came))
+            ran = queue.close()
         assert {start: one.result for start, one in came.items()} == {
             start: [2 * item for item in range(start, start + 4)] for start in range(0, 40, 4)
         }
@@ -132,16 +132,16 @@ class TestThreadQueue:
     def test_a_queue_has_room_for_a_few_batches_per_worker(self):
         gate = threading.Event()
         with thread_pool(2) as pool:
-            feed = pool.stream(job_of(gate.wait))
+            queue = pool.stream(job_of(gate.wait))
             for start in range(2 * AHEAD):
-                assert feed.has_room
-                feed.put(start, [LONG])
-            assert not feed.has_room
-            assert feed.take(0.01) == []
+                assert queue.has_room
+                queue.put(start, [LONG])
+            assert not queue.has_room
+            assert queue.take(0.01) == []
             gate.set()
-            assert len(all_of(feed, 2 * AHEAD)) == 2 * AHEAD
-            assert feed.has_room
-            feed.close()
+            assert len(all_of(queue, 2 * AHEAD)) == 2 * AHEAD
+            assert queue.has_room
+            queue.close()
 
     def test_waiting_batches_are_dropped_on_close(self):
         ran_items = []
@@ -152,14 +152,14 @@ class TestThreadQueue:
             first.wait(LONG)
 
         with thread_pool(1) as pool:
-            feed = pool.stream(job_of(func, 1))
-            feed.put(0, [0])
-            feed.put(1, [1])
+            queue = pool.stream(job_of(func, 1))
+            queue.put(0, [0])
+            queue.put(1, [1])
             while not ran_items:
                 time.sleep(0.001)
-            closing = threading.Thread(target=once_halted, args=(feed.ledger, first.set))
+            closing = threading.Thread(target=once_halted, args=(queue.ledger, first.set))
             closing.start()
-            ran = feed.close()
+            ran = queue.close()
             closing.join()
         assert ran_items == [0]
         assert ran.is_halted
@@ -174,19 +174,19 @@ class TestThreadQueue:
                 stuck.wait(LONG)
 
         with thread_pool(2) as pool:
-            feed = pool.stream(job_of(func))
-            feed.put(0, [0])
-            feed.put(1, [1])
-            assert [came.start for came in feed.take(LONG)] == [1]
-            ran = feed.close()
+            queue = pool.stream(job_of(func))
+            queue.put(0, [0])
+            queue.put(1, [1])
+            assert [came.start for came in queue.take(LONG)] == [1]
+            ran = queue.close()
             assert sorted(stats.items for stats in ran.worker_stats) == [0, 1]
             assert [worker.thread for worker in pool._workers.values()] != begun
             assert len(pool._workers) == 1
-            feed = pool.stream(job_of(abs))
-            feed.put(0, [0])
-            feed.put(1, [-1])
-            assert len(all_of(feed, 2)) == 2
-            feed.close()
+            queue = pool.stream(job_of(abs))
+            queue.put(0, [0])
+            queue.put(1, [-1])
+            assert len(all_of(queue, 2)) == 2
+            queue.close()
             stuck.set()
             for thread in begun:
                 thread.join(LONG)
@@ -194,38 +194,38 @@ class TestThreadQueue:
     def test_another_thread_starts_when_all_have_a_batch(self):
         gate = threading.Event()
         with thread_pool(500) as pool:
-            feed = pool.stream(job_of(gate.wait, 500))
+            queue = pool.stream(job_of(gate.wait, 500))
             for start in range(3):
                 assert len(pool._workers) == start
-                feed.put(start, [LONG])
+                queue.put(start, [LONG])
             assert len(pool._workers) == 3
             gate.set()
-            all_of(feed, 3)
+            all_of(queue, 3)
             for start in range(3, 20):
-                feed.put(start, [LONG])
-                all_of(feed, 1)
+                queue.put(start, [LONG])
+                all_of(queue, 1)
             assert len(pool._workers) == 3
-            assert len(feed.close().worker_stats) == 3
+            assert len(queue.close().worker_stats) == 3
 
     def test_an_exit_is_raised_where_results_are_taken(self):
         def leave(item):
             raise SystemExit(item)
 
         with thread_pool(2) as pool:
-            feed = pool.stream(job_of(leave))
-            feed.put(0, [3])
+            queue = pool.stream(job_of(leave))
+            queue.put(0, [3])
             with pytest.raises(SystemExit) as caught:
-                feed.take(LONG)
+                queue.take(LONG)
             assert caught.value.code == 3
-            feed.close()
+            queue.close()
 
     def test_a_range_that_took_too_long_is_an_error(self):
         retry_policy = RetryPolicy(timeout=0.01)
         with thread_pool(1) as pool:
-            feed = pool.stream(job_of(time.sleep, 1, retry_policy=retry_policy))
-            feed.put(3, [0.05])
-            (came,) = all_of(feed, 1).values()
-            feed.close()
+            queue = pool.stream(job_of(time.sleep, 1, retry_policy=retry_policy))
+            queue.put(3, [0.05])
+            (came,) = all_of(queue, 1).values()
+            queue.close()
         assert came[:2] == (3, 4)
         ((start, stop, error),) = came.result.faults
         assert (start, stop, type(error)) == (3, 4, TimeoutError)

@@ -66,10 +66,10 @@ class TestArrayLayout:
         assert ArrayLayout.of(unaligned, 0).aligned is False
 
     def test_a_layout_knows_the_numba_type_of_an_item(self):
-        lie = ArrayLayout.of(np.zeros((2, 3)), 0)
-        assert str(lie.item(writable=False)) == "readonly array(float64, 1d, C)"
-        assert str(lie.item(writable=True)) == "array(float64, 1d, C)"
-        assert lie.item(writable=False).mutable is False
+        layout = ArrayLayout.of(np.zeros((2, 3)), 0)
+        assert str(layout.item(writable=False)) == "readonly array(float64, 1d, C)"
+        assert str(layout.item(writable=True)) == "array(float64, 1d, C)"
+        assert layout.item(writable=False).mutable is False
         assert ArrayLayout.of(np.zeros(3, "i2"), 0).item(writable=False) == numba.int16
 
 
@@ -108,9 +108,9 @@ class TestBindArguments:
 
 
 class TestInferResult:
-    LIES = (ArrayLayout(np.dtype("f8"), 0, "C", True),)
+    LAYOUTS = (ArrayLayout(np.dtype("f8"), 0, "C", True),)
 
-    def returned(self, func, *extras, layouts=LIES):
+    def returned(self, func, *extras, layouts=LAYOUTS):
         kernel = numba.njit(func)
         return compiler.infer_result(kernel, layouts, ExtraArgs(extras), None, writable=False)
 
@@ -157,10 +157,10 @@ def test_a_loop_is_made_once_for_each_array_layout():
     C = ArrayLayout(np.dtype("f8"), 0, "C", True)
     A = ArrayLayout(np.dtype("f8"), 0, "A", True)
     loops = []
-    for lie in (C, A, C):
-        found = compiler.infer_result(kernel, (lie,), ExtraArgs(()), None, writable=False)
+    for layout in (C, A, C):
+        found = compiler.infer_result(kernel, (layout,), ExtraArgs(()), None, writable=False)
         loops.append(
-            compiler.compile_loop(kernel, (lie,), ExtraArgs(()), (C,), found, rows_out=False)
+            compiler.compile_loop(kernel, (layout,), ExtraArgs(()), (C,), found, rows_out=False)
         )
     assert loops[0] is loops[2]
     assert loops[0] is not loops[1]

@@ -16,11 +16,11 @@ from taskcarrier.arrays.outputs.request import check_output_request, overlap
 from tests.strategies import (
     PARALLEL,
     assert_same,
-    cooled_crews,
     kept_pools,
     run_script,
     same_bits,
     samples,
+    shut_down_pools,
     warm_pools,
 )
 
@@ -662,7 +662,7 @@ class TestFiles:
         assert list(tmp_path.iterdir()) == ([] if before is None else [path])
         assert before is None or path.read_bytes() == before
         if fault == "died":  # the worker that took its place is a pool's, not a leak
-            cooled_crews()
+            shut_down_pools()
             warm_pools(2)
 
     @pytest.mark.parametrize("verb", ["map_array", "map_items"])

@@ -330,64 +330,64 @@ def test_threads_get_the_same_output_arrays():
     assert len({id(array) for array in found}) == 1
 
 
-def sink_of(n_items=6, propose=lambda proposal: proposal, **options):
+def writer_of(n_items=6, propose=lambda proposal: proposal, **options):
     plan = Plan(LocalBuffer(n_items, "C"), n_items, 0, **options)
     return OutputWriter(plan, propose), plan
 
 
 def test_a_writer_remembers_its_first_result_and_refuses_others():
-    sink, plan = sink_of()
-    assert sink.place(2, 4, np.array([2.0, 3.0])) is None
-    assert sink.first == (2, FLAT)
+    writer, plan = writer_of()
+    assert writer.place(2, 4, np.array([2.0, 3.0])) is None
+    assert writer.first == (2, FLAT)
     with pytest.raises(DisagreementError) as caught:
-        sink.place(4, 6, np.array([4, 5]))
+        writer.place(4, 6, np.array([4, 5]))
     assert caught.value.spec.parts == ((np.dtype(int), ()),)
-    assert sink.place(0, 2, [0.0, 1.0]) is None
+    assert writer.place(0, 2, [0.0, 1.0]) is None
     assert arrays_of(plan.allocation, FLAT)[0][:4].tolist() == [0, 1, 2, 3]
 
 
 def test_a_writer_keeps_to_the_spec_that_was_set_first():
     proposals = []
 
-    def settled(proposal):
+    def decided(proposal):
         proposals.append(proposal)
         return FLAT
 
-    sink, _ = sink_of(propose=settled)
+    writer, _ = writer_of(propose=decided)
     with pytest.raises(DisagreementError):
-        sink.place(0, 2, np.array([4, 5]))
-    assert sink.place(2, 4, np.array([4.0, 5.0])) is None
+        writer.place(0, 2, np.array([4, 5]))
+    assert writer.place(2, 4, np.array([4.0, 5.0])) is None
     assert proposals == [FLAT.with_dtypes([np.dtype(int)])]
 
 
 def test_a_writer_whose_results_promote_defers_other_dtypes():
-    sink, plan = sink_of(promote_dtypes=True, propose=lambda proposal: FLAT)
-    (left,) = sink.place(0, 2, np.array([4, 5]))
+    writer, plan = writer_of(promote_dtypes=True, propose=lambda proposal: FLAT)
+    (left,) = writer.place(0, 2, np.array([4, 5]))
     assert_same(left, np.array([4, 5]))
-    assert sink.place(2, 4, np.array([4.0, 5.0])) is None
+    assert writer.place(2, 4, np.array([4.0, 5.0])) is None
     with pytest.raises(DisagreementError):  # shapes do not promote
-        sink.place(4, 6, np.ones((2, 1)))
+        writer.place(4, 6, np.ones((2, 1)))
     assert arrays_of(plan.allocation, FLAT)[0][2:4].tolist() == [4, 5]
 
 
 def test_a_writer_trims_margins_and_casts():
-    sink, plan = sink_of(outputs=Output(np.dtype("f4")))
-    sink.place(0, 2, np.arange(3.0), (0, 1))
-    sink.place(2, 6, np.arange(1.0, 7.0), (1, 1))
+    writer, plan = writer_of(outputs=Output(np.dtype("f4")))
+    writer.place(0, 2, np.arange(3.0), (0, 1))
+    writer.place(2, 6, np.arange(1.0, 7.0), (1, 1))
     assert arrays_of(plan.allocation, FLAT)[0].tolist() == [0, 1, 2, 3, 4, 5]
-    assert sink.first == (0, FLAT.with_dtypes([np.dtype("f4")]))
+    assert writer.first == (0, FLAT.with_dtypes([np.dtype("f4")]))
     with pytest.raises(TypeError, match="complex128 cannot become float32"):
-        sink.place(0, 2, np.ones(2, complex))
+        writer.place(0, 2, np.ones(2, complex))
 
 
 def test_a_requested_output_is_checked_against_the_first_result():
     asked = Output(np.dtype("f8"), (6, 1))
     with pytest.raises(ValueError, match=r"out has shape \(6, 1\), but the results need \(6,\)"):
-        sink_of(outputs=asked)[0].place(0, 2, np.ones(2))
+        writer_of(outputs=asked)[0].place(0, 2, np.ones(2))
     with pytest.raises(ValueError, match="has 2 entries, but func returned 1"):
-        sink_of(outputs=(ANY, ANY))[0].place(0, 2, np.ones(2))
+        writer_of(outputs=(ANY, ANY))[0].place(0, 2, np.ones(2))
     with pytest.raises(TypeError, match="int64 have no NaN: pass fill_value="):
-        sink_of(fill=Fill(is_needed=True))[0].place(0, 2, np.ones(2, "i8"))
+        writer_of(fill=Fill(is_needed=True))[0].place(0, 2, np.ones(2, "i8"))
 
 
 def test_out_axis_is_the_axis_of_the_first_array_unless_given():

@@ -90,13 +90,13 @@ class MortalMemory:
 class MortalCounter:
     """A worker may die before and after it takes a number."""
 
-    def __init__(self, cursor, fate):
-        self.cursor = cursor
+    def __init__(self, counter, fate):
+        self.counter = counter
         self.fate = fate
 
     def advance(self):
         self.fate.step()
-        number = self.cursor.advance()
+        number = self.counter.advance()
         self.fate.step()
         return number
 
@@ -655,7 +655,7 @@ class TestTimeout:
 
     def test_a_worker_in_time_is_not_killed(self):
         pool = self.overdue()
-        with crew_closed(pool):
+        with pool_closed(pool):
             for seconds in (0, LONG / 2):
                 self.since(pool, seconds)
                 pool.run.step(0)
@@ -663,14 +663,14 @@ class TestTimeout:
 
     def test_an_overdue_worker_is_killed_once(self):
         pool = self.overdue()
-        with crew_closed(pool):
+        with pool_closed(pool):
             for _ in range(3):
                 pool.run.step(0)
             assert pool.processes[0].n_kills == 1
 
     def test_no_worker_is_killed_for_a_finished_range(self):
         pool = self.overdue()
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.ledger.marks[0] = DONE
             pool.run.step(0)
             pool.ledger.finish(0, 2)
@@ -686,7 +686,7 @@ class TestTimeout:
 
     def test_the_time_of_a_range_does_not_count_for_the_next(self):
         pool = self.overdue()
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.ledger.marks[0] = DONE
             pool.ledger.finish(0, 2)
             pool.ledger.hold(0, 1)  # it is about to look at the clock
@@ -695,7 +695,7 @@ class TestTimeout:
 
     def test_a_late_range_ends_the_run(self):
         pool = self.overdue()
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.run.step(0)
             pool.processes[0].end()
             pool.run.step(0)
@@ -712,7 +712,7 @@ class TestTimeout:
 
     def test_a_late_range_is_collected(self):
         pool = self.overdue(collect_errors=True)
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.run.step(0)
             pool.processes[0].end()
             pool.run.step(0)
@@ -727,7 +727,7 @@ class TestTimeout:
 
     def test_a_range_begun_before_the_kill_is_not_to_blame(self):
         pool = self.overdue(balance=Static())
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.run.step(0)
             pool.ledger.marks[0] = DONE
             pool.ledger.finish(0, 2)
@@ -740,7 +740,7 @@ class TestTimeout:
 
     def test_a_kill_between_two_ranges_blames_none(self):
         pool = self.overdue(balance=Static())
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.run.step(0)
             pool.ledger.marks[0] = DONE
             pool.ledger.finish(0, 2)
@@ -751,7 +751,7 @@ class TestTimeout:
 
     def test_a_late_range_is_run_again_if_retry_on_says_so(self):
         pool = self.overdue(retry_policy={"retries": 1, "retry_on": (TimeoutError,)})
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.run.step(0)
             pool.processes[0].end()
             pool.run.step(0)
@@ -768,7 +768,7 @@ class TestTimeout:
 
     def test_a_late_range_is_not_run_again_for_other_exceptions(self):
         pool = self.overdue(retry_policy={"retries": 1, "retry_on": (ValueError,)})
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.run.step(0)
             pool.processes[0].end()
             pool.run.step(0)
@@ -778,7 +778,7 @@ class TestTimeout:
     def test_a_timeout_holds_for_a_worker_that_was_done_before_it_was_killed(self):
         # Worker 0 is killed too late to be hit; what worker 1 has lost is then given to it.
         pool = self.overdue(n_workers=2, balance=Dynamic())
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.run.step(0)
             lost = pool.ledger.claim(1)
             pool.ledger.begin(1)  # its claim was not written down
@@ -804,7 +804,7 @@ class TestTimeout:
             assert pool.processes[0].n_kills == 1
 
 
-class crew_closed:  # noqa: N801  # read as a function
+class pool_closed:  # noqa: N801  # read as a function
     def __init__(self, pool):
         self.pool = pool
 

@@ -25,8 +25,8 @@ def describe(start, stop):
 @pytest.mark.parametrize("chunksize", [1, 2, 3, 7, 100])
 def test_each_chunk_is_read_alone_and_in_any_order(chunksize):
     grid = ChunkGrid(len(ITEMS), chunksize)
-    blocks = PackedChunks.pack(lambda start, stop: ITEMS[start:stop], grid, new_staging(), describe)
-    read = blocks.open()
+    packed = PackedChunks.pack(lambda start, stop: ITEMS[start:stop], grid, new_staging(), describe)
+    read = packed.open()
     for index in reversed(range(len(grid))):
         start, stop = grid.range_of(index)
         assert read(index) == ITEMS[start:stop]
@@ -35,13 +35,13 @@ def test_each_chunk_is_read_alone_and_in_any_order(chunksize):
 
 def test_arrays_of_objects_keep_their_shape_and_belong_to_the_reader():
     X = np.array([[{1}, None], [2, "x"], [3, (4,)]], object)
-    blocks = PackedChunks.pack(
+    packed = PackedChunks.pack(
         lambda start, stop: X[start:stop], ChunkGrid(3, 2), new_staging(), describe
     )
-    first = blocks.open()(0)
+    first = packed.open()(0)
     assert first.tolist() == [[{1}, None], [2, "x"]]
     first[0, 0].add(5)
-    assert blocks.open()(0)[0, 0] == {1}
+    assert packed.open()(0)[0, 0] == {1}
     assert X[0, 0] == {1}
 
 
@@ -53,18 +53,18 @@ def test_only_packed_bytes_are_counted_as_copied():
 
 def test_local_functions_can_be_packed():
     shift = 3
-    blocks = PackedChunks.pack(
+    packed = PackedChunks.pack(
         lambda *_: [lambda i: i + shift], ChunkGrid(1, 1), new_staging(), describe
     )
-    assert blocks.open()(0)[0](4) == 7
+    assert packed.open()(0)[0](4) == 7
 
 
 def test_packed_chunks_travel_without_their_content():
     # Descriptors go beside the pickle; without a channel for them only the failure can be seen.
-    blocks = PackedChunks.pack(lambda *_: [0], ChunkGrid(1, 1), new_staging(), describe)
-    assert {"bounds"} == set(vars(blocks))
+    packed = PackedChunks.pack(lambda *_: [0], ChunkGrid(1, 1), new_staging(), describe)
+    assert {"bounds"} == set(vars(packed))
     with pytest.raises((TypeError, pickle.PicklingError)):
-        pickle.dumps(blocks)
+        pickle.dumps(packed)
 
 
 @pytest.mark.parametrize("bad", range(4))

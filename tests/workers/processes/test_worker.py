@@ -92,20 +92,20 @@ def both(start, stop):
 class TestOrder:
     @pytest.mark.parametrize("payload", [b"", b"payload", bytes(range(256)) * 1000])
     @pytest.mark.parametrize(
-        "again", [[], [Attempt(0, 8, 3)], [Attempt(2**40, 2**40 + 1, 2)] * 500]
+        "attempts", [[], [Attempt(0, 8, 3)], [Attempt(2**40, 2**40 + 1, 2)] * 500]
     )
     @pytest.mark.parametrize("is_streamed", [True, False])
-    def test_orders_arrive_with_attempts_and_payload(self, again, payload, is_streamed):
-        assert module._parse_order(order(again, payload, is_streamed=is_streamed)) == (
-            again,
+    def test_orders_arrive_with_attempts_and_payload(self, attempts, payload, is_streamed):
+        assert module._parse_order(order(attempts, payload, is_streamed=is_streamed)) == (
+            attempts,
             payload,
             is_streamed,
         )
 
     def test_attempts_arrive_with_their_numbers(self):
-        ((again,), _, _) = module._parse_order(order([Attempt(3, 5, 2)], b"payload"))
-        assert type(again) is Attempt
-        assert (again.start, again.stop, again.attempt) == (3, 5, 2)
+        ((attempt,), _, _) = module._parse_order(order([Attempt(3, 5, 2)], b"payload"))
+        assert type(attempt) is Attempt
+        assert (attempt.start, attempt.stop, attempt.attempt) == (3, 5, 2)
 
 
 class TestLedgerOver:
