@@ -51,7 +51,7 @@ PROMISES = {
 
 
 def python(*words):
-    """Run in an interpreter of its own: peers warn, and keep threads and processes."""
+    """Run in another interpreter: peers warn, and keep threads and processes."""
     command = [sys.executable, "-m", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,7 +59,7 @@ def python(*words):
 
 
 def fixed(name, *amounts):
-    """An arm whose amounts are known beforehand (the first one is for the checking pass)."""
+    """Make an arm with known amounts (the first one is for the checking pass)."""
     left = iter((0.0, *amounts))
     return Arm(name, lambda: Measured(next(left), "answer"))
 

@@ -116,8 +116,8 @@ LATE = """
     def test_it():
         pass
 """
-# What stays within bounds: garbage in cycles, what a fixture takes back, a thread about to end,
-# warm workers that the package ends when it is told to.
+# No leaks: garbage in cycles, what a fixture removes, a thread about to end, and warm workers
+# that the package ends on `shutdown`.
 CLEAN = """
     import mmap, os, sys, threading, time, types
 
@@ -177,7 +177,7 @@ WITH_A_NEIGHBOUR = """
 
 @pytest.fixture
 def run(pytester, monkeypatch):
-    """Runs pytest on a test module in parts, under our conftest.py, in a process of its own."""
+    """Run pytest on a test module in parts, under our conftest.py, in another process."""
     set_environment(pytester, monkeypatch)
 
     def run_module(*parts, grace=0.3):
@@ -201,7 +201,7 @@ def set_environment(pytester, monkeypatch):
 
 
 def clean_up(output):
-    """Ends what was reported to be left behind: this test is not to leak it either."""
+    """End what was reported as left behind: this test must not leak it either."""
     for pid in set(re.findall(r"process: (\d+) \S+ sleep 30", output)):
         os.kill(int(pid), signal.SIGKILL)
     for path in set(re.findall(r"shared memory: (/dev/shm/stray-\S+)", output)):

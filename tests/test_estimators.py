@@ -244,7 +244,7 @@ class ClonesItself:
 
 
 class Growing(BaseEstimator):
-    """Changes its own parameter, which nobody else may see."""
+    """Changes its own parameter, which no other fit may see."""
 
     def __init__(self, seen):
         self.seen = seen
@@ -255,7 +255,7 @@ class Growing(BaseEstimator):
 
 
 class Order(BaseEstimator):
-    """Tells how its rows lie."""
+    """Keeps the strides of its rows."""
 
     def fit(self, X, y):
         self.order = X.strides

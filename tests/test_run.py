@@ -132,7 +132,7 @@ def run(
 
 @pytest.fixture(scope="module", autouse=True)
 def warm():
-    """Workers that are there before the watch for leaks begins, so they stay for all tests."""
+    """Start workers before the watch for leaks begins, so that they stay for all tests."""
     run(both, "loky")
     yield
     shutdown()
@@ -264,7 +264,7 @@ class TestExecute:
     def test_the_outcome_has_the_first_proposal(self, backend, balance):
         outcome, _ = run(both, backend, balance=balance, proposal=b"settled")
         assert outcome.first_proposal == b"settled"
-        # The next run of the same pool begins again.
+        # The next run of the same pool starts without a proposal.
         assert run(both, backend, balance=balance)[0].first_proposal is None
 
     def test_there_are_never_more_workers_than_chunks(self, backend, balance):
@@ -309,7 +309,7 @@ class TestExecute:
         assert {one.category for one in seen} == {UserWarning}
         assert {Path(one.filename) for one in seen} == {Path(__file__)}
         if backend == "loky":
-            assert len(seen) == 2  # each once, whoever has warned
+            assert len(seen) == 2  # each once, though several workers have warned
 
     def test_a_filter_may_turn_a_warning_into_an_error(self, backend, balance):
         with warnings.catch_warnings():
@@ -709,7 +709,7 @@ class TestRefuseMissing:
         assert text in str(error)
 
 
-# The last count: each takes away from a run what nothing of the run itself notices.
+# The final check of a run: each of these removes something that the run itself does not notice.
 
 
 def lose_a_claim(monkeypatch):

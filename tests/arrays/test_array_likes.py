@@ -1,4 +1,4 @@
-"""What is like an array: read where it is, turned into its values, or refused by name."""
+"""Array-likes: read by range, turned into their values, or refused by name."""
 
 import threading
 
@@ -25,7 +25,7 @@ def never(*chunks):
 
 
 class OnDisk:
-    """As arrays in files of other formats show themselves: sliced, and nothing else."""
+    """An array in a file of another format, which can only be sliced."""
 
     def __init__(self, values):
         self._values = values
@@ -198,7 +198,7 @@ class TestSequences:
 
 
 class MaskedReads:
-    """Gives masked arrays for what has so many items or more, as netCDF4 for missing values."""
+    """Gives masked arrays from a number of items on, as netCDF4 does for missing values."""
 
     def __init__(self, least):
         self.values = np.arange(12.0).reshape(4, 3)

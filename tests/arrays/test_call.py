@@ -1,4 +1,4 @@
-"""Errors collected: what is missing is named item by item, however the array was cut."""
+"""Collected errors: missing items are named one by one, whatever the chunksize."""
 
 import os
 import threading
@@ -26,7 +26,7 @@ def run(request):
 
 
 def root(values):
-    """Of items or chunks; negative ones are errors."""
+    """Take roots of items or chunks; negative values are errors."""
     if np.any(np.asarray(values) < 0):
         raise ValueError(f"negative: {np.asarray(values).tolist()}")
     return np.sqrt(values)

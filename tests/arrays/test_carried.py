@@ -1,4 +1,4 @@
-"""Arrays that functions carry and write to: what the caller sees of it, by where the memory is."""
+"""Arrays that functions carry and write to: whether the caller sees it depends on their memory."""
 
 import functools
 import os

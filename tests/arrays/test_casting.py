@@ -1,4 +1,4 @@
-"""Which values may become which: tables of casts, single values and what fills holes."""
+"""Casts that are allowed: tables of dtypes, single values and fill values."""
 
 import warnings
 

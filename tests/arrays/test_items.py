@@ -32,12 +32,12 @@ def run(request):
 
 
 def mapped(func, *arrays, **options):
-    """The same on every run."""
+    """Map items and check that every run gives the same."""
     return contract(func, *arrays, verb=map_items, runs=PAIRS, **options)
 
 
 def plain(func, *arrays, axis=0, out_axis=0, args=(), kwargs=None):
-    """What NumPy makes of it."""
+    """Stack the results with NumPy."""
     axes = axis if isinstance(axis, tuple) else (axis,) * len(arrays)
     rows = [np.moveaxis(np.asarray(a), at, 0) for a, at in zip(arrays, axes, strict=True)]
     values = [func(*items, *args, **(kwargs or {})) for items in zip(*rows, strict=True)]

@@ -40,7 +40,7 @@ def held():
 
 @contextmanager
 def descriptor_of(array):
-    """A descriptor of the memory that an array lies in, which keeps no page of it."""
+    """Open a descriptor of the memory of an array, which keeps no page of it."""
     fd = os.dup(locate(array).segment.fd)
     del array
     try:

@@ -1,4 +1,4 @@
-"""What a range does with what the function returns."""
+"""Results of the function, from its return to their place."""
 
 import re
 import threading
@@ -48,7 +48,7 @@ class TestResultsFromChunks:
             assert not np.shares_memory(one, X)
             assert np.array_equal(one, other)
             assert one.flags.writeable
-            one[...] = 5  # and nobody minds
+            one[...] = 5  # it is a copy
         assert (X == -1).all()
 
     def test_results_are_right_after_the_workers_are_gone(self, tmp_path):
@@ -96,7 +96,7 @@ class TestResultsFromChunks:
 
 @pytest.mark.fault(5)
 class TestUnusableResults:
-    """Of no use to an array: errors that say what and where."""
+    """Results that cannot become an array: errors that say what and where."""
 
     @pytest.mark.parametrize(
         ("func", "said"),

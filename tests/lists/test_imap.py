@@ -66,14 +66,14 @@ def processes():
 
 @pytest.fixture
 def patience(monkeypatch):
-    """Workers that are late to report when a stream is closed are in its report all the same."""
+    """Wait for workers that report late when a stream is closed, so that they are in its report."""
     monkeypatch.setattr(stream_run, "GRACE_SECONDS", LONG)
     monkeypatch.setattr(threads, "_GRACE_SECONDS", LONG)
 
 
 @pytest.fixture
 def quick_input(monkeypatch):
-    """Reading a batch is never taken for slow, whatever else the machine does meanwhile."""
+    """Let no batch count as slow to read, whatever else the machine does."""
     monkeypatch.setattr(imap, "_BATCH_NS", LONG * 10**9)
 
 
@@ -104,7 +104,7 @@ def test_the_shortest_of_several_inputs_wins(make):
 
 @pytest.mark.parametrize("chunksize", [None, 1, 7])
 def test_an_input_that_fills_one_buffer_again_and_again_gives_copies(make, chunksize):
-    """As the documentation says; what is read ahead would be overwritten."""
+    """Copies are needed, as documented: items that are read ahead would be overwritten."""
 
     def readings():
         buffer = np.empty(4)
@@ -359,7 +359,7 @@ def test_a_stream_may_be_stopped_early(make, how):
 
 
 def test_a_thread_may_close_its_own_stream_before_it_begins(monkeypatch):
-    # As the garbage collector may do, when all has come and nobody wants more of it.
+    # The garbage collector may do so when all results have come.
     came, closed, numbers = threading.Event(), threading.Event(), itertools.count()
 
     def limit_this_thread():
@@ -626,7 +626,7 @@ def test_the_bar_counts_items(make, capsys):
 
 
 class LengthRefused(list):
-    """As data loaders of streams are: there is a length, and it raises."""
+    """A data loader of a stream: it has a length, which raises."""
 
     def __len__(self):
         raise TypeError("it is a stream")
@@ -725,7 +725,7 @@ def test_results_do_not_wait_for_a_slow_input(parallel):
             yield n
             time.sleep(LATE if n == 0 else 0.05)  # so long the first result may take
 
-    list(parallel().imap(abs, range(10)))  # workers that the last test has killed are there again
+    list(parallel().imap(abs, range(10)))  # replaces the workers that the last test has killed
     results = parallel().imap(abs, items())
     assert next(results) == 0
     assert len(began) <= 2
@@ -753,7 +753,7 @@ def test_finished_results_do_not_wait_for_an_input_that_has_become_slow(parallel
 
 
 def test_batches_of_very_many_arrays_are_sent(processes):
-    # Where they lie is more than a socket holds.
+    # Their places alone need more bytes than a socket holds.
     a = np.zeros(2048)
     batches = ([a.view() for _ in range(20_000)] for _ in range(5))
     assert (

@@ -22,7 +22,7 @@ KERNEL = {MEMINFO: "MemTotal: 16777216 kB\nMemAvailable:    8388608 kB\nBuffers:
 
 
 def available_memory(files, *groups):
-    """What a machine with these files would say, and with so much left by its cgroups."""
+    """Return the available memory of a machine with these files and cgroups."""
 
     def text_of(path):
         if path not in files:

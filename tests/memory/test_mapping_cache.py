@@ -1,4 +1,4 @@
-"""What a worker keeps mapped: found again by label, bounded, and never what is in use."""
+"""The mapping cache: found by label, bounded, and without mappings in use."""
 
 import gc
 from collections import OrderedDict
@@ -20,7 +20,7 @@ def _as_in_a_worker(monkeypatch):
 
 
 def shared(*values, label=0):
-    """A view of numbers in a segment that the caller calls so."""
+    """Return a view of numbers in a segment with that label."""
     array = np.array(values)
     segment = Segment.create()
     segment.reserve(array.nbytes)

@@ -1,4 +1,4 @@
-"""Arrays in files: mapped where they can be, else read, or refused where they are none."""
+"""Arrays in files: mapped where possible, else read; files of other formats are refused."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def saved(path, X, version=None):
 
 
 def assert_mapped(view, expected, *, copied=False):
-    """Workers see the right values; whether any bytes went to them."""
+    """Assert that workers see the right values, and whether bytes were copied to them."""
     for axis in range(view.ndim):
         for balance in ("static", "dynamic"):
             result = map_array(np.copy, view, axis=axis, chunksize=3, balance=balance, **LOKY)

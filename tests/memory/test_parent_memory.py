@@ -62,7 +62,7 @@ def n_descriptors():
 
 
 def read_in_a_child(*requests):
-    """What another process reads of this one: bytes and their address there, or an error."""
+    """Read this process from another: return bytes and their address there, or an error."""
     memory = open_own_memory()
     try:
         child = subprocess.run(
@@ -82,7 +82,7 @@ def read_in_a_child(*requests):
 
 @contextlib.contextmanager
 def attached(memory):
-    """This process as a worker; the descriptor is closed in the end."""
+    """Let this process read like a worker; close the descriptor in the end."""
     before = parent_memory._fd
     attach(memory.fileno())
     try:
@@ -94,7 +94,7 @@ def attached(memory):
 
 @contextlib.contextmanager
 def end_of_memory():
-    """A page of memory, and the address of its end, from where on no byte can be read."""
+    """Return a page of memory and the address of its end, after which no byte can be read."""
     segment = Segment(own(os.memfd_create("end", os.MFD_CLOEXEC)), on_disk=False)
     os.ftruncate(segment.fd, 2 * PAGE)
     segment.reserve(2 * PAGE)

@@ -511,7 +511,7 @@ class TestRecycler:
 
     @staticmethod
     def used(recycler, nbytes, folder=None):
-        """The inode of a segment that was used and is free again."""
+        """Return the inode of a segment that was used and is free again."""
         segment = recycler.segment(nbytes, folder)
         segment.reserve(nbytes)
         return os.fstat(segment.fd).st_ino
@@ -628,7 +628,7 @@ class TestRecycler:
 
 
 class TestPages:
-    """Pages go when the caller lets go of a segment, even if a worker has it mapped."""
+    """Pages are freed when the caller drops a segment, even if a worker has it mapped."""
 
     @staticmethod
     def made(*, get_label=True, recycler=None):
@@ -735,7 +735,7 @@ class TestScarceDescriptors:
 
 class TestLiveMappings:
     def test_no_python_code_runs_when_a_mapping_is_freed(self):
-        # Ctrl-C that came meanwhile would be lost.
+        # Ctrl-C at that moment would be lost.
         mapping = shared(np.arange(10.0)).segment.map("read")
         assert [one.__callback__ for one in weakref.getweakrefs(mapping)] == [None]
         assert mapping in live_mappings()

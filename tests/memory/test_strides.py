@@ -1,4 +1,4 @@
-"""Arithmetic on addresses, shapes and strides, held against NumPy's."""
+"""Arithmetic on addresses, shapes and strides, compared with NumPy."""
 
 from itertools import pairwise
 
@@ -29,7 +29,7 @@ LAYOUTS = {**KEPT, **GATHERED}
 
 
 def assert_gathered(copy, array):
-    """The same items without gaps, in the order and with the signs of the strides."""
+    """Assert that a copy has the same items without gaps, with order and signs of the strides."""
     assert same_bits(copy, array)
     assert not np.shares_memory(copy, array)
     assert copy.flags.writeable

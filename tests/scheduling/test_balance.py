@@ -1,4 +1,4 @@
-"""The rules of balance: which worker comes by which chunk."""
+"""The rules of balance: which worker takes which chunk."""
 
 import sys
 import threading

@@ -1,4 +1,4 @@
-"""The ledger: chunks claimed once, and found again by their marks after any death."""
+"""The ledger: chunks are claimed once, and recovered by their marks after any death."""
 
 import contextlib
 import json
@@ -376,7 +376,7 @@ class TestLedger:
         ledger.hold_attempt(1, 2)
         ledger.finish_attempt(1, 2, 5)
         changed = [i for i in range(len(buffer)) if buffer[i] != before[i]]
-        # One pair of cache lines, that of worker 1 behind two of the run and that of worker 0.
+        # One pair of cache lines: that of worker 1, after two of the run and that of worker 0.
         assert changed
         assert {i // 128 for i in changed} == {3}
 
@@ -449,11 +449,11 @@ class TestMarks:
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing after it runs."""
+    """Stands for SIGKILL: nothing runs after it."""
 
 
 class DeadlyWords:
-    """Words of a ledger that let a worker write so many of them, and then die."""
+    """Words of a ledger that kill a worker after a number of writes."""
 
     def __init__(self, words):
         self.words = words
@@ -493,7 +493,7 @@ class DeadlyCounter:
 
 
 class TestDeathInsideAClaim:
-    """Worker 1 dies in each step of its claim; the others finish all they can come by."""
+    """Worker 1 dies in each step of its claim; the others finish all chunks that they can claim."""
 
     N_WRITES = 2  # in a claim, counted by `test_a_claim_has_two_writes`
     N_CHUNKS = 20
@@ -530,7 +530,7 @@ class TestDeathInsideAClaim:
         assert ledger.claim(1) == 5
         assert words.writes_left == 100 - self.N_WRITES
 
-    # The first write only announces a claim; from the second on, a number was taken.
+    # The first write only announces a claim; before the second, a number is taken.
     @pytest.mark.parametrize(("n_writes", "lost"), [(0, []), (1, [5])])
     def test_a_death_before_a_write_loses_at_most_the_claimed_chunk(
         self, ledger, words, n_writes, lost
@@ -541,7 +541,7 @@ class TestDeathInsideAClaim:
         words.writes_left = None
         assert ledger.chunk_in_hand(1, self.N_CHUNKS) is None
         assert self.left(ledger) == lost
-        # Whatever others did, it has not come into the dead one's hand.
+        # Whatever others did, the dead worker has no chunk in hand.
         assert ledger.chunk_in_hand(1, self.N_CHUNKS) is None
         assert ledger.attempt_in_hand(1) is None
 

@@ -1,4 +1,4 @@
-"""What is tried again, and in which pieces."""
+"""Which ranges are tried again, and in which pieces."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ def spans():
 
 
 def suspected(start, stop, item, retries):
-    """The ranges on which workers die when one item kills, in order."""
+    """Return the ranges on which workers die when one item kills, in order."""
     retry_policy = RetryPolicy(retries=retries)
     pending, deaths = [Attempt(start, stop)], []
     while pending:

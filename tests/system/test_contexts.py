@@ -1,4 +1,4 @@
-"""Blocks that let any exception pass. `contextlib` is the oracle where it can."""
+"""Context managers that let any exception pass. `contextlib` is the oracle where possible."""
 
 import ast
 import contextlib

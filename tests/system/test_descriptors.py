@@ -1,4 +1,4 @@
-"""Nothing of ours lives below descriptor 3, whatever the program does with its own there."""
+"""No descriptor of ours is below 3, whatever the program does with its standard ones."""
 
 import os
 import subprocess

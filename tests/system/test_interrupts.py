@@ -1,4 +1,4 @@
-"""An exception of a signal handler ends the call, whatever it comes in between."""
+"""An exception of a signal handler ends the call, at whatever moment it comes."""
 
 import functools
 import gc
@@ -33,7 +33,7 @@ class TimeIsUpError(Exception):
 
 
 class Limit:
-    """Handlers of all sorts that raise it."""
+    """Handlers of all kinds that raise it."""
 
     def method(self, number, frame):
         self.helper()
@@ -60,7 +60,7 @@ HANDLERS = {
 
 @contextmanager
 def time_limit(handler=function, seconds=0.3):
-    """Raises in the main thread, after so many seconds; a block that is left too late has hung."""
+    """Raise in the main thread after some seconds; a block that is left too late has hung."""
     before = signal.signal(signal.SIGUSR1, handler)
     began = time.monotonic()
     main = threading.main_thread().ident
@@ -81,7 +81,7 @@ def endless():
 
 
 class Slow:
-    """Takes its time to be pickled, or to be unpickled in the caller."""
+    """An object that is slow to pickle, or to unpickle in the caller."""
 
     def __init__(self, here="", there=""):
         self.moments = here, there

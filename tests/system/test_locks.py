@@ -1,4 +1,4 @@
-"""Locks of modules: taken again by their own thread, renewed in a forked child."""
+"""Locks of modules: reentrant, and renewed in a forked child."""
 
 import os
 import threading
@@ -24,7 +24,7 @@ def waited_for():
 
 
 def held_elsewhere(lock):
-    """Another thread that is inside, and what lets it out."""
+    """Start a thread that holds the lock; return it and the event that releases it."""
     inside, out = threading.Event(), threading.Event()
 
     def hold():
@@ -52,7 +52,7 @@ def can_be_taken(lock):
 
 
 def in_child(check):
-    """Whether something holds in a forked child."""
+    """Tell whether a check holds in a forked child."""
     pid = os.fork()
     if pid == 0:
         code = 1

@@ -27,7 +27,7 @@ BALANCES = [Static(), Dynamic()]
 
 
 class Script:
-    """A task whose chunks do as they are told.
+    """A task whose chunks follow a script.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What of the caller's state the function sees, in every backend as in the caller itself."""
+"""The state of the parent that the function sees, in every backend as in the caller itself."""
 
 import decimal
 import os

@@ -1,4 +1,4 @@
-"""Payloads: what travels to a worker, and what comes back."""
+"""Payloads: how tasks travel to a worker."""
 
 import os
 import pickle
@@ -30,7 +30,7 @@ def _payloads_live_as_long_as_the_run():
 
 
 def travelled(task):
-    """A task as it arrives, and the bytes that were copied beside the pickle."""
+    """Return a task as it arrives, and the number of bytes copied beside the pickle."""
     staging = Staging()
     payload = pickle_task(task, staging)
     sent.append(payload)
@@ -256,6 +256,6 @@ def n_open():
 
 
 def ready(channel):
-    """The bytes of all whole messages that have come, and whether more may come."""
+    """Return the bytes of all whole messages that have come, and whether more may come."""
     open_ = channel.read()
     return [data for data, _ in channel.messages()], open_

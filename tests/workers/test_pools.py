@@ -1,4 +1,4 @@
-"""Pools are lent, kept warm, and ended when nobody needs them."""
+"""Pools are lent, kept warm, and ended when they are not needed."""
 
 import errno
 import os
@@ -63,14 +63,14 @@ def run(pool, func=where, n_workers=2):
 
 
 def workers(pool):
-    """What is alive of a pool."""
+    """Return the living workers of a pool."""
     if pool.shares_memory:
         return [w.thread for w in pool._workers.values() if w.thread.is_alive()]
     return [w.pid for w in pool._workers.values() if psutil.pid_exists(w.pid)]
 
 
 def pools():
-    """All there are."""
+    """Return all pools."""
     return [place.pool for place in module._pools._places]
 
 
@@ -86,7 +86,7 @@ def keepers():
 
 
 def limit_starts(monkeypatch, backend, n):
-    """From now on only so many workers can be started, as where the system allows no more."""
+    """Let only `n` more workers start, as if the system allowed no more."""
     left = iter(range(n))
     if backend == "threading":
         start = threading.Thread.start
@@ -190,7 +190,7 @@ def test_no_more_workers_are_started_than_there_are_tasks(call, backend):
 
 @pytest.fixture(autouse=True)
 def no_pools():
-    """Nothing is warm before, nor after."""
+    """End all pools before and after a test."""
     shutdown()
     yield
     shutdown()
@@ -445,7 +445,7 @@ class TestShutdown:
 class TestFork:
     @staticmethod
     def in_child(check):
-        """What a forked child says."""
+        """Return what a check says in a forked child."""
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:

@@ -1,4 +1,4 @@
-"""Queues of the caller and of threads: what is given comes back, once."""
+"""Queues of the caller and of threads: each batch gives one result."""
 
 import threading
 import time
@@ -26,7 +26,7 @@ LONG = 60  # seconds that no test waits for
 
 
 class StreamTask:
-    """A task on items that are handed to it; open already in the caller."""
+    """A task on items that come in batches."""
 
     def __init__(self, func):
         self.func = func
@@ -63,7 +63,7 @@ def job_of(func, n_workers=2, **options):
 
 
 def all_of(queue, n_items):
-    """What comes of so many items, by its start."""
+    """Return the results of `n_items` items by their start."""
     came = {}
     while sum(one.stop - one.start for one in came.values()) < n_items:
         for one in queue.take(LONG):
@@ -108,7 +108,7 @@ class TestSerialQueue:
 class TestThreadQueue:
     @pytest.fixture(autouse=True)
     def patience(self, monkeypatch):
-        """A thread that is late to see that it is to stop is waited for, if not asked otherwise."""
+        """Wait for threads that stop late, unless a test asks otherwise."""
         monkeypatch.setattr(threads, "_GRACE_SECONDS", LONG)
 
     def test_every_queued_batch_gives_its_result(self):

@@ -61,7 +61,7 @@ def free_for_all():
 
 
 class User:
-    """Another thread, which does what it is told until it is sent away."""
+    """Another thread, which calls the functions that it gets until it is ended."""
 
     def __init__(self):
         self._orders = SimpleQueue()

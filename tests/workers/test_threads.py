@@ -66,7 +66,7 @@ def both(start, stop):
 
 
 def started(pool):
-    """A pool of three whose threads are there."""
+    """Start the three threads of a pool."""
     run(pool, both)
     return pool
 
@@ -353,7 +353,7 @@ ITEMS = np.arange(1.0, 41)
 
 @pytest.mark.parametrize("balance", ["static", "dynamic"])
 class TestAfterInterruptedCall:
-    """Threads that an interrupted call has left behind come to their results when it is over."""
+    """Threads that an interrupted call has left behind get their results after it is over."""
 
     # The first result of a thread and further ones go different ways.
     @pytest.mark.parametrize("n_before", [0, 1, 2])

@@ -1,4 +1,4 @@
-"""What is refused before anything is started, and what counts as an array."""
+"""Inputs that are refused before anything starts, and values that count as arrays."""
 
 import threading
 
@@ -30,7 +30,7 @@ class Tagged(np.ndarray):
 
 @pytest.fixture
 def nothing_starts():
-    """The call of the test starts no process and no thread."""
+    """Check that the test starts no process and no thread."""
     taskcarrier.shutdown()
     children = {child.pid for child in psutil.Process().children(recursive=True)}
     threads = set(threading.enumerate())
@@ -40,7 +40,7 @@ def nothing_starts():
 
 
 def lossy(module, name):
-    """An object whose type says it comes from `module`, as NumPy would see one from there."""
+    """Make an object whose type pretends to come from `module`."""
     return type(name, (), {"__module__": module, "shape": (4,), "__array__": lambda *_, **__: X})()
 
 
@@ -147,7 +147,7 @@ def test_mappers_refuse_options_that_they_decide_or_that_do_not_exist(
             getattr(mapper(n_jobs=2), verb)(np.sqrt, X, **{option: "static"})
 
 
-# What one verb has, and another has not.
+# Options that one verb has, and another has not.
 ELSEWHERE = [
     (map_array, "combine"),
     (map_items, "depth"),

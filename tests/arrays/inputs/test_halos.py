@@ -45,7 +45,7 @@ def image():
 
 
 def padded(X, depth, boundary, axis=0, cval=0.0):
-    """The array as workers see it, as `numpy.pad` makes it."""
+    """Pad the array with `numpy.pad`, as workers see it."""
     if boundary == "none":
         return X
     widths = [(0, 0)] * X.ndim
@@ -170,7 +170,7 @@ def assert_inside(result, expected):
 
 
 def window_sums(chunk, reach, axis):
-    """Exact on integers: sums over what is no further than `reach`, as far as it is there."""
+    """Sum over all items within `reach`, as far as they exist; exact on integers."""
     n = chunk.shape[axis]
     taken = [
         chunk.take(range(max(0, i - reach), min(n, i + reach + 1)), axis).sum(axis)
@@ -249,7 +249,7 @@ class TestEveryCut:
 
 
 class TestChunks:
-    """What the function sees."""
+    """The chunks that the function gets."""
 
     @pytest.mark.parametrize("boundary", [*PADS, "none"])
     @pytest.mark.parametrize("depth", [1, 4, 11])
@@ -344,7 +344,7 @@ class TestResults:
             map_array(lambda c: c[2:-2], np.arange(8.0), depth=2, chunksize=4, **run)
 
     def test_collected_errors_name_the_bad_items_despite_neighbours(self, run):
-        # Fails where an item itself is bad, whatever stands beside it.
+        # Fails only if an item of the range is bad, not if a neighbour is.
         def func(chunk):
             if (chunk[2:-2] == 13).any():
                 raise ValueError("bad")

@@ -1,4 +1,4 @@
-"""Where workers find the items: which way is taken, and that each gives the original's chunks."""
+"""Sources of inputs: which one is chosen, and that each gives the chunks of the original."""
 
 import contextlib
 
@@ -56,7 +56,7 @@ def set_whole_nbytes(chunk, nbytes):
 
 @pytest.fixture(params=["whole", "by chunk"])
 def small_arrays(request, monkeypatch):
-    """How workers read small arrays: as they do, and chunk by chunk like large ones."""
+    """Have workers read small arrays as usual, or chunk by chunk like large ones."""
     if request.param == "whole":
         yield
         return
@@ -70,7 +70,7 @@ def small_arrays(request, monkeypatch):
 
 @contextlib.contextmanager
 def as_worker(whole_nbytes=sources._WHOLE_NBYTES):
-    """This process reads its own memory as a worker would."""
+    """Let this process read its own memory as a worker would."""
     memory = parent_memory.open_own_memory()
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -82,7 +82,7 @@ def as_worker(whole_nbytes=sources._WHOLE_NBYTES):
 
 
 def sources_of(*arrays, axis=0, chunksize=None):
-    """The sources of a call, and the staging with what was copied."""
+    """Return the sources of a call, and the staging with what was copied."""
     inputs = check_inputs(arrays, axis)
     grid = chunk_grid(inputs.n_items, inputs.item_nbytes, chunksize)
     staging = Staging()
@@ -97,7 +97,7 @@ def source_of(array, axis=0, chunksize=None):
 
 
 def gathered(array):
-    """As a call takes it: itself, or a copy without gaps."""
+    """Return an array as a call takes it: itself, or a copy without gaps."""
     return check_inputs([array], 0).arrays[0]
 
 
@@ -487,7 +487,7 @@ class TestBytesCopied:
 
 
 class Sliced:
-    """Like an array, but in no memory."""
+    """An array-like that is not in memory."""
 
     def __init__(self, values):
         self._values = values
@@ -498,7 +498,7 @@ class Sliced:
 
 
 class TestOtherSources:
-    """What is neither in memory nor made of plain bytes, and chunks with neighbours."""
+    """Arrays that are not in memory or not of plain bytes, and chunks with neighbours."""
 
     @staticmethod
     def opened(array, axis=0, chunksize=3, halo=None):

@@ -1,4 +1,4 @@
-"""What numba compiles for us: atomic claims, arrays from addresses, what kernels give back."""
+"""Compiled parts: atomic claims, arrays from addresses, results of kernels."""
 
 import gc
 import threading

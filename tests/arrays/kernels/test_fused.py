@@ -599,7 +599,7 @@ class TestErrors:
             map_items(small_only, values, chunksize=3, **run)
         error = caught.value
         assert error.args == ("too large", 7)
-        # The first bad item of a range: of several workers, whichever came first.
+        # The first bad item of a range; which range depends on which worker was first.
         item = int(error.__notes__[0].removeprefix("func failed on item "))
         assert item in {1: {5}, 2: {5, 6}, 3: {5, 6, 9}}[run["n_jobs"]]
         assert "while mapping axis 0, items" in error.__notes__[1]
@@ -729,7 +729,7 @@ class TestTogether:
 
 
 class TestByteOrder:
-    """Compiled code takes this machine's alone; numba takes dates of the other for others."""
+    """Compiled code takes only the byte order of this machine; numba misreads other dates."""
 
     DATES = np.array(["2020-01-01", "NaT", "2021-05-05T01:02:03"], ">M8[s]")
 

@@ -1,4 +1,4 @@
-"""What a function returns is the caller's: it holds no view of the input, in any object."""
+"""Results belong to the caller: no object in them holds a view of the input."""
 
 import collections
 import dataclasses

@@ -295,7 +295,7 @@ class TestCasts:
 
 
 class TestRefusals:
-    """All but those of the results' shape come before any call of the function."""
+    """All refusals but those of the shape of results come before any call of the function."""
 
     @staticmethod
     def refused(out, match, *arrays, error=ValueError, **options):
@@ -432,7 +432,7 @@ class TestRefusals:
 
 
 class TestNeighbouringMemory:
-    """What is interleaved but apart is no overlap."""
+    """Interleaved memory without common bytes is no overlap."""
 
     @pytest.mark.parametrize("make", [np.zeros, empty])
     def test_interleaved_memory_may_hold_input_and_output(self, make, run):

@@ -26,7 +26,7 @@ def put(values, start=0, out_axis=0, *, takes_objects=False):
 
 
 def joined(mixed, n, out_axis):
-    """What becomes of the groups in the end: one array, promoted over all dtypes at once."""
+    """Join the groups to one array, promoted over all dtypes at once."""
     (_, first), *_ = mixed.groups
     if isinstance(first, tuple):
         columns = [[(where, made[k]) for where, made in mixed.groups] for k in range(len(first))]

@@ -39,7 +39,7 @@ def mapped(func, n_items=12, *, backend, balance, **options):
     return map_array(func, np.arange(n_items), backend=backend, balance=balance, **options)
 
 
-# The chunk that starts at 6 gives something else: what, and what must be said of both.
+# The chunk that starts at 6 gives another result; the words must be in the error.
 ODD = {
     "int8 for int64": (lambda c: c, lambda c: c.astype("i1"), ["int64 (2,)", "int8 (2,)"]),
     "float32 for float64": (
@@ -277,7 +277,7 @@ def test_shared_and_local_buffers_have_the_same_layout(order, spec):
         math.prod(shape) * dtype.itemsize
         for (dtype, _), shape in zip(spec.parts, spec.shapes(7), strict=True)
     )
-    # Whoever asks later sees what the first has written.
+    # A later request gets the array that the first one has written to.
     for number, again in enumerate(arrays_of(SharedBuffer(segment, 7, order), spec, outputs)):
         assert (again == np.array(number).astype(again.dtype)).all()
 

@@ -1,4 +1,4 @@
-"""Digests of what decides values: the same for the same, everywhere; another for anything else."""
+"""Digests of what decides values: equal for equal values in all processes, else different."""
 
 import array
 import collections
@@ -44,7 +44,7 @@ def not_looked_into(value):
 
 
 def defined(source, **names):
-    """The function `f` of a piece of code, where these global names are."""
+    """Return the function `f` of a piece of code with these globals."""
     exec(textwrap.dedent(source), names)  # as in a notebook
     return names["f"]
 
@@ -1006,7 +1006,7 @@ def f(x):
 
 
 def program(kind, n):
-    """The function `f` of a program."""
+    """Return the function `f` of a program."""
     source = textwrap.dedent(DECIDING[kind])
     names = {"__name__": "program_of_tests"}
     sys.modules["program_of_tests"] = types.ModuleType("program_of_tests")
@@ -1079,7 +1079,7 @@ def get_label():
     return xarray.Dataset({"a": (("x",), np.arange(3))}, coords={"x": [1, 2, 3]})
 
 
-# The library that an object is of, how it is made, and what makes it keep something.
+# The library of an object, how it is made, and what makes it cache something.
 ASKED = {
     "member of an enumeration": (None, lambda: Shape.ROUND, lambda shape: shape.corners),
     "frame with dates": ("pandas", dated, lambda frame: frame.loc[frame.index[1]]),

@@ -1,4 +1,4 @@
-"""Runs that go on where an earlier one has ended; the ledger that is kept beside an output."""
+"""Runs that continue where an earlier one has ended; the ledger file beside an output."""
 
 import json
 import os
@@ -36,7 +36,7 @@ pools = kept_pools(2)
 
 
 class Stored:
-    """Something like an array, read by range."""
+    """An array-like that is read by range."""
 
     def __init__(self, values):
         self.values, self.shape, self.dtype = values, values.shape, values.dtype
@@ -77,7 +77,7 @@ except (LookupError, ValueError) as error:
 
 
 class Halfway:
-    """A run that is stopped after items 0 to 19 of 40, and what can be tried then."""
+    """A run that is stopped after items 0 to 19 of 40, and attempts to continue it."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -93,12 +93,12 @@ class Halfway:
         self.check = check
 
     def tried(self, func, *arrays, verb=map_array, out=None, **options):
-        """Go on."""
+        """Continue the run."""
         options = {"chunksize": 4, **SERIAL, **options}
         return verb(func, *arrays, out=out or self.out, resume=True, **options)
 
     def stopped(self, func, *arrays, **options):
-        """The first attempt, stopped by an error."""
+        """Make the first attempt, which is stopped by an error."""
         self.stop.touch()
         with pytest.raises(LookupError, match="stop"):
             self.tried(func, *arrays, **options)
@@ -106,7 +106,7 @@ class Halfway:
         self.log.unlink()
 
     def ran(self):
-        """The first items of the ranges that were run since."""
+        """Return the first items of the ranges that were run since."""
         return [int(line) // 2 for line in noted(self.log)]
 
     def left(self):
@@ -155,7 +155,7 @@ class TestContinuing:
         assert_same(np.array(halfway.tried(func, X)), X * 2)
         again = halfway.ran()[len(before) :]
         failed = [start for start in before if start >= 20]
-        # Those that failed, and those that were not come to.
+        # Ranges that failed, and ranges that were not reached.
         assert sorted(again) == sorted({*range(0, 40, 4)} - {*before} | {*failed})
 
     def test_a_run_may_be_continued_several_times(self, halfway):
@@ -695,7 +695,7 @@ class TestErrors:
 
 @pytest.mark.fault(27)
 class TestRefusals:
-    """What must be the same for a run to go on."""
+    """Everything that must be the same for a run to continue."""
 
     @staticmethod
     def refused(halfway, what, func, *arrays, **options):
@@ -943,7 +943,7 @@ class TestLedgerFile:
         kept = self.kept(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["Y.npy.ledger"]
         kept.remove()
-        kept.remove()  # somebody else may have done it
+        kept.remove()  # another run may have removed it
         kept.close()
         assert list(tmp_path.iterdir()) == []
 

@@ -24,7 +24,7 @@ def refuse(number):
 
 @pytest.fixture(params=["pidfd", "not permitted", "not implemented", "absent", "no signals"])
 def way(request, monkeypatch):
-    """How the end is seen, or why not so."""
+    """Select how the exit is watched, or which call fails."""
     if request.param == "absent":
         monkeypatch.delattr(os, "pidfd_open")
         monkeypatch.delattr(signal, "pidfd_send_signal")

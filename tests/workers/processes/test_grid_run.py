@@ -1,4 +1,4 @@
-"""One run on a pool of processes: nothing is lost, whoever dies, wherever in its code.
+"""One run on a pool of processes: nothing is lost, whichever worker dies at whichever step.
 
 Most of it is scripted: workers run the real loop of a worker process, but in this thread, over
 memory in which they die in front of a chosen write, claim, message or call.
@@ -55,11 +55,11 @@ by_balance = pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing after it runs."""
+    """Stands for SIGKILL: nothing runs after it."""
 
 
 class Fate:
-    """When a worker dies: in front of its step number `left`, and of all that come after."""
+    """When a worker dies: before its step number `left`, and before all later ones."""
 
     def __init__(self, left=None):
         self.left = left
@@ -72,7 +72,7 @@ class Fate:
 
 
 class MortalMemory:
-    """What a worker writes to as long as it lives."""
+    """Memory that a worker writes to as long as it lives."""
 
     def __init__(self, memory, fate):
         self.memory = memory
@@ -121,7 +121,7 @@ class MortalSocket(MessageSocket):
 
 
 class Process:
-    """Stands for a worker process; it runs where it is told to."""
+    """Stands for a worker process; the test decides when it runs."""
 
     def __init__(self, number, name, fate):
         ours, theirs = socket.socketpair()
@@ -135,7 +135,7 @@ class Process:
         self.has_ended = False
 
     def kill(self):
-        """It is seen to be dead when the test says so: signals take their time."""
+        """Count the kill; the test decides when the death is seen, because signals take time."""
         self.n_kills += 1
 
     def end(self):
@@ -224,13 +224,13 @@ class ScriptedPool:
         self.fates = iter(fates)
         self.processes = []
         self.waiting = []
-        self.lost = []  # ranges of each that died which it had run, or begun, for nothing
+        self.lost = []  # for each dead worker, ranges that it had run or begun in vain
         self.run = ProcessRun(
             job, self.ledger, self.delivered.__setitem__, Payload(b"", []), self.get_worker
         )
 
     def get_worker(self, number):
-        """A new process that waits for its run."""
+        """Return a new process that waits for its run."""
         name = f"process {len(self.processes)}"
         process = Process(number, name, Fate(next(self.fates, None)))
         self.processes.append(process)
@@ -238,13 +238,13 @@ class ScriptedPool:
         return process
 
     def started(self):
-        """All processes, each with its order."""
+        """Start all processes, each with its order."""
         for number in range(self.job.n_workers):
             self.run.start(number, self.get_worker(number))
         return self
 
     def live(self, process):
-        """Have a process run until it is done or dies."""
+        """Let a process run until it is done or dies."""
         task, fate, words = self.job.task, process.fate, self.ledger
         task.fate = fate
         n_calls = len(task.calls)
@@ -267,7 +267,7 @@ class ScriptedPool:
             process.end()
 
     def lost_with(self, process, calls):
-        """Those of the ranges that a process was called for whose results are nowhere."""
+        """Return the ranges that a process has run whose results are lost."""
         arrived = {start for data in process.inside.results for start, *_ in pickle.loads(data[1:])}
         marks, size = self.ledger.marks, self.job.grid.chunksize
         return [
@@ -278,7 +278,7 @@ class ScriptedPool:
         ]
 
     def to_the_end(self):
-        """How the run ends, each process running when it is started."""
+        """Return the result of the run; each process runs when it is started."""
         try:
             self.started()
             for _ in range(1000):
@@ -292,12 +292,12 @@ class ScriptedPool:
             self.close()
 
     def calls_expected(self):
-        """Every chunk once, and what those that died have lost."""
+        """Count every chunk once, and the ranges that dead workers have lost."""
         indices = map(self.job.grid.range_of, range(len(self.job.grid)))
         return Counter(indices) + Counter(itertools.chain(*self.lost))
 
     def results(self):
-        """What has come of each item: -1 for those without a result."""
+        """Return the result of each item, or -1 for those without."""
         found = np.full(self.job.grid.n_items, -1) if self.job.task.place is None else None
         if found is None:
             return self.job.task.place.tolist()
@@ -343,12 +343,12 @@ WAYS = {
 by_way = pytest.mark.parametrize("way", WAYS)
 
 
-# After so many steps a worker has its first range in hand.
+# The number of steps after which a worker has its first range in hand.
 IN_FIRST_RANGE = {"static": 3, "dynamic": 5}
 
 
 def at_every_step(before, **options):
-    """Runs in which the process started after those `before` dies at its first step, second, ..."""
+    """Yield runs in which the process after those `before` dies at its first step, second, ..."""
     for n_steps in itertools.count():
         pool = scripted(fates=[*before, n_steps], **options)
         ran = pool.to_the_end()
@@ -379,7 +379,7 @@ class TestDeathAtAnyStep:
             assert pool.results() == doubled(0, 8)
             assert (ran.fatal, ran.missing, ran.failures) == ([], [], [])
             again = Counter(pool.job.task.calls) - pool.calls_expected()
-            # What was given out again and is just finished may be run once more.
+            # An attempt that is just finished may be run once more.
             assert again in (Counter(), Counter([(0, 2)]))
 
     def test_finished_ranges_are_not_given_up(self, balance, way):
@@ -400,7 +400,7 @@ class TestDeathAtAnyStep:
             assert last.failure is None
             done = sum(stats.items for stats in ran.worker_stats)
             n_lost = sum(stop - start for start, stop in itertools.chain(*pool.lost))
-            # What was finished and got lost counts for both that finished it.
+            # A range that was finished and lost counts for both workers that finished it.
             assert 8 - 2 * len(ran.deaths) <= done <= 8 + n_lost
 
     def test_without_retries_no_range_is_run_twice(self, balance, way):
@@ -551,7 +551,7 @@ class TestGivenUp:
         )
         ran = pool.to_the_end()
         assert not ran.is_halted
-        # What nobody has begun by static balance was the dead worker's own.
+        # By static balance, ranges that no worker has begun were those of the dead worker.
         expected = [(0, 2)] if balance == Dynamic() else [(i, i + 2) for i in range(0, 10, 2)]
         assert ran.missing == expected
         gone = {item for part in expected for item in range(*part)}
@@ -602,7 +602,7 @@ class TestIdleDeaths:
         assert (ran.fatal, ran.missing) == ([], [])
 
     def steps_to_do_something(self):
-        """After which a worker has one range behind it and none in hand."""
+        """Return how many steps finish one range and leave none in hand."""
         runs = at_every_step([], balance=Static(), in_place=True)
         for n_steps, (pool, ran) in enumerate(runs):
             (dead,) = (one for one in ran.worker_stats if one.name == pool.processes[0].name)
@@ -634,16 +634,16 @@ class TestIdleDeaths:
 
 
 def order_of(process):
-    """The ranges that a process was given to begin with."""
+    """Return the attempts in the order of a process."""
     data, _ = process.inside.receive()
     return worker._parse_order(data)[0]
 
 
 class TestTimeout:
-    """Workers are moved about by hand."""
+    """The test sets the state of workers itself."""
 
     def overdue(self, **options):
-        """A pool whose worker has had its first range for longer than it may."""
+        """Return a pool whose worker has its first range in hand for too long."""
         retry_policy = RetryPolicy(timeout=LONG, **options.pop("retry_policy", {}))
         pool = scripted(retry_policy=retry_policy, **options).started()
         pool.ledger.hold(0, 0)
@@ -884,7 +884,7 @@ def run(pool, func, *args, balance=None, n_items=20, chunksize=2, n_workers=2, t
 
 
 def seen(folder, *words):
-    """How often this was called with these words, before this call."""
+    """Count earlier calls with these words."""
     path = Path(folder, "-".join(map(str, words)))
     with path.open("ab") as file:
         file.write(b".")
@@ -912,7 +912,7 @@ def dies_always(start, stop, deadly):
 
 
 def hangs(start, stop, at, n_times, folder):
-    """Take for ever in the range that begins at `at`, so many times."""
+    """Take for ever in the range that begins at `at`, `n_times` times."""
     if start == at and seen(folder, start) < n_times:
         time.sleep(LONG)
     return start, stop
@@ -946,7 +946,7 @@ class TestRealDeaths:
         assert delivered == in_pieces(20)
         assert {stats.worker for stats in ran.worker_stats} == {0, 1}
         assert death.name in {stats.name for stats in ran.worker_stats}
-        # Nothing else is run again but what it had not sent yet.
+        # Only ranges that it had not sent yet are run again.
         counts = {int(path.name): path.stat().st_size for path in tmp_path.iterdir()}
         assert set(counts) == set(range(0, 20, 2))
         assert counts[6] == 2

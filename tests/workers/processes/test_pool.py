@@ -1,4 +1,4 @@
-"""Pools of worker processes: what they deliver, how they end, who is started again."""
+"""Pools of worker processes: what they deliver, how they end, which workers are replaced."""
 
 import multiprocessing
 import os

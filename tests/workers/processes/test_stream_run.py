@@ -1,4 +1,4 @@
-"""Queues of worker processes: what is sent, what comes, and what is made good."""
+"""Queues of worker processes: batches, results, and repaired deaths."""
 
 import functools
 import os
@@ -26,7 +26,7 @@ LONG = 60  # seconds that no test waits for
 
 
 class StreamTask:
-    """A task on items that are handed to it."""
+    """A task on items that come in batches."""
 
     def __init__(self, call):
         self.call = call
@@ -52,7 +52,7 @@ class StreamRunner:
 
 @pytest.fixture(scope="module", autouse=True)
 def patience():
-    """A worker that is late to see that it is to stop is not killed for it, if not asked for."""
+    """Kill no worker that stops late, unless a test asks for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "GRACE_SECONDS", LONG)
         yield
@@ -96,7 +96,7 @@ def open_queue(pool, func, n_workers=2, **options):
 
 
 def results(queue, n_items):
-    """What comes of so many items, in order; faults as they are."""
+    """Return the results of `n_items` items in order, with partial results unchanged."""
     came = []
     while sum(one.stop - one.start for one in came) < n_items:
         came += queue.take(LONG)

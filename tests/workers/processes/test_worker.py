@@ -1,4 +1,4 @@
-"""A worker process: what it makes of its orders, and what it sends back."""
+"""A worker process: how it reads its orders, and what it sends back."""
 
 import mmap
 import os
