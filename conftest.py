@@ -42,24 +42,23 @@ FOLDER = Path(tempfile.mkdtemp(prefix="taskcarrier-tests-"))
 TEMPORARY = FOLDER / "temporary"  # watched
 TMP_PATHS = FOLDER / "pytest"  # not watched: pytest keeps what is in it until the session ends
 SHARED_MEMORY = SharedMemoryWatch()
-# These are not ours: what is asked of every process, many thousand times, is not asked of them.
+# These are not ours, so they are left out of checks of all processes, which run very often.
 THERE_BEFORE = set(psutil.pids())
 GRACE = 5.0  # seconds for threads and processes that are already ending; arbitrary
 
-# What each sort of leak is called, and what identifies one: an ident, a pid, a number and its
-# target, a path. Values are what the failure shows.
+# The name of each sort of leak, and what identifies one: an object, a pid, a number and its
+# target, a path. Values are shown in the failure.
 Things = dict[str, dict[Any, str]]
 
 # A first call starts workers or compiles, later ones do not: no deadline tells the two apart.
 hypothesis.settings.register_profile("taskcarrier", deadline=None)
 hypothesis.settings.load_profile("taskcarrier")
-# What decides whether a change is taken has the same examples every time; others are looked for
-# wherever else the tests are run.
+# CI uses the same examples every time; elsewhere, each run draws others.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A shell's background jobs, and all they start, are born deaf to Ctrl-C.
+    # Background jobs of a shell, and their children, ignore Ctrl-C from the start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[previous] = {
         name: os.environ.get(name)
@@ -68,7 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
     TEMPORARY.mkdir()
     TMP_PATHS.mkdir()
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(TMP_PATHS))
-    # Names another place than TMPDIR, which would not be watched.
+    # This would name another folder than TMPDIR, which would not be watched.
     os.environ.pop("JOBLIB_TEMP_FOLDER", None)
     os.environ["TMPDIR"] = str(TEMPORARY)
     tempfile.tempdir = None  # asks the environment again
@@ -79,7 +78,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    # What a failed test had in its tmp_path is for whoever looks into the failure.
+    # The tmp_path of a failed test is kept for the search for its cause.
     shutil.rmtree(TEMPORARY if failed in config.stash else FOLDER, ignore_errors=True)
     for name, value in config.stash[previous].items():
         if value is None:
@@ -103,7 +102,7 @@ failed = pytest.StashKey[bool]()
 
 @pytest.fixture(scope="session", autouse=True)
 def leak_baseline(request: pytest.FixtureRequest) -> Iterator[Things]:
-    """What there is before the first test; nothing more may be there after the last."""
+    """Record what exists before the first test; nothing more may exist after the last."""
     before = everything()
     yield before
     leaked = left_behind(before)
@@ -114,12 +113,12 @@ def leak_baseline(request: pytest.FixtureRequest) -> Iterator[Things]:
 
 @pytest.fixture(scope="module", autouse=True)
 def old_objects_are_not_looked_at(leak_baseline: Things) -> None:  # noqa: ARG001  # before the first call of shutdown
-    """What a module finds, mostly imports, is no garbage: collections after its tests are quick.
+    """Exempt what exists before a module, mostly imports, from collections, to make them quick.
 
     They took 0.2 s each, several thousand times.
     """
     package = sys.modules.get("taskcarrier")
-    if package is not None:  # workers, which may become garbage, are started anew
+    if package is not None:  # workers may become garbage, so they are started again
         package.shutdown()
     gc.collect()
     gc.freeze()
@@ -137,7 +136,7 @@ def no_leaks(request: pytest.FixtureRequest, leak_baseline: Things) -> Iterator[
 
 
 def left_behind(*allowed: Things) -> Things:
-    """What is there now and in none of `allowed`, after everything had its chance to go."""
+    """Return what exists now and is in none of `allowed`, after it had time to go."""
     if not (leaked := beyond(everything(), allowed)):
         return leaked
     vars(builtins).pop("_", None)  # the interpreter keeps the last value a doctest has shown here
@@ -187,12 +186,12 @@ def beyond(now: Things, allowed: Iterable[Things]) -> Things:
 
 
 def threads() -> dict[object, str]:
-    # The object, not its ident: those are given out again as soon as a thread ends.
+    # The object, not its ident: idents are reused as soon as a thread ends.
     return {thread: repr(thread) for thread in threading.enumerate()}
 
 
 def processes() -> dict[tuple[int, float], str]:
-    """All children, grandchildren and orphans, zombies too."""
+    """Return all children, grandchildren and orphans, including zombies."""
     trackers = resource_trackers()
     pids = {child.pid for child in psutil.Process().children(recursive=True)}
     pids.update(pid for pid in psutil.pids() if pid not in THERE_BEFORE and is_marked(pid))
@@ -200,13 +199,13 @@ def processes() -> dict[tuple[int, float], str]:
     for pid in pids - trackers:
         with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
             child = psutil.Process(pid)
-            # Pids are given out again: the time tells the bearers apart.
+            # Pids are reused; the time tells such processes apart.
             found[pid, child.create_time()] = f"{pid} {child.status()} {' '.join(cmdline(child))}"
     return found
 
 
 def is_marked(pid: int) -> bool:
-    """Whether a process was started with our temporary folder, or with one inside it."""
+    """Tell whether a process was started with our temporary folder, or with one inside it."""
     try:
         with open(f"/proc/{pid}/environ", "rb") as environment:  # noqa: PTH123 - read hundreds of times a test
             return b"TMPDIR=" + bytes(FOLDER) in environment.read()
@@ -236,7 +235,7 @@ def descriptors() -> dict[object, str]:
 
 
 def loaded_trackers() -> list:
-    """The resource trackers of multiprocessing and of loky: one a program, living until its end."""
+    """Return the trackers of multiprocessing and loky: one a program, until its end."""
     names = ("multiprocessing.resource_tracker", "joblib.externals.loky.backend.resource_tracker")
     return [sys.modules[name]._resource_tracker for name in names if name in sys.modules]
 

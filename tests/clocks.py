@@ -1,15 +1,15 @@
-"""Time in tests: workers stand still now and then, where other programs have work to do too."""
+"""Time in tests: workers may pause now and then, because other programs use the machine too."""
 
 import threading
 
 from taskcarrier.workers import loop
 
 LATE = 2.5
-"""Seconds that a worker with something to do does not stand still; two have been seen."""
+"""Seconds, longer than any pause of a busy worker; pauses of two seconds have been seen."""
 
 
 class Clock(threading.local):
-    """Stands for the time, each thread having its own; it goes on only where it is told to."""
+    """A clock for each thread, which advances only by `sleep`."""
 
     now_ns = 10**9
 
@@ -21,7 +21,7 @@ class Clock(threading.local):
 
 
 def stopped_clock(monkeypatch):
-    """A clock by which workers that are threads, or the caller, see how long a range has taken."""
+    """Replace the clock by which threads and the caller measure the time of a range."""
     made = Clock()
     monkeypatch.setattr(loop, "monotonic_ns", made)
     return made

@@ -1,4 +1,4 @@
-"""Exceptions from outside, at a chosen step of a call: where Python would let one in."""
+"""Exceptions from outside at a chosen step of a call, where Python could deliver one."""
 
 import sys
 from collections.abc import Callable
@@ -6,15 +6,15 @@ from typing import Any
 
 
 class Stop(KeyboardInterrupt):  # it is no error
-    """What comes from outside."""
+    """The exception from outside."""
 
 
 def interrupted_at(step: int, call: Callable[[], Any]) -> bool:
-    """Whether a call gets as far as that step, where it is interrupted.
+    """Interrupt a call at a step, and tell whether it got that far.
 
     Python delivers exceptions of signal handlers and other threads where a function begins, and
-    where one of C has returned. (And where a loop goes round, which is left out here.) Some steps
-    are in finalizers, whose exceptions are lost.
+    where a C function has returned. (And where a loop jumps back, which is left out here.) Some
+    steps are in finalizers, whose exceptions are lost.
     """
     steps = iter(range(step))
     reached = []  # and no frame, which would refer to this one

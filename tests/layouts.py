@@ -41,7 +41,7 @@ def struct():
     return made
 
 
-# Extent at most twice the bytes: kept as they lie, strides and all.
+# Extent at most twice the bytes: kept with their strides.
 KEPT = {
     "C": cube,
     "F": lambda: np.asfortranarray(cube()),
@@ -88,7 +88,7 @@ EMPTY = {
 
 
 def facts(chunk, axis):
-    """All that a function can see of a chunk, as numbers: a row for each item, all alike."""
+    """Return all that a function can see of a chunk, as numbers: the same row for each item."""
     digest = hashlib.sha256(chunk.tobytes()).digest()
     row = [
         zlib.crc32(repr((chunk.dtype, chunk.dtype.isalignedstruct)).encode()),
@@ -103,7 +103,7 @@ def facts(chunk, axis):
 
 
 def facts_of_slices(array, axis, chunksize):
-    """What `facts` says of an array's own slices, seen read-only."""
+    """Return the `facts` of the slices of an array itself, seen read-only."""
     view = array.view()
     view.flags.writeable = False
     before = (slice(None),) * axis

@@ -1,4 +1,4 @@
-"""Which entries of /dev/shm a process tree has made or holds; the folder is the whole machine's."""
+"""The entries of /dev/shm that a process tree has made or holds; all programs use the folder."""
 
 import re
 from collections.abc import Iterable
@@ -7,27 +7,27 @@ from pathlib import Path
 import psutil
 
 SHARED = Path("/dev/shm")
-# joblib, loky and others put the number of the process into a name, delimited by what is no letter.
+# joblib, loky and others put the number of the process into a name, delimited by other characters.
 NUMBER = re.compile(r"(?<![0-9A-Za-z])\d+(?![0-9A-Za-z])")
 
 
 class SharedMemoryWatch:
-    """Tells the entries of one process tree from those of other programs.
+    """The means to tell the entries of one process tree from those of other programs.
 
     The kernel keeps no record of who made a file. An entry belongs to the tree if one of its
     processes has it open or mapped, or if its name carries the number of a process that is in the
     tree or has ended. An entry that was there before the watch began, or that was once seen while
-    another program bore its number, never belongs to the tree by its name. What has no number in
-    its name, and is neither open nor mapped, cannot be told and is not counted.
+    another program had its number, never belongs to the tree by its name. An entry without a
+    number in its name that is neither open nor mapped cannot be assigned and is not counted.
     """
 
     def __init__(self) -> None:
         self.of_others = all_entries()
 
     def entries_of(self, family: set[int], present: set[Path]) -> set[Path]:
-        """Those of the `present` entries that belong to the tree of `family`, its living processes.
+        """Return the `present` entries that belong to the tree of `family`, its living processes.
 
-        The entries are listed first, then the processes: the maker of a new one is then among them.
+        List the entries first, then the processes, so that the maker of a new entry is among them.
         """
         if not present:
             return set()
@@ -49,13 +49,13 @@ def all_entries() -> set[Path]:
 
 
 def maker_of(path: Path) -> int | None:
-    """The number of the process that made an entry, if its name has one."""
+    """Return the number of the process that made an entry, if its name has one."""
     found = NUMBER.search(path.name)
     return int(found[0]) if found else None
 
 
 def held_by(pids: Iterable[int]) -> set[Path]:
-    """The entries, or those they lie in, that these processes have open or mapped."""
+    """Return the entries, or their topmost folders, that these processes have open or mapped."""
     held = set()
     for pid in pids:
         for path in files_of(pid):

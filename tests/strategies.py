@@ -54,30 +54,30 @@ PAIRS = [(backend, balance, 2) for backend, balance in EVERYWHERE]
 
 
 def warm_pools(*n_jobs: int) -> None:
-    """Start the pools, so that a test finds them there and its leak check leaves them alone."""
+    """Start the pools before a test, so that its leak check does not count them."""
     for n in n_jobs:
         for backend in ("threading", "loky"):
             map_array(np.copy, np.zeros(n), n_jobs=n, backend=backend)
 
 
-def cooled_crews() -> None:
+def shut_down_pools() -> None:
     taskcarrier.shutdown()
 
 
 def kept_pools(*n_jobs: int) -> Any:
-    """A fixture: these pools are warm throughout a module."""
+    """Return a fixture that keeps pools warm throughout a module."""
 
     @pytest.fixture(scope="module", autouse=True)
     def pools() -> Iterator[None]:
         warm_pools(*n_jobs)
         yield
-        cooled_crews()
+        shut_down_pools()
 
     return pools
 
 
 def same_bits(result: np.ndarray, expected: np.ndarray) -> bool:
-    """Same dtype, shape and bytes, but for padding, which belongs to no value."""
+    """Compare dtypes, shapes and bytes, without padding, which belongs to no value."""
     if result.dtype != expected.dtype or result.shape != expected.shape:
         return False
     if result.dtype.names:
@@ -91,7 +91,7 @@ def same_bits(result: np.ndarray, expected: np.ndarray) -> bool:
 
 
 def assert_same(result: Any, expected: Any, what: object = "") -> None:
-    """Arrays, or tuples of them, equal bit for bit."""
+    """Assert that arrays, or tuples of them, are equal bit for bit."""
     if isinstance(expected, tuple):
         assert isinstance(result, tuple), what
         assert len(result) == len(expected), what
@@ -112,7 +112,7 @@ def contract(
     verb: Callable[..., Any] = map_array,
     **options: Any,
 ) -> Any:
-    """The result of a map, after every run was seen to give the same bits."""
+    """Return the result of a map, after checking that every run gives the same bits."""
     reference: Any = None
     for backend, balance, n_jobs in runs:
         run = dict(backend=backend, balance=balance, n_jobs=n_jobs)  # noqa: C408  # names of options
@@ -124,7 +124,7 @@ def contract(
 
 
 def filled(dtype: np.dtype, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Values with everything that a careless copy would change."""
+    """Make values that a careless copy would change."""
     array = np.zeros(shape, dtype)
     if dtype.names:
         for name in dtype.names:
@@ -151,7 +151,7 @@ def filled(dtype: np.dtype, shape: tuple[int, ...], rng: np.random.Generator) ->
     return array
 
 
-# A layout takes values to a container and the view of it that shows them.
+# A layout makes of values a container, and a function from it to a view with these values.
 View = Callable[[np.ndarray], np.ndarray]
 Layout = Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, View]]
 
@@ -215,7 +215,7 @@ PLACES = ["memory", "r", "r+", "c"]
 
 @dataclass
 class Sample:
-    """An array and how it came about."""
+    """An array and how it was made."""
 
     container: np.ndarray
     view: View
@@ -228,7 +228,7 @@ class Sample:
 
     @contextmanager
     def array(self) -> Iterator[np.ndarray]:
-        """The array, in memory or over a file that lives as long as the block."""
+        """Open the array, in memory or over a file that exists within the block."""
         if self.place == "memory" or self.container.nbytes == 0:
             yield self.view(self.container)
             return
@@ -245,13 +245,13 @@ class Sample:
 def samples(
     draw: st.DrawFn, dtypes: list[np.dtype] = DTYPES, *, max_side: int = 5, min_dims: int = 1
 ) -> Sample:
-    """Arrays of 1 to 4 axes (5 for windows), some without items, in any layout and place."""
+    """Draw arrays of 1 to 4 axes (5 for windows), some without items, in any layout and place."""
     shape = draw(st.lists(st.integers(0, max_side), min_size=min_dims, max_size=4))
     longest = draw(st.integers(0, len(shape) - 1))
     shape[longest] = draw(st.integers(0, 20))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     inner = draw(st.sampled_from(INNER))
-    # Bytes can be read as another dtype only where they lie one after the other.
+    # Bytes can be viewed as another dtype only if they are contiguous.
     outer = plain if inner is unaligned else draw(st.sampled_from(OUTER))
     middle, show_inner = inner(filled(draw(st.sampled_from(dtypes)), tuple(shape), rng), rng)
     container, show_outer = outer(middle, rng)
@@ -271,13 +271,13 @@ def axes_of(array: np.ndarray) -> st.SearchStrategy[int]:
     return st.integers(-array.ndim, array.ndim - 1)
 
 
-# Scripts: for what happens to a whole program, and for what `__main__` defines.
+# Scripts: for faults of a whole program, and for definitions in `__main__`.
 
 
 def start_script(
     folder: Path, code: str, *arguments: str, prefix: tuple[str, ...] = (), **environment: str
 ) -> subprocess.Popen[str]:
-    """A program of its own, in a session of its own."""
+    """Start a script as its own program, in its own session."""
     path = folder / "script.py"
     path.write_text(code, encoding="utf-8")
     return subprocess.Popen(
@@ -291,7 +291,7 @@ def start_script(
 
 
 def run_script(folder: Path, code: str, *arguments: str, **options: Any) -> str:
-    """What a program of its own printed; it must end well."""
+    """Run a script, which must succeed, and return its output."""
     process = start_script(folder, code, *arguments, **options)
     try:
         out, err = process.communicate(timeout=60)

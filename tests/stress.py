@@ -144,7 +144,7 @@ def slow_double(number: float) -> float:
 
 @contextlib.contextmanager
 def soon(delay: float, what: Callable[[], None]) -> Iterator[None]:
-    """Have something done in another thread after so many seconds, and be done at the end."""
+    """Call something in another thread after a delay; the block waits for it at its end."""
     timer = threading.Timer(delay, what)
     timer.start()
     try:
@@ -599,7 +599,7 @@ def main() -> int:
     seed = random.SystemRandom().randrange(1 << 30) if options.seed is None else options.seed
     if options.one:
         faulthandler.enable()  # SIGABRT prints all stacks
-        # A shell's background jobs, and all they start, are born deaf to Ctrl-C.
+        # Background jobs of a shell, and their children, ignore Ctrl-C from the start.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         kind = {**ROUNDS, "resumable": resumable}[options.one]
         print(json.dumps(kind(random.Random(seed))))

@@ -51,7 +51,7 @@ PROMISES = {
 
 
 def python(*words):
-    """Run in an interpreter of its own: peers warn, and keep threads and processes."""
+    """Run in another interpreter: peers warn, and keep threads and processes."""
     command = [sys.executable, "-m", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,7 +59,7 @@ def python(*words):
 
 
 def fixed(name, *amounts):
-    """An arm whose amounts are known beforehand (the first one is for the checking pass)."""
+    """Make an arm with known amounts (the first one is for the checking pass)."""
     left = iter((0.0, *amounts))
     return Arm(name, lambda: Measured(next(left), "answer"))
 
@@ -190,7 +190,7 @@ def test_unknown_name_is_refused(capsys):
         (np.ones(1), [1.0], False),
     ],
 )
-def test_same(left, right, equal):
+def test_same_compares_results_bit_for_bit(left, right, equal):
     assert same(left, right) is equal
 
 
@@ -240,7 +240,7 @@ def test_many_rounds_are_summarised_by_quartiles():
         (True, 7, "MISSED"),
     ],
 )
-def test_verdicts(at_most, value, verdict):
+def test_verdicts_follow_required_and_aim(at_most, value, verdict):
     required, aim = (6, 4) if at_most else (4, 6)
     assert Promise("a", None, required, aim, at_most).verdict(value) == verdict
 
@@ -280,7 +280,7 @@ def test_settings_choose_by_scale():
     assert Settings("quick", rounds=2).turns(full=5, quick=3) == 2
 
 
-def test_slope_and_meeting_of_curves():
+def test_slope_and_meeting_of_curves_are_found():
     assert balancing.slope([0, 100, 200], [0.5, 1.0, 1.5]) == pytest.approx(0.005)
     sizes, serial = [0, 50, 100, 150], [0, 5, 10, 15]
     assert balancing.meeting(sizes, serial, [1, 6, 11, 16]) == "does not beat serial"

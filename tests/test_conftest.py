@@ -116,8 +116,8 @@ LATE = """
     def test_it():
         pass
 """
-# What stays within bounds: garbage in cycles, what a fixture takes back, a thread about to end,
-# warm workers that the package ends when it is told to.
+# No leaks: garbage in cycles, what a fixture removes, a thread about to end, and warm workers
+# that the package ends on `shutdown`.
 CLEAN = """
     import mmap, os, sys, threading, time, types
 
@@ -177,7 +177,7 @@ WITH_A_NEIGHBOUR = """
 
 @pytest.fixture
 def run(pytester, monkeypatch):
-    """Runs pytest on a test module in parts, under our conftest.py, in a process of its own."""
+    """Run pytest on a test module in parts, under our conftest.py, in another process."""
     set_environment(pytester, monkeypatch)
 
     def run_module(*parts, grace=0.3):
@@ -201,7 +201,7 @@ def set_environment(pytester, monkeypatch):
 
 
 def clean_up(output):
-    """Ends what was reported to be left behind: this test is not to leak it either."""
+    """End what was reported as left behind: this test must not leak it either."""
     for pid in set(re.findall(r"process: (\d+) \S+ sleep 30", output)):
         os.kill(int(pid), signal.SIGKILL)
     for path in set(re.findall(r"shared memory: (/dev/shm/stray-\S+)", output)):
@@ -232,11 +232,11 @@ def test_a_leak_after_the_last_test_fails_the_session(run):
     result.assert_outcomes(passed=1, errors=1)
 
 
-def test_nothing_is_said_where_nothing_leaks(run):
+def test_nothing_is_reported_where_nothing_leaks(run):
     run(CLEAN, grace=60).assert_outcomes(passed=4)
 
 
-def test_what_other_programs_have_in_shared_memory_is_not_looked_at(run):
+def test_shared_memory_of_other_programs_is_ignored(run):
     command = [sys.executable, "-c", NEIGHBOUR, str(os.getpid())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as neighbour:
         assert neighbour.stdout.readline() == "ready\n"
@@ -251,7 +251,7 @@ def test_what_other_programs_have_in_shared_memory_is_not_looked_at(run):
     result.assert_outcomes(passed=3)
 
 
-def test_a_session_keeps_to_a_folder_of_its_own(pytester, monkeypatch):
+def test_a_session_uses_a_folder_of_its_own(pytester, monkeypatch):
     set_environment(pytester, monkeypatch)
     pytester.makeconftest((ROOT / "conftest.py").read_text())
     pytester.makepyfile("""

@@ -36,14 +36,14 @@ def kind_inside(_=None):
 
 
 class TestUseMapper:
-    def test_holds_in_the_block(self):
+    def test_use_mapper_holds_in_its_block(self):
         mapper = DynamicParallelMapper(2)
         with use_mapper(mapper) as same:
             assert same is mapper
             assert current_mapper() is mapper
         assert isinstance(current_mapper(), SerialMapper)
 
-    def test_the_innermost_counts(self):
+    def test_the_innermost_mapper_counts(self):
         outer, inner = StaticParallelMapper(2), DynamicParallelMapper(2)
         with use_mapper(outer):
             with suppress(ZeroDivisionError), use_mapper(inner):
@@ -51,7 +51,7 @@ class TestUseMapper:
                 raise ZeroDivisionError
             assert current_mapper() is outer
 
-    def test_does_its_work_deep_inside(self):
+    def test_the_current_mapper_is_used_deep_inside(self):
         def deep(words):
             return current_mapper()(str.upper, words)
 
@@ -59,7 +59,7 @@ class TestUseMapper:
             assert deep(["a", "b"]) == ["A", "B"]
             assert mapper.report.backend == "threading"
 
-    def test_of_this_thread_only(self):
+    def test_use_mapper_holds_in_its_own_thread_only(self):
         seen = []
         with use_mapper(DynamicParallelMapper(2)):
             thread = threading.Thread(target=lambda: seen.append(kind_inside()))
@@ -67,28 +67,28 @@ class TestUseMapper:
             thread.join()
         assert seen == ["SerialMapper"]
 
-    def test_in_tasks_of_asyncio(self):
+    def test_use_mapper_holds_in_tasks_of_asyncio(self):
         async def inside():
             return kind_inside()
 
         with use_mapper(DynamicParallelMapper(2)):
             assert asyncio.run(inside()) == "DynamicParallelMapper"
 
-    def test_refuses_what_is_no_mapper(self):
+    def test_use_mapper_refuses_what_is_no_mapper(self):
         with pytest.raises(TypeError, match="needs a SerialMapper"), use_mapper(map):
             pass
 
 
 class TestInsideWorkers:
     @pytest.mark.parametrize("backend", ["threading", "loky"])
-    def test_of_ours_it_is_serial(self, backend):
+    def test_the_current_mapper_is_serial_inside_our_workers(self, backend):
         mapper = StaticParallelMapper(2, backend=backend)
         MapperInstance().register_mapper(mapper)
         with use_mapper(mapper):
             assert set(current_mapper()(kind_inside, range(8))) == {"SerialMapper"}
 
     @pytest.mark.parametrize("backend", ["threading", "loky"])
-    def test_of_joblib_it_is_serial(self, backend, tmp_path):
+    def test_the_current_mapper_is_serial_inside_workers_of_joblib(self, backend, tmp_path):
         code = """
 import sys
 import joblib
@@ -113,10 +113,10 @@ print(*set(found))
 
 
 class TestMapperInstance:
-    def test_there_is_one(self):
+    def test_there_is_one_mapper_instance(self):
         assert MapperInstance() is MapperInstance()
 
-    def test_gives_what_was_registered(self):
+    def test_the_mapper_instance_gives_the_registered_mapper(self):
         mapper = StaticParallelMapper(2, backend="threading")
         MapperInstance().register_mapper(mapper)
         assert MapperInstance().retrieve_mapper() is mapper
@@ -125,7 +125,7 @@ class TestMapperInstance:
             assert same.map(pow, [2, 3], [2, 2]) == [4, 9]
         assert current_mapper() is mapper
 
-    def test_is_serial_inside_itself(self):
+    def test_the_mapper_instance_is_serial_inside_itself(self):
         MapperInstance().register_mapper(StaticParallelMapper(2))
         with MapperInstance():
             with MapperInstance() as inner:
@@ -135,7 +135,7 @@ class TestMapperInstance:
         with MapperInstance() as outside:
             assert isinstance(outside, StaticParallelMapper)
 
-    def test_lets_exceptions_out(self):
+    def test_the_mapper_instance_lets_exceptions_pass(self):
         MapperInstance().register_mapper(StaticParallelMapper(2))
         with pytest.raises(ZeroDivisionError), MapperInstance():
             raise ZeroDivisionError
@@ -143,8 +143,8 @@ class TestMapperInstance:
             assert isinstance(mapper, StaticParallelMapper)
 
 
-class TestWhatTakesAMapper:
-    def test_differential_evolution(self):
+class TestOtherLibraries:
+    def test_differential_evolution_of_scipy_takes_a_mapper(self):
         optimize = pytest.importorskip("scipy.optimize", reason="SciPy is optional")
         options = {"seed": 1, "updating": "deferred", "maxiter": 5}
         bounds = [(-2, 2)] * 2
@@ -157,7 +157,7 @@ class TestWhatTakesAMapper:
             assert np.array_equal(ours.x, serial.x)
             assert ours.fun == serial.fun
 
-    def test_brute(self):
+    def test_brute_of_scipy_takes_a_mapper(self):
         optimize = pytest.importorskip("scipy.optimize", reason="SciPy is optional")
         options = {"ranges": [(-2, 2)] * 2, "Ns": 8, "finish": None}
         serial = optimize.brute(optimize.rosen, **options)
@@ -165,7 +165,7 @@ class TestWhatTakesAMapper:
         assert np.array_equal(ours, serial)
 
     @pytest.mark.parametrize("backend", ["threading", "loky"])
-    def test_pools_of_emcee(self, backend):
+    def test_emcee_takes_a_mapper_as_its_pool(self, backend):
         def log_density(point):
             return -0.5 * float((point**2).sum())
 
@@ -182,7 +182,7 @@ class TestWhatTakesAMapper:
             assert (pool.report.backend, pool.report.items) == (backend, 4)
 
     @pytest.mark.parametrize("backend", ["threading", "loky"])
-    def test_the_toolbox_of_deap(self, backend):
+    def test_the_toolbox_of_deap_takes_a_mapper(self, backend):
         # As its own introduction does, where classes are made at run time.
         creator.create("TaskcarrierFitness", base.Fitness, weights=(1.0,))
         creator.create("TaskcarrierGenes", list, fitness=creator.TaskcarrierFitness)
@@ -211,7 +211,7 @@ class TestWhatTakesAMapper:
             del creator.TaskcarrierFitness, creator.TaskcarrierGenes
 
     @pytest.mark.parametrize("kind", [SerialMapper, StaticParallelMapper, DynamicParallelMapper])
-    def test_code_that_was_written_for_an_executor(self, kind):
+    def test_code_written_for_an_executor_takes_a_mapper(self, kind):
         def table(executor):
             with executor as inside:
                 squares = inside.map(pow, range(30), [2] * 25, timeout=None, chunksize=7)
@@ -223,7 +223,7 @@ class TestWhatTakesAMapper:
         assert not hasattr(mapper, "submit")  # a mapper maps
 
     @pytest.mark.parametrize("kind", [SerialMapper, StaticParallelMapper, DynamicParallelMapper])
-    def test_code_that_was_written_for_a_pool(self, kind):
+    def test_code_written_for_a_pool_takes_a_mapper(self, kind):
         def lines(pool):
             with pool:
                 return pool.map(hex, range(30)) + pool.map(hex, iter([1, 2]), chunksize=2)

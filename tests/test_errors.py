@@ -29,7 +29,7 @@ from taskcarrier.workers.records import WorkerDeath
         (-63, "killed by signal 63 (no standard signal)"),
     ],
 )
-def test_describe_exit(exitcode, text):
+def test_describe_exit_names_codes_and_signals(exitcode, text):
     assert describe_exit(exitcode) == text
 
 
@@ -50,28 +50,28 @@ def test_describe_exit(exitcode, text):
         (None, " while mapping item 3"),
     ],
 )
-def test_obituary_hints_at_a_cause(exitcode, end):
+def test_the_text_of_a_death_hints_at_a_cause(exitcode, end):
     death = WorkerDeath(0, "process 7", exitcode, (3, 4), 1)
     assert describe_death(death, "item 3").endswith(end)
 
 
 class TestWorkerDiedError:
-    def test_is_what_executors_raise(self):
+    def test_worker_died_error_is_what_executors_raise(self):
         assert issubclass(WorkerDiedError, BrokenProcessPool)
         assert issubclass(WorkerDiedError, BrokenExecutor)
 
-    def test_carries_facts(self):
+    def test_worker_died_error_carries_facts(self):
         error = WorkerDiedError("gone", worker="process 7", exitcode=-9, in_hand=(2, 4))
         assert str(error) == "gone"
         assert (error.worker, error.exitcode, error.in_hand) == ("process 7", -9, (2, 4))
         assert error.missing == []
         assert error.partial is None
 
-    def test_missing_is_each_error_s_own(self):
+    def test_each_error_has_its_own_list_of_missing_ranges(self):
         WorkerDiedError("one").missing.append((0, 1))
         assert WorkerDiedError("other").missing == []
 
-    def test_facts_survive_pickling(self):
+    def test_facts_of_worker_died_error_survive_pickling(self):
         error = WorkerDiedError("gone", worker="process 7", exitcode=-9, in_hand=(2, 4))
         error.missing = [(2, 4), (6, 8)]
         error.partial = [1, None]
@@ -82,12 +82,12 @@ class TestWorkerDiedError:
 
 
 class TestTaskError:
-    def test_is_a_runtime_error_with_a_type_name(self):
+    def test_task_error_is_a_runtime_error_with_a_type_name(self):
         error = TaskError("text", "some.module.Kind")
         assert isinstance(error, RuntimeError)
         assert (str(error), error.type_name) == ("text", "some.module.Kind")
 
-    def test_survives_pickling(self):
+    def test_task_error_survives_pickling(self):
         copy = pickle.loads(pickle.dumps(TaskError("text", "some.module.Kind")))
         assert type(copy) is TaskError
         assert (str(copy), copy.type_name) == ("text", "some.module.Kind")
@@ -97,7 +97,7 @@ def test_a_worker_s_traceback_begins_on_a_line_of_its_own():
     assert str(WorkerTracebackError("Traceback ...")) == "\nTraceback ..."
 
 
-def test_public_names():
+def test_errors_are_public_names():
     assert taskcarrier.TaskError is TaskError
     assert taskcarrier.WorkerDiedError is WorkerDiedError
     with pytest.raises(AttributeError, match="no attribute 'NoSuchError'"):

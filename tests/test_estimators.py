@@ -9,7 +9,7 @@ import pytest
 
 from taskcarrier import StaticParallelMapper, fit_many, last_report, predict_array, share
 from taskcarrier.random_streams import RandomStreams
-from tests.strategies import EVERYWHERE, ROOT, assert_same, cooled_crews, run_script, warm_pools
+from tests.strategies import EVERYWHERE, ROOT, assert_same, run_script, shut_down_pools, warm_pools
 
 sklearn = pytest.importorskip("sklearn", reason="scikit-learn is optional")
 from sklearn import datasets  # noqa: E402  # only where it is there
@@ -35,7 +35,7 @@ def pools():
     warm_pools(2)
     fit_many([Ridge()] * 2, X, y, n_jobs=2, backend="loky")  # workers have scikit-learn then
     yield
-    cooled_crews()
+    shut_down_pools()
 
 
 @pytest.fixture(params=RUNS, ids=lambda run: "-".join(map(str, run.values())))
@@ -44,13 +44,13 @@ def run(request):
 
 
 class TestAgainstScikitLearn:
-    def test_cross_validation(self, run):
+    def test_fits_equal_cross_validation(self, run):
         folds = list(KFold(5).split(X))
         fitted = fit_many(Ridge(), X, y, rows=[train for train, _ in folds], **run)
         scores = [one.score(X[test], y[test]) for one, (_, test) in zip(fitted, folds, strict=True)]
         assert_same(np.array(scores), cross_val_score(Ridge(), X, y, cv=KFold(5)))
 
-    def test_bagging(self, run):
+    def test_fits_equal_bagging(self, run):
         theirs = BaggingClassifier(DecisionTreeClassifier(), 8, random_state=0).fit(X, y)
         states = [one.random_state for one in theirs.estimators_]
         # Bagging gives weights where estimators take them: how often each row was drawn.
@@ -66,7 +66,7 @@ class TestAgainstScikitLearn:
             assert_same(one.predict_proba(X), other.predict_proba(X))
             assert_same(one.tree_.threshold, other.tree_.threshold)
 
-    def test_a_random_forest(self, run):
+    def test_fits_equal_a_random_forest(self, run):
         theirs = RandomForestClassifier(8, random_state=0).fit(X, y)
         counts = [np.bincount(rows, minlength=len(X)) for rows in theirs.estimators_samples_]
         trees = [clone(one) for one in theirs.estimators_]
@@ -77,7 +77,7 @@ class TestAgainstScikitLearn:
             assert_same(one.tree_.threshold, other.tree_.threshold)
             assert_same(one.predict_proba(X), other.predict_proba(X))
 
-    def test_one_against_the_rest(self, run):
+    def test_fits_equal_one_against_the_rest(self, run):
         theirs = OneVsRestClassifier(LogisticRegression()).fit(X, y)
         targets = LabelBinarizer().fit_transform(y)
         ours = fit_many(LogisticRegression(), X, targets, columns=range(3), **run)
@@ -85,7 +85,7 @@ class TestAgainstScikitLearn:
             assert_same(one.coef_, other.coef_)
             assert_same(one.intercept_, other.intercept_)
 
-    def test_the_inner_loop_of_a_grid_search(self, run):
+    def test_fits_equal_the_inner_loop_of_a_grid_search(self, run):
         grid = {"alpha": [0.1, 1.0, 10.0]}
         folds = list(KFold(3).split(X))
         theirs = GridSearchCV(Ridge(), grid, cv=folds).fit(X, y)
@@ -102,7 +102,7 @@ class TestAgainstScikitLearn:
         ]
         assert_same(np.reshape(scores, (3, 3)).mean(axis=1), theirs.cv_results_["mean_test_score"])
 
-    def test_a_bootstrap_drawn_in_the_workers(self, run):
+    def test_a_bootstrap_may_be_drawn_in_the_workers(self, run):
         n = len(X)
         ours = fit_many(
             [LinearRegression()] * 6, X, y, rows=lambda rng: rng.integers(n, size=n), rng=3, **run
@@ -113,7 +113,7 @@ class TestAgainstScikitLearn:
 
 
 class TestRandomStates:
-    def test_come_from_the_stream_of_the_fit(self, run):
+    def test_random_states_come_from_the_stream_of_the_fit(self, run):
         nested = make_pipeline(StandardScaler(), DecisionTreeClassifier(max_features=1))
         ours = fit_many([nested] * 4, X, y, rng=7, **run)
         for number, one in enumerate(ours):
@@ -124,19 +124,19 @@ class TestRandomStates:
             assert one[-1].random_state == state
             assert_same(one.predict_proba(X), theirs.predict_proba(X))
 
-    def test_stay_without_a_stream(self, run):
+    def test_random_states_stay_without_a_stream(self, run):
         (one,) = fit_many(DecisionTreeClassifier(random_state=5), X, y, **run)
         assert one.random_state == 5
 
 
-class TestWhatIsGiven:
-    def test_estimators_stay_as_they_are(self, run):
+class TestArguments:
+    def test_given_estimators_are_not_changed(self, run):
         ridge = Ridge()
         fitted = fit_many([ridge, ridge], X, y, **run)
         assert not hasattr(ridge, "coef_")
         assert fitted[0] is not fitted[1]
 
-    def test_masks_and_indices(self, run):
+    def test_rows_may_be_masks_or_indices(self, run):
         masks = [y != 0, y != 1]
         by_mask = fit_many(Ridge(), X, y, rows=masks, **run)
         by_index = fit_many(Ridge(), X, y, rows=[np.flatnonzero(mask) for mask in masks], **run)
@@ -144,21 +144,21 @@ class TestWhatIsGiven:
             assert_same(one.coef_, other.coef_)
             assert_same(one.coef_, Ridge().fit(X[mask], y[mask]).coef_)
 
-    def test_rows_of_several_types(self, run):
+    def test_rows_may_be_of_several_types(self, run):
         mask = np.arange(len(X)) < 70
         rows = [mask, np.arange(80, dtype=np.int8), np.arange(90, dtype=np.uint64), [-1, -2, 3]]
         ours = fit_many(Ridge(), X, y, rows=rows, **run)
         for one, some in zip(ours, rows, strict=True):
             assert_same(one.coef_, Ridge().fit(X[some], y[some]).coef_)
 
-    def test_fits_start_afresh(self, run):
+    def test_each_fit_starts_from_a_fresh_clone(self, run):
         given = Growing(seen=[0])
         for estimators in (given, [given] * 5):
             ours = fit_many(estimators, X, rows=[[number] for number in range(5)], **run)
             assert [one.seen for one in ours] == [[0, number] for number in X[:5, 0].tolist()]
         assert given.seen == [0]
 
-    def test_what_more_there_is_to_an_estimator_than_plain_parameters(self, run):
+    def test_clones_keep_more_than_plain_parameters(self, run):
         scaler = StandardScaler().set_output(transform="default")  # is kept beside the parameters
         nested = make_pipeline(scaler, Ridge(alpha=2))
         theirs = clone(nested).fit(X, y)
@@ -169,29 +169,29 @@ class TestWhatIsGiven:
         for one in fit_many([scaler] * 3, X, **run):
             assert one._sklearn_output_config == scaler._sklearn_output_config
 
-    def test_an_estimator_that_says_how_it_is_cloned(self, run):
+    def test_an_estimator_may_say_how_it_is_cloned(self, run):
         given = ClonesItself.with_level(2)
         for one in fit_many([given] * 3, X, **run):
             assert one.level == 2
             assert one.seen == len(X)
 
-    def test_data_in_other_orders(self, run):
+    def test_data_keep_their_memory_order(self, run):
         turned = np.asfortranarray(np.tile(X, (4, 1)))
         targets = np.tile(y, 4)
         rows = [np.arange(0, 600, step) for step in (2, 3)]
         orders = [one.order for one in fit_many([Order()] * 2, turned, targets, rows=rows, **run)]
         assert orders == [turned[some].strides for some in rows]
 
-    def test_rows_out_of_bounds_among_many(self):
+    def test_rows_out_of_bounds_are_an_error(self):
         rows = [np.arange(3)] * 100 + [np.array([0, -151])]
         with pytest.raises(IndexError, match="-151"):
             fit_many(Ridge(), X, y, rows=rows, n_jobs=1)
 
-    def test_what_cannot_be_cloned_is_an_error_before_anything_is_started(self, run):
+    def test_an_estimator_that_cannot_be_cloned_is_an_error_before_anything_starts(self, run):
         with pytest.raises(RuntimeError, match="constructor"):
             fit_many(Changing(alpha=1), X, rows=[[0], [1]], **run)
 
-    def test_weights_of_the_rows(self, run):
+    def test_weights_are_taken_by_rows(self, run):
         weights = np.arange(len(X)) % 4 + 1.0
         rows = np.arange(0, 150, 2)
         (one,) = fit_many(Ridge(), X, y, rows=[rows], sample_weight=weights, **run)
@@ -207,11 +207,11 @@ class TestWhatIsGiven:
             theirs = Ridge().fit(X, y, sample_weight=weights)
             assert np.allclose(one.coef_, theirs.coef_, rtol=1e-12)
 
-    def test_without_targets(self, run):
+    def test_targets_may_be_left_out(self, run):
         (one,) = fit_many(StandardScaler(), X, **run)
         assert_same(one.mean_, StandardScaler().fit(X).mean_)
 
-    def test_sparse_matrices(self, run):
+    def test_sparse_matrices_are_fitted(self, run):
         sparse = pytest.importorskip("scipy.sparse", reason="SciPy is optional")
         (one,) = fit_many(Ridge(), sparse.csc_matrix(X), y, rows=[np.arange(90)], **run)
         theirs = Ridge().fit(sparse.csr_matrix(X)[:90], y[:90])
@@ -244,7 +244,7 @@ class ClonesItself:
 
 
 class Growing(BaseEstimator):
-    """Changes its own parameter, which nobody else may see."""
+    """Changes its own parameter, which no other fit may see."""
 
     def __init__(self, seen):
         self.seen = seen
@@ -255,7 +255,7 @@ class Growing(BaseEstimator):
 
 
 class Order(BaseEstimator):
-    """Tells how its rows lie."""
+    """Keeps the strides of its rows."""
 
     def fit(self, X, y):
         self.order = X.strides
@@ -288,13 +288,13 @@ def warns(item):
     warnings.warn("careful", stacklevel=1)
 
 
-class TestSurroundings:
-    def test_settings_of_scikit_learn_go_along(self, run):
+class TestSettings:
+    def test_settings_of_scikit_learn_reach_the_workers(self, run):
         with sklearn.config_context(assume_finite=True), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert all(one.sklearn_says_ for one in fit_many([Moody()] * 3, X, **run))
 
-    def test_filters_of_warnings_do_not_stay(self):
+    def test_filters_of_warnings_do_not_stay_in_workers(self):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fit_many([Moody()] * 3, X, n_jobs=2, backend="loky")
@@ -302,14 +302,14 @@ class TestSurroundings:
             StaticParallelMapper(n_jobs=2, backend="loky").map(warns, [0, 1])
 
     @pytest.mark.parametrize("backend", ["sequential", "loky"])
-    def test_filters_of_warnings_go_along(self, backend):
+    def test_filters_of_warnings_reach_the_workers(self, backend):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             with pytest.raises(UserWarning, match="careful") as caught:
                 fit_many([Moody()] * 3, X, n_jobs=2, backend=backend)
         assert any("while mapping item 0" in note for note in caught.value.__notes__)
 
-    def test_errors_name_the_fit(self, run):
+    def test_an_error_names_its_fit(self, run):
         many = [Moody(), Moody(fails=True), Moody()]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -322,12 +322,12 @@ class TestSurroundings:
 
 
 class TestBackend:
-    def test_trees_go_to_threads_with_the_reason(self):
+    def test_trees_are_fitted_in_threads_with_the_reason(self):
         fit_many([DecisionTreeClassifier()] * 4, X, y, n_jobs=2)
         report = last_report()
         assert (report.backend, report.reason) == ("threading", "trees release the GIL")
 
-    def test_others_go_to_processes(self):
+    def test_other_estimators_are_fitted_in_processes(self):
         fit_many([DecisionTreeClassifier(), Ridge()], X, y, n_jobs=2)
         assert last_report().backend == "loky"
 
@@ -345,16 +345,16 @@ class TestBadArguments:
             ({"columns": [5]}, IndexError, "column 5"),
         ],
     )
-    def test_are_errors_before_anything_is_started(self, options, error, words):
+    def test_bad_arguments_are_errors_before_anything_starts(self, options, error, words):
         targets = np.stack([y, y], 1)
         with pytest.raises(error, match=words):
             fit_many(Ridge(), X, targets, n_jobs=2, **options)
 
-    def test_lengths(self):
+    def test_different_lengths_are_refused(self):
         with pytest.raises(ValueError, match="X has 150 samples, but y has 3"):
             fit_many(Ridge(), X, y[:3])
 
-    def test_no_estimators(self):
+    def test_missing_estimators_are_refused(self):
         with pytest.raises(TypeError, match="must have a method fit, got 3"):
             fit_many([3], X)
         with pytest.raises(ValueError, match="no estimator"):
@@ -363,30 +363,30 @@ class TestBadArguments:
 
 class TestPredict:
     @pytest.mark.parametrize("method", ["predict", "predict_proba", "apply"])
-    def test_forests(self, method, run):
+    def test_forests_predict_as_in_scikit_learn(self, method, run):
         forest = RandomForestClassifier(5, random_state=0).fit(X, y)
         expected = getattr(forest, method)(X)
         assert_same(predict_array(forest, X, method, chunksize=7, **run), expected)
         assert_same(predict_array(forest, X, method, **run), expected)
 
-    def test_transformations_into_a_file(self, tmp_path, run):
+    def test_transformations_are_written_to_a_file(self, tmp_path, run):
         np.save(tmp_path / "X.npy", X)
         scaler = StandardScaler().fit(X)
         out = tmp_path / "Y.npy"
         predict_array(scaler, tmp_path / "X.npy", "transform", out=out, chunksize=9, **run)
         assert_same(np.load(out), scaler.transform(X))
 
-    def test_text(self, run):
+    def test_predictions_may_be_text(self, run):
         labels = np.array(["a", "bb", "c"])[y]
         dummy = DummyClassifier(strategy="most_frequent").fit(X, labels)
         assert_same(predict_array(dummy, X, chunksize=20, **run), dummy.predict(X))
 
-    def test_methods_that_are_not_there(self):
+    def test_missing_methods_are_refused(self):
         with pytest.raises(TypeError, match="LinearRegression has no method 'predict_proba'"):
             predict_array(LinearRegression().fit(X, y), X, "predict_proba")
 
 
-def test_the_report_does_not_count_rows_among_what_the_function_carries():
+def test_the_report_does_not_count_rows_as_carried_by_the_function():
     rows = [np.arange(10_000), np.arange(10_000, 20_000)]
     wide = np.ones((20_000, 2))
     fit_many(DummyClassifier(), wide, np.zeros(20_000), rows=rows, n_jobs=2, backend="loky")
@@ -425,11 +425,11 @@ if __name__ == "__main__":
 """
 
 
-def test_estimators_of_a_program_that_have_no_dict(tmp_path):
+def test_estimators_of_a_program_may_have_slots(tmp_path):
     assert run_script(tmp_path, PLACES) == "[(1.0, 2.0), (2.0, 3.0)]\n[2, 4]\n"
 
 
-def test_without_scikit_learn():
+def test_fit_many_works_without_scikit_learn():
     code = """
 import sys
 import numpy as np

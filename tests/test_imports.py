@@ -129,7 +129,7 @@ def test_imports_point_one_way():
         ),
     ],
 )
-def test_violations_are_found(sources, expected):
+def test_violations_of_the_layers_are_found(sources, expected):
     assert violations(sources) == expected
 
 

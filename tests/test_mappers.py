@@ -74,7 +74,7 @@ STARMAP_KINDS = [
 
 @pytest.mark.parametrize(("kind", "backend"), STARMAP_KINDS)
 class TestStarmap:
-    def test_is_that_of_itertools(self, kind, backend):
+    def test_starmap_equals_that_of_itertools(self, kind, backend):
         mapper = kind(2, backend=backend)
         for items in (
             [(2, 5), (3, 2), (10, 3)],
@@ -90,7 +90,7 @@ class TestStarmap:
             assert type(found) is list
         assert mapper.starmap(dict, [(), ()]) == [{}, {}]
 
-    def test_has_the_options_of_map(self, kind, backend):
+    def test_starmap_has_the_options_of_map(self, kind, backend):
         mapper = kind(2, backend=backend)
         calls = [(1, 2), (3, 0), (5, 4)]
         results, failures = mapper.starmap(operator.floordiv, calls, 1, on_error="collect")
@@ -106,7 +106,7 @@ class TestStarmap:
             mapper.starmap(operator.floordiv, calls)
         assert "func failed on item 1" in info.value.__notes__
 
-    def test_what_is_no_tuple_is_named(self, kind, backend):
+    def test_an_item_of_starmap_that_is_no_tuple_is_named(self, kind, backend):
         with pytest.raises(TypeError, match=r"got 5 as item 1; .* there is map"):
             kind(2, backend=backend).starmap(abs, [(1,), 5])
 
@@ -140,7 +140,7 @@ def test_starmap_has_all_that_map_has():
         ("no_such_thing", []),
     ],
 )
-def test_what_executors_have_is_answered_with_what_to_write_instead(kind, name, words):
+def test_missing_executor_attributes_name_the_replacement(kind, name, words):
     mapper = kind(2)
     assert not hasattr(mapper, name)
     with pytest.raises(AttributeError) as info:
@@ -161,7 +161,7 @@ def test_bad_arguments_fail_when_the_mapper_is_made(kind):
         kind(backend="mpi")
 
 
-def test_the_serial_mapper_ignores_how_to_share_out_work():
+def test_the_serial_mapper_ignores_options_for_workers():
     mapper = SerialMapper(n_jobs=8, backend="loky", temp_folder="/nowhere", chunksize=2)
     assert mapper(abs, [-1]) == [1]
     assert_same(mapper.map_array(np.sqrt, np.arange(5.0)), np.sqrt(np.arange(5.0)))
@@ -215,7 +215,7 @@ VERBS = [map_array, map_items, map_chunks, reduce_array]
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_methods_have_the_signature_of_the_function_but_for_what_a_mapper_decides(kind, verb):
+def test_methods_have_the_signature_of_the_function_without_what_the_mapper_decides(kind, verb):
     decided = {"balance", "n_jobs", "backend"}
     expected = inspect.signature(verb).parameters
     assert decided < expected.keys()
@@ -304,7 +304,7 @@ def test_the_chunksize_of_a_mapper_holds_for_every_verb(verb):
     assert mapper.report.ranges == 10
 
 
-def test_a_chunksize_of_the_call_is_before_that_of_the_mapper():
+def test_a_chunksize_of_the_call_overrides_that_of_the_mapper():
     mapper = SerialMapper(chunksize=4)
     mapper.map_array(np.sqrt, np.arange(8.0))
     assert mapper.report.ranges == 2
@@ -384,7 +384,7 @@ def test_a_copy_of_an_open_mapper_is_closed_and_of_its_own(kind, copied):
 
 
 @pytest.mark.fault(27, 46)
-def test_the_mapper_that_a_function_holds_does_not_keep_a_run_from_going_on(tmp_path):
+def test_the_mapper_that_a_function_holds_does_not_prevent_resuming(tmp_path):
     holder = _Holder(DynamicParallelMapper(2, backend="threading"))
     flag = tmp_path / "fails"
     flag.touch()
@@ -439,7 +439,7 @@ def test_there_is_no_report_before_the_first_run():
 
 
 @pytest.mark.parametrize(("backend", "balance"), [("sequential", "static"), *PARALLEL])
-def test_a_report_adds_up(backend, balance):
+def test_the_numbers_in_a_report_add_up(backend, balance):
     def func(chunk):
         time.sleep(0.005)
         return chunk
@@ -504,7 +504,7 @@ def test_the_bar_of_a_failed_run_stops_where_the_run_did(capsys):
     assert "3/10" in capsys.readouterr().err
 
 
-def test_the_report_is_logged_for_those_who_ask(caplog):
+def test_the_report_is_logged_at_verbosity_two(caplog):
     with caplog.at_level("INFO", logger="taskcarrier"):
         SerialMapper(verbosity=1)(abs, [1])
         assert caplog.text == ""
@@ -573,7 +573,7 @@ UNSAID = [
 
 
 @pytest.mark.parametrize("call", UNSAID)
-def test_n_jobs_are_those_of_the_call_then_of_the_configuration_then_all_cores(call):
+def test_n_jobs_come_from_the_call_then_the_configuration_then_all_cores(call):
     # One more than there are cores, so that they are told apart.
     cores, configured = joblib.cpu_count(), joblib.cpu_count() + 1
     with joblib.parallel_config(n_jobs=configured, backend="threading"):
@@ -596,14 +596,14 @@ def test_n_jobs_are_those_of_the_call_then_of_the_configuration_then_all_cores(c
 
 
 @pytest.mark.parametrize("call", OF_MAPPERS.values(), ids=OF_MAPPERS)
-def test_mappers_to_whom_nothing_is_said_take_all_cores(call):
+def test_mappers_without_n_jobs_take_all_cores(call):
     with joblib.parallel_config(n_jobs=joblib.cpu_count() + 1, backend="threading"):
         call()
         assert last_report().n_jobs == joblib.cpu_count()
         assert last_report().backend == "threading"
 
 
-def test_what_is_passed_goes_before_the_configuration_of_joblib():
+def test_arguments_override_the_configuration_of_joblib():
     with joblib.parallel_config(backend="loky", n_jobs=1):
         map_array(lambda c: c, np.arange(8), n_jobs=2, backend="threading")
         assert (last_report().backend, last_report().n_jobs) == ("threading", 2)
@@ -639,7 +639,7 @@ def test_functions_known_to_release_the_gil_run_in_threads():
     assert last_report().backend == "loky"
 
 
-def test_shutdown_twice_and_then_a_map():
+def test_a_map_may_follow_two_shutdowns():
     taskcarrier.shutdown()
     taskcarrier.shutdown()
     assert_same(map_array(lambda c: c, np.arange(4), n_jobs=2, backend="loky"), np.arange(4))

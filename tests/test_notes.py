@@ -26,12 +26,12 @@ def test_notes_reach_exceptions_that_refuse_attributes(error):
 
 
 @pytest.mark.parametrize("error", [NotelessError("no"), OwnNotesError("no")])
-def test_exceptions_that_want_no_notes_get_none(error):
+def test_exceptions_that_refuse_notes_get_none(error):
     add_note(error, "one")
     assert "__notes__" not in vars(error)
 
 
-def test_a_text_that_cannot_be_made_is_told():
+def test_an_exception_without_a_text_is_described():
     class SpeechlessError(Exception):
         def __str__(self):
             raise ZeroDivisionError
@@ -55,7 +55,7 @@ def raised_again_while_handling(error, handled):
 
 
 @pytest.mark.parametrize("error", [ValueError(3), FrozenError(3, text="x")])
-def test_what_is_raised_again_keeps_its_context(error):
+def test_an_exception_that_is_raised_again_keeps_its_context(error):
     context = KeyError("there")
     BaseException.__setattr__(error, "__context__", context)
     with pytest.raises(type(error)) as caught:
@@ -65,7 +65,7 @@ def test_what_is_raised_again_keeps_its_context(error):
     assert not error.__suppress_context__
 
 
-def test_what_has_no_context_gets_the_caller_s():
+def test_an_exception_without_context_gets_that_of_the_caller():
     error, handled = ValueError(3), LookupError("here")
     with pytest.raises(ValueError, match="3"):
         raised_again_while_handling(error, handled)

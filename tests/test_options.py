@@ -23,12 +23,12 @@ def test_every_parameter_is_described_once_and_in_order(verb):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_nothing_is_left_to_put_in(verb):
+def test_no_placeholder_is_left_in_a_docstring(verb):
     assert not [line for line in verb.__doc__.splitlines() if line.strip().startswith("{")]
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_defaults_in_words_are_those_of_the_signature(verb):
+def test_described_defaults_equal_those_of_the_signature(verb):
     text = inspect.getdoc(verb)
     for one in inspect.signature(verb).parameters.values():
         (line,) = [line for line in text.splitlines() if line.startswith(f"{one.name} : ")] or [""]
@@ -42,7 +42,7 @@ def quotes(value):
     return ('"', '"') if isinstance(value, str) else ("", "")
 
 
-def test_verbs_say_the_same_of_the_same_option():
+def test_verbs_describe_the_same_option_alike():
     for name in ("axis", "balance", "n_jobs", "backend", "args", "kwargs", "writable"):
         for verb in VERBS:
             assert DESCRIPTIONS[name] in inspect.getdoc(verb)

@@ -39,22 +39,22 @@ def test_the_oldest_versions_are_the_lower_bounds(project):
         assert pins[name] in (bound, f"{bound}.0")
 
 
-def test_version(project):
+def test_the_version_equals_that_of_the_project(project):
     assert taskcarrier.__version__ == project["version"]
 
 
-def test_version_has_its_changelog(project):
+def test_the_version_has_an_entry_in_the_changelog(project):
     assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_python_versions(project):
+def test_the_supported_python_versions_are_named(project):
     assert project["requires-python"] == ">=3.11"
     prefix = "Programming Language :: Python :: 3."
     named = [c.removeprefix(prefix) for c in project["classifiers"] if c.startswith(prefix)]
     assert named == ["11", "12", "13"]
 
 
-def test_setup_py_leaves_what_is_installed_to_pyproject():
+def test_setup_py_leaves_the_metadata_to_pyproject():
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     calls = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     assert [call for call in calls if call.startswith("setup(")] == [
@@ -62,5 +62,5 @@ def test_setup_py_leaves_what_is_installed_to_pyproject():
     ]
 
 
-def test_the_package_says_that_it_is_typed():
+def test_the_package_is_marked_as_typed():
     assert (ROOT / "taskcarrier" / "py.typed").exists()

@@ -19,7 +19,7 @@ def no_monitor(monkeypatch):
 
 
 @pytest.mark.parametrize("verbosity", [0, -1])
-def test_nothing_is_shown(verbosity, capsys):
+def test_nothing_is_shown_without_verbosity(verbosity, capsys):
     with progress_bar(verbosity, 10, 1) as tick:
         assert tick is None
     assert capsys.readouterr() == ("", "")
@@ -27,7 +27,7 @@ def test_nothing_is_shown(verbosity, capsys):
 
 @pytest.mark.usefixtures("no_monitor")
 class TestBar:
-    def test_counts_items_of_all_workers(self, capsys):
+    def test_the_bar_counts_items_of_all_workers(self, capsys):
         ledger = Ledger.local(2)
         with progress_bar(1, 40, 2) as tick:
             tick(ledger)
@@ -40,7 +40,7 @@ class TestBar:
         assert "15/40" in last
         assert "item" in last
 
-    def test_is_complete_at_the_end(self, capsys):
+    def test_the_bar_is_complete_at_the_end(self, capsys):
         ledger = Ledger.local(1)
         with progress_bar(1, 3, 1) as tick:
             for _ in range(3):
@@ -49,7 +49,7 @@ class TestBar:
                 tick(ledger)
         assert "100%" in capsys.readouterr().err
 
-    def test_begins_with_what_was_done_before(self, capsys):
+    def test_the_bar_begins_with_what_was_done_before(self, capsys):
         ledger = Ledger.local(1)
         with progress_bar(1, 40, 1, n_before=30) as tick:
             tick(ledger)
@@ -59,12 +59,12 @@ class TestBar:
             tick(ledger)
         assert "40/40" in shown_last(capsys)
 
-    def test_is_closed_after_an_error(self, capsys):
+    def test_the_bar_is_closed_after_an_error(self, capsys):
         with pytest.raises(KeyError), progress_bar(1, 3, 1):
             raise KeyError
         assert capsys.readouterr().err.endswith("\n")
 
-    def test_of_no_items(self, capsys):
+    def test_a_bar_of_no_items_is_shown(self, capsys):
         with progress_bar(1, 0, 1) as tick:
             tick(Ledger.local(1))
         assert "0item" in capsys.readouterr().err
@@ -78,7 +78,7 @@ def shown_last(capsys):
 
 
 @pytest.mark.parametrize(("verbosity", "expected"), [(0, []), (1, []), (2, [str(REPORT)])])
-def test_report_is_logged_to_those_who_asked(verbosity, expected, caplog):
+def test_the_report_is_logged_at_verbosity_two(verbosity, expected, caplog):
     with caplog.at_level(logging.INFO, logger="taskcarrier"):
         log_report(verbosity, REPORT)
     assert [record.getMessage() for record in caplog.records] == expected

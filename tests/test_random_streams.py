@@ -39,7 +39,7 @@ class TestStreams:
         assert len(np.unique(drawn)) == n
         assert abs(drawn.astype(float).mean() / 2**64 - 0.5) < 5 / np.sqrt(12 * n)
 
-    def test_neighbours_have_nothing_in_common(self):
+    def test_neighbouring_streams_share_no_numbers(self):
         streams = RandomStreams.from_seed(5)
         drawn = [streams.stream(number).bit_generator.random_raw(2_000) for number in range(100)]
         assert len(np.unique(np.concatenate(drawn))) == 200_000
@@ -59,7 +59,7 @@ class TestStreams:
     @pytest.mark.parametrize(
         "seed", [0, 3, 2**100, np.int64(3), np.random.SeedSequence(3, spawn_key=(1,))]
     )
-    def test_seeds_of_every_sort(self, seed):
+    def test_seeds_of_every_kind_are_reproducible(self, seed):
         assert RandomStreams.from_seed(seed) == RandomStreams.from_seed(seed)
         assert RandomStreams.from_seed(seed) != RandomStreams.from_seed(4)
 
@@ -120,7 +120,7 @@ def test_chunks_have_streams_by_the_number_of_their_range(chunksize):
 
 @pytest.mark.parametrize("kind", [SerialMapper, StaticParallelMapper, DynamicParallelMapper])
 @pytest.mark.parametrize("backend", ["threading", "loky"])
-def test_items_of_lists_have_them_too(kind, backend):
+def test_items_of_lists_have_the_streams_of_items(kind, backend):
     for chunksize in (None, 1, 7):
         mapper = kind(2, backend=backend, chunksize=chunksize)
         assert mapper.map(draw, X.tolist(), rng=3) == of_items(3).tolist()
@@ -145,7 +145,7 @@ class Draws:
         return draw(x, rng)
 
 
-class TestFunctionsThatTakeNone:
+class TestFunctionsWithoutRng:
     @pytest.mark.parametrize(
         ("func", "name"),
         [
@@ -157,7 +157,7 @@ class TestFunctionsThatTakeNone:
             (numba.njit(lambda x: x), "<lambda>"),
         ],
     )
-    def test_are_refused_before_anything_starts(self, func, name):
+    def test_functions_that_take_no_rng_are_refused_before_anything_starts(self, func, name):
         mapper = DynamicParallelMapper(2)
         for call in (
             lambda: map_array(func, X, rng=3),
@@ -184,14 +184,14 @@ class TestFunctionsThatTakeNone:
             functools.partial(lambda x, scale, rng: draw(x, rng), scale=2),
         ],
     )
-    def test_are_told_from_those_that_take_one(self, func):
+    def test_functions_that_take_an_rng_are_accepted(self, func):
         assert_same(map_items(func, X, rng=3, n_jobs=1), of_items(3))
 
-    def test_a_wrapper_may_take_what_it_does_not_pass_on(self):
+    def test_a_wrapper_may_take_an_rng_that_it_does_not_pass_on(self):
         assert SerialMapper().map(wrapped(abs), [-1], rng=3) == [1]
 
 
-def test_several_arrays_results_and_arguments():
+def test_several_arrays_results_and_arguments_may_come_with_an_rng():
     def func(x, y, scale, rng, shift):
         return x * scale + shift, y + rng.normal()
 
@@ -208,7 +208,7 @@ def test_several_arrays_results_and_arguments():
 
 @pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
 class TestWithFailures:
-    def test_an_item_that_is_called_again_draws_the_same(self, backend, balance):
+    def test_an_item_that_is_called_again_draws_the_same_numbers(self, backend, balance):
         def moody(x, rng):
             value = rng.random()
             if value < 0.5 and rng.random() < 2:
@@ -235,7 +235,7 @@ class TestWithFailures:
         assert_same(np.delete(result, range(10, 20)), np.delete(whole, range(10, 20)))
 
 
-def test_resumed_runs_draw_the_same(tmp_path):
+def test_resumed_runs_draw_the_same_numbers(tmp_path):
     later = tmp_path / "later"
 
     def func(chunk, rng):
@@ -253,11 +253,11 @@ def test_resumed_runs_draw_the_same(tmp_path):
     assert np.array_equal(result, map_array(draws, X, rng=3, chunksize=10))
 
 
-def test_rng_is_not_given_twice():
+def test_rng_must_not_be_given_twice():
     with pytest.raises(TypeError, match="twice"):
         map_items(draw, X, rng=1, kwargs={"rng": 2})
 
 
-def test_without_items():
+def test_without_items_no_stream_is_needed():
     assert map_items(draw, X[:0], rng=1).shape == (0,)
     assert map_array(draws, X[:0], rng=1).shape == (0,)

@@ -61,7 +61,7 @@ def test_the_examples_about_numba_run():
     run(text, str(page))
 
 
-def test_every_row_of_the_page_about_faults_is_named_by_tests():
+def test_every_row_of_the_page_about_faults_is_covered_by_tests():
     page = README.parent / "docs" / "faults.md"
     rows = {
         int(n) for n in re.findall(r"^\| (\d+) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
@@ -106,7 +106,7 @@ def test_an_example_that_fails_says_where():
     assert caught.value.__notes__ == ["in the example at README.md:10, raised from its line 13"]
 
 
-def test_the_table_of_options_says_what_there_is():
+def test_the_table_of_options_equals_the_signatures():
     text = README.read_text(encoding="utf-8").partition("## Which option is where\n")[2]
     head, _, *lines = [
         [cell.strip() for cell in line.strip("| ").split("|")]

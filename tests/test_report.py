@@ -36,7 +36,7 @@ def report():
     )
 
 
-def test_as_dict_is_json(report):
+def test_the_dict_of_a_report_is_json(report):
     plain = json.loads(json.dumps(report.to_dict()))
     assert {name: plain[name] for name in ("backend", "items", "bytes_copied", "seconds")} == {
         "backend": "loky",
@@ -54,7 +54,7 @@ def test_as_dict_is_json(report):
     }
 
 
-def test_text(report):
+def test_the_text_of_a_report_is_a_table(report):
     lines = str(report).splitlines()
     assert lines[0] == (
         "1,234,567 items in 1,235 ranges of up to 1,000, dynamic balance, "
@@ -67,7 +67,7 @@ def test_text(report):
     assert len({len(line) for line in lines[2:]}) == 1  # the columns stand under their heads
 
 
-def test_notes_stand_below_the_head(report):
+def test_notes_stand_below_the_first_lines(report):
     noted = replace(report, notes=("array 0 is pickled", "array 1 too"))
     plain, lines = str(report).splitlines(), str(noted).splitlines()
     assert lines == [*plain[:2], "array 0 is pickled", "array 1 too", *plain[2:]]
@@ -92,7 +92,7 @@ def test_notebooks_show_a_table(report):
     assert repr(report).startswith("Report(backend=")
 
 
-def test_what_is_shown_is_escaped(report):
+def test_values_in_html_are_escaped(report):
     nasty = "<script>alert('x')</script> & \"more\""
     worker = replace(report.workers[0], name=nasty)
     page = replace(report, reason=nasty, notes=(nasty,), workers=(worker,))._repr_html_()
@@ -101,19 +101,19 @@ def test_what_is_shown_is_escaped(report):
     assert cells_of(page)[1][0] == nasty
 
 
-def test_text_without_workers(report):
+def test_a_report_without_workers_has_a_text(report):
     empty = Report(**{**report.to_dict(), "workers": ()})
     assert len(str(empty).splitlines()) == 3
 
 
-def test_cannot_be_changed(report):
+def test_a_report_cannot_be_changed(report):
     with pytest.raises(FrozenInstanceError):
         report.items = 0
     with pytest.raises(FrozenInstanceError):
         report.workers[0].items = 0
 
 
-def test_last_report_is_the_thread_s_own(report):
+def test_last_report_belongs_to_its_thread(report):
     found = []
 
     def elsewhere():

@@ -132,7 +132,7 @@ def run(
 
 @pytest.fixture(scope="module", autouse=True)
 def warm():
-    """Workers that are there before the watch for leaks begins, so they stay for all tests."""
+    """Start workers before the watch for leaks begins, so that they stay for all tests."""
     run(both, "loky")
     yield
     shutdown()
@@ -151,15 +151,15 @@ def from_arguments(balance="static", n_jobs=None, backend=None, **others):
 
 
 class TestSettings:
-    def test_of_a_call(self):
+    def test_arguments_of_a_call_give_settings(self):
         assert from_arguments("dynamic", -2, "multiprocessing") == Settings(Dynamic(), -2, "loky")
 
-    def test_of_a_call_that_says_what_is_tried_again(self):
+    def test_arguments_of_a_call_give_a_retry_policy(self):
         settings = from_arguments(timeout=3, retries=5, retry_on=OSError)
         assert settings == Settings(Static(), retry_policy=RetryPolicy(3.0, 5, (OSError,)))
         assert from_arguments().retry_policy is DEFAULT_POLICY
 
-    def test_of_a_mapper_with_the_call_s_own_recovery(self):
+    def test_settings_of_a_mapper_take_the_retry_policy_of_the_call(self):
         own = Settings(Dynamic(), 3, "threading", temp_folder="folder")
         assert from_arguments(own) is own
         changed = from_arguments(own, retries=0)
@@ -184,19 +184,21 @@ class TestSettings:
             ({"retry_on": KeyboardInterrupt}, TypeError),
         ],
     )
-    def test_bad_arguments(self, arguments, error):
+    def test_bad_arguments_are_refused(self, arguments, error):
         (name,) = arguments
         with pytest.raises(error, match=f"{name} must"):
             from_arguments(**arguments)
 
-    def test_folder(self, monkeypatch, tmp_path):
+    def test_the_temporary_folder_comes_from_the_mapper_or_the_environment(
+        self, monkeypatch, tmp_path
+    ):
         monkeypatch.delenv("JOBLIB_TEMP_FOLDER", raising=False)
         assert Settings(Static()).folder is None
         monkeypatch.setenv("JOBLIB_TEMP_FOLDER", str(tmp_path))
         assert Settings(Static()).folder == str(tmp_path)
         assert Settings(Static(), temp_folder="other").folder == "other"
 
-    def test_memory_lies_in_the_folder(self, tmp_path):
+    def test_memory_lies_in_the_temporary_folder(self, tmp_path):
         settings = Settings(Static(), temp_folder=str(tmp_path))
         (view,) = settings.new_staging().share([np.arange(10.0)])
         for segment in (settings.segment(100), view.segment):
@@ -216,11 +218,11 @@ class TestSettings:
 
 
 class TestDecide:
-    def test_wishes_are_followed(self):
+    def test_given_arguments_are_followed(self):
         choice = decide(Settings(Static(), n_jobs=3, backend="threading"), len)
         assert (choice.backend, choice.n_jobs, choice.reason) == ("threading", 3, "asked for")
 
-    def test_functions_are_looked_at(self):
+    def test_the_backend_depends_on_the_function(self):
         assert decide(Settings(Static(), n_jobs=3), np.isnan).backend == "threading"
         assert decide(Settings(Static(), n_jobs=3), len).backend == "loky"
 
@@ -228,13 +230,13 @@ class TestDecide:
 @pytest.mark.parametrize("balance", [Static(), Dynamic()], ids=lambda rule: rule.name)
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestExecute:
-    def test_outcome_of_a_good_run(self, backend, balance):
+    def test_a_good_run_has_no_failures(self, backend, balance):
         outcome, delivered = run(both, backend, balance=balance)
         assert delivered == ALL
         assert (outcome.failures, outcome.deaths, outcome.missing) == ([], [], [])
         assert [stats.facts for stats in outcome.worker_stats] == ["facts"] * BACKENDS[backend]
 
-    def test_report(self, backend, balance):
+    def test_the_report_describes_the_run(self, backend, balance):
         outcome, _ = run(in_place, backend, balance=balance)
         report = outcome.report
         assert report is last_report()
@@ -259,18 +261,18 @@ class TestExecute:
         assert outcome.report.notes == ("one", "two")
         assert run(in_place, backend, balance=balance)[0].report.notes == ()
 
-    def test_what_workers_settled_on_is_told(self, backend, balance):
+    def test_the_outcome_has_the_first_proposal(self, backend, balance):
         outcome, _ = run(both, backend, balance=balance, proposal=b"settled")
         assert outcome.first_proposal == b"settled"
-        # The next run of the same pool begins again.
+        # The next run of the same pool starts without a proposal.
         assert run(both, backend, balance=balance)[0].first_proposal is None
 
-    def test_never_more_workers_than_chunks(self, backend, balance):
+    def test_there_are_never_more_workers_than_chunks(self, backend, balance):
         outcome, delivered = run(both, backend, balance=balance, grid=ChunkGrid(3, 5))
         assert delivered == {0: (0, 3)}
         assert outcome.report.n_jobs == len(outcome.worker_stats) == 1
 
-    def test_failures_ascend_and_know_their_worker(self, backend, balance):
+    def test_failures_are_sorted_and_name_their_worker(self, backend, balance):
         outcome, delivered = run(fail_everywhere, backend, balance=balance)
         ranges = [failure.range for failure in outcome.failures]
         assert ranges == sorted(ranges)
@@ -281,12 +283,12 @@ class TestExecute:
         for failure in outcome.failures:
             assert str(failure.error) == f"at {failure.range[0]}"
 
-    def test_report_goes_where_the_settings_say(self, backend, balance):
+    def test_the_report_is_kept_by_the_settings(self, backend, balance):
         kept = []
         outcome, _ = run(both, backend, balance=balance, keep_report=kept.append)
         assert kept == [outcome.report]
 
-    def test_what_an_earlier_run_has_finished_is_left_out(self, backend, balance):
+    def test_chunks_finished_by_an_earlier_run_are_left_out(self, backend, balance):
         view = marks_of(10)
         marks = view.open("write")
         marks[[0, 4, 5, 9]] = DONE
@@ -298,7 +300,7 @@ class TestExecute:
         assert sum(worker.items for worker in outcome.report.workers) == 12
         assert outcome.report.notes == ("4 of 10 ranges were done by an earlier run", "found")
 
-    def test_warnings_come_through_the_caller_s_filters(self, backend, balance):
+    def test_warnings_pass_the_filters_of_the_caller(self, backend, balance):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             _, delivered = run(warn_at_even, backend, balance=balance)
@@ -307,9 +309,9 @@ class TestExecute:
         assert {one.category for one in seen} == {UserWarning}
         assert {Path(one.filename) for one in seen} == {Path(__file__)}
         if backend == "loky":
-            assert len(seen) == 2  # each once, whoever has warned
+            assert len(seen) == 2  # each once, though several workers have warned
 
-    def test_a_filter_may_make_an_error_of_a_warning(self, backend, balance):
+    def test_a_filter_may_turn_a_warning_into_an_error(self, backend, balance):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             if backend == "loky":
@@ -345,7 +347,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
-def test_filters_that_show_a_warning_once_do_so_over_several_runs(backend, tmp_path):
+def test_filters_that_show_a_warning_once_hold_over_several_runs(backend, tmp_path):
     with start_script(tmp_path, AGAIN.replace("BACKEND", backend)) as program:
         out, err = program.communicate(timeout=60)
     assert out == "end\n"
@@ -357,7 +359,7 @@ def warn_and_fail(start, stop):
     raise LookupError(start)
 
 
-def test_an_error_counts_more_than_a_warning():
+def test_an_error_takes_precedence_over_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         outcome, _ = run(warn_and_fail, "loky")
@@ -392,13 +394,13 @@ class TestWatching:
         run(both, grid=ChunkGrid(7, 2), resumed=ResumedMarks(view, 2, []))
         assert asked == [(0, 7, 1, 4)]
 
-    def test_report_is_logged(self, caplog, monkeypatch):
+    def test_the_report_is_logged(self, caplog, monkeypatch):
         monkeypatch.setattr(progress, "shown", lambda *_: Watch([]))
         with caplog.at_level("INFO", logger="taskcarrier"):
             outcome, _ = run(both, verbosity=2)
         assert [record.getMessage() for record in caplog.records] == [str(outcome.report)]
 
-    def test_an_error_of_the_watcher_is_a_failure_in_the_caller(self, monkeypatch):
+    def test_an_error_of_the_progress_bar_is_a_failure_of_the_caller(self, monkeypatch):
         monkeypatch.setattr(progress, "shown", lambda *_: Watch([], KeyboardInterrupt()))
         outcome, _ = run(both)
         assert isinstance(outcome.failures[0].error, KeyboardInterrupt)
@@ -430,14 +432,14 @@ def ledger_workers(ledger):
 
 @pytest.mark.parametrize("balance", [Static(), Dynamic()], ids=lambda rule: rule.name)
 class TestDeaths:
-    def test_made_good(self, balance, tmp_path):
+    def test_a_range_whose_worker_died_is_run_again(self, balance, tmp_path):
         outcome, delivered = run(die_once_at_four, "loky", str(tmp_path / "mark"), balance=balance)
         assert delivered == ALL
         assert (outcome.failures, outcome.deaths, outcome.missing) == ([], [], [])
         assert [note for note in outcome.report.notes if "exited with code 7" in note]
         assert "while mapping items 4:6" in " ".join(outcome.report.notes)
 
-    def test_made_good_among_more_chunks_than_the_ledger_has_room_for(self, balance, tmp_path):
+    def test_deaths_are_repaired_with_more_chunks_than_marks_in_the_ledger(self, balance, tmp_path):
         n_items = OWN_MARKS + 100
         outcome, delivered = run(
             die_once_at_four,
@@ -450,11 +452,11 @@ class TestDeaths:
         assert (tmp_path / "mark").exists()
         assert delivered == {item: (item, item + 1) for item in range(n_items)}
 
-    def test_in_place_every_item_counts_once(self, balance, tmp_path):
+    def test_every_item_in_place_counts_once_despite_deaths(self, balance, tmp_path):
         outcome, _ = run(die_once_at_four_in_place, "loky", str(tmp_path / "mark"), balance=balance)
         assert sum(worker.items for worker in outcome.report.workers) == 20
 
-    def test_given_up(self, balance):
+    def test_a_range_that_kills_is_given_up_after_its_retries(self, balance):
         outcome, delivered = run(
             die_at_four, "loky", balance=balance, retry_policy=RetryPolicy(retries=1)
         )
@@ -465,12 +467,12 @@ class TestDeaths:
         assert sorted([*delivered.values(), *outcome.missing]) == sorted(ALL.values())
         assert len([note for note in outcome.report.notes if "exited with code 7" in note]) == 2
 
-    def test_never_again(self, balance):
+    def test_a_range_that_kills_is_never_run_again_without_retries(self, balance):
         outcome, _ = run(die_at_four, "loky", balance=balance, retry_policy=RetryPolicy(retries=0))
         (death,) = outcome.deaths
         assert (death.range, death.attempt) == ((4, 6), 1)
 
-    def test_narrowed_down(self, balance):
+    def test_a_range_that_kills_is_narrowed_down(self, balance):
         outcome, delivered = run(
             die_at_four,
             "loky",
@@ -485,7 +487,7 @@ class TestDeaths:
         there = {item for part in [*delivered.values(), *outcome.missing] for item in range(*part)}
         assert there == set(range(20))
 
-    def test_collected(self, balance):
+    def test_a_range_that_kills_is_collected(self, balance):
         outcome, delivered = run(
             die_at_four,
             "loky",
@@ -503,7 +505,7 @@ class TestDeaths:
         del expected[4]
         assert delivered == expected
 
-    def test_with_nobody_left(self, balance):
+    def test_ranges_are_missing_when_the_only_worker_dies(self, balance):
         outcome, _ = run(
             die_at_four,
             "loky",
@@ -523,7 +525,7 @@ def hang_at_four(start, stop):
 
 
 class TestTimeout:
-    def test_in_processes(self):
+    def test_a_range_that_hangs_in_a_process_is_a_failure(self):
         outcome, _ = run(hang_at_four, "loky", retry_policy=RetryPolicy(timeout=LATE))
         (failure,) = outcome.failures
         assert failure.range == (4, 6)
@@ -533,7 +535,7 @@ class TestTimeout:
         assert (4, 6) in outcome.missing
 
     @pytest.mark.parametrize("backend", ["sequential", "threading"])
-    def test_where_nothing_can_be_stopped(self, backend, monkeypatch):
+    def test_a_range_that_cannot_be_stopped_is_a_failure_at_its_end(self, backend, monkeypatch):
         clock = stopped_clock(monkeypatch)
         ended = []
 
@@ -560,7 +562,7 @@ def interrupt_the_caller(chunk):
 
 class TestInterrupt:
     @pytest.mark.parametrize("balance", ["static", "dynamic"])
-    def test_a_run_in_processes(self, balance):
+    def test_an_interrupt_ends_a_run_in_processes(self, balance):
         with pytest.raises(KeyboardInterrupt):
             map_array(
                 interrupt_the_caller,
@@ -586,10 +588,10 @@ class SpeechlessError(Exception):
 
 
 class TestRaiseFailure:
-    def test_nothing_failed(self):
+    def test_nothing_is_raised_if_nothing_failed(self):
         assert raise_failure(outcome_with(), describe) is None
 
-    def test_the_lowest_with_what_is_known(self):
+    def test_the_lowest_failure_is_raised_with_notes(self):
         error, other = ValueError("no"), KeyError("k")
         failures = [
             RangeFailure((6, 8), error, "thread 1", attempt=2),
@@ -605,19 +607,19 @@ class TestRaiseFailure:
             f"also, {DEATH}",
         ]
 
-    def test_before_any_range(self):
+    def test_a_failure_before_any_range_is_raised_without_notes(self):
         error = OSError("no")
         with pytest.raises(OSError, match="no"):
             raise_failure(outcome_with([RangeFailure(None, error, "thread 1")]), describe)
         assert not hasattr(error, "__notes__")
 
-    def test_others_before_any_range(self):
+    def test_other_failures_before_any_range_are_noted(self):
         failures = [RangeFailure(None, OSError("no"), "a"), RangeFailure(None, OSError("no"), "b")]
         with pytest.raises(OSError, match="no") as info:
             raise_failure(outcome_with(failures), describe)
         assert info.value.__notes__ == ["also failed: all of b: OSError: no"]
 
-    def test_others_without_words(self):
+    def test_other_failures_without_a_text_are_noted(self):
         failures = [
             RangeFailure((0, 2), OSError("no"), "a"),
             RangeFailure((2, 4), SpeechlessError(), "b"),
@@ -627,12 +629,12 @@ class TestRaiseFailure:
         assert any("SpeechlessError" in note for note in info.value.__notes__)
 
     @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
-    def test_exits_too(self, error):
+    def test_exits_are_raised_too(self, error):
         with pytest.raises(type(error)) as info:
             raise_failure(outcome_with([RangeFailure((0, 2), error, "caller")]), describe)
         assert info.value is error
 
-    def test_keeps_nothing_alive(self):
+    def test_raising_a_failure_keeps_nothing_alive(self):
         class Thing:
             pass
 
@@ -656,12 +658,12 @@ def refused(outcome, missing, partial=None):
 
 
 class TestRefuseMissing:
-    def test_nothing_is_missing(self):
+    def test_nothing_is_refused_if_nothing_is_missing(self):
         refuse_missing(
             outcome_with(deaths=[WorkerDeath(0, "a", 3, None)]), describe, [], pytest.fail
         )
 
-    def test_facts_of_a_death(self):
+    def test_the_error_has_the_facts_of_the_death(self):
         deaths = [WorkerDeath(1, "process 7", 3, None), WorkerDeath(0, "process 8", -11, (4, 6), 3)]
         missing = [(4, 6), (18, 19)]
         error = refused(outcome_with(deaths=deaths), missing, "partial")
@@ -678,7 +680,7 @@ class TestRefuseMissing:
             "also, worker 1 (process 7) exited with code 3 between two ranges"
         ]
 
-    def test_the_lowest_range_names_the_death(self):
+    def test_the_death_at_the_lowest_range_is_named(self):
         deaths = [
             WorkerDeath(0, "a", 3, (8, 9)),
             WorkerDeath(1, "b", 4, (2, 3)),
@@ -689,7 +691,7 @@ class TestRefuseMissing:
         assert "1 range without a result" in str(error)
         assert [note.split()[3] for note in error.__notes__] == ["(c)", "(a)"]
 
-    def test_a_death_with_nothing_in_hand(self):
+    def test_a_death_with_nothing_in_hand_is_described(self):
         error = refused(outcome_with(deaths=[WorkerDeath(1, "process 7", None, None)]), [(0, 1)])
         assert error.in_hand is None
         assert "worker 1 (process 7) gone between two ranges" in str(error)
@@ -701,13 +703,13 @@ class TestRefuseMissing:
             ([(2, 4), (6, 8), (8, 9)], "there is no result for <2:4> and 2 more ranges, though"),
         ],
     )
-    def test_no_death_is_known(self, missing, text):
+    def test_missing_ranges_without_a_death_are_a_runtime_error(self, missing, text):
         error = refused(outcome_with(), missing)
         assert type(error) is RuntimeError
         assert text in str(error)
 
 
-# The last count: each takes away from a run what nothing of the run itself notices.
+# The final check of a run: each of these removes something that the run itself does not notice.
 
 
 def lose_a_claim(monkeypatch):
@@ -740,7 +742,7 @@ def lose_a_result(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["sequential", "threading"])
-def test_a_range_that_nobody_ran_is_refused(backend, monkeypatch, tmp_path):
+def test_a_range_that_no_worker_ran_is_refused(backend, monkeypatch, tmp_path):
     options = {"chunksize": 1, "n_jobs": BACKENDS[backend], "backend": backend}
     X = np.arange(8.0)
     lose_a_claim(monkeypatch)
@@ -776,7 +778,7 @@ def test_a_result_that_never_came_is_refused(monkeypatch):
         StaticParallelMapper(2, backend="loky", chunksize=1).map(float, range(8))
 
 
-def test_an_account_is_turned_into_a_report():
+def test_worker_stats_become_worker_reports():
     kept = []
     outcome, _ = run(both, keep_report=kept.append)
     stats = outcome.worker_stats[0]

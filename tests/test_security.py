@@ -1,4 +1,4 @@
-"""What SECURITY.md says: nothing on disk is unpickled, nothing that is made is seen by others."""
+"""The promises of SECURITY.md: no file is unpickled, and no file of ours is readable by others."""
 
 import ast
 import os
@@ -17,7 +17,7 @@ X = np.arange(20.0)
 
 
 class Trap:
-    """Leaves a mark where it is unpickled."""
+    """An object that leaves a mark when it is unpickled."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -27,7 +27,7 @@ class Trap:
 
 
 def calls(name):
-    """The calls in the package of anything with that name: file, and the words of its arguments."""
+    """Yield the calls in the package of a function of that name: file and arguments."""
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(name):
@@ -35,7 +35,7 @@ def calls(name):
                 yield str(path.relative_to(PACKAGE)), ast.unparse(node.func), words
 
 
-def test_no_code_unpickles_from_a_file():
+def test_no_code_unpickles_a_file():
     assert not list(calls("pickle.load"))
     # What is unpickled from memory came over a worker's own socket, by the backend a user
     # has registered, or lies in nameless memory.
@@ -85,7 +85,7 @@ def test_planted_pickles_are_refused(where, tmp_path):
     assert not mark.exists()
 
 
-def test_ledgers_are_their_owners_alone_under_any_umask(tmp_path):
+def test_ledger_files_are_readable_only_by_their_owner_under_any_umask(tmp_path):
     seen = []
 
     def look(chunk):

@@ -1,4 +1,4 @@
-"""What is like an array: read where it is, turned into its values, or refused by name."""
+"""Array-likes: read by range, turned into their values, or refused by name."""
 
 import threading
 
@@ -25,7 +25,7 @@ def never(*chunks):
 
 
 class OnDisk:
-    """As arrays in files of other formats show themselves: sliced, and nothing else."""
+    """An array in a file of another format, which can only be sliced."""
 
     def __init__(self, values):
         self._values = values
@@ -52,12 +52,12 @@ class Broken(OnDisk):
 class TestReadByRange:
     @pytest.mark.parametrize("axis", [0, 1, -1])
     @pytest.mark.parametrize("chunksize", [1, 7, None, 100])
-    def test_along_every_axis(self, chunksize, axis, run):
+    def test_array_likes_are_read_by_range_along_every_axis(self, chunksize, axis, run):
         X = np.random.default_rng(0).normal(size=(20, 13))
         result = map_array(np.square, OnDisk(X), axis=axis, chunksize=chunksize, **run)
         assert_same(result, X**2)
 
-    def test_in_every_verb(self, run):
+    def test_array_likes_are_read_by_range_in_every_verb(self, run):
         X = np.arange(60).reshape(20, 3)
         disk = OnDisk(X)
         assert_same(map_items(lambda x, y: x + y, disk, X, **run), X * 2)
@@ -66,23 +66,23 @@ class TestReadByRange:
         assert reduce_array(np.sum, disk, combine=lambda a, b: a + b, **run) == X.sum()
 
     @pytest.mark.parametrize("boundary", ["reflect", "wrap", "none"])
-    def test_with_neighbours(self, boundary, run):
+    def test_array_likes_are_read_with_neighbours(self, boundary, run):
         X = np.arange(20) ** 2
         options = {"depth": 3, "boundary": boundary, "chunksize": 6, **run}
         found = map_chunks(np.copy, OnDisk(X), **options)
         expected = map_chunks(np.copy, X, **options)
         assert [one.tolist() for one in found] == [one.tolist() for one in expected]
 
-    def test_that_fails_is_an_error_like_the_function_s(self, run):
+    def test_an_error_while_reading_is_treated_like_one_of_the_function(self, run):
         with pytest.raises(OSError, match="no longer there"):
             map_array(np.square, Broken(np.arange(20.0)), chunksize=5, **run)
 
-    def test_says_so_in_the_report(self):
+    def test_the_report_says_that_an_array_is_read_by_range(self):
         map_array(np.square, OnDisk(np.arange(20.0)), backend="loky", n_jobs=2)
         assert last_report().bytes_copied == 0
         assert any("read by range" in note for note in last_report().notes)
 
-    def test_of_the_main_program(self, tmp_path):
+    def test_array_likes_of_the_main_program_are_read_by_range(self, tmp_path):
         code = (
             "import numpy as np\n"
             "from taskcarrier import map_array\n"
@@ -97,7 +97,7 @@ class TestReadByRange:
         )
         assert run_script(tmp_path, code).strip() == "True"
 
-    def test_can_be_shared(self):
+    def test_array_likes_can_be_shared(self):
         X = np.arange(20.0).reshape(5, 4)
 
         class Whole(OnDisk):
@@ -108,7 +108,7 @@ class TestReadByRange:
 
 
 @pytest.mark.parametrize(("backend", "balance"), RUNS)
-def test_zarr_arrays_on_disk(backend, balance, tmp_path):
+def test_zarr_arrays_on_disk_are_mapped(backend, balance, tmp_path):
     pytest.importorskip("zarr", reason="zarr arrays are what this is about")
     # In a program of its own: zarr leaves threads behind.
     code = (
@@ -141,20 +141,20 @@ class TestPandas:
     def pd():
         return pytest.importorskip("pandas", reason="its objects are what this is about")
 
-    def test_series_become_their_values(self, pd, run):
+    def test_pandas_series_become_their_values(self, pd, run):
         values = np.arange(20.0)
         for index in (None, range(20, 0, -1), np.arange(20) / 2, list("abcdefghijklmnopqrst")):
             series = pd.Series(values, index=index)
             assert_same(map_array(np.sqrt, series, chunksize=3, **run), np.sqrt(values))
 
-    def test_frames_become_their_values(self, pd, run):
+    def test_pandas_frames_become_their_values(self, pd, run):
         X = np.arange(60.0).reshape(20, 3)
         frame = pd.DataFrame(X, columns=list("abc"))
         for axis in (0, 1):
             assert_same(map_array(np.sqrt, frame, axis=axis, chunksize=2, **run), np.sqrt(X))
         assert_same(map_array(np.add, frame["a"], frame["c"], **run), X[:, 0] + X[:, 2])
 
-    def test_columns_of_dates_and_words(self, pd, run):
+    def test_pandas_columns_of_dates_and_words_become_their_values(self, pd, run):
         dates = pd.Series(np.arange(5).astype("M8[ns]"))
         assert_same(map_array(np.copy, dates, **run), np.arange(5).astype("M8[ns]"))
         words = pd.Series(["a", "bc", "d"], dtype=object)
@@ -162,7 +162,7 @@ class TestPandas:
         categories = pd.Series(["a", "b", "a"], dtype="category")
         assert map_array(np.copy, categories, **run).tolist() == ["a", "b", "a"]
 
-    def test_subclasses_too(self, pd):
+    def test_subclasses_of_pandas_series_become_their_values(self, pd):
         class Mine(pd.Series):
             pass
 
@@ -173,7 +173,7 @@ class TestPandas:
 
 class TestXarray:
     @pytest.mark.parametrize("axis", [0, 1])
-    def test_arrays_become_their_values(self, axis, run):
+    def test_xarray_arrays_become_their_values(self, axis, run):
         xarray = pytest.importorskip("xarray", reason="its objects are what this is about")
         X = np.arange(60.0).reshape(20, 3)
         array = xarray.DataArray(X, dims=("time", "place"), coords={"place": list("abc")})
@@ -184,10 +184,10 @@ class TestSequences:
     @pytest.mark.parametrize(
         "values", [[1, 2, 3], (1.5, 2.5), range(5), [[1, 2], [3, 4]], [True, False], ["a", "bc"]]
     )
-    def test_of_numbers_and_words(self, values, run):
+    def test_sequences_of_numbers_and_words_become_arrays(self, values, run):
         assert_same(map_array(np.copy, values, **run), np.array(values))
 
-    def test_that_are_ragged(self):
+    def test_ragged_sequences_are_refused(self):
         for verb in (map_array, map_items, map_chunks):
             with pytest.raises(ValueError, match="inhomogeneous") as caught:
                 verb(never, [[1, 2], [3]])
@@ -198,7 +198,7 @@ class TestSequences:
 
 
 class MaskedReads:
-    """Gives masked arrays for what has so many items or more, as netCDF4 for missing values."""
+    """Gives masked arrays from a number of items on, as netCDF4 does for missing values."""
 
     def __init__(self, least):
         self.values = np.arange(12.0).reshape(4, 3)
@@ -214,7 +214,7 @@ class MaskedReads:
 @pytest.mark.fault(31)
 class TestRefused:
     @pytest.mark.parametrize("number", [0, 1])
-    def test_masked_arrays(self, number):
+    def test_masked_arrays_are_refused(self, number):
         arrays = [np.zeros(3), np.zeros(3)]
         arrays[number] = np.ma.masked_array(np.zeros(3), [0, 1, 0])
         with pytest.raises(TypeError, match=rf"array {number} is a masked array.*X\.filled"):
@@ -230,11 +230,11 @@ class TestRefused:
         ],
     )
     @pytest.mark.parametrize("verb", [map_array, map_items, map_chunks, share])
-    def test_sequences_of_masked_arrays(self, verb, value):
+    def test_sequences_of_masked_arrays_are_refused(self, verb, value):
         with pytest.raises(TypeError, match=r"array 0 .* masks would be lost: pass each item's"):
             verb(never, value) if verb is not share else share(value)
 
-    def test_objects_that_become_masked_arrays(self):
+    def test_objects_that_become_masked_arrays_are_refused(self):
         class Masked:
             def __array__(self, dtype=None, copy=None):
                 return np.ma.masked_array([1.0, 2.0], [0, 1])
@@ -243,23 +243,23 @@ class TestRefused:
             map_array(never, Masked())
 
     @pytest.mark.parametrize("verb", [map_array, map_items, map_chunks, share])
-    def test_array_likes_that_read_masked_arrays(self, verb):
+    def test_array_likes_that_read_masked_arrays_are_refused(self, verb):
         with pytest.raises(TypeError, match="masks would be lost: have it give plain arrays"):
             verb(never, MaskedReads(0)) if verb is not share else share(MaskedReads(0))
 
     @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
     @pytest.mark.parametrize("axis", [0, 1])
-    def test_array_likes_that_read_some_masked_arrays(self, axis, backend):
+    def test_array_likes_that_sometimes_read_masked_arrays_are_refused(self, axis, backend):
         with pytest.raises(TypeError, match="masks would be lost: have it give plain arrays"):
             map_array(np.sqrt, MaskedReads(1), axis=axis, chunksize=2, n_jobs=2, backend=backend)
 
     @pytest.mark.parametrize("kind", ["csr_array", "coo_matrix", "lil_array", "csc_matrix"])
-    def test_sparse_arrays(self, kind):
+    def test_sparse_arrays_are_refused(self, kind):
         sparse = pytest.importorskip("scipy.sparse", reason="its arrays are what this is about")
         with pytest.raises(TypeError, match=r"array 0 is a sparse matrix: pass X\.toarray\(\)"):
             map_array(never, getattr(sparse, kind)(np.eye(3)))
 
-    def test_subclasses_of_sparse_arrays(self):
+    def test_subclasses_of_sparse_arrays_are_refused(self):
         sparse = pytest.importorskip("scipy.sparse", reason="its arrays are what this is about")
 
         class Mine(sparse.csr_array):
@@ -268,18 +268,18 @@ class TestRefused:
         with pytest.raises(TypeError, match="array 0 is a sparse matrix"):
             map_array(never, Mine(np.eye(3)))
 
-    def test_dask_arrays(self):
+    def test_dask_arrays_are_refused(self):
         dask = pytest.importorskip("dask.array", reason="its arrays are what this is about")
         with pytest.raises(TypeError, match=r"array 0 is a dask array: pass X\.compute\(\)"):
             map_array(never, dask.zeros((4, 3)))
 
     @pytest.mark.parametrize("value", [3, 2.5, np.float64(1), np.array(1), None, {"a": 1}, {1}])
-    def test_what_has_no_axis(self, value):
+    def test_values_without_an_axis_are_refused(self, value):
         with pytest.raises(TypeError, match="array 0 has no axis to map over"):
             map_array(never, value)
 
     @pytest.mark.parametrize("value", ["text", b"text", b"X.npy", "X.csv"])
-    def test_text(self, value):
+    def test_text_is_refused(self, value):
         with pytest.raises(TypeError, match=r"a path must end in \.npy"):
             map_array(never, value)
 
@@ -296,12 +296,12 @@ class Point:
 
 @pytest.mark.fault(30)
 class TestObjects:
-    def test_in_and_out(self, run):
+    def test_objects_are_mapped_to_objects(self, run):
         X = np.array([Point(i) for i in range(23)] + [None, "text", {"a": [1, 2]}], object)
         for chunksize in (1, 4, None):
             assert map_array(np.copy, X, chunksize=chunksize, **run).tolist() == X.tolist()
 
-    def test_become_numbers_and_back(self, run):
+    def test_objects_are_mapped_to_numbers_and_back(self, run):
         X = np.array([Point(i) for i in range(20)], object).reshape(5, 4)
         numbers = map_array(
             lambda c: np.array([p.x for p in c.flat]).reshape(c.shape), X, axis=1, **run
@@ -311,32 +311,32 @@ class TestObjects:
         assert points.tolist() == X.ravel().tolist()
 
     @pytest.mark.parametrize("axis", [0, 1])
-    def test_of_any_layout(self, axis, run):
+    def test_arrays_of_objects_of_any_layout_are_mapped(self, axis, run):
         X = np.array([str(i) * i for i in range(30)], object).reshape(6, 5)
         for view in (X, X.T, X[::-1, ::-1], X[::3, 1:], np.asfortranarray(X)):
             result = map_array(np.copy, view, axis=axis, chunksize=2, **run)
             assert result.tolist() == view.tolist()
 
-    def test_with_neighbours(self, run):
+    def test_arrays_of_objects_are_read_with_neighbours(self, run):
         X = np.array([Point(i) for i in range(11)], object)
         found = map_chunks(lambda c: [p.x for p in c], X, depth=3, chunksize=2, **run)
         padded = np.pad(np.arange(11), 3, "symmetric").tolist()
         assert found == [padded[i : i + 6 + min(2, 11 - i)] for i in range(0, 11, 2)]
 
-    def test_beside_numbers(self, run):
+    def test_arrays_of_objects_are_mapped_beside_numbers(self, run):
         X = np.array([Point(i) for i in range(11)], object)
         result = map_items(lambda p, y: p.x * y, X, np.arange(11.0), chunksize=3, **run)
         assert_same(result, np.arange(11.0) ** 2)
 
-    def test_without_items(self, run):
+    def test_arrays_of_objects_without_items_give_an_empty_result(self, run):
         result = map_array(np.copy, np.empty((0, 3), object), **run)
         assert (result.shape, result.dtype) == ((0, 3), np.dtype(object))
 
-    def test_say_in_the_report_that_they_are_pickled(self):
+    def test_the_report_says_that_objects_are_pickled(self):
         map_array(np.copy, np.array([1, {}], object), backend="loky", n_jobs=2)
         assert any("pickled by range" in note for note in last_report().notes)
 
-    def test_that_cannot_be_pickled(self):
+    def test_objects_that_cannot_be_pickled_are_named_by_range(self):
         X = np.array([1, 2, threading.Lock(), 4], object)
         with pytest.raises(TypeError, match="pickle") as caught:
             map_array(never, X, chunksize=2, backend="loky", n_jobs=2)
@@ -344,7 +344,7 @@ class TestObjects:
         result = map_array(np.copy, X, backend="threading", n_jobs=2)
         assert result[2] is X[2]
 
-    def test_of_the_main_program(self, tmp_path):
+    def test_objects_of_the_main_program_are_mapped(self, tmp_path):
         code = (
             "import numpy as np\n"
             "from taskcarrier import map_array, map_items\n"
@@ -375,20 +375,20 @@ class TestStringsOfAnyLength:
         return np.array(words, np.dtypes.StringDType())
 
     @pytest.mark.parametrize("chunksize", [1, 5, None])
-    def test_in_and_out(self, chunksize, words, run):
+    def test_strings_of_any_length_are_mapped(self, chunksize, words, run):
         result = map_array(np.copy, words, chunksize=chunksize, **run)
         assert result.dtype == words.dtype
         assert result.tolist() == words.tolist()
         result = map_array(np.strings.str_len, words[::-1], chunksize=chunksize, **run)
         assert result.tolist() == [len(word) for word in words.tolist()[::-1]]
 
-    def test_from_numbers(self, words, run):
+    def test_numbers_are_mapped_to_strings_of_any_length(self, words, run):
         kind = words.dtype
         result = map_array(lambda c: c.astype(kind), np.arange(20), chunksize=3, **run)
         assert result.dtype == kind
         assert result.tolist() == [str(i) for i in range(20)]
 
-    def test_with_errors_filled(self, words, run):
+    def test_failed_strings_of_any_length_are_filled(self, words, run):
         def func(chunk):
             if (chunk == "a").any():
                 raise ValueError("a")

@@ -1,4 +1,4 @@
-"""Errors collected: what is missing is named item by item, however the array was cut."""
+"""Collected errors: missing items are named one by one, whatever the chunksize."""
 
 import os
 import threading
@@ -26,7 +26,7 @@ def run(request):
 
 
 def root(values):
-    """Of items or chunks; negative ones are errors."""
+    """Take roots of items or chunks; negative values are errors."""
     if np.any(np.asarray(values) < 0):
         raise ValueError(f"negative: {np.asarray(values).tolist()}")
     return np.sqrt(values)
@@ -81,21 +81,21 @@ def test_failing_items_are_named_whatever_the_cut(bad, chunksize, verb, run):
 
 class TestCollect:
     @pytest.mark.parametrize("verb", VERBS)
-    def test_without_a_failure(self, verb, run):
+    def test_collecting_gives_an_empty_list_if_nothing_fails(self, verb, run):
         X = np.arange(20.0)
         result, failures = verb(root, X, on_error="collect", **run)
         assert failures == []
         assert_same(result, np.sqrt(X))
 
     @pytest.mark.parametrize("verb", VERBS)
-    def test_where_everything_fails(self, verb, run, tmp_path):
+    def test_collecting_gives_none_if_everything_fails(self, verb, run, tmp_path):
         for out in (None, tmp_path / "Y.npy"):
             result, failures = verb(root, -np.ones(7), on_error="collect", out=out, **run)
             assert result is None
             assert ranges(failures) == one_by_one(range(7))
         assert list(tmp_path.iterdir()) == []
 
-    def test_along_another_axis_and_of_several(self, run):
+    def test_several_results_along_another_axis_are_collected(self, run):
         X = np.arange(24.0).reshape(4, 6)
         X[2, [1, 4]] = -1
 
@@ -112,7 +112,7 @@ class TestCollect:
         assert np.isnan(other[[1, 4]]).all()
         np.testing.assert_allclose(other[good], np.sqrt(X[:, good]).sum(axis=0), rtol=1e-15)
 
-    def test_errors_say_where(self, run):
+    def test_collected_errors_name_their_range(self, run):
         _, failures = map_array(
             root, np.array([1.0, -1.0, 4.0]), on_error="collect", chunksize=3, **run
         )
@@ -134,7 +134,7 @@ class TestCollect:
         assert len(error.__notes__) == len(set(error.__notes__))
 
     @pytest.mark.parametrize("chunksize", [1, 4, 20])
-    def test_in_a_file(self, chunksize, run, tmp_path):
+    def test_failures_are_collected_with_an_output_file(self, chunksize, run, tmp_path):
         X = np.where(np.arange(20) % 7 == 3, -1.0, np.arange(20))
         path = tmp_path / "Y.npy"
         result, failures = map_array(
@@ -144,14 +144,14 @@ class TestCollect:
         assert_same(result, np.where(X < 0, np.nan, np.sqrt(np.abs(X))))
         assert_same(np.load(path), result)
 
-    def test_in_the_caller_s_array_over_what_was_there(self, run):
+    def test_failed_items_overwrite_the_array_of_the_caller(self, run):
         X = np.array([1, -1, 4])
         out = np.full(3, 99, "i2")
         result, _ = map_array(plus_one, X, on_error="collect", fill_value=-7, out=out, **run)
         assert result is out
         assert out.tolist() == [2, -7, 5]
 
-    def test_a_function_that_only_fails_on_more_than_one(self, run):
+    def test_a_function_that_fails_only_on_several_items_is_called_item_by_item(self, run):
         def func(chunk):
             if len(chunk) > 1:
                 raise ValueError("one at a time")
@@ -162,7 +162,7 @@ class TestCollect:
         assert failures == []
         assert_same(result, X * 2)
 
-    def test_stop_iteration_is_an_error_like_others(self, run):
+    def test_stop_iteration_is_collected_like_other_errors(self, run):
         def func(x):
             if x in {0, 5, 9}:
                 raise StopIteration
@@ -172,13 +172,13 @@ class TestCollect:
         assert ranges(failures) == one_by_one([0, 5, 9])
         assert np.flatnonzero(np.isnan(result)).tolist() == [0, 5, 9]
 
-    def test_without_items(self, run):
+    def test_an_array_without_items_has_no_failures(self, run):
         result, failures = map_items(root, np.empty(0), on_error="collect", **run)
         assert (result.shape, failures) == ((0,), [])
         result, failures = map_array(root, np.empty((0, 3)), on_error="collect", **run)
         assert (result.shape, failures) == ((0, 3), [])
 
-    def test_workers_let_go_of_the_arrays_they_failed_on(self):
+    def test_workers_release_the_arrays_they_failed_on(self):
         for verb in VERBS:
             X = share(np.where(np.arange(10_000) < 3, -1.0, 1.0))
             fd = os.dup(locate(X).segment.fd)
@@ -193,7 +193,7 @@ class TestCollect:
 
 
 class TestChunks:
-    def test_that_fail_are_named_whole(self, run):
+    def test_failed_chunks_are_named_whole(self, run):
         X = np.arange(20.0)
         X[[3, 17]] = -1
         results, failures = map_chunks(
@@ -202,13 +202,13 @@ class TestChunks:
         assert ranges(failures) == [(0, 5), (15, 20)]
         assert results == [None, 5**0.5, 10**0.5, None]
 
-    def test_that_return_none_have_not_failed(self, run):
+    def test_chunks_that_return_none_have_not_failed(self, run):
         results, failures = map_chunks(
             lambda c: None, np.arange(4), on_error="collect", chunksize=2, **run
         )
         assert (results, failures) == ([None, None], [])
 
-    def test_all_of_them(self, run):
+    def test_all_chunks_may_fail(self, run):
         results, failures = map_chunks(root, -np.ones(4), on_error="collect", chunksize=2, **run)
         assert results == [None, None]
         assert ranges(failures) == [(0, 2), (2, 4)]
@@ -216,12 +216,12 @@ class TestChunks:
 
 class TestFill:
     @pytest.mark.parametrize("verb", VERBS)
-    def test_gives_the_result_alone(self, verb, run):
+    def test_filling_returns_the_result_alone(self, verb, run):
         X = np.array([1.0, -1.0, 4.0])
         assert_same(verb(root, X, on_error="fill", **run), np.array([1.0, np.nan, 2.0]))
 
     @pytest.mark.parametrize("verb", VERBS)
-    def test_where_everything_fails_is_the_first_error(self, verb, run):
+    def test_filling_raises_the_first_error_if_everything_fails(self, verb, run):
         with pytest.raises(ValueError, match="negative") as caught:
             verb(root, -np.ones(7), on_error="fill", chunksize=2, **run)
         assert "every item failed" in "\n".join(caught.value.__notes__)
@@ -231,7 +231,7 @@ class TestFill:
         [("f4", np.nan), ("c8", np.nan), ("M8[s]", np.datetime64("NaT", "D")),
          ("m8[D]", np.timedelta64("NaT", "D"))],
     )  # fmt: skip
-    def test_by_default_with_the_missing_value_of_the_dtype(self, dtype, value, run):
+    def test_the_default_fill_is_the_missing_value_of_the_dtype(self, dtype, value, run):
         def func(chunk):
             return plus_one(chunk).astype(dtype)
 
@@ -240,7 +240,7 @@ class TestFill:
         assert np.isnan(result.real if result.dtype.kind == "c" else result).tolist() == [0, 1, 0]
         assert str(result[1:2].astype(dtype)[0]) == str(np.array(value, dtype)[()])
 
-    def test_by_default_with_none_among_objects(self, run):
+    def test_the_default_fill_of_objects_is_none(self, run):
         def func(x):
             plus_one(x)
             return {int(x): "a"}
@@ -250,7 +250,7 @@ class TestFill:
 
     @pytest.mark.parametrize("verb", VERBS)
     @pytest.mark.parametrize("dtype", ["i8", "u1", "?", "U2", "S1", "i4, f8"])
-    def test_must_be_said_where_there_is_no_missing_value(self, verb, dtype, run):
+    def test_a_fill_value_is_required_where_there_is_no_missing_value(self, verb, dtype, run):
         def func(values):
             return np.zeros(np.shape(values), dtype)
 
@@ -260,7 +260,7 @@ class TestFill:
             verb(_never, np.arange(4.0), on_error="fill", dtype=dtype, **run)
 
     @pytest.mark.parametrize("chunksize", [1, 2, 100])
-    def test_of_items_that_promote_to_floats(self, chunksize, run):
+    def test_items_that_promote_to_floats_are_filled_with_nan(self, chunksize, run):
         def func(x):
             if x == 7:
                 raise ValueError("seven")
@@ -275,7 +275,7 @@ class TestFill:
         [("i4", -5), ("i4", 5.0), ("f4", 0.1), ("?", True), ("U3", "abc"), ("S2", b"ab"),
          ("M8[D]", np.datetime64("2020-01-01")), ("c8", 1j), ("u1", 255), ("f8", np.inf)],
     )  # fmt: skip
-    def test_with_a_value(self, verb, dtype, value, run):
+    def test_failed_items_get_the_given_fill_value(self, verb, dtype, value, run):
         def func(values):
             plus_one(values)
             return np.zeros(np.shape(values), dtype)
@@ -291,7 +291,9 @@ class TestFill:
         [("i4", np.nan), ("i4", 1.5), ("u1", -1), ("u1", 256), ("U2", "abc"), ("M8[D]", 3),
          ("f8", "x"), ("f8", 1j), ("f4", 1e300), ("f8", None), ("?", 2), ("f8", [1.0, 2.0])],
     )  # fmt: skip
-    def test_with_none_of_the_dtype_is_an_error_at_once(self, verb, dtype, value, run):
+    def test_a_fill_value_that_is_no_value_of_the_dtype_is_an_error_at_once(
+        self, verb, dtype, value, run
+    ):
         options = {"on_error": "fill", "fill_value": value, **run}
         out = np.zeros(4, dtype)
         with pytest.raises(TypeError, match="fill_value="):
@@ -305,14 +307,14 @@ class TestFill:
         with pytest.raises(TypeError, match="fill_value="):
             verb(func, np.arange(4.0), **options)
 
-    def test_collected_integers_have_zero_or_what_was_said(self, run):
+    def test_collected_integers_are_zero_or_the_fill_value(self, run):
         X = np.array([1, -1, 4])
         for options, value in (({}, 0), ({"fill_value": 99}, 99)):
             result, failures = map_array(plus_one, X, on_error="collect", **options, **run)
             assert ranges(failures) == [(1, 2)]
             assert_same(result, np.array([2, value, 5]))
 
-    def test_without_collecting_has_no_meaning(self):
+    def test_a_fill_value_without_collecting_is_refused(self):
         with pytest.raises(ValueError, match="fill_value has no meaning"):
             map_array(_never, np.arange(4.0), fill_value=0)
 
@@ -324,7 +326,7 @@ def _never(*values):
 class TestNotCollected:
     @pytest.mark.parametrize("verb", [*VERBS, map_chunks])
     @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-    def test_what_ends_programs(self, kind, verb, run):
+    def test_exceptions_that_end_programs_are_not_collected(self, kind, verb, run):
         def func(values):
             if np.max(values) >= 5:
                 raise kind("now")
@@ -334,7 +336,7 @@ class TestNotCollected:
             verb(func, np.arange(10.0), on_error="collect", chunksize=2, **run)
 
     @pytest.mark.parametrize("rule", ["collect", "fill"])
-    def test_results_of_another_shape(self, rule, run):
+    def test_results_of_another_shape_are_not_collected(self, rule, run):
         with pytest.raises(ValueError, match="must return the same dtype and the same shape"):
             map_array(
                 lambda c: np.zeros((len(c), 2 if c[0] else 3)),
@@ -347,21 +349,21 @@ class TestNotCollected:
             map_items(lambda x: np.zeros(2 + (x == 5)), np.arange(10.0), on_error=rule, **run)
 
     @pytest.mark.parametrize("rule", ["collect", "fill"])
-    def test_results_of_a_wrong_length(self, rule, run):
+    def test_results_of_a_wrong_length_are_not_collected(self, rule, run):
         with pytest.raises(ValueError, match="for a chunk of length 2"):
             map_array(lambda c: c[:1], np.arange(10.0), on_error=rule, chunksize=2, **run)
 
-    def test_results_that_cannot_be_cast(self, run):
+    def test_results_that_cannot_be_cast_are_not_collected(self, run):
         with pytest.raises(TypeError, match="cannot become"):
             map_array(lambda c: c + 1j, np.arange(10.0), on_error="collect", dtype="f8", **run)
 
     @pytest.mark.parametrize("rule", ["ignore", None, True, "RAISE", ["fill"]])
-    def test_unknown_rules_are_refused(self, rule):
+    def test_unknown_values_of_on_error_are_refused(self, rule):
         for verb in (*VERBS, map_chunks):
             with pytest.raises(ValueError, match="on_error must be one of 'raise', 'collect'"):
                 verb(_never, np.arange(3), on_error=rule)
 
-    def test_chunks_have_nothing_to_fill(self):
+    def test_map_chunks_has_nothing_to_fill(self):
         with pytest.raises(ValueError, match="one of 'raise', 'collect', got 'fill'"):
             map_chunks(_never, np.arange(3), on_error="fill")
 

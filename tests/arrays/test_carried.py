@@ -1,4 +1,4 @@
-"""Arrays that functions carry and write to: what the caller sees of it, by where the memory is."""
+"""Arrays that functions carry and write to: whether the caller sees it depends on their memory."""
 
 import functools
 import os
@@ -109,30 +109,32 @@ def in_a_container(array):
 class TestWrites:
     @pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
     @pytest.mark.parametrize("kind", SEEN)
-    def test_are_seen_by_the_caller(self, kind, backend, balance, tmp_path):
+    def test_writes_to_carried_arrays_are_seen_by_the_caller(
+        self, kind, backend, balance, tmp_path
+    ):
         array = SEEN[kind](tmp_path)
         MAPPERS[balance](n_jobs=2, backend=backend).map(by_closure(array), range(N))
         assert_same(np.array(array), np.arange(1.0, N + 1))
 
     @pytest.mark.parametrize("carried", [by_bound_object, in_a_container])
     @pytest.mark.parametrize("kind", ["empty", "memmap r+"])
-    def test_however_they_are_carried(self, kind, carried, tmp_path):
+    def test_writes_are_seen_however_the_array_is_carried(self, kind, carried, tmp_path):
         array = SEEN[kind](tmp_path)
         StaticParallelMapper(n_jobs=2, backend="loky").map(carried(array), range(N))
         assert_same(np.array(array), np.arange(1.0, N + 1))
 
-    def test_by_a_partial(self):
+    def test_writes_by_a_partial_are_seen(self):
         array = empty(N)
         mapper = StaticParallelMapper(n_jobs=2, backend="loky")
         mapper.map(by_partial(array), range(N), np.arange(1.0, N + 1))
         assert_same(np.array(array), np.arange(1.0, N + 1))
 
-    def test_go_to_the_file(self, tmp_path):
+    def test_writes_go_to_the_file(self, tmp_path):
         array = loaded(tmp_path)
         StaticParallelMapper(n_jobs=2, backend="loky").map(by_closure(array), range(N))
         assert_same(np.load(tmp_path / "X.npy"), np.arange(1.0, N + 1))
 
-    def test_of_shared_memory_of_the_standard_library(self):
+    def test_writes_to_shared_memory_of_the_standard_library_are_seen(self):
         memory = shared_memory.SharedMemory(create=True, size=8 * N)
         try:
             array = np.ndarray(N, "f8", memory.buf)
@@ -145,19 +147,19 @@ class TestWrites:
         assert_same(seen, np.arange(1.0, N + 1))
 
     @pytest.mark.parametrize("kind", PRIVATE)
-    def test_to_all_other_arrays_stay_in_the_worker(self, kind, tmp_path):
+    def test_writes_to_all_other_arrays_stay_in_the_worker(self, kind, tmp_path):
         array = PRIVATE[kind](tmp_path)
         StaticParallelMapper(n_jobs=2, backend="loky").map(by_closure(array), range(N))
         assert_same(np.array(array), np.zeros(N))
 
-    def test_to_read_only_views_are_refused(self):
+    def test_writes_to_read_only_views_are_refused(self):
         array = empty(N)
         view = array.view()
         view.flags.writeable = False
         with pytest.raises(ValueError, match="read-only"):
             StaticParallelMapper(n_jobs=1, backend="sequential").map(by_closure(view), range(N))
 
-    def test_of_what_workers_see_of_each_other(self):
+    def test_workers_see_the_writes_of_each_other(self):
         counts = empty(2, "i8")
 
         def count(i):
@@ -169,7 +171,7 @@ class TestWrites:
         assert counts.tolist() == [3, 1]
 
     @pytest.mark.parametrize("verb", [map_array, map_items, map_chunks, reduce_array])
-    def test_in_every_verb(self, verb):
+    def test_writes_are_seen_in_every_verb(self, verb):
         seen = empty(N, "?")
 
         def func(x):
@@ -181,20 +183,20 @@ class TestWrites:
         verb(func, X, backend="loky", n_jobs=2, chunksize=1, **more)
         assert seen.all()
 
-    def test_in_imap(self):
+    def test_writes_are_seen_in_imap(self):
         array = empty(N)
         with StaticParallelMapper(n_jobs=2, backend="loky") as mapper:
             list(mapper.imap(by_closure(array), range(N)))
         assert_same(np.array(array), np.arange(1.0, N + 1))
 
     @pytest.mark.parametrize("verb", [map_array, map_chunks])
-    def test_to_arrays_in_args_are_refused_with_what_to_do(self, verb):
+    def test_writes_to_arrays_in_args_are_refused_with_the_remedy(self, verb):
         with pytest.raises(ValueError, match="read-only") as caught:
             verb(lambda _, a: a.fill(1), np.arange(4.0), args=(empty(3),), backend="loky", n_jobs=2)
         assert any("taskcarrier.empty" in note for note in caught.value.__notes__)
 
     @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
-    def test_to_shared_are_refused_with_what_to_do(self, backend):
+    def test_writes_to_arrays_in_shared_are_refused_with_the_remedy(self, backend):
         mapper = StaticParallelMapper(n_jobs=2, backend=backend)
         with pytest.raises(ValueError, match="read-only") as caught:
             mapper.map(lambda i, a: a.__setitem__(0, i), range(3), shared={"a": empty(3)})
@@ -202,7 +204,7 @@ class TestWrites:
             "arrays in shared= are read-only; what every" in n for n in caught.value.__notes__
         )
 
-    def test_of_a_function_that_has_it_as_an_argument_too(self):
+    def test_a_function_may_carry_an_array_that_is_also_its_argument(self):
         array = empty(4)
 
         def func(chunk, again):
@@ -232,7 +234,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.fault(40)
-def test_globals_of_a_program(tmp_path):
+def test_writes_to_globals_of_a_program_are_seen_if_they_are_shared(tmp_path):
     expected = "[0.0, 1.0, 2.0, 3.0, 4.0] [0.0, 0.0, 0.0, 0.0, 0.0]\n"
     assert run_script(tmp_path, PROGRAM) == expected
 
@@ -245,7 +247,7 @@ class TestFilesWithoutTheirName:
         assert_same(np.array(array), np.arange(1.0, N + 1))
 
     @pytest.mark.parametrize("is_replaced", [False, True])
-    def test_removed(self, is_replaced, tmp_path):
+    def test_a_removed_file_is_written_through_its_descriptor(self, is_replaced, tmp_path):
         array = memmap(tmp_path)
         (tmp_path / "X.raw").unlink()
         if is_replaced:
@@ -254,16 +256,16 @@ class TestFilesWithoutTheirName:
         if is_replaced:
             assert not np.fromfile(tmp_path / "X.raw").any()
 
-    def test_temporary(self, tmp_path):
+    def test_a_temporary_file_is_written_through_its_descriptor(self, tmp_path):
         with tempfile.TemporaryFile(dir=tmp_path) as file:
             self.check(np.memmap(file, "f8", "w+", shape=(N,)))
 
-    def test_in_memory(self):
+    def test_a_file_in_memory_is_written_through_its_descriptor(self):
         with os.fdopen(os.memfd_create("file of tests"), "r+b") as file:
             file.truncate(8 * N)
             self.check(np.memmap(file, "f8", "r+", shape=(N,)))
 
-    def test_shared_memory_that_was_unlinked(self):
+    def test_unlinked_shared_memory_is_written(self):
         memory = shared_memory.SharedMemory(create=True, size=8 * N)
         try:
             memory.unlink()
@@ -271,7 +273,7 @@ class TestFilesWithoutTheirName:
         finally:
             memory.close()
 
-    def test_are_refused_where_nothing_leads_to_them(self, tmp_path, monkeypatch):
+    def test_files_without_name_and_descriptor_are_refused(self, tmp_path, monkeypatch):
         array = memmap(tmp_path)
         (tmp_path / "X.raw").unlink()
         monkeypatch.setattr(memmaps, "_find_open_descriptor", lambda *_: None)
@@ -302,14 +304,14 @@ class Linked(np.ndarray):
 
 @pytest.mark.fault(40)
 class TestSubclasses:
-    def test_with_places(self):
+    def test_subclasses_that_pickle_themselves_keep_their_place_in_memory(self):
         array = empty(N).view(Measured)
         array.unit = "m"
         mapper = StaticParallelMapper(n_jobs=2, backend="loky")
         assert mapper.map(lambda i: (by_closure(array)(i), array.unit)[1], range(N)) == ["m"] * N
         assert_same(np.asarray(array), np.arange(1.0, N + 1))
 
-    def test_that_refer_to_themselves(self):
+    def test_subclasses_may_refer_to_themselves(self):
         array = empty(N).view(Linked)
         array.links = [array]
 
@@ -322,9 +324,9 @@ class TestSubclasses:
 
 
 @pytest.mark.fault(40)
-class TestGoingOn:
+class TestResume:
     @pytest.mark.parametrize("kind", SEEN)
-    def test_is_refused(self, kind, tmp_path):
+    def test_resume_with_a_carried_writable_array_is_refused(self, kind, tmp_path):
         array = SEEN[kind](tmp_path)
 
         def func(chunk):
@@ -336,7 +338,7 @@ class TestGoingOn:
         assert not np.array(array).any()
         assert not list(tmp_path.glob("Y.npy*"))
 
-    def test_is_refused_where_an_attribute_carries_it(self, tmp_path):
+    def test_resume_with_a_writable_array_in_an_attribute_is_refused(self, tmp_path):
         def func(chunk):
             func.log[0] = 1
             return chunk
@@ -345,7 +347,7 @@ class TestGoingOn:
         with pytest.raises(ValueError, match=r"func: attribute log\. A range"):
             map_array(func, np.arange(float(N)), out=tmp_path / "Y.npy", resume=True)
 
-    def test_is_right_for_kernels_which_only_read_such_arrays(self, tmp_path):
+    def test_resume_is_right_for_kernels_which_only_read_carried_arrays(self, tmp_path):
         array = share(np.full(N, 2.0))
         kernel = numba.njit(lambda chunk: chunk * array[0])
         X = np.arange(float(N))
@@ -353,7 +355,7 @@ class TestGoingOn:
         assert_same(np.array(result), X * 2)
 
     @pytest.mark.parametrize("place", ["input", "args"])
-    def test_is_right_for_inputs_and_arguments(self, place, tmp_path):
+    def test_resume_is_right_for_inputs_and_arguments(self, place, tmp_path):
         X, Z = np.arange(float(N)), memmap(tmp_path)
         Z[:] = 2
         out = {"out": tmp_path / "Y.npy", "resume": True, "n_jobs": 1}
@@ -363,7 +365,7 @@ class TestGoingOn:
             result = map_array(lambda x, z: z * x, X, args=(Z[0:1],), **out)
         assert_same(np.array(result), X * 2)
 
-    def test_is_right_where_the_array_is_read_only(self, tmp_path):
+    def test_resume_is_right_where_the_carried_array_is_read_only(self, tmp_path):
         array = share(np.full(N, 2.0))
         array.flags.writeable = False
         X = np.arange(float(N))
@@ -374,7 +376,7 @@ class TestGoingOn:
 
 
 @pytest.mark.fault(40)
-def test_what_is_run_again_writes_again():
+def test_a_range_that_is_run_again_writes_again():
     count = empty(1, "i8")
 
     def dying(i):

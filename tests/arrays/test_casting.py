@@ -1,4 +1,4 @@
-"""Which values may become which: tables of casts, single values and what fills holes."""
+"""Casts that are allowed: tables of dtypes, single values and fill values."""
 
 import warnings
 
@@ -136,7 +136,7 @@ LOST = [
 
 
 @pytest.mark.parametrize(("value", "dtype"), KEPT, ids=str)
-def test_a_value_that_is_the_same_there(value, dtype):
+def test_cast_scalar_keeps_a_value_that_the_dtype_has(value, dtype):
     made = cast_scalar(value, np.dtype(dtype), "cval")
     assert (made.shape, made.dtype) == ((), np.dtype(dtype))
     expected = np.array(value).astype(dtype)
@@ -144,7 +144,7 @@ def test_a_value_that_is_the_same_there(value, dtype):
 
 
 @pytest.mark.parametrize(("value", "dtype"), LOST, ids=lambda case: str(case)[:30])
-def test_a_value_that_is_another_there_is_refused_by_name(value, dtype):
+def test_cast_scalar_refuses_a_value_that_the_dtype_lacks_by_name(value, dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(TypeError, match="is no value of dtype") as caught:
@@ -154,19 +154,19 @@ def test_a_value_that_is_another_there_is_refused_by_name(value, dtype):
 
 @pytest.mark.parametrize("dtype", ["f8", "i4"])
 @pytest.mark.parametrize("value", [1j, 1 + 0j])
-def test_complex_values_are_no_real_ones(value, dtype):
+def test_cast_scalar_refuses_complex_values_for_real_dtypes(value, dtype):
     with pytest.raises(TypeError, match="is no value of dtype"):
         cast_scalar(value, np.dtype(dtype), "cval")
 
 
-def test_signs_of_zeros_and_payloads_of_nans_are_kept():
+def test_cast_scalar_keeps_signs_of_zeros_and_payloads_of_nans():
     assert np.signbit(cast_scalar(-0.0, np.dtype("f4"), "cval"))
     made = cast_scalar(PAYLOAD, np.dtype("f8"), "cval")
     assert made.tobytes() == PAYLOAD.tobytes()
 
 
 @pytest.mark.parametrize("value", [None, "x", [1, 2], {}, 1.5])
-def test_anything_is_an_object(value):
+def test_any_value_may_become_an_object(value):
     made = cast_scalar(value, np.dtype(object), "cval")
     assert made.shape == ()
     assert made[()] is value
@@ -184,14 +184,14 @@ MISSING = [("f4", np.nan), ("f8", np.nan), ("c8", np.nan), ("g", np.nan), (objec
 
 @pytest.mark.parametrize("is_needed", [False, True])
 @pytest.mark.parametrize(("dtype", "value"), MISSING)
-def test_what_fills_holes_is_the_missing_value_of_the_dtype(dtype, value, is_needed):
+def test_holes_are_filled_with_the_missing_value_of_the_dtype(dtype, value, is_needed):
     found = Fill(is_needed=is_needed).of(np.dtype(dtype))
     assert found is value or np.isnan(found)
 
 
 @pytest.mark.parametrize("is_needed", [False, True])
 @pytest.mark.parametrize("dtype", ["M8[s]", "m8[ns]", ">M8[D]"])
-def test_holes_among_dates_are_not_a_time(dtype, is_needed):
+def test_holes_among_dates_are_filled_with_nat(dtype, is_needed):
     found = Fill(is_needed=is_needed).of(np.dtype(dtype))
     assert np.isnat(found)
     assert found.dtype == np.dtype(dtype)
@@ -205,7 +205,7 @@ def test_dtypes_without_a_missing_value_get_zero_or_an_error(dtype):
         Fill(is_needed=True).of(np.dtype(dtype))
 
 
-def test_what_the_caller_gives_goes_before_and_must_fit():
+def test_a_given_fill_value_takes_precedence_and_must_fit():
     assert Fill(True, 7, True).of(np.dtype("i4")) == 7
     assert Fill(True, None).of(np.dtype(object))[()] is None
     assert Fill(True, 0).of(np.dtype("f8")) == 0
@@ -214,11 +214,11 @@ def test_what_the_caller_gives_goes_before_and_must_fit():
 
 
 @pytest.mark.parametrize("dtype", ["f4", ">i2", float, np.int8, "U3", [("a", "f4")]])
-def test_dtypes_in_any_words(dtype):
+def test_check_dtype_takes_dtypes_in_any_form(dtype):
     assert check_dtype(dtype) == np.dtype(dtype)
 
 
-def test_no_dtype():
+def test_check_dtype_refuses_what_is_no_dtype():
     assert check_dtype(None) is None
     for bad in ("colour", 3, [1]):
         with pytest.raises(TypeError, match="out must be a NumPy dtype") as caught:

@@ -20,7 +20,7 @@ def run(request):
 
 @pytest.mark.parametrize("chunksize", [1, 3, 7, 20, 100])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_a_list_in_the_order_of_the_ranges(run, chunksize, axis):
+def test_results_are_a_list_in_the_order_of_the_ranges(run, chunksize, axis):
     X = np.arange(40.0).reshape(20, 2) if axis == 0 else np.arange(40.0).reshape(2, 20)
     result = map_chunks(np.ndarray.tolist, X, axis=axis, chunksize=chunksize, **run)
     starts = range(0, 20, chunksize)
@@ -94,7 +94,7 @@ def test_chunks_are_read_only_unless_private(run):
 
 @pytest.mark.fault(8)
 @pytest.mark.parametrize("balance", ["static", "dynamic"])
-def test_what_cannot_be_pickled_is_an_error_with_its_range(balance):
+def test_a_result_that_cannot_be_pickled_is_an_error_with_its_range(balance):
     run = {"balance": balance, "n_jobs": 2}
     lock = threading.Lock
 
@@ -136,6 +136,6 @@ def test_collected_errors_leave_none_in_the_list(run):
     assert (result, failures) == ([2, 2], [])
 
 
-def test_filling_has_no_meaning_for_lists(run):
+def test_map_chunks_has_nothing_to_fill(run):
     with pytest.raises(ValueError, match="'raise', 'collect', got 'fill'"):
         map_chunks(len, np.arange(4), on_error="fill", **run)

@@ -32,12 +32,12 @@ def run(request):
 
 
 def mapped(func, *arrays, **options):
-    """The same on every run."""
+    """Map items and check that every run gives the same."""
     return contract(func, *arrays, verb=map_items, runs=PAIRS, **options)
 
 
 def plain(func, *arrays, axis=0, out_axis=0, args=(), kwargs=None):
-    """What NumPy makes of it."""
+    """Stack the results with NumPy."""
     axes = axis if isinstance(axis, tuple) else (axis,) * len(arrays)
     rows = [np.moveaxis(np.asarray(a), at, 0) for a, at in zip(arrays, axes, strict=True)]
     values = [func(*items, *args, **(kwargs or {})) for items in zip(*rows, strict=True)]
@@ -191,7 +191,7 @@ def test_the_one_value_of_a_wider_dtype_may_stand_anywhere(chunksize):
     ],
     ids=str,
 )
-def test_strings_dates_and_records(values):
+def test_strings_dates_and_records_are_stacked(values):
     expected = np.stack([np.asarray(value) for value in values])
     for chunksize in (1, 2, 10):
         result = mapped(lambda i: values[i], np.arange(len(values)), chunksize=chunksize)
@@ -207,7 +207,7 @@ LONG = [np.array([2**62 + 1]), np.array([1.0]), np.array([1], "g")]
     [(SMALL, 2), (SMALL, 3), (LONG, 2), ([1, 2.5, "a"], 2)],
     ids=["small integers", "small integers in one", "long double", "text"],
 )
-def test_what_promotes_in_steps_otherwise_than_at_once(values, chunksize):
+def test_dtypes_that_promote_differently_in_steps_promote_at_once(values, chunksize):
     expected = np.stack([np.asarray(value) for value in values])
     assert_same(mapped(lambda i: values[i], np.arange(3), chunksize=chunksize), expected)
 
@@ -268,7 +268,7 @@ def test_without_items_the_function_is_not_called(run, shape):
 
 
 @pytest.mark.parametrize("out_axis", [1, -2])
-def test_without_items_any_out_axis_will_do(run, out_axis):
+def test_without_items_any_out_axis_is_allowed(run, out_axis):
     result = map_items(np.copy, np.zeros((0, 3)), out_axis=out_axis, **run)
     assert_same(result, np.empty(0))
 
@@ -301,7 +301,7 @@ ODD = {
 
 @pytest.mark.parametrize("chunksize", [1, 4])
 @pytest.mark.parametrize("case", sorted(ODD))
-def test_what_is_no_number_or_array_is_refused_with_item_and_remedy(run, case, chunksize):
+def test_a_value_that_is_no_number_or_array_is_refused_with_item_and_remedy(run, case, chunksize):
     make, name = ODD[case]
     with pytest.raises(TypeError, match="for item 6") as caught:
         map_items(lambda i: make() if i == 6 else 1.5, np.arange(9), chunksize=chunksize, **run)
@@ -325,7 +325,7 @@ def test_objects_stay_what_they_are_beside_others(run, values):
     assert [(type(one), one) for one in result] == [(type(one), one) for one in values]
 
 
-def test_items_of_object_arrays(run):
+def test_items_of_object_arrays_are_mapped(run):
     X = np.array([1, "two", None, (4,)], object)
     notes = 1 if run["backend"] == "loky" else 0
     assert_same(map_items(lambda x: len(str(x)), X, **run), np.array([1, 3, 4, 4]))

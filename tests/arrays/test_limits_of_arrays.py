@@ -32,14 +32,14 @@ def of_many_axes(longest):
 @pytest.mark.fault(32)
 class TestManyAxes:
     @pytest.mark.parametrize("longest", [0, 1, MAX_AXES // 2, MAX_AXES - 1])
-    def test_every_one_of_them_can_be_mapped(self, longest):
+    def test_every_one_of_many_axes_can_be_mapped(self, longest):
         X = of_many_axes(longest)
         for axis in (longest, longest - MAX_AXES, (longest + 7) % MAX_AXES, (longest + 1) % 3):
             result = contract(np.sqrt, np.abs(X), axis=axis, chunksize=2, runs=SOME)
             assert_same(result, np.sqrt(np.abs(X)))
 
     @pytest.mark.parametrize("longest", [0, MAX_AXES - 1])
-    def test_items_lose_an_axis_and_get_it_back(self, longest):
+    def test_items_of_many_axes_lose_an_axis_and_get_it_back(self, longest):
         X = of_many_axes(longest)
         for backend, balance in RUNS:
             options = {"backend": backend, "balance": balance, "n_jobs": 2, "chunksize": 2}
@@ -47,7 +47,7 @@ class TestManyAxes:
             assert_same(result, X + 1)
 
     @pytest.mark.parametrize(("backend", "balance"), RUNS)
-    def test_of_reversed_axes_and_with_neighbours(self, backend, balance):
+    def test_many_reversed_axes_are_mapped_with_neighbours(self, backend, balance):
         X = of_many_axes(3).T[..., ::-1]
         axis = X.shape.index(5)
         result = map_array(
@@ -64,7 +64,7 @@ class TestManyAxes:
         assert_same(result, X + np.roll(X, 1, axis) + np.roll(X, -1, axis))
 
     @pytest.mark.parametrize(("backend", "balance"), RUNS)
-    def test_a_result_may_have_them_all(self, backend, balance, tmp_path):
+    def test_a_result_may_have_as_many_axes_as_numpy_allows(self, backend, balance, tmp_path):
         path = tmp_path / "Y.npy"
         shape = (1,) * (MAX_AXES - 1)
         result = map_array(
@@ -80,7 +80,7 @@ class TestManyAxes:
         assert np.array_equal(np.load(path), result)
 
     @pytest.mark.parametrize(("backend", "balance"), RUNS)
-    def test_one_too_many_for_items_is_an_error_of_numpy_s(self, backend, balance):
+    def test_one_axis_too_many_is_an_error_of_numpy(self, backend, balance):
         with pytest.raises((ValueError, RuntimeError, IndexError), match=str(MAX_AXES)):
             map_items(
                 lambda x: np.zeros((1,) * MAX_AXES),
@@ -97,7 +97,7 @@ SOME = [("sequential", "static", 1), ("threading", "dynamic", 2), ("loky", "stat
 @pytest.mark.fault(32)
 class TestManyRanges:
     @pytest.mark.parametrize(("backend", "balance"), RUNS)
-    def test_a_hundred_thousand(self, backend, balance):
+    def test_a_hundred_thousand_ranges_are_mapped(self, backend, balance):
         X = np.arange(100_000.0)
         result = map_array(np.negative, X, chunksize=1, backend=backend, balance=balance, n_jobs=2)
         assert last_report().ranges == len(X)
@@ -106,14 +106,14 @@ class TestManyRanges:
     @pytest.mark.parametrize(
         ("backend", "balance"), [("threading", "dynamic"), ("loky", "dynamic")]
     )
-    def test_twenty_thousand_partial_results(self, backend, balance):
+    def test_twenty_thousand_partial_results_are_collected(self, backend, balance):
         X = np.arange(20_000)
         options = {"backend": backend, "balance": balance, "n_jobs": 2, "chunksize": 1}
         assert map_chunks(_first, X, **options) == list(range(20_000))
         assert reduce_array(_first, X, combine=max, **options) == 19_999
 
     @pytest.mark.parametrize(("backend", "balance"), PARALLEL)
-    def test_five_thousand_failures_each_by_name(self, backend, balance):
+    def test_five_thousand_failures_are_each_named(self, backend, balance):
         result, failures = map_items(
             _odd_only,
             np.arange(10_000),
@@ -128,7 +128,7 @@ class TestManyRanges:
         assert (result[::2] == -1).all()
 
     @pytest.mark.parametrize(("backend", "balance"), PARALLEL)
-    def test_chunksize_beyond_every_length(self, backend, balance):
+    def test_a_chunksize_may_exceed_every_length(self, backend, balance):
         X = np.arange(10.0)
         options = {"backend": backend, "balance": balance, "n_jobs": 2}
         assert_same(map_array(np.negative, X, chunksize=10**30, **options), -X)
@@ -137,7 +137,7 @@ class TestManyRanges:
 
 @pytest.mark.fault(32)
 @pytest.mark.parametrize(("backend", "balance"), PARALLEL)
-def test_a_hundred_million_items(backend, balance):
+def test_a_hundred_million_items_are_mapped(backend, balance):
     X = np.arange(10**8, dtype=np.uint8)  # begins again every 256
     result = map_array(np.invert, X, backend=backend, balance=balance, n_jobs=2)
     assert_same(result, ~X)

@@ -133,7 +133,7 @@ def test_rounded_ufuncs_differ_from_the_plain_call_in_the_last_bits_at_most(data
 
 @pytest.mark.fault(28)
 @pytest.mark.parametrize("tail", [(), (3,), (0,), (2, 0, 2)])
-def test_few_items_and_empty_axes(tail):
+def test_few_items_and_empty_axes_are_mapped(tail):
     for n_items in (0, 1, 2, 3, 7, 8, 9, 100):
         X = np.arange(n_items * int(np.prod(tail)), dtype=float).reshape(n_items, *tail)
         assert_same(contract(np.sqrt, X), np.sqrt(X), n_items)
@@ -155,7 +155,7 @@ def test_without_items_the_function_is_called_once_on_the_real_array():
 
 @pytest.mark.fault(30)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_results_of_every_dtype(dtype):
+def test_results_of_every_dtype_are_kept_bit_for_bit(dtype):
     X = np.arange(40)
     table = filled(dtype, (40, 2), np.random.default_rng(3))
     raw, name = table.tobytes(), table.dtype
@@ -179,7 +179,7 @@ def test_results_keep_the_order_of_the_first_array(order):
 # Several arrays, several results, arguments
 
 
-def test_a_tuple_of_results_of_other_ranks_and_dtypes():
+def test_results_in_a_tuple_may_differ_in_rank_and_dtype():
     X = np.arange(60.0).reshape(15, 4)
 
     def func(chunk):
@@ -206,7 +206,7 @@ def test_named_tuples_are_tuples_of_results():
     assert_same((values, vectors), tuple(np.linalg.eigh(X)))
 
 
-def test_out_axis_for_each_of_several_results():
+def test_each_of_several_results_has_its_own_out_axis():
     X = np.arange(60.0).reshape(4, 15)
 
     def func(chunk):
@@ -216,14 +216,14 @@ def test_out_axis_for_each_of_several_results():
     assert_same(result, func(X))
 
 
-def test_results_of_lower_rank():
+def test_results_may_have_fewer_axes_than_chunks():
     X = np.arange(105.0).reshape(5, 7, 3)
     assert_same(contract(lambda c: c.sum(axis=(0, 2)), X, axis=1, out_axis=0), X.sum(axis=(0, 2)))
     assert_same(contract(lambda c: c.sum(axis=0), X, axis=-1), X.sum(axis=0))
 
 
 @pytest.mark.parametrize("chunksize", [None, 1, 4, 100])
-def test_several_arrays_along_axes_of_their_own(chunksize):
+def test_several_arrays_are_mapped_along_axes_of_their_own(chunksize):
     X, Y, Z = np.arange(30.0).reshape(10, 3), np.arange(20, dtype=">i2").reshape(2, 10), np.ones(10)
 
     def func(x, y, z):
@@ -232,7 +232,7 @@ def test_several_arrays_along_axes_of_their_own(chunksize):
     assert_same(contract(func, X, Y, Z, axis=(0, 1, -1), chunksize=chunksize), func(X, Y, Z))
 
 
-def test_one_array_given_twice():
+def test_one_array_may_be_given_twice():
     X = np.arange(30.0).reshape(6, 5)
     assert_same(
         contract(lambda a, b: a @ b.T * 0 + a[:, :1], X, X, chunksize=6), X[:, :1] + X @ X.T * 0
@@ -305,7 +305,7 @@ def test_writable_chunks_are_private_copies(data):
         assert same_bits(np.asarray(X), before)
 
 
-def test_writable_chunks_of_several_arrays_and_the_same_array_twice():
+def test_several_writable_chunks_of_one_array_are_private():
     X = np.arange(12.0)
 
     def func(a, b):
@@ -355,7 +355,7 @@ NEIGHBOURS = {
 
 
 @pytest.mark.parametrize("layout", sorted(strided_samples()))
-def test_neighbours_in_the_call_matter_alike_on_every_run(layout):
+def test_functions_that_mix_neighbouring_items_give_the_same_bits_on_every_run(layout):
     X = strided_samples()[layout]
     for kind, func in NEIGHBOURS.items():
         result = contract(func, X, chunksize=37)
@@ -404,7 +404,7 @@ def test_results_own_their_memory(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_function_that_returns_one_same_array_every_time(backend):
+def test_a_function_may_return_the_same_array_every_time(backend):
     scratch = np.arange(4.0)
 
     def func(chunk):
@@ -587,7 +587,7 @@ def test_arrays_of_objects_go_to_processes_by_default():
 
 
 @pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
-def test_objects_from_numbers(backend, balance):
+def test_numbers_can_be_mapped_to_objects(backend, balance):
     X = np.arange(9)
     objects, doubled = map_array(
         lambda c: (np.array([{int(x)} for x in c], object), c * 2),
@@ -644,13 +644,13 @@ def test_a_value_that_does_not_fit_is_named_with_its_range(backend, balance):
         map_array(np.sqrt, np.arange(4.0), dtype="i4", n_jobs=2, backend=backend, balance=balance)
 
 
-def test_a_dtype_for_each_of_several_results():
+def test_each_of_several_results_has_its_own_dtype():
     X = np.arange(20.0)
     result = contract(lambda c: (c, c, c > 3), X, dtype=("f4", None, "i1"), runs=PAIRS)
     assert_same(result, (X.astype("f4"), X, (X > 3).astype("i1")))
 
 
-def test_a_dtype_makes_one_of_results_that_differ():
+def test_results_of_different_dtypes_are_cast_to_one():
     X = np.arange(20)
     result = contract(
         lambda c: c.astype("f4") if c[0] == 4 else c * 1.0, X, dtype="f8", chunksize=4, runs=PAIRS
@@ -674,7 +674,7 @@ def test_results_are_right_after_the_workers_are_gone():
 
 
 @pytest.mark.fault(19)
-def test_four_threads_map_at_once():
+def test_four_threads_can_map_at_once():
     X = np.arange(3000.0).reshape(1000, 3)
     wrong = []
 

@@ -77,7 +77,7 @@ def test_any_layout_and_axis_is_folded_from_left_to_right(data):
         assert all(other == found for other in others)
 
 
-def test_the_order_holds_when_later_ranges_are_done_first(run):
+def test_the_order_is_kept_when_later_ranges_are_done_first(run):
     def slow_first(chunk):
         time.sleep(0.05 if chunk[0] < 2 else 0)
         return str(chunk[0])
@@ -86,14 +86,14 @@ def test_the_order_holds_when_later_ranges_are_done_first(run):
     assert text == "0123456789"
 
 
-def test_what_is_not_associative_goes_from_left_to_right(run):
+def test_an_operation_that_is_not_associative_is_folded_from_left_to_right(run):
     found = reduce_array(
         lambda c: float(c[0]), np.arange(1, 9), combine=operator.sub, chunksize=1, **run
     )
     assert found == 1 - sum(range(2, 9))
 
 
-def test_combine_runs_in_the_caller_one_call_less_than_ranges(run):
+def test_combine_runs_in_the_caller_one_time_less_than_there_are_ranges(run):
     calls = []
 
     def combine(left, right):
@@ -185,7 +185,7 @@ def test_combine_must_be_callable(combine):
         reduce_array(np.sum, X, combine=combine, n_jobs=2)
 
 
-def test_several_arrays_arguments_and_neighbours(run):
+def test_several_arrays_arguments_and_neighbours_can_be_reduced(run):
     Y, Z = np.arange(10), np.arange(20).reshape(2, 10)
 
     def func(y, z, more, *, times):

@@ -40,7 +40,7 @@ def held():
 
 @contextmanager
 def descriptor_of(array):
-    """A descriptor of the memory that an array lies in, which keeps no page of it."""
+    """Open a descriptor of the memory of an array, which keeps no page of it."""
     fd = os.dup(locate(array).segment.fd)
     del array
     try:
@@ -51,7 +51,7 @@ def descriptor_of(array):
 
 class TestShare:
     @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_is_an_ordinary_copy(self, layout):
+    def test_share_gives_an_ordinary_copy(self, layout):
         X = LAYOUTS[layout]()
         shared = share(X)
         assert type(shared) is np.ndarray
@@ -67,7 +67,7 @@ class TestShare:
 
     @pytest.mark.parametrize("layout", sorted(KEPT.keys() | GATHERED.keys()))
     @pytest.mark.parametrize("balance", ["static", "dynamic"])
-    def test_is_seen_without_a_copy(self, layout, balance):
+    def test_a_shared_array_is_read_without_a_copy(self, layout, balance):
         shared = share(LAYOUTS[layout]())
         views = [shared, shared.T, shared[::-1], shared[: max(1, len(shared) // 2) : 2]]
         for view in views:
@@ -76,7 +76,7 @@ class TestShare:
                 assert last_report().bytes_copied == 0
                 assert same_bits(result, np.ascontiguousarray(view))
 
-    def test_of_a_file_a_list_and_a_share(self, tmp_path):
+    def test_files_lists_and_shared_arrays_can_be_shared(self, tmp_path):
         np.save(tmp_path / "X.npy", np.arange(6.0))
         for X in (tmp_path / "X.npy", [0.0, 1, 2, 3, 4, 5], share(np.arange(6.0))):
             shared = share(X)
@@ -87,7 +87,7 @@ class TestShare:
     @pytest.mark.parametrize(
         "X", [np.array([{}], object), np.ma.zeros(3), np.float64(3), "X.dat"], ids=repr
     )
-    def test_of_what_cannot_be_is_refused(self, X):
+    def test_arrays_that_cannot_be_shared_are_refused(self, X):
         with pytest.raises(TypeError, match=r"object|masked|0-dimensional|must end in"):
             share(X)
 
@@ -96,7 +96,7 @@ class TestEmpty:
     @pytest.mark.parametrize("shape", [5, (5,), (3, 4), (), (0, 3), (2, 0), np.int64(4)])
     @pytest.mark.parametrize("order", ["C", "F"])
     @pytest.mark.parametrize("dtype", ["f8", ">i4", "U3", "M8[s]", "i1, f8"])
-    def test_is_like_numpy_s(self, dtype, order, shape):
+    def test_empty_equals_that_of_numpy(self, dtype, order, shape):
         made, expected = empty(shape, dtype, order), np.empty(shape, dtype, order)
         assert (made.shape, made.dtype) == (expected.shape, expected.dtype)
         assert made.flags.writeable
@@ -104,12 +104,12 @@ class TestEmpty:
         made[...] = np.zeros((), dtype)
         assert same_bits(made, np.zeros(shape, dtype))
 
-    def test_is_of_floats_in_c_order_by_default(self):
+    def test_empty_has_floats_in_c_order_by_default(self):
         made = empty((3, 4))
         assert made.dtype == np.float64
         assert made.flags.c_contiguous
 
-    def test_is_seen_and_filled_without_a_copy(self):
+    def test_an_empty_array_is_read_and_filled_without_a_copy(self):
         X, out = empty((100, 3)), empty((100, 3), order="F")
         X[...] = np.arange(300.0).reshape(100, 3)
         for _ in range(2):
@@ -119,32 +119,32 @@ class TestEmpty:
             X += 1
 
     @pytest.mark.parametrize("dtype", [object, "O", [("a", "O")]])
-    def test_of_objects_is_refused(self, dtype):
+    def test_empty_arrays_of_objects_are_refused(self, dtype):
         with pytest.raises(TypeError, match="cannot lie in shared memory"):
             empty(3, dtype)
 
-    def test_of_strings_of_any_length_is_refused(self):
+    def test_empty_arrays_of_strings_of_any_length_are_refused(self):
         if not hasattr(np.dtypes, "StringDType"):
             pytest.skip("NumPy 1 has no StringDType")  # its oldest version runs in CI
         with pytest.raises(TypeError, match="cannot lie in shared memory"):
             empty(3, np.dtypes.StringDType())
 
     @pytest.mark.parametrize("shape", [-1, (3, -2), (-1, 0)])
-    def test_negative_lengths(self, shape):
+    def test_negative_lengths_are_refused(self, shape):
         with pytest.raises(ValueError, match="must not be negative"):
             empty(shape)
 
     @pytest.mark.parametrize("shape", [2.0, "3", (2, 2.5), None])
-    def test_lengths_that_are_no_integers(self, shape):
+    def test_lengths_that_are_no_integers_are_refused(self, shape):
         with pytest.raises(TypeError):
             empty(shape)
 
     @pytest.mark.parametrize("order", ["K", "A", None, "c"])
-    def test_other_orders(self, order):
+    def test_unknown_orders_are_refused(self, order):
         with pytest.raises(ValueError, match="order must be 'C' or 'F'"):
             empty(3, order=order)
 
-    def test_more_than_there_is(self):
+    def test_more_memory_than_there_is_is_refused(self):
         before = held()
         with pytest.raises(MemoryError, match="bytes"):
             empty((1 << 50,))
@@ -155,7 +155,7 @@ class TestLife:
     @pytest.mark.parametrize(
         "make", [lambda: share(np.zeros((300, 300))), lambda: empty((300, 300))]
     )
-    def test_ends_with_the_last_view(self, make):
+    def test_shared_memory_is_freed_with_the_last_view(self, make):
         before = held()
         X = make()
         view = X.T[::2, 5:]
@@ -169,7 +169,7 @@ class TestLife:
         del view
         assert held() == before
 
-    def test_memory_ends_though_workers_keep_it_mapped(self):
+    def test_shared_memory_is_freed_though_workers_keep_it_mapped(self):
         X = share(np.ones((300, 300)))
         with descriptor_of(X) as fd:
             for _ in range(2):
@@ -178,7 +178,7 @@ class TestLife:
             del X
             assert os.fstat(fd).st_blocks == 0
 
-    def test_so_does_that_of_results(self):
+    def test_memory_of_results_is_freed_though_workers_keep_it_mapped(self):
         result = map_array(np.copy, np.ones((300, 300)), **LOKY)
         with descriptor_of(result) as fd:
             map_array(np.copy, result, **LOKY)
@@ -202,7 +202,7 @@ class TestLife:
         assert maps_of_workers() == before
         assert max(before) <= 10
 
-    def test_what_a_function_keeps_of_it_stays_in_the_worker(self):
+    def test_an_array_that_a_function_keeps_stays_valid_in_the_worker(self):
         def keep(chunk):
             import operator as anything  # a module outlives the call
 
@@ -231,7 +231,7 @@ class TestLife:
         finally:
             map_chunks(drop, one, chunksize=1, **LOKY)
 
-    def test_a_hundred_of_them(self):
+    def test_a_hundred_shared_arrays_leave_nothing_behind(self):
         before = held()
         for _ in range(100):
             X = share(np.arange(100.0))
@@ -243,7 +243,7 @@ class TestLife:
 @pytest.mark.fault(25)
 class TestChanges:
     @pytest.mark.parametrize("in_a_block", [False, True])
-    def test_are_seen_by_the_next_call(self, in_a_block):
+    def test_changes_are_seen_by_the_next_call(self, in_a_block):
         X = share(np.zeros((50, 4)))
         mapper = StaticParallelMapper(**LOKY)
         if in_a_block:
@@ -258,7 +258,7 @@ class TestChanges:
             if in_a_block:
                 mapper.__exit__(None, None, None)
 
-    def test_workers_cannot_make_them(self):
+    def test_workers_cannot_change_a_shared_array(self):
         def spoil(chunk):
             chunk.flags.writeable = True
 
@@ -300,7 +300,7 @@ class Endless:
 
 
 @pytest.mark.parametrize("backend", ["threading", "loky"])
-def test_arrays_over_objects_that_have_a_base_of_their_own(backend):
+def test_arrays_over_objects_with_a_base_of_their_own_are_mapped(backend):
     X = np.asarray(Endless(np.arange(6.0)))
     assert isinstance(X.base, Endless)
     assert_same(map_array(np.sqrt, X, backend=backend, n_jobs=2), np.sqrt(np.arange(6.0)))

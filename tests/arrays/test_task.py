@@ -1,4 +1,4 @@
-"""What a range does with what the function returns."""
+"""Results of the function, from its return to their place."""
 
 import re
 import threading
@@ -35,9 +35,9 @@ VIEWS = {
 
 
 @pytest.mark.fault(7)
-class TestResultsThatAreTheChunk:
+class TestResultsFromChunks:
     @pytest.mark.parametrize("case", VIEWS)
-    def test_own_their_memory(self, case, run):
+    def test_results_that_are_the_chunk_own_their_memory(self, case, run):
         X = np.random.default_rng(0).normal(size=(50, 4))
         expected = VIEWS[case](X.copy())
         result = map_array(VIEWS[case], X, chunksize=7, **run)
@@ -48,10 +48,10 @@ class TestResultsThatAreTheChunk:
             assert not np.shares_memory(one, X)
             assert np.array_equal(one, other)
             assert one.flags.writeable
-            one[...] = 5  # and nobody minds
+            one[...] = 5  # it is a copy
         assert (X == -1).all()
 
-    def test_are_right_after_the_workers_are_gone(self, tmp_path):
+    def test_results_are_right_after_the_workers_are_gone(self, tmp_path):
         code = (
             "import gc\n"
             "import numpy as np\n"
@@ -75,7 +75,7 @@ class TestResultsThatAreTheChunk:
         assert run_script(tmp_path, code).strip() == "right"
 
     @pytest.mark.parametrize(("backend", "balance"), PARALLEL)
-    def test_from_chunks_and_items_outlive_the_call(self, backend, balance):
+    def test_chunks_and_items_that_are_returned_outlive_the_call(self, backend, balance):
         options = {"backend": backend, "balance": balance, "n_jobs": 2, "chunksize": 6}
         X = np.arange(20.0).reshape(10, 2)
         chunks = map_chunks(lambda c: c, X, **options)
@@ -84,7 +84,7 @@ class TestResultsThatAreTheChunk:
         assert np.array_equal(np.concatenate(chunks), X)
         assert_same(items, X)
 
-    def test_of_writable_chunks(self, run):
+    def test_writable_chunks_that_are_returned_own_their_memory(self, run):
         def spoil(chunk):
             chunk *= 2
             return chunk
@@ -95,8 +95,8 @@ class TestResultsThatAreTheChunk:
 
 
 @pytest.mark.fault(5)
-class TestResultsThatAreNone:
-    """Of no use to an array: errors that say what and where."""
+class TestUnusableResults:
+    """Results that cannot become an array: errors that say what and where."""
 
     @pytest.mark.parametrize(
         ("func", "said"),
@@ -110,7 +110,7 @@ class TestResultsThatAreNone:
             (lambda c: threading.Lock(), "lock"),
         ],
     )
-    def test_named_with_their_type(self, func, said, run):
+    def test_results_that_are_no_arrays_are_named_with_their_type(self, func, said, run):
         with pytest.raises(TypeError, match="needs an array with the chunk's length") as caught:
             map_array(func, np.arange(10.0), chunksize=4, **run)
         assert said in str(caught.value)
@@ -125,17 +125,17 @@ class TestResultsThatAreNone:
             (lambda c: (c, c[:2]), r"length 2 along axis 0"),
         ],
     )
-    def test_of_a_wrong_length(self, func, said, run):
+    def test_results_of_a_wrong_length_are_refused(self, func, said, run):
         with pytest.raises(ValueError, match=said):
             map_array(func, np.arange(8.0), chunksize=4, **run)
 
-    def test_masked(self, run):
+    def test_masked_results_are_refused(self, run):
         with pytest.raises(TypeError, match="masked"):
             map_array(np.ma.masked_array, np.arange(8.0), **run)
         with pytest.raises(TypeError, match="masked"):
             map_items(lambda x: np.ma.masked_array([x]), np.arange(8.0), **run)
 
-    def test_sequences_of_masked(self, run):
+    def test_sequences_of_masked_results_are_refused(self, run):
         with pytest.raises(TypeError, match="masked"):
             map_array(lambda c: [np.ma.masked_array([x]) for x in c], np.arange(8.0), **run)
         with pytest.raises(TypeError, match="masked"):
@@ -143,13 +143,13 @@ class TestResultsThatAreNone:
         with pytest.raises(TypeError, match="masked"):
             map_items(lambda x: np.ma.masked_array([x]), np.arange(8.0), dtype=object, **run)
 
-    def test_masked_items(self, run):
+    def test_masked_items_are_refused(self, run):
         # The warning that NumPy gives on the way may come first; no number may.
         with pytest.raises((TypeError, UserWarning), match="masked"):
             map_items(lambda x: np.ma.masked if x == 2 else x, np.arange(8.0), **run)
 
     @pytest.mark.parametrize("value", [None, "generator", {"a": 1}, {1, 2}, object()], ids=repr)
-    def test_among_items(self, value, run):
+    def test_items_that_are_no_numbers_are_refused(self, value, run):
         def func(x):
             if x != 5:
                 return x
@@ -158,16 +158,16 @@ class TestResultsThatAreNone:
         with pytest.raises(TypeError, match=r"for item 5; map_items stacks numbers and arrays"):
             map_items(func, np.arange(8.0), **run)
 
-    def test_items_of_different_shapes(self, run):
+    def test_items_of_different_shapes_are_refused(self, run):
         with pytest.raises(ValueError, match=r"same shape"):
             map_items(lambda x: np.zeros(int(x)), np.arange(8.0), **run)
 
-    def test_ragged_items(self, run):
+    def test_ragged_items_are_refused(self, run):
         with pytest.raises(ValueError, match=r"inhomogeneous|different lengths|same shape"):
             map_items(lambda x: [[1], [2, 3]], np.arange(8.0), **run)
 
     @pytest.mark.parametrize("chunksize", [1, 3, 8])
-    def test_items_that_are_tuples_now_and_then(self, chunksize, run):
+    def test_items_that_are_tuples_only_sometimes_are_refused(self, chunksize, run):
         for odd in (0, 3, 7):
             with pytest.raises(ValueError, match="tuple"):
                 map_items(
@@ -196,7 +196,7 @@ class TestResultsThatCannotTravel:
     @pytest.mark.parametrize(
         "make", [threading.Lock, lambda: (x for x in "ab"), Unloadable], ids=["lock", "gen", "load"]
     )
-    def test_are_errors_and_workers_stay(self, make, verb, balance):
+    def test_results_that_cannot_be_pickled_are_errors_and_workers_stay(self, make, verb, balance):
         options = {"balance": balance, "backend": "loky", "n_jobs": 2}
         map_chunks(len, np.arange(4), **options)
         before = _pids(options)
@@ -207,7 +207,7 @@ class TestResultsThatCannotTravel:
         assert _pids(options) == before
 
     @pytest.mark.parametrize("balance", ["static", "dynamic"])
-    def test_stay_where_they_are_in_threads(self, balance):
+    def test_threads_return_results_that_cannot_be_pickled(self, balance):
         locks = map_chunks(
             lambda c: threading.Lock(), np.arange(4), backend="threading", balance=balance, n_jobs=2
         )
@@ -215,7 +215,7 @@ class TestResultsThatCannotTravel:
         assert all(lock.acquire(blocking=False) for lock in locks)
 
     @pytest.mark.parametrize("balance", ["static", "dynamic"])
-    def test_objects_of_an_array_too(self, balance):
+    def test_objects_in_an_output_must_be_picklable(self, balance):
         with pytest.raises(TypeError, match="pickle"):
             map_items(
                 lambda x: threading.Lock(),
@@ -243,12 +243,12 @@ def _pids(options):
 
 
 class TestOrder:
-    def test_chunks_come_in_the_order_of_ranges(self, run):
+    def test_chunks_are_returned_in_the_order_of_ranges(self, run):
         found = map_chunks(lambda c: c.tolist(), np.arange(103), chunksize=4, **run)
         assert found == [list(range(start, min(start + 4, 103))) for start in range(0, 103, 4)]
 
     @pytest.mark.parametrize("chunksize", [1, 3, 17, 200])
-    def test_folds_go_from_the_first_to_the_last(self, chunksize, run):
+    def test_folds_go_from_the_first_range_to_the_last(self, chunksize, run):
         found = reduce_array(
             lambda c: c.tolist(),
             np.arange(103),
@@ -265,7 +265,7 @@ class TestItemsAgainstStack:
         "dtype", ["f8", ">f8", "f4", "?", "i1", ">u2", "c8", "U2", "M8[s]", "g"]
     )
     @pytest.mark.parametrize("chunksize", [1, 3, 50])
-    def test_dtypes(self, dtype, chunksize, run):
+    def test_items_of_every_dtype_are_stacked(self, dtype, chunksize, run):
         for shape in ((20,), (20, 2)):
             X = np.arange(20 * len(shape)).reshape(20, -1)[:, : len(shape)].astype(dtype)
             X = X[:, 0] if len(shape) == 1 else X
@@ -289,7 +289,7 @@ class TestItemsAgainstStack:
         ],
         ids=repr,
     )
-    def test_promotion_does_not_depend_on_the_cut(self, values, chunksize, run):
+    def test_promotion_does_not_depend_on_the_chunksize(self, values, chunksize, run):
         for order in ((0, 1), (1, 0)):
             picks = [order[0]] * 7 + [order[1]] * 6
 
@@ -302,7 +302,7 @@ class TestItemsAgainstStack:
             assert np.array_equal(result, expected)
 
 
-def test_shutdown_is_for_good_measure():
+def test_workers_can_be_started_again_after_shutdown():
     taskcarrier.shutdown()
     warm_pools(2)
     assert_same(map_array(np.negative, np.arange(3.0), n_jobs=2, backend="loky"), -np.arange(3.0))

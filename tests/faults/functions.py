@@ -1,4 +1,4 @@
-"""What workers run in these tests; it imports nothing that is slow, for new workers come often."""
+"""Functions that workers run in these tests; no slow imports, because new workers start often."""
 
 import os
 
@@ -10,14 +10,14 @@ def pid_chunk(chunk):
 
 
 def note(path, what):
-    """Write a line down, whatever happens to this process next."""
+    """Append a line to a file at once: this process may die next."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.write(fd, f"{what}\n".encode())
     os.close(fd)
 
 
 def noted(path):
-    """The lines that were written down, in order."""
+    """Return the noted lines in order."""
     try:
         with open(path, encoding="utf-8") as file:  # noqa: PTH123  # as above
             return file.read().splitlines()
@@ -26,11 +26,11 @@ def noted(path):
 
 
 def times(path, what):
-    """Write it down; the how-manieth time that was. One process at a time may ask for one thing."""
+    """Note something and count how often it is noted now; for one process at a time."""
     note(path, what)
     return noted(path).count(str(what))
 
 
 def span(chunk):
-    """What numbers a chunk of `np.arange` has, as a word."""
+    """Return the range of a chunk of `np.arange` as text."""
     return f"{int(chunk[0])}:{int(chunk[-1]) + 1}"

@@ -1,4 +1,4 @@
-"""What the tests of what goes wrong share."""
+"""Helpers of the tests of faults."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ OF_BALANCE = {"static": StaticParallelMapper, "dynamic": DynamicParallelMapper}
 
 
 def gone(process):
-    """Ended; in a container nobody may be there to bury it."""
+    """Tell whether a process has ended; in a container it may stay a zombie."""
     try:
         return process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -40,7 +40,7 @@ def all_gone(processes, seconds):
 
 @contextmanager
 def running(folder, code, *arguments, ready="ready", **environment):
-    """A script that has said it is ready, and the processes below it."""
+    """Start a script, wait until it is ready, and find the processes below it."""
     process = start_script(folder, code, *arguments, **environment)
     below = []
     try:
@@ -57,7 +57,7 @@ def running(folder, code, *arguments, ready="ready", **environment):
 
 
 def present(missing, n_items):
-    """Which items are in none of the missing ranges."""
+    """Return a mask of the items that are in none of the missing ranges."""
     there = np.ones(n_items, bool)
     for start, stop in missing:
         there[start:stop] = False
@@ -84,7 +84,7 @@ def output_of(code, **environment):
 
 
 def unshared(*mounts):
-    """A prefix that runs a command in mounts of its own, or None where that is not permitted."""
+    """Return a prefix that runs a command with its own mounts, or None if not permitted."""
     script = " && ".join(["mount --make-rprivate /", *mounts, 'exec "$@"'])
     prefix = ("unshare", "-m", "sh", "-c", script, "sh")
     try:
@@ -95,7 +95,7 @@ def unshared(*mounts):
 
 
 def opened_up(aside):
-    """Mounts that let every user run this Python; `aside` is an empty folder."""
+    """Return mounts that let every user run this Python; `aside` is an empty folder."""
     mounts = []
     needed = {Path(sys.executable).resolve(), Path(np.__file__), ROOT}
     for closed in {one for path in needed for one in path.parents if not one.stat().st_mode & 1}:

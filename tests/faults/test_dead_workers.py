@@ -156,7 +156,7 @@ def test_deaths_do_not_show_in_results_of_other_verbs(balance, tmp_path):
 
 @pytest.mark.fault(11)
 @pytest.mark.parametrize("balance", BALANCES)
-def test_results_that_were_on_their_way_are_computed_again(balance, tmp_path):
+def test_results_lost_with_a_worker_are_computed_again(balance, tmp_path):
     def func(i):
         if i == 450 and times(tmp_path / "log", i) == 1:
             os._exit(3)
@@ -172,7 +172,7 @@ def test_results_that_were_on_their_way_are_computed_again(balance, tmp_path):
     [(0, DeadlyError, "static"), (1, DeadlyError, "dynamic"), (0, DeadlyExit, "dynamic")],
 )
 @pytest.mark.parametrize("verb", VERBS)
-def test_an_error_that_kills_on_its_way_is_a_death(verb, retries, kind, balance):
+def test_an_error_that_kills_while_it_is_pickled_is_a_death(verb, retries, kind, balance):
     X, func = np.arange(10.0), partial(fails_on_five, kind=kind)
     with pytest.raises(WorkerDiedError, match="exited with code 3 while mapping") as caught:
         VERBS[verb](func, X, balance=balance, retries=retries)
@@ -186,7 +186,7 @@ def test_an_error_that_kills_on_its_way_is_a_death(verb, retries, kind, balance)
 @pytest.mark.fault(11)
 @pytest.mark.parametrize("balance", BALANCES)
 @pytest.mark.parametrize("verb", VERBS)
-def test_an_error_that_kills_on_its_way_once_costs_nothing(verb, balance, tmp_path):
+def test_an_error_that_kills_while_it_is_pickled_once_costs_nothing(verb, balance, tmp_path):
     log = tmp_path / "log"
 
     def fails_once(x):
@@ -203,7 +203,7 @@ def test_an_error_that_kills_on_its_way_once_costs_nothing(verb, balance, tmp_pa
 @pytest.mark.fault(10, 11)
 @pytest.mark.parametrize("balance", BALANCES)
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_warning_that_kills_on_its_way_costs_nothing(verb, balance):
+def test_a_warning_that_kills_while_it_is_pickled_costs_nothing(verb, balance):
     def warns(x):
         if np.any(np.asarray(x) == 5):
             warnings.warn(DeadlyWarning("five"), stacklevel=1)
@@ -215,7 +215,7 @@ def test_a_warning_that_kills_on_its_way_costs_nothing(verb, balance):
 
 @pytest.mark.fault(11)
 @pytest.mark.parametrize("balance", BALANCES)
-def test_an_error_that_kills_on_its_way_completes_no_file(balance, tmp_path):
+def test_an_error_that_kills_while_it_is_pickled_completes_no_file(balance, tmp_path):
     X, Y = np.arange(10.0), tmp_path / "Y.npy"
     switch = tmp_path / "switch"
 
@@ -234,7 +234,7 @@ def test_an_error_that_kills_on_its_way_completes_no_file(balance, tmp_path):
 
 
 @pytest.mark.fault(11, 13)
-def test_an_error_that_kills_on_its_way_can_be_collected():
+def test_an_error_that_kills_while_it_is_pickled_can_be_collected():
     X = np.arange(10.0)
     result, (failed,) = map_items(fails_on_five, X, on_error="collect", retries=0, **LOKY)
     assert (failed.start, failed.stop) == (5, 6)
@@ -244,7 +244,9 @@ def test_an_error_that_kills_on_its_way_can_be_collected():
 
 @pytest.mark.fault(2, 11)
 @pytest.mark.parametrize("balance", BALANCES)
-def test_an_error_that_arrives_is_raised_though_another_kills_on_its_way(balance, tmp_path):
+def test_an_error_that_arrives_is_raised_though_another_kills_while_it_is_pickled(
+    balance, tmp_path
+):
     log, begun = tmp_path / "log", tmp_path / "begun"
 
     def func(i):
@@ -301,7 +303,7 @@ def test_a_range_that_always_kills_costs_no_other_worker(balance, way):
 
 @pytest.mark.fault(11)
 @pytest.mark.parametrize(("way", "balance"), [("SIGKILL", "static"), ("exit", "dynamic")])
-def test_an_item_of_a_list_that_always_kills(balance, way):
+def test_an_item_of_a_list_that_always_kills_is_named(balance, way):
     die, exitcode, words = KILLS[way]
 
     def func(i):
@@ -347,7 +349,7 @@ def test_without_retries_nothing_is_run_twice(balance, tmp_path):
 
 
 @pytest.mark.parametrize("balance", BALANCES)
-def test_when_every_worker_dies_all_that_has_no_result_is_missing(balance):
+def test_all_items_without_a_result_are_missing_when_every_worker_dies(balance):
     def func(chunk):
         time.sleep(0.002)
         if chunk[0] in {4, 5, 14}:
@@ -368,7 +370,7 @@ def test_when_every_worker_dies_all_that_has_no_result_is_missing(balance):
 
 @pytest.mark.parametrize("balance", BALANCES)
 @pytest.mark.parametrize("retries", [0, 2])
-def test_a_worker_that_dies_and_another_that_fails(retries, balance, tmp_path):
+def test_a_death_and_a_failure_at_once_are_both_told(retries, balance, tmp_path):
     def func(chunk):
         (tmp_path / str(chunk[0])).touch()
         while len(list(tmp_path.iterdir())) < 2:
@@ -523,7 +525,7 @@ def test_an_item_that_kills_is_found_by_one_death_for_each_halving(item, halves,
 
 @pytest.mark.fault(13)
 @pytest.mark.parametrize(("verb", "balance"), [(mapped_items, "static"), (mapped_list, "dynamic")])
-def test_a_single_item_that_kills_is_named_whatever_calls_it(verb, balance, tmp_path):
+def test_a_single_item_that_kills_is_named_in_every_verb(verb, balance, tmp_path):
     def func(x):
         if x == 5:
             note(tmp_path / "log", "killed")
@@ -595,7 +597,7 @@ def test_items_that_kill_are_collected_by_items_and_lists(balance):
     ],
     ids=["map_array with depth", "map_chunks", "reduce_array"],
 )
-def test_ranges_that_cannot_be_cut_are_named_whole(call, balance, tmp_path):
+def test_ranges_that_cannot_be_split_are_named_whole(call, balance, tmp_path):
     def func(chunk):
         if 20 in chunk:
             note(tmp_path / "log", len(chunk))
@@ -672,7 +674,7 @@ def test_the_others_go_on_when_a_range_hangs(balance):
 
 @pytest.mark.fault(14)
 @pytest.mark.parametrize(("backend", "balance"), RUNS)
-def test_the_time_is_that_of_a_range_and_not_of_the_run(backend, balance):
+def test_the_timeout_counts_for_a_range_and_not_for_the_run(backend, balance):
     run = {"n_jobs": 2, "backend": backend, "balance": balance}
     X = np.arange(16.0 if backend == "sequential" else 32.0)
     result = map_array(lambda c: time.sleep(0.17) or c, X, chunksize=1, timeout=LATE, **run)
@@ -682,7 +684,7 @@ def test_the_time_is_that_of_a_range_and_not_of_the_run(backend, balance):
 
 @pytest.mark.fault(14)
 @pytest.mark.parametrize(("backend", "balance"), HERE)
-def test_where_nothing_can_be_stopped_a_range_is_late_at_its_end(backend, balance, monkeypatch):
+def test_a_range_that_cannot_be_stopped_is_late_at_its_end(backend, balance, monkeypatch):
     clock = stopped_clock(monkeypatch)
 
     def func(chunk):
@@ -722,9 +724,7 @@ def test_nothing_is_written_after_a_call_that_took_too_long(backend, balance):
 
 @pytest.mark.fault(14)
 @pytest.mark.parametrize(("backend", "balance"), RUNS)
-def test_a_range_that_was_late_once_is_run_again_if_that_is_asked_for(
-    backend, balance, tmp_path, monkeypatch
-):
+def test_a_late_range_is_run_again_if_retry_on_says_so(backend, balance, tmp_path, monkeypatch):
     if backend == "loky":
         be_late, timeout = partial(time.sleep, LONG), LATE
     else:
@@ -808,7 +808,9 @@ def test_only_items_that_fail_are_called_again(backend, balance, tmp_path):
 @pytest.mark.fault(15)
 @pytest.mark.parametrize(("backend", "balance"), RUNS)
 @pytest.mark.parametrize(("kind", "n_calls"), [(ConnectionError, 3), (LookupError, 1)])
-def test_what_fails_too_often_or_otherwise_is_raised(kind, n_calls, backend, balance, tmp_path):
+def test_an_item_that_fails_too_often_or_with_another_error_is_raised(
+    kind, n_calls, backend, balance, tmp_path
+):
     log = tmp_path / "log"
 
     def func(x):
@@ -832,7 +834,7 @@ def test_what_fails_too_often_or_otherwise_is_raised(kind, n_calls, backend, bal
 
 @pytest.mark.fault(15)
 @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
-def test_collected_errors_were_tried_again_first(backend, tmp_path):
+def test_errors_are_collected_after_all_retries(backend, tmp_path):
     log = tmp_path / "log"
 
     def func(chunk):
@@ -902,12 +904,12 @@ if __name__ == "__main__":
 
 
 @pytest.mark.fault(16)
-def test_memory_that_runs_out_is_an_error_of_its_range(tmp_path):
+def test_a_memory_error_names_its_range(tmp_path):
     assert run_script(tmp_path, HUNGRY, OPENBLAS_NUM_THREADS="1") == "fine\n"
 
 
 @pytest.mark.fault(16)
-def test_what_the_kernel_kills_when_memory_runs_out_says_so():
+def test_a_worker_killed_by_sigkill_hints_at_memory():
     mapper = StaticParallelMapper(**LOKY)
     with pytest.raises(WorkerDiedError, match=r"SIGKILL.*memory runs out"):
         mapper.map(lambda i: os.kill(os.getpid(), signal.SIGKILL), range(2), retries=0)

@@ -122,7 +122,7 @@ if __name__ == "__main__":
 
 @pytest.mark.fault(49)
 @pytest.mark.parametrize("backend", ["threading", "loky"])
-def test_all_works_without_proc(tmp_path, backend):
+def test_everything_works_without_proc(tmp_path, backend):
     prefix = unshared("mount -t tmpfs tmpfs /proc")
     if prefix is None:
         pytest.skip("mounting needs root")
@@ -143,7 +143,7 @@ SHARED_MEMORY = {
 
 @pytest.mark.fault(23)
 @pytest.mark.parametrize("state", SHARED_MEMORY)
-def test_without_a_shared_memory_file_system_workers_are_as_many_and_where_they_were(
+def test_without_a_shared_memory_file_system_the_backend_and_number_of_workers_stay(
     state, tmp_path
 ):
     folder = tmp_path / "devices"
@@ -244,7 +244,7 @@ if __name__ == "__main__":
 
 @pytest.mark.fault(23)
 @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
-def test_an_output_file_that_has_no_room_is_named_with_sizes(backend, tmp_path):
+def test_an_output_file_that_does_not_fit_is_named_with_sizes(backend, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     prefix = unshared(f"mount -t tmpfs -o size=1m tmpfs '{disk}'")
@@ -288,7 +288,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.fault(23)
-def test_a_limit_on_files_is_told_with_sizes(tmp_path):
+def test_a_limit_on_file_sizes_is_named_with_sizes(tmp_path):
     code = """
 import errno, os, resource, sys
 import numpy as np
@@ -379,7 +379,7 @@ CALLS_WITH_A_FILE = {
 
 
 @pytest.mark.fault(41)
-class TestFilesThatAreCutOff:
+class TestTruncatedFiles:
     @pytest.fixture
     def path(self, tmp_path):
         np.save(tmp_path / "X.npy", np.ones(50_000))  # after 128 bytes of header
@@ -389,21 +389,21 @@ class TestFilesThatAreCutOff:
     @pytest.mark.parametrize("how", ["numpy", "ours"])
     @pytest.mark.parametrize("call", CALLS_WITH_A_FILE)
     @pytest.mark.parametrize("left", [200_000, 400_100])
-    def test_it_is_named_before_anything_runs(self, call, how, backend, left, path):
+    def test_a_truncated_file_is_named_before_anything_runs(self, call, how, backend, left, path):
         mapped = load(path, "r+") if how == "ours" else np.load(path, mmap_mode="r+")
         os.truncate(path, left)
         with pytest.raises(ValueError, match=rf"X\.npy was cut off: it has {left:,} bytes") as info:
             CALLS_WITH_A_FILE[call](mapped, {"backend": backend, "n_jobs": 2})
         assert "needs 400,128" in str(info.value)
 
-    def test_what_is_there_can_be_mapped(self, path):
+    def test_the_part_of_a_truncated_file_that_exists_can_be_mapped(self, path):
         mapped = np.memmap(path, "f8", "r", offset=128)
         os.truncate(path, 200_128)
         assert map_array(np.negative, mapped[:25_000]).sum() == -25_000
         with pytest.raises(ValueError, match="needs 200,136"):
             map_array(np.negative, mapped[:25_001])
 
-    def test_pages_that_are_private_stay(self, path):
+    def test_private_pages_of_a_truncated_file_can_be_mapped(self, path):
         os.truncate(path, 1000)
         mapped = np.memmap(path, "f8", "c", shape=125)
         mapped[:] = 2
@@ -413,34 +413,34 @@ class TestFilesThatAreCutOff:
         with pytest.raises(ValueError, match="it has 0 bytes"):
             map_array(np.negative, mapped)
 
-    def test_devices_have_no_size(self):
+    def test_mapped_devices_have_no_size(self):
         with open("/dev/zero", "r+b") as device:  # noqa: PTH123  # only its descriptor is used
             mapped = np.frombuffer(mmap.mmap(device.fileno(), 8000), "f8")
         for backend in ("sequential", "threading", "loky"):
             assert not map_array(np.negative, mapped, backend=backend, n_jobs=2).any()
 
-    def test_a_mapping_without_a_descriptor_is_taken_as_it_is(self, path):
+    def test_a_mapping_without_a_descriptor_is_not_checked(self, path):
         options = {"trackfd": False} if sys.version_info >= (3, 13) else {}
         with path.open("rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, **options)
         mapped = np.frombuffer(mapping, "f8", offset=128)
         assert map_array(np.negative, mapped, backend="threading", n_jobs=2).sum() == -50_000
 
-    def test_with_an_offset_of_many_pages(self, path):
+    def test_a_truncated_file_with_an_offset_of_many_pages_is_named(self, path):
         mapped = np.memmap(path, "f8", "r", offset=80_000)
         os.truncate(path, 399_000)  # longer than what is mapped
         for backend in ("threading", "loky"):
             with pytest.raises(ValueError, match="needs 400,128"):
                 map_array(np.negative, mapped, backend=backend, n_jobs=2)
 
-    def test_in_a_closure(self, path):
+    def test_a_truncated_file_in_a_closure_is_named(self, path):
         mapped = np.load(path, mmap_mode="r")
         os.truncate(path, 200_000)
         with pytest.raises(ValueError, match="was cut off"):
             map_array(lambda chunk: chunk + mapped.sum(), np.ones(3), backend="loky", n_jobs=2)
 
     @pytest.mark.parametrize("balance", BALANCES)
-    def test_while_processes_are_at_it(self, balance, path):
+    def test_a_file_truncated_while_processes_read_it_is_an_error(self, balance, path):
         mapped = np.load(path, mmap_mode="r")
 
         def cut(chunk):
@@ -521,7 +521,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.fault(26)
-def test_two_programs_with_few_descriptors_and_one_temporary_folder(tmp_path):
+def test_two_programs_with_few_descriptors_share_a_temporary_folder(tmp_path):
     folder = tmp_path / "shared"
     folder.mkdir()
     programs = []
@@ -554,7 +554,7 @@ print(np.array_equal(map_array(np.sqrt, X, backend="loky", n_jobs=2), np.sqrt(X)
     assert output_of(code) == "True"
 
 
-def test_a_crew_that_cannot_start_leaves_no_descriptor():
+def test_a_pool_that_cannot_start_leaves_no_descriptor():
     code = """
 import os, resource, warnings
 import numpy as np
@@ -582,7 +582,7 @@ print(count() - before)
 
 @pytest.mark.fault(43)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user with no threads yet")
-def test_more_threads_than_a_user_may_have(tmp_path):
+def test_more_threads_than_a_user_may_have_are_an_error(tmp_path):
     code = """
 import os, resource, threading, time
 import numpy as np
@@ -617,11 +617,11 @@ if __name__ == "__main__":
     assert run_script(tmp_path, code) == "fine\n"
 
 
-class TestPagesThatAreTakenOut:
+class TestFreedPages:
     """Nobody who still looks at shared memory sees zeros, and nothing is kept."""
 
     @pytest.mark.parametrize("argument", [False, True])
-    def test_a_child_that_a_worker_s_function_has_forked_keeps_its_values(self, argument, tmp_path):
+    def test_a_grandchild_forked_by_a_worker_s_function_keeps_its_values(self, argument, tmp_path):
         def spawn(chunk, *arrays):
             seen = arrays[0] if arrays else chunk
             if os.fork() == 0:
@@ -645,7 +645,7 @@ class TestPagesThatAreTakenOut:
         whole = ["1.0 300000.0"] * 2
         assert texts == (whole if argument else ["1.0 150000.0", "150001.0 300000.0"])
 
-    def test_forks_while_other_threads_share(self):
+    def test_a_process_may_fork_while_other_threads_share(self):
         stop = threading.Event()
 
         def sharing():
@@ -667,7 +667,7 @@ class TestPagesThatAreTakenOut:
                 thread.join()
             sys.setswitchinterval(interval)
 
-    def test_memory_is_free_again_though_no_descriptor_is_left(self, tmp_path):
+    def test_memory_is_freed_though_no_descriptor_is_left(self, tmp_path):
         code = """
         import os, resource
         import numpy as np
@@ -691,7 +691,7 @@ class TestPagesThatAreTakenOut:
         """
         assert run_script(tmp_path, textwrap.dedent(code)).strip() == "0"
 
-    def test_the_end_of_a_program_is_silent(self, tmp_path):
+    def test_a_program_ends_silently(self, tmp_path):
         code = """
         import builtins, collections
         import numpy as np

@@ -295,7 +295,7 @@ def deeper(chunk, depth, backend):
 
 @pytest.mark.fault(19)
 @pytest.mark.parametrize("backend", ["threading", "loky"])
-def test_maps_inside_workers_are_serial_three_deep(backend):
+def test_three_nested_maps_inside_workers_are_serial(backend):
     X = np.arange(6)
     result = map_array(deeper, X, args=(2, backend), n_jobs=2, backend=backend, chunksize=2)
     assert_same(result, X + 3)
@@ -303,7 +303,7 @@ def test_maps_inside_workers_are_serial_three_deep(backend):
 
 
 @pytest.mark.parametrize("backend", ["threading", "loky"])
-def test_lists_inside_lists_inside_lists(backend):
+def test_three_nested_list_maps_are_right(backend):
     def lowest(i):
         return [i]
 
@@ -352,12 +352,12 @@ if __name__ == "__main__":
 
 @pytest.mark.fault(19)
 @pytest.mark.parametrize("where", [("loky", ""), ("threading", ""), ("pool", "fork")], ids="-".join)
-def test_maps_inside_workers_of_others_are_right(where, tmp_path):
+def test_maps_inside_workers_of_other_libraries_are_right(where, tmp_path):
     assert run_script(tmp_path, INSIDE, *where, OMP_NUM_THREADS="1") == "fine\n"
 
 
 @pytest.mark.fault(20)
-def test_many_small_calls_leave_descriptors_and_threads_flat():
+def test_many_small_calls_leave_descriptors_and_threads_constant():
     def round_of_calls():
         for backend, balance in RUNS:
             run = {"n_jobs": 2, "backend": backend, "balance": balance}
@@ -395,7 +395,7 @@ def test_many_small_calls_leave_descriptors_and_threads_flat():
     [(*run, ending) for run in RUNS for ending in ("well", "error")]
     + [("loky", "dynamic", "death")],
 )
-def test_the_state_of_the_program_is_as_before(backend, balance, ending):
+def test_a_run_leaves_the_state_of_the_program_as_before(backend, balance, ending):
     def state():
         return {
             "handlers": {number: signal.getsignal(number) for number in signal.valid_signals()},
@@ -455,7 +455,7 @@ def test_an_importable_module_is_seen_as_it_was_imported_until_shutdown(tmp_path
 
 
 @pytest.mark.fault(21)
-def test_limits_on_the_threads_of_libraries_are_as_before():
+def test_a_run_leaves_limits_on_the_threads_of_libraries_as_before():
     from threadpoolctl import threadpool_info
 
     def limits():
@@ -507,7 +507,7 @@ with DynamicParallelMapper(2, backend="loky") as mapper:
         assert output_of(code) == "1.0 1.0"
 
     @pytest.mark.parametrize("how", ["returns", "raises"])
-    def test_a_function_that_forks_goes_on_once(self, how):
+    def test_a_function_that_forks_continues_only_in_the_parent(self, how):
         code = f"""
 import os
 import numpy as np
@@ -562,7 +562,7 @@ print(os.waitstatus_to_exitcode(status), counts() == before)
         assert output_of(code) == "0 True"
 
 
-def test_relative_paths_mean_what_they_mean_in_the_caller(tmp_path, monkeypatch):
+def test_relative_paths_are_resolved_as_in_the_caller(tmp_path, monkeypatch):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "word").write_text(name)
@@ -573,7 +573,7 @@ def test_relative_paths_mean_what_they_mean_in_the_caller(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("order", ["half", "transposed", "reversed", "broadcast", "gaps"])
-def test_what_a_function_adds_up_over_an_argument_does_not_depend_on_the_backend(order):
+def test_sums_over_an_argument_do_not_depend_on_the_backend(order):
     W = np.random.default_rng(0).normal(size=(600, 401)).astype("f4")
     W = {
         "half": lambda: np.asfortranarray(W)[::2],
@@ -604,7 +604,7 @@ print(len(set(results)))
 
 
 @pytest.mark.fault(19)
-def test_a_run_reads_its_own_ledger_though_its_crew_is_lent_again(monkeypatch):
+def test_a_run_reads_its_own_ledger_though_its_pool_is_lent_again(monkeypatch):
     X = np.arange(64.0)
 
     def halved(x):
@@ -684,7 +684,7 @@ assert pids() == before
 
 @pytest.mark.fault(35)
 @pytest.mark.parametrize(("timeout", "idle"), [("0.01", "0.1"), ("0", "0"), ("1", "1.5")])
-def test_time_limits_of_the_programs_sockets_are_not_ours(timeout, idle, tmp_path):
+def test_default_socket_timeouts_of_the_program_do_not_apply_to_ours(timeout, idle, tmp_path):
     run_script(tmp_path, DEFAULTS, timeout, idle)
 
 
@@ -715,7 +715,7 @@ print("alive")
 
 
 @pytest.mark.fault(35)
-def test_a_program_that_a_broken_pipe_would_kill(tmp_path):
+def test_a_program_that_a_broken_pipe_would_kill_survives_dead_workers(tmp_path):
     assert run_script(tmp_path, PIPES) == "alive\n"
 
 
@@ -753,7 +753,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.fault(37)
-def test_texts_have_one_hash_in_all_workers(tmp_path, monkeypatch):
+def test_strings_have_the_same_hash_in_all_workers(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     run_script(tmp_path, HASHES, str(tmp_path / "mark"))
     for name, value in {"PYTHONHASHSEED": "7", "JOBLIB_MULTIPROCESSING": "1"}.items():
@@ -898,7 +898,7 @@ if __name__ == "__main__":
 
 @pytest.mark.fault(50)
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS])
-def test_a_sandbox_may_refuse_descriptors_of_processes(number, tmp_path):
+def test_a_sandbox_may_refuse_pidfds(number, tmp_path):
     with running(tmp_path, SANDBOX, str(number), str(tmp_path), ready="[]"):
         pass
 

@@ -97,7 +97,7 @@ if __name__ == "__main__":
         ("loky", "dynamic", "group"),
     ],
 )
-def test_a_killed_run_goes_on_and_gives_the_same_bytes(backend, balance, who, tmp_path):
+def test_a_killed_run_continues_and_gives_the_same_bytes(backend, balance, who, tmp_path):
     seed = str(len(backend + balance + who))
     kills = int(run_script(tmp_path, KILLED, str(tmp_path), backend, balance, who, seed))
     assert kills == 2
@@ -207,7 +207,7 @@ def test_a_file_that_is_no_ledger_is_refused_and_kept(content, stopped, tmp_path
 
 
 @pytest.mark.fault(27)
-def test_a_ledger_without_its_output_begins_anew(stopped, tmp_path):
+def test_a_ledger_without_its_output_starts_over(stopped, tmp_path):
     (tmp_path / "Y.npy.part").unlink()
     result, ran = go_on(stopped, tmp_path)
     assert_same(result, np.arange(40.0) * 2)
@@ -216,7 +216,7 @@ def test_a_ledger_without_its_output_begins_anew(stopped, tmp_path):
 
 @pytest.mark.fault(27)
 @pytest.mark.parametrize("nbytes", [0, 5, 100, 128, 200, 447])
-def test_an_output_that_was_cut_off_is_no_reason_for_wrong_results(nbytes, stopped, tmp_path):
+def test_a_truncated_output_never_gives_wrong_results(nbytes, stopped, tmp_path):
     os.truncate(tmp_path / "Y.npy.part", nbytes)
     result, ran = go_on(stopped, tmp_path)
     assert_same(result, np.arange(40.0) * 2)

@@ -106,7 +106,7 @@ def test_of_several_errors_the_lowest_is_raised_on_every_run(backend, balance):
 
 @pytest.mark.fault(2)
 @pytest.mark.parametrize(("backend", "balance"), PARALLEL)
-def test_of_two_errors_at_once_the_other_is_in_the_notes(backend, balance, tmp_path):
+def test_the_second_of_two_simultaneous_errors_is_in_the_notes(backend, balance, tmp_path):
     def func(chunk):
         (tmp_path / str(chunk[0])).touch()
         while len(list(tmp_path.iterdir())) < 2:
@@ -142,7 +142,9 @@ def test_workers_stop_at_their_next_range_after_an_error(balance, tmp_path):
 @pytest.mark.fault(3)
 @pytest.mark.parametrize(("backend", "balance"), RUNS)
 @pytest.mark.parametrize("kind", [TwoWordsError, HoldingError])
-def test_errors_that_do_not_travel_well(backend, balance, kind):
+def test_errors_that_are_hard_to_pickle_keep_their_type_or_become_task_errors(
+    backend, balance, kind
+):
     arguments = ("one", "two") if kind is TwoWordsError else ("one",)
 
     def func(chunk):
@@ -267,7 +269,9 @@ class Held:
 
 @pytest.mark.parametrize(("backend", "balance"), [run for run in RUNS if run[0] != "loky"])
 @pytest.mark.parametrize("on_error", ["raise", "fill"])
-def test_what_a_failed_function_held_goes_without_the_garbage_collector(on_error, backend, balance):
+def test_objects_held_by_a_failed_function_are_freed_without_the_garbage_collector(
+    on_error, backend, balance
+):
     held = []
 
     def failing(chunk):
@@ -360,7 +364,7 @@ def _within(mapper, func):
 @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
 @pytest.mark.parametrize("verb", sorted(VERBS))
 @pytest.mark.parametrize("kind", [FrozenError, LockedError])
-def test_exceptions_that_refuse_attributes_arrive_with_all_that_they_lead_to(backend, verb, kind):
+def test_exceptions_that_refuse_attributes_arrive_with_causes_and_contexts(backend, verb, kind):
     def func(x):
         try:
             {}["context"]
@@ -490,7 +494,7 @@ def test_warnings_of_processes_reach_the_caller_once(balance):
 
 
 @pytest.mark.fault(10)
-def test_warnings_are_not_shown_by_workers_as_well(capfd):
+def test_warnings_are_not_also_shown_by_workers(capfd):
     assert heard(lambda: map_array(warning, np.arange(4), n_jobs=2, backend="loky"), "ignore") == []
     taskcarrier.shutdown()  # whatever is written is written by then
     assert capfd.readouterr() == ("", "")
@@ -498,7 +502,7 @@ def test_warnings_are_not_shown_by_workers_as_well(capfd):
 
 @pytest.mark.fault(10)
 @pytest.mark.parametrize(("backend", "balance"), RUNS)
-def test_a_filter_that_makes_errors_of_warnings(backend, balance):
+def test_a_filter_may_turn_warnings_into_errors(backend, balance):
     run = {"n_jobs": 2, "backend": backend, "balance": balance}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -522,7 +526,7 @@ def test_an_error_takes_precedence_over_warnings():
 
 
 @pytest.mark.fault(10)
-def test_warnings_of_numpy_and_of_a_kind_that_cannot_be_pickled():
+def test_warnings_of_numpy_and_of_an_unpicklable_kind_arrive():
     def func(chunk):
         warnings.warn(OddWarning("held"), stacklevel=1)
         return np.log(chunk)

@@ -66,14 +66,14 @@ def processes():
 
 @pytest.fixture
 def patience(monkeypatch):
-    """Workers that are late to report when a stream is closed are in its report all the same."""
+    """Wait for workers that report late when a stream is closed, so that they are in its report."""
     monkeypatch.setattr(stream_run, "GRACE_SECONDS", LONG)
     monkeypatch.setattr(threads, "_GRACE_SECONDS", LONG)
 
 
 @pytest.fixture
 def quick_input(monkeypatch):
-    """Reading a batch is never taken for slow, whatever else the machine does meanwhile."""
+    """Let no batch count as slow to read, whatever else the machine does."""
     monkeypatch.setattr(imap, "_BATCH_NS", LONG * 10**9)
 
 
@@ -83,7 +83,7 @@ def quick_input(monkeypatch):
     st.none() | st.integers(1, 50),
     st.none() | st.integers(1, 50),
 )
-def test_equals_the_builtin_map(items, chunksize, buffersize):
+def test_imap_equals_the_builtin_map(items, chunksize, buffersize):
     for make in MAKERS.values():
         mapper = make(chunksize=chunksize)
         results = mapper.imap(lambda item: [item], iter(items), buffersize=buffersize)
@@ -92,19 +92,19 @@ def test_equals_the_builtin_map(items, chunksize, buffersize):
 
 @settings(max_examples=20)
 @given(st.lists(st.integers(), max_size=40), st.none() | st.integers(1, 50))
-def test_in_any_order_they_are_the_same(items, chunksize):
+def test_unordered_results_are_the_same_in_any_order(items, chunksize):
     for make in MAKERS.values():
         results = make(chunksize=chunksize).imap(abs, items, ordered=False)
         assert sorted(results) == sorted(map(abs, items))
 
 
-def test_several_inputs_the_shortest_wins(make):
+def test_the_shortest_of_several_inputs_wins(make):
     assert list(make().imap(pow, itertools.count(2), [3, 0, 1])) == [8, 1, 4]
 
 
 @pytest.mark.parametrize("chunksize", [None, 1, 7])
 def test_an_input_that_fills_one_buffer_again_and_again_gives_copies(make, chunksize):
-    """As the documentation says; what is read ahead would be overwritten."""
+    """Copies are needed, as documented: items that are read ahead would be overwritten."""
 
     def readings():
         buffer = np.empty(4)
@@ -126,7 +126,7 @@ def test_an_endless_input_is_not_read_far_ahead(make):
     assert 100 <= next(read) <= 110
 
 
-def test_nothing_is_read_before_the_first_is_asked_for(make):
+def test_nothing_is_read_before_the_first_result_is_asked_for(make):
     read = itertools.count()
     results = make().imap(abs, read)
     results.close()
@@ -134,7 +134,7 @@ def test_nothing_is_read_before_the_first_is_asked_for(make):
 
 
 @pytest.mark.parametrize("buffersize", [1, 2, 7])
-def test_never_more_items_under_way_than_the_buffer_holds(make, buffersize):
+def test_never_more_items_are_under_way_than_the_buffer_holds(make, buffersize):
     handed_out = 0
 
     def items():
@@ -148,7 +148,7 @@ def test_never_more_items_under_way_than_the_buffer_holds(make, buffersize):
     assert handed_out == 60
 
 
-def test_by_default_a_few_blocks_for_each_worker(parallel):
+def test_by_default_a_few_batches_are_under_way_for_each_worker(parallel):
     # Batches grow up to 1024 items, four for each of two workers.
     read = itertools.count()
     results = parallel().imap(abs, read)
@@ -158,14 +158,14 @@ def test_by_default_a_few_blocks_for_each_worker(parallel):
     assert next(read) <= 20_000 + 8 * 1024
 
 
-def test_slow_items_go_alone(parallel):
+def test_slow_items_are_sent_one_by_one(parallel):
     mapper = parallel()
     list(mapper.imap(lambda _: time.sleep(0.02), range(8)))
     assert mapper.report.chunksize == 1
     assert mapper.report.ranges == 8
 
 
-def test_light_items_go_together(parallel):
+def test_fast_items_are_sent_in_batches(parallel):
     mapper = parallel()
     list(mapper.imap(abs, range(3000)))
     assert mapper.report.ranges < 300
@@ -173,7 +173,7 @@ def test_light_items_go_together(parallel):
 
 
 @pytest.mark.usefixtures("quick_input")
-def test_blocks_of_the_mapper_s_chunksize(parallel):
+def test_batches_have_the_chunksize_of_the_mapper(parallel):
     mapper = parallel(chunksize=7)
     assert list(mapper.imap(abs, range(30))) == list(range(30))
     assert (mapper.report.chunksize, mapper.report.ranges) == (7, 5)
@@ -181,7 +181,7 @@ def test_blocks_of_the_mapper_s_chunksize(parallel):
     assert (mapper.report.chunksize, mapper.report.ranges) == (10, 3)
 
 
-def test_a_slow_item_holds_up_others_only_in_order(parallel, tmp_path):
+def test_a_slow_item_delays_others_only_if_results_are_ordered(parallel, tmp_path):
     gate = tmp_path / "gate"
 
     def func(n):
@@ -208,7 +208,7 @@ def test_results_come_before_the_input_ends(make):
     assert seen == list(range(5))
 
 
-def test_a_slow_input_is_not_waited_for_to_fill_a_block(parallel):
+def test_a_slow_input_is_not_waited_for_to_fill_a_batch(parallel):
     def items():
         yield from range(500)  # batches have grown
         for n in range(500, 505):
@@ -229,7 +229,7 @@ def test_a_slow_input_is_not_waited_for_to_fill_a_block(parallel):
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-def test_an_error_comes_in_its_turn(make, ordered):
+def test_an_error_is_raised_in_its_place_among_the_results(make, ordered):
     results = make(chunksize=4).imap(lambda n: 1 / (50 - n), range(100), ordered=ordered)
     came = []
     with pytest.raises(ZeroDivisionError) as caught:
@@ -261,7 +261,7 @@ def test_an_error_of_the_input_comes_after_all_results(make):
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-def test_an_exit_ends_it(make, error):
+def test_an_exit_ends_the_stream(make, error):
     def leaves(n):
         if n == 5:
             raise error(n)
@@ -273,7 +273,7 @@ def test_an_exit_ends_it(make, error):
     assert list(mapper.imap(abs, range(10))) == list(range(10))
 
 
-def test_items_that_cannot_be_sent(processes):
+def test_an_item_that_cannot_be_sent_is_an_error(processes):
     items = [*range(5), threading.Lock(), 6]
     results = processes.imap(lambda item: item, items, buffersize=1)
     assert [next(results) for _ in range(5)] == list(range(5))
@@ -287,7 +287,7 @@ class Unreadable:
         return int, ("not a number",)
 
 
-def test_items_that_cannot_be_read(processes):
+def test_an_item_that_cannot_be_unpickled_is_an_error(processes):
     results = processes.imap(lambda item: 1, [1, 2, Unreadable()], buffersize=1)
     assert [next(results), next(results)] == [1, 1]
     with pytest.raises(ValueError, match="not a number") as caught:
@@ -296,7 +296,7 @@ def test_items_that_cannot_be_read(processes):
 
 
 @pytest.mark.parametrize("make_result", [threading.Lock, Unreadable])
-def test_results_that_cannot_be_sent(processes, make_result):
+def test_a_result_that_cannot_be_sent_is_an_error(processes, make_result):
     results = processes.imap(lambda n: n if n < 3 else make_result(), range(5), buffersize=1)
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises((TypeError, ValueError)) as caught:
@@ -305,7 +305,7 @@ def test_results_that_cannot_be_sent(processes, make_result):
     assert list(processes.imap(abs, range(3))) == [0, 1, 2]
 
 
-def test_a_function_that_cannot_be_unpickled(processes):
+def test_a_function_that_cannot_be_unpickled_is_an_error(processes):
     func = functools.partial(lambda _, n: n, Unreadable())
     with pytest.raises(ValueError, match="not a number") as caught:
         list(processes.imap(func, range(50)))
@@ -313,7 +313,7 @@ def test_a_function_that_cannot_be_unpickled(processes):
     assert list(processes.imap(abs, range(3))) == [0, 1, 2]
 
 
-def test_a_function_that_cannot_be_pickled(processes):
+def test_a_function_that_cannot_be_pickled_is_an_error(processes):
     lock = threading.Lock()
     with pytest.raises(TypeError) as caught:
         next(processes.imap(lambda n: lock, range(3)))
@@ -324,7 +324,7 @@ def test_a_function_that_cannot_be_pickled(processes):
 
 
 @pytest.mark.parametrize("parallel", PARALLEL, indirect=True)
-def test_what_late_workers_have_done_is_in_the_report(parallel, monkeypatch):
+def test_work_of_late_workers_is_in_the_report(parallel, monkeypatch):
     monkeypatch.setattr(stream_run, "GRACE_SECONDS", 0.1)
     monkeypatch.setattr(threads, "_GRACE_SECONDS", 0.1)
     gate = threading.Event()
@@ -341,7 +341,7 @@ def test_what_late_workers_have_done_is_in_the_report(parallel, monkeypatch):
 
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("how", ["close", "drop", "break"])
-def test_stopping_early(make, how):
+def test_a_stream_may_be_stopped_early(make, how):
     mapper = make()
     results = mapper.imap(lambda n: n + 1, itertools.count())
     if how == "break":
@@ -358,8 +358,8 @@ def test_stopping_early(make, how):
     assert mapper(abs, [-1, 2]) == [1, 2]
 
 
-def test_a_thread_that_closes_its_own_stream_before_it_begins(monkeypatch):
-    # As the garbage collector may do, when all has come and nobody wants more of it.
+def test_a_thread_may_close_its_own_stream_before_it_begins(monkeypatch):
+    # The garbage collector may do so when all results have come.
     came, closed, numbers = threading.Event(), threading.Event(), itertools.count()
 
     def limit_this_thread():
@@ -375,7 +375,7 @@ def test_a_thread_that_closes_its_own_stream_before_it_begins(monkeypatch):
     assert closed.wait(LONG)
 
 
-def test_stopping_early_kills_a_process_that_does_not_come_to_an_end():
+def test_stopping_early_kills_a_process_that_does_not_end():
     processes = MAKERS["dynamic processes"](chunksize=1)
     results = processes.imap(lambda n: n if n < 4 else time.sleep(LONG), itertools.count())
     assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
@@ -385,9 +385,7 @@ def test_stopping_early_kills_a_process_that_does_not_come_to_an_end():
     assert processes(abs, range(10)) == list(range(10))
 
 
-def test_workers_are_used_again_after_an_interrupt_that_has_cut_off_a_result(
-    processes, monkeypatch
-):
+def test_workers_are_reused_after_an_interrupt_that_has_cut_off_a_result(processes, monkeypatch):
     kept = MessageSocket._keep
 
     def interrupted(channel):
@@ -419,26 +417,26 @@ def test_stopping_early_does_not_wait_for_a_stuck_thread():
     shutdown()
 
 
-def test_a_stream_that_never_began_costs_nothing(make):
+def test_a_stream_that_never_began_runs_nothing(make):
     mapper = make()
     mapper.imap(abs, itertools.count())
     with pytest.raises(LookupError):
         _ = mapper.report
 
 
-def test_two_streams_at_once(make):
+def test_two_streams_may_be_open_at_once(make):
     mapper = make()
     one, other = mapper.imap(abs, range(50)), mapper.imap(lambda n: -n, range(50))
     assert list(zip(one, other, strict=True)) == [(n, -n) for n in range(50)]
 
 
-def test_maps_while_a_stream_is_open(make):
+def test_maps_may_run_while_a_stream_is_open(make):
     mapper = make()
     for n in mapper.imap(abs, range(5)):
         assert mapper(abs, range(n)) == list(range(n))
 
 
-def test_inside_a_worker_it_is_serial(make):
+def test_a_stream_inside_a_worker_is_serial(make):
     def inner(n):
         mapper = DynamicParallelMapper(2, backend="loky")
         total = sum(mapper.imap(abs, range(n)))
@@ -466,7 +464,7 @@ assert list(results) == list(range(1, 10**5))
 
 
 @pytest.mark.parametrize("backend", ["threading", "loky"])
-def test_a_forked_child_cannot_go_on_with_it(tmp_path, backend):
+def test_a_forked_child_cannot_continue_a_stream(tmp_path, backend):
     run_script(tmp_path, FORKED_AND_GONE_ON, backend)
 
 
@@ -487,7 +485,7 @@ assert first + list(results) == list(range(1000))
 
 
 @pytest.mark.parametrize("backend", ["threading", "loky"])
-def test_a_forked_child_leaves_it_alone(tmp_path, backend):
+def test_a_forked_child_leaves_a_stream_alone(tmp_path, backend):
     run_script(tmp_path, FORKED, backend)
 
 
@@ -501,7 +499,7 @@ print(next(results))
 
 
 @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
-def test_open_at_the_end_of_the_program(tmp_path, backend):
+def test_a_stream_may_be_open_at_the_end_of_the_program(tmp_path, backend):
     assert run_script(tmp_path, OPEN_AT_EXIT, backend) == "0\n"
 
 
@@ -509,7 +507,7 @@ def test_open_at_the_end_of_the_program(tmp_path, backend):
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-def test_streams_of_items_are_those_of_map(make, ordered):
+def test_imap_gives_items_the_same_random_streams_as_map(make, ordered):
     def draw(n, *, rng):
         return n, float(rng.random())
 
@@ -518,7 +516,7 @@ def test_streams_of_items_are_those_of_map(make, ordered):
     assert sorted(results) == expected
 
 
-def test_shared(make):
+def test_shared_arrays_reach_imap_without_a_copy(make):
     X = share(np.arange(100_000.0))
     mapper = make()
     results = mapper.imap(lambda n, X: (float(X[n]), X.flags.writeable), range(10), shared={"X": X})
@@ -526,7 +524,7 @@ def test_shared(make):
     assert mapper.report.bytes_copied < 1000  # the items
 
 
-def test_large_items_and_results(processes):
+def test_large_items_and_results_are_streamed(processes):
     items = (np.full(50_000, n) for n in range(20))
     results = list(processes.imap(lambda x: (x[:40_000] * 2, x.flags.writeable), items))
     for n, (result, writeable) in enumerate(results):
@@ -534,12 +532,12 @@ def test_large_items_and_results(processes):
         assert writeable
 
 
-def test_large_pickles_that_are_no_arrays(processes):
+def test_large_pickles_without_arrays_are_streamed(processes):
     items = [bytes([n]) * 300_000 for n in range(10)]
     assert list(processes.imap(bytes, items)) == items
 
 
-def test_retry_on(make, tmp_path):
+def test_items_are_tried_again_on_retry_on(make, tmp_path):
     def flaky(n):
         (tmp_path / f"{n}-{time.monotonic_ns()}").touch()
         if n == 3 and len(list(tmp_path.glob("3-*"))) < 3:
@@ -562,7 +560,7 @@ def test_retry_on(make, tmp_path):
         ({"rng": 1, "shared": {"rng": 2}}, TypeError, "rng is given twice"),
     ],
 )
-def test_bad_options_at_once(make, options, error, message):
+def test_bad_options_are_refused_at_once(make, options, error, message):
     with pytest.raises(error, match=message):
         make().imap(abs, [1], **options)
 
@@ -584,7 +582,7 @@ def test_backends_that_are_registered_with_joblib_are_refused():
         joblib.parallel.BACKENDS.pop("streamless")
 
 
-def test_bad_arguments_at_once(make):
+def test_bad_arguments_are_refused_at_once(make):
     with pytest.raises(TypeError, match="func must be callable, got an object of type range"):
         make().imap(range(3), abs)
     with pytest.raises(TypeError, match="'int' object is not iterable"):
@@ -610,7 +608,7 @@ def test_warnings_of_processes_come_when_the_stream_ends(processes, stop):
 
 
 @pytest.mark.fault(10)
-def test_a_warning_that_is_made_an_error(processes):
+def test_a_warning_may_be_turned_into_an_error(processes):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         results = processes.imap(warn_of, range(3))
@@ -628,7 +626,7 @@ def test_the_bar_counts_items(make, capsys):
 
 
 class LengthRefused(list):
-    """As data loaders of streams are: there is a length, and it raises."""
+    """A data loader of a stream: it has a length, which raises."""
 
     def __len__(self):
         raise TypeError("it is a stream")
@@ -645,13 +643,13 @@ class LengthRefused(list):
         ((LengthRefused([1, 2, 3]),), "3item"),
     ],
 )
-def test_the_bar_knows_a_length_that_the_input_has(make, inputs, expected, capsys):
+def test_the_bar_shows_the_length_of_the_input_if_it_has_one(make, inputs, expected, capsys):
     found = list(make(verbosity=1).imap(lambda *items: len(items), *inputs))
     assert set(found) == {len(inputs)}
     assert expected in capsys.readouterr().err
 
 
-def test_a_length_beyond_all_lists_is_none(make, capsys):
+def test_a_length_beyond_every_list_counts_as_unknown(make, capsys):
     results = make(verbosity=1).imap(abs, range(10**30))
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     results.close()
@@ -666,7 +664,7 @@ def test_no_length_is_asked_for_where_no_bar_is_shown(make):
     assert list(make().imap(abs, Asked([-1]))) == [1]
 
 
-def test_stop_iteration_is_an_error(make):
+def test_stop_iteration_of_the_function_is_an_error(make):
     def ends_early(n):
         if n == 5:
             raise StopIteration
@@ -680,7 +678,7 @@ def test_stop_iteration_is_an_error(make):
 
 
 @pytest.mark.parametrize("kind", ["item", "result"])
-def test_what_cannot_be_sent_is_named(processes, kind):
+def test_a_value_that_cannot_be_sent_is_named(processes, kind):
     def items():
         yield from range(150)
         yield threading.Lock() if kind == "item" else 150
@@ -695,13 +693,13 @@ def test_what_cannot_be_sent_is_named(processes, kind):
     assert any(where in note for note in caught.value.__notes__)
 
 
-def test_without_retries_and_with_time_limits_items_go_alone(processes):
+def test_items_are_sent_one_by_one_without_retries_or_with_a_timeout(processes):
     for options in ({"retries": 0}, {"timeout": LONG}):
         assert list(processes.imap(abs, range(50), **options)) == list(range(50))
         assert processes.report.chunksize == 1
 
 
-def test_time_that_the_caller_takes_does_not_count(make):
+def test_the_time_that_the_caller_takes_does_not_count(make):
     # The results are larger than what a socket holds.
     results = make().imap(lambda n: b"x" * 10**6, range(6), timeout=LATE)
     for n, result in enumerate(results):
@@ -710,7 +708,7 @@ def test_time_that_the_caller_takes_does_not_count(make):
             time.sleep(LATE + 0.5)
 
 
-def test_time_limits_in_the_caller(monkeypatch):
+def test_a_timeout_holds_in_the_caller(monkeypatch):
     clock = stopped_clock(monkeypatch)
     results = SerialMapper().imap(clock.sleep, [0, 0.2], timeout=0.05)
     assert next(results) is None
@@ -727,14 +725,14 @@ def test_results_do_not_wait_for_a_slow_input(parallel):
             yield n
             time.sleep(LATE if n == 0 else 0.05)  # so long the first result may take
 
-    list(parallel().imap(abs, range(10)))  # workers that the last test has killed are there again
+    list(parallel().imap(abs, range(10)))  # replaces the workers that the last test has killed
     results = parallel().imap(abs, items())
     assert next(results) == 0
     assert len(began) <= 2
     assert list(results) == [1, 2, 3]
 
 
-def test_results_that_are_there_do_not_wait_for_an_input_that_has_become_slow(parallel):
+def test_finished_results_do_not_wait_for_an_input_that_has_become_slow(parallel):
     read = []
 
     def items():
@@ -754,12 +752,12 @@ def test_results_that_are_there_do_not_wait_for_an_input_that_has_become_slow(pa
     results.close()
 
 
-def test_blocks_of_very_many_arrays(processes):
-    # Where they lie is more than a socket holds.
+def test_batches_of_very_many_arrays_are_sent(processes):
+    # Their places alone need more bytes than a socket holds.
     a = np.zeros(2048)
-    blocks = ([a.view() for _ in range(20_000)] for _ in range(5))
+    batches = ([a.view() for _ in range(20_000)] for _ in range(5))
     assert (
-        list(processes.imap(lambda arrays: "y" * 10**6 * len(arrays[:1]), blocks))
+        list(processes.imap(lambda arrays: "y" * 10**6 * len(arrays[:1]), batches))
         == ["y" * 10**6] * 5
     )
 
@@ -783,7 +781,7 @@ def test_an_item_that_kills_is_named(ordered, chunksize):
     assert mapper(abs, range(10)) == list(range(10))
 
 
-def test_a_worker_that_dies_once_is_made_good(processes, tmp_path):
+def test_an_item_whose_worker_dies_once_is_run_again(processes, tmp_path):
     def func(n):
         if n % 50 == 20 and not (tmp_path / str(n)).exists():
             (tmp_path / str(n)).touch()
@@ -794,7 +792,7 @@ def test_a_worker_that_dies_once_is_made_good(processes, tmp_path):
     assert sum("SIGKILL" in note for note in processes.report.notes) == 4
 
 
-def test_without_retries_it_is_not_run_again(processes, tmp_path):
+def test_an_item_that_kills_is_not_run_again_without_retries(processes, tmp_path):
     def func(n):
         with (tmp_path / "calls").open("a") as log:
             log.write(f"{n}\n")
@@ -805,7 +803,7 @@ def test_without_retries_it_is_not_run_again(processes, tmp_path):
     assert (tmp_path / "calls").read_text().split().count("5") == 1
 
 
-def test_workers_killed_while_the_caller_does_something_else(processes):
+def test_workers_killed_while_the_caller_is_busy_are_replaced(processes):
     pids = set()
     results = processes.imap(lambda n: (n, os.getpid()), range(300), buffersize=8)
     for due, (n, pid) in enumerate(results):
@@ -830,7 +828,7 @@ class MadeThere:
         return made_in_no_worker, ()
 
 
-def test_workers_that_die_whenever_they_begin(processes):
+def test_workers_that_die_whenever_they_begin_are_an_error(processes):
     with pytest.raises(WorkerDiedError, match="exited with code 3 between two ranges"):
         list(processes.imap(MadeThere(), range(10)))
     assert processes.map(str, range(10)) == [str(n) for n in range(10)]
@@ -838,7 +836,7 @@ def test_workers_that_die_whenever_they_begin(processes):
 
 
 @pytest.mark.parametrize("chunksize", [1, 5])
-def test_an_item_that_takes_too_long(processes, chunksize):
+def test_an_item_that_takes_too_long_is_named(processes, chunksize):
     mapper = MAKERS["dynamic processes"](chunksize=chunksize)
     results = mapper.imap(lambda n: time.sleep(LONG) if n == 12 else n, range(30), timeout=LATE)
     came = []
@@ -848,7 +846,7 @@ def test_an_item_that_takes_too_long(processes, chunksize):
     assert any("was killed" in note for note in caught.value.__notes__)
 
 
-def test_an_item_that_took_too_long_in_a_thread(monkeypatch):
+def test_an_item_that_took_too_long_in_a_thread_is_an_error(monkeypatch):
     clock = stopped_clock(monkeypatch)
     mapper = MAKERS["dynamic threads"](chunksize=1)
     results = mapper.imap(lambda n: clock.sleep(0.2) if n == 3 else n, range(6), timeout=0.05)
@@ -861,7 +859,7 @@ def test_an_item_that_took_too_long_in_a_thread(monkeypatch):
 
 
 class TestPace:
-    def test_grows_while_blocks_are_short(self):
+    def test_batches_grow_while_they_are_short(self):
         pace = Pace(2)
         sizes = []
         for _ in range(14):
@@ -870,7 +868,7 @@ class TestPace:
         assert sizes == [2**n for n in range(11)] + [1024] * 3
         assert pace.largest == 1024
 
-    def test_shrinks_at_once_when_items_are_heavy(self):
+    def test_batches_shrink_at_once_when_items_become_slow(self):
         pace = Pace(2)
         for _ in range(10):
             pace.learn(pace.size, 1000 * pace.size, 0)
@@ -879,20 +877,20 @@ class TestPace:
         pace.learn(2, 20_000_000, 0)
         assert pace.size == 1
 
-    def test_not_above_so_many_bytes(self):
+    def test_batches_have_a_limit_in_bytes(self):
         pace = Pace(2)
         for _ in range(10):
             pace.learn(pace.size, 10 * pace.size, 100_000 * pace.size)
         assert pace.size == 10
 
     @pytest.mark.parametrize(("buffersize", "size"), [(1, 1), (3, 1), (8, 2), (100, 25)])
-    def test_not_above_a_part_of_the_buffer(self, buffersize, size):
+    def test_batches_take_at_most_a_part_of_the_buffer(self, buffersize, size):
         pace = Pace(2, buffersize)
         for _ in range(10):
             pace.learn(pace.size, 10 * pace.size, 0)
         assert (pace.size, pace.ahead) == (size, buffersize)
 
-    def test_stays_as_it_was_asked_for(self):
+    def test_a_requested_batch_size_is_kept(self):
         pace = Pace(2, None, 7)
         pace.learn(7, 1, 1)
         assert (pace.size, pace.ahead) == (7, 56)
@@ -900,7 +898,7 @@ class TestPace:
 
 class TestSource:
     @pytest.mark.usefixtures("quick_input")
-    def test_blocks_until_the_end(self):
+    def test_a_source_gives_batches_until_the_end(self):
         source = Source(iter(range(7)))
         assert [source.batch(3) for _ in range(3)] == [[0, 1, 2], [3, 4, 5], [6]]
         assert source.has_ended
@@ -916,7 +914,7 @@ class TestSource:
         assert [source.batch(100) for _ in range(4)] == [[0], [1], [2], []]
 
     @pytest.mark.usefixtures("quick_input")
-    def test_its_error_is_kept_for_later(self):
+    def test_an_error_of_the_input_is_kept_for_later(self):
         def items():
             yield 1
             raise ValueError("broken")

@@ -48,7 +48,7 @@ ITEMS = (
 
 @settings(max_examples=60)
 @given(st.lists(ITEMS | st.tuples(ITEMS), max_size=30), st.none() | st.integers(1, 40))
-def test_equals_the_builtin_map(items, chunksize):
+def test_map_equals_the_builtin_map(items, chunksize):
     for make in MAKERS.values():
         mapper = make(chunksize=chunksize)
         assert mapper(lambda item: [item], items) == [[item] for item in items]
@@ -69,7 +69,7 @@ def test_the_shortest_of_several_sequences_wins(first, second, third, chunksize)
 
 
 @pytest.mark.parametrize("n_items", [0, 1, 2, 3, 100])
-def test_few_items(mapper, n_items):
+def test_few_items_are_mapped(mapper, n_items):
     assert mapper(operator.neg, range(n_items)) == [-i for i in range(n_items)]
     assert mapper.report.items == n_items
     assert sum(worker.items for worker in mapper.report.workers) == n_items
@@ -82,7 +82,7 @@ def test_an_empty_list_calls_nothing(mapper):
     assert called == []
 
 
-def test_all_sorts_of_iterables(mapper):
+def test_all_kinds_of_iterables_are_mapped(mapper):
     class Countdown:
         def __getitem__(self, index):
             if index > 2:
@@ -108,7 +108,7 @@ def test_an_error_of_the_generator_is_its_own(mapper):
         mapper(str, items())
 
 
-def test_what_is_no_sequence_or_no_function_is_refused(mapper):
+def test_bad_sequences_and_functions_are_refused(mapper):
     with pytest.raises(TypeError, match="not iterable"):
         mapper(str, 5)
     with pytest.raises(TypeError, match="callable"):
@@ -130,12 +130,12 @@ def test_order_is_kept_when_later_items_are_done_first(make):
     assert make(chunksize=1)(slow_first, range(30)) == list(range(30))
 
 
-def test_twenty_thousand_small_items(mapper):
+def test_twenty_thousand_small_items_are_mapped(mapper):
     assert mapper(operator.neg, range(20_000)) == list(range(0, -20_000, -1))
     assert mapper.report.ranges <= 128
 
 
-def test_large_items_and_results(mapper):
+def test_large_items_and_results_are_mapped(mapper):
     items = [np.full(300_000, number) for number in range(8)]
     results = mapper(lambda item: (item[0], item * 2), items)
     for number, (first, doubled) in enumerate(results):
@@ -143,7 +143,7 @@ def test_large_items_and_results(mapper):
         assert same_bits(doubled, np.full(300_000, 2 * number))
 
 
-def test_results_of_every_sort(mapper):
+def test_results_of_every_kind_are_returned(mapper):
     results = mapper(lambda i: [None, "text", np.arange(i), {i}, lambda: i, i, int][i], range(7))
     assert results[:2] == [None, "text"]
     assert results[2].tolist() == [0, 1]
@@ -162,7 +162,7 @@ class Adder:
 
 
 @pytest.mark.fault(9)
-def test_every_sort_of_function(mapper):
+def test_every_kind_of_function_is_called(mapper):
     n = 10
 
     def closure(i):
@@ -218,14 +218,14 @@ def test_the_lowest_item_that_fails_is_raised_on_every_run(kind):
 
 
 @pytest.mark.parametrize("timeout", [None, 60])
-def test_a_time_limit_is_for_the_same_ranges_on_any_number_of_workers(timeout):
+def test_a_timeout_cuts_the_same_ranges_for_any_number_of_workers(timeout):
     mapper = MAKERS["dynamic processes"]()
     assert mapper(abs, range(20_000), timeout=timeout) == list(range(20_000))
     assert mapper.report.ranges == (32 if timeout is None else 128)
 
 
 @pytest.mark.parametrize("kind", ["static processes", "dynamic processes"])
-def test_what_cannot_be_pickled_is_an_error_that_says_which(kind):
+def test_an_item_that_cannot_be_pickled_is_named(kind):
     mapper, lock = MAKERS[kind](chunksize=1), threading.Lock()
     ran = []
     with pytest.raises(TypeError, match="lock") as caught:
@@ -252,7 +252,7 @@ def test_large_results_lie_in_shared_memory(balance):
     assert mapper.report.bytes_copied == 0
 
 
-def test_large_results_in_a_folder(tmp_path):
+def test_large_results_lie_in_the_temporary_folder(tmp_path):
     mapper = MAKERS["dynamic processes"](temp_folder=str(tmp_path))
     results = mapper(np.zeros, [100_000] * 4)
     assert [len(result) for result in results] == [100_000] * 4
@@ -271,7 +271,7 @@ assert [int(result[-1]) for result in results] == list(range(100))
 """
 
 
-def test_more_large_results_than_descriptors(tmp_path):
+def test_there_may_be_more_large_results_than_descriptors(tmp_path):
     run_script(tmp_path, MANY_RESULTS)
 
 
@@ -284,7 +284,7 @@ class Weighted:
 
 
 @pytest.mark.parametrize("of", ["closure", "partial", "bound method", "two"])
-def test_arrays_that_the_function_carries(of):
+def test_arrays_that_the_function_carries_are_noted(of):
     X = np.arange(10_000.0)
     func, n = {
         "closure": (lambda n: float(X[n]), 1),
@@ -304,7 +304,7 @@ def test_arrays_that_the_function_carries(of):
     assert mapper.report.notes == ()
 
 
-def test_arrays_given_beside_the_function_are_not_its_own():
+def test_arrays_passed_as_shared_are_not_noted():
     mapper = MAKERS["dynamic processes"]()
     X = np.arange(10_000.0)
     assert mapper(lambda n, X: float(X[n]), range(3), shared={"X": X}) == [0, 1, 2]
@@ -343,7 +343,7 @@ def _fail(text):
 
 
 @pytest.mark.parametrize("kind", ["static processes", "dynamic processes"])
-def test_what_cannot_be_unpickled_is_its_own_error(kind):
+def test_a_value_that_cannot_be_unpickled_raises_its_own_error(kind):
     mapper, bad = MAKERS[kind](chunksize=1), Unreadable()
     with pytest.raises(ArithmeticError, match="broken on purpose") as caught:
         mapper(lambda i: Unreadable() if i == 2 else i, range(9))
@@ -419,11 +419,11 @@ if __name__ == "__main__":
 """
 
 
-def test_classes_functions_and_errors_of_a_script(tmp_path):
+def test_classes_functions_and_errors_of_a_script_are_mapped(tmp_path):
     assert run_script(tmp_path, MAIN) == "fine\n"
 
 
-def test_functions_given_on_the_command_line(tmp_path):
+def test_functions_given_on_the_command_line_are_mapped(tmp_path):
     code = """
 import subprocess, sys
 code = '''
@@ -443,28 +443,28 @@ print(subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert run_script(tmp_path, code).split("\n")[:2] == ["[2, 4]", "[0.  0.5 1. ]"]
 
 
-def test_a_chunksize_cuts_and_changes_nothing(make):
+def test_a_chunksize_changes_ranges_but_not_results(make):
     for chunksize in (1, 3, 100, 10**9):
         mapper = make(chunksize=chunksize)
         assert mapper(operator.neg, range(10)) == list(range(0, -10, -1))
         assert mapper.report.ranges == -(-10 // chunksize)
 
 
-def test_a_chunksize_of_the_call_is_before_that_of_the_mapper(make):
+def test_a_chunksize_of_the_call_overrides_that_of_the_mapper(make):
     mapper = make(chunksize=5)
     for given_here, ranges in ((None, 2), (1, 10), (np.int64(4), 3)):
         assert mapper.map(operator.neg, range(10), chunksize=given_here) == list(range(0, -10, -1))
         assert mapper.report.ranges == ranges
 
 
-def test_nothing_is_copied_but_the_items(mapper):
+def test_only_items_are_copied(mapper):
     mapper(abs, [1, 2, 3])
     copied = taskcarrier.last_report().bytes_copied
     assert copied == 0 if mapper.report.backend != "loky" else 0 < copied < 10_000
 
 
 @pytest.mark.parametrize("is_generic", [False, True])
-def test_named_tuples_of_the_program(is_generic):
+def test_named_tuples_of_the_program_are_mapped(is_generic):
     if is_generic:
 
         class Point(NamedTuple, Generic[T]):

@@ -22,7 +22,7 @@ KERNEL = {MEMINFO: "MemTotal: 16777216 kB\nMemAvailable:    8388608 kB\nBuffers:
 
 
 def available_memory(files, *groups):
-    """What a machine with these files would say, and with so much left by its cgroups."""
+    """Return the available memory of a machine with these files and cgroups."""
 
     def text_of(path):
         if path not in files:
@@ -37,31 +37,31 @@ def available_memory(files, *groups):
 
 @pytest.mark.fault(23)
 class TestAvailableMemory:
-    def test_of_this_machine(self):
+    def test_available_memory_of_this_machine_is_plausible(self):
         nbytes, source = _available_memory()
         free = psutil.virtual_memory().available + psutil.swap_memory().free
         assert 0 < nbytes <= 1.2 * free + GIB
         assert source.endswith(("/proc/meminfo", "memory.max", "memory.limit_in_bytes"))
 
-    def test_by_the_kernel(self):
+    def test_the_kernel_says_what_is_available(self):
         assert available_memory(KERNEL) == (8 * GIB, SOURCE)
 
-    def test_swap_counts(self):
+    def test_free_swap_counts_as_available(self):
         files = {MEMINFO: KERNEL[MEMINFO] + "SwapCached: 7 kB\nSwapFree:  1048576 kB\n"}
         assert available_memory(files) == (9 * GIB, SOURCE)
 
-    def test_by_a_cgroup_if_it_allows_less(self):
+    def test_a_cgroup_counts_if_it_allows_less(self):
         group = (2 * GIB, "/sys/fs/cgroup/a/memory.max")
         assert available_memory(KERNEL, group) == group
         assert available_memory({}, (3 * GIB, "b"), group) == group
         assert available_memory(KERNEL, (30 * GIB, "a"))[0] == 8 * GIB
 
     @pytest.mark.parametrize("files", [{}, {MEMINFO: "MemTotal: 16777216 kB\n"}])
-    def test_without_anything_that_tells(self, files):
+    def test_without_information_there_is_no_known_limit(self, files):
         assert available_memory(files) == (sys.maxsize, "no limit known")
 
     @given(st.lists(st.integers(-100, 1 << 50), min_size=1, max_size=6))
-    def test_the_lowest_counts(self, numbers):
+    def test_the_lowest_limit_counts(self, numbers):
         kernel, *groups = numbers
         found, _ = available_memory(
             {MEMINFO: f"MemAvailable: {kernel} kB"}, *((left, "a group") for left in groups)
@@ -75,20 +75,20 @@ class TestCheckMemory:
         monkeypatch.setattr(available, "_available_memory", lambda: (1000, "a test"))
         monkeypatch.setattr(available, "CHECKED_NBYTES", 900)
 
-    def test_all_that_is_left_may_be_taken(self):
+    def test_all_available_memory_may_be_taken(self):
         check_memory(1000)
 
-    def test_more_is_refused_with_sizes(self):
+    def test_more_than_available_is_refused_with_sizes(self):
         with pytest.raises(MemoryError, match="needs 1,001 bytes more") as info:
             check_memory(1001)
         assert "only 1,000 are available (a test)" in str(info.value)
         assert "temp_folder=" in str(info.value)
 
-    def test_the_caller_says_what_for_and_what_else_to_do(self):
+    def test_the_error_states_purpose_and_remedy_of_the_caller(self):
         with pytest.raises(MemoryError, match=r"the result needs 1,001 bytes .*; give it up"):
             check_memory(1001, "the result", "give it up")
 
-    def test_what_is_small_is_not_asked_after(self, monkeypatch):
+    def test_small_amounts_are_not_checked(self, monkeypatch):
         monkeypatch.setattr(available, "_available_memory", lambda: (0, "a test"))
         check_memory(899)
         with pytest.raises(MemoryError):
@@ -96,7 +96,7 @@ class TestCheckMemory:
 
 
 @pytest.mark.fault(23)
-class TestRoomFor:
+class TestFileSpaceErrors:
     @pytest.fixture
     def file(self, tmp_path):
         with (tmp_path / "here").open("wb") as file:
@@ -110,7 +110,7 @@ class TestRoomFor:
             (errno.EFBIG, "the file system takes no file of that size"),
         ],
     )
-    def test_a_file_is_named(self, number, why, file):
+    def test_a_full_file_is_named(self, number, why, file):
         with (
             pytest.raises(OSError, match=rf"no room for a file of 1,234 bytes: {why}") as info,
             room_for(file.fileno(), 1234),
@@ -118,7 +118,7 @@ class TestRoomFor:
             raise OSError(number, "no")
         assert (info.value.errno, info.value.filename) == (number, file.name)
 
-    def test_of_a_file_without_a_name_the_folder_is(self, file, tmp_path):
+    def test_the_folder_of_a_file_without_a_name_is_named(self, file, tmp_path):
         Path(file.name).unlink()
         with (
             pytest.raises(OSError, match=r"folder for temporary files has [0-9,]+ bytes") as info,
@@ -128,7 +128,7 @@ class TestRoomFor:
         assert info.value.filename == str(tmp_path)
         assert "choose another temp_folder" in str(info.value)
 
-    def test_the_limit_of_the_process_is_told(self, file, monkeypatch):
+    def test_the_size_limit_of_the_process_is_named(self, file, monkeypatch):
         monkeypatch.setattr(resource, "getrlimit", lambda _: (1000, resource.RLIM_INFINITY))
         with (
             pytest.raises(OSError, match=r"may have 1,000 bytes \(RLIMIT_FSIZE") as info,
@@ -137,7 +137,7 @@ class TestRoomFor:
             raise OSError(errno.EFBIG, "no")
         assert info.value.errno == errno.EFBIG
 
-    def test_more_than_the_system_can_say(self, file):
+    def test_a_size_beyond_the_range_of_the_system_is_an_error(self, file):
         with (
             pytest.raises(OSError, match="no file of that size") as info,
             room_for(file.fileno(), 1 << 63),
@@ -145,7 +145,7 @@ class TestRoomFor:
             os.posix_fallocate(file.fileno(), 0, 1 << 63)
         assert info.value.errno == errno.EFBIG
 
-    def test_other_errors_stay(self, file):
+    def test_other_errors_are_unchanged(self, file):
         error = OSError(errno.EIO, "broken")
         with pytest.raises(OSError, match="broken") as info, room_for(file.fileno(), 1234):
             raise error

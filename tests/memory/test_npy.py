@@ -1,4 +1,4 @@
-"""Arrays in files: mapped where they can be, else read, or refused where they are none."""
+"""Arrays in files: mapped where possible, else read; files of other formats are refused."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def saved(path, X, version=None):
 
 
 def assert_mapped(view, expected, *, copied=False):
-    """Workers see the right values; whether any bytes went to them."""
+    """Assert that workers see the right values, and whether bytes were copied to them."""
     for axis in range(view.ndim):
         for balance in ("static", "dynamic"):
             result = map_array(np.copy, view, axis=axis, chunksize=3, balance=balance, **LOKY)
@@ -55,7 +55,7 @@ def assert_mapped(view, expected, *, copied=False):
 class TestMemmaps:
     @pytest.mark.parametrize("mode", ["r", "r+", "w+"])
     @pytest.mark.parametrize("view", VIEWS)
-    def test_that_are_shared_are_mapped_by_workers(self, view, mode, tmp_path):
+    def test_shared_memmaps_are_mapped_by_workers(self, view, mode, tmp_path):
         X = values()
         path = tmp_path / "X.dat"
         path.write_bytes(bytes(4096) + X.tobytes())
@@ -67,7 +67,7 @@ class TestMemmaps:
         assert_mapped(VIEWS[view](mapped), VIEWS[view](X))
 
     @pytest.mark.parametrize("view", VIEWS)
-    def test_that_are_private_are_read_with_their_changes(self, view, tmp_path):
+    def test_private_memmaps_are_read_with_their_changes(self, view, tmp_path):
         X = values()
         path = tmp_path / "X.dat"
         X.tofile(path)
@@ -77,7 +77,7 @@ class TestMemmaps:
         assert_mapped(VIEWS[view](mapped), VIEWS[view](X), copied=True)
 
     @pytest.mark.parametrize("offset", [0, 1, 100, 4096, 5000])
-    def test_of_any_offset(self, offset, tmp_path):
+    def test_memmaps_of_any_offset_are_mapped(self, offset, tmp_path):
         X = values((100,), "i4")
         path = tmp_path / "X.dat"
         path.write_bytes(bytes(offset) + X.tobytes() + b"more")
@@ -86,7 +86,7 @@ class TestMemmaps:
         assert_mapped(mapped[10:90:3], X[10:90:3])
 
     @pytest.mark.parametrize("mode", ["r", "r+", "c"])
-    def test_of_deleted_files_are_read(self, mode, tmp_path):
+    def test_memmaps_of_deleted_files_are_read(self, mode, tmp_path):
         X = values()
         path = tmp_path / "X.dat"
         X.tofile(path)
@@ -95,7 +95,7 @@ class TestMemmaps:
         assert_mapped(mapped, X, copied=mode == "c")
 
     @pytest.mark.parametrize("mode", ["r", "r+", "c"])
-    def test_of_replaced_files_show_what_was_mapped(self, mode, tmp_path):
+    def test_memmaps_of_replaced_files_show_what_was_mapped(self, mode, tmp_path):
         X = values()
         path, other = tmp_path / "X.dat", tmp_path / "Y.dat"
         X.tofile(path)
@@ -104,7 +104,7 @@ class TestMemmaps:
         other.rename(path)
         assert_mapped(mapped, X, copied=mode == "c")
 
-    def test_of_renamed_files_are_still_mapped(self, tmp_path):
+    def test_memmaps_of_renamed_files_are_still_mapped(self, tmp_path):
         X = values()
         path = tmp_path / "X.dat"
         X.tofile(path)
@@ -113,14 +113,14 @@ class TestMemmaps:
         path.write_bytes(bytes(X.nbytes))
         assert_mapped(mapped, X)
 
-    def test_changes_between_calls_are_seen(self, run, tmp_path):
+    def test_changes_of_a_memmap_between_calls_are_seen(self, run, tmp_path):
         mapped = np.memmap(tmp_path / "X.dat", "f8", "w+", shape=(50,))
         for value in range(3):
             mapped[value:] = value
             expected = np.array(mapped)
             assert_same(map_array(np.copy, mapped, **run), expected)
 
-    def test_several_of_one_file_and_of_several(self, run, tmp_path):
+    def test_several_memmaps_of_one_and_of_several_files_are_mapped(self, run, tmp_path):
         X = values((60,))
         for name in ("X.dat", "Y.dat"):
             (X if name == "X.dat" else -X).tofile(tmp_path / name)
@@ -135,7 +135,7 @@ class TestMemmaps:
         ["two words", "  lead and trail  ", "line\nbreak", "\n", "cr\rr", "ü λ 長 \U0001f600",
          "back\\012slash", "tab\there", "x (deleted)", "\udcff raw", "0-ff r--s 0 0:0 0 /"],
     )  # fmt: skip
-    def test_of_any_name(self, name, tmp_path):
+    def test_memmaps_of_files_of_any_name_are_read(self, name, tmp_path):
         X = values()
         folder = tmp_path / name.replace("/", "")
         folder.mkdir()
@@ -147,7 +147,7 @@ class TestMemmaps:
                 result = map_array(np.copy, mapped, balance=balance, **LOKY)
                 assert_same(result, X)
 
-    def test_beside_a_map_of_an_odd_name(self, tmp_path):
+    def test_a_memmap_beside_one_of_an_odd_name_is_mapped(self, tmp_path):
         np.save(tmp_path / "a\rb.npy", values())
         np.save(tmp_path / "X.npy", values())
         odd = np.load(tmp_path / "a\rb.npy", mmap_mode="r")
@@ -155,7 +155,7 @@ class TestMemmaps:
         assert odd.shape == (40, 12)
 
     @pytest.mark.parametrize("name", ["two words", "line\nbreak", "ü λ 長", " lead"])
-    def test_of_usual_names_are_not_copied(self, name, tmp_path):
+    def test_memmaps_of_usual_names_are_not_copied(self, name, tmp_path):
         np.save(tmp_path / f"{name}.npy", values())
         assert_mapped(np.load(tmp_path / f"{name}.npy", mmap_mode="r"), values())
 
@@ -185,7 +185,7 @@ EMPTY = {
 class TestLoad:
     @pytest.mark.parametrize("version", [None, (1, 0), (2, 0), (3, 0)])
     @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_is_the_file_in_place(self, layout, version, tmp_path):
+    def test_load_gives_the_file_in_place(self, layout, version, tmp_path):
         X = LAYOUTS[layout]()
         path = saved(tmp_path / "X.npy", X, version)
         for mode in ("r", "r+"):
@@ -202,7 +202,7 @@ class TestLoad:
 
     @pytest.mark.parametrize("version", [None, (1, 0), (2, 0), (3, 0)])
     @pytest.mark.parametrize("layout", EMPTY)
-    def test_of_nothing(self, layout, version, run, tmp_path):
+    def test_load_takes_files_without_bytes(self, layout, version, run, tmp_path):
         X = EMPTY[layout]()
         path = saved(tmp_path / "X.npy", X, version)
         for mode in ("r", "r+"):
@@ -211,14 +211,14 @@ class TestLoad:
             assert loaded.flags.writeable is (mode == "r+")
         assert_same(map_array(np.copy, str(path), **run), X)
 
-    def test_of_field_names_beyond_latin(self, run, tmp_path):
+    def test_load_takes_field_names_beyond_latin(self, run, tmp_path):
         X = np.ones((20, 2), [("λ", "f8"), ("長さ", "i4")])
         for array in (X, np.asfortranarray(X)):
             path = saved(tmp_path / "X.npy", array, (3, 0))
             assert load(path).strides == array.strides
             assert_same(map_array(np.copy, path, **run), X)
 
-    def test_writes_go_to_the_file(self, tmp_path):
+    def test_writes_to_a_loaded_array_go_to_the_file(self, tmp_path):
         path = saved(tmp_path / "X.npy", values())
         loaded = load(path, "r+")
         loaded[3] = -7
@@ -228,7 +228,7 @@ class TestLoad:
         with pytest.raises(ValueError, match=r"WRITEABLE|writeable"):
             load(path).flags.writeable = True
 
-    def test_shows_what_others_write(self, tmp_path):
+    def test_a_loaded_array_shows_what_others_write(self, tmp_path):
         path = saved(tmp_path / "X.npy", values())
         loaded = load(path)
         np.load(path, mmap_mode="r+")[0] = -7
@@ -236,7 +236,7 @@ class TestLoad:
         result = map_array(np.copy, loaded, **LOKY)
         assert (result[0] == -7).all()
 
-    def test_lets_go_with_the_last_view(self, tmp_path):
+    def test_a_loaded_file_is_closed_with_the_last_view(self, tmp_path):
         path = saved(tmp_path / "X.npy", values())
 
         def held():
@@ -252,7 +252,7 @@ class TestLoad:
         del view
         assert held() == before
 
-    def test_in_every_verb(self, run, tmp_path):
+    def test_every_verb_takes_paths(self, run, tmp_path):
         X = values()
         path = saved(tmp_path / "X.npy", X)
         assert_same(map_items(np.copy, path, **run), X)
@@ -261,7 +261,7 @@ class TestLoad:
 
 
 class TestRefusals:
-    def test_of_files_that_are_cut_off(self, tmp_path):
+    def test_truncated_files_are_refused(self, tmp_path):
         for version in ((1, 0), (2, 0)):
             path = saved(tmp_path / "X.npy", values(), version)
             whole = path.read_bytes()
@@ -275,14 +275,14 @@ class TestRefusals:
                 with pytest.raises(ValueError, match=r"npy|EOF|header|magic"):
                     map_array(np.copy, path)
 
-    def test_of_cut_files_of_the_third_version(self, tmp_path):
+    def test_truncated_files_of_the_third_version_are_refused(self, tmp_path):
         path = saved(tmp_path / "X.npy", np.ones(9, [("λ", "f8")]), (3, 0))
         path.write_bytes(path.read_bytes()[:-1])
         with pytest.raises(ValueError, match=r"cut off|file size|X\.npy"):
             load(path)
 
     @pytest.mark.parametrize("version", [None, (1, 0), (2, 0), (3, 0)])
-    def test_of_python_objects(self, version, tmp_path):
+    def test_files_of_python_objects_are_refused(self, version, tmp_path):
         path = saved(tmp_path / "X.npy", np.array([{}, 1], object), version)
         with pytest.raises(ValueError, match=r"[Oo]bject"):
             load(path)
@@ -292,13 +292,13 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "content", [b"", b"text", b"PK\x03\x04zip", b"\x93NUMPY", b"\x93NUMPY\x09\x00" + bytes(99)]
     )
-    def test_of_what_is_no_such_file(self, content, tmp_path):
+    def test_files_that_are_no_npy_files_are_refused(self, content, tmp_path):
         path = tmp_path / "X.npy"
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"npy|version|EOF|header|magic"):
             load(path)
 
-    def test_of_files_that_are_missing(self, tmp_path):
+    def test_missing_files_are_refused(self, tmp_path):
         for action in (load, lambda path: map_array(np.copy, path)):
             with pytest.raises(FileNotFoundError, match=r"missing\.npy"):
                 action(tmp_path / "missing.npy")
@@ -307,18 +307,18 @@ class TestRefusals:
                 action(tmp_path / "folder.npy")
 
     @pytest.mark.parametrize("name", ["X.npz", "X", "X.npy.part", "X.NPY"])
-    def test_of_other_names(self, name, tmp_path):
+    def test_files_of_other_names_are_refused(self, name, tmp_path):
         with pytest.raises(ValueError, match=r"ends in \.npy"):
             load(tmp_path / name)
         with pytest.raises(TypeError, match=r"must end in \.npy"):
             map_array(np.copy, tmp_path / name)
 
     @pytest.mark.parametrize("mode", ["w+", "c", "rb", None, "w"])
-    def test_of_other_modes(self, mode, tmp_path):
+    def test_unknown_modes_are_refused(self, mode, tmp_path):
         with pytest.raises(ValueError, match="mode must be 'r' or 'r"):
             load(saved(tmp_path / "X.npy", values()), mode)
 
-    def test_leave_no_descriptor(self, tmp_path):
+    def test_refusals_leave_no_descriptor(self, tmp_path):
         path = saved(tmp_path / "X.npy", values())
         path.write_bytes(path.read_bytes()[:-1])
         before = len(list(Path("/proc/self/fd").iterdir()))

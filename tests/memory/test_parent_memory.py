@@ -62,7 +62,7 @@ def n_descriptors():
 
 
 def read_in_a_child(*requests):
-    """What another process reads of this one: bytes and their address there, or an error."""
+    """Read this process from another: return bytes and their address there, or an error."""
     memory = open_own_memory()
     try:
         child = subprocess.run(
@@ -82,7 +82,7 @@ def read_in_a_child(*requests):
 
 @contextlib.contextmanager
 def attached(memory):
-    """This process as a worker; the descriptor is closed in the end."""
+    """Let this process read like a worker; close the descriptor in the end."""
     before = parent_memory._fd
     attach(memory.fileno())
     try:
@@ -94,7 +94,7 @@ def attached(memory):
 
 @contextlib.contextmanager
 def end_of_memory():
-    """A page of memory, and the address of its end, from where on no byte can be read."""
+    """Return a page of memory and the address of its end, after which no byte can be read."""
     segment = Segment(own(os.memfd_create("end", os.MFD_CLOEXEC)), on_disk=False)
     os.ftruncate(segment.fd, 2 * PAGE)
     segment.reserve(2 * PAGE)
@@ -108,8 +108,8 @@ def refuse(*_, **__):
     raise PermissionError(13, "no")
 
 
-class TestOpened:
-    def test_for_reading_only(self):
+class TestOpenOwnMemory:
+    def test_memory_is_opened_for_reading_only(self):
         memory = open_own_memory()
         victim = np.zeros(8, np.uint8)
         assert fcntl.fcntl(memory, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
@@ -117,33 +117,33 @@ class TestOpened:
             os.pwrite(memory.fileno(), b"x", address(victim))
         assert not victim.any()
 
-    def test_closed_when_a_program_is_executed(self):
+    def test_memory_is_closed_when_a_program_is_executed(self):
         assert fcntl.fcntl(open_own_memory(), fcntl.F_GETFD) & fcntl.FD_CLOEXEC
 
-    def test_none_where_there_is_no_such_file(self, monkeypatch, tmp_path):
+    def test_open_own_memory_is_none_without_the_file(self, monkeypatch, tmp_path):
         monkeypatch.setattr(parent_memory, "_PATH", str(tmp_path / "missing"))
         assert open_own_memory() is None
 
-    def test_none_where_it_is_forbidden(self, monkeypatch):
+    def test_open_own_memory_is_none_if_it_is_forbidden(self, monkeypatch):
         monkeypatch.setattr(os, "open", refuse)
         assert open_own_memory() is None
 
 
 class TestReadable:
     @pytest.mark.parametrize("nbytes", [1, 100, 1 << 20])
-    def test_ordinary_arrays(self, nbytes):
+    def test_ordinary_arrays_are_readable(self, nbytes):
         assert readable(*byte_bounds(np.zeros(nbytes, np.uint8)))
 
     @pytest.mark.parametrize("mode", ["r", "r+", "c"])
-    def test_mapped_files(self, mode, tmp_path):
+    def test_mapped_files_are_readable(self, mode, tmp_path):
         np.zeros(100).tofile(tmp_path / "array")
         assert readable(*byte_bounds(np.memmap(tmp_path / "array", mode=mode)))
 
     @pytest.mark.parametrize("low", [0, PAGE // 2, (1 << 63) - PAGE])
-    def test_not_where_nothing_is_mapped(self, low):
+    def test_unmapped_addresses_are_not_readable(self, low):
         assert not readable(low, low + 10)
 
-    def test_both_ends_count(self):
+    def test_both_ends_of_a_range_must_be_readable(self):
         with end_of_memory() as (page, end):
             assert readable(address(page), end)
             assert not readable(address(page), end + 1)
@@ -151,7 +151,7 @@ class TestReadable:
             assert not readable(0, end)
 
     @pytest.mark.parametrize("why", ["missing", "forbidden"])
-    def test_not_where_memory_cannot_be_opened(self, why, monkeypatch, tmp_path):
+    def test_nothing_is_readable_if_memory_cannot_be_opened(self, why, monkeypatch, tmp_path):
         bounds = byte_bounds(np.zeros(10))
         assert readable(*bounds)
         if why == "missing":
@@ -160,7 +160,7 @@ class TestReadable:
             monkeypatch.setattr(os, "open", refuse)
         assert not readable(*bounds)
 
-    def test_leaves_no_descriptor(self, monkeypatch):
+    def test_checking_readability_leaves_no_descriptor(self, monkeypatch):
         low, high = byte_bounds(np.zeros(10))
         before = n_descriptors()
         assert readable(low, high)
@@ -170,7 +170,7 @@ class TestReadable:
 
 
 class TestReadInAChild:
-    def test_the_same_bytes_at_the_same_place_in_a_cache_line(self):
+    def test_a_child_reads_the_same_bytes_at_the_same_place_in_a_cache_line(self):
         memory = np.random.default_rng(0).integers(0, 256, 3 << 20, np.uint8)
         low, high = byte_bounds(memory)
         requests = [(low + skip, nbytes) for skip in range(70) for nbytes in (1, 63, 64, 1000)]
@@ -181,13 +181,13 @@ class TestReadInAChild:
             assert found == memory[start - low :][:nbytes].tobytes()
             assert place % CACHE_LINE == start % CACHE_LINE
 
-    def test_as_they_are_now(self):
+    def test_a_child_reads_bytes_as_they_are_now(self):
         memory = np.zeros(100, np.uint8)
         memory[:] = np.arange(100)
         ((found, _),) = read_in_a_child((address(memory), 100))
         assert found == bytes(range(100))
 
-    def test_past_the_end_of_memory_is_an_error(self):
+    def test_reading_past_the_end_of_memory_is_an_error(self):
         with end_of_memory() as (page, end):
             inside, across, outside, nowhere = read_in_a_child(
                 (end - 100, 100), (end - 100, 101), (end, 1), (PAGE // 2, 10)
@@ -199,7 +199,7 @@ class TestReadInAChild:
 
 
 class TestRead:
-    def test_memory_is_private_and_of_bytes(self):
+    def test_memory_that_was_read_is_private_and_of_bytes(self):
         array = np.arange(100, dtype=np.uint8)
         with attached(open_own_memory()):
             memory, begin = read(address(array), 100)
@@ -210,14 +210,14 @@ class TestRead:
         assert array[0] == 0
 
     @pytest.mark.parametrize("nbytes", [999, 1000, 1001, 5000])
-    def test_in_pieces(self, nbytes, monkeypatch):
+    def test_memory_is_read_in_pieces(self, nbytes, monkeypatch):
         monkeypatch.setattr(parent_memory, "_READ_NBYTES", 1000)
         array = np.random.default_rng(0).integers(0, 256, 5000, np.uint8)
         with attached(open_own_memory()):
             memory, begin = read(address(array), nbytes)
         assert np.array_equal(memory[begin : begin + nbytes], array[:nbytes])
 
-    def test_goes_on_after_a_short_one(self, monkeypatch):
+    def test_reading_continues_after_a_short_read(self, monkeypatch):
         preadv = os.preadv
         lengths = []
 
@@ -234,19 +234,19 @@ class TestRead:
         assert lengths == [777, 777, 446]
 
     @given(st.integers(0, 200), st.integers(0, 200))
-    def test_any_range(self, start, nbytes):
+    def test_any_range_is_read(self, start, nbytes):
         array = np.arange(400, dtype=np.uint16).view(np.uint8)
         with attached(open_own_memory()):
             memory, begin = read(address(array) + start, nbytes)
         assert memory[begin : begin + nbytes].tobytes() == array[start : start + nbytes].tobytes()
         assert (address(memory) + begin - address(array) - start) % CACHE_LINE == 0
 
-    def test_without_the_caller_s_memory_is_an_error(self):
+    def test_reading_without_the_caller_s_memory_is_an_error(self):
         assert parent_memory._fd == -1
         with pytest.raises(OSError, match="Bad file descriptor"):
             read(address(np.zeros(10)), 10)
 
-    def test_of_a_process_that_has_ended_is_an_error(self):
+    def test_reading_from_a_process_that_has_ended_is_an_error(self):
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:

@@ -60,7 +60,7 @@ def shared(array, **where):
 
 class TestRoundTrip:
     @pytest.mark.parametrize("layout", [*LAYOUTS, *EMPTY])
-    def test_bit_for_bit(self, layout, folder):
+    def test_arrays_are_shared_bit_for_bit(self, layout, folder):
         array = {**LAYOUTS, **EMPTY}[layout]()
         before = array.tobytes()
         view = shared(array, folder=folder)
@@ -76,13 +76,13 @@ class TestRoundTrip:
         assert address(opened) % CACHE_LINE == address(array) % CACHE_LINE
         assert opened.flags.aligned == array.flags.aligned
 
-    def test_alignment_of_every_start(self):
+    def test_every_start_in_a_cache_line_is_kept(self):
         whole = np.arange(200, dtype=np.uint8)
         for array in (whole[skip:] for skip in range(70)):
             assert address(shared(array).open("read")) % CACHE_LINE == address(array) % CACHE_LINE
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_what_is_copied_is_counted(self, layout):
+    def test_staged_bytes_are_counted(self, layout):
         array = LAYOUTS[layout]()
         staging = Staging()
         staging.share([array, array])
@@ -102,7 +102,7 @@ class TestRoundTrip:
         assert view.segment is None
         assert staging.nbytes == 0
 
-    def test_many_arrays_lie_in_one_segment_apart(self):
+    def test_many_arrays_lie_apart_in_one_segment(self):
         arrays = [make() for make in (*KEPT.values(), *GATHERED.values(), *EMPTY.values())]
         views = Staging().share(arrays)
         assert len({id(view.segment) for view in views} - {id(None)}) == 1
@@ -111,25 +111,25 @@ class TestRoundTrip:
         for array, view in zip(arrays, views, strict=True):
             same_bits(view.open("read"), array)
 
-    def test_shared_twice_by_one_staging(self):
+    def test_one_staging_may_share_twice(self):
         staging = Staging()
         (one,) = staging.share([np.arange(10.0)])
         (two,) = staging.share([np.arange(100_000.0)])
         same_bits(one.open("read"), np.arange(10.0))
         same_bits(two.open("read"), np.arange(100_000.0))
 
-    def test_bytes_in_the_middle(self, folder):
+    def test_staged_bytes_are_read_back_by_range(self, folder):
         content = os.urandom(100_000)
         segment, begin = Staging(folder).add(memoryview(content))
         assert segment.read(begin + 10, begin + 99_000) == content[10:99_000]
         assert segment.read(begin, begin) == b""
 
-    def test_bytes_that_come_first_reserve_no_more_than_their_own_room(self, folder):
+    def test_bytes_staged_first_reserve_only_their_own_room(self, folder):
         segment, begin = Staging(folder).add(memoryview(bytes(1_000_000)))
         assert segment.nbytes == begin + 1_000_000
 
     @given(st.data())
-    def test_any_view(self, data):
+    def test_any_view_is_shared_bit_for_bit(self, data):
         dtype = data.draw(hnp.scalar_dtypes())
         base = data.draw(hnp.arrays(dtype, hnp.array_shapes(max_dims=4, max_side=9, min_side=0)))
         # `newaxis` and integers included; a scalar is not a view.
@@ -144,7 +144,7 @@ class TestRoundTrip:
 
 
 class TestModes:
-    def test_read_cannot_be_made_writable(self):
+    def test_arrays_opened_for_reading_cannot_be_made_writable(self):
         opened = shared(np.arange(10.0)).open("read")
         assert not opened.flags.writeable
         with pytest.raises(ValueError, match="cannot set WRITEABLE flag"):
@@ -154,14 +154,14 @@ class TestModes:
         with pytest.raises(ValueError, match="cannot set WRITEABLE flag"):
             opened[2:].view("u1").flags.writeable = True
 
-    def test_write_is_seen_by_all(self):
+    def test_writes_are_seen_by_all(self):
         view = shared(np.arange(10.0))
         reader = view.open("read")
         view.open("write")[3] = -1
         assert reader[3] == -1
         assert view.open("private")[3] == -1
 
-    def test_private_copies_on_write(self):
+    def test_private_arrays_are_copied_on_write(self):
         view = shared(np.arange(10.0))
         one, other = view.open("private"), view.open("private")
         one[3] = -1
@@ -169,7 +169,7 @@ class TestModes:
         assert other[3] == view.open("read")[3] == 3
 
     @pytest.mark.parametrize(("mode", "writable"), [("read", False), ("private", True)])
-    def test_arrays_without_bytes(self, mode, writable):
+    def test_arrays_without_bytes_are_opened_in_every_mode(self, mode, writable):
         assert shared(np.empty((0, 3))).open(mode).flags.writeable is writable
 
 
@@ -201,7 +201,7 @@ class TestLocate:
             lambda X: X.view(np.recarray).view(np.ndarray),
         ],
     )
-    def test_views_cost_nothing(self, view_of):
+    def test_sharing_a_view_of_a_segment_copies_nothing(self, view_of):
         array = self.made()
         found = view_of(array)
         staging = Staging()
@@ -225,14 +225,14 @@ class TestLocate:
             lambda X: X[:0],
         ],
     )
-    def test_what_lies_elsewhere(self, make):
+    def test_arrays_outside_segments_are_not_located(self, make):
         assert locate(make(self.made())) is None
 
-    def test_a_view_that_points_out_of_its_mapping(self):
+    def test_a_view_that_points_out_of_its_mapping_is_not_located(self):
         outside = as_strided(self.made()[-1:], (1000, 10), (80, 8))  # never read
         assert locate(outside) is None
 
-    def test_other_mappings_of_files(self, tmp_path):
+    def test_other_mappings_of_files_are_not_located(self, tmp_path):
         path = tmp_path / "array"
         np.arange(10.0).tofile(path)
         assert locate(np.memmap(path, mode="r")[2:]) is None
@@ -248,7 +248,7 @@ class TestSegment:
         with pytest.raises(TypeError, match="can only be pickled as part of a run"):
             pickle.dumps(segment)
 
-    def test_what_was_cut_off_cannot_be_read(self, tmp_path):
+    def test_a_truncated_segment_cannot_be_read(self, tmp_path):
         segment = Segment.create(str(tmp_path))
         segment.reserve(100)
         os.ftruncate(segment.fd, 40)
@@ -269,7 +269,7 @@ class TestSegment:
         segment.reserve(10)
         assert segment.nbytes == os.fstat(segment.fd).st_size == 1 << 16
 
-    def test_reserving_more_keeps_what_is_there(self, folder):
+    def test_reserving_more_keeps_the_content(self, folder):
         segment = Segment.create(folder)
         segment.reserve(100)
         segment.write(0, memoryview(b"abc"))
@@ -278,19 +278,19 @@ class TestSegment:
         assert segment.nbytes >= 1 << 20
         assert early[:3] == segment.map("read")[:3] == b"abc"
 
-    def test_disk_is_reserved_and_not_only_promised(self, tmp_path):
+    def test_disk_space_is_really_reserved(self, tmp_path):
         segment = Segment.create(str(tmp_path))
         segment.reserve(1 << 20)
         assert os.fstat(segment.fd).st_blocks * 512 >= 1 << 20
 
-    def test_what_another_has_reserved_is_not_cut(self, folder):
+    def test_space_that_another_has_reserved_is_not_cut(self, folder):
         mine = Segment.create(folder)
         other = Segment(own(os.dup(mine.fd)), mine.on_disk)
         other.reserve(1 << 20)
         mine.reserve(1 << 10)
         assert mine.nbytes == os.fstat(mine.fd).st_size == 1 << 20
 
-    def test_another_reserves_more_in_between(self, monkeypatch):
+    def test_another_may_reserve_more_in_between(self, monkeypatch):
         mine = Segment.create()
         other = Segment(own(os.dup(mine.fd)), on_disk=False)
         ftruncate = os.ftruncate
@@ -304,7 +304,7 @@ class TestSegment:
         mine.reserve(1 << 10)
         assert mine.nbytes == os.fstat(mine.fd).st_size == 1 << 20
 
-    def test_two_processes_reserve(self, folder):
+    def test_two_processes_may_reserve_at_once(self, folder):
         code = (
             "import sys\n"
             "from taskcarrier.system.descriptors import own\n"
@@ -343,12 +343,12 @@ class TestSegment:
         written = np.flatnonzero(block)
         assert np.array_equal(written, np.arange(4096, 4096 * 200, 4096) - 1)
 
-    def test_write_in_pieces(self, monkeypatch):
+    def test_large_arrays_are_written_in_pieces(self, monkeypatch):
         monkeypatch.setattr(segments, "_PWRITE_NBYTES", 1000)
         array = np.arange(5001, dtype=np.uint16)
         same_bits(shared(array).open("read"), array)
 
-    def test_write_goes_on_after_a_short_one(self, monkeypatch):
+    def test_writing_continues_after_a_short_write(self, monkeypatch):
         pwrite = os.pwrite
         monkeypatch.setattr(os, "pwrite", lambda fd, block, at: pwrite(fd, block[:777], at))
         array = np.arange(5001, dtype=np.uint16)
@@ -363,7 +363,7 @@ class TestSegment:
 
 
 class TestOwnership:
-    def test_descriptors_go_with_the_last_view(self):
+    def test_descriptors_are_closed_with_the_last_view(self):
         before = n_descriptors()
         view = shared(np.arange(1000.0))
         opened = [view.open(mode) for mode in ("read", "write", "private")]
@@ -375,14 +375,14 @@ class TestOwnership:
         del last
         assert n_descriptors() == before
 
-    def test_descriptors_of_arrays_with_gaps(self):
+    def test_descriptors_of_arrays_with_gaps_are_closed(self):
         before = n_descriptors()
         view = shared(np.arange(1000.0)[::10])
         assert n_descriptors() > before
         del view
         assert n_descriptors() == before
 
-    def test_descriptors_after_a_refusal(self, tmp_path):
+    def test_descriptors_are_closed_after_a_refusal(self, tmp_path):
         before = n_descriptors()
         with pytest.raises(FileNotFoundError):
             Segment.create(str(tmp_path / "missing"))
@@ -408,7 +408,7 @@ class TestFolder:
         return request.param
 
     @pytest.mark.usefixtures("way")
-    def test_file_has_no_name(self, tmp_path):
+    def test_a_file_in_a_folder_has_no_name(self, tmp_path):
         segment = Segment.create(str(tmp_path))
         assert list(tmp_path.iterdir()) == []
         assert os.fstat(segment.fd).st_nlink == 0
@@ -418,7 +418,7 @@ class TestFolder:
         assert segment.map("read")[:3] == b"abc"
 
     @pytest.mark.usefixtures("way")
-    def test_file_is_its_owner_s_alone(self, tmp_path):
+    def test_a_file_in_a_folder_is_readable_only_by_its_owner(self, tmp_path):
         before = os.umask(0)
         try:
             segment = Segment.create(str(tmp_path))
@@ -426,7 +426,7 @@ class TestFolder:
             os.umask(before)
         assert stat.S_IMODE(os.fstat(segment.fd).st_mode) == 0o600
 
-    def test_other_troubles_are_not_hidden(self, tmp_path, monkeypatch):
+    def test_other_errors_are_not_hidden(self, tmp_path, monkeypatch):
         def refuse(*_, **__):
             raise PermissionError(errno.EACCES, "no")
 
@@ -435,14 +435,14 @@ class TestFolder:
             Segment.create(str(tmp_path))
 
     @pytest.mark.parametrize("is_file", [True, False])
-    def test_must_be_a_folder(self, tmp_path, is_file):
+    def test_the_folder_must_exist(self, tmp_path, is_file):
         path = tmp_path / "it"
         if is_file:
             path.touch()
         with pytest.raises(FileNotFoundError, match="temp_folder must be an existing folder"):
             Segment.create(str(path))
 
-    def test_no_room(self, tmp_path, monkeypatch):
+    def test_a_full_disk_is_an_error_with_sizes(self, tmp_path, monkeypatch):
         def refuse(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -454,7 +454,7 @@ class TestFolder:
         assert "temp_folder" in str(info.value)
         assert segment.nbytes == 0
 
-    def test_no_room_for_real(self, tmp_path):
+    def test_a_size_beyond_any_disk_is_an_error(self, tmp_path):
         # More than any file system takes for one file.
         with pytest.raises(OSError, match=r"no room|too large") as info:
             Segment.create(str(tmp_path)).reserve(1 << 62)
@@ -463,7 +463,7 @@ class TestFolder:
 
 @pytest.mark.fault(23)
 class TestMemoryCheck:
-    def test_no_address_space(self, monkeypatch):
+    def test_missing_address_space_is_an_error(self, monkeypatch):
         def refuse(*_, **__):
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
@@ -473,7 +473,7 @@ class TestMemoryCheck:
         with pytest.raises(MemoryError, match="1,048,576 bytes of shared memory cannot be mapped"):
             segment.map("read")
 
-    def test_refused_with_sizes(self, monkeypatch):
+    def test_too_much_memory_is_refused_with_sizes(self, monkeypatch):
         monkeypatch.setattr(available, "_available_memory", lambda: (100 << 20, "a test"))
         segment = Segment.create()
         with pytest.raises(MemoryError, match="needs 209,715,200 bytes more") as info:
@@ -481,20 +481,20 @@ class TestMemoryCheck:
         assert "104,857,600 are available (a test)" in str(info.value)
         assert os.fstat(segment.fd).st_size == segment.nbytes == 0
 
-    def test_only_what_is_new_counts(self, monkeypatch):
+    def test_only_additional_memory_counts(self, monkeypatch):
         segment = Segment.create()
         segment.reserve(200 << 20)  # not touched
         monkeypatch.setattr(available, "_available_memory", lambda: (100 << 20, "a test"))
         segment.reserve(290 << 20)
         assert segment.nbytes == 290 << 20
 
-    def test_small_ones_are_not_checked(self, monkeypatch):
+    def test_small_segments_are_not_checked(self, monkeypatch):
         monkeypatch.setattr(available, "_available_memory", lambda: (0, "a test"))
         segment = Segment.create()
         segment.reserve(1 << 20)
         assert segment.nbytes == 1 << 20
 
-    def test_disk_is_not_memory(self, monkeypatch, tmp_path):
+    def test_segments_on_disk_are_not_checked(self, monkeypatch, tmp_path):
         monkeypatch.setattr(available, "_available_memory", lambda: (0, "a test"))
         monkeypatch.setattr(available, "CHECKED_NBYTES", 1 << 10)
         segment = Segment.create(str(tmp_path))
@@ -511,26 +511,26 @@ class TestRecycler:
 
     @staticmethod
     def used(recycler, nbytes, folder=None):
-        """The inode of a segment that was used and is free again."""
+        """Return the inode of a segment that was used and is free again."""
         segment = recycler.segment(nbytes, folder)
         segment.reserve(nbytes)
         return os.fstat(segment.fd).st_ino
 
-    def test_the_same_memory_again(self, recycler, folder):
+    def test_a_freed_segment_is_used_again(self, recycler, folder):
         inode = self.used(recycler, 1000, folder)
         again = recycler.segment(900, folder)
         assert os.fstat(again.fd).st_ino == inode
         assert again.nbytes >= 1000
         assert again.on_disk is (folder is not None)
 
-    def test_pages_stay_warm(self, recycler):
+    def test_the_pages_of_a_recycled_segment_stay_in_place(self, recycler):
         segment = recycler.segment(1000, None)
         segment.reserve(1000)
         segment.write(0, memoryview(b"abc"))
         del segment
         assert recycler.segment(1000, None).map("read")[:3] == b"abc"
 
-    def test_not_while_it_is_used(self, recycler):
+    def test_a_segment_in_use_is_not_recycled(self, recycler):
         view = shared(np.arange(1000.0), recycler=recycler)
         array = view.open("read")
         inode = os.fstat(view.segment.fd).st_ino
@@ -540,7 +540,7 @@ class TestRecycler:
         del array
         assert os.fstat(recycler.segment(8000, None).fd).st_ino == inode
 
-    def test_staging_takes_from_it_and_gives_back(self, recycler):
+    def test_staging_takes_segments_from_the_recycler_and_returns_them(self, recycler):
         view = shared(np.arange(1000.0), recycler=recycler)
         inode = os.fstat(view.segment.fd).st_ino
         del view
@@ -549,19 +549,19 @@ class TestRecycler:
         same_bits(view.open("read"), np.arange(999.0))
 
     @pytest.mark.parametrize("nbytes", [(1 << 20) - 1, (2 << 20) + 1])
-    def test_only_if_it_fits(self, nbytes):
+    def test_a_large_segment_is_used_only_for_a_similar_size(self, nbytes):
         recycler = Recycler()
         inode = self.used(recycler, 2 << 20)
         assert (os.fstat(recycler.segment(nbytes, None).fd).st_ino == inode) is False
         assert os.fstat(recycler.segment(1 << 20, None).fd).st_ino == inode
         recycler.close()
 
-    def test_a_small_one_for_whatever_is_smaller(self, recycler):
+    def test_a_small_segment_is_used_for_every_smaller_size(self, recycler):
         inode = self.used(recycler, 100_000)
         assert os.fstat(recycler.segment(100_001, None).fd).st_ino != inode
         assert os.fstat(recycler.segment(1, None).fd).st_ino == inode
 
-    def test_the_best_fit(self, recycler):
+    def test_the_best_fitting_segment_is_used(self, recycler):
         one, two = recycler.segment(1500, None), recycler.segment(1200, None)
         one.reserve(1500)
         two.reserve(1200)
@@ -569,11 +569,11 @@ class TestRecycler:
         del one, two
         assert os.fstat(recycler.segment(1000, None).fd).st_ino == inode
 
-    def test_memory_is_not_taken_for_disk(self, recycler, tmp_path):
+    def test_segments_in_memory_are_not_used_for_disk(self, recycler, tmp_path):
         inode = self.used(recycler, 1000)
         assert os.fstat(recycler.segment(1000, str(tmp_path)).fd).st_ino != inode
 
-    def test_bound_on_their_number(self, recycler):
+    def test_the_number_of_kept_segments_is_limited(self, recycler):
         before = n_descriptors()
         held = [recycler.segment(1000, None) for _ in range(5)]
         for segment in held:
@@ -581,7 +581,7 @@ class TestRecycler:
         del held, segment
         assert n_descriptors() == before + 2
 
-    def test_bound_on_their_bytes(self, recycler):
+    def test_the_bytes_of_kept_segments_are_limited(self, recycler):
         before = n_descriptors()
         held = [recycler.segment(700_000, None) for _ in range(2)]
         for segment in held:
@@ -589,12 +589,12 @@ class TestRecycler:
         del held, segment
         assert n_descriptors() == before + 1
 
-    def test_empty_ones_are_not_kept(self, recycler):
+    def test_empty_segments_are_not_kept(self, recycler):
         before = n_descriptors()
         recycler.segment(1000, None)
         assert n_descriptors() == before
 
-    def test_close_lets_go(self, recycler):
+    def test_closing_frees_the_kept_segments(self, recycler):
         before = n_descriptors()
         self.used(recycler, 1000)
         lent = recycler.segment(5000, None)
@@ -608,7 +608,7 @@ class TestRecycler:
         self.used(recycler, 1000)
         assert n_descriptors() == before
 
-    def test_goes_with_its_owner(self):
+    def test_kept_segments_are_freed_with_the_recycler(self):
         before = n_descriptors()
         made = Recycler()
         self.used(made, 1000)
@@ -616,7 +616,7 @@ class TestRecycler:
         del made
         assert n_descriptors() == before
 
-    def test_only_in_the_process_that_made_it(self, recycler, monkeypatch):
+    def test_segments_are_recycled_only_in_the_process_that_made_them(self, recycler, monkeypatch):
         inode = self.used(recycler, 1000)
         before = n_descriptors()
         monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a forked child
@@ -628,7 +628,7 @@ class TestRecycler:
 
 
 class TestPages:
-    """Pages go when the caller lets go of a segment, even if a worker has it mapped."""
+    """Pages are freed when the caller drops a segment, even if a worker has it mapped."""
 
     @staticmethod
     def made(*, get_label=True, recycler=None):
@@ -642,7 +642,7 @@ class TestPages:
         assert other[:3] == b"abc"
         return segment, other
 
-    def test_go_with_the_segment(self):
+    def test_pages_are_freed_with_the_segment(self):
         segment, other = self.made()
         fd = os.dup(segment.fd)
         assert os.fstat(fd).st_blocks > 0
@@ -651,7 +651,7 @@ class TestPages:
         assert other[:3] == bytes(3)
         os.close(fd)
 
-    def test_stay_while_an_array_refers_to_them(self):
+    def test_pages_stay_while_an_array_refers_to_them(self):
         segment, other = self.made()
         array = SharedView(segment, 0, (10_000,), (1,), np.dtype("u1")).open("read")[::2]
         del segment
@@ -659,19 +659,19 @@ class TestPages:
         del array
         assert other[:3] == bytes(3)
 
-    def test_stay_where_no_worker_was_told_of_them(self):
+    def test_pages_stay_if_no_worker_has_the_label(self):
         segment, other = self.made(get_label=False)
         del segment
         assert other[:3] == b"abc"
 
-    def test_stay_once_retired(self):
+    def test_pages_stay_once_the_segment_is_retired(self):
         segment, other = self.made()
         segment.retire()
         assert segment.get_label() == 0
         del segment
         assert other[:3] == b"abc"
 
-    def test_stay_for_the_parent_of_a_forked_child(self):
+    def test_pages_of_the_parent_stay_when_a_forked_child_drops_them(self):
         segment, other = self.made()
         pid = os.fork()
         if pid == 0:
@@ -681,7 +681,7 @@ class TestPages:
         assert other[:3] == b"abc"
         assert segment.get_label() > 0
 
-    def test_stay_in_a_recycler_until_it_closes(self):
+    def test_pages_stay_in_a_recycler_until_it_closes(self):
         recycler = Recycler()
         segment, other = self.made(recycler=recycler)
         label = segment.label
@@ -693,10 +693,10 @@ class TestPages:
         recycler.close()
         assert other[:3] == bytes(3)
 
-    def test_of_files_are_not_ours_to_take(self, tmp_path):
+    def test_pages_of_files_are_never_freed(self, tmp_path):
         assert Segment.create(str(tmp_path)).get_label() == 0
 
-    def test_labels_differ(self):
+    def test_labels_of_segments_differ(self):
         labels = {self.made()[0].label for _ in range(5)}
         assert len(labels) == 5
 
@@ -712,7 +712,7 @@ class TestScarceDescriptors:
         yield lower
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
-    def test_a_quarter_is_ours(self, soft_limit):
+    def test_descriptors_are_scarce_from_a_quarter_of_the_limit(self, soft_limit):
         gc.collect()
         segment = Segment.create()
         segment.reserve(1)
@@ -726,7 +726,7 @@ class TestScarceDescriptors:
         gc.collect()
         assert descriptors_are_scarce() is False
 
-    def test_never_without_a_limit(self, monkeypatch):
+    def test_descriptors_are_never_scarce_without_a_limit(self, monkeypatch):
         unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         monkeypatch.setattr(resource, "getrlimit", lambda _: unlimited)
         monkeypatch.setattr(segments, "live_mappings", lambda: range(10**6))
@@ -734,8 +734,8 @@ class TestScarceDescriptors:
 
 
 class TestLiveMappings:
-    def test_no_python_code_is_run_when_one_goes(self):
-        # Ctrl-C that came meanwhile would be lost.
+    def test_no_python_code_runs_when_a_mapping_is_freed(self):
+        # Ctrl-C at that moment would be lost.
         mapping = shared(np.arange(10.0)).segment.map("read")
         assert [one.__callback__ for one in weakref.getweakrefs(mapping)] == [None]
         assert mapping in live_mappings()
@@ -744,7 +744,7 @@ class TestLiveMappings:
         gc.collect()
         assert name not in map(id, live_mappings())
 
-    def test_those_that_are_gone_are_not_kept_track_of(self):
+    def test_freed_mappings_are_not_kept_track_of(self):
         segment = Segment.create()
         segment.reserve(1)
         for _ in range(2000):
@@ -753,7 +753,7 @@ class TestLiveMappings:
 
 
 class TestSharedView:
-    def test_says_where_an_array_lies(self):
+    def test_a_shared_view_says_where_an_array_lies(self):
         view = shared(np.arange(10.0)[::-1])
         assert isinstance(view, SharedView)
         assert (view.shape, view.strides, view.dtype) == ((10,), (-8,), np.dtype("f8"))

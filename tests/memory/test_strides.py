@@ -1,4 +1,4 @@
-"""Arithmetic on addresses, shapes and strides, held against NumPy's."""
+"""Arithmetic on addresses, shapes and strides, compared with NumPy."""
 
 from itertools import pairwise
 
@@ -29,7 +29,7 @@ LAYOUTS = {**KEPT, **GATHERED}
 
 
 def assert_gathered(copy, array):
-    """The same items without gaps, in the order and with the signs of the strides."""
+    """Assert that a copy has the same items without gaps, with order and signs of the strides."""
     assert same_bits(copy, array)
     assert not np.shares_memory(copy, array)
     assert copy.flags.writeable
@@ -44,7 +44,7 @@ def assert_gathered(copy, array):
 
 class TestItemsFirst:
     @pytest.mark.parametrize("axis", [0, 1, 2])
-    def test_is_numpys_view(self, axis):
+    def test_items_first_is_a_view_like_that_of_numpy(self, axis):
         array = np.arange(24).reshape(2, 3, 4)
         view, expected = items_first(array, axis), np.moveaxis(array, axis, 0)
         assert np.array_equal(view, expected)
@@ -57,13 +57,13 @@ class TestBounds:
         assert ALIGNMENT == CACHE_LINE
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_of_layouts(self, layout):
+    def test_byte_bounds_of_layouts_equal_those_of_numpy(self, layout):
         array = LAYOUTS[layout]()
         assert byte_bounds(array) == layouts.byte_bounds(array)
         assert address_of(array) == address(array)
 
     @given(samples())
-    def test_of_any_array(self, sample):
+    def test_byte_bounds_of_any_array_equal_those_of_numpy(self, sample):
         with sample.array() as array:
             assume(array.nbytes)
             assert byte_bounds(array) == layouts.byte_bounds(array)
@@ -72,38 +72,38 @@ class TestBounds:
             assert footprint(array) >= high - low + 2 * (ALIGNMENT - 1)
 
     @pytest.mark.parametrize("layout", EMPTY)
-    def test_no_bytes_leave_no_footprint(self, layout):
+    def test_arrays_without_bytes_have_no_footprint(self, layout):
         assert footprint(EMPTY[layout]()) == 0
 
 
 class TestGaps:
     @pytest.mark.parametrize("layout", [*LAYOUTS, *EMPTY])
-    def test_which_layouts_are_mostly_gaps(self, layout):
+    def test_layouts_that_are_mostly_gaps_are_recognised(self, layout):
         array = {**LAYOUTS, **EMPTY}[layout]()
         assert is_mostly_gaps(array) is (layout in GATHERED)
 
-    def test_twice_the_bytes_are_not_too_many(self):
+    def test_twice_the_bytes_are_not_mostly_gaps(self):
         bytes_ = np.zeros(100, np.uint8)
         assert not is_mostly_gaps(bytes_[:4:3])  # 2 of 4
         assert is_mostly_gaps(bytes_[:5:4])  # 2 of 5
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_are_closed_keeping_order_and_signs(self, layout):
+    def test_gaps_are_removed_keeping_order_and_signs(self, layout):
         array = LAYOUTS[layout]()
         before = array.tobytes()
         assert_gathered(without_gaps(array), array)
         assert array.tobytes() == before
 
-    def test_zero_strides_stay(self):
+    def test_zero_strides_are_kept(self):
         assert without_gaps(GATHERED["zero stride and gaps"]()).strides == (0, 8)
 
     @given(samples())
-    def test_are_closed_in_any_array(self, sample):
+    def test_gaps_are_removed_from_any_array(self, sample):
         with sample.array() as array:
             assume(array.nbytes)
             assert_gathered(without_gaps(array), array)
 
-    def test_dense_strides(self):
+    def test_dense_strides_keep_order_and_signs(self):
         array = np.zeros((4, 6, 8), np.int16)
         assert _dense_strides(array) == (96, 16, 2)
         assert _dense_strides(array.transpose(1, 2, 0)) == (16, 2, 96)
@@ -112,14 +112,14 @@ class TestGaps:
 
 
 class TestBytesAt:
-    def test_are_the_memory_itself(self):
+    def test_bytes_at_an_address_are_the_memory_itself(self):
         array = np.arange(100, dtype=np.uint8)
         block = bytes_at(address(array) + 3, 40)
         assert bytes(block) == array[3:43].tobytes()
         array[3] = 77
         assert block[0] == 77
 
-    def test_are_read_only(self):
+    def test_bytes_at_an_address_are_read_only(self):
         array = np.arange(100, dtype=np.uint8)
         block = bytes_at(address(array), 100)
         assert block.readonly
@@ -128,14 +128,14 @@ class TestBytesAt:
 
 
 @given(st.integers(0, 1 << 60))
-def test_aligned_is_the_next_multiple(nbytes):
+def test_align_gives_the_next_multiple(nbytes):
     assert align(nbytes) % CACHE_LINE == 0
     assert nbytes <= align(nbytes) < nbytes + CACHE_LINE
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
 @given(st.lists(st.integers(1, 4), max_size=5), st.integers(1, 20))
-def test_contiguous_strides_are_numpy_s(order, shape, itemsize):
+def test_contiguous_strides_equal_those_of_numpy(order, shape, itemsize):
     array = np.empty(shape, f"V{itemsize}", order)
     found = contiguous_strides(array.shape, itemsize, order)
     apart = [axis for axis, n in enumerate(shape) if n > 1]
@@ -147,7 +147,7 @@ def test_contiguous_strides_are_numpy_s(order, shape, itemsize):
 
 class TestInternalOverlap:
     @given(samples())
-    def test_of_any_array(self, sample):
+    def test_internal_overlap_of_any_array_is_found(self, sample):
         with sample.array() as array:
             repeats = array.size > 1 and any(
                 n > 1 and stride == 0 for n, stride in zip(array.shape, array.strides, strict=True)
@@ -161,7 +161,7 @@ class TestInternalOverlap:
         st.lists(st.tuples(st.integers(1, 4), st.integers(-12, 12)), min_size=1, max_size=3),
         st.integers(1, 4),
     )
-    def test_is_never_missed(self, axes, itemsize):
+    def test_internal_overlap_is_never_missed(self, axes, itemsize):
         offsets = [0]
         for n, stride in axes:
             offsets = [start + i * stride for start in offsets for i in range(n)]
@@ -173,9 +173,9 @@ class TestInternalOverlap:
             assert has_internal_overlap(array)
 
     @pytest.mark.parametrize("layout", ["windows", "reversed windows", "zero stride"])
-    def test_of_layouts_that_repeat(self, layout):
+    def test_layouts_that_repeat_items_overlap(self, layout):
         assert has_internal_overlap(KEPT[layout]())
 
     @pytest.mark.parametrize("layout", EMPTY)
-    def test_nothing_does_not(self, layout):
+    def test_arrays_without_bytes_do_not_overlap(self, layout):
         assert not has_internal_overlap(EMPTY[layout]())

@@ -1,4 +1,4 @@
-"""The ledger: chunks claimed once, and found again by their marks after any death."""
+"""The ledger: chunks are claimed once, and recovered by their marks after any death."""
 
 import contextlib
 import json
@@ -48,13 +48,13 @@ ledger = Ledger(words, FileCounter(counter_fd), FileSetOnce(set_once_fd), marks)
 ledger.set_marks(None, n_chunks)
 print("ready", flush=True)
 sys.stdin.readline()
-settled = ledger.propose(f"worker {worker}".encode()).decode()
+decided = ledger.propose(f"worker {worker}".encode()).decode()
 taken = []
 for chunk in Dynamic().chunks(ledger, worker, n_workers, n_chunks):
     taken.append(chunk)
     ledger.marks[chunk] = DONE
     ledger.finish(worker, 2)
-print(json.dumps([settled, taken]))
+print(json.dumps([decided, taken]))
 """
 
 PROPOSER = """
@@ -92,7 +92,7 @@ def counter_fd(opened_by):
 
 
 @pytest.fixture(params=["threads", "processes"])
-def cursor(request, counter_fd):
+def counter(request, counter_fd):
     return ThreadCounter() if request.param == "threads" else FileCounter(counter_fd)
 
 
@@ -104,14 +104,14 @@ def set_once_fd(opened_by):
 
 
 @pytest.fixture(params=["threads", "processes"])
-def agreement(request, set_once_fd):
+def set_once(request, set_once_fd):
     return ThreadSetOnce() if request.param == "threads" else FileSetOnce(set_once_fd)
 
 
 @pytest.fixture
-def ledger(cursor):
+def ledger(counter):
     words = memoryview(bytearray(ledger_nbytes(N_WORKERS))).cast("q")
-    made = Ledger(words, cursor, ThreadSetOnce())
+    made = Ledger(words, counter, ThreadSetOnce())
     made.reset(N_WORKERS)
     return made
 
@@ -146,18 +146,18 @@ def all_go(programs):
     return [program.communicate(timeout=60)[0] for program in programs]
 
 
-class TestCursor:
-    def test_counts_from_zero(self, cursor):
-        assert [cursor.advance() for _ in range(4)] == [0, 1, 2, 3]
-        assert cursor.position() == 4
+class TestCounter:
+    def test_a_counter_counts_from_zero(self, counter):
+        assert [counter.advance() for _ in range(4)] == [0, 1, 2, 3]
+        assert counter.position() == 4
 
-    def test_starts_again(self, cursor):
-        cursor.advance()
-        cursor.reset()
-        assert cursor.position() == 0
-        assert cursor.advance() == 0
+    def test_a_counter_starts_over_after_reset(self, counter):
+        counter.advance()
+        counter.reset()
+        assert counter.position() == 0
+        assert counter.advance() == 0
 
-    def test_each_number_to_one_thread(self, cursor):
+    def test_each_number_goes_to_one_thread(self, counter):
         before = sys.getswitchinterval()
         sys.setswitchinterval(1e-6)
         taken = [[] for _ in range(8)]
@@ -165,7 +165,7 @@ class TestCursor:
 
         def run(mine):
             begin.wait()
-            mine.extend(cursor.advance() for _ in range(2000))
+            mine.extend(counter.advance() for _ in range(2000))
 
         threads = [threading.Thread(target=run, args=(mine,)) for mine in taken]
         try:
@@ -177,7 +177,7 @@ class TestCursor:
             sys.setswitchinterval(before)
         assert sorted(chain(*taken)) == list(range(16_000))
 
-    def test_each_number_to_one_process(self, counter_fd):
+    def test_each_number_goes_to_one_process(self, counter_fd):
         n_programs, n_numbers = 3, 30_000
         with contenders(
             CONTENDER, [(counter_fd, n_numbers)] * n_programs, [counter_fd]
@@ -187,39 +187,39 @@ class TestCursor:
         assert sorted(chain(*taken)) == list(range(n_programs * n_numbers))
         assert FileCounter(counter_fd).position() == n_programs * n_numbers
 
-    def test_file_is_not_inherited_by_accident(self, counter_fd):
+    def test_the_file_of_a_counter_is_not_inherited(self, counter_fd):
         assert not os.get_inheritable(counter_fd)
 
 
-class TestAgreement:
+class TestSetOnce:
     @pytest.mark.parametrize("proposal", [b"", b"one", bytes(range(256)) * 4000])
-    def test_the_first_proposal_counts(self, agreement, proposal):
-        assert agreement.get() is None
-        assert agreement.propose(proposal) == proposal
-        assert agreement.propose(b"another") == proposal
-        assert agreement.get() == proposal
+    def test_the_first_proposal_counts(self, set_once, proposal):
+        assert set_once.get() is None
+        assert set_once.propose(proposal) == proposal
+        assert set_once.propose(b"another") == proposal
+        assert set_once.get() == proposal
 
-    def test_starts_again(self, agreement):
-        agreement.propose(b"something long")
-        agreement.reset()
-        assert agreement.get() is None
-        assert agreement.propose(b"short") == b"short"
-        assert agreement.get() == b"short"
+    def test_a_value_can_be_set_again_after_reset(self, set_once):
+        set_once.propose(b"something long")
+        set_once.reset()
+        assert set_once.get() is None
+        assert set_once.propose(b"short") == b"short"
+        assert set_once.get() == b"short"
 
-    def test_threads_that_propose_at_once_settle_on_one(self, agreement):
+    def test_threads_that_propose_at_once_get_the_same_value(self, set_once):
         before = sys.getswitchinterval()
         sys.setswitchinterval(1e-6)
-        get = []
+        answers = []
         begin = threading.Barrier(8, timeout=30)
 
         def run(number):
             for _ in range(50):
                 begin.wait()
-                get.append(agreement.propose(bytes([number]) * 100))
+                answers.append(set_once.propose(bytes([number]) * 100))
                 if begin.wait() == 0:
-                    assert len(set(get)) == 1
-                    get.clear()
-                    agreement.reset()
+                    assert len(set(answers)) == 1
+                    answers.clear()
+                    set_once.reset()
                 begin.wait()
 
         with ThreadPoolExecutor(8) as threads:
@@ -228,7 +228,7 @@ class TestAgreement:
             finally:
                 sys.setswitchinterval(before)
 
-    def test_processes_that_propose_at_once_settle_on_one(self, opened_by):
+    def test_processes_that_propose_at_once_get_the_same_value(self, opened_by):
         fds = [FileSetOnce.create() for _ in range(40)]
         try:
             with contenders(PROPOSER, [(name, *fds) for name in "abc"], fds) as programs:
@@ -241,12 +241,12 @@ class TestAgreement:
             for fd in fds:
                 os.close(fd)
 
-    def test_file_is_not_inherited_by_accident(self, set_once_fd):
+    def test_the_file_of_a_set_once_is_not_inherited(self, set_once_fd):
         assert not os.get_inheritable(set_once_fd)
 
 
 class TestLedger:
-    def test_workers_agree(self, ledger):
+    def test_the_first_proposal_counts_for_all_workers(self, ledger):
         assert ledger.first_proposal() is None
         assert ledger.propose(b"mine") == b"mine"
         assert ledger.propose(b"yours") == b"mine"
@@ -254,7 +254,7 @@ class TestLedger:
         ledger.reset(N_WORKERS)
         assert ledger.first_proposal() is None
 
-    def test_a_claim_is_in_hand_until_laid_down(self, ledger):
+    def test_a_claimed_chunk_is_in_hand_until_finished(self, ledger):
         assert ledger.claim(1) == 0
         assert ledger.chunk_in_hand(1, N_CHUNKS) == 0
         assert ledger.chunk_in_hand(0, N_CHUNKS) is None
@@ -269,7 +269,7 @@ class TestLedger:
         assert ledger.n_claimed() == 0
 
     @pytest.mark.parametrize("number", [0, 1, 1000])
-    def test_a_range_given_out_again_is_in_hand_by_its_number(self, ledger, number):
+    def test_an_attempt_is_in_hand_by_its_number(self, ledger, number):
         ledger.hold_attempt(1, number)
         assert ledger.attempt_in_hand(1) == number
         assert ledger.chunk_in_hand(1, N_CHUNKS) is None
@@ -280,15 +280,15 @@ class TestLedger:
         assert ledger.n_items_of(1) == 5
         assert (ledger.n_attempts_done(0), ledger.n_claimed()) == (0, 0)
 
-    def test_nothing_and_a_claim_are_no_range_given_out_again(self, ledger):
+    def test_a_claim_is_no_attempt_in_hand(self, ledger):
         assert ledger.attempt_in_hand(1) is None
-        ledger._counter = DeadlyCursor(ledger._counter)
+        ledger._counter = DeadlyCounter(ledger._counter)
         ledger._counter.dies = "before"
         with pytest.raises(Killed):
             ledger.claim(1)
         assert ledger.attempt_in_hand(1) is None
 
-    def test_since_when(self, ledger):
+    def test_the_start_time_of_a_range_is_recorded(self, ledger):
         assert ledger.start_time_ns(1) == 0
         ledger.claim(1)
         ledger.set_start_time(1, 12_345)
@@ -303,7 +303,7 @@ class TestLedger:
         ledger.claim(1)  # and its own time is not noted yet
         assert ledger.start_time_ns(1) == 0
 
-    def test_a_worker_begins_anew(self, ledger):
+    def test_a_replaced_worker_starts_with_nothing_in_hand(self, ledger):
         for worker in (0, 1):
             ledger.claim(worker)
             ledger.finish(worker, 3)
@@ -335,13 +335,13 @@ class TestLedger:
         assert [ledger.n_items_of(worker) for worker in range(N_WORKERS)] == [8, 4, 0]
         assert ledger.n_items_done(N_WORKERS) == 12
 
-    def test_a_claim_beyond_the_last_chunk_is_none(self, ledger):
+    def test_a_claim_past_the_last_chunk_is_not_in_hand(self, ledger):
         claimed = [ledger.claim(0) for _ in range(3)]
         assert claimed == [0, 1, 2]
         assert ledger.chunk_in_hand(0, n_chunks=3) == 2
         assert ledger.chunk_in_hand(0, n_chunks=2) is None
 
-    def test_halt(self, ledger):
+    def test_halt_sets_the_flag(self, ledger):
         assert ledger.is_halted is False
         ledger.halt()
         assert ledger.is_halted is True
@@ -365,7 +365,7 @@ class TestLedger:
             assert (ledger.n_attempts_done(worker), ledger.start_time_ns(worker)) == (0, 0)
         assert ledger.claim(2) == 0
 
-    def test_workers_do_not_write_each_other_s_words(self):
+    def test_workers_write_only_to_their_own_words(self):
         buffer = bytearray(ledger_nbytes(N_WORKERS))
         ledger = Ledger(memoryview(buffer).cast("q"), ThreadCounter(), ThreadSetOnce())
         ledger.reset(N_WORKERS)
@@ -376,11 +376,11 @@ class TestLedger:
         ledger.hold_attempt(1, 2)
         ledger.finish_attempt(1, 2, 5)
         changed = [i for i in range(len(buffer)) if buffer[i] != before[i]]
-        # One pair of cache lines, that of worker 1 behind two of the run and that of worker 0.
+        # One pair of cache lines: that of worker 1, after two of the run and that of worker 0.
         assert changed
         assert {i // 128 for i in changed} == {3}
 
-    def test_the_words_fit(self):
+    def test_the_words_fit_into_the_memory(self):
         for n_workers in (1, 2, 50):
             assert ledger_nbytes(n_workers) % 8 == 0
             words = memoryview(bytearray(ledger_nbytes(n_workers))).cast("q")
@@ -390,7 +390,7 @@ class TestLedger:
             ledger.finish(n_workers - 1, 7)
             assert ledger.n_items_done(n_workers) == 7
 
-    def test_processes_share_it(self, counter_fd, set_once_fd):
+    def test_processes_share_a_ledger(self, counter_fd, set_once_fd):
         n_workers, n_chunks = 3, 5_000
         words_fd = os.memfd_create("words")
         try:
@@ -420,16 +420,16 @@ class TestLedger:
 
 
 class TestMarks:
-    def test_are_told_apart(self):
+    def test_marks_are_distinct(self):
         assert len({PENDING, DONE, SENT, RECLAIMED}) == 4
         assert PENDING == 0  # fresh memory
 
-    def test_nowhere_unless_asked_for(self, ledger):
+    def test_there_are_no_marks_unless_asked_for(self, ledger):
         ledger.set_marks(None, N_CHUNKS)
         assert ledger.marks is None
         assert Ledger.local(2).marks is None
 
-    def test_in_its_own_bytes(self):
+    def test_few_marks_lie_in_the_ledger(self):
         own = bytearray(OWN_MARKS)
         words = memoryview(bytearray(ledger_nbytes(1))).cast("q")
         ledger = Ledger(words, ThreadCounter(), ThreadSetOnce(), memoryview(own))
@@ -438,7 +438,7 @@ class TestMarks:
         ledger.marks[6] = SENT
         assert own.find(SENT) == 6
 
-    def test_in_bytes_that_were_given(self):
+    def test_many_marks_lie_in_the_given_memory(self):
         own, given = memoryview(bytearray(10)), memoryview(bytearray(OWN_MARKS + 1))
         words = memoryview(bytearray(ledger_nbytes(1))).cast("q")
         ledger = Ledger(words, ThreadCounter(), ThreadSetOnce(), own)
@@ -449,11 +449,11 @@ class TestMarks:
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing after it runs."""
+    """Stands for SIGKILL: nothing runs after it."""
 
 
 class DeadlyWords:
-    """Words of a ledger that let a worker write so many of them, and then die."""
+    """Words of a ledger that kill a worker after a number of writes."""
 
     def __init__(self, words):
         self.words = words
@@ -470,32 +470,32 @@ class DeadlyWords:
         self.words[index] = value
 
 
-class DeadlyCursor:
+class DeadlyCounter:
     """A counter that kills its user before or after it gives out a number."""
 
-    def __init__(self, cursor):
-        self.cursor = cursor
+    def __init__(self, counter):
+        self.counter = counter
         self.dies = ""
 
     def advance(self):
         if self.dies == "before":
             raise Killed
-        number = self.cursor.advance()
+        number = self.counter.advance()
         if self.dies == "after":
             raise Killed
         return number
 
     def position(self):
-        return self.cursor.position()
+        return self.counter.position()
 
     def reset(self):
-        self.cursor.reset()
+        self.counter.reset()
 
 
 class TestDeathInsideAClaim:
-    """Worker 1 dies in each step of its claim; the others finish all they can come by."""
+    """Worker 1 dies in each step of its claim; the others finish all chunks that they can claim."""
 
-    N_WRITES = 2  # in a claim, counted by `test_number_of_steps`
+    N_WRITES = 2  # in a claim, counted by `test_a_claim_has_two_writes`
     N_CHUNKS = 20
 
     @pytest.fixture
@@ -503,8 +503,8 @@ class TestDeathInsideAClaim:
         return DeadlyWords(memoryview(bytearray(ledger_nbytes(N_WORKERS))).cast("q"))
 
     @pytest.fixture
-    def deadly(self, cursor):
-        return DeadlyCursor(cursor)
+    def deadly(self, counter):
+        return DeadlyCounter(counter)
 
     @pytest.fixture
     def ledger(self, words, deadly):
@@ -525,26 +525,30 @@ class TestDeathInsideAClaim:
         assert ledger.chunk_in_hand(2, self.N_CHUNKS) is None
         return [index for index in range(self.N_CHUNKS) if ledger.marks[index] == PENDING]
 
-    def test_number_of_steps(self, ledger, words):
+    def test_a_claim_has_two_writes(self, ledger, words):
         words.writes_left = 100
         assert ledger.claim(1) == 5
         assert words.writes_left == 100 - self.N_WRITES
 
-    # The first write only announces a claim; from the second on, a number was taken.
+    # The first write only announces a claim; before the second, a number is taken.
     @pytest.mark.parametrize(("n_writes", "lost"), [(0, []), (1, [5])])
-    def test_in_front_of_each_write(self, ledger, words, n_writes, lost):
+    def test_a_death_before_a_write_loses_at_most_the_claimed_chunk(
+        self, ledger, words, n_writes, lost
+    ):
         words.writes_left = n_writes
         with pytest.raises(Killed):
             ledger.claim(1)
         words.writes_left = None
         assert ledger.chunk_in_hand(1, self.N_CHUNKS) is None
         assert self.left(ledger) == lost
-        # Whatever others did, it has not come into the dead one's hand.
+        # Whatever others did, the dead worker has no chunk in hand.
         assert ledger.chunk_in_hand(1, self.N_CHUNKS) is None
         assert ledger.attempt_in_hand(1) is None
 
     @pytest.mark.parametrize(("dies", "lost"), [("before", []), ("after", [5])])
-    def test_around_the_cursor(self, ledger, deadly, dies, lost):
+    def test_a_death_around_the_counter_loses_at_most_the_claimed_chunk(
+        self, ledger, deadly, dies, lost
+    ):
         deadly.dies = dies
         with pytest.raises(Killed):
             ledger.claim(1)
@@ -552,13 +556,13 @@ class TestDeathInsideAClaim:
         assert ledger.chunk_in_hand(1, self.N_CHUNKS) is None
         assert self.left(ledger) == lost
 
-    def test_with_the_claim_in_hand(self, ledger):
+    def test_a_death_with_the_claim_in_hand_leaves_the_chunk(self, ledger):
         assert ledger.claim(1) == 5
         assert self.left(ledger) == [5]
         assert ledger.chunk_in_hand(1, self.N_CHUNKS) == 5
 
     @pytest.mark.parametrize("n_writes", [0, 1])
-    def test_while_it_lays_down_what_is_marked(self, ledger, words, n_writes):
+    def test_a_death_while_finishing_a_marked_chunk_loses_nothing(self, ledger, words, n_writes):
         assert ledger.claim(1) == 5
         ledger.marks[5] = DONE
         words.writes_left = n_writes
@@ -569,7 +573,9 @@ class TestDeathInsideAClaim:
         assert ledger.chunk_in_hand(1, self.N_CHUNKS) in {5, None}  # which is finished, by its mark
 
     @pytest.mark.parametrize("n_writes", range(3))
-    def test_while_it_lays_down_a_range_given_out_again(self, ledger, words, n_writes):
+    def test_a_death_while_finishing_an_attempt_leaves_it_in_hand_or_finished(
+        self, ledger, words, n_writes
+    ):
         ledger.hold_attempt(1, 0)
         words.writes_left = n_writes
         with pytest.raises(Killed):
@@ -579,7 +585,7 @@ class TestDeathInsideAClaim:
         assert ledger.attempt_in_hand(1) == 0 or ledger.n_attempts_done(1) == 1
         assert self.left(ledger) == []
 
-    def test_a_lost_claim_beyond_the_last_chunk_is_nothing(self, ledger, deadly):
+    def test_a_lost_claim_past_the_last_chunk_loses_nothing(self, ledger, deadly):
         assert self.left(ledger) == []
         deadly.dies = "after"
         with pytest.raises(Killed):

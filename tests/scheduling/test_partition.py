@@ -47,7 +47,7 @@ class TestPartition:
             (3, 0, []),
         ],
     )
-    def test_known_lengths(self, n_parts, size, expected):
+    def test_slices_have_the_known_lengths(self, n_parts, size, expected):
         assert lengths(Partition(n_parts, size)) == expected
 
     @given(few_parts, few_items)
@@ -72,11 +72,11 @@ class TestPartition:
         assert list(reversed(parts)) == expected[::-1]
 
     @pytest.mark.parametrize("index", [3, -4, 10**12])
-    def test_index_out_of_range(self, index):
+    def test_an_index_out_of_range_is_an_error(self, index):
         with pytest.raises(IndexError):
             Partition(3, 10)[index]
 
-    def test_index_of_no_slices(self):
+    def test_no_slices_have_no_index(self):
         with pytest.raises(IndexError):
             Partition(3, 0)[0]
 
@@ -108,51 +108,51 @@ class TestPartition:
         assert found[2] == slice(10**18 + 1 - 1000, 10**18 + 1)
         assert found[3] == slice((10**14 + 3) * 1000 + 1, (10**14 + 4) * 1000 + 1)
 
-    def test_repr(self):
+    def test_repr_shows_the_arguments(self):
         assert repr(Partition(5, 333)) == "Partition(n_parts=5, size=333)"
         assert repr(Partition(5, 333)[1:3]) == "Partition(n_parts=5, size=333, 2 of 5 slices)"
 
-    def test_equal_when_the_slices_are(self):
+    def test_partitions_with_equal_slices_are_equal(self):
         assert Partition(5, 333) == Partition(5, 333)
         assert Partition(9, 5) == Partition(5, 5)
         assert Partition(5, 333)[:] == Partition(5, 333)
         assert Partition(2, 4)[:1] == Partition(4, 8)[:1]
         assert Partition(3, 0) == Partition(4, 0)
 
-    def test_unequal_when_the_slices_are_not(self):
+    def test_partitions_with_different_slices_are_unequal(self):
         assert Partition(5, 333) != Partition(5, 334)
         assert Partition(5, 333) != Partition(4, 333)
         assert Partition(5, 333)[::-1] != Partition(5, 333)
         assert Partition(2, 2) != [slice(0, 1), slice(1, 2)]
 
     @given(few_parts, few_items, few_parts)
-    def test_equal_ones_have_equal_hashes(self, n_parts, size, other):
+    def test_equal_partitions_have_equal_hashes(self, n_parts, size, other):
         assert hash(Partition(n_parts, size)) == hash(Partition(n_parts, size)[:])
         if Partition(n_parts, size) == Partition(other, size):
             assert hash(Partition(n_parts, size)) == hash(Partition(other, size))
 
-    def test_copies_are_equal(self):
+    def test_copies_of_a_partition_are_equal(self):
         cut = Partition(5, 333)[1::2]
         assert pickle.loads(pickle.dumps(cut)) == cut
         assert copy.copy(cut) == cut
 
-    def test_membership_and_position(self):
+    def test_membership_and_position_of_a_slice_are_found(self):
         parts = Partition(5, 333)
         assert slice(67, 134) in parts
         assert slice(0, 66) not in parts
         assert parts.index(slice(67, 134)) == 1
 
     @pytest.mark.parametrize("arguments", [(2.0, 3), (2, 3.0), ("2", 3), (None, 3), (2, None)])
-    def test_numbers_must_be_integers(self, arguments):
+    def test_arguments_must_be_integers(self, arguments):
         with pytest.raises(TypeError):
             Partition(*arguments)
 
     @pytest.mark.parametrize("n_parts", [0, -1])
-    def test_at_least_one_part(self, n_parts):
+    def test_there_must_be_at_least_one_part(self, n_parts):
         with pytest.raises(ValueError, match=f"n_parts must be at least 1, got {n_parts}"):
             Partition(n_parts, 10)
 
-    def test_size_is_not_negative(self):
+    def test_the_size_must_not_be_negative(self):
         with pytest.raises(ValueError, match="size must be at least 0, got -1"):
             Partition(3, -1)
 
@@ -162,7 +162,7 @@ class TestPartition:
         assert list(parts) == list(Partition(3, 200))
         assert type(parts[1].stop) is int
 
-    def test_index_must_be_an_integer(self):
+    def test_an_index_must_be_an_integer(self):
         with pytest.raises(TypeError):
             Partition(3, 10)[1.0]
 
@@ -184,24 +184,24 @@ class TestGrid:
         assert ranges_of_grid(chunk_grid(0, 8)) == [(0, 0)]
         assert ranges_of_grid(list_grid(0)) == [(0, 0)]
 
-    def test_equal_by_value(self):
+    def test_grids_are_equal_by_value(self):
         assert chunk_grid(1000, 8) == ChunkGrid(1000, 62)
         assert hash(chunk_grid(1000, 8)) == hash(ChunkGrid(1000, 62))
 
 
 class TestChunkGrid:
-    def test_chunks_of_a_mebibyte(self):
+    def test_chunks_have_a_mebibyte(self):
         # 2**20 items of 512 bytes: neither bound on the number of chunks is met.
         grid = chunk_grid(1 << 20, 512)
         assert grid.chunksize * 512 == CHUNK_NBYTES == 1 << 20
         assert MIN_CHUNKS < len(grid) < MAX_CHUNKS
 
     @pytest.mark.parametrize("item_nbytes", [CHUNK_NBYTES + 1, 10 * CHUNK_NBYTES, 1 << 40])
-    def test_never_under_one_item(self, item_nbytes):
+    def test_a_chunk_has_at_least_one_item(self, item_nbytes):
         assert chunk_grid(100, item_nbytes).chunksize == 1
 
     @given(st.integers(1, 10**12), st.integers(0, 1 << 24))
-    def test_number_of_chunks(self, n_items, item_nbytes):
+    def test_the_number_of_chunks_is_bounded(self, n_items, item_nbytes):
         grid = chunk_grid(n_items, item_nbytes)
         assert grid.chunksize >= 1
         assert len(grid) <= MAX_CHUNKS == 4096
@@ -216,29 +216,29 @@ class TestChunkGrid:
         fewest = -(-n_items // MAX_CHUNKS)
         assert grid.chunksize * item_nbytes <= CHUNK_NBYTES or grid.chunksize in {1, fewest}
 
-    def test_items_without_bytes(self):
+    def test_items_without_bytes_are_divided(self):
         assert chunk_grid(6400, 0).chunksize == 400
 
     @given(st.integers(0, 1000), st.integers(0, 1 << 22), st.integers(1, 2000))
-    def test_chunksize_is_taken_as_it_is(self, n_items, item_nbytes, chunksize):
+    def test_a_given_chunksize_is_used(self, n_items, item_nbytes, chunksize):
         assert chunk_grid(n_items, item_nbytes, chunksize) == ChunkGrid(n_items, chunksize)
 
 
 @pytest.mark.parametrize(("grid_of", "most"), [(item_grid, 1024), (list_grid, 128)])
 class TestGridsOfItems:
     @given(n_items=st.integers(0, 10**9))
-    def test_so_many_chunks_at_most(self, grid_of, most, n_items):
+    def test_the_number_of_chunks_of_items_is_bounded(self, grid_of, most, n_items):
         grid = grid_of(n_items)
         assert len(grid) <= most
         assert grid.chunksize == 1 or len(grid) > most // 2
 
-    def test_chunksize_is_taken_as_it_is(self, grid_of, most):
+    def test_a_given_chunksize_of_items_is_used(self, grid_of, most):
         assert grid_of(most * 10, 3) == ChunkGrid(most * 10, 3)
 
 
 class TestListsInProcesses:
     @given(n_items=st.integers(0, 10**6), n_processes=st.integers(1, 100))
-    def test_long_ones_are_cut_by_the_number_of_workers(self, n_items, n_processes):
+    def test_long_lists_are_cut_by_the_number_of_workers(self, n_items, n_processes):
         grid = list_grid(n_items, None, n_processes)
         if n_items < LONG_LIST:
             assert grid == list_grid(n_items)
@@ -249,25 +249,25 @@ class TestListsInProcesses:
     def test_a_hundred_items_are_a_hundred_chunks(self):
         assert len(list_grid(100, None, 2)) == 100
 
-    def test_chunksize_is_taken_as_it_is(self):
+    def test_a_given_chunksize_of_lists_is_used(self):
         assert list_grid(10**6, 3, 2) == ChunkGrid(10**6, 3)
 
 
 class TestCheckChunksize:
-    def test_none_stays(self):
+    def test_a_chunksize_of_none_stays_none(self):
         assert check_chunksize(None) is None
 
-    def test_integers_become_plain_ones(self):
+    def test_integer_chunksizes_become_plain_ints(self):
         np = pytest.importorskip("numpy")
         assert check_chunksize(3) == 3
         assert type(check_chunksize(np.int32(3))) is int
 
     @pytest.mark.parametrize("chunksize", [0, -1])
-    def test_at_least_one(self, chunksize):
+    def test_a_chunksize_below_one_is_refused(self, chunksize):
         with pytest.raises(ValueError, match=f"chunksize must be at least 1, got {chunksize}"):
             check_chunksize(chunksize)
 
     @pytest.mark.parametrize("chunksize", [2.0, "2", [2], float("nan")])
-    def test_only_integers(self, chunksize):
+    def test_a_chunksize_that_is_no_integer_is_refused(self, chunksize):
         with pytest.raises(TypeError, match="chunksize must be a positive integer or None, got"):
             check_chunksize(chunksize)

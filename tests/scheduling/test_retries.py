@@ -1,4 +1,4 @@
-"""What is tried again, and in which pieces."""
+"""Which ranges are tried again, and in which pieces."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ def spans():
 
 
 def suspected(start, stop, item, retries):
-    """The ranges on which workers die when one item kills, in order."""
+    """Return the ranges on which workers die when one item kills, in order."""
     retry_policy = RetryPolicy(retries=retries)
     pending, deaths = [Attempt(start, stop)], []
     while pending:
@@ -44,14 +44,14 @@ def suspected(start, stop, item, retries):
 
 class TestHalvings:
     @given(spans())
-    def test_are_the_range_cut_without_a_gap(self, span):
+    def test_halvings_cover_the_range_without_a_gap(self, span):
         pieces = list(halvings(*span))
         assert pieces[0][0] == span[0]
         assert pieces[-1][1] == span[1]
         assert all(one[1] == other[0] for one, other in itertools.pairwise(pieces))
 
     @given(spans().filter(lambda span: span[1] - span[0] > 1))
-    def test_each_is_half_of_what_is_left(self, span):
+    def test_each_halving_is_half_of_the_rest(self, span):
         left = span[1] - span[0]
         *pieces, last = [stop - start for start, stop in halvings(*span)]
         for piece in pieces:
@@ -72,7 +72,7 @@ class TestAfterDeath:
         assert [one.attempt for one in deaths] == list(range(1, len(deaths) + 1))
 
     @given(spans(), st.integers(1, 4), st.data())
-    def test_what_is_not_to_blame_is_given_out_once(self, span, retries, data):
+    def test_ranges_that_do_not_kill_are_run_again_once(self, span, retries, data):
         item = data.draw(st.integers(span[0], span[1] - 1))
         spared = []
         for one in suspected(*span, item, retries)[retries:-1]:
@@ -82,10 +82,10 @@ class TestAfterDeath:
         assert sorted(itertools.chain(*spared)) == others
 
     @pytest.mark.parametrize("can_split", [True, False])
-    def test_without_retries_it_is_final(self, can_split):
+    def test_a_death_without_retries_is_final(self, can_split):
         assert RetryPolicy(retries=0).next_after_death(Attempt(0, 8), can_split=can_split) == []
 
-    def test_what_cannot_be_cut_is_run_as_often_as_retries_say(self):
+    def test_a_range_that_cannot_be_split_is_run_again_whole(self):
         one, attempts = Attempt(3, 9), [1]
         while nexts := RetryPolicy(retries=3).next_after_death(one, can_split=False):
             (one,) = nexts
@@ -96,11 +96,11 @@ class TestAfterDeath:
 
 class TestAfterTimeout:
     @pytest.mark.parametrize("kinds", [(), (ValueError,), (KeyError, ConnectionError)])
-    def test_it_is_final_if_nothing_was_said(self, kinds):
+    def test_a_timeout_is_final_unless_retry_on_says_otherwise(self, kinds):
         assert RetryPolicy(1.0, 5, kinds).next_after_timeout(Attempt(0, 8)) == []
 
     @pytest.mark.parametrize("kind", [TimeoutError, OSError, Exception])
-    def test_it_is_run_again_whole(self, kind):
+    def test_a_late_range_is_run_again_whole(self, kind):
         retry_policy = RetryPolicy(1.0, 2, (ValueError, kind))
         assert retry_policy.next_after_timeout(Attempt(0, 8)) == [Attempt(0, 8, 2)]
         assert retry_policy.next_after_timeout(Attempt(0, 8, 2)) == [Attempt(0, 8, 3)]
@@ -108,7 +108,7 @@ class TestAfterTimeout:
 
 
 class TestArguments:
-    def test_nothing_said_is_the_usual(self):
+    def test_default_arguments_give_the_default_policy(self):
         assert RetryPolicy.from_arguments(None, RETRIES, ()) is DEFAULT_POLICY
         assert (DEFAULT_POLICY.timeout, DEFAULT_POLICY.retries, DEFAULT_POLICY.retry_on) == (
             None,
@@ -118,7 +118,7 @@ class TestArguments:
         assert DEFAULT_POLICY.timeout_ns == 0
 
     @pytest.mark.parametrize("timeout", [3, 0.5, np.float32(2), np.int8(4)])
-    def test_seconds(self, timeout):
+    def test_a_timeout_is_a_number_of_seconds(self, timeout):
         assert RetryPolicy.from_arguments(timeout, 2, ()).timeout == float(timeout)
         assert RetryPolicy.from_arguments(timeout, 2, ()).timeout_ns == round(float(timeout) * 1e9)
 
@@ -126,13 +126,13 @@ class TestArguments:
         "timeout",
         [math.inf, np.float32("inf"), 1e300, 1e10, 10**400, Fraction(10**400), Decimal("1e999")],
     )
-    def test_what_no_clock_counts_is_no_limit(self, timeout):
+    def test_a_timeout_too_long_to_count_is_no_limit(self, timeout):
         assert RetryPolicy.from_arguments(timeout, 2, ()).timeout is None
         assert RetryPolicy.from_arguments(timeout, 2, ()).timeout_ns == 0
 
     @pytest.mark.parametrize("timeout", [1e300, math.inf, 10**400, 9e9])
     @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
-    def test_no_limit_everywhere(self, timeout, backend):
+    def test_an_infinite_timeout_is_no_limit_in_every_verb(self, timeout, backend):
         run = {"backend": backend, "n_jobs": 2}
         X = np.arange(50.0)
         assert (map_array(np.negative, X, timeout=timeout, **run) == -X).all()
@@ -143,7 +143,7 @@ class TestArguments:
         assert mapper.map(abs, range(-9, 0), timeout=timeout) == list(range(9, 0, -1))
         assert list(mapper.imap(abs, range(-9, 0), timeout=timeout)) == list(range(9, 0, -1))
 
-    def test_no_limit_on_a_registered_backend(self):
+    def test_an_infinite_timeout_is_no_limit_on_a_registered_backend(self):
         register_parallel_backend("taskcarrier-recovery", ThreadingBackend)
         try:
             mapper = DynamicParallelMapper(2, backend="taskcarrier-recovery")
@@ -151,17 +151,17 @@ class TestArguments:
         finally:
             del joblib.parallel.BACKENDS["taskcarrier-recovery"]
 
-    def test_a_timeout_is_never_rounded_to_none(self):
+    def test_a_timeout_is_never_rounded_to_zero(self):
         assert RetryPolicy.from_arguments(1e-12, 2, ()).timeout_ns == 1
 
     @pytest.mark.parametrize(
         "timeout", [0, -1, -math.inf, -(10**400), math.nan, "3", True, [1], object, 1j]
     )
-    def test_no_seconds(self, timeout):
+    def test_a_timeout_that_is_no_positive_number_is_refused(self, timeout):
         with pytest.raises(ValueError, match=r"timeout must be a positive number of seconds"):
             check_timeout(timeout)
 
-    def test_retry_on_is_a_type_or_several(self):
+    def test_retry_on_is_one_type_or_several(self):
         assert RetryPolicy.from_arguments(None, 2, OSError).retry_on == (OSError,)
         assert RetryPolicy.from_arguments(None, 2, (OSError, KeyError)).retry_on == (
             OSError,
@@ -182,14 +182,14 @@ class TestArguments:
             BaseException,
         ],
     )
-    def test_no_types_of_exceptions(self, retry_on):
+    def test_retry_on_without_exception_types_is_refused(self, retry_on):
         with pytest.raises(TypeError, match="retry_on must be an exception type or a tuple"):
             RetryPolicy.from_arguments(None, 2, retry_on)
 
     @pytest.mark.parametrize(
         ("retries", "kind"), [(-1, ValueError), (1.0, TypeError), ("2", TypeError)]
     )
-    def test_no_number_of_retries(self, retries, kind):
+    def test_a_bad_number_of_retries_is_refused(self, retries, kind):
         with pytest.raises(kind, match="retries must be"):
             RetryPolicy.from_arguments(None, retries, ())
 
@@ -204,7 +204,7 @@ class TestArguments:
             ({"on_error": "ignore"}, ValueError),
         ],
     )
-    def test_every_verb_checks_them_before_it_calls_anything(self, option, kind):
+    def test_every_verb_checks_the_options_before_it_calls_anything(self, option, kind):
         called = []
         X, (name,) = np.arange(4), option
         calls = [
@@ -221,7 +221,7 @@ class TestArguments:
         assert called == []
 
 
-class TestRetried:
+class TestWithRetries:
     @staticmethod
     def failing(n_failures, kind=ConnectionError):
         calls = []
@@ -235,12 +235,12 @@ class TestRetried:
         return func, calls
 
     @pytest.mark.parametrize("n_failures", [0, 1, 3])
-    def test_is_called_until_it_succeeds(self, n_failures):
+    def test_a_function_is_called_until_it_succeeds(self, n_failures):
         func, calls = self.failing(n_failures)
         assert WithRetries(func, (OSError,), 3)(1, a=2) == n_failures + 1
         assert calls == [((1,), {"a": 2})] * (n_failures + 1)
 
-    def test_the_last_exception_is_raised_and_says_how_many_there_were(self):
+    def test_the_last_exception_is_raised_with_the_number_of_calls(self):
         func, calls = self.failing(9)
         with pytest.raises(ConnectionError) as caught:
             WithRetries(func, (OSError,), 2)()
@@ -266,7 +266,7 @@ class TestRetried:
             WithRetries(func, (Stubborn,), 1)()
 
     @pytest.mark.parametrize("copies", [True, False])
-    def test_every_call_gets_arrays_of_its_own_if_it_may_change_them(self, copies):
+    def test_every_call_gets_its_own_arrays_if_it_may_change_them(self, copies):
         given, calls = np.zeros(3), []
 
         def func(array):
@@ -282,7 +282,7 @@ class TestRetried:
 
     @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
     @pytest.mark.parametrize("verb", [map_array, map_items])
-    def test_what_an_attempt_has_overwritten_is_as_it_was_in_the_next(
+    def test_an_attempt_gets_the_items_that_an_earlier_one_has_overwritten(
         self, verb, backend, tmp_path
     ):
         def func(x):
@@ -301,7 +301,7 @@ class TestRetried:
         assert X.tolist() == np.arange(12.0).reshape(6, 2).tolist()
 
     @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
-    def test_on_exceptions_of_the_programs_own(self, backend, tmp_path):
+    def test_exceptions_of_the_program_s_own_are_tried_again(self, backend, tmp_path):
         class Passing(Exception):  # noqa: N818  # as a user may call it
             pass
 
@@ -317,7 +317,7 @@ class TestRetried:
         assert map_items(func, X, **options).tolist() == X.tolist()
 
     @pytest.mark.parametrize("backend", ["sequential", "threading"])
-    def test_kernels_are_called_as_ever(self, backend):
+    def test_kernels_are_tried_again(self, backend):
         @numba.njit
         def small_only(x):
             if x >= 6:

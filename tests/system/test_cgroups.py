@@ -59,13 +59,13 @@ def machine(monkeypatch):
 @pytest.mark.fault(23)
 class TestMemory:
     @pytest.mark.parametrize("level", ["", "/user.slice", "/user.slice/job", "/user.slice/job/a"])
-    def test_at_every_level(self, level, machine):
+    def test_memory_limits_count_at_every_level(self, level, machine):
         machine.unified("/user.slice/job/a")
         machine.memory_v2("/sys/fs/cgroup/user.slice", "max", GIB)
         machine.memory_v2(f"/sys/fs/cgroup{level}", 3 * GIB, GIB)
         assert cgroups.memory_left() == [(2 * GIB, f"/sys/fs/cgroup{level}/memory.max")]
 
-    def test_at_several_levels(self, machine):
+    def test_the_tightest_memory_limit_of_several_levels_counts(self, machine):
         machine.unified("/a/b")
         machine.memory_v2("/sys/fs/cgroup/a/b", 5 * GIB, GIB)
         machine.memory_v2("/sys/fs/cgroup/a", 3 * GIB, 2 * GIB, GIB // 2)
@@ -75,34 +75,34 @@ class TestMemory:
         )
 
     @pytest.mark.parametrize("level", ["", "/slurm", "/slurm/job_1"])
-    def test_of_the_first_version(self, level, machine):
+    def test_memory_limits_of_version_one_count(self, level, machine):
         machine.hybrid("/slurm/job_1")
         folder = f"/sys/fs/cgroup/memory{level}"
         machine.memory_v1(folder, 3 * GIB, 2 * GIB, GIB // 2)
         found = (GIB + GIB // 2, f"{folder}/memory.limit_in_bytes")
         assert cgroups.memory_left() == [found]
 
-    def test_in_a_container_that_sees_its_own_group_as_the_root(self, machine):
+    def test_a_container_may_see_its_own_group_as_the_root(self, machine):
         machine.unified("/docker/1f", root="/docker/1f")
         machine.memory_v2("/sys/fs/cgroup", 3 * GIB, GIB)
         assert cgroups.memory_left() == [(2 * GIB, "/sys/fs/cgroup/memory.max")]
 
-    def test_of_a_group_outside_of_what_is_mounted(self, machine):
+    def test_a_group_outside_the_mount_has_the_limit_of_the_root(self, machine):
         machine.unified("/../../other", root="/")
         machine.memory_v2("/sys/fs/cgroup", 3 * GIB, GIB)
         assert cgroups.memory_left() == [(2 * GIB, "/sys/fs/cgroup/memory.max")]
 
-    def test_mounted_elsewhere(self, machine):
+    def test_groups_may_be_mounted_elsewhere(self, machine):
         machine.unified("/a b", at="/mnt/my\\040groups")
         machine.memory_v2("/mnt/my groups/a b", 3 * GIB, GIB)
         assert cgroups.memory_left() == [(2 * GIB, "/mnt/my groups/a b/memory.max")]
 
-    def test_used_beyond_the_limit(self, machine):
+    def test_more_memory_may_be_used_than_the_limit(self, machine):
         machine.unified("/")
         machine.memory_v2("/sys/fs/cgroup", GIB, 2 * GIB)
         assert cgroups.memory_left()[0][0] == -GIB
 
-    def test_where_nothing_tells(self, machine):
+    def test_without_cgroups_there_is_no_memory_limit(self, machine):
         assert cgroups.memory_left() == []
         machine.unified("/a")
         assert cgroups.memory_left() == []
@@ -110,27 +110,27 @@ class TestMemory:
 
 class TestCores:
     @pytest.mark.parametrize("level", ["", "/a", "/a/b"])
-    def test_at_every_level(self, level, machine):
+    def test_core_limits_count_at_every_level(self, level, machine):
         machine.unified("/a/b")
         machine.files["/sys/fs/cgroup/a/b/cpu.max"] = "max 100000\n"
         machine.files[f"/sys/fs/cgroup{level}/cpu.max"] = "150000 100000\n"
         assert cgroups.cores() == 1.5
 
-    def test_the_tightest_counts(self, machine):
+    def test_the_tightest_core_limit_counts(self, machine):
         machine.unified("/a")
         machine.files["/sys/fs/cgroup/cpu.max"] = "400000 100000\n"
         machine.files["/sys/fs/cgroup/a/cpu.max"] = "800000 100000\n"
         assert cgroups.cores() == 4
 
     @pytest.mark.parametrize(("quota", "expected"), [("-1", math.inf), ("50000", 0.5)])
-    def test_of_the_first_version(self, quota, expected, machine):
+    def test_core_limits_of_version_one_count(self, quota, expected, machine):
         machine.hybrid("/slurm/job")
         folder = "/sys/fs/cgroup/cpu,cpuacct/slurm/job"
         machine.files[f"{folder}/cpu.cfs_quota_us"] = f"{quota}\n"
         machine.files[f"{folder}/cpu.cfs_period_us"] = "100000\n"
         assert cgroups.cores() == expected
 
-    def test_where_nothing_tells(self, machine):
+    def test_without_cgroups_there_is_no_core_limit(self, machine):
         assert cgroups.cores() == math.inf
 
 
@@ -183,7 +183,7 @@ print(count_cores())
 
 
 @pytest.mark.fault(23)
-def test_a_group_below_the_root(group):
+def test_a_real_group_limits_memory_and_cores(group):
     controller, folder = group
     if controller == "memory":
         (folder / "memory.limit_in_bytes").write_text(str(400 << 20))

@@ -1,4 +1,4 @@
-"""Blocks that let any exception pass. `contextlib` is the oracle where it can."""
+"""Context managers that let any exception pass. `contextlib` is the oracle where possible."""
 
 import ast
 import contextlib
@@ -53,7 +53,7 @@ def walk(frames):
 
 @pytest.mark.parametrize("generator", [passing, catching, replacing])
 @pytest.mark.parametrize("error", [None, ValueError, StopIteration, RuntimeError, OSError])
-def test_the_same_as_of_contextlib(generator, error):
+def test_contextmanager_equals_that_of_contextlib(generator, error):
     ours, theirs = (
         outcome(make, generator, error and error("x"))
         for make in (contextmanager, contextlib.contextmanager)
@@ -70,7 +70,7 @@ def test_an_exception_that_refuses_attributes_passes(generator):
     assert len(list(walk(error.__traceback__))) == 1
 
 
-def test_a_generator_that_goes_on_is_an_error():
+def test_a_generator_that_yields_twice_is_an_error():
     @contextmanager
     def twice():
         for _ in range(2):
@@ -81,13 +81,13 @@ def test_a_generator_that_goes_on_is_an_error():
         raise ValueError
 
 
-def test_it_decorates_too():
+def test_a_context_manager_is_a_decorator_too():
     log = []
     contextmanager(passing)(log)(lambda: log.append("call"))()
     assert log == ["begin", "call", "end"]
 
 
-def test_the_package_uses_no_other():
+def test_the_package_uses_no_other_contextmanager():
     for path in Path(taskcarrier.__file__).parent.rglob("*.py"):
         if path.name != "contexts.py":
             names = {

@@ -1,4 +1,4 @@
-"""Nothing of ours lives below descriptor 3, whatever the program does with its own there."""
+"""No descriptor of ours is below 3, whatever the program does with its standard ones."""
 
 import os
 import subprocess
@@ -103,7 +103,7 @@ log.close()
 
 @pytest.mark.fault(38)
 @pytest.mark.parametrize("who", ["caller", "worker", "start", "nobody"])
-def test_what_is_written_to_standard_descriptors_goes_nowhere_else(who, tmp_path):
+def test_writes_to_standard_descriptors_reach_no_descriptor_of_ours(who, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(MAPS)
     command = [sys.executable, str(script), who, str(tmp_path)]
@@ -136,6 +136,6 @@ log.write("right")
 
 @pytest.mark.fault(38)
 @pytest.mark.parametrize("way", ["none", "closed", "no flush"])
-def test_streams_that_cannot_be_flushed(way):
+def test_standard_streams_that_cannot_be_flushed_are_left_alone(way):
     done = run([sys.executable, "-c", STREAMS, way])
     assert done.stdout == "right", done.stderr

@@ -1,4 +1,4 @@
-"""An exception of a signal handler ends the call, whatever it comes in between."""
+"""An exception of a signal handler ends the call, at whatever moment it comes."""
 
 import functools
 import gc
@@ -33,7 +33,7 @@ class TimeIsUpError(Exception):
 
 
 class Limit:
-    """Handlers of all sorts that raise it."""
+    """Handlers of all kinds that raise it."""
 
     def method(self, number, frame):
         self.helper()
@@ -60,7 +60,7 @@ HANDLERS = {
 
 @contextmanager
 def time_limit(handler=function, seconds=0.3):
-    """Raises in the main thread, after so many seconds; a block that is left too late has hung."""
+    """Raise in the main thread after some seconds; a block that is left too late has hung."""
     before = signal.signal(signal.SIGUSR1, handler)
     began = time.monotonic()
     main = threading.main_thread().ident
@@ -81,7 +81,7 @@ def endless():
 
 
 class Slow:
-    """Takes its time to be pickled, or to be unpickled in the caller."""
+    """An object that is slow to pickle, or to unpickle in the caller."""
 
     def __init__(self, here="", there=""):
         self.moments = here, there
@@ -113,7 +113,7 @@ def comes_slowly(_):
 class TestStreams:
     @pytest.mark.parametrize("ordered", [True, False])
     @pytest.mark.parametrize("backend", BACKENDS)
-    def test_while_the_input_is_read(self, backend, ordered):
+    def test_an_interrupt_while_the_input_is_read_ends_a_stream(self, backend, ordered):
         mapper = StaticParallelMapper(2, backend=backend)
         came = []
         with time_limit():
@@ -122,30 +122,30 @@ class TestStreams:
         assert list(mapper.imap(abs, range(5))) == list(range(5))
 
     @pytest.mark.parametrize("handler", HANDLERS)
-    def test_by_every_sort_of_handler(self, handler):
+    def test_every_kind_of_handler_ends_a_stream(self, handler):
         with time_limit(HANDLERS[handler]):
             list(StaticParallelMapper(2, backend="threading").imap(abs, endless()))
 
     @pytest.mark.parametrize("backend", ["sequential", "loky"])
-    def test_while_a_result_is_waited_for(self, backend):
+    def test_an_interrupt_while_a_result_is_waited_for_ends_a_stream(self, backend):
         mapper = StaticParallelMapper(2, backend=backend)
         with time_limit():
             list(mapper.imap(waits, range(3)))
         assert list(mapper.imap(abs, range(5))) == list(range(5))
 
-    def test_while_items_are_pickled(self):
+    def test_an_interrupt_while_items_are_pickled_ends_a_stream(self):
         mapper = StaticParallelMapper(2, backend="loky", chunksize=4)
         with time_limit():
             list(mapper.imap(type, [1, 2, Slow("pickled"), 4]))
         assert list(mapper.imap(abs, range(5))) == list(range(5))
 
-    def test_while_results_are_unpickled(self):
+    def test_an_interrupt_while_results_are_unpickled_ends_a_stream(self):
         mapper = StaticParallelMapper(2, backend="loky")
         with time_limit():
             list(mapper.imap(comes_slowly, range(3)))
         assert list(mapper.imap(abs, range(5))) == list(range(5))
 
-    def test_of_threads_that_run_on(self):
+    def test_an_interrupt_ends_a_stream_whose_threads_are_still_at_work(self):
         go_on = threading.Event()
         mapper = StaticParallelMapper(2, backend="threading")
         with time_limit():
@@ -156,7 +156,7 @@ class TestStreams:
 
 @pytest.mark.fault(39)
 class TestMaps:
-    def test_it_is_no_error_to_collect(self):
+    def test_an_interrupt_is_no_error_to_collect(self):
         mapper = StaticParallelMapper(1)
         with time_limit():
             mapper.map(waits, range(3), on_error="collect")
@@ -165,25 +165,25 @@ class TestMaps:
         with time_limit():
             map_array(waits, np.zeros(3), on_error="fill", n_jobs=1)
 
-    def test_it_is_no_reason_to_try_again(self):
+    def test_an_interrupt_is_not_tried_again(self):
         options = {"retry_on": Exception, "retries": 5}
         with time_limit():
             StaticParallelMapper(1).map(waits, range(3), **options)
         with time_limit():
             map_chunks(waits, np.zeros(3), n_jobs=1, **options)
 
-    def test_while_items_are_pickled(self):
+    def test_an_interrupt_while_items_are_pickled_ends_a_map(self):
         with time_limit():
             StaticParallelMapper(2, backend="loky").map(type, [1, Slow("pickled")])
 
-    def test_while_results_are_unpickled(self):
+    def test_an_interrupt_while_results_are_unpickled_ends_a_map(self):
         mapper = StaticParallelMapper(2, backend="loky")
         with time_limit():
             mapper.map(comes_slowly, range(3))
         assert mapper.map(abs, range(5)) == list(range(5))
 
 
-def test_a_time_limit_of_the_function_itself_is_its_own_error():
+def test_a_time_limit_inside_the_function_is_an_error_of_the_function():
     def func(x):
         with own_limit():
             time.sleep(LONG if x == 1 else 0)
@@ -200,7 +200,7 @@ def test_a_time_limit_of_the_function_itself_is_its_own_error():
 
 @pytest.mark.fault(39)
 @pytest.mark.parametrize("backend", ["sequential", "loky"])
-def test_a_time_limit_of_the_function_whose_handler_stays(backend):
+def test_a_time_limit_inside_the_function_may_leave_its_handler(backend):
     def func(x):
         signal.signal(signal.SIGALRM, function)
         signal.setitimer(signal.ITIMER_REAL, 0.1 if x == 1 else 0)
@@ -244,7 +244,7 @@ def own_limit():
         signal.signal(signal.SIGALRM, before)
 
 
-def test_other_errors_are_not_the_programs():
+def test_errors_without_a_signal_handler_are_not_taken_for_interrupts():
     error = None
     try:
         function(0, None)
@@ -292,7 +292,7 @@ def within(mapper):
 
 @pytest.mark.fault(44)
 @pytest.mark.parametrize("seed", [4, 5])  # threads, processes
-def test_at_random_moments(seed):
+def test_exceptions_at_random_moments_leave_nothing_behind(seed):
     command = [sys.executable, "-m", "tests.stress", "--one", "exceptions", "--seed", str(seed)]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=140, check=False
@@ -301,13 +301,15 @@ def test_at_random_moments(seed):
     assert json.loads(done.stdout)["interrupted calls"] >= 200
 
 
-class TestSheltered:
-    def test_what_it_returns_and_raises(self):
+class TestRunSheltered:
+    def test_run_sheltered_returns_and_raises(self):
         assert run_sheltered(lambda: threading.current_thread().name) == "taskcarrier-sheltered"
         with pytest.raises(ZeroDivisionError):
             run_sheltered(lambda: 1 / 0)
 
-    def test_is_done_to_the_end_if_the_caller_is_interrupted_at_any_step(self, monkeypatch):
+    def test_sheltered_work_is_done_to_the_end_if_the_caller_is_interrupted_at_any_step(
+        self, monkeypatch
+    ):
         monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # in finalizers they are lost
         step, done, begun = 0, [], []
 
@@ -325,7 +327,7 @@ class TestSheltered:
         assert step > 5
         assert run_sheltered(lambda: 7) == 7
 
-    def test_is_begun_again_if_its_starter_is_hit(self, monkeypatch):
+    def test_sheltered_work_is_begun_again_if_its_starter_is_interrupted(self, monkeypatch):
         # A new thread is taken for the one that starts it, for a moment.
         monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
         start, hit = interrupts._start, []
@@ -340,7 +342,7 @@ class TestSheltered:
         assert run_sheltered(lambda: 7) == 7
         assert hit
 
-    def test_is_done_here_where_no_thread_can_be_started(self, monkeypatch):
+    def test_sheltered_work_is_done_by_the_caller_if_no_thread_can_start(self, monkeypatch):
         def refuse(*_):
             raise RuntimeError("can't start new thread")
 
@@ -396,7 +398,7 @@ def n_threads_and_descriptors():
 @pytest.mark.fault(44)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_at_any_step_of_a_call_nothing_is_left_behind(backend, call, monkeypatch):
+def test_an_exception_at_any_step_of_a_call_leaves_nothing_behind(backend, call, monkeypatch):
     # What comes in a finalizer is lost; pytest would keep it, and all that it refers to.
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     mapper = StaticParallelMapper(2, backend=backend)

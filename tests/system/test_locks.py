@@ -1,4 +1,4 @@
-"""Locks of modules: taken again by their own thread, renewed in a forked child."""
+"""Locks of modules: reentrant, and renewed in a forked child."""
 
 import os
 import threading
@@ -24,7 +24,7 @@ def waited_for():
 
 
 def held_elsewhere(lock):
-    """Another thread that is inside, and what lets it out."""
+    """Start a thread that holds the lock; return it and the event that releases it."""
     inside, out = threading.Event(), threading.Event()
 
     def hold():
@@ -52,7 +52,7 @@ def can_be_taken(lock):
 
 
 def in_child(check):
-    """Whether something holds in a forked child."""
+    """Tell whether a check holds in a forked child."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -68,13 +68,13 @@ def in_child(check):
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
-def test_a_thread_may_take_it_again(lock):
+def test_a_thread_may_take_a_lock_twice(lock):
     with lock, lock:
         pass
     assert can_be_taken(lock)
 
 
-def test_other_threads_wait(lock):
+def test_other_threads_wait_for_a_lock(lock):
     thread, out = held_elsewhere(lock)
     taken = []
 
@@ -103,7 +103,7 @@ def test_a_child_does_not_wait_for_a_thread_of_its_parent(lock):
 
 
 @forks
-def test_a_thread_that_forks_inside_is_inside_in_the_child_too(lock):
+def test_a_thread_that_forks_inside_a_lock_holds_it_in_the_child_too(lock):
     def leaves():
         lock.__exit__(None, None, None)
         return can_be_taken(lock)
@@ -171,7 +171,7 @@ print(found[1])
 
 
 @pytest.mark.fault(19)
-def test_a_fork_while_another_thread_begins_its_first_map(tmp_path):
+def test_a_process_may_fork_while_another_thread_begins_its_first_map(tmp_path):
     assert run_script(tmp_path, IMPORTS) == "0\n"
 
 
@@ -226,5 +226,5 @@ assert inside[1] > 1
 
 @pytest.mark.fault(19)
 @pytest.mark.parametrize("way", ["signal", "finalizer"])
-def test_maps_begin_at_any_moment_of_others_in_the_same_thread(way, tmp_path):
+def test_a_map_may_begin_at_any_moment_of_another_in_the_same_thread(way, tmp_path):
     run_script(tmp_path, SIGNALS, way)

@@ -136,7 +136,7 @@ class TestChoose:
             ),
         ],
     )
-    def test_table(self, call, found, expected):
+    def test_the_table_of_choices_holds(self, call, found, expected):
         wishes = {"n_jobs": None, "backend": None, **call}
         assert choose(facts=facts(**found), **wishes) == Choice(*expected)
 
@@ -170,7 +170,7 @@ class TestChoose:
             ({"backend": "loky"}, {"active_backend": "dask"}, ("loky", 4, "asked for")),
         ],
     )
-    def test_lists_on_other_backends_of_joblib(self, call, found, expected):
+    def test_lists_run_on_other_backends_of_joblib(self, call, found, expected):
         wishes = {"n_jobs": None, "backend": None, **call}
         assert choose(facts=facts(**found), lists=True, **wishes) == Choice(*expected)
 
@@ -200,29 +200,29 @@ class TestWorkers:
             (-1, 1, 1),
         ],
     )
-    def test_joblib_s_rule(self, n_jobs, cores, expected):
+    def test_n_jobs_are_counted_by_the_rule_of_joblib(self, n_jobs, cores, expected):
         assert count_workers(n_jobs, facts(cores=cores)) == expected
 
     @pytest.mark.parametrize("n_jobs", [-1, -2, -1000, 1, 3])
-    def test_agrees_with_joblib(self, n_jobs):
+    def test_the_number_of_workers_equals_that_of_joblib(self, n_jobs):
         cores = joblib.cpu_count()
         expected = joblib.effective_n_jobs(n_jobs)
         assert count_workers(n_jobs, facts(cores=cores)) == expected
 
     @pytest.mark.parametrize("n_jobs", [None, 1, -1, -1000, 5])
-    def test_good_ones_stay(self, n_jobs):
+    def test_valid_n_jobs_are_kept(self, n_jobs):
         assert check_n_jobs(n_jobs) == n_jobs
 
     def test_numpy_integers_become_plain_ones(self):
         assert check_n_jobs(np.int64(3)) == 3
         assert type(check_n_jobs(np.int64(3))) is int
 
-    def test_zero(self):
+    def test_zero_n_jobs_are_refused(self):
         with pytest.raises(ValueError, match="n_jobs must not be 0"):
             check_n_jobs(0)
 
     @pytest.mark.parametrize("n_jobs", [2.0, "2", "all", [2], np.float64(2)])
-    def test_only_integers(self, n_jobs):
+    def test_n_jobs_that_are_no_integers_are_refused(self, n_jobs):
         with pytest.raises(TypeError, match="n_jobs must be a non-zero integer or None") as info:
             check_n_jobs(n_jobs)
         assert repr(n_jobs) in str(info.value)
@@ -231,23 +231,23 @@ class TestWorkers:
 
 class TestCheckBackend:
     @pytest.mark.parametrize("backend", [None, "sequential", "threading", "loky"])
-    def test_good_ones_stay(self, backend):
+    def test_known_backends_are_kept(self, backend):
         assert check_backend(backend) == backend
 
     @pytest.mark.parametrize(
         ("word", "backend"),
         [("multiprocessing", "loky"), ("processes", "loky"), ("threads", "threading")],
     )
-    def test_other_words(self, word, backend):
+    def test_synonyms_of_backends_are_translated(self, word, backend):
         assert check_backend(word) == backend
 
-    def test_what_is_registered_under_another_word_of_ours_is_followed_as_such(self, monkeypatch):
+    def test_a_backend_registered_under_one_of_our_synonyms_is_followed(self, monkeypatch):
         monkeypatch.setitem(joblib.parallel.BACKENDS, "threads", OtherBackend)
         with joblib.parallel_config(backend="threads"):
             found = facts_now()
         assert choose(None, None, found, lists=True).backend == "threads"
 
-    def test_names_that_are_registered_with_joblib_stay(self, monkeypatch):
+    def test_backends_registered_with_joblib_are_kept(self, monkeypatch):
         assert check_backend("dask") == "dask"  # joblib loads it when it is used
         monkeypatch.setitem(joblib.parallel.BACKENDS, "taskcarrier-test", OtherBackend)
         assert check_backend("taskcarrier-test") == "taskcarrier-test"
@@ -255,7 +255,7 @@ class TestCheckBackend:
     @pytest.mark.parametrize(
         "backend", ["thread", "Threads", "Loky", "", "Dask", 1, b"loky", ["loky"]]
     )
-    def test_others_are_refused_naming_the_allowed(self, backend):
+    def test_unknown_backends_are_refused_with_the_known_ones(self, backend):
         with pytest.raises(ValueError, match="backend must be None or one of") as info:
             check_backend(backend)
         assert repr(backend) in str(info.value)
@@ -276,7 +276,7 @@ class OtherBackend(ParallelBackendBase):
 
 
 class TestFactsNow:
-    def test_nothing_special(self):
+    def test_without_a_configuration_nothing_special_is_found(self):
         found = facts_now()
         assert found == Facts(cores=joblib.cpu_count(), has_gil=found.has_gil)
         assert found.has_gil == getattr(sys, "_is_gil_enabled", lambda: True)()
@@ -285,7 +285,7 @@ class TestFactsNow:
     @pytest.mark.parametrize(
         "backend", [None, "threading", "loky", "multiprocessing", "sequential"]
     )
-    def test_agrees_with_joblib(self, backend, prefer):
+    def test_the_active_configuration_equals_that_of_joblib(self, backend, prefer):
         for n_jobs in (None, 1, 3, -1, -2):
             wishes = {"backend": backend, "prefer": prefer, "n_jobs": n_jobs}
             with joblib.parallel_config(**{k: v for k, v in wishes.items() if v is not None}):
@@ -300,7 +300,7 @@ class TestFactsNow:
             assert found.nested_in_joblib is False
 
     @pytest.mark.parametrize("backend", [None, "threading", "loky"])
-    def test_shared_memory_required(self, backend):
+    def test_required_shared_memory_is_found(self, backend):
         wishes = {} if backend is None else {"backend": backend}
         with joblib.parallel_config(require="sharedmem", n_jobs=2, **wishes):
             found = facts_now()
@@ -321,18 +321,18 @@ class TestFactsNow:
         with joblib.parallel_config(require="sharedmem"):
             assert facts_now().active_backend == "threading"
 
-    def test_configurations_end(self):
+    def test_a_configuration_ends_with_its_block(self):
         with joblib.parallel_config(backend="threading", n_jobs=3):
             assert facts_now().active_backend == "threading"
         assert facts_now().active_backend is None
         assert facts_now().active_n_jobs is None
 
-    def test_a_configuration_that_is_not_to_be_followed(self):
+    def test_a_configuration_may_be_ignored(self):
         outside = facts_now()
         with joblib.parallel_config(backend="threading", n_jobs=3):
             assert facts_now(follows_joblib=False) == outside
 
-    def test_nested_configurations(self):
+    def test_the_innermost_configuration_counts(self):
         with (
             joblib.parallel_config(backend="loky", n_jobs=3),
             joblib.parallel_config(backend="threading"),
@@ -340,7 +340,7 @@ class TestFactsNow:
             assert facts_now().active_backend == "threading"
             assert facts_now().active_n_jobs == 3
 
-    def test_registered_backends_go_by_their_name(self):
+    def test_registered_backends_have_their_name(self):
         register_parallel_backend("taskcarrier-test", OtherBackend)
         try:
             with joblib.parallel_config(backend="taskcarrier-test"):
@@ -348,38 +348,38 @@ class TestFactsNow:
         finally:
             del joblib.parallel.BACKENDS["taskcarrier-test"]
 
-    def test_unregistered_backends_go_by_their_type(self):
+    def test_unregistered_backends_have_the_name_of_their_type(self):
         with joblib.parallel_config(backend=OtherBackend()):
             assert facts_now().active_backend == "OtherBackend"
 
-    def test_inside_a_task_of_joblib(self):
+    def test_a_task_of_joblib_is_recognised(self):
         with joblib.parallel_config(backend="threading"):
             inside = joblib.Parallel(n_jobs=2)(joblib.delayed(facts_now)() for _ in range(2))
         assert [found.nested_in_joblib for found in inside] == [True, True]
         assert choose(None, None, inside[0]).backend == "sequential"
 
-    def test_inside_a_worker(self, monkeypatch):
+    def test_a_worker_is_recognised(self, monkeypatch):
         monkeypatch.setattr(loop, "_in_worker_process", True)
         with joblib.parallel_config(backend="threading", n_jobs=2):
             assert facts_now() == Facts(cores=1, is_in_worker=True)
 
-    def test_in_a_daemonic_process(self, monkeypatch):
+    def test_a_daemonic_process_is_recognised(self, monkeypatch):
         assert facts_now().daemonic is False
         monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
         assert facts_now().daemonic is True
 
-    def test_without_a_gil(self, monkeypatch):
+    def test_a_missing_gil_is_recognised(self, monkeypatch):
         monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
         assert facts_now().has_gil is False
 
-    def test_elsewhere(self, monkeypatch):
+    def test_other_platforms_have_no_processes(self, monkeypatch):
         count_cores()  # kept from here on; joblib looks at the platform too
         monkeypatch.setattr(sys, "platform", "darwin")
         assert facts_now().has_processes is False
 
 
 class TestCores:
-    def test_affinity_counts_at_once(self):
+    def test_cpu_affinity_counts_at_once(self):
         before = os.sched_getaffinity(0)
         cores = count_cores()
         os.sched_setaffinity(0, {min(before)})
@@ -389,7 +389,7 @@ class TestCores:
             os.sched_setaffinity(0, before)
         assert count_cores() == cores == joblib.cpu_count()
 
-    def test_joblib_s_own_limit_counts_at_once(self, monkeypatch):
+    def test_the_limit_of_joblib_counts_at_once(self, monkeypatch):
         monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
         assert count_cores() == 1
         monkeypatch.delenv("LOKY_MAX_CPU_COUNT")
@@ -436,13 +436,13 @@ if __name__ == "__main__":
     ("when", "warm"),
     [("thread", "cold"), ("thread", "warm"), ("hook", "cold"), ("late hook", "warm")],
 )
-def test_maps_after_the_end_of_the_main_thread(backend, when, warm, tmp_path):
+def test_maps_run_after_the_end_of_the_main_thread(backend, when, warm, tmp_path):
     refused = (3, 12) <= sys.version_info < (3, 12, 2)  # Python itself: has_threads
     where = "sequential" if backend == "threading" and refused else backend
     assert run_script(tmp_path, LATE, backend, when, warm).split() == [where, where]
 
 
-def test_what_python_takes_no_hooks_for_is_registered_for_the_end(tmp_path):
+def test_hooks_that_python_no_longer_takes_are_run_at_exit(tmp_path):
     code = """
 import threading
 from taskcarrier.workers.choose import _late_hooks

@@ -25,26 +25,26 @@ def plain(x):
 
 class TestReleasesGil:
     @pytest.mark.parametrize("func", [np.isnan, np.logaddexp, np.spacing])
-    def test_ufuncs_without_loops_over_objects(self, func):
+    def test_ufuncs_without_object_loops_release_the_gil(self, func):
         assert not any("O" in loop for loop in func.types)
         assert releases_gil(func) is True
 
-    def test_ufuncs_with_other_loops_too(self):
+    def test_ufuncs_with_object_loops_among_others_release_the_gil(self):
         assert releases_gil(np.sqrt) is True
 
-    def test_ufuncs_over_objects(self):
+    def test_ufuncs_over_objects_keep_the_gil(self):
         assert releases_gil(np.frompyfunc(plain, 1, 1)) is False
 
     @pytest.mark.parametrize("options", [{"nogil": True}, {}, {"parallel": True}])
     @pytest.mark.parametrize("kind", [numba.njit, numba.jit])
-    def test_of_numba(self, kind, options):
+    def test_numba_functions_release_the_gil(self, kind, options):
         assert releases_gil(kind(**options)(plain)) is True
 
     @pytest.mark.parametrize("options", [{"nogil": True}, {}])
-    def test_of_numba_with_signatures(self, options):
+    def test_numba_functions_with_signatures_release_the_gil(self, options):
         assert releases_gil(numba.njit(["i8(i8)"], **options)(plain)) is True
 
-    def test_of_numba_in_object_mode(self):
+    def test_numba_functions_in_object_mode_keep_the_gil(self):
         assert releases_gil(numba.jit(forceobj=True)(plain)) is False
 
     @pytest.mark.parametrize(
@@ -55,45 +55,45 @@ class TestReleasesGil:
             numba.guvectorize("(n)->()")(lambda x, out: None),
         ],
     )
-    def test_of_numba_s_ufuncs(self, func):
+    def test_numba_ufuncs_release_the_gil(self, func):
         assert releases_gil(func) is True
 
     @pytest.mark.parametrize(
         "func", [len, np.sort, np.vectorize(len), lambda x: x, Adder(), Adder, np.ndarray.sum]
     )
-    def test_what_cannot_be_seen(self, func):
+    def test_other_callables_keep_the_gil(self, func):
         assert releases_gil(func) is False
 
-    def test_a_wrapped_one_is_a_python_function(self):
+    def test_a_python_function_around_a_ufunc_keeps_the_gil(self):
         assert releases_gil(lambda x: np.isnan(x)) is False  # noqa: PLW0108  # a Python function is what is asked about
 
 
-def test_jitted():
+def test_jitted_functions_are_recognised():
     assert is_jitted(numba.njit(plain)) is True
     assert is_jitted(numba.njit(parallel=True)(plain)) is True
     for func in (plain, np.sqrt, numba.vectorize(plain), numba.jit(forceobj=True)(plain)):
         assert is_jitted(func) is False
 
 
-def test_own_threads():
+def test_parallel_functions_have_their_own_threads():
     assert has_own_threads(numba.njit(parallel=True)(plain)) is True
     for func in (plain, np.sqrt, numba.njit(plain), numba.njit(parallel=False)(plain)):
         assert has_own_threads(func) is False
 
 
-def test_own_threads_of_a_default():
+def test_a_parallel_function_as_a_default_has_its_own_threads():
     parallel = numba.njit(parallel=True)(plain)
     assert has_own_threads(numba.njit(lambda x, func=parallel: func(x))) is True
 
 
-def test_numba_ufuncs():
+def test_numba_ufuncs_are_recognised():
     assert is_numba_ufunc(numba.vectorize(plain)) is True
     assert is_numba_ufunc(numba.guvectorize("(n)->()")(lambda x, out: None)) is True
     for func in (plain, np.sqrt, numba.njit(plain)):
         assert is_numba_ufunc(func) is False
 
 
-def test_without_numba_nothing_is_of_it(monkeypatch):
+def test_without_numba_nothing_is_jitted(monkeypatch):
     for name in ("numba.core.registry", "numba.np.ufunc.dufunc", "numba.np.ufunc.gufunc"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert not is_jitted(plain)

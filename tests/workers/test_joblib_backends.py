@@ -129,7 +129,7 @@ def backend(request):
 
 
 @pytest.mark.fault(40)
-def test_what_a_copy_takes_in_vain_is_said(recwarn):
+def test_writes_to_a_copied_array_are_noted(recwarn):
     array = empty(3)
 
     def put(i):
@@ -151,7 +151,7 @@ def mapper(request, backend):
     return request.param(n_jobs=2, backend=backend, chunksize=3)
 
 
-def test_equals_the_builtin_map(mapper, backend):
+def test_a_map_equals_the_builtin_map(mapper, backend):
     n = 10
     for items in (range(20), [], [1], "abc", ({}, None)):
         assert mapper(lambda item: (item, n), items) == [(item, n) for item in items]
@@ -159,7 +159,7 @@ def test_equals_the_builtin_map(mapper, backend):
     assert KINDS[backend].n_calls >= 3
 
 
-def test_the_report_says_where_and_how_much(mapper, backend):
+def test_the_report_names_backend_and_numbers(mapper, backend):
     mapper(operator.neg, range(20))
     report = mapper.report
     assert (report.backend, report.reason, report.balance) == (backend, "asked for", "dynamic")
@@ -174,7 +174,7 @@ def test_the_report_says_where_and_how_much(mapper, backend):
     assert f"backend {backend} (asked for)" in str(report)
 
 
-def test_the_backend_says_how_many_workers_there_are():
+def test_the_backend_decides_the_number_of_workers():
     mapper = DynamicParallelMapper(backend="test-elsewhere")
     mapper(abs, range(10))
     assert mapper.report.n_jobs == 3
@@ -185,7 +185,7 @@ def test_the_backend_says_how_many_workers_there_are():
 
 
 @pytest.mark.parametrize("found", [0, 1])
-def test_none_or_one_worker(found, monkeypatch):
+def test_a_backend_with_one_or_no_worker_is_not_used(found, monkeypatch):
     monkeypatch.setattr(Elsewhere, "n_workers", found)
     choice = Choice("test-elsewhere", -1, "asked for")
     if found:
@@ -197,7 +197,7 @@ def test_none_or_one_worker(found, monkeypatch):
             with_worker_count(choice, "test-elsewhere")
 
 
-def test_an_active_configuration_is_followed_with_all_that_it_says(backend):
+def test_an_active_configuration_is_followed_with_all_its_options(backend):
     options = {} if backend == "test-threads" else {"key": "value"}
     with joblib.parallel_config(backend=backend, n_jobs=2, **options):
         mapper = DynamicParallelMapper(n_jobs=None)
@@ -213,7 +213,7 @@ def test_an_active_configuration_is_followed_with_all_that_it_says(backend):
         assert last_report().backend == "threading"
 
 
-def test_a_backend_without_a_name_is_followed_too():
+def test_a_backend_without_a_name_is_followed():
     class Nameless(Threads):
         pass
 
@@ -222,7 +222,7 @@ def test_a_backend_without_a_name_is_followed_too():
     assert (last_report().backend, Nameless.n_calls) == ("Nameless", 1)
 
 
-def test_a_backend_that_joblib_loads_when_it_is_used(monkeypatch):
+def test_a_backend_that_joblib_loads_on_use_is_followed(monkeypatch):
     def load():
         monkeypatch.setitem(BACKENDS, "test-later", Threads)
 
@@ -233,7 +233,7 @@ def test_a_backend_that_joblib_loads_when_it_is_used(monkeypatch):
     assert mapper.report.backend == "test-later"
 
 
-def test_a_backend_that_joblib_cannot_load(monkeypatch):
+def test_a_backend_that_joblib_cannot_load_is_an_error(monkeypatch):
     def load():
         raise ImportError("install it")
 
@@ -245,7 +245,7 @@ def test_a_backend_that_joblib_cannot_load(monkeypatch):
 # The same as on our own workers
 
 
-def test_random_numbers_and_shared_arrays_are_the_same(mapper):
+def test_random_numbers_and_shared_arrays_are_the_same_as_on_our_workers(mapper):
     table = np.random.default_rng(0).normal(size=(3000, 4)).T  # 96 kB, in order F
     shared = {"table": table, "small": np.arange(3), "words": ("a", "b")}
 
@@ -272,7 +272,7 @@ def test_large_arrays_are_sent_once_and_closures_are_private():
     assert not mine.any()
 
 
-def test_large_items_and_results(mapper):
+def test_large_items_and_results_are_sent(mapper):
     items = [np.full(30_000, number) for number in range(8)]
     for number, doubled in enumerate(mapper(lambda item: item * 2, items)):
         assert same_bits(doubled, np.full(30_000, 2 * number))
@@ -295,7 +295,7 @@ def test_the_lowest_item_that_fails_is_raised_and_named(mapper):
     assert mapper(abs, [-1, 2]) == [1, 2]
 
 
-def test_after_an_error_no_further_task_is_made():
+def test_no_task_is_made_after_an_error():
     def func(i):
         time.sleep(0.02)  # joblib looks for results every 10 ms, and may be kept from it
         return fails_at_7_and_30(i)
@@ -327,7 +327,7 @@ def passes(i):
 
 
 @pytest.mark.fault(15)
-def test_exceptions_that_may_pass_are_tried_again(mapper):
+def test_exceptions_in_retry_on_are_tried_again(mapper):
     seen.clear()
     assert mapper.map(passes, range(8), retry_on=ConnectionError) == list(range(8))
     seen.clear()
@@ -344,7 +344,7 @@ class LockedError(Exception):
 
 @pytest.mark.fault(3, 8, 9)
 @pytest.mark.parametrize("backend", ["test-elsewhere"])
-def test_what_cannot_be_pickled_is_an_error_that_says_which(mapper):
+def test_an_item_that_cannot_be_pickled_is_named(mapper):
     lock = threading.Lock()
     with pytest.raises(TypeError, match="lock") as caught:
         mapper(str, [1, 2, 3, 4, lock])
@@ -372,7 +372,7 @@ class FrozenError(Exception):
 
 
 @pytest.mark.fault(45)
-def test_errors_that_refuse_attributes_arrive_as_themselves(mapper):
+def test_errors_that_refuse_attributes_arrive_unchanged(mapper):
     def func(i):
         raise FrozenError(i) from KeyError("why")
 
@@ -393,7 +393,7 @@ def _fail():
 
 
 @pytest.mark.parametrize("backend", ["test-elsewhere"])
-def test_what_cannot_be_unpickled_is_its_own_error(mapper):
+def test_a_value_that_cannot_be_unpickled_raises_its_own_error(mapper):
     bad = Unreadable()
     for func, items, where in (
         (lambda i: Unreadable() if i == 5 else i, range(9), "unpickle this result"),
@@ -415,7 +415,7 @@ def test_an_exit_in_a_worker_is_raised(mapper):
         mapper(leave, range(4))
 
 
-def test_maps_inside_are_serial(mapper):
+def test_maps_inside_a_backend_of_joblib_are_serial(mapper):
     def inside(i):
         other = StaticParallelMapper(n_jobs=2, backend="test-elsewhere")
         assert other(abs, [-i]) == [i]
@@ -425,14 +425,14 @@ def test_maps_inside_are_serial(mapper):
     assert not taskcarrier.workers.loop.is_in_worker()
 
 
-def test_what_numpy_warns_of_is_the_caller_s_to_say(mapper):
+def test_floating_point_errors_are_handled_as_in_the_caller(mapper):
     with np.errstate(divide="ignore"):
         assert mapper(lambda x: float(1 / x), [np.float64(0)] * 4) == [np.inf] * 4
     with np.errstate(divide="raise"), pytest.raises(FloatingPointError):
         mapper(lambda x: float(1 / x), [np.float64(0)] * 4)
 
 
-def test_decimals_and_handlers_of_errors_are_the_caller_s(mapper):
+def test_decimals_and_error_handlers_are_those_of_the_caller(mapper):
     def third(_):
         return str(Decimal(1) / 3), decimal.getcontext().flags[decimal.Inexact]
 
@@ -469,7 +469,7 @@ class Broken(Elsewhere):
     apply_async = submit
 
 
-def test_an_error_of_the_backend_is_its_own(monkeypatch):
+def test_an_error_of_the_backend_is_raised_unchanged(monkeypatch):
     monkeypatch.setitem(BACKENDS, "test-broken", Broken)
     with pytest.raises(OSError, match="the cluster is gone"):
         DynamicParallelMapper(2, backend="test-broken")(abs, range(9))
@@ -487,7 +487,7 @@ def test_an_interrupt_of_the_caller_ends_the_call(mapper, monkeypatch):
 # What cannot be had there
 
 
-def test_a_time_limit_is_refused_before_anything_runs(mapper, backend):
+def test_a_timeout_is_refused_before_anything_runs(mapper, backend):
     called = []
     with pytest.raises(ValueError, match=f"timeout= cannot be kept on backend='{backend}'"):
         mapper.map(called.append, range(9), timeout=1)
@@ -497,7 +497,7 @@ def test_a_time_limit_is_refused_before_anything_runs(mapper, backend):
 
 
 @pytest.mark.parametrize("n_items", [0, 8])
-def test_arrays_are_refused(backend, n_items):
+def test_maps_over_arrays_are_refused(backend, n_items):
     X, message = (
         np.arange(float(n_items)),
         f"backend='{backend}', which maps over arrays cannot use",
@@ -531,7 +531,7 @@ class Mean:
         return self
 
 
-def test_fit_loops(backend):
+def test_fit_loops_run_on_backends_of_joblib(backend):
     X, y = np.zeros((5000, 2)), np.random.default_rng(3).normal(size=5000)
 
     def bootstrap(rng):
@@ -594,5 +594,5 @@ if __name__ == "__main__":
 """
 
 
-def test_processes_of_a_kin_of_loky(tmp_path):
+def test_backends_of_real_processes_work(tmp_path):
     assert run_script(tmp_path, SCRIPT) == "TerminatedWorkerError\n"

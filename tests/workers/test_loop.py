@@ -124,7 +124,7 @@ class TestEveryBalance:
         assert delivered == []
         assert stats.items == 10
 
-    def test_none_is_a_result(self, balance):
+    def test_none_is_delivered_as_a_result(self, balance):
         _, _, delivered = run(Script(result=lambda *_: None), balance=balance)
         assert delivered == [(start, None) for start, _ in ALL_CHUNKS]
 
@@ -150,7 +150,7 @@ class TestEveryBalance:
         assert stats.failure is None
         assert (stats.ranges, stats.items) == (2, 6)
 
-    def test_nothing_is_run_once_halted(self, balance):
+    def test_nothing_is_run_after_a_halt(self, balance):
         ledger = Ledger.local(1)
         ledger.halt()
         stats, _, delivered = run(
@@ -160,7 +160,7 @@ class TestEveryBalance:
         assert (stats.ranges, stats.items, stats.facts) == (0, 0, [])
         assert stats.at is None
 
-    def test_a_task_that_cannot_be_opened(self, balance):
+    def test_a_task_that_cannot_be_opened_is_a_failure(self, balance):
         error = OSError("no")
         stats, ledger, _ = run(Unopenable({"open": error}), balance=balance)
         assert stats.failure.error is error
@@ -168,7 +168,7 @@ class TestEveryBalance:
         assert stats.facts is None
         assert ledger.is_halted
 
-    def test_a_result_that_cannot_be_delivered(self, balance):
+    def test_a_result_that_cannot_be_delivered_is_a_failure(self, balance):
         def deliver(start, result):
             raise TypeError("no")
 
@@ -199,7 +199,7 @@ class TestEveryBalance:
         )
         assert list(ledger.marks) == [DONE, DONE, SENT, SENT]
 
-    def test_chunks_that_are_marked_are_left_out(self, balance):
+    def test_marked_chunks_are_left_out(self, balance):
         ledger = chunks_marked()
         ledger.marks[1] = DONE
         ledger.marks[3] = RECLAIMED
@@ -226,7 +226,7 @@ class TestAttempts:
             ledger.marks[index] = RECLAIMED
         return ledger
 
-    def test_ranges_given_out_again_come_first(self, balance):
+    def test_attempts_come_before_chunks(self, balance):
         ledger = self.taken_back(1, 3)
         task = Script()
         attempts = [Attempt(9, 10, 2), Attempt(3, 6, 3)]
@@ -237,7 +237,7 @@ class TestAttempts:
         assert ledger.n_attempts_done(0) == 2
         assert list(ledger.marks) == [SENT] * 4
 
-    def test_parts_of_a_chunk_do_not_mark_it(self, balance):
+    def test_attempts_on_parts_of_a_chunk_do_not_mark_it(self, balance):
         ledger = self.taken_back(0)
         task = Script(result=lambda *_: IN_PLACE)
         attempts = [Attempt(0, 2, 4), Attempt(2, 3, 4)]
@@ -245,7 +245,7 @@ class TestAttempts:
         assert task.calls == [(0, 2), (2, 3), *ALL_CHUNKS[1:]]
         assert list(ledger.marks) == [RECLAIMED, DONE, DONE, DONE]
 
-    def test_each_is_in_hand_by_its_number(self, balance):
+    def test_each_attempt_is_in_hand_by_its_number(self, balance):
         ledger = self.taken_back(0, 1)
         seen = []
 
@@ -256,7 +256,7 @@ class TestAttempts:
         run(Script(), balance=balance, ledger=ledger, deliver=deliver, attempts=attempts)
         assert seen == [(0, 0, 0), (3, 1, 1), (6, None, 2), (9, None, 2)]
 
-    def test_each_result_has_left_before_the_range_is_finished(self, balance):
+    def test_each_result_is_sent_before_its_attempt_is_finished(self, balance):
         ledger = self.taken_back(0, 1)
         seen = []
         attempts = [Attempt(0, 3, 2), Attempt(3, 6, 2)]
@@ -269,7 +269,7 @@ class TestAttempts:
         )
         assert seen == [(0, 0), (1, 1)]  # chunks that were not given out before go in batches
 
-    def test_a_failure_tells_the_attempt(self, balance):
+    def test_a_failure_names_the_attempt(self, balance):
         error = ValueError("no")
         attempts = [Attempt(0, 3, 2), Attempt(3, 6, 5)]
         stats, ledger, _ = run(
@@ -280,7 +280,7 @@ class TestAttempts:
         assert ledger.attempt_in_hand(0) == 1
         assert list(ledger.marks) == [SENT, RECLAIMED, PENDING, PENDING]
 
-    def test_stops_before_the_next_once_halted(self, balance):
+    def test_a_halt_takes_effect_before_the_next_attempt(self, balance):
         ledger = self.taken_back(0, 1)
         task = Script({0: ledger.halt})
         stats, _, _ = run(
@@ -289,7 +289,7 @@ class TestAttempts:
         assert task.calls == [(0, 3)]
         assert stats.failure is None
 
-    def test_without_items(self, balance):
+    def test_an_attempt_may_have_no_items(self, balance):
         ledger = self.taken_back(0)
         task = Script()
         run(task, balance=balance, grid=ChunkGrid(0, 5), ledger=ledger, attempts=[Attempt(0, 0, 2)])
@@ -309,7 +309,7 @@ class TestTimeout:
         return Script({3: lambda: clock.sleep(4)})
 
     @pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.name)
-    def test_a_range_that_was_late_ends_the_run(self, balance, slow):
+    def test_a_late_range_ends_the_run(self, balance, slow):
         stats, ledger, delivered = run(slow, balance=balance, retry_policy=self.SHORT)
         error = stats.failure.error
         assert isinstance(error, TimeoutError)
@@ -319,7 +319,7 @@ class TestTimeout:
         assert [start for start, _ in delivered] == [0]
         assert ledger.is_halted
 
-    def test_only_ranges_that_were_late_are_collected(self, slow):
+    def test_only_late_ranges_are_collected(self, slow):
         stats, ledger, delivered = run(
             slow, retry_policy=self.SHORT, collect_errors=True, ledger=chunks_marked()
         )
@@ -333,7 +333,7 @@ class TestTimeout:
         assert isinstance(error, TimeoutError)
         assert list(ledger.marks) == [SENT] * 4
 
-    def test_processes_are_not_told_what_only_threads_do(self, slow, monkeypatch):
+    def test_processes_get_no_note_about_threads(self, slow, monkeypatch):
         monkeypatch.setattr(module, "_in_worker_process", True)
         stats, _, _ = run(slow, retry_policy=self.SHORT)
         assert not hasattr(stats.failure.error, "__notes__")
@@ -344,7 +344,7 @@ class TestTimeout:
         assert stats.failure is None
         assert [result for _, result in delivered] == ALL_CHUNKS
 
-    def test_an_error_of_its_own_counts_more(self, clock):
+    def test_an_error_of_a_late_range_takes_precedence(self, clock):
         def slow_and_wrong():
             clock.sleep(4)
             raise LookupError
@@ -352,7 +352,7 @@ class TestTimeout:
         stats, _, _ = run(Script({3: slow_and_wrong}), retry_policy=self.SHORT)
         assert isinstance(stats.failure.error, LookupError)
 
-    def test_a_late_range_is_run_again_where_that_was_asked_for(self, clock):
+    def test_a_late_range_is_run_again_if_retry_on_says_so(self, clock):
         naps = [4, 4, 0]
         task = Script({3: lambda: clock.sleep(naps.pop(0))})
         retry_policy = RetryPolicy(timeout=2.5, retries=2, retry_on=(TimeoutError,))
@@ -361,7 +361,7 @@ class TestTimeout:
         assert [start for start, _ in delivered] == [0, 3, 6, 9]
         assert task.calls.count((3, 6)) == 3
 
-    def test_the_caller_learns_since_when_a_range_is_run(self, clock):
+    def test_the_start_time_of_a_range_is_in_the_ledger(self, clock):
         ledger = Ledger.local(1)
         seen = []
 
@@ -372,22 +372,22 @@ class TestTimeout:
         run(Script({0: look, 3: look}), ledger=ledger, retry_policy=RetryPolicy(timeout=60))
         assert seen == [10**9, 2 * 10**9]
 
-    def test_busy_is_the_time_inside_of_ranges(self, slow):
+    def test_busy_time_is_the_time_inside_ranges(self, slow):
         stats, _, _ = run(slow)
         assert stats.busy_ns == 4 * 10**9
 
-    def test_the_clock_is_not_noted_for_nothing(self):
+    def test_no_start_time_is_recorded_without_a_timeout(self):
         ledger = Ledger.local(1)
         run(Script(), ledger=ledger)
         assert ledger.start_time_ns(0) == 0
 
-    def test_words(self):
+    def test_the_error_names_the_timeout(self):
         error = timeout_error(RetryPolicy(timeout=2.5))
         assert str(error) == "a range took longer than timeout=2.5 seconds"
 
 
 class TestJob:
-    def test_marks_are_where_it_says(self):
+    def test_marks_are_opened_in_the_given_memory(self):
         segment = Segment.create()
         segment.reserve(7)
         view = SharedView(segment, 0, (7,), (1,), np.dtype(np.uint8))
@@ -395,11 +395,11 @@ class TestJob:
         job.open_marks()[5] = DONE
         assert view.open("read").tolist() == [PENDING] * 5 + [DONE, PENDING]
 
-    def test_no_place_of_its_own(self):
+    def test_a_job_without_given_memory_has_no_marks(self):
         assert Job(Script(), Dynamic(), ChunkGrid(7, 1), 1).open_marks() is None
 
 
-def test_failures_are_put_in_order_by_their_range():
+def test_failures_are_sorted_by_range():
     failures = [
         RangeFailure((8, 9), OSError()),
         RangeFailure(None, OSError()),
@@ -408,7 +408,7 @@ def test_failures_are_put_in_order_by_their_range():
     assert [failure.place for failure in failures] == [8, -1, 0]
 
 
-def test_the_sink_of_a_thread_is_the_caller_s_own():
+def test_the_outlet_of_a_thread_delivers_directly():
     seen = []
     deliver, flush = local_sink(lambda *one: seen.append(one))
     deliver(3, "result")
@@ -416,7 +416,7 @@ def test_the_sink_of_a_thread_is_the_caller_s_own():
     assert seen == [(3, "result")]
 
 
-def test_how_a_run_ended_is_read_off_its_ledger():
+def test_the_result_of_a_run_is_read_from_its_ledger():
     ledger = Ledger.local(1)
     ledger.claim(0)
     ledger.propose("settled")
@@ -428,7 +428,7 @@ def test_how_a_run_ended_is_read_off_its_ledger():
 
 class TestInWorker:
     @pytest.mark.parametrize("error", [None, ValueError("no"), SystemExit(3)])
-    def test_inside_only(self, error):
+    def test_a_task_is_in_a_worker_only_while_it_runs(self, error):
         seen = []
 
         def look():
@@ -442,7 +442,7 @@ class TestInWorker:
         assert not is_in_worker()
         assert (stats.failure is None) is (error is None)
 
-    def test_also_while_opening(self):
+    def test_a_task_is_in_a_worker_while_it_is_opened(self):
         seen = []
 
         class Looking(Script):
@@ -454,11 +454,11 @@ class TestInWorker:
         assert stats.failure is None
         assert seen == [True]
 
-    def test_not_after_a_task_that_cannot_be_opened(self):
+    def test_a_task_that_cannot_be_opened_leaves_the_worker(self):
         run(Unopenable({"open": OSError("no")}))
         assert not is_in_worker()
 
-    def test_a_run_inside_a_run_does_not_end_it(self):
+    def test_a_nested_run_does_not_leave_the_worker(self):
         seen = []
 
         def inner():
@@ -469,7 +469,7 @@ class TestInWorker:
         assert seen == [True]
         assert not is_in_worker()
 
-    def test_of_this_thread_only(self):
+    def test_only_the_running_thread_is_in_a_worker(self):
         seen = []
 
         def look():
@@ -480,7 +480,7 @@ class TestInWorker:
         run(Script({0: look}))
         assert seen == [False]
 
-    def test_whoever_says_so(self):
+    def test_a_thread_marked_as_a_worker_stays_one(self):
         this_thread.is_worker = True
         try:
             assert is_in_worker()
@@ -490,7 +490,7 @@ class TestInWorker:
             this_thread.is_worker = False
         assert not is_in_worker()
 
-    def test_a_whole_process(self, monkeypatch):
+    def test_a_process_marked_as_a_worker_stays_one(self, monkeypatch):
         monkeypatch.setattr(module, "_in_worker_process", False)
         mark_worker_process()
         assert is_in_worker()

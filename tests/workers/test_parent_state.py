@@ -1,4 +1,4 @@
-"""What of the caller's state the function sees, in every backend as in the caller itself."""
+"""The state of the parent that the function sees, in every backend as in the caller itself."""
 
 import decimal
 import os
@@ -43,7 +43,7 @@ def test_decimals_raise_as_in_the_caller(backend):
             mapped(third, backend)
 
 
-def test_threads_do_not_change_the_callers_context():
+def test_threads_do_not_change_the_decimal_context_of_the_caller():
     def func(i):
         decimal.getcontext().prec = 3 + i
         return str(Decimal(1) / 3)
@@ -57,7 +57,7 @@ def test_threads_do_not_change_the_callers_context():
 
 @pytest.mark.fault(35)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_functions_may_call_each_other_as_deep_as_in_the_caller(backend):
+def test_functions_may_recurse_as_deep_as_in_the_caller(backend):
     def deep(n):
         return 0 if n == 0 else 1 + deep(n - 1)
 
@@ -107,7 +107,7 @@ def test_handlers_of_floating_point_errors_are_called(backend, mode, line, handl
 
 
 @pytest.mark.parametrize(("backend", "balance"), PARALLEL)
-def test_a_handler_that_nothing_asks_for_does_not_travel(backend, balance):
+def test_an_unused_error_handler_is_not_sent(backend, balance):
     class Unpicklable:
         def __reduce__(self):
             raise TypeError("not to be pickled")
@@ -132,7 +132,7 @@ class TestFolders:
 
     @pytest.mark.fault(36)
     @pytest.mark.parametrize("backend", BACKENDS)
-    def test_that_of_an_earlier_call_was_removed(self, backend, tmp_path):
+    def test_the_folder_of_an_earlier_call_may_be_removed(self, backend, tmp_path):
         (tmp_path / "gone").mkdir()
         os.chdir("gone")
         pids = set(mapped(lambda _: os.getpid(), backend))
@@ -144,7 +144,7 @@ class TestFolders:
 
     @pytest.mark.fault(36)
     @pytest.mark.parametrize("backend", BACKENDS)
-    def test_the_caller_stands_in_one_that_was(self, backend, tmp_path):
+    def test_the_caller_may_be_in_a_removed_folder(self, backend, tmp_path):
         (tmp_path / "gone").mkdir()
         os.chdir("gone")
         mapped(abs, backend)
@@ -154,7 +154,7 @@ class TestFolders:
         assert np.array_equal(map_array(np.sqrt, X, backend=backend, n_jobs=2), np.sqrt(X))
 
     @pytest.mark.fault(36)
-    def test_one_that_goes_before_the_worker_comes_is_named(self, tmp_path, monkeypatch):
+    def test_a_folder_removed_before_the_worker_starts_is_named(self, tmp_path, monkeypatch):
         monkeypatch.setattr(parent_state, "_get_folder", lambda: str(tmp_path / "missing"))
         with pytest.raises(FileNotFoundError, match="missing") as caught:
             mapped(abs, "loky")

@@ -127,7 +127,7 @@ def told(error):
     return str(error)
 
 
-class TestOne:
+class TestSingleErrors:
     @pytest.mark.parametrize(
         "error",
         [
@@ -152,7 +152,7 @@ class TestOne:
         ],
         ids=lambda error: type(error).__name__,
     )
-    def test_arrives_as_itself(self, error):
+    def test_an_error_arrives_unchanged(self, error):
         arrived = travelled(raised(error))
         assert type(arrived) is type(error)
         assert repr(arrived) == repr(error)
@@ -161,7 +161,7 @@ class TestOne:
         for name in ("errno", "filename", "filename2", "name", "path", "lineno", "value", "code"):
             assert getattr(arrived, name, None) == getattr(error, name, None)
 
-    def test_with_notes_and_attributes(self):
+    def test_notes_and_attributes_arrive(self):
         error = ValueError("no")
         error.add_note("on item 3")
         error.extra = [1, 2]
@@ -171,20 +171,20 @@ class TestOne:
         assert arrived.extra == [1, 2]
         assert arrived.itself is arrived
 
-    def test_with_slots(self):
+    def test_slots_arrive(self):
         arrived = travelled(SlottedError(3))
         assert arrived.code == 3
         assert arrived.elsewhere == [3]
         assert not hasattr(arrived, "left_empty")
 
-    def test_made_as_its_class_says(self):
+    def test_errors_are_rebuilt_as_their_class_says(self):
         assert str(travelled(RebuiltError("here"))) == "no here, sent"
         error = RestoredError("no")
         error.extra = 3
         arrived = travelled(error)
         assert (arrived.restored, arrived.extra, arrived.args) == (True, 3, ("no",))
 
-    def test_of_a_local_class(self):
+    def test_an_error_of_a_local_class_arrives(self):
         class LocalError(Exception):
             pass
 
@@ -192,14 +192,14 @@ class TestOne:
         assert type(arrived) is LocalError
         assert arrived.args == ("no",)
 
-    def test_with_the_text_of_its_traceback(self):
+    def test_the_text_of_the_traceback_is_the_cause(self):
         arrived = travelled(raised(ValueError("no")))
         assert isinstance(arrived.__cause__, WorkerTracebackError)
         text = str(arrived.__cause__)
         assert "in throw" in text
         assert text.endswith("ValueError: no")
 
-    def test_that_cannot_be_printed(self):
+    def test_an_error_that_cannot_be_printed_arrives(self):
         arrived = travelled(raised(UnprintableError("no")))
         assert type(arrived) is UnprintableError
         assert "in throw" in told(arrived)
@@ -238,18 +238,18 @@ class MoodyError(Exception):
         return MoodyError, ()
 
 
-class TestReplaced:
-    def test_one_that_can_be_sent_only_now_and_then(self):
+class TestReplacedErrors:
+    def test_an_error_that_can_be_pickled_only_sometimes_is_replaced(self):
         arrived = travelled(raised(MoodyError()))
         assert type(arrived) is TaskError
         assert "could not be sent from the worker: ValueError: not now" in str(arrived)
 
-    def test_one_whose_class_says_that_it_is_a_builtin(self, monkeypatch):
+    def test_an_error_whose_class_claims_to_be_a_builtin_arrives(self, monkeypatch):
         monkeypatch.setattr(PosingError, "__module__", "builtins")
         arrived = travelled(raised(PosingError(3)))
         assert (type(arrived).__name__, arrived.args, arrived.number) == ("PosingError", ("3",), 3)
 
-    def test_one_that_gives_no_attributes(self):
+    def test_an_error_without_attributes_arrives_or_is_replaced(self):
         arrived = travelled(raised(WithheldError("no")))
         assert issubclass(type(arrived), (TaskError, WithheldError))
         assert "in throw" in told(arrived)
@@ -262,7 +262,7 @@ class TestReplaced:
             (SpeechlessError("no"), "SpeechlessError: <str() raised ZeroDivisionError>"),
         ],
     )
-    def test_those_that_do_not_survive(self, error, text):
+    def test_errors_that_do_not_survive_pickling_are_replaced(self, error, text):
         arrived = travelled(raised(error))
         assert type(arrived) is TaskError
         assert str(arrived).startswith(text)
@@ -270,12 +270,12 @@ class TestReplaced:
         assert arrived.type_name == f"{type(error).__module__}.{type(error).__qualname__}"
         assert "in throw" in str(arrived.__cause__)
 
-    def test_those_that_arrive_as_something_else(self):
+    def test_errors_that_arrive_as_something_else_are_replaced(self):
         arrived = travelled(raised(DisguisedError("no")))
         assert type(arrived) is TaskError
         assert arrived.type_name.endswith("DisguisedError")
 
-    def test_those_that_cannot_be_read_here(self, monkeypatch):
+    def test_errors_that_cannot_be_read_in_the_caller_are_replaced(self, monkeypatch):
         packed = pickle_error(raised(LostError("x", "y")))
         monkeypatch.delattr(sys.modules[__name__], "LostError")
         arrived = unpickle_error(packed)
@@ -314,38 +314,38 @@ class TestChains:
         assert type(arrived.__context__) is KeyError
         assert "KeyError: 'first'" in told(arrived)
 
-    def test_a_context_that_is_not_shown_arrives_too(self):
+    def test_a_suppressed_context_arrives(self):
         arrived = travelled(raised(ValueError("second"), None, handling=KeyError("first")))
         assert arrived.__suppress_context__
         assert type(arrived.__context__) is KeyError
         assert kinds(chain(arrived)) == [ValueError, WorkerTracebackError]
 
-    def test_both_arrive(self):
+    def test_cause_and_context_both_arrive(self):
         error = raised(ValueError("no"), LookupError("cause"), handling=KeyError("context"))
         arrived = travelled(error)
         assert type(arrived.__context__) is KeyError
         assert kinds(chain(arrived)) == [ValueError, LookupError, WorkerTracebackError]
 
-    def test_what_an_exception_holds_is_the_same_that_it_leads_to(self):
+    def test_an_error_that_is_held_and_is_a_cause_arrives_as_one_object(self):
         cause = KeyError("why")
         error = ValueError("no")
         error.original = cause
         arrived = travelled(raised(error, cause))
         assert arrived.original is arrived.__cause__
 
-    def test_a_link_that_cannot_be_sent_is_replaced_alone(self):
+    def test_a_cause_that_cannot_be_sent_is_replaced_alone(self):
         first = raised(KeyError("first"))
         arrived = travelled(raised(ValueError("no"), raised(StubbornError("stays"), first)))
         assert kinds(chain(arrived)) == [ValueError, TaskError, KeyError, WorkerTracebackError]
 
-    def test_very_long_ones_arrive_whole(self):
+    def test_very_long_chains_arrive_whole(self):
         errors = [ValueError(n) for n in range(3000)]
         for one, following in itertools.pairwise(errors):
             one.__context__ = following
         arrived = chain(travelled(errors[0]))
         assert [error.args[0] for error in arrived[:-1]] == list(range(3000))
 
-    def test_rings_arrive(self):
+    def test_cyclic_chains_arrive(self):
         one, two = ValueError("one"), ValueError("two")
         one.__cause__, two.__cause__ = two, one
         arrived = travelled(one)
@@ -354,7 +354,7 @@ class TestChains:
 
 
 class TestGroups:
-    def test_members_arrive_with_what_they_lead_to(self):
+    def test_members_of_a_group_arrive_with_their_causes(self):
         inner = ExceptionGroup("inner", [raised(FrozenError(1, text="x"), KeyError("why"))])
         arrived = travelled(raised(ExceptionGroup("outer", [raised(ValueError("no")), inner])))
         first, (second,) = arrived.exceptions[0], arrived.exceptions[1].exceptions
@@ -363,11 +363,11 @@ class TestGroups:
         assert type(second.__cause__) is KeyError
         assert "ValueError: no" in told(arrived)
 
-    def test_members_are_not_compared(self):
+    def test_members_of_a_group_are_not_compared(self):
         arrived = travelled(raised(ExceptionGroup("some", [QuarrelsomeError("no")])))
         assert kinds([arrived, *arrived.exceptions]) == [ExceptionGroup, TaskError]
 
-    def test_groups_that_are_nested_deeper_than_some_pythons_can_pickle(self):
+    def test_deeply_nested_groups_arrive(self):
         error = ValueError("inmost")
         for _ in range(400):
             error = ExceptionGroup("group", [error])

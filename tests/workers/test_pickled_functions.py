@@ -29,7 +29,7 @@ def sent(func):
 
 
 @pytest.mark.parametrize("func", [importable, generic])
-def test_importable_ones_go_by_name(func):
+def test_importable_functions_are_pickled_by_name(func):
     assert sent(func) is func
 
 
@@ -59,7 +59,7 @@ def test_a_cached_function_that_calls_itself_does_so_through_its_cache():
     assert there.cache_info().misses == 91
 
 
-def test_methods_of_a_class_may_be_cached():
+def test_cached_methods_of_a_class_travel():
     class Scale:
         def __init__(self, factor):
             self.factor = factor
@@ -123,7 +123,7 @@ def test_a_generic_function_dispatches_on_classes_that_travel():
     assert func(own()) == "own"
 
 
-def test_a_generic_method_dispatches():
+def test_a_generic_method_dispatches_after_travelling():
     class Kinds:
         @functools.singledispatchmethod
         def of(self, x):
@@ -190,12 +190,12 @@ if __name__ == "__main__":
 
 
 @pytest.mark.fault(9)
-def test_those_of_main_work_in_every_verb(tmp_path):
+def test_functions_of_main_work_in_every_verb(tmp_path):
     assert run_script(tmp_path, MAIN) == "right\n"
 
 
 @pytest.mark.fault(9)
-def test_what_a_cached_function_holds_is_refused_as_ever():
+def test_a_cached_function_that_holds_a_lock_is_refused():
     lock = threading.Lock()
 
     @functools.cache

@@ -1,4 +1,4 @@
-"""Payloads: what travels to a worker, and what comes back."""
+"""Payloads: how tasks travel to a worker."""
 
 import os
 import pickle
@@ -24,13 +24,13 @@ sent = []
 
 
 @pytest.fixture(autouse=True)
-def _parcels_live_as_long_as_the_run():
+def _payloads_live_as_long_as_the_run():
     yield
     sent.clear()
 
 
 def travelled(task):
-    """A task as it arrives, and the bytes that were copied beside the pickle."""
+    """Return a task as it arrives, and the number of bytes copied beside the pickle."""
     staging = Staging()
     payload = pickle_task(task, staging)
     sent.append(payload)
@@ -51,12 +51,12 @@ class Scale:
 
 class TestFunctions:
     @pytest.mark.parametrize("func", [module_level, np.sqrt, len, Scale, np.linalg.norm])
-    def test_importable_ones_arrive_as_themselves(self, func):
+    def test_importable_functions_arrive_as_themselves(self, func):
         arrived, nbytes = travelled(Call(func))
         assert arrived == Call(func, (), {})
         assert nbytes == 0
 
-    def test_lambdas_and_closures_arrive_as_they_are_now(self):
+    def test_lambdas_and_closures_arrive_with_their_current_values(self):
         factor = 3
 
         def closure(x):
@@ -66,7 +66,7 @@ class TestFunctions:
         factor = 100
         assert [call.func(7) for call in arrived] == [6, 21]
 
-    def test_bound_and_local_objects(self):
+    def test_bound_methods_and_local_objects_arrive(self):
         class Local:
             def method(self, x):
                 return x + 2
@@ -74,11 +74,11 @@ class TestFunctions:
         assert travelled(Call(Local().method))[0].func(7) == 9
         assert travelled(Call(Scale(4)))[0].func(7) == 28
 
-    def test_arguments(self):
+    def test_arguments_arrive(self):
         arrived, _ = travelled(Call(module_level, (1, "a"), {"key": [2.5]}))
         assert (arrived.args, arrived.kwargs) == ((1, "a"), {"key": [2.5]})
 
-    def test_what_cannot_be_pickled(self):
+    def test_an_argument_that_cannot_be_pickled_is_an_error_with_the_remedy(self):
         with pytest.raises(TypeError, match="lock") as info:
             pickle_task(Call(module_level, (threading.Lock(),)), Staging())
         (note,) = info.value.__notes__
@@ -87,7 +87,7 @@ class TestFunctions:
 
 
 class TestArrays:
-    def test_large_ones_travel_beside_the_pickle(self):
+    def test_large_arrays_travel_beside_the_pickle(self):
         array = np.arange(float(LARGE))
         staging = Staging()
         payload = pickle_task(Call(module_level, (array,)), staging)
@@ -95,7 +95,7 @@ class TestArrays:
         assert len(payload.data) < 2000
         assert len(payload.fds) == 1
 
-    def test_small_ones_travel_inside(self):
+    def test_small_arrays_travel_inside_the_pickle(self):
         array = np.arange(float(SMALL))
         staging = Staging()
         payload = pickle_task(Call(module_level, (array,)), staging)
@@ -103,7 +103,7 @@ class TestArrays:
         assert np.array_equal(unpickle_task(payload.data, []).args[0], array)
 
     @pytest.mark.parametrize("length", [SMALL, LARGE])
-    def test_arrive_writable_and_private(self, length):
+    def test_arrays_arrive_writable_and_private(self, length):
         array = np.arange(float(length))
         staging = Staging()
         payload = pickle_task(Call(module_level, (array,)), staging)
@@ -116,7 +116,7 @@ class TestArrays:
         assert other[5] == array[5] == 5
         assert np.array_equal(other, array)
 
-    def test_in_closures(self):
+    def test_arrays_in_closures_travel_beside_the_pickle(self):
         array = np.arange(float(LARGE))
         arrived, nbytes = travelled(Call(lambda: array))
         assert nbytes == array.nbytes
@@ -139,33 +139,33 @@ class TestArrays:
         ],
         ids=range(9),
     )
-    def test_any_layout_and_dtype(self, array):
+    def test_arrays_of_any_layout_and_dtype_arrive(self, array):
         arrived = travelled(Call(module_level, (array,)))[0].args[0]
         assert arrived.dtype == array.dtype
         assert arrived.shape == array.shape
         assert np.array_equal(arrived, array)
 
-    def test_several_keep_apart(self):
+    def test_several_arrays_are_kept_apart(self):
         arrays = {n: np.arange(float(n)) for n in (LARGE, SMALL, 3 * LARGE, 5, 2 * LARGE)}
         arrived = travelled(Call(module_level, tuple(arrays.values()), {"more": arrays}))[0]
         for array, one in zip(arrays.values(), arrived.args, strict=True):
             assert np.array_equal(one, array)
             assert arrived.kwargs["more"][len(array)] is one
 
-    def test_read_only_ones_stay_read_only(self):
+    def test_read_only_arrays_stay_read_only(self):
         array = np.arange(float(LARGE))
         array.flags.writeable = False
         assert not travelled(Call(module_level, (array,)))[0].args[0].flags.writeable
 
-    def test_other_large_buffers(self):
+    def test_other_large_buffers_travel_beside_the_pickle(self):
         block = bytearray(os.urandom(8 * LARGE))
         arrived, nbytes = travelled(Call(module_level, (pickle.PickleBuffer(block),)))
         assert nbytes == len(block)
         assert bytes(arrived.args[0]) == block
 
 
-class TestApart:
-    def test_large_arrays_are_taken_apart_as_they_lie(self):
+class TestPickleApart:
+    def test_large_arrays_are_separated_in_their_layout(self):
         large, small = np.arange(float(LARGE)).reshape(2, -1).T, np.arange(3)
         own, shared, *blocks = pickle_apart(lambda x: x + small, {"large": large, "small": small})
         assert [block.nbytes for block in blocks] == [large.nbytes]
@@ -176,7 +176,7 @@ class TestApart:
         assert np.array_equal(found["small"], small)
         assert pickle.loads(own)(1).tolist() == [1, 2, 3]
 
-    def test_what_becomes_a_worker_s_own_stays_in_its_pickle(self):
+    def test_arrays_of_the_function_stay_in_its_pickle(self):
         mine = np.zeros(LARGE)
         own, shared, *blocks = pickle_apart(lambda: mine, {"rows": np.zeros((2, LARGE))[:, ::2]})
         assert blocks == []
@@ -186,7 +186,7 @@ class TestApart:
 
 
 class TestSegments:
-    def test_travel_by_descriptor(self):
+    def test_segments_travel_by_descriptor(self):
         staging = Staging()
         array = np.arange(100.0)
         (view,) = staging.share([array])
@@ -198,7 +198,7 @@ class TestSegments:
         arrived["one"].open("write")[7] = -1
         assert view.open("read")[7] == -1
 
-    def test_several(self, tmp_path):
+    def test_several_segments_travel(self, tmp_path):
         made = [Segment.create(), Segment.create(str(tmp_path)), Segment.create()]
         for n, segment in enumerate(made):
             segment.reserve(100 * (n + 1))
@@ -212,7 +212,7 @@ class TestSegments:
         assert [s.nbytes for s in arrived[2:]] == [100, 200, 300]
         assert arrived[0] is arrived[4]
 
-    def test_descriptors_belong_to_whoever_unpacks(self):
+    def test_descriptors_belong_to_the_receiver(self):
         staging = Staging()
         (view,) = staging.share([np.arange(10.0)])
         payload = pickle_task(view, staging)
@@ -223,21 +223,21 @@ class TestSegments:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)
 
-    def test_a_parcel_keeps_its_segments(self):
+    def test_a_payload_keeps_its_segments(self):
         payload = pickle_task(Call(module_level, (np.arange(float(LARGE)),)), Staging())
         assert os.fstat(payload.fds[0]).st_size >= 8 * LARGE
 
 
 class TestItems:
     @pytest.mark.parametrize("items", [[1, "two", None], (3.5,), {"a": b"b"}, Ellipsis])
-    def test_plain_data(self, items):
+    def test_plain_items_are_pickled(self, items):
         assert pickle.loads(pickle_items(items)) == items
 
-    def test_what_pickle_does_not_take(self):
+    def test_items_that_only_cloudpickle_takes_are_pickled(self):
         factor = 3
         assert pickle.loads(pickle_items([lambda x: x * factor]))[0](7) == 21
 
-    def test_objects_of_main_travel_whole(self, monkeypatch):
+    def test_objects_of_main_travel_with_their_class(self, monkeypatch):
         namespace = {"__name__": "__main__"}
         exec("class Thing:\n    value = 7", namespace)
         kind = namespace["Thing"]
@@ -246,7 +246,7 @@ class TestItems:
         monkeypatch.delattr(sys.modules["__main__"], "Thing")
         assert pickle.loads(packed)[0].value == 7
 
-    def test_the_error_for_what_nothing_takes(self):
+    def test_items_that_cannot_be_pickled_are_an_error(self):
         with pytest.raises(TypeError, match="lock"):
             pickle_items([threading.Lock()])
 
@@ -256,6 +256,6 @@ def n_open():
 
 
 def ready(channel):
-    """The bytes of all whole messages that have come, and whether more may come."""
+    """Return the bytes of all whole messages that have come, and whether more may come."""
     open_ = channel.read()
     return [data for data, _ in channel.messages()], open_

@@ -63,14 +63,14 @@ def run(pool, func=where, n_workers=2):
 
 
 def workers(pool):
-    """Return the workers of a pool that are alive."""
+    """Return the living workers of a pool."""
     if pool.shares_memory:
         return [w.thread for w in pool._workers.values() if w.thread.is_alive()]
     return [w.pid for w in pool._workers.values() if psutil.pid_exists(w.pid)]
 
 
 def pools():
-    """Return all pools of this process."""
+    """Return all pools."""
     return [place.pool for place in module._pools._places]
 
 
@@ -86,7 +86,7 @@ def keepers():
 
 
 def limit_starts(monkeypatch, backend, n):
-    """Let only `n` more workers start, as where the system allows no more."""
+    """Let only `n` more workers start, as if the system allowed no more."""
     left = iter(range(n))
     if backend == "threading":
         start = threading.Thread.start
@@ -121,7 +121,7 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS)
 class TestTooManyWorkers:
     @pytest.mark.parametrize("backend", LENDERS)
-    def test_one_error_and_none_stay(self, call, backend, monkeypatch):
+    def test_too_many_workers_are_one_error_and_none_stay(self, call, backend, monkeypatch):
         before = set(threading.enumerate()), set(psutil.Process().children(recursive=True))
         map_array(np.negative, np.arange(2.0), n_jobs=2, backend=backend)
         shutdown()
@@ -141,7 +141,7 @@ class TestTooManyWorkers:
         )
 
     @pytest.mark.parametrize("backend", LENDERS)
-    def test_the_next_call_may_have_fewer(self, call, backend, monkeypatch):
+    def test_a_call_with_fewer_workers_may_follow(self, call, backend, monkeypatch):
         limit_starts(monkeypatch, backend, 3)
         with pytest.raises((RuntimeError, BlockingIOError)):
             CALLS[call]({"n_jobs": 30, "backend": backend})
@@ -152,7 +152,7 @@ class TestTooManyWorkers:
 
 
 @pytest.mark.fault(43)
-def test_without_a_keeper_nothing_is_kept(lend, monkeypatch):
+def test_pools_are_not_kept_without_a_keeper(lend, monkeypatch):
     start = threading.Thread.start
 
     def started(thread):
@@ -190,7 +190,7 @@ def test_no_more_workers_are_started_than_there_are_tasks(call, backend):
 
 @pytest.fixture(autouse=True)
 def no_pools():
-    """Leave no pool warm before or after a test."""
+    """End all pools before and after a test."""
     shutdown()
     yield
     shutdown()
@@ -202,12 +202,12 @@ def lend(request):
 
 
 class TestLending:
-    def test_where_work_is_done(self):
+    def test_pools_work_where_they_should(self):
         with thread_pool(2) as threads, process_pool(2) as pool:
             assert {pid for pid, _ in run(threads)} == {os.getpid()}
             assert os.getpid() not in {pid for pid, _ in run(pool)}
 
-    def test_the_same_pool_again(self, lend):
+    def test_a_returned_pool_is_lent_again(self, lend):
         with lend(2) as pool:
             run(pool)
             before = workers(pool)
@@ -217,26 +217,26 @@ class TestLending:
             assert workers(again) == before
         assert len(before) == 2
 
-    def test_after_an_error_too(self, lend):
+    def test_a_pool_is_lent_again_after_an_error(self, lend):
         with pytest.raises(KeyError), lend(2) as pool:
             raise KeyError
         with lend(2) as again:
             assert again is pool
 
     @pytest.mark.parametrize("other", [1, 3])
-    def test_another_pool_for_other_numbers(self, lend, other):
+    def test_another_number_of_workers_gets_another_pool(self, lend, other):
         with lend(2) as pool:
             pass
         with lend(other) as another:
             assert another is not pool
 
-    def test_another_pool_for_another_backend(self):
+    def test_another_backend_gets_another_pool(self):
         with thread_pool(2) as threads:
             pass
         with process_pool(2) as pool:
             assert pool is not threads
 
-    def test_runs_that_overlap_get_different_pools(self, lend):
+    def test_overlapping_runs_get_different_pools(self, lend):
         with lend(2) as one, lend(2) as other:
             assert one is not other
             run(one)
@@ -245,13 +245,13 @@ class TestLending:
         with lend(2) as again:
             assert again in (one, other)
 
-    def test_the_one_used_last_is_lent_first(self, lend):
+    def test_the_pool_used_last_is_lent_first(self, lend):
         with lend(2) as one, lend(2) as other:
             assert one is not other
         with lend(2) as again:
             assert again is one  # it came back last
 
-    def test_many_threads_lend(self):
+    def test_many_threads_may_borrow_pools(self):
         taken = []
         begin = threading.Barrier(6)
 
@@ -276,15 +276,15 @@ class TestLending:
 
 
 @pytest.mark.fault(44)
-class TestLost:
-    def test_a_lease_that_is_gone_frees_its_pool(self):
+class TestLostLeases:
+    def test_a_lost_lease_returns_its_pool(self):
         lease = module._pools.take(("threading", 2, True, ()))
         pool = lease.place.pool
         del lease
         with thread_pool(2) as again:
             assert again is pool
 
-    def test_ended_if_another_was_made_meanwhile(self):
+    def test_a_lost_pool_is_ended_if_another_was_made_meanwhile(self):
         lost = module._pools.take(("threading", 2, True, ()))
         gone = workers(lost.place.pool)
         with thread_pool(2) as other:
@@ -293,13 +293,13 @@ class TestLost:
         wait_until(lambda: pools() == [other])
         wait_until(lambda: not any(thread.is_alive() for thread in gone))
 
-    def test_a_pool_that_has_ended_is_lent_no_more(self):
+    def test_a_pool_that_has_ended_is_not_lent(self):
         with thread_pool(2):
             (place,) = module._pools._places
         shutdown()
         assert place.lend(lambda _: None) is None
 
-    def test_a_pool_whose_threads_are_left_at_work_is_whole_again(self):
+    def test_a_pool_whose_threads_are_still_at_work_is_filled_up(self):
         go_on = threading.Event()
         pool = ThreadPool(2)
         begun = []
@@ -338,14 +338,14 @@ class TestIdle:
             assert len(run(another)) == 2
 
     @pytest.mark.usefixtures("impatient")
-    def test_not_while_lent(self, lend):
+    def test_lent_pools_do_not_end(self, lend):
         with lend(2) as pool:
             with thread_pool(1):
                 pass  # the keeper is at work
             wait_until(lambda: pools() == [pool])
             assert len(run(pool)) == 2
 
-    def test_not_before_their_time(self, lend):
+    def test_idle_pools_end_only_after_their_time(self, lend):
         assert module.IDLE_SECONDS == 300
         with lend(2) as pool:
             run(pool)
@@ -354,7 +354,7 @@ class TestIdle:
         assert len(keepers()) == 1
 
     @pytest.mark.usefixtures("impatient")
-    def test_kept_warm(self):
+    def test_pools_kept_warm_do_not_end(self):
         with keep_warm():
             with keep_warm(), thread_pool(2) as pool:
                 run(pool)
@@ -366,14 +366,14 @@ class TestIdle:
                 assert again is pool
         wait_until(lambda: not workers(pool))
 
-    def test_kept_warm_ends_with_an_error(self):
+    def test_keeping_warm_ends_with_an_error(self):
         with pytest.raises(KeyError), keep_warm():
             raise KeyError
         assert not module._pools._warm_holders
 
 
 class TestShutdown:
-    def test_idle_workers_are_gone(self, lend):
+    def test_shutdown_ends_idle_workers(self, lend):
         with lend(2) as pool:
             run(pool)
         assert len(workers(pool)) == 2
@@ -397,7 +397,7 @@ class TestShutdown:
         assert pools() == [pool]
         assert len(keepers()) == 1
 
-    def test_a_keeper_that_has_only_just_started_ends_too(self):
+    def test_shutdown_ends_a_keeper_that_has_only_just_started(self):
         with module._pools._keeper_lock:  # before the keeper comes to wait
             take = threading.Thread(target=module._pools.take, args=[("threading", 1, True, ())])
             take.start()
@@ -406,17 +406,17 @@ class TestShutdown:
         shutdown()
         assert keepers() == []
 
-    def test_is_public(self):
+    def test_shutdown_is_public(self):
         assert taskcarrier.shutdown is shutdown
 
-    def test_twice(self, lend):
+    def test_shutdown_may_be_called_twice(self, lend):
         with lend(1):
             pass
         shutdown()
         shutdown()
         assert pools() == []
 
-    def test_busy_ones_finish_and_stay_warm(self, lend):
+    def test_busy_workers_finish_and_stay_warm_after_shutdown(self, lend):
         with lend(2) as pool:
             run(pool)
             shutdown()
@@ -424,14 +424,14 @@ class TestShutdown:
         with lend(2) as again:
             assert again is pool
 
-    def test_under_kept_warm_too(self, lend):
+    def test_shutdown_ends_workers_that_are_kept_warm(self, lend):
         with keep_warm():
             with lend(1) as pool:
                 run(pool, n_workers=1)
             shutdown()
             assert workers(pool) == []
 
-    def test_at_exit_only_in_the_process_that_owns_them(self, lend):
+    def test_workers_end_at_exit_only_in_the_process_that_owns_them(self, lend):
         with lend(1) as pool:
             run(pool, n_workers=1)
         module._shutdown_at_exit(owner=-1)
@@ -445,7 +445,7 @@ class TestShutdown:
 class TestFork:
     @staticmethod
     def in_child(check):
-        """Return what `check` returns in a forked child, as text."""
+        """Return what a check says in a forked child."""
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -460,7 +460,7 @@ class TestFork:
         os.waitpid(pid, 0)
         return said
 
-    def test_a_child_starts_without_pools(self, lend):
+    def test_a_forked_child_starts_without_pools(self, lend):
         with lend(2) as pool:
             run(pool)
 
@@ -473,7 +473,7 @@ class TestFork:
             assert again is pool
             assert len(run(again)) == 2
 
-    def test_a_child_of_a_busy_parent(self, lend):
+    def test_a_forked_child_of_a_busy_parent_starts_without_pools(self, lend):
         def check():
             return len(pools()), bool(module._pools._warm_holders)
 
@@ -482,7 +482,7 @@ class TestFork:
             assert self.in_child(check) == "(0, False)"
             assert len(run(pool)) == 2
 
-    def test_a_child_has_pools_of_its_own(self):
+    def test_a_forked_child_has_its_own_pools(self):
         with thread_pool(2) as pool:
             run(pool)
 
@@ -492,7 +492,7 @@ class TestFork:
 
         assert self.in_child(check) == "(False, True)"
 
-    def test_a_child_s_end_ends_nobody(self, lend):
+    def test_the_exit_of_a_forked_child_ends_no_worker(self, lend):
         with lend(2) as pool:
             run(pool)
 

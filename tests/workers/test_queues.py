@@ -1,4 +1,4 @@
-"""Work queues of the caller and of threads: each batch gives one result."""
+"""Queues of the caller and of threads: each batch gives one result."""
 
 import threading
 import time
@@ -25,17 +25,17 @@ from tests.clocks import LATE
 LONG = 60  # seconds that no test waits for
 
 
-class BatchTask:
-    """A task on batches of items."""
+class StreamTask:
+    """A task on items that come in batches."""
 
     def __init__(self, func):
         self.func = func
 
     def open(self, propose):
-        return Runner(self.func)
+        return StreamRunner(self.func)
 
 
-class Runner:
+class StreamRunner:
     def __init__(self, func):
         self.func = func
 
@@ -52,7 +52,7 @@ class Runner:
 
 def job_of(func, n_workers=2, **options):
     return Job(
-        BatchTask(func),
+        StreamTask(func),
         Dynamic(),
         ChunkGrid(0, 1),
         n_workers,
@@ -63,7 +63,7 @@ def job_of(func, n_workers=2, **options):
 
 
 def all_of(queue, n_items):
-    """Return the results of `n_items` items by their starts."""
+    """Return the results of `n_items` items by their start."""
     came = {}
     while sum(one.stop - one.start for one in came.values()) < n_items:
         for one in queue.take(LONG):
@@ -72,8 +72,8 @@ def all_of(queue, n_items):
     return came
 
 
-class TestSerial:
-    def test_runs_what_it_is_given(self):
+class TestSerialQueue:
+    def test_a_serial_queue_runs_a_batch_in_the_caller(self):
         queue = SerialQueue(job_of(lambda item: (item, is_in_worker()), 1))
         assert queue.runs_here
         assert queue.has_room
@@ -84,7 +84,7 @@ class TestSerial:
         assert queue.take(0) == []
         assert not is_in_worker()
 
-    def test_stats(self):
+    def test_a_serial_queue_has_stats(self):
         queue = SerialQueue(job_of(abs, 1))
         for start in range(0, 6, 2):
             queue.put(start, [start, start + 1])
@@ -94,7 +94,7 @@ class TestSerial:
         assert stats.busy_ns == 21
         assert queue.ledger.n_items_done(1) == 6
 
-    def test_an_exit_is_raised_where_it_is_given(self):
+    def test_a_serial_queue_raises_an_exit(self):
         def leave(item):
             raise SystemExit(item)
 
@@ -105,13 +105,13 @@ class TestSerial:
         queue.close()
 
 
-class TestThreads:
+class TestThreadQueue:
     @pytest.fixture(autouse=True)
     def patience(self, monkeypatch):
-        """Make `close` wait for a thread that stops late, unless a test says otherwise."""
+        """Wait for threads that stop late, unless a test asks otherwise."""
         monkeypatch.setattr(threads, "_GRACE_SECONDS", LONG)
 
-    def test_what_is_given_comes(self):
+    def test_every_queued_batch_gives_its_result(self):
         with thread_pool(2) as pool:
             queue = pool.stream(job_of(lambda item: item * 2))
             assert not queue.runs_here
@@ -129,7 +129,7 @@ class TestThreads:
         assert sum(stats.items for stats in ran.worker_stats) == 40
         assert not ran.is_halted
 
-    def test_room_for_two_batches_each(self):
+    def test_a_queue_has_room_for_a_few_batches_per_worker(self):
         gate = threading.Event()
         with thread_pool(2) as pool:
             queue = pool.stream(job_of(gate.wait))
@@ -143,7 +143,7 @@ class TestThreads:
             assert queue.has_room
             queue.close()
 
-    def test_closed_while_batches_are_waiting(self):
+    def test_waiting_batches_are_dropped_on_close(self):
         ran_items = []
         first = threading.Event()
 
@@ -191,7 +191,7 @@ class TestThreads:
             for thread in begun:
                 thread.join(LONG)
 
-    def test_another_begins_when_all_have_a_batch(self):
+    def test_another_thread_starts_when_all_have_a_batch(self):
         gate = threading.Event()
         with thread_pool(500) as pool:
             queue = pool.stream(job_of(gate.wait, 500))
@@ -219,7 +219,7 @@ class TestThreads:
             assert caught.value.code == 3
             queue.close()
 
-    def test_a_range_that_took_too_long(self):
+    def test_a_range_that_took_too_long_is_an_error(self):
         retry_policy = RetryPolicy(timeout=0.01)
         with thread_pool(1) as pool:
             queue = pool.stream(job_of(time.sleep, 1, retry_policy=retry_policy))
@@ -238,14 +238,14 @@ def once_halted(ledger, then):
     then()
 
 
-def test_a_fault_alone_knows_its_range():
+def test_a_partial_result_with_one_failure_becomes_a_batch_result():
     came = BatchResult(1, 2, [5])
     assert to_batch_result(came) is came
     parts = PartialResult([], [(4, 9, ValueError())])
     assert to_batch_result(parts) == BatchResult(4, 9, parts)
 
 
-def test_an_error_that_was_raised_is_not_kept():
+def test_an_error_that_was_raised_is_forgotten():
     stats = WorkerStats(0, failure=RangeFailure(None, ValueError("no")))
     failure = stats.failure
     with pytest.raises(ValueError, match="no"):

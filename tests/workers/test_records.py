@@ -30,7 +30,7 @@ def raised(error):
         return there
 
 
-def test_results_and_faults_arrive():
+def test_results_and_failures_arrive():
     parts = PartialResult(
         [(slice(0, 2), [np.arange(2.0)]), (np.array([3, 5]), ["a", "b"])],
         [(2, 3, ValueError("no", 3)), (4, 5, KeyError("k"))],
@@ -44,14 +44,14 @@ def test_results_and_faults_arrive():
     assert [repr(fault[2]) for fault in arrived.faults] == ["ValueError('no', 3)", "KeyError('k')"]
 
 
-def test_faults_arrive_with_the_traceback_they_had():
+def test_failures_arrive_with_their_traceback():
     error = ValueError("no")
     raised(error)
     ((_, _, arrived),) = pickle.loads(pickle.dumps(PartialResult([], [(0, 1, error)]))).faults
     assert "in raised" in str(arrived.__cause__)
 
 
-def test_a_fault_that_cannot_travel_is_replaced():
+def test_a_failure_that_cannot_be_pickled_is_replaced():
     ((_, _, arrived),) = pickle.loads(
         pickle.dumps(PartialResult([], [(0, 1, UnsendableError("no"))]))
     ).faults
@@ -59,7 +59,7 @@ def test_a_fault_that_cannot_travel_is_replaced():
     assert arrived.type_name == f"{__name__}.UnsendableError"
 
 
-def test_pickled_twice_is_the_same():
+def test_pickling_twice_gives_the_same():
     error = ValueError("no")
     raised(error)
     parts = PartialResult([(slice(0, 1), "result")], [(1, 2, error)])
@@ -70,7 +70,7 @@ def test_pickled_twice_is_the_same():
     assert str(first.faults[0][2].__cause__) == str(second.faults[0][2].__cause__)
 
 
-def test_packed_errors_hold_nothing_in_the_worker():
+def test_pickled_errors_keep_nothing_alive_in_the_worker():
     inner, outer = ValueError("inner"), LookupError("outer")
     things = [raised(inner), raised(outer)]
     outer.__cause__ = inner

@@ -29,15 +29,15 @@ class TestEnvironment:
         for name in _VARIABLES:
             monkeypatch.delenv(name, raising=False)
 
-    def test_everything_is_limited(self):
+    def test_all_libraries_are_limited(self):
         assert inner_environment() == dict.fromkeys(_VARIABLES, "1")
         assert {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"} <= set(_VARIABLES)
 
-    def test_what_the_user_has_set_does_not_count(self, monkeypatch):
+    def test_settings_of_the_user_do_not_count(self, monkeypatch):
         monkeypatch.setenv("OMP_NUM_THREADS", "7")
         assert inner_environment()["OMP_NUM_THREADS"] == "1"
 
-    def test_the_caller_s_own_stays(self):
+    def test_the_environment_of_the_caller_is_unchanged(self):
         before = dict(os.environ)
         inner_environment()
         assert dict(os.environ) == before
@@ -61,7 +61,7 @@ def free_for_all():
 
 
 class User:
-    """Another thread, which calls what it is given until it is left."""
+    """Another thread, which calls the functions that it gets until it is ended."""
 
     def __init__(self):
         self._orders = SimpleQueue()
@@ -110,24 +110,24 @@ class TestCountedLimit:
     def limit(self):
         return _CountedLimit()
 
-    def test_the_process_has_one(self, several_threads):
+    def test_the_process_has_one_limit(self, several_threads):
         assert isinstance(limited, _CountedLimit)
         with limited.open():
             assert set(blas_threads()) == {1}
         assert blas_threads() == several_threads
 
-    def test_limits_and_restores(self, limit, several_threads):
+    def test_a_limit_is_set_and_restored(self, limit, several_threads):
         for _ in range(2):
             with limit.open():
                 assert set(blas_threads()) == {1}
             assert blas_threads() == several_threads
 
-    def test_restores_after_an_error(self, limit, several_threads):
+    def test_a_limit_is_restored_after_an_error(self, limit, several_threads):
         with pytest.raises(KeyError), limit.open():
             raise KeyError
         assert blas_threads() == several_threads
 
-    def test_one_inside_the_other(self, limit, several_threads):
+    def test_limits_may_be_nested(self, limit, several_threads):
         with limit.open():
             with pytest.raises(KeyError), limit.open():
                 raise KeyError
@@ -136,7 +136,7 @@ class TestCountedLimit:
 
     @pytest.mark.parametrize("first_out", ["the first in", "the last in"])
     @pytest.mark.parametrize("error", [(None, None, None), (KeyError, KeyError("no"), None)])
-    def test_overlapping_users(self, limit, several_threads, first_out, error):
+    def test_limits_of_several_users_may_overlap(self, limit, several_threads, first_out, error):
         with User() as one, User() as other:
             users = [(one, limit.open()), (other, limit.open())]
             for user, guard in users:
@@ -149,7 +149,7 @@ class TestCountedLimit:
                     user(lambda guard=guard: guard.__exit__(*error))
             assert blas_threads() == several_threads
 
-    def test_users_in_turn(self, limit, several_threads):
+    def test_a_limit_may_be_used_by_several_threads_in_turn(self, limit, several_threads):
         with User() as one, User() as other:
             for user in (one, other):
                 guard = limit.open()
@@ -158,7 +158,7 @@ class TestCountedLimit:
                 user(lambda guard=guard: guard.__exit__(None, None, None))
                 assert blas_threads() == several_threads
 
-    def test_the_caller_s_own_limits_work_afterwards(self, limit, several_threads):
+    def test_limits_of_the_caller_work_afterwards(self, limit, several_threads):
         with limit.open():
             pass
         with User() as other:
@@ -167,7 +167,7 @@ class TestCountedLimit:
             other(own.restore_original_limits)
             assert blas_threads() == several_threads
 
-    def test_a_failure_to_limit_leaves_nothing(self, limit, several_threads, monkeypatch):
+    def test_a_failure_to_limit_leaves_nothing_behind(self, limit, several_threads, monkeypatch):
         def refuse():
             raise OSError("no")
 
@@ -180,7 +180,7 @@ class TestCountedLimit:
         assert blas_threads() == several_threads
 
 
-def test_joblib_is_serial_in_that_thread_only():
+def test_joblib_is_serial_in_the_worker_thread_only():
     found = []
 
     def look():
@@ -238,7 +238,7 @@ assert of_blas() == n_blas
 """
 
 
-def test_matrix_products_keep_as_many_threads_busy_as_there_are_workers(tmp_path):
+def test_matrix_products_keep_one_thread_busy_for_each_worker(tmp_path):
     n_blas, plain, mapped = map(int, run_script(tmp_path, BUSY).split())
     if n_blas == 1:
         pytest.skip("BLAS has one thread here, so there is nothing to limit")
@@ -270,12 +270,12 @@ print("done")
 """
 
 
-def test_worker_threads_have_one_of_numba_s_threads(tmp_path):
+def test_worker_threads_have_one_numba_thread(tmp_path):
     out = run_script(tmp_path, OWN, NUMBA_NUM_THREADS="2", NUMBA_THREADING_LAYER="workqueue")
     assert out.strip() == "done"
 
 
-def test_openmp_is_limited_in_the_thread_that_says_so(monkeypatch):
+def test_openmp_is_limited_in_the_calling_thread(monkeypatch):
     class Library:
         def __init__(self, user_api):
             self.user_api = user_api

@@ -66,7 +66,7 @@ def both(start, stop):
 
 
 def started(pool):
-    """Return the pool of three once its threads are started."""
+    """Start the three threads of a pool."""
     run(pool, both)
     return pool
 
@@ -84,7 +84,7 @@ class TestRun:
         assert sum(stats.ranges for stats in worker_stats) == 10
         assert all(stats.failure is None for stats in worker_stats)
 
-    def test_stats_in_order_of_the_workers(self, pool, balance):
+    def test_stats_are_in_order_of_the_workers(self, pool, balance):
         gate = threading.Barrier(3)  # everybody takes part
 
         def meet(start, stop):
@@ -98,12 +98,12 @@ class TestRun:
         names = [stats.facts for stats in worker_stats]
         assert names == [f"ThreadPoolExecutor-taskcarrier-{n}" for n in range(3)]
 
-    def test_fewer_workers_than_threads(self, pool, balance):
+    def test_a_run_may_use_fewer_workers_than_threads(self, pool, balance):
         worker_stats, delivered, _ = run(pool, both, balance=balance, n_workers=2)
         assert [stats.worker for stats in worker_stats] == [0, 1]
         assert len(delivered) == 10
 
-    def test_the_same_threads_again(self, pool, balance):
+    def test_the_same_threads_run_the_next_run(self, pool, balance):
         seen = set()
 
         def look(start, stop):
@@ -115,7 +115,7 @@ class TestRun:
             assert delivered == []
         assert seen <= {worker.thread for worker in pool._workers.values()}
 
-    def test_a_failure_stops_the_others(self, pool, balance):
+    def test_a_failure_stops_the_other_threads(self, pool, balance):
         error = ValueError("no")
 
         def fail(start, stop):
@@ -134,7 +134,7 @@ class TestRun:
         assert ran.is_halted
         assert len(delivered) < 1000
 
-    def test_the_pool_is_good_after_a_failure(self, pool, balance):
+    def test_the_pool_works_after_a_failure(self, pool, balance):
         for error in (SystemExit(3), KeyboardInterrupt(), ValueError("no")):
 
             def fail(start, stop, error=error):
@@ -176,12 +176,12 @@ class TestRun:
 
 
 class TestInside:
-    def test_workers_know_that_they_are(self, pool):
+    def test_threads_know_that_they_are_workers(self, pool):
         _, delivered, _ = run(pool, lambda *_: is_in_worker())
         assert {found for _, found in delivered} == {True}
         assert not is_in_worker()
 
-    def test_joblib_is_serial(self, pool):
+    def test_joblib_is_serial_inside_threads(self, pool):
         def look(start, stop):
             parallel = joblib.Parallel()
             return type(parallel._backend).__name__, parallel.n_jobs
@@ -206,12 +206,12 @@ class TestInside:
         run(pool, lambda *_: seen.append("index"), n_items=2)
         assert seen == ["in", "index", "out"]
 
-    def test_daemons_named_like_an_executor_s(self, pool):
+    def test_threads_are_daemons_with_the_names_of_an_executor(self, pool):
         found = threads_of(started(pool))
         assert all(thread.daemon for thread in found)
         assert all(thread.name.startswith("ThreadPoolExecutor-") for thread in found)
 
-    def test_nothing_of_a_run_is_kept(self, pool):
+    def test_nothing_of_a_run_is_kept_alive(self, pool):
         class Thing:
             def __del__(self):
                 gone.set()
@@ -224,7 +224,7 @@ class TestInside:
 
 
 class TestWatching:
-    def test_ticks_while_a_run_goes_on(self, pool, monkeypatch):
+    def test_the_tick_is_called_while_a_run_is_going_on(self, pool, monkeypatch):
         monkeypatch.setattr(module, "TICK", 0.01)
         release = threading.Event()
         seen = []
@@ -239,7 +239,7 @@ class TestWatching:
         assert seen[-1] == 20
         assert seen == sorted(seen)
 
-    def test_an_interrupted_run_does_not_wait_for_the_stuck(self, pool, monkeypatch):
+    def test_an_interrupted_run_does_not_wait_for_stuck_threads(self, pool, monkeypatch):
         monkeypatch.setattr(module, "TICK", 0.01)
         release = threading.Event()
         calls = []
@@ -263,7 +263,7 @@ class TestWatching:
             assert not thread.is_alive()  # they do not come back,
         assert len(calls) == 3  # nor take another chunk
 
-    def test_those_that_had_reported_stay(self, pool, monkeypatch):
+    def test_threads_that_have_reported_stay_in_the_pool(self, pool, monkeypatch):
         monkeypatch.setattr(module, "TICK", 0.01)
         release = threading.Event()
         reported = []
@@ -352,12 +352,12 @@ ITEMS = np.arange(1.0, 41)
 
 
 @pytest.mark.parametrize("balance", ["static", "dynamic"])
-class TestAfterTheCall:
-    """Threads that an interrupted call has left behind get their results when it is over."""
+class TestAfterInterruptedCall:
+    """Threads that an interrupted call has left behind get their results after it is over."""
 
     # The first result of a thread and further ones go different ways.
     @pytest.mark.parametrize("n_before", [0, 1, 2])
-    def test_nothing_is_written(self, balance, n_before):
+    def test_no_result_is_written_after_the_call(self, balance, n_before):
         out = np.zeros(40)
         with left_behind(
             map_array, lambda c: c, n_before=n_before, balance=balance, out=out
@@ -369,7 +369,7 @@ class TestAfterTheCall:
             let_go()
             assert np.array_equal(out, before)
 
-    def test_nothing_of_several_results(self, balance):
+    def test_none_of_several_results_is_written_after_the_call(self, balance):
         out = np.zeros(40), np.zeros(40)
         with left_behind(
             map_array, lambda c: (c, -c), n_before=1, balance=balance, out=out
@@ -378,7 +378,7 @@ class TestAfterTheCall:
             let_go()
             assert all(map(np.array_equal, out, before))
 
-    def test_nothing_of_items(self, balance):
+    def test_no_item_is_written_after_the_call(self, balance):
         out = np.zeros(40)
         with left_behind(map_items, float, n_before=4, balance=balance, out=out) as let_go:
             before = out.copy()
@@ -386,7 +386,7 @@ class TestAfterTheCall:
             let_go()
             assert np.array_equal(out, before)
 
-    def test_nothing_into_a_mapped_file(self, balance, tmp_path):
+    def test_nothing_is_written_to_a_mapped_file_after_the_call(self, balance, tmp_path):
         path = tmp_path / "Y.npy"
         out = np.lib.format.open_memmap(path, "w+", "f8", (40,))
         with left_behind(map_array, lambda c: c, n_before=1, balance=balance, out=out) as let_go:
@@ -395,15 +395,15 @@ class TestAfterTheCall:
             assert path.read_bytes() == before
 
 
-class TestDoor:
-    def test_closed_once_the_call_is_over(self):
+class TestOutputLock:
+    def test_outputs_are_closed_once_the_call_is_over(self):
         allocation = LocalBuffer(4, "C")
         allocation.check_open()
         allocation.close()
         with pytest.raises(CallIsOverError):
             allocation.check_open()
 
-    def test_whoever_is_just_writing_is_waited_for(self):
+    def test_closing_waits_for_a_thread_that_is_writing(self):
         allocation = LocalBuffer(4, "C")
         events = []
 
@@ -422,7 +422,7 @@ class TestDoor:
         thread.join(LONG)
         assert events == ["written", "closed"]
 
-    def test_ctrl_c_at_any_step_of_the_caller_s_own_writing_ends_the_call(self):
+    def test_ctrl_c_at_any_step_of_writing_ends_the_call(self):
         n_steps = 0
         while (how := call_interrupted_at(n_steps)) == "interrupted":
             n_steps += 1
@@ -473,13 +473,13 @@ def call_interrupted_at(number):
 
 
 class TestEnd:
-    def test_close_ends_idle_threads(self):
+    def test_closing_ends_idle_threads(self):
         pool = ThreadPool(3)
         found = threads_of(started(pool))
         pool.close()
         assert not any(thread.is_alive() for thread in found)
 
-    def test_without_waiting(self):
+    def test_closing_need_not_wait(self):
         pool = ThreadPool(3)
         found = threads_of(started(pool))
         began = time.monotonic()

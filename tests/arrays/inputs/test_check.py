@@ -1,4 +1,4 @@
-"""What is refused before anything is started, and what counts as an array."""
+"""Inputs that are refused before anything starts, and values that count as arrays."""
 
 import threading
 
@@ -30,7 +30,7 @@ class Tagged(np.ndarray):
 
 @pytest.fixture
 def nothing_starts():
-    """The call of the test starts no process and no thread."""
+    """Check that the test starts no process and no thread."""
     taskcarrier.shutdown()
     children = {child.pid for child in psutil.Process().children(recursive=True)}
     threads = set(threading.enumerate())
@@ -40,7 +40,7 @@ def nothing_starts():
 
 
 def lossy(module, name):
-    """An object whose type says it comes from `module`, as NumPy would see one from there."""
+    """Make an object whose type pretends to come from `module`."""
     return type(name, (), {"__module__": module, "shape": (4,), "__array__": lambda *_, **__: X})()
 
 
@@ -147,7 +147,7 @@ def test_mappers_refuse_options_that_they_decide_or_that_do_not_exist(
             getattr(mapper(n_jobs=2), verb)(np.sqrt, X, **{option: "static"})
 
 
-# What one verb has, and another has not.
+# Options that one verb has, and another has not.
 ELSEWHERE = [
     (map_array, "combine"),
     (map_items, "depth"),
@@ -199,7 +199,7 @@ REFUSED = {
 @pytest.mark.fault(31)
 @pytest.mark.parametrize("case", sorted(REFUSED))
 @pytest.mark.parametrize("place", [0, 1])
-def test_what_would_lose_something_is_refused_by_name(case, place, nothing_starts):
+def test_inputs_that_would_lose_something_are_refused_by_name(case, place, nothing_starts):
     value, kind, words = REFUSED[case]
     arrays = [X, X]
     arrays[place] = value
@@ -253,7 +253,7 @@ def test_n_jobs_follow_the_rule_of_joblib(n_jobs, at_least):
 
 
 @pytest.mark.fault(31)
-def test_whatever_numpy_takes_is_mapped_as_a_base_class_array():
+def test_everything_numpy_takes_is_mapped_as_a_base_class_array():
     def func(chunk):
         assert type(chunk) is np.ndarray
         return chunk
@@ -274,7 +274,7 @@ def test_whatever_numpy_takes_is_mapped_as_a_base_class_array():
             assert result.dtype.names == np.asarray(value).dtype.names
 
 
-def test_objects_with_the_array_interface_are_their_values():
+def test_objects_with_the_array_interface_are_mapped_as_their_values():
     frame = pytest.importorskip("pandas", reason="an optional package").DataFrame(
         {"a": [1, 2], "b": [3, 4]}
     )
@@ -308,7 +308,7 @@ def test_inputs_without_items_have_items_of_no_bytes():
     assert check_inputs([np.zeros((0, 5))], 0).item_nbytes == 0
 
 
-def test_read_only_is_a_view_and_leaves_the_rest_alone():
+def test_read_only_makes_a_view_and_leaves_the_original_writable():
     Y = X.copy()
     view = read_only(Y)
     assert np.shares_memory(view, Y)

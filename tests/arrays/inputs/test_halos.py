@@ -45,7 +45,7 @@ def image():
 
 
 def padded(X, depth, boundary, axis=0, cval=0.0):
-    """The array as workers see it, as `numpy.pad` makes it."""
+    """Pad the array with `numpy.pad`, as workers see it."""
     if boundary == "none":
         return X
     widths = [(0, 0)] * X.ndim
@@ -59,7 +59,7 @@ class TestFilters:
 
     @pytest.mark.parametrize("boundary", PADS)
     @pytest.mark.parametrize("axis", [0, 1, -1])
-    def test_gaussian(self, axis, boundary):
+    def test_a_gaussian_filter_gives_the_bits_of_the_plain_call(self, axis, boundary):
         filters, X = ndimage(), image()
         options = {"sigma": 1.3, "axis": axis, "mode": boundary, "cval": 0.5, "radius": 4}
         expected = filters.gaussian_filter1d(X, **options)
@@ -78,7 +78,7 @@ class TestFilters:
             assert_same(result, expected)
 
     @pytest.mark.parametrize("boundary", PADS)
-    def test_median(self, boundary):
+    def test_a_median_filter_gives_the_bits_of_the_plain_call(self, boundary):
         filters, X = ndimage(), image()
         for axis, size in ((0, (5, 1)), (1, (1, 5)), (0, (5, 3))):
             options = {"size": size, "mode": boundary, "cval": -1.0}
@@ -98,7 +98,7 @@ class TestFilters:
                 assert_same(result, expected)
 
     @pytest.mark.parametrize("boundary", PADS)
-    def test_correlation(self, boundary, run):
+    def test_a_correlation_gives_the_bits_of_the_plain_call(self, boundary, run):
         filters, X = ndimage(), image()
         weights = np.array([0.5, -2.0, 0.25, 1.0, 3.0])
         for axis in (0, 1):
@@ -120,7 +120,7 @@ class TestFilters:
                 assert_same(result, expected)
 
     @pytest.mark.parametrize("boundary", PADS)
-    def test_none_leaves_the_ends_to_the_filter(self, boundary, run):
+    def test_boundary_none_leaves_the_ends_to_the_filter(self, boundary, run):
         filters, X = ndimage(), image()
         options = {"sigma": 1.0, "axis": 0, "mode": boundary, "radius": 3}
         expected = filters.gaussian_filter1d(X, **options)
@@ -137,7 +137,7 @@ class TestFilters:
             )
             assert_same(result, expected) if boundary != "wrap" else assert_inside(result, expected)
 
-    def test_running_means_to_rounding(self, run):
+    def test_running_means_equal_the_plain_call_up_to_rounding(self, run):
         filters, X = ndimage(), image()
         for boundary in PADS:
             options = {"size": 7, "axis": 0, "mode": boundary}
@@ -153,7 +153,7 @@ class TestFilters:
             expected = filters.uniform_filter1d(X, **options)
             np.testing.assert_allclose(result, expected, rtol=0, atol=1e-13)
 
-    def test_local_thresholds_to_rounding(self, run):
+    def test_local_thresholds_equal_the_plain_call_up_to_rounding(self, run):
         filters = pytest.importorskip("skimage.filters", reason="scikit-image is the oracle")
         X = image()
         for method in ("gaussian", "mean", "median"):
@@ -170,7 +170,7 @@ def assert_inside(result, expected):
 
 
 def window_sums(chunk, reach, axis):
-    """Exact on integers: sums over what is no further than `reach`, as far as it is there."""
+    """Sum over all items within `reach`, as far as they exist; exact on integers."""
     n = chunk.shape[axis]
     taken = [
         chunk.take(range(max(0, i - reach), min(n, i + reach + 1)), axis).sum(axis)
@@ -182,7 +182,7 @@ def window_sums(chunk, reach, axis):
 class TestEveryCut:
     @pytest.mark.parametrize("boundary", [*PADS, "none"])
     @pytest.mark.parametrize("n_items", [1, 2, 9])
-    def test_all_chunksizes_and_depths(self, n_items, boundary):
+    def test_every_chunksize_and_depth_gives_the_sums_of_the_padded_array(self, n_items, boundary):
         X = np.arange(n_items * 3).reshape(n_items, 3) ** 2
         for depth in range(1, n_items + 1):
             whole = window_sums(padded(X, depth, boundary, cval=5), depth, 0)
@@ -201,7 +201,7 @@ class TestEveryCut:
                 assert_same(result, expected, (depth, chunksize))
 
     @pytest.mark.parametrize("boundary", ["nearest", "constant", "none"])
-    def test_deeper_than_the_array(self, boundary, run):
+    def test_a_depth_beyond_the_array_pads_several_times(self, boundary, run):
         X = np.arange(5) ** 2
         for depth in (6, 50):
             whole = window_sums(padded(X, depth, boundary, cval=5), depth, 0)
@@ -221,7 +221,7 @@ class TestEveryCut:
 
     @settings(max_examples=60)
     @given(st.data())
-    def test_any(self, data):
+    def test_any_depth_boundary_axis_and_chunksize_is_right(self, data):
         n_items = data.draw(st.integers(1, 20))
         depth = data.draw(st.integers(1, n_items))
         boundary = data.draw(st.sampled_from([*PADS, "none"]))
@@ -249,11 +249,11 @@ class TestEveryCut:
 
 
 class TestChunks:
-    """What the function sees."""
+    """The chunks that the function gets."""
 
     @pytest.mark.parametrize("boundary", [*PADS, "none"])
     @pytest.mark.parametrize("depth", [1, 4, 11])
-    def test_are_slices_of_the_padded_array(self, depth, boundary, run):
+    def test_chunks_are_slices_of_the_padded_array(self, depth, boundary, run):
         X = np.random.default_rng(0).normal(size=(11, 3))
         found = map_chunks(np.copy, X, depth=depth, boundary=boundary, chunksize=4, **run)
         whole = padded(X, depth, boundary)
@@ -266,14 +266,14 @@ class TestChunks:
                 expected = whole[start : stop + 2 * depth]
             assert same_bits(chunk, np.ascontiguousarray(expected))
 
-    def test_are_read_only_unless_private_ones_are_asked_for(self, run):
+    def test_chunks_are_read_only_unless_private_ones_are_asked_for(self, run):
         X = np.zeros(20)
         options = {"depth": 2, "chunksize": 6, **run}
         for flag in (False, True):
             found = map_chunks(lambda c: c.flags.writeable, X, writable=flag, **options)
             assert found == [flag] * 4
 
-    def test_that_are_written_to_leave_neighbours_alone(self, run):
+    def test_writing_to_a_chunk_leaves_its_neighbours_alone(self, run):
         def spoil(chunk):
             chunk += 1
             return chunk
@@ -284,7 +284,7 @@ class TestChunks:
         assert np.array_equal(X, np.arange(20.0))
 
     @pytest.mark.parametrize("dtype", ["U3", "S2", "M8[s]", "?", ">i4", "f2", "c8", "i4, U2", "O"])
-    def test_of_every_dtype(self, dtype, run):
+    def test_chunks_of_every_dtype_keep_it(self, dtype, run):
         X = np.arange(10).astype("S1" if dtype == "S2" else "i4").astype(dtype)
         for boundary in ("reflect", "nearest", "mirror", "wrap", "none"):
             found = map_chunks(
@@ -298,7 +298,7 @@ class TestChunks:
                 assert kind == X.dtype
                 assert values == X[places[low:high]].tolist()
 
-    def test_of_a_shared_array_are_not_copied(self):
+    def test_chunks_of_a_shared_array_are_not_copied(self):
         X = share(np.random.default_rng(0).normal(size=(400, 300)))
         result = map_array(lambda c: c * 2, X, depth=1, backend="loky", n_jobs=2)
         assert last_report().bytes_copied == 0
@@ -306,7 +306,7 @@ class TestChunks:
 
 
 class TestResults:
-    def test_of_several_are_all_cut(self, run):
+    def test_margins_are_cut_off_each_of_several_results(self, run):
         X = np.arange(11.0)
 
         def both(chunk):
@@ -316,7 +316,7 @@ class TestResults:
         assert_same(one, X + 1)
         assert_same(other, np.stack([X, -X]))
 
-    def test_of_several_arrays_along_axes_of_their_own(self, run):
+    def test_several_arrays_have_neighbours_along_axes_of_their_own(self, run):
         X = np.random.default_rng(0).normal(size=(3, 17))
         Y = np.random.default_rng(1).normal(size=(17, 3))
 
@@ -329,7 +329,7 @@ class TestResults:
         assert_same(result, func(X, Y))
 
     @pytest.mark.parametrize("kind", ["array", "file"])
-    def test_in_place(self, kind, run, tmp_path):
+    def test_results_are_written_in_place(self, kind, run, tmp_path):
         X = np.arange(40)
         out = np.empty(40, "f4") if kind == "array" else tmp_path / "Y.npy"
         result = map_array(
@@ -339,12 +339,12 @@ class TestResults:
         assert np.array_equal(result, expected)
         assert kind == "array" or np.array_equal(np.load(out), expected)
 
-    def test_that_are_cut_by_the_function_are_refused(self, run):
+    def test_results_that_the_function_has_cut_itself_are_refused(self, run):
         with pytest.raises(ValueError, match="length 4 along axis 0, for a chunk of length 8"):
             map_array(lambda c: c[2:-2], np.arange(8.0), depth=2, chunksize=4, **run)
 
-    def test_with_errors_collected(self, run):
-        # Fails where an item itself is bad, whatever stands beside it.
+    def test_collected_errors_name_the_bad_items_despite_neighbours(self, run):
+        # Fails only if an item of the range is bad, not if a neighbour is.
         def func(chunk):
             if (chunk[2:-2] == 13).any():
                 raise ValueError("bad")
@@ -367,7 +367,7 @@ class TestResults:
             assert [failure[:2] for failure in failures] == [(13, 14)]
             assert_same(result, expected)
 
-    def test_reduced(self, run):
+    def test_chunks_with_neighbours_can_be_reduced(self, run):
         X = np.arange(50) ** 2
         differences = reduce_array(
             lambda c: int(np.diff(c).max()),
@@ -380,7 +380,7 @@ class TestResults:
         )
         assert differences == 49**2 - 48**2
 
-    def test_without_items(self, run):
+    def test_an_array_without_items_gives_an_empty_result(self, run):
         for boundary in (*PADS, "none"):
             result = map_array(np.sqrt, np.empty((0, 3)), depth=5, boundary=boundary, **run)
             assert_same(result, np.empty((0, 3)))
@@ -388,23 +388,23 @@ class TestResults:
 
 class TestArguments:
     @pytest.mark.parametrize("boundary", ["reflect", "mirror", "wrap"])
-    def test_more_depth_than_items(self, boundary):
+    def test_a_depth_beyond_the_number_of_items_is_refused(self, boundary):
         for verb in (map_array, map_chunks):
             with pytest.raises(ValueError, match=r"depth=6 is more than the 5 items"):
                 verb(_never, np.arange(5), depth=6, boundary=boundary)
 
     @pytest.mark.parametrize("depth", [-1, -100])
-    def test_negative_depth(self, depth):
+    def test_a_negative_depth_is_refused(self, depth):
         with pytest.raises(ValueError, match=f"got {depth}"):
             map_array(_never, np.arange(5), depth=depth)
 
     @pytest.mark.parametrize("depth", [1.0, "2", None, (1,)])
-    def test_depth_that_is_no_integer(self, depth):
+    def test_a_depth_that_is_no_integer_is_refused(self, depth):
         with pytest.raises(TypeError, match="depth must be"):
             map_array(_never, np.arange(5), depth=depth)
 
     @pytest.mark.parametrize("boundary", ["edge", "grid-wrap", None, 3, ["wrap"]])
-    def test_unknown_boundary(self, boundary):
+    def test_an_unknown_boundary_is_refused(self, boundary):
         with pytest.raises(ValueError, match="'reflect', 'nearest', 'mirror'"):
             map_array(_never, np.arange(5), depth=1, boundary=boundary)
         with pytest.raises(ValueError, match="boundary must be one of"):
@@ -415,11 +415,11 @@ class TestArguments:
         [("i4", np.nan), ("i4", 0.5), ("u1", -1), ("i1", 300), ("f8", "x"), ("U1", "xy"),
          ("M8[D]", 0.0), ("?", 2), ("f8", 1j), ("f4", 1e300), ("f8", None), ("f8", [1.0])],
     )  # fmt: skip
-    def test_a_cval_that_is_no_value_of_the_dtype(self, dtype, cval):
+    def test_a_cval_that_is_no_value_of_the_dtype_is_refused(self, dtype, cval):
         with pytest.raises(TypeError, match="cval="):
             map_array(_never, np.zeros(5, dtype), depth=1, boundary="constant", cval=cval)
 
-    def test_cval_counts_where_it_is_used_only(self):
+    def test_cval_is_checked_only_where_it_is_used(self):
         X = np.arange(5)
         for options in ({"boundary": "constant"}, {"depth": 1}):
             assert_same(map_array(np.copy, X, cval=np.nan, n_jobs=1, **options), X)
@@ -429,7 +429,7 @@ class TestArguments:
         [("i4", 7.0), ("f4", np.nan), ("U2", "ab"), ("M8[D]", np.datetime64("NaT", "D")),
          ("?", True), ("c8", 1j), ("O", "anything"), ("f8", np.inf)],
     )  # fmt: skip
-    def test_cvals(self, dtype, cval, run):
+    def test_a_constant_boundary_is_filled_with_cval(self, dtype, cval, run):
         X = np.zeros(3, dtype)
         found = map_chunks(np.copy, X, depth=2, boundary="constant", cval=cval, chunksize=3, **run)
         filled = np.empty(2, dtype)
@@ -439,7 +439,7 @@ class TestArguments:
         assert chunk.dtype == expected.dtype
         assert [str(one) for one in chunk] == [str(one) for one in expected]
 
-    def test_items_have_no_neighbours(self):
+    def test_map_items_has_no_depth(self):
         with pytest.raises(TypeError, match="depth"):
             map_items(abs, np.arange(3), depth=1)
 
@@ -449,7 +449,7 @@ def _never(chunk):
 
 
 @given(st.integers(1, 12), st.sampled_from(sorted(PADS.keys() - {"constant"})), st.data())
-def test_positions_are_those_of_numpy_s_padding(n_items, boundary, data):
+def test_positions_equal_those_of_numpy_s_padding(n_items, boundary, data):
     depth = data.draw(st.integers(0, 4 * n_items))
     positions = np.arange(-depth, n_items + depth)
     expected = np.pad(np.arange(n_items), depth, PADS[boundary])
@@ -457,7 +457,7 @@ def test_positions_are_those_of_numpy_s_padding(n_items, boundary, data):
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.sampled_from([*PADS, "none"]), st.data())
-def test_margins_say_where_a_chunk_lies_in_its_chunk(n_items, depth, boundary, data):
+def test_margins_say_where_the_items_lie_in_their_chunk(n_items, depth, boundary, data):
     start = data.draw(st.integers(0, n_items - 1))
     stop = data.draw(st.integers(start + 1, n_items))
     X = np.arange(n_items)

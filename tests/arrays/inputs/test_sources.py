@@ -1,4 +1,4 @@
-"""Where workers find the items: which way is taken, and that each gives the original's chunks."""
+"""Sources of inputs: which one is chosen, and that each gives the chunks of the original."""
 
 import contextlib
 
@@ -56,7 +56,7 @@ def set_whole_nbytes(chunk, nbytes):
 
 @pytest.fixture(params=["whole", "by chunk"])
 def small_arrays(request, monkeypatch):
-    """How workers read small arrays: as they do, and chunk by chunk like large ones."""
+    """Have workers read small arrays as usual, or chunk by chunk like large ones."""
     if request.param == "whole":
         yield
         return
@@ -70,7 +70,7 @@ def small_arrays(request, monkeypatch):
 
 @contextlib.contextmanager
 def as_worker(whole_nbytes=sources._WHOLE_NBYTES):
-    """This process reads its own memory as a worker would."""
+    """Let this process read its own memory as a worker would."""
     memory = parent_memory.open_own_memory()
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -82,7 +82,7 @@ def as_worker(whole_nbytes=sources._WHOLE_NBYTES):
 
 
 def sources_of(*arrays, axis=0, chunksize=None):
-    """The sources of a call, and the staging with what was copied."""
+    """Return the sources of a call, and the staging with what was copied."""
     inputs = check_inputs(arrays, axis)
     grid = chunk_grid(inputs.n_items, inputs.item_nbytes, chunksize)
     staging = Staging()
@@ -97,7 +97,7 @@ def source_of(array, axis=0, chunksize=None):
 
 
 def gathered(array):
-    """As a call takes it: itself, or a copy without gaps."""
+    """Return an array as a call takes it: itself, or a copy without gaps."""
     return check_inputs([array], 0).arrays[0]
 
 
@@ -159,19 +159,19 @@ STAGED = {
 
 class TestChoice:
     @pytest.mark.parametrize("case", READ)
-    def test_read_where_chunks_are_apart(self, case):
+    def test_arrays_whose_chunks_are_apart_are_read(self, case):
         make, axis = READ[case]
         array = make()
         assert isinstance(source_of(array, axis), ParentMemorySource)
 
     @pytest.mark.parametrize("case", STAGED)
-    def test_staged_where_they_are_not(self, case):
+    def test_arrays_whose_chunks_are_interleaved_are_staged(self, case):
         make, axis = STAGED[case]
         array = make()
         assert isinstance(source_of(array, axis), SharedSource)
 
     @pytest.mark.parametrize("case", STAGED)
-    def test_read_if_there_is_one_chunk(self, case):
+    def test_an_array_of_one_chunk_is_read(self, case):
         make, axis = STAGED[case]
         array = make()
         assert isinstance(source_of(array, axis, chunksize=100_000), ParentMemorySource)
@@ -182,7 +182,7 @@ class TestChoice:
         for axis in range(array.ndim):
             assert isinstance(source_of(array, axis, chunksize=1), ParentMemorySource)
 
-    def test_by_the_length_of_chunks(self):
+    def test_the_length_of_the_chunks_decides_whether_an_array_is_staged(self):
         windows = sliding_window_view(np.zeros(100_000), 9)
         assert isinstance(source_of(windows, chunksize=8), SharedSource)
         assert isinstance(source_of(windows, chunksize=80), ParentMemorySource)
@@ -197,7 +197,7 @@ class TestChoice:
     @pytest.mark.parametrize(
         "view_of", [lambda X: X, lambda X: X.T, lambda X: X[::7, ::-50], lambda X: X[:1]]
     )
-    def test_what_is_shared_stays_where_it_is(self, view_of):
+    def test_a_shared_array_stays_where_it_is(self, view_of):
         array = shared(square())
         (source,), staging = sources_of(view_of(array))
         assert isinstance(source, SharedSource)
@@ -209,7 +209,7 @@ class TestChoice:
         array = view.open("private")
         assert isinstance(source_of(array), ParentMemorySource)
 
-    def test_each_array_has_its_own(self):
+    def test_each_array_has_its_own_source(self):
         read, columns, result = square(), square(), shared(square())
         found, staging = sources_of(columns, read, result, square(), axis=(1, 0, 0, 1))
         kinds = [SharedSource, ParentMemorySource, SharedSource, SharedSource]
@@ -221,7 +221,7 @@ class TestChoice:
         assert staging.nbytes == 3 * read.nbytes
 
     @given(samples(), st.data())
-    def test_little_is_read_twice(self, sample, data):
+    def test_few_bytes_are_read_twice(self, sample, data):
         with sample.array() as array:
             array = gathered(array)  # noqa: PLW2901  # as a call takes it
             assume(array.nbytes)
@@ -252,14 +252,16 @@ class TestReaders:
         assert np.array_equal(found, facts_of_slices(array, axis, chunksize))
 
     @given(samples(), st.data(), st.integers(1, 25), st.sampled_from([0, 1 << 16]))
-    def test_of_the_caller_s_memory(self, sample, data, chunksize, whole_nbytes):
+    def test_reading_the_memory_of_the_caller_gives_the_slices_of_the_array(
+        self, sample, data, chunksize, whole_nbytes
+    ):
         with sample.array() as array, as_worker(whole_nbytes):
             assume(array.nbytes)
             axis = data.draw(axes_of(array)) % array.ndim
             self.assert_reads(ParentMemorySource.of(array, axis), array, axis, chunksize)
 
     @given(samples(), st.data(), st.integers(1, 25))
-    def test_of_segments(self, sample, data, chunksize):
+    def test_reading_a_segment_gives_the_slices_of_the_array(self, sample, data, chunksize):
         with sample.array() as array:
             assume(array.nbytes)
             axis = data.draw(axes_of(array)) % array.ndim
@@ -267,7 +269,7 @@ class TestReaders:
             self.assert_reads(SharedSource(view, axis), array, axis, chunksize)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_of_this_process(self, layout):
+    def test_a_local_source_gives_the_slices_of_the_array(self, layout):
         array = LAYOUTS[layout]()
         flag = array.flags.writeable
         for axis in range(array.ndim):
@@ -276,7 +278,7 @@ class TestReaders:
             assert np.shares_memory(source.open()(0, 1), array)
         assert array.flags.writeable is flag
 
-    def test_here_are_views_of_the_arrays(self):
+    def test_local_sources_are_views_of_the_arrays(self):
         X, Y = square(), square()
         one, other = local_sources(check_inputs([X, Y], (0, 1)), None)
         assert (one.axis, other.axis) == (0, 1)
@@ -296,7 +298,7 @@ class TestReaders:
         assert len(asked) == n_reads
         assert sum(nbytes for _, nbytes in asked) == array.nbytes
 
-    def test_a_chunk_is_a_copy(self):
+    def test_a_chunk_read_from_the_caller_is_a_copy(self):
         array = np.zeros(10_000)
         with as_worker():
             chunk = ParentMemorySource.of(array, 0).open()(0, 100)
@@ -325,7 +327,7 @@ class TestWorkers:
 
     @pytest.mark.usefixtures("small_arrays")
     @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_every_layout_axis_and_chunksize(self, layout):
+    def test_workers_see_every_layout_axis_and_chunksize_alike(self, layout):
         array = gathered(LAYOUTS[layout]())
         for axis in range(array.ndim):
             for chunksize in CHUNKSIZES:
@@ -339,7 +341,7 @@ class TestWorkers:
             assert result.tobytes() == array.tobytes()
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_every_layout_that_is_shared_already(self, layout):
+    def test_workers_see_every_layout_of_a_shared_array_alike(self, layout):
         container = shared(np.zeros(1 << 14, np.uint8))
         original = gathered(LAYOUTS[layout]())
         low, _ = byte_bounds(original)
@@ -355,21 +357,21 @@ class TestWorkers:
             assert last_report().bytes_copied == 0
 
     @pytest.mark.parametrize("case", [*READ, *STAGED])
-    def test_large_arrays(self, case):
+    def test_workers_see_large_arrays_alike(self, case):
         make, axis = {**READ, **STAGED}[case]
         array = gathered(make())
         self.assert_seen(array, axis % array.ndim, None)
         self.assert_seen(array, axis % array.ndim, 77, {**LOKY, "balance": "dynamic"})
 
     @pytest.mark.parametrize("n_bytes", [0, 1, 17, 63])
-    def test_every_start_in_a_cache_line(self, n_bytes):
+    def test_workers_see_every_start_in_a_cache_line_alike(self, n_bytes):
         array = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8)[n_bytes:]
         for chunksize in (1000, 1001, 99_999):
             self.assert_seen(array, 0, chunksize)
 
     @settings(max_examples=60)
     @given(samples(), st.data(), st.none() | st.integers(1, 25))
-    def test_any_array(self, sample, data, chunksize):
+    def test_workers_see_any_array_alike(self, sample, data, chunksize):
         with sample.array() as array:
             array = gathered(array)  # noqa: PLW2901  # as a call takes it
             assume(array.nbytes)
@@ -377,13 +379,13 @@ class TestWorkers:
             self.assert_seen(array, axis, chunksize)
 
     @pytest.mark.parametrize("layout", ["no bytes in an item", "empty strings"])
-    def test_items_without_bytes(self, layout):
+    def test_items_without_bytes_are_mapped_in_processes(self, layout):
         array = EMPTY[layout]()
         result = map_array(np.copy, array, **LOKY)
         assert last_report().backend == "loky"
         assert (result.dtype, result.shape) == (array.dtype, array.shape)
 
-    def test_several_arrays_of_several_kinds(self):
+    def test_arrays_from_different_sources_are_mapped_together(self):
         rng = np.random.default_rng(0)
         A, B, C, D = (rng.normal(size=(300, 300)) for _ in range(4))
         result = map_array(
@@ -410,7 +412,7 @@ class TestWorkers:
         assert np.array_equal(result, before + 1)
         assert np.array_equal(array, before)
 
-    def test_only_what_is_staged_or_shared_lies_in_a_segment(self):
+    def test_only_staged_or_shared_chunks_lie_in_a_segment(self):
         for array, expected in (
             (square(), False),
             (np.asfortranarray(square()), True),
@@ -425,7 +427,7 @@ class TestChanges:
     @pytest.mark.parametrize("axis", [0, 1])
     @pytest.mark.parametrize("side", [20, 300])
     @pytest.mark.parametrize("in_a_block", [False, True])
-    def test_between_two_calls_are_seen(self, side, axis, in_a_block):
+    def test_changes_between_two_calls_are_seen(self, side, axis, in_a_block):
         array = np.random.default_rng(0).normal(size=(side, side))
         block = StaticParallelMapper(**LOKY)
         with block if in_a_block else contextlib.nullcontext():
@@ -463,19 +465,19 @@ class TestChanges:
 
 class TestBytesCopied:
     @pytest.mark.parametrize("case", ["C", "reversed", "items that repeat inside", "columns"])
-    def test_are_those_that_are_read_or_staged(self, case):
+    def test_the_report_counts_bytes_that_are_read_or_staged(self, case):
         make, axis = {**READ, **STAGED}[case]
         array = make()
         map_array(len_of, array, axis=axis, out_axis=0, kwargs={"axis": axis}, **LOKY)
         assert last_report().bytes_copied == extent(array)
 
-    def test_of_several_arrays_add_up(self):
+    def test_bytes_copied_of_several_arrays_add_up(self):
         X, row = square(), np.arange(300.0)
         map_array(lambda a, b, c: a, X, shared(X), row, **LOKY)
         assert last_report().bytes_copied == X.nbytes + row.nbytes
 
     @pytest.mark.parametrize("side", [20, 300])
-    def test_are_none_for_results_of_processes(self, side):
+    def test_mapping_results_of_processes_copies_no_bytes(self, side):
         result = map_array(np.copy, np.random.default_rng(0).normal(size=(side, side)), **LOKY)
         assert last_report().bytes_copied == result.nbytes
         for view, axis in ((result, 0), (result, 1), (result.T[::-1], 0), (result[::9, ::9], 1)):
@@ -485,7 +487,7 @@ class TestBytesCopied:
 
 
 class Sliced:
-    """Like an array, but in no memory."""
+    """An array-like that is not in memory."""
 
     def __init__(self, values):
         self._values = values
@@ -496,7 +498,7 @@ class Sliced:
 
 
 class TestOtherSources:
-    """What is neither in memory nor made of plain bytes, and chunks with neighbours."""
+    """Arrays that are not in memory or not of plain bytes, and chunks with neighbours."""
 
     @staticmethod
     def opened(array, axis=0, chunksize=3, halo=None):
@@ -506,7 +508,7 @@ class TestOtherSources:
         return source, notes
 
     @pytest.mark.parametrize("axis", [0, 1])
-    def test_array_likes_are_sliced(self, axis):
+    def test_array_likes_are_sliced_in_the_worker(self, axis):
         X = np.arange(90_000.0).reshape(300, 300)
         source, notes = self.opened(Sliced(X), axis)
         assert isinstance(source, ArrayLikeSource)
@@ -517,7 +519,7 @@ class TestOtherSources:
 
     @pytest.mark.parametrize("axis", [0, 1])
     @pytest.mark.parametrize("chunksize", [1, 3, 10, 100])
-    def test_objects_are_read_across_their_chunks(self, chunksize, axis):
+    def test_objects_are_pickled_by_chunk(self, chunksize, axis):
         X = np.array([str(number) for number in range(99)], object).reshape(9, 11)
         source, notes = self.opened(X, axis, chunksize)
         assert isinstance(source, PickledSource)
@@ -534,7 +536,7 @@ class TestOtherSources:
     @pytest.mark.parametrize("axis", [0, 1])
     @pytest.mark.parametrize("boundary", ["reflect", "nearest", "mirror", "wrap", "none"])
     @pytest.mark.parametrize("kind", ["read", "shared", "sliced", "objects"])
-    def test_neighbours_come_from_any(self, kind, boundary, axis):
+    def test_neighbours_can_come_from_any_source(self, kind, boundary, axis):
         X = values((12, 9), "i4")
         array = {
             "read": lambda: X,
@@ -555,7 +557,7 @@ class TestOtherSources:
             assert chunk.tolist() == expected.tolist()
             assert not chunk.flags.writeable
 
-    def test_with_deep_neighbours_small_chunks_are_staged(self):
+    def test_small_chunks_with_deep_neighbours_are_staged(self):
         array = square()
         assert isinstance(self.opened(array, 0, 3, None)[0], ParentMemorySource)
         deep, _ = self.opened(array, 0, 3, Halo(100, "none", 0, 300))
@@ -565,7 +567,7 @@ class TestOtherSources:
         assert isinstance(shallow.inner, ParentMemorySource)
 
 
-class TestMemoryThatCannotBeOpened:
+class TestUnreadableParentMemory:
     """These end the warm workers, so they stand last."""
 
     @pytest.fixture(autouse=True)
@@ -576,14 +578,14 @@ class TestMemoryThatCannotBeOpened:
         taskcarrier.shutdown()  # those workers could never read
 
     @pytest.mark.parametrize("case", READ)
-    def test_all_is_staged(self, case):
+    def test_every_array_is_staged_if_memory_cannot_be_opened(self, case):
         make, axis = READ[case]
         array = gathered(make())
         (source,), staging = sources_of(array, axis=axis)
         assert isinstance(source, SharedSource)
         assert staging.nbytes == extent(array)
 
-    def test_workers_see_the_same(self):
+    def test_workers_see_the_same_chunks_if_memory_cannot_be_opened(self):
         for make in LAYOUTS.values():
             array = gathered(make())
             for axis in range(array.ndim):
@@ -591,7 +593,9 @@ class TestMemoryThatCannotBeOpened:
                 assert last_report().bytes_copied == extent(array)
         assert map_array(lies_in_a_segment, square(), out_axis=0, **LOKY).all()
 
-    def test_workers_that_could_read_are_sent_segments_too(self, monkeypatch):
+    def test_workers_started_before_memory_became_unreadable_are_sent_segments_too(
+        self, monkeypatch
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(parent_memory, "_PATH", "/proc/self/mem")
             assert not map_array(lies_in_a_segment, square(), out_axis=0, **LOKY).any()

@@ -93,7 +93,7 @@ def expected_from(kernel, *items, dtype=None):
 
 
 class TestItems:
-    def test_scalars(self, run):
+    def test_scalars_are_mapped_in_a_fused_loop(self, run):
         assert_same(map_items(root, X, **run), np.sqrt(X) + 1)
         report = last_report()
         assert report.items == 1000
@@ -102,11 +102,11 @@ class TestItems:
         assert sum(worker.items for worker in report.workers) == 1000
 
     @pytest.mark.parametrize("chunksize", [1, 7, 10_000])
-    def test_whatever_the_cut(self, chunksize, run):
+    def test_the_result_does_not_depend_on_the_chunksize(self, chunksize, run):
         assert_same(map_items(root, X, chunksize=chunksize, **run), np.sqrt(X) + 1)
         assert last_report().ranges == -(-1000 // chunksize)
 
-    def test_rows_and_scalars_along_axes_of_their_own(self, run):
+    def test_rows_and_scalars_are_mapped_along_axes_of_their_own(self, run):
         @numba.njit
         def mixed(x, row, column):
             return x * row[1] + column.sum(), column[2]
@@ -117,7 +117,7 @@ class TestItems:
 
     @settings(max_examples=25)
     @given(st.data())
-    def test_of_any_layout_and_place(self, data):
+    def test_arrays_of_any_layout_and_place_are_mapped(self, data):
         sample = data.draw(samples([np.dtype(d) for d in ("f8", "f4", "i2", "u8", "?", "c16")]))
         with sample.array() as array:
             axis = data.draw(axes_of(array))
@@ -134,24 +134,24 @@ class TestItems:
                 assert same_bits(result, ordinary.copy()), sample
 
     @pytest.mark.parametrize("dtype", ["f4", "f8", "c8", "c16", "i1", "u2", "i4", "u8", "?"])
-    def test_dtypes_stay_what_the_kernel_returns(self, dtype, run):
+    def test_results_have_the_dtype_that_the_kernel_returns(self, dtype, run):
         values = (X * 100).astype(dtype)
         assert_same(map_items(same, values, **run), values)
 
     @pytest.mark.parametrize("dtype", ["f4", "i2", "u8", "c8", "?"])
-    def test_dtypes_are_the_same_in_processes(self, dtype):
+    def test_dtypes_are_the_same_in_processes_and_threads(self, dtype):
         values = np.arange(1, 6).astype(dtype)
         kernel = numba.njit(lambda x: (x, np.float32(3)))
         results = [map_items(kernel, values, n_jobs=2, backend=b) for b in ("loky", "threading")]
         assert_same(results[0], results[1])
         assert results[0][0].dtype == dtype
 
-    def test_dates(self, run):
+    def test_dates_are_mapped(self, run):
         days = np.arange("2020-01-01", "2020-03-01", dtype="M8[D]")
         days[3] = "NaT"
         assert_same(map_items(same, days, **run), days)
 
-    def test_records_are_copies(self, run):
+    def test_records_are_private_copies(self, run):
         @numba.njit
         def of_record(record):
             record.a = 5  # its own
@@ -163,13 +163,13 @@ class TestItems:
         assert not records["a"].any()
 
     @pytest.mark.fault(33)
-    def test_of_files(self, run, tmp_path):
+    def test_npy_files_are_mapped(self, run, tmp_path):
         path = str(tmp_path / "X.npy")
         np.save(path, X)
         assert_same(map_items(root, path, **run), np.sqrt(X) + 1)
         assert_same(map_items(root, load(path)[::-1], **run), np.sqrt(X[::-1]) + 1)
 
-    def test_none(self, run):
+    def test_an_array_without_items_gives_an_empty_result(self, run):
         assert map_items(root, X[:0], **run).shape == (0,)
 
 
@@ -182,7 +182,7 @@ def _corner(row):
 
 
 class TestArguments:
-    def test_scalars_and_arrays_and_keywords(self, run):
+    def test_kernels_get_scalars_arrays_and_keywords(self, run):
         @numba.njit
         def weighted(x, weights, power=1, shift=0.0):
             return (x * weights).sum() ** power + shift
@@ -193,11 +193,11 @@ class TestArguments:
         result = map_items(weighted, X, args=(weights, 2), **run)
         assert_same(result, expected_from(lambda x: weighted(x, weights, 2), X))
 
-    def test_that_do_not_fit_are_an_error_before_anything_runs(self, run):
+    def test_arguments_that_do_not_fit_are_an_error_before_anything_runs(self, run):
         with pytest.raises(TypeError, match="unexpected keyword argument 'shfit'"):
             map_items(_add, X, kwargs={"shfit": 2.0}, **run)
 
-    def test_stay_read_only_where_items_are_copies(self, run):
+    def test_arguments_stay_read_only_where_items_are_copies(self, run):
         @numba.njit
         def count(x, counter):
             counter[0] += 1
@@ -209,7 +209,7 @@ class TestArguments:
             (note,) = caught.value.__notes__
             assert note.startswith("items, chunks and arrays in args are read-only; writable=True")
 
-    def test_are_copies_where_a_signature_wants_to_write_to_them(self, run):
+    def test_arguments_are_copied_where_a_signature_wants_to_write_to_them(self, run):
         kernel = numba.njit("float64(float64, float64[:])")(lambda x, w: x * w[1])
         assert_same(map_items(kernel, X, args=(np.arange(3.0),), **run), X)
         rows = numba.njit("float64(float64[:], float64[:])")(lambda row, w: (row * w).sum())
@@ -218,7 +218,7 @@ class TestArguments:
             map_items(rows, R, args=(np.ones(R.shape[1]),), n_jobs=2, backend="loky"), R.sum(axis=1)
         )
 
-    def test_by_name_after_the_row(self, run):
+    def test_arguments_after_the_output_row_are_passed_by_name(self, run):
         @numba.njit
         def fill(x, n, out, shift=0.0):
             out[:] = x * n + shift
@@ -230,14 +230,14 @@ class TestArguments:
             with pytest.raises(TypeError, match="multiple values"):
                 map_items(func, X, out_shape=2, kwargs={"n": 3}, **run)
 
-    def test_missing_ones_are_named(self, run):
+    def test_a_missing_argument_is_named(self, run):
         kernel = numba.njit(lambda x, y, out: None)
         with pytest.raises(
             TypeError, match=r"\(x, y, out\) cannot .* 1 mapped array, 1 of args .*out_shape"
         ):
             map_items(kernel, X, args=(1,), **run)
 
-    def test_arrays_are_read_only(self, run):
+    def test_array_arguments_are_read_only(self, run):
         @numba.njit
         def spoil(x, weights):
             weights[0] = x
@@ -254,12 +254,12 @@ def _add(x, shift=1.0):
 
 
 class TestResults:
-    def test_rows_that_are_written(self, run):
+    def test_a_kernel_writes_its_result_into_the_output_row(self, run):
         assert_same(map_items(doubled, R, out_shape=4, **run), R * 2)
         result = map_items(doubled, R, out_shape=(4,), out_axis=-1, dtype="f4", **run)
         assert_same(result, (R * 2).astype("f4").T.copy())
 
-    def test_rows_of_python_functions_too(self, run):
+    def test_a_python_function_writes_its_result_into_the_output_row(self, run):
         def python(row, out, factor=1):
             out[:] = row * factor
 
@@ -267,11 +267,11 @@ class TestResults:
         assert_same(result, R * 3)
         assert map_items(python, R[:0], out_shape=(4, 2), out_axis=1).shape == (4, 0, 2)
 
-    def test_rows_in_processes(self):
+    def test_output_rows_are_written_in_processes(self):
         result = map_items(doubled, R, out_shape=4, backend="loky", n_jobs=2)
         assert_same(result, R * 2)
 
-    def test_go_where_they_are_wanted(self, run, tmp_path):
+    def test_results_are_written_to_an_array_or_a_file(self, run, tmp_path):
         out = np.zeros(2000)[::2]
         assert map_items(root, X, out=out, **run) is out
         assert np.array_equal(out, np.sqrt(X) + 1)
@@ -279,7 +279,7 @@ class TestResults:
         assert np.array_equal(written, np.sqrt(X) + 1)
         assert np.array_equal(np.load(tmp_path / "Y.npy"), np.sqrt(X) + 1)
 
-    def test_are_cast_as_elsewhere(self, run):
+    def test_results_are_cast_to_the_dtype_asked_for(self, run):
         assert_same(map_items(root, X, dtype="f4", **run), (np.sqrt(X) + 1).astype("f4"))
         with pytest.raises((TypeError, ValueError)):
             map_items(root, X, dtype="i4", **run)
@@ -287,7 +287,7 @@ class TestResults:
         map_items(root, X, out=out, **run)
         assert np.array_equal(out, np.sqrt(X) + 1)
 
-    def test_tuples_are_several(self, run):
+    def test_a_tuple_gives_several_results(self, run):
         @numba.njit
         def both(x):
             return x, np.float32(x), x > 0.5
@@ -295,21 +295,21 @@ class TestResults:
         results = map_items(both, X, **run)
         assert_same(results, (X, X.astype("f4"), X > 0.5))
 
-    def test_arrays_are_stacked(self, run):
+    def test_array_results_are_stacked(self, run):
         assert_same(map_items(_times_two, R, **run), R * 2)
 
-    def test_out_axis_must_be_one(self, run):
+    def test_out_axis_must_exist_and_be_one(self, run):
         with pytest.raises(np.exceptions.AxisError):
             map_items(root, X, out_axis=1, **run)
         with pytest.raises(ValueError, match="out_axis has 2 entries, func returned 1"):
             map_items(root, X, out_axis=(0, 0), **run)
 
     @pytest.mark.parametrize("shape", [-1, (2, -1), 2.5, "ab"])
-    def test_shapes_of_rows_are_checked(self, shape):
+    def test_a_bad_out_shape_is_refused(self, shape):
         with pytest.raises(TypeError, match="out_shape must be a tuple of lengths"):
             map_items(doubled, R, out_shape=shape)
 
-    def test_rows_have_one_dtype(self):
+    def test_an_output_row_has_one_dtype(self):
         with pytest.raises(TypeError, match="there is one result"):
             map_items(doubled, R, out_shape=4, dtype=("f8", "f8"))
 
@@ -344,19 +344,19 @@ class TestKernels:
         ],
         ids=str,
     )
-    def test_with_options(self, options, run):
+    def test_kernels_compiled_with_options_are_mapped(self, options, run):
         kernel = numba.njit(**options)(lambda row, k: row[k] * 2)
         assert_same(map_items(kernel, R, args=(3,), **run), R[:, 3] * 2)
 
     @pytest.mark.parametrize("signature", ["f8(f8)", ["f4(f4)", "f8(f8)"]], ids=str)
-    def test_with_signatures_of_scalars(self, signature, run):
+    def test_kernels_with_signatures_of_scalars_are_mapped(self, signature, run):
         kernel = numba.njit(signature)(lambda x: x * 2)
         assert_same(map_items(kernel, X, **run), X * 2)
         assert last_report().notes == ()
 
     @pytest.mark.fault(33)
     @pytest.mark.parametrize("signature", ["f8(f8[:])", "f8(f8[::1])"])
-    def test_with_signatures_of_arrays_get_copies(self, signature, run):
+    def test_kernels_with_writable_array_signatures_get_copies(self, signature, run):
         @numba.njit(signature)
         def spoil(row):
             row[0] += 1
@@ -367,12 +367,12 @@ class TestKernels:
         assert np.array_equal(R, before)
         assert "private copies" in last_report().notes[0]
 
-    def test_without_a_signature_that_fits(self, run):
+    def test_a_kernel_without_a_fitting_signature_is_an_error(self, run):
         kernel = numba.njit("i8(i8[:,:])")(lambda rows: rows[0, 0])
         with pytest.raises(numba.TypingError):
             map_items(kernel, R, **run)
 
-    def test_private_copies_are_asked_for(self, run):
+    def test_writable_gives_private_copies(self, run):
         @numba.njit
         def spoil(row):
             row[0] += 1
@@ -400,18 +400,18 @@ class TestKernels:
         ],
         ids=range(8),
     )
-    def test_private_copies_of_any_layout(self, X, axis, chunksize, run):
+    def test_private_copies_are_right_for_any_layout(self, X, axis, chunksize, run):
         items = np.moveaxis(X, axis, 0)
         expected = expected_from(weighed.py_func, [one.copy() for one in items])
         options = {"axis": axis, "chunksize": chunksize, "writable": True, **run}
         assert_same(map_items(weighed, X, **options), expected)
 
-    def test_bounds_are_checked_where_they_were(self, run):
+    def test_bounds_are_checked_if_the_kernel_says_so(self, run):
         kernel = numba.njit(boundscheck=True)(lambda row, k: row[k])
         with pytest.raises(IndexError, match="out of bounds"):
             map_items(kernel, R, args=(9,), **run)
 
-    def test_that_are_inlined_keep_their_options(self, run):
+    def test_inlined_kernels_keep_their_options(self, run):
         checked = numba.njit(inline="always", boundscheck=True)(lambda k: np.zeros(3)[k])
         with pytest.raises(IndexError, match="out of bounds"):
             map_items(checked, np.array([7, 7]), **run)
@@ -422,7 +422,7 @@ class TestKernels:
         numpy_like = numba.njit(inline="always", error_model="numpy")(lambda a: 1 / a)
         assert_same(map_items(numpy_like, np.zeros(2), **run), np.full(2, np.inf))
 
-    def test_that_keep_their_rows(self, run):
+    def test_kernels_may_keep_their_rows_in_typed_lists(self, run):
         rows = numba.types.Array(numba.float64, 1, "C", readonly=True)
         kept = numba.typed.List.empty_list(rows)
 
@@ -442,7 +442,7 @@ class TestKernels:
             map_items(keep, np.ones((3, 100_000)), args=(kept,), **run)
             assert add_up(kept) == 300_000
 
-    def test_that_run_python_code_may_keep_their_rows(self, run):
+    def test_kernels_that_run_python_code_may_keep_their_rows(self, run):
         kept = []
 
         @numba.njit
@@ -454,7 +454,7 @@ class TestKernels:
         map_items(keep, np.arange(4.0).repeat(50_000).reshape(4, -1), **run)
         assert sorted(row[7] for row in kept) == [0, 1, 2, 3]
 
-    def test_whose_helpers_run_python_code_may_keep_their_rows(self, run):
+    def test_kernels_whose_helpers_run_python_code_may_keep_their_rows(self, run):
         kept = []
 
         @numba.njit
@@ -470,7 +470,9 @@ class TestKernels:
 
     @pytest.mark.parametrize("cached", [False, True])
     @pytest.mark.parametrize("on_error", ["raise", "collect"])
-    def test_that_raise_with_their_row(self, on_error, cached, run, tmp_path, monkeypatch):
+    def test_kernels_may_raise_exceptions_that_hold_their_row(
+        self, on_error, cached, run, tmp_path, monkeypatch
+    ):
         monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
         (tmp_path / "kernels.py").write_text(RAISES_WITH_ROW)
         code = compile(RAISES_WITH_ROW, str(tmp_path / "kernels.py"), "exec")
@@ -498,7 +500,7 @@ class TestKernels:
                 assert np.all(argument == 8)
             del others
 
-    def test_recompiled_ones_are_made_anew(self, run):
+    def test_a_recompiled_kernel_gets_a_new_loop(self, run):
         namespace = {"K": 2.0}
         exec("def scaled(x):\n    return x * K", namespace)
         kernel = numba.njit(namespace["scaled"])
@@ -508,11 +510,11 @@ class TestKernels:
             assert_same(map_items(kernel, X, **run), X * factor)
             assert_same(map_array(lambda c: c, map_items(kernel, X, **run)), X * factor)
 
-    def test_compiled_for_values(self, run):
+    def test_kernels_compiled_for_literal_values_are_mapped(self, run):
         kernel = numba.njit(lambda x, n: numba.literally(n) * x)
         assert_same(map_items(kernel, X, args=(3,), **run), X * 3)
 
-    def test_rows_of_records_are_private(self, run):
+    def test_rows_of_records_are_private_copies(self, run):
         @numba.njit
         def spoil(row):
             row[0].a = 50
@@ -524,7 +526,7 @@ class TestKernels:
         assert any("private copies" in note for note in last_report().notes)
 
     @pytest.mark.parametrize("out_axis", [0, 1])
-    def test_contiguous_rows_go_anywhere(self, out_axis, run):
+    def test_output_rows_that_must_be_contiguous_are_written_along_any_axis(self, out_axis, run):
         @numba.njit("void(float64, float64[::1])")
         def powers(x, out):
             for j in range(3):
@@ -537,26 +539,26 @@ class TestKernels:
         map_items(powers, X, out=out, **options)
         assert np.array_equal(out, expected)
 
-    def test_rows_of_another_byte_order(self, run):
+    def test_output_rows_of_another_byte_order_are_written(self, run):
         kernel = numba.njit(lambda x, out: out.fill(x))
         out = np.zeros((len(X), 2), ">f8")
         map_items(kernel, X, out_shape=2, out=out, **run)
         assert np.array_equal(out, np.stack([X, X], 1))
 
     @pytest.mark.fault(33)
-    def test_that_refer_to_parallel_ones_run_in_the_caller(self):
+    def test_kernels_that_refer_to_parallel_ones_run_in_the_caller(self):
         parallel = numba.njit(parallel=True)(lambda n: np.ones(int(n)).sum())
         kernel = numba.njit(lambda n: parallel(n) + 1)
         assert_same(map_items(kernel, np.full(5, 300.0), n_jobs=2), np.full(5, 301.0))
         assert "parallel=True" in last_report().reason
 
-    def test_from_the_cache_on_disk(self, run, tmp_path, monkeypatch):
+    def test_kernels_from_the_cache_on_disk_are_mapped(self, run, tmp_path, monkeypatch):
         monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
         kernel = numba.njit(cache=True)(_plain)
         assert_same(map_items(kernel, X, **run), X * 3)
 
     @pytest.mark.fault(33)
-    def test_are_compiled_once(self):
+    def test_kernels_are_compiled_once(self):
         kernel = numba.njit(lambda x: x * 5)
         map_items(kernel, X, n_jobs=2)
         assert last_report().compiling > 0
@@ -566,7 +568,7 @@ class TestKernels:
         assert len(found.loops) == 1
         assert len(kernel.signatures) == 1
 
-    def test_by_several_threads_at_once(self):
+    def test_several_threads_can_map_a_new_kernel_at_once(self):
         kernel = numba.njit(lambda x: x * 6)
         with ThreadPoolExecutor(8) as pool:
             results = list(pool.map(lambda _: map_items(kernel, X, n_jobs=2), range(8)))
@@ -574,12 +576,12 @@ class TestKernels:
             assert_same(result, X * 6)
         assert len(kernel.signatures) == 1
 
-    def test_of_objects_are_called_one_by_one(self, run):
+    def test_objects_are_mapped_one_by_one(self, run):
         objects = np.array([1, None, "a", 2.5], dtype=object)
         assert map_items(same, objects, **run).tolist() == [1, None, "a", 2.5]
 
     @pytest.mark.parametrize("dtype", [">f8", "g"])
-    def test_of_dtypes_that_numba_does_not_know(self, dtype, run):
+    def test_items_of_dtypes_that_numba_does_not_know_are_an_error(self, dtype, run):
         # A scalar of these is a float for numba, an array is not.
         with pytest.raises((TypeError, numba.TypingError)):
             map_items(total, R.astype(dtype), **run)
@@ -591,19 +593,19 @@ def _plain(x):
 
 class TestErrors:
     @pytest.mark.fault(33)
-    def test_name_the_item(self, run):
+    def test_an_error_names_its_item(self, run):
         values = np.arange(10.0)
         with pytest.raises(ValueError, match="too large") as caught:
             map_items(small_only, values, chunksize=3, **run)
         error = caught.value
         assert error.args == ("too large", 7)
-        # The first bad item of a range: of several workers, whichever came first.
+        # The first bad item of a range; which range depends on which worker was first.
         item = int(error.__notes__[0].removeprefix("func failed on item "))
         assert item in {1: {5}, 2: {5, 6}, 3: {5, 6, 9}}[run["n_jobs"]]
         assert "while mapping axis 0, items" in error.__notes__[1]
 
     @pytest.mark.parametrize("chunksize", [1, 4, 100])
-    def test_are_collected_by_item(self, chunksize, run):
+    def test_errors_are_collected_by_item(self, chunksize, run):
         values = np.random.default_rng(0).permutation(60) / 6
         result, failures = map_items(
             small_only, values, chunksize=chunksize, on_error="collect", **run
@@ -618,7 +620,7 @@ class TestErrors:
         assert report.items == 60
         assert report.ranges == -(-60 // chunksize)
 
-    def test_are_filled(self, run):
+    def test_failed_items_are_filled(self, run):
         values = np.arange(10)
         with pytest.raises(TypeError, match="pass fill_value="):
             map_items(small_only, values, on_error="fill", **run)
@@ -627,7 +629,7 @@ class TestErrors:
         cast = map_items(small_only, values, on_error="fill", fill_value=-1, dtype="i1", **run)
         assert_same(cast, np.array([0, 1, 2, 3, 4, -1, -1, -1, -1, -1], "i1"))
 
-    def test_of_all_items(self, run):
+    def test_errors_of_all_items_are_collected(self, run):
         X = np.full(9, 9.0)
         result, failures = map_items(small_only, X, on_error="collect", **run)
         assert len(failures) == 9
@@ -636,7 +638,7 @@ class TestErrors:
             map_items(small_only, X, on_error="fill", **run)
         assert "every item failed" in caught.value.__notes__[-1]
 
-    def test_stop_the_other_threads(self):
+    def test_an_error_stops_the_other_threads(self):
         @numba.njit
         def slow_or_bad(x):
             if x < 0:
@@ -655,7 +657,7 @@ class TestErrors:
 
 
 class TestTogether:
-    def test_threads_that_map_at_once(self):
+    def test_several_threads_can_map_at_once(self):
         def one(number):
             return map_items(root, X + number, n_jobs=2, balance="dynamic")
 
@@ -663,7 +665,7 @@ class TestTogether:
             for number, result in enumerate(pool.map(one, range(8))):
                 assert_same(result, np.sqrt(X + number) + 1)
 
-    def test_every_item_once(self):
+    def test_every_item_is_computed_once(self):
         counts = np.zeros(200_000, np.int64)
 
         @numba.njit
@@ -682,7 +684,7 @@ class TestTogether:
         assert_same(mapper.map_items(root, X), np.sqrt(X) + 1)
         assert "1000/1000" in capsys.readouterr().err
 
-    def test_inside_a_worker_it_is_serial(self):
+    def test_a_map_of_a_kernel_inside_a_worker_is_serial(self):
         def outer(chunk):
             return map_items(root, chunk)
 
@@ -698,10 +700,10 @@ class TestTogether:
                 os._exit(0 if same else 1)
         assert os.waitpid(child, 0)[1] == 0
 
-    def test_chunks_larger_than_any_array(self, run):
+    def test_a_chunksize_beyond_every_array_is_allowed(self, run):
         assert_same(map_items(root, X, chunksize=1 << 63, **run), np.sqrt(X) + 1)
 
-    def test_an_interrupt_ends_the_loops(self):
+    def test_an_interrupt_ends_fused_loops(self):
         @numba.njit
         def long(x):
             s = 0.0
@@ -727,7 +729,7 @@ class TestTogether:
 
 
 class TestByteOrder:
-    """Compiled code takes this machine's alone; numba takes dates of the other for others."""
+    """Compiled code takes only the byte order of this machine; numba misreads other dates."""
 
     DATES = np.array(["2020-01-01", "NaT", "2021-05-05T01:02:03"], ">M8[s]")
 
@@ -737,7 +739,7 @@ class TestByteOrder:
         return {"backend": backend, "balance": balance, "n_jobs": n_jobs}
 
     @pytest.mark.parametrize("dtype", [">M8[s]", ">m8[us]", ">f8", ">i4"])
-    def test_of_items(self, dtype, run):
+    def test_items_of_another_byte_order_are_converted(self, dtype, run):
         values = self.DATES.astype(dtype) if dtype[1] == "M" else np.arange(3).astype(dtype)
         native = values.astype(values.dtype.newbyteorder("="))
         assert_same(map_items(same, values, **run), native)
@@ -747,7 +749,7 @@ class TestByteOrder:
 
     @pytest.mark.parametrize("dtype", [">f8", ">M8[s]", ">i2", ">c16"])
     @pytest.mark.parametrize("jitted", [False, True])
-    def test_of_rows_that_are_filled(self, jitted, dtype, run):
+    def test_output_rows_of_another_byte_order_are_filled(self, jitted, dtype, run):
         values = np.arange(3).astype(dtype)
         native = values.astype(values.dtype.newbyteorder("="))
 
@@ -761,7 +763,7 @@ class TestByteOrder:
     @pytest.mark.parametrize(
         "values", [DATES, np.arange(3).astype(">f8"), np.zeros(3, [("a", ">M8[s]"), ("b", "f8")])]
     )
-    def test_of_chunks_and_arguments_is_refused(self, values, run):
+    def test_chunks_and_arguments_of_another_byte_order_are_refused(self, values, run):
         with pytest.raises(TypeError, match="another byte order than this machine"):
             map_array(same, values, **run)
         first = numba.njit(lambda x, values: x + 1)

@@ -53,10 +53,10 @@ def names(chunk):
 class TestTexts:
     """Kernels that fill arrays of strings."""
 
-    def test_by_chunks(self, run):
+    def test_kernels_that_return_strings_map_chunks(self, run):
         assert_same(map_array(names, np.arange(4.0), **run), np.array(["c", "c", "ab", "ab"]))
 
-    def test_by_items(self, run):
+    def test_kernels_that_fill_strings_map_items(self, run):
         result = map_items(named, np.arange(4.0), out_shape=(1,), dtype="U2", **run)
         assert_same(result, np.array([["c"], ["c"], ["ab"], ["ab"]]))
 
@@ -64,7 +64,7 @@ class TestTexts:
 class TestChunks:
     @pytest.mark.fault(33)
     @pytest.mark.parametrize("nogil", [False, True])
-    def test_jitted_functions(self, nogil, run):
+    def test_jitted_functions_map_chunks(self, nogil, run):
         kernel = numba.njit(nogil=nogil)(lambda c, a, b=1.0: c * a + b)
         result = map_array(kernel, X[:, ::-1], args=(2.0,), kwargs={"b": 3.0}, **run)
         assert_same(result, X[:, ::-1] * 2 + 3)
@@ -72,7 +72,7 @@ class TestChunks:
         assert report.backend == run.get("backend", "threading")
 
     @pytest.mark.parametrize("verb", [map_array, map_items])
-    def test_run_without_the_gil(self, verb):
+    def test_kernels_run_without_the_gil(self, verb):
         # Each range ends when another thread of the interpreter has had its turn.
         @numba.njit
         def waiting(values, address):
@@ -89,20 +89,20 @@ class TestChunks:
         assert_same(verb(waiting, X[:, 0], args=(address,), n_jobs=2), X[:, 0] * 2)
         timer.join()
 
-    def test_other_verbs(self, run):
+    def test_kernels_can_be_reduced_and_map_to_chunks(self, run):
         total = numba.njit(lambda c: c.sum())
         assert np.isclose(reduce_array(total, X, combine=operator.add, **run), X.sum())
         results = {reduce_array(total, X, combine=operator.add, **each) for each in RUNS}
         assert len(results) == 1
         assert len(map_chunks(total, X, chunksize=100, **run)) == 10
 
-    def test_neighbours(self, run):
+    def test_kernels_get_chunks_with_neighbours(self, run):
         kernel = numba.njit(lambda c: c[:, ::-1] * 1.0)
         assert_same(map_array(kernel, X, depth=2, boundary="wrap", **run), X[:, ::-1].copy())
 
     @pytest.mark.fault(33)
     @pytest.mark.parametrize("signature", ["f8[:,:](f8[:,:])", "f8[:,::1](f8[:,::1])"])
-    def test_signatures_that_write_get_copies(self, signature, run):
+    def test_kernels_whose_signatures_write_get_copies(self, signature, run):
         @numba.njit(signature)
         def spoil(chunk):
             chunk[0, 0] = 7
@@ -115,14 +115,14 @@ class TestChunks:
         assert np.array_equal(X, before)
         assert any("private copies" in note for note in last_report().notes)
 
-    def test_signatures_that_write_get_copies_of_arguments(self, run):
+    def test_kernels_whose_signatures_write_get_copies_of_arguments(self, run):
         kernel = numba.njit("float64[:](float64[:, :], float64[:])")(
             lambda c, w: (c * w).sum(axis=1)
         )
         weights = np.arange(3.0)
         assert_same(map_array(kernel, X, args=(weights,), **run), (X * weights).sum(axis=1))
 
-    def test_writing_to_chunks_is_an_error_with_the_remedy(self, run):
+    def test_writing_to_a_read_only_chunk_is_an_error_with_the_remedy(self, run):
         @numba.njit
         def spoil(chunk):
             chunk[0, 0] = 7
@@ -133,7 +133,7 @@ class TestChunks:
         assert any("writable=True" in note for note in caught.value.__notes__)
 
     @pytest.mark.fault(33)
-    def test_errors_of_the_kernel(self, run):
+    def test_an_error_of_a_kernel_names_its_range(self, run):
         @numba.njit
         def odd(chunk):
             if chunk[0, 0] == X_500:
@@ -145,14 +145,14 @@ class TestChunks:
         assert caught.value.args == ("here", 3)
         assert "items 500:600" in "".join(caught.value.__notes__)
 
-    def test_object_mode_goes_to_processes(self):
+    def test_kernels_in_object_mode_run_in_processes(self):
         with np.errstate(all="ignore"):
             kernel = numba.jit(forceobj=True)(_python)
         assert_same(map_array(kernel, X, n_jobs=2), X + 1)
         assert last_report().backend == "loky"
 
     @pytest.mark.fault(33)
-    def test_are_compiled_once_before_they_run(self):
+    def test_kernels_are_compiled_once_before_they_run(self):
         kernel = numba.njit(lambda c: c - 1)
         map_array(kernel, X, n_jobs=2)
         assert last_report().compiling > 0
@@ -175,28 +175,28 @@ def _largest(x, out):
 
 
 class TestUfuncs:
-    def test_vectorized(self, run):
+    def test_vectorized_functions_map_chunks(self, run):
         dynamic = numba.vectorize(_add)
         fixed = numba.vectorize(["f8(f8,f8)"])(_add)
         for func in (dynamic, fixed):
             assert_same(map_array(func, X, X[:, ::-1].copy(), **run), X + X[:, ::-1] + 1)
             assert last_report().backend == run.get("backend", "threading")
 
-    def test_core_axes_are_never_empty(self, run):
+    def test_ufuncs_never_get_empty_core_axes(self, run):
         largest = numba.guvectorize(["void(float64[:], float64[:])"], "(n)->()")(_largest)
         assert reduce_array(largest, X[:, 0], combine=max, **run) == X[:, 0].max()
 
-    def test_arguments_of_the_length_of_a_chunk(self, run):
+    def test_ufuncs_take_arguments_of_the_length_of_a_chunk(self, run):
         added = numba.vectorize(lambda x, y: x + y)
         options = {"args": (X[:, 0].copy(),), "chunksize": len(X)}
         assert_same(map_array(added, X[:, 0], **options, **run), X[:, 0] * 2)
 
-    def test_generalized(self, run):
+    def test_generalized_ufuncs_map_chunks(self, run):
         func = numba.guvectorize(["void(f8[:],f8[:])"], "(n)->()")(_row_sum)
         assert_same(map_array(func, X, **run), func(X))
         assert last_report().backend == run.get("backend", "threading")
 
-    def test_of_items(self, run):
+    def test_ufuncs_map_items(self, run):
         func = numba.vectorize(_add)
         assert_same(map_items(func, X[:, 0], X[:, 1], **run), X[:, 0] + X[:, 1] + 1)
 
@@ -212,7 +212,7 @@ def _row_sum(row, out):
 class TestDocumentedExample:
     """The kernel of numba's page about threads: the result first, with a signature."""
 
-    def test_runs_inside_a_function_of_a_chunk(self):
+    def test_the_documented_kernel_runs_inside_a_function_of_a_chunk(self):
         @numba.njit("void(double[:],double[:],double[:])", nogil=True)
         def inner(result, a, b):
             for i in range(len(result)):
@@ -273,7 +273,7 @@ print("done")
 
 @pytest.mark.fault(33)
 @pytest.mark.parametrize("layer", ["workqueue", "omp", "tbb"])
-def test_right_under_every_threading_layer(layer, tmp_path):
+def test_results_are_right_under_every_threading_layer(layer, tmp_path):
     library = Path(sys.prefix) / "lib"
     if layer == "tbb" and not list(library.glob("libtbb.so*")):
         pytest.skip("TBB is not installed (extra: optional)")
@@ -304,7 +304,9 @@ print("done")
 
 @pytest.mark.fault(33)
 @pytest.mark.parametrize(("n_processes", "n_threads"), [(1, 8), (8, 1)])
-def test_cached_kernels_may_be_compiled_by_many_at_once(n_processes, n_threads, tmp_path):
+def test_many_processes_and_threads_may_compile_a_cached_kernel_at_once(
+    n_processes, n_threads, tmp_path
+):
     (tmp_path / "cached_kernels.py").write_text(
         textwrap.dedent(
             """
@@ -332,7 +334,7 @@ def test_cached_kernels_may_be_compiled_by_many_at_once(n_processes, n_threads, 
     assert ends == [("done\n", "", 0)] * n_processes
 
 
-def test_everything_else_works_without_numba(tmp_path):
+def test_everything_but_kernels_works_without_numba(tmp_path):
     code = """
     import sys
     sys.modules["numba"] = None  # as if its import failed

@@ -1,4 +1,4 @@
-"""What a function returns is the caller's: it holds no view of the input, in any object."""
+"""Results belong to the caller: no object in them holds a view of the input."""
 
 import collections
 import dataclasses
@@ -90,7 +90,7 @@ def run(request):
 
 @pytest.mark.fault(7)
 @pytest.mark.parametrize("holder", HOLDERS)
-def test_a_chunk_that_is_returned_in_an_object(holder, run):
+def test_an_object_that_holds_a_chunk_keeps_its_values(holder, run):
     if holder == "data frame":
         pytest.importorskip("pandas", reason="its frames are one of the cases")
     hold, take = HOLDERS[holder]
@@ -107,7 +107,7 @@ def test_a_chunk_that_is_returned_in_an_object(holder, run):
 
 
 @pytest.mark.fault(7)
-def test_what_is_folded(run):
+def test_a_folded_object_keeps_its_values(run):
     X = np.arange(6.0)
     total = reduce_array(Record, X, combine=lambda a, b: a, chunksize=3, **run)
     X[:] = -1
@@ -115,7 +115,7 @@ def test_what_is_folded(run):
 
 
 @pytest.mark.fault(7)
-def test_arguments_that_are_returned(run):
+def test_arguments_that_are_returned_keep_their_values(run):
     B = np.arange(3.0)
     results = map_chunks(lambda c, b: Record(b), np.zeros(4), args=(B,), chunksize=2, **run)
     B[:] = -1
@@ -124,7 +124,7 @@ def test_arguments_that_are_returned(run):
 
 
 @pytest.mark.fault(7)
-def test_objects_in_place(run):
+def test_objects_in_an_output_keep_their_values(run):
     X = np.arange(6.0).reshape(3, 2)
     rows = map_items(lambda row: {"row": row}, X, dtype=object, **run)
     pairs = map_array(chunks_as_objects, X, chunksize=1, out_axis=0, **run)
@@ -150,7 +150,7 @@ def chunks_as_objects(chunk):
         ("memoryview", memoryview),
     ],
 )
-def test_what_cannot_be_copied_says_what_to_do(name, hold):
+def test_an_object_that_cannot_be_copied_is_an_error_with_the_remedy(name, hold):
     with pytest.raises(TypeError, match=name) as caught:
         map_chunks(hold, np.arange(3.0), n_jobs=1)
     assert "have it hold chunk.copy() instead" in caught.value.__notes__[0]
@@ -179,7 +179,7 @@ class Uncopiable:
     ],
     ids=repr,
 )
-def test_other_objects_stay_themselves(value):
+def test_objects_that_hold_no_input_are_not_copied(value):
     given = [np.zeros(2)]
     assert own_memory(value, given) is value
     assert own_memory([value], given)[0] is value
@@ -199,7 +199,7 @@ def read_only(array):
     ],
     ids=["an object", "an array", "a broadcast"],
 )
-def test_read_only_memory_of_others_is_no_chunk(value):
+def test_read_only_memory_that_is_no_input_is_not_copied(value):
     for backend in ("sequential", "threading"):
         results = map_chunks(
             lambda c: value, np.arange(4.0), chunksize=2, n_jobs=2, backend=backend

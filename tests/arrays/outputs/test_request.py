@@ -16,11 +16,11 @@ from taskcarrier.arrays.outputs.request import check_output_request, overlap
 from tests.strategies import (
     PARALLEL,
     assert_same,
-    cooled_crews,
     kept_pools,
     run_script,
     same_bits,
     samples,
+    shut_down_pools,
     warm_pools,
 )
 
@@ -75,7 +75,7 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("layout", ARRAYS)
-def test_an_array_of_any_layout(layout, run, X):
+def test_results_fill_an_array_of_any_layout(layout, run, X):
     out = ARRAYS[layout]()
     whole = out if out.base is None else out.base
     outside = np.array(whole, copy=True) if isinstance(whole, np.ndarray) else None
@@ -90,13 +90,13 @@ def test_an_array_of_any_layout(layout, run, X):
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_along_every_axis(axis, order, run, X):
+def test_results_fill_an_array_along_every_axis(axis, order, run, X):
     out = np.empty(SHAPE, order=order)
     assert map_array(double, X, axis=axis, out=out, chunksize=3, **run) is out
     assert np.array_equal(out, X * 2)
 
 
-def test_along_another_axis_than_was_mapped(run, X):
+def test_out_axis_may_differ_from_the_mapped_axis(run, X):
     out = np.empty((4, 30))
     map_array(lambda c: c.T.copy(), X, out=out, out_axis=1, chunksize=7, **run)
     assert np.array_equal(out, X.T)
@@ -104,7 +104,7 @@ def test_along_another_axis_than_was_mapped(run, X):
 
 @settings(max_examples=40)
 @given(samples(dtypes=[np.dtype("f8"), np.dtype(">i4")]), st.data())
-def test_any_array_that_can_be_written(sample, data):
+def test_any_writable_array_can_be_the_output(sample, data):
     with sample.array() as array:
         axis = data.draw(st.integers(0, array.ndim - 1))
         source = array.copy()
@@ -121,7 +121,7 @@ def test_any_array_that_can_be_written(sample, data):
 class TestMemmaps:
     @pytest.mark.parametrize("mode", ["r+", "w+"])
     @pytest.mark.parametrize("order", ["C", "F"])
-    def test_are_filled_by_the_workers(self, mode, order, run, X, tmp_path):
+    def test_workers_fill_memmaps(self, mode, order, run, X, tmp_path):
         path = tmp_path / "Y.dat"
         path.write_bytes(bytes(8 * 120 + 64))
         out = np.memmap(
@@ -135,7 +135,7 @@ class TestMemmaps:
     @pytest.mark.parametrize(
         "view_of", [lambda m: m.T, lambda m: m[::-1], lambda m: m[::2], lambda m: m[3:, 1:]]
     )
-    def test_views_of_them_too(self, view_of, run, tmp_path):
+    def test_workers_fill_views_of_memmaps(self, view_of, run, tmp_path):
         base = np.memmap(tmp_path / "Y.dat", "i4", "w+", shape=(12, 6))
         base[...] = -1
         expected = np.array(base)
@@ -144,7 +144,7 @@ class TestMemmaps:
         map_array(np.copy, view_of(expected).copy(), out=view, chunksize=2, **run)
         assert np.array_equal(base, expected)
 
-    def test_private_ones_keep_the_file(self, run, X, tmp_path):
+    def test_a_private_memmap_leaves_its_file_alone(self, run, X, tmp_path):
         path = tmp_path / "Y.dat"
         path.write_bytes(bytes(8 * 120))
         out = np.memmap(path, "f8", "c", shape=SHAPE)
@@ -152,14 +152,14 @@ class TestMemmaps:
         assert np.array_equal(out, X * 2)
         assert path.read_bytes() == bytes(8 * 120)
 
-    def test_of_a_deleted_file(self, run, X, tmp_path):
+    def test_a_memmap_of_a_deleted_file_is_filled(self, run, X, tmp_path):
         path = tmp_path / "Y.dat"
         out = np.memmap(path, "f8", "w+", shape=SHAPE)
         path.unlink()
         map_array(double, X, out=out, **run)
         assert np.array_equal(out, X * 2)
 
-    def test_of_a_replaced_file(self, run, X, tmp_path):
+    def test_a_memmap_of_a_replaced_file_is_filled(self, run, X, tmp_path):
         path, other = tmp_path / "Y.dat", tmp_path / "Z.dat"
         out = np.memmap(path, "f8", "w+", shape=SHAPE)
         other.write_bytes(bytes(8 * 120))
@@ -168,14 +168,14 @@ class TestMemmaps:
         assert np.array_equal(out, X * 2)
         assert path.read_bytes() == bytes(8 * 120)
 
-    def test_opened_with_load(self, run, X, tmp_path):
+    def test_a_memmap_opened_with_load_is_filled(self, run, X, tmp_path):
         np.save(tmp_path / "Y.npy", np.zeros(SHAPE))
         map_array(double, X, out=load(tmp_path / "Y.npy", "r+"), **run)
         assert np.array_equal(np.load(tmp_path / "Y.npy"), X * 2)
 
 
 class TestTuples:
-    def test_of_all_kinds(self, run, X, tmp_path):
+    def test_one_tuple_may_mix_all_kinds_of_outputs(self, run, X, tmp_path):
         plain = np.empty((4, 30), "f4").T
         mapped = np.memmap(tmp_path / "M.dat", "f8", "w+", shape=SHAPE)
         shared = empty(SHAPE)
@@ -190,18 +190,18 @@ class TestTuples:
         for number, one in enumerate((np.load(path), mapped, shared), start=1):
             assert np.array_equal(one, X + number)
 
-    def test_of_one(self, some_run, X):
+    def test_a_tuple_of_one_output_takes_a_tuple_of_one_result(self, some_run, X):
         out = np.empty(SHAPE)
         (result,) = map_array(lambda c: (c * 2,), X, out=(out,), **some_run)
         assert result is out
         assert np.array_equal(out, X * 2)
 
     @pytest.mark.parametrize("n", [0, 1, 3])
-    def test_of_another_length_are_refused(self, n, some_run, X):
+    def test_a_tuple_of_the_wrong_length_is_refused(self, n, some_run, X):
         with pytest.raises(ValueError, match="2"):
             map_array(lambda c: (c, c), X, out=tuple(np.empty(SHAPE) for _ in range(n)), **some_run)
 
-    def test_each_along_an_axis_of_its_own(self, some_run, X):
+    def test_each_output_of_a_tuple_has_its_own_axis(self, some_run, X):
         one, other = np.empty(SHAPE), np.empty(SHAPE[::-1])
         map_array(lambda c: (c, c.T), X, out=(one, other), out_axis=(0, 1), **some_run)
         assert np.array_equal(one, X)
@@ -209,12 +209,12 @@ class TestTuples:
 
 
 class TestItems:
-    def test_are_stacked_in_place(self, run, X):
+    def test_items_are_stacked_in_place(self, run, X):
         out = np.empty((4, 30), order="F")
         assert map_items(lambda x: x + 1, X, out=out, out_axis=1, chunksize=4, **run) is out
         assert np.array_equal(out, X.T + 1)
 
-    def test_several_in_a_file_and_an_array(self, run, X, tmp_path):
+    def test_several_results_of_items_go_to_a_file_and_an_array(self, run, X, tmp_path):
         out = np.empty(30, "f4")
         first, _ = map_items(
             lambda x: (x, x.sum()), X, out=(tmp_path / "Y.npy", out), chunksize=4, **run
@@ -222,7 +222,7 @@ class TestItems:
         assert_same(first, X)
         assert np.array_equal(out, np.array([row.sum() for row in X], "f4"))
 
-    def test_promote_into_a_file(self, run, tmp_path):
+    def test_dtypes_of_items_promote_into_a_file(self, run, tmp_path):
         def func(x):
             return int(x) if x < 13 else x / 2
 
@@ -233,7 +233,7 @@ class TestItems:
             assert_same(result, np.stack([func(x) for x in np.arange(20)]))
             assert_same(np.load(tmp_path / "Y.npy"), result)
 
-    def test_promote_to_what_has_a_longer_header(self, run, tmp_path):
+    def test_dtypes_of_items_promote_into_a_file_with_a_longer_header(self, run, tmp_path):
         def func(x):
             return "ab" if x < 13 else "abcdefghij" * 100
 
@@ -245,7 +245,7 @@ class TestItems:
             assert_same(np.load(tmp_path / "Y.npy"), result)
 
     @pytest.mark.parametrize("length", [0, 3])
-    def test_none_of_them_leave_an_array_as_it_is(self, length, some_run):
+    def test_no_items_leave_the_output_as_it_is(self, length, some_run):
         out = np.empty((0, length))
         assert map_items(_never, np.empty((0, 5)), out=out, **some_run) is out
 
@@ -261,7 +261,7 @@ class TestCasts:
         [("f8", "f4"), ("f8", ">f8"), ("i8", "f4"), ("i8", "i1"), ("u1", "i8"), ("?", "f8"),
          ("f8", "c8"), ("U3", "U7"), ("M8[D]", "M8[s]"), ("i8", "u2"), ("f8", "O")],
     )  # fmt: skip
-    def test_into_the_array_s_dtype(self, given_, into, run):
+    def test_results_are_cast_to_the_dtype_of_the_output(self, given_, into, run):
         X = np.arange(20).astype(given_)
         out = np.empty(20, into)
         assert map_array(np.copy, X, out=out, chunksize=3, **run) is out
@@ -278,7 +278,7 @@ class TestCasts:
             ("f8", "M8[s]"),
         ],
     )
-    def test_that_lose_are_refused(self, given_, into, some_run):
+    def test_casts_that_lose_something_are_refused(self, given_, into, some_run):
         X = np.arange(20).astype(given_)
         with pytest.raises(TypeError, match="cannot become"):
             map_array(np.copy, X, out=np.empty(20, into), chunksize=3, **some_run)
@@ -288,14 +288,14 @@ class TestCasts:
             map_array(lambda c: c, np.array([1, 300]), out=np.empty(2, "i1"), **some_run)
 
     @pytest.mark.parametrize("verb", [map_array, map_items])
-    def test_into_the_dtype_asked_for_in_a_file(self, verb, run, X, tmp_path):
+    def test_a_file_has_the_dtype_that_was_asked_for(self, verb, run, X, tmp_path):
         result = verb(double, X, out=tmp_path / "Y.npy", dtype=">f4", chunksize=4, **run)
         assert_same(result, (X * 2).astype(">f4"))
         assert_same(np.load(tmp_path / "Y.npy"), (X * 2).astype(">f4"))
 
 
 class TestRefusals:
-    """All but those of the results' shape come before any call of the function."""
+    """All refusals but those of the shape of results come before any call of the function."""
 
     @staticmethod
     def refused(out, match, *arrays, error=ValueError, **options):
@@ -316,69 +316,69 @@ class TestRefusals:
             with pytest.raises(error, match=match):
                 map_array(_never, *arrays, out=out, backend=backend, n_jobs=2, **options)
 
-    def test_read_only(self):
+    def test_a_read_only_output_is_refused(self):
         out = np.empty(SHAPE)
         out.flags.writeable = False
         self.refused(out, "read-only")
 
     @pytest.mark.parametrize("shape", [(29, 4), (31, 4), (0, 4), (4, 30)])
-    def test_of_another_length(self, shape):
+    def test_an_output_of_the_wrong_length_is_refused(self, shape):
         self.refused(np.empty(shape), "there are 30 items")
 
     @pytest.mark.parametrize("axis", [2, -3])
-    def test_without_the_axis(self, axis):
+    def test_an_out_axis_that_the_output_lacks_is_refused(self, axis):
         self.refused(np.empty(SHAPE), "axis", out_axis=axis, error=np.exceptions.AxisError)
 
     @pytest.mark.parametrize("within", [list, tuple, lambda one: {"a": [(1, *one)]}])
-    def test_that_is_in_an_argument_too(self, within):
+    def test_an_output_inside_an_argument_is_refused(self, within):
         out = np.empty(SHAPE)
         self.refused(out, "overlaps", args=(within([out[::2]]),))
         self.refused(out, "overlaps", kwargs={"extra": within([out.T])})
 
-    def test_masked(self):
+    def test_a_masked_output_is_refused(self):
         self.refused(np.ma.zeros(SHAPE), "masked", error=TypeError)
 
     @pytest.mark.parametrize("out", [3, [np.empty(SHAPE)], b"Y.npy", (np.empty(SHAPE), 3)])
-    def test_something_else(self, out):
+    def test_an_output_that_is_no_array_or_path_is_refused(self, out):
         with pytest.raises((TypeError, ValueError), match=r"out must be|expected a path"):
             map_array(_never, np.zeros(SHAPE), out=out)
 
-    def test_a_path_of_another_format(self, tmp_path):
+    def test_a_path_of_another_format_is_refused(self, tmp_path):
         self.refused(tmp_path / "Y.dat", "ends in .npy")
 
-    def test_of_another_dtype_than_asked_for(self):
+    def test_an_output_of_another_dtype_than_asked_for_is_refused(self):
         self.refused(np.empty(SHAPE), "float32", dtype="f4")
 
-    def test_items_in_the_same_memory(self):
+    def test_an_output_that_overlaps_itself_is_refused(self):
         self.refused(np.lib.stride_tricks.as_strided(np.zeros(1), SHAPE, (0, 0)), "itself")
         windows = np.lib.stride_tricks.sliding_window_view(np.zeros(33), 4, writeable=True)
         self.refused(windows, "itself")
 
     @pytest.mark.parametrize("shape", [(30,), (30, 3), (30, 4, 1), (30, 5)])
-    def test_of_another_shape_than_the_results(self, shape, some_run, X):
+    def test_an_output_of_another_shape_than_the_results_is_refused(self, shape, some_run, X):
         with pytest.raises(ValueError, match=r"out has shape .* need \(30, 4\)"):
             map_array(double, X, out=np.empty(shape), **some_run)
 
-    def test_an_input(self, X):
+    def test_an_input_as_the_output_is_refused(self, X):
         for out in (X, X[:], X.view(), X[::-1], X.reshape(4, 30).reshape(SHAPE)):
             self.refused(out, "overlaps with an input", X)
         self.refused(X, "overlaps", np.zeros(SHAPE), X)
 
-    def test_part_of_an_input(self):
+    def test_part_of_an_input_as_the_output_is_refused(self):
         memory = np.zeros(200)
         self.refused(memory[:100], "overlaps with an input", memory[99:199])
         self.refused(memory[50:150], "overlaps with an input", memory[149:49:-1])
 
-    def test_what_the_function_gets_besides(self, X):
+    def test_an_argument_as_the_output_is_refused(self, X):
         out = np.empty(SHAPE)
         self.refused(out, "overlaps", args=(out,))
         self.refused(out, "overlaps", kwargs={"a": out[3:]})
 
-    def test_two_in_the_same_memory(self):
+    def test_two_outputs_in_the_same_memory_are_refused(self):
         memory = np.zeros((31, 4))
         self.refused((memory[1:], memory[:-1]), "overlaps")
 
-    def test_the_file_of_an_input(self, tmp_path):
+    def test_the_file_of_an_input_as_the_output_is_refused(self, tmp_path):
         path, link = tmp_path / "X.npy", tmp_path / "L.npy"
         np.save(path, np.zeros(SHAPE))
         link.hardlink_to(path)
@@ -397,24 +397,24 @@ class TestRefusals:
         assert path.read_bytes() == before
         assert sorted(tmp_path.iterdir()) == [link, path]
 
-    def test_the_file_of_an_input_that_is_mapped_privately(self, tmp_path):
+    def test_the_file_of_a_privately_mapped_input_as_the_output_is_refused(self, tmp_path):
         path = tmp_path / "X.npy"
         np.save(path, np.zeros(SHAPE))
         private = np.load(path, mmap_mode="c")
         self.refused(np.load(path, mmap_mode="r+"), "overlaps with an input", private[::-1])
 
-    def test_the_deleted_file_of_an_input(self, tmp_path):
+    def test_the_deleted_file_of_an_input_as_the_output_is_refused(self, tmp_path):
         path = tmp_path / "X.npy"
         np.save(path, np.zeros(SHAPE))
         X, out = np.load(path, mmap_mode="r"), np.load(path, mmap_mode="r+")
         path.unlink()
         self.refused(out, "overlaps with an input", X[::-1])
 
-    def test_the_same_segment(self):
+    def test_an_output_that_overlaps_an_input_in_one_segment_is_refused(self):
         X = share(np.zeros((60, 4)))
         self.refused(X[:30], "overlaps with an input", X[29:59])
 
-    def test_the_same_path_twice(self, tmp_path):
+    def test_the_same_path_twice_is_refused(self, tmp_path):
         path = tmp_path / "Y.npy"
         np.save(path, np.arange(3.0))
         before = path.read_bytes()
@@ -423,7 +423,7 @@ class TestRefusals:
         assert path.read_bytes() == before
         assert list(tmp_path.iterdir()) == [path]
 
-    def test_a_path_and_a_map_of_it(self, tmp_path):
+    def test_a_path_together_with_a_memmap_of_it_is_refused(self, tmp_path):
         path = tmp_path / "Y.npy"
         np.save(path, np.zeros(SHAPE))
         mapped = np.load(path, mmap_mode="r+")
@@ -432,10 +432,10 @@ class TestRefusals:
 
 
 class TestNeighbouringMemory:
-    """What is interleaved but apart is no overlap."""
+    """Interleaved memory without common bytes is no overlap."""
 
     @pytest.mark.parametrize("make", [np.zeros, empty])
-    def test_may_hold_input_and_output(self, make, run):
+    def test_interleaved_memory_may_hold_input_and_output(self, make, run):
         memory = make((60, 8))
         memory[...] = np.arange(480.0).reshape(60, 8)
         before = memory.copy()
@@ -451,14 +451,14 @@ class TestNeighbouringMemory:
             expected[target] = -before[source]
             assert np.array_equal(memory, expected)
 
-    def test_of_one_file(self, run, tmp_path):
+    def test_interleaved_parts_of_one_memmap_are_no_overlap(self, run, tmp_path):
         memory = np.memmap(tmp_path / "X.dat", "i8", "w+", shape=(40,))
         memory[...] = np.arange(40)
         map_array(np.negative, memory[::2], out=memory[1::2], chunksize=4, **run)
         assert np.array_equal(memory[1::2], -np.arange(0, 40, 2))
         assert np.array_equal(memory[::2], np.arange(0, 40, 2))
 
-    def test_of_one_file_in_two_maps(self, run, tmp_path):
+    def test_two_memmaps_of_separate_parts_of_one_file_are_no_overlap(self, run, tmp_path):
         path = tmp_path / "X.dat"
         np.arange(20_000.0).tofile(path)
         X = np.memmap(path, "f8", "r", shape=(10_000,))
@@ -469,7 +469,7 @@ class TestNeighbouringMemory:
 
 @given(st.data())
 @settings(max_examples=200)
-def test_overlap_is_what_numpy_says(data):
+def test_overlap_equals_what_numpy_says(data):
     memory = np.zeros(100, np.uint8)
 
     def view():
@@ -484,7 +484,7 @@ def test_overlap_is_what_numpy_says(data):
 
 
 class TestFiles:
-    def test_hold_the_result_and_are_returned(self, run, X, tmp_path):
+    def test_files_hold_the_result_and_are_returned(self, run, X, tmp_path):
         path = tmp_path / "Y.npy"
         result = map_array(double, X, out=path, chunksize=4, **run)
         assert_same(result, X * 2)
@@ -493,14 +493,14 @@ class TestFiles:
         result[0, 0] = 5.0  # what is returned is the file
         assert np.load(path)[0, 0] == 5.0
 
-    def test_may_be_the_next_input_without_a_copy(self, X, tmp_path):
+    def test_a_result_file_may_be_the_next_input_without_a_copy(self, X, tmp_path):
         first = map_array(double, X, out=tmp_path / "Y.npy", backend="loky", n_jobs=2)
         again = map_array(double, first.T, axis=1, backend="loky", n_jobs=2)
         assert last_report().bytes_copied == 0
         assert np.array_equal(again, X.T * 4)
 
     @pytest.mark.parametrize("axis", [0, 1])
-    def test_keep_the_order_of_axes(self, axis, run, X, tmp_path):
+    def test_files_keep_the_order_of_axes(self, axis, run, X, tmp_path):
         map_array(double, np.asfortranarray(X), axis=axis, out=tmp_path / "Y.npy", **run)
         loaded = np.load(tmp_path / "Y.npy")
         assert loaded.flags.f_contiguous
@@ -512,25 +512,25 @@ class TestFiles:
          [("a", "i2", (2, 3)), ("b", [("x", "f4")])],
          np.dtype([("a", "i1"), ("b", "f8")], align=True)],
     )  # fmt: skip
-    def test_of_every_dtype(self, dtype, some_run, tmp_path):
+    def test_files_of_every_dtype_are_written(self, dtype, some_run, tmp_path):
         X = np.zeros((20, 2), dtype)
         result = map_array(np.copy, X, out=tmp_path / "Y.npy", chunksize=3, **some_run)
         assert_same(result, X)
         assert np.load(tmp_path / "Y.npy").dtype == X.dtype
 
-    def test_of_fields_with_any_names(self, some_run, tmp_path):
+    def test_field_names_of_any_letters_are_written_to_files(self, some_run, tmp_path):
         X = np.ones(20, [("λ", "f8"), ("長さ", "i4")])
         result = map_array(np.copy, X, out=tmp_path / "Y.npy", chunksize=3, **some_run)
         assert_same(result, X)
         assert_same(np.load(tmp_path / "Y.npy"), X)
 
-    def test_of_very_many_fields(self, some_run, tmp_path):
+    def test_dtypes_of_very_many_fields_are_written_to_files(self, some_run, tmp_path):
         X = np.ones(4, [(f"field {number}", "f8") for number in range(900)])
         result = map_array(np.copy, X, out=tmp_path / "Y.npy", **some_run)
         assert_same(result, X)
 
     @pytest.mark.parametrize("shape", [(0,), (0, 3), (4, 0), (5, 0, 2)])
-    def test_without_bytes(self, shape, run, tmp_path):
+    def test_results_without_bytes_are_written_to_files(self, shape, run, tmp_path):
         result = map_array(np.copy, np.empty(shape, "f4"), out=tmp_path / "Y.npy", **run)
         assert_same(result, np.empty(shape, "f4"))
         assert_same(np.load(tmp_path / "Y.npy"), np.empty(shape, "f4"))
@@ -539,19 +539,19 @@ class TestFiles:
         "name", ["two words.npy", "line\nbreak.npy", "ü λ 長.npy", "back\\012slash.npy",
                  "50% {x}.npy", " lead.npy", "cr\rr.npy", "gone (deleted).npy", "n" * 240 + ".npy"],
     )  # fmt: skip
-    def test_of_any_name(self, name, some_run, X, tmp_path):
+    def test_files_of_any_name_are_written(self, name, some_run, X, tmp_path):
         path = tmp_path / name
         assert_same(map_array(double, X, out=path, **some_run), X * 2)
         assert list(tmp_path.iterdir()) == [path]
         assert_same(map_array(double, path, **some_run), X * 4)
 
-    def test_by_a_relative_path(self, some_run, X, tmp_path, monkeypatch):
+    def test_a_relative_path_is_written_and_read(self, some_run, X, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         assert_same(map_array(double, X, out="Y.npy", **some_run), X * 2)
         assert_same(map_array(double, "Y.npy", **some_run), X * 4)
 
     @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o027])
-    def test_have_the_permissions_of_new_files(self, umask, some_run, X, tmp_path):
+    def test_files_have_the_permissions_of_new_files(self, umask, some_run, X, tmp_path):
         before = os.umask(umask)
         try:
             map_array(double, X, out=tmp_path / "Y.npy", **some_run)
@@ -562,7 +562,9 @@ class TestFiles:
     @pytest.mark.fault(42)
     @pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444, 0o000])
     @pytest.mark.parametrize("more", [{}, {"resume": True}])
-    def test_keep_the_permissions_of_what_they_replace(self, mode, more, some_run, X, tmp_path):
+    def test_files_keep_the_permissions_of_what_they_replace(
+        self, mode, more, some_run, X, tmp_path
+    ):
         path = tmp_path / "Y.npy"
         path.touch()
         path.chmod(mode)
@@ -579,7 +581,7 @@ class TestFiles:
         assert np.load(path)[0] == 7
 
     @pytest.mark.fault(42)
-    def test_permissions_that_were_more_are_gone(self, X, tmp_path):
+    def test_special_permissions_of_a_replaced_file_are_dropped(self, X, tmp_path):
         path = tmp_path / "Y.npy"
         path.touch()
         path.chmod(0o6755)  # to run it with the rights of its owner
@@ -588,7 +590,7 @@ class TestFiles:
 
     @pytest.mark.fault(42)
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-    def test_keep_the_group_and_the_owner_of_what_they_replace(self, some_run, X, tmp_path):
+    def test_files_keep_the_group_and_the_owner_of_what_they_replace(self, some_run, X, tmp_path):
         path = tmp_path / "Y.npy"
         path.touch()
         path.chmod(0o640)
@@ -599,7 +601,9 @@ class TestFiles:
 
     @pytest.mark.fault(42)
     @pytest.mark.parametrize("number", [errno.EPERM, errno.EINVAL])
-    def test_another_group_may_not_do_what_that_group_may(self, number, X, tmp_path, monkeypatch):
+    def test_another_group_does_not_inherit_the_permissions_of_the_group(
+        self, number, X, tmp_path, monkeypatch
+    ):
         path = tmp_path / "Y.npy"
         path.touch()
         path.chmod(0o674)
@@ -621,7 +625,7 @@ class TestFiles:
         monkeypatch.undo()
         assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
-    def test_are_not_there_before_they_are_complete(self, run, X, tmp_path):
+    def test_files_are_not_there_before_they_are_complete(self, run, X, tmp_path):
         path = tmp_path / "Y.npy"
 
         def spying(chunk):
@@ -636,7 +640,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("before", [None, b"\x93 something else"])
     @pytest.mark.parametrize("fault", ["error", "disagreement", "cast", "died"])
-    def test_after_an_error_are_as_they_were(self, fault, before, some_run, X, tmp_path):
+    def test_files_are_unchanged_after_an_error(self, fault, before, some_run, X, tmp_path):
         path = tmp_path / "Y.npy"
         if before is not None:
             path.write_bytes(before)
@@ -658,11 +662,13 @@ class TestFiles:
         assert list(tmp_path.iterdir()) == ([] if before is None else [path])
         assert before is None or path.read_bytes() == before
         if fault == "died":  # the worker that took its place is a pool's, not a leak
-            cooled_crews()
+            shut_down_pools()
             warm_pools(2)
 
     @pytest.mark.parametrize("verb", ["map_array", "map_items"])
-    def test_of_python_objects_are_refused_and_what_was_there_stays(self, verb, some_run, tmp_path):
+    def test_files_of_python_objects_are_refused_and_existing_files_stay(
+        self, verb, some_run, tmp_path
+    ):
         # In a program of its own: objects in a file could bring it down.
         code = (
             "import sys\n"
@@ -683,7 +689,7 @@ class TestFiles:
         assert path.read_bytes() == before
         assert sorted(one.name for one in tmp_path.iterdir()) == ["Y.npy", "script.py"]
 
-    def test_replace_what_an_earlier_run_has_left(self, some_run, X, tmp_path):
+    def test_files_replace_the_part_file_of_an_earlier_run(self, some_run, X, tmp_path):
         part = tmp_path / "Y.npy.part"
         part.write_bytes(b"half" * 10_000)
         assert_same(map_array(double, X, out=tmp_path / "Y.npy", **some_run), X * 2)
@@ -691,7 +697,7 @@ class TestFiles:
         assert (tmp_path / "Y.npy").stat().st_size == X.nbytes + 128
 
     @pytest.mark.parametrize("there", [True, False])
-    def test_do_not_follow_a_link_in_their_place(self, there, some_run, X, tmp_path):
+    def test_a_link_in_place_of_the_part_file_is_not_followed(self, there, some_run, X, tmp_path):
         victim = tmp_path / "victim"
         if there:
             victim.write_bytes(b"mine")
@@ -703,11 +709,11 @@ class TestFiles:
         assert victim.exists() is there
         assert not there or victim.read_bytes() == b"mine"
 
-    def test_in_a_missing_folder_are_an_error_at_once(self, some_run, X, tmp_path):
+    def test_a_missing_folder_is_an_error_at_once(self, some_run, X, tmp_path):
         with pytest.raises(OSError, match="missing"):
             map_array(_never, X, out=tmp_path / "missing" / "Y.npy", **some_run)
 
-    def test_one_that_cannot_be_made_leaves_no_other(self, some_run, X, tmp_path):
+    def test_a_file_that_cannot_be_made_leaves_no_other_file(self, some_run, X, tmp_path):
         with pytest.raises(OSError, match="missing"):
             map_array(
                 _never, X, out=(tmp_path / "Y.npy", tmp_path / "missing" / "Z.npy"), **some_run
@@ -720,7 +726,7 @@ class TestFiles:
             map_array(_never, X, out=tmp_path / "Y.npy", **some_run)
         assert list(tmp_path.iterdir()) == [tmp_path / "Y.npy"]
 
-    def test_leave_no_descriptors_or_maps(self, some_run, X, tmp_path):
+    def test_files_leave_no_descriptors_or_maps(self, some_run, X, tmp_path):
         def held():
             warm_pools(2)  # their descriptors count, so they must be there
             maps = Path("/proc/self/maps").read_text(encoding="utf-8")
@@ -733,7 +739,7 @@ class TestFiles:
         assert held() == before
 
 
-def test_several_dtypes_need_as_many_targets():
+def test_several_dtypes_need_as_many_outputs():
     inputs = check_inputs((np.zeros(4),), 0)
     with pytest.raises(ValueError, match="dtype has 2 entries, out has 1"):
         check_output_request(np.zeros(4), ("f4", "f8"), 0, inputs, ())

@@ -26,7 +26,7 @@ def put(values, start=0, out_axis=0, *, takes_objects=False):
 
 
 def joined(mixed, n, out_axis):
-    """What becomes of the groups in the end: one array, promoted over all dtypes at once."""
+    """Join the groups to one array, promoted over all dtypes at once."""
     (_, first), *_ = mixed.groups
     if isinstance(first, tuple):
         columns = [[(where, made[k]) for where, made in mixed.groups] for k in range(len(first))]
@@ -41,12 +41,12 @@ def joined(mixed, n, out_axis):
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=8))
-def test_numbers(values):
+def test_numbers_are_stacked_as_by_numpy(values):
     assert_same(put(values), np.stack(values))
 
 
 @given(st.lists(st.sampled_from(DTYPES), min_size=1, max_size=1), st.integers(1, 6), st.data())
-def test_arrays_of_every_dtype(dtypes, n, data):
+def test_arrays_of_every_dtype_are_stacked_as_by_numpy(dtypes, n, data):
     shape = tuple(data.draw(st.lists(st.integers(0, 3), max_size=3)))
     rng = np.random.default_rng(n)
     values = [filled(dtypes[0], shape, rng) for _ in range(n)]
@@ -82,13 +82,13 @@ def test_mixed_dtypes_promote_as_numpy_stack_promotes_them(values):
         assert_same(put(values), np.stack([np.asarray(value) for value in values]))
 
 
-def test_payloads_of_nans_and_signs_of_zeros_stay():
+def test_nan_payloads_and_signs_of_zeros_are_kept():
     payload = np.uint64(0x7FF8_DEAD_BEEF_0001).view("f8")
     for values in ([payload, np.float64(-0.0)], [np.array(payload), -0.0]):
         assert put(values).tobytes() == np.array([payload, -0.0]).tobytes()
 
 
-def test_tuples_give_several_each_along_its_axis():
+def test_tuples_give_several_results_each_along_its_axis():
     values = [(n, np.full((2, 3), n), np.full(4, n * 1.5)) for n in range(5)]
     expected = tuple(
         np.stack(column, axis)
@@ -112,7 +112,7 @@ def test_tuples_must_be_of_one_length_with_an_axis_for_each():
         put([(1, 2), (3, 4)], out_axis=(0, 0, 0))
 
 
-def test_an_axis_that_there_is_not():
+def test_an_out_axis_that_does_not_exist_is_an_error():
     for axis in (2, -3):
         with pytest.raises(np.exceptions.AxisError, match="out_axis"):
             put([np.zeros(3), np.zeros(3)], out_axis=axis)
@@ -141,7 +141,7 @@ ODD = [None, (x for x in "ab"), Future(), {"a": 1}, {1}, object(), [None, 1], le
 
 @pytest.mark.parametrize("value", ODD, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("place", [0, 2])
-def test_what_is_no_number_or_array_is_named_with_the_remedy(value, place):
+def test_a_value_that_is_no_number_or_array_is_named_with_the_remedy(value, place):
     values = [value if number == place else np.ones(np.shape(value)) for number in range(3)]
     with pytest.raises(TypeError, match=f"for item {5 + place}") as caught:
         put(values, 5)
@@ -151,7 +151,7 @@ def test_what_is_no_number_or_array_is_named_with_the_remedy(value, place):
     assert len(str(caught.value)) < 300
 
 
-def test_objects_are_taken_where_they_are_asked_for():
+def test_objects_are_stacked_where_they_are_asked_for():
     values = [None, {"a": 1}, "x"]
     made = put(values, takes_objects=True)
     assert (made.dtype, made.tolist()) == (np.dtype(object), values)
@@ -164,6 +164,6 @@ def test_masked_arrays_are_refused():
             put(values)
 
 
-def test_dtypes_that_do_not_go_together_are_numpy_s_own_error():
+def test_dtypes_that_do_not_promote_give_numpy_s_own_error():
     with pytest.raises(np.exceptions.DTypePromotionError):
         put([np.datetime64("2020"), 1.5])

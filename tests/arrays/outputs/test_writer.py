@@ -39,7 +39,7 @@ def mapped(func, n_items=12, *, backend, balance, **options):
     return map_array(func, np.arange(n_items), backend=backend, balance=balance, **options)
 
 
-# The chunk that starts at 6 gives something else: what, and what must be said of both.
+# The chunk that starts at 6 gives another result; the words must be in the error.
 ODD = {
     "int8 for int64": (lambda c: c, lambda c: c.astype("i1"), ["int64 (2,)", "int8 (2,)"]),
     "float32 for float64": (
@@ -155,7 +155,7 @@ WRONG = {
 
 @pytest.mark.fault(5)
 @pytest.mark.parametrize("case", sorted(WRONG))
-def test_results_that_are_no_arrays_of_the_right_length_name_the_range(case):
+def test_results_that_are_no_arrays_of_the_right_length_are_errors_that_name_the_range(case):
     func, kind, words = WRONG[case]
     for backend, balance in RUNS:
         with pytest.raises(kind) as caught:
@@ -174,7 +174,7 @@ def test_the_lowest_range_of_a_wrong_length_is_named_on_every_run(backend, balan
         assert any("while mapping axis 0, items 10:12" in note for note in caught.value.__notes__)
 
 
-def test_a_result_without_the_axis_is_told_about_out_axis():
+def test_the_error_for_a_result_without_the_axis_mentions_out_axis():
     for backend, balance in RUNS:
         with pytest.raises(np.exceptions.AxisError) as caught:
             map_array(
@@ -202,7 +202,7 @@ def test_workers_are_usable_after_wrong_results():
         assert_same(mapped(lambda c: c, backend=backend, balance=balance), np.arange(12))
 
 
-def test_lists_are_arrays():
+def test_lists_become_arrays():
     for backend, balance in RUNS:
         result = mapped(lambda c: [[int(x), 1] for x in c], backend=backend, balance=balance)
         assert_same(result, np.stack([np.arange(12), np.ones(12, int)], axis=1))
@@ -214,7 +214,7 @@ FLAT = Spec(((np.dtype("f8"), ()),), (0,), is_tuple=False)
 PAIR = Spec(((np.dtype("i2"), (3,)), (np.dtype("M8[s]"), (2, 5))), (1, 0), is_tuple=True)
 
 
-def test_a_spec_gives_shapes_and_words():
+def test_a_spec_gives_shapes_and_a_description():
     assert FLAT.shapes(7) == [(7,)]
     assert PAIR.shapes(7) == [(3, 7), (7, 2, 5)]
     assert FLAT.describe(4) == "an array float64 (4,)"
@@ -228,7 +228,7 @@ def arrays_of(allocation, spec, outputs=(ANY,)):
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("shape", [(12,), (12, 3), (1, 12, 3), (3, 12), (2, 3, 12), (12, 0)])
-def test_writers_put_ranges_where_they_belong(shape, axis, order):
+def test_writers_put_ranges_in_their_places(shape, axis, order):
     if axis >= len(shape):
         axis = len(shape) - 1
     n_items = shape[axis]
@@ -263,7 +263,7 @@ def test_specs_agree_if_all_is_equal_or_only_dtypes_differ_that_promote():
 
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("spec", [FLAT, PAIR], ids=["flat", "pair"])
-def test_both_allocations_lay_out_alike(order, spec):
+def test_shared_and_local_buffers_have_the_same_layout(order, spec):
     segment = Segment.create()
     shared, local = SharedBuffer(segment, 7, order), LocalBuffer(7, order)
     outputs = (ANY,) * len(spec.parts)
@@ -277,13 +277,13 @@ def test_both_allocations_lay_out_alike(order, spec):
         math.prod(shape) * dtype.itemsize
         for (dtype, _), shape in zip(spec.parts, spec.shapes(7), strict=True)
     )
-    # Whoever asks later sees what the first has written.
+    # A later request gets the array that the first one has written to.
     for number, again in enumerate(arrays_of(SharedBuffer(segment, 7, order), spec, outputs)):
         assert (again == np.array(number).astype(again.dtype)).all()
 
 
 @pytest.mark.parametrize("kind", ["local", "shared"])
-def test_an_output_with_a_place_lies_there_and_takes_no_other_room(kind):
+def test_a_given_output_is_used_in_place_and_takes_no_other_memory(kind):
     segment = Segment.create()
     allocation = SharedBuffer(segment, 5, "C") if kind == "shared" else LocalBuffer(5, "C")
     mine = np.zeros(10)[::2]
@@ -308,14 +308,14 @@ def test_results_without_bytes_need_no_segment():
     assert segment.nbytes == 0
 
 
-def test_objects_have_no_place_in_a_segment():
+def test_objects_cannot_be_placed_in_a_segment():
     segment = Segment.create()
     spec = FLAT.with_dtypes([np.dtype(object)])
     assert SharedBuffer(segment, 3, "C").places(spec, [ANY]) is None
     assert segment.nbytes == 0
 
 
-def test_threads_get_the_same_outputs():
+def test_threads_get_the_same_output_arrays():
     local = LocalBuffer(5, "C")
     found = []
     threads = [
@@ -330,64 +330,64 @@ def test_threads_get_the_same_outputs():
     assert len({id(array) for array in found}) == 1
 
 
-def sink_of(n_items=6, propose=lambda proposal: proposal, **options):
+def writer_of(n_items=6, propose=lambda proposal: proposal, **options):
     plan = Plan(LocalBuffer(n_items, "C"), n_items, 0, **options)
     return OutputWriter(plan, propose), plan
 
 
-def test_a_sink_remembers_its_first_result_and_refuses_others():
-    sink, plan = sink_of()
-    assert sink.place(2, 4, np.array([2.0, 3.0])) is None
-    assert sink.first == (2, FLAT)
+def test_a_writer_remembers_its_first_result_and_refuses_others():
+    writer, plan = writer_of()
+    assert writer.place(2, 4, np.array([2.0, 3.0])) is None
+    assert writer.first == (2, FLAT)
     with pytest.raises(DisagreementError) as caught:
-        sink.place(4, 6, np.array([4, 5]))
+        writer.place(4, 6, np.array([4, 5]))
     assert caught.value.spec.parts == ((np.dtype(int), ()),)
-    assert sink.place(0, 2, [0.0, 1.0]) is None
+    assert writer.place(0, 2, [0.0, 1.0]) is None
     assert arrays_of(plan.allocation, FLAT)[0][:4].tolist() == [0, 1, 2, 3]
 
 
-def test_a_sink_keeps_to_what_others_have_settled_on():
+def test_a_writer_keeps_to_the_spec_that_was_set_first():
     proposals = []
 
-    def settled(proposal):
+    def decided(proposal):
         proposals.append(proposal)
         return FLAT
 
-    sink, _ = sink_of(propose=settled)
+    writer, _ = writer_of(propose=decided)
     with pytest.raises(DisagreementError):
-        sink.place(0, 2, np.array([4, 5]))
-    assert sink.place(2, 4, np.array([4.0, 5.0])) is None
+        writer.place(0, 2, np.array([4, 5]))
+    assert writer.place(2, 4, np.array([4.0, 5.0])) is None
     assert proposals == [FLAT.with_dtypes([np.dtype(int)])]
 
 
-def test_a_sink_whose_results_promote_hands_others_to_the_caller():
-    sink, plan = sink_of(promote_dtypes=True, propose=lambda proposal: FLAT)
-    (left,) = sink.place(0, 2, np.array([4, 5]))
+def test_a_writer_whose_results_promote_defers_other_dtypes():
+    writer, plan = writer_of(promote_dtypes=True, propose=lambda proposal: FLAT)
+    (left,) = writer.place(0, 2, np.array([4, 5]))
     assert_same(left, np.array([4, 5]))
-    assert sink.place(2, 4, np.array([4.0, 5.0])) is None
+    assert writer.place(2, 4, np.array([4.0, 5.0])) is None
     with pytest.raises(DisagreementError):  # shapes do not promote
-        sink.place(4, 6, np.ones((2, 1)))
+        writer.place(4, 6, np.ones((2, 1)))
     assert arrays_of(plan.allocation, FLAT)[0][2:4].tolist() == [4, 5]
 
 
-def test_a_sink_trims_margins_and_casts():
-    sink, plan = sink_of(outputs=Output(np.dtype("f4")))
-    sink.place(0, 2, np.arange(3.0), (0, 1))
-    sink.place(2, 6, np.arange(1.0, 7.0), (1, 1))
+def test_a_writer_trims_margins_and_casts():
+    writer, plan = writer_of(outputs=Output(np.dtype("f4")))
+    writer.place(0, 2, np.arange(3.0), (0, 1))
+    writer.place(2, 6, np.arange(1.0, 7.0), (1, 1))
     assert arrays_of(plan.allocation, FLAT)[0].tolist() == [0, 1, 2, 3, 4, 5]
-    assert sink.first == (0, FLAT.with_dtypes([np.dtype("f4")]))
+    assert writer.first == (0, FLAT.with_dtypes([np.dtype("f4")]))
     with pytest.raises(TypeError, match="complex128 cannot become float32"):
-        sink.place(0, 2, np.ones(2, complex))
+        writer.place(0, 2, np.ones(2, complex))
 
 
-def test_what_was_asked_for_is_checked_against_the_first_result():
+def test_a_requested_output_is_checked_against_the_first_result():
     asked = Output(np.dtype("f8"), (6, 1))
     with pytest.raises(ValueError, match=r"out has shape \(6, 1\), but the results need \(6,\)"):
-        sink_of(outputs=asked)[0].place(0, 2, np.ones(2))
+        writer_of(outputs=asked)[0].place(0, 2, np.ones(2))
     with pytest.raises(ValueError, match="has 2 entries, but func returned 1"):
-        sink_of(outputs=(ANY, ANY))[0].place(0, 2, np.ones(2))
+        writer_of(outputs=(ANY, ANY))[0].place(0, 2, np.ones(2))
     with pytest.raises(TypeError, match="int64 have no NaN: pass fill_value="):
-        sink_of(fill=Fill(is_needed=True))[0].place(0, 2, np.ones(2, "i8"))
+        writer_of(fill=Fill(is_needed=True))[0].place(0, 2, np.ones(2, "i8"))
 
 
 def test_out_axis_is_the_axis_of_the_first_array_unless_given():

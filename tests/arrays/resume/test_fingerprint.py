@@ -1,4 +1,4 @@
-"""Digests of what decides values: the same for the same, everywhere; another for anything else."""
+"""Digests of what decides values: equal for equal values in all processes, else different."""
 
 import array
 import collections
@@ -44,7 +44,7 @@ def not_looked_into(value):
 
 
 def defined(source, **names):
-    """The function `f` of a piece of code, where these global names are."""
+    """Return the function `f` of a piece of code with these globals."""
     exec(textwrap.dedent(source), names)  # as in a notebook
     return names["f"]
 
@@ -164,14 +164,14 @@ VALUES = [
 
 
 class TestValues:
-    def test_different_ones_have_different_digests(self):
+    def test_different_values_have_different_digests(self):
         seen = {}
         for value in VALUES:
             key = digest(value)
             assert key not in seen, (value, seen.get(key))
             seen[key] = value
 
-    def test_all_of_these_are_looked_into(self):
+    def test_the_tested_values_are_all_looked_into(self):
         assert not_looked_into(VALUES) == []
 
     @pytest.mark.parametrize("value", VALUES, ids=repr)
@@ -187,7 +187,7 @@ class TestValues:
         assert digest({8, 0, 16}) == digest({16, 8, 0})
         assert digest(frozenset("abc")) == digest(frozenset("cab"))
 
-    def test_nan_is_itself(self):
+    def test_nan_has_one_digest(self):
         assert digest(math.nan) == digest(float("nan"))
 
     @pytest.mark.parametrize(
@@ -226,25 +226,25 @@ class TestValues:
         ],
     )
     @pytest.mark.parametrize("number", [1, 2])
-    def test_of_other_kinds_count_or_are_named(self, number, make):
+    def test_values_of_other_kinds_count_or_are_named(self, number, make):
         kind = str if make in {Path, Text, re.compile, operator.methodcaller} else int
         one, same, other = (make(kind(n)) for n in (number, number, 3))
         assert digest(one) == digest(same)
         assert not_looked_into(one) == not_looked_into(same)
         assert digest(one) != digest(other) or not_looked_into(one)
 
-    def test_what_is_not_looked_into_is_named(self):
+    def test_values_that_are_not_looked_into_are_named(self):
         value = threading.Lock()
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         assert not_looked_into({"a": [1, value]}) == [f"value['a'][1] ({kind})"]
         assert not_looked_into(lambda x, y=value: x) == [f"value: default values[0] ({kind})"]
 
-    def test_names_of_it_do_not_depend_on_addresses(self):
+    def test_names_of_values_not_looked_into_do_not_depend_on_addresses(self):
         found = [not_looked_into({threading.Lock(): threading.Lock()}) for _ in range(2)]
         assert found[0] == found[1]
         assert len(found[0]) == 2
 
-    def test_values_that_contain_themselves(self):
+    def test_values_may_contain_themselves(self):
         one, other = [1], [1]
         one.append(one)
         other.append([1, other])
@@ -259,12 +259,12 @@ class TestValues:
         objects[0] = objects
         assert digest(objects) != digest(np.array([None, 1], object))
 
-    def test_the_same_value_in_two_places_is_no_circle(self):
+    def test_the_same_value_in_two_places_is_no_cycle(self):
         part = [1]
         assert digest([part, part]) == digest([[1], [1]])
 
 
-def test_integers_that_are_too_long_to_be_printed():
+def test_integers_too_long_to_be_printed_have_digests():
     n = 10**5000
     values = [n, n + 1, [n], [n + 1], {"a": n}, {"a": n + 1}, {n: "a"}, (n,)]
     assert len({digest(value) for value in values}) == len(values)
@@ -273,7 +273,7 @@ def test_integers_that_are_too_long_to_be_printed():
 
 class TestArrays:
     @given(st.data())
-    def test_of_equal_values_are_equal_however_they_lie(self, data):
+    def test_arrays_of_equal_values_have_equal_digests_in_any_layout(self, data):
         sample = data.draw(samples())
         with sample.array() as array:
             copied = np.array(array, order=data.draw(st.sampled_from("CF")), subok=False)
@@ -281,7 +281,7 @@ class TestArrays:
 
     @pytest.mark.parametrize("order", ["C", "F"])
     @pytest.mark.parametrize("nbytes", [1, 64, 300, 1 << 20])
-    def test_in_pieces_of_any_size(self, nbytes, order, monkeypatch):
+    def test_digests_do_not_depend_on_the_size_of_the_pieces(self, nbytes, order, monkeypatch):
         X = np.arange(210.0).reshape(5, 6, 7)
         whole = array_digest(X)
         monkeypatch.setattr(fingerprint, "_PIECE_NBYTES", nbytes)
@@ -289,11 +289,11 @@ class TestArrays:
             assert array_digest(view) == whole
         assert array_digest(X[:, ::-1]) != whole
 
-    def test_every_value_counts(self):
+    def test_every_value_of_an_array_counts(self):
         X = np.arange(10.0)
         assert len({array_digest(np.where(np.arange(10) == i, -1, X)) for i in range(11)}) == 11
 
-    def test_shapes_and_byte_orders_count(self):
+    def test_shapes_and_byte_orders_of_arrays_count(self):
         X = np.arange(6)
         others = [
             X,
@@ -306,7 +306,7 @@ class TestArrays:
         assert len(set(map(array_digest, others))) == len(others)
 
     @pytest.mark.parametrize("dtype", [np.longdouble, np.clongdouble])
-    def test_padding_of_long_doubles_does_not(self, dtype):
+    def test_padding_of_long_doubles_does_not_count(self, dtype):
         one = np.full(3, 1, dtype) / 3
         raw = bytearray(one.tobytes())
         if np.finfo(np.longdouble).nmant == 63 and one.itemsize >= 16:
@@ -318,10 +318,10 @@ class TestArrays:
         assert digest(one[0]) == digest(other[0])
         assert array_digest(one) != array_digest(one * 2)
 
-    def test_bits_count(self):
+    def test_the_sign_of_zero_counts(self):
         assert array_digest(np.array([0.0])) != array_digest(np.array([-0.0]))
 
-    def test_padding_does_not(self):
+    def test_padding_of_structures_does_not_count(self):
         dtype = np.dtype([("a", "i1"), ("b", "f8")], align=True)
         one = np.zeros(3, dtype)
         raw = one.tobytes()
@@ -329,7 +329,7 @@ class TestArrays:
         assert (one == other).all()
         assert array_digest(one) == array_digest(other)
 
-    def test_masks_count_or_are_named(self):
+    def test_masks_of_arrays_count_or_are_named(self):
         one, other = (np.ma.array([1.0, 2.0], mask=mask) for mask in ([0, 1], [1, 0]))
         assert digest(one) != digest(other) or not_looked_into(one)
 
@@ -363,24 +363,24 @@ SOURCES = [
 
 
 class TestFunctions:
-    def test_differ_by_all_of_their_code(self):
+    def test_functions_differ_by_all_of_their_code(self):
         digests = [digest(defined(source)) for source in SOURCES]
         assert len(set(digests)) == len(SOURCES)
         assert digests == [digest(defined(f"\n\n{source}")) for source in SOURCES]
 
-    def test_names_comments_and_places_do_not_count(self):
+    def test_function_names_comments_and_line_numbers_do_not_count(self):
         one = defined("def f(x):\n    return x + 1")
         other = defined("# here\n\ndef g(x):\n    # there\n    return x + 1\nf = g")
         assert digest(one) == digest(other)
 
-    def test_having_run_does_not_count(self):
+    def test_having_run_a_function_does_not_count(self):
         f = defined("def f(x):\n    s = 0\n    for i in range(x):\n        s += i\n    return s")
         before = digest(f)
         for _ in range(200):
             f(50)
         assert digest(f) == before
 
-    def test_what_they_enclose_counts(self):
+    def test_enclosed_values_count(self):
         def enclosing(value):
             return lambda x: (x, value)
 
@@ -391,7 +391,7 @@ class TestFunctions:
         assert digest(inner[0]) == digest(inner[1]) != digest(inner[2])
         assert not_looked_into(enclosing(threading.Lock()))[0].startswith("value.value (")
 
-    def test_what_they_enclose_is_no_default(self):
+    def test_enclosed_values_are_not_confused_with_defaults(self):
         def enclosing(value, default):
             defaults = __defaults__ = value
             return lambda x, y=default: (x, y, defaults, __defaults__)
@@ -399,7 +399,7 @@ class TestFunctions:
         assert digest(enclosing(1, 2)) != digest(enclosing(1, 3))
         assert digest(enclosing(1, 2)) != digest(enclosing(2, 2))
 
-    def test_parts_differ_each_by_itself(self):
+    def test_each_part_of_a_function_has_its_own_digest(self):
         source = "def f(x, y=1):\n    return g(x), h(x), N, M, f"
         globals_ = [
             {
@@ -422,11 +422,11 @@ class TestFunctions:
         assert {name for name in first if first[name] != other_g[name]} == {"func: global g"}
         assert {name for name in first if first[name] != other_m[name]} == {"func: global M"}
 
-    def test_what_is_no_function_is_one_part(self):
+    def test_a_callable_that_is_no_function_is_one_part(self):
         value = functools.partial(len)
         assert Fingerprint().of_function(value, "func") == {"func": digest(value)}
 
-    def test_what_is_enclosed_and_not_bound_yet(self):
+    def test_an_enclosed_name_may_be_unbound(self):
         def outer():
             def inner(x):
                 return late + x
@@ -438,7 +438,7 @@ class TestFunctions:
         before, after = outer()
         assert before != after
 
-    def test_functions_that_call_themselves(self):
+    def test_functions_may_call_themselves(self):
         def recursive(step):
             def go(n):
                 return go(n - step) if n > 0 else n
@@ -448,7 +448,7 @@ class TestFunctions:
         assert digest(recursive(1)) == digest(recursive(1))
         assert digest(recursive(1)) != digest(recursive(2))
 
-    def test_globals_that_they_use_count(self):
+    def test_globals_that_a_function_uses_count(self):
         source = "def f(x):\n    def g():\n        return [x * C for _ in range(2)]\n    return g()"
         made = [defined(source, C=c, D=d) for c, d in [(1, 1), (1, 2), (2, 1)]]
         assert digest(made[0]) == digest(made[1]) != digest(made[2])
@@ -466,7 +466,7 @@ class TestFunctions:
             (Point(1).moved, Point.moved),
         ],
     )
-    def test_partials_and_methods_differ_by_what_they_are_made_of(self, one, other):
+    def test_partials_and_methods_differ_by_their_parts(self, one, other):
         assert digest(one) == digest(one)
         assert digest(one) != digest(other)
 
@@ -499,7 +499,7 @@ class TestFunctions:
     def test_the_object_of_a_bound_builtin_counts_or_is_named(self, one, other):
         assert digest(one) != digest(other) or not_looked_into(one)
 
-    def test_callables_of_classes_of_ones_own_differ_by_what_they_do(self):
+    def test_callables_of_user_classes_differ_by_what_they_do(self):
         def adder(n):
             class Adder:
                 def __call__(self, x):
@@ -1006,7 +1006,7 @@ def f(x):
 
 
 def program(kind, n):
-    """The function `f` of a program."""
+    """Return the function `f` of a program."""
     source = textwrap.dedent(DECIDING[kind])
     names = {"__name__": "program_of_tests"}
     sys.modules["program_of_tests"] = types.ModuleType("program_of_tests")
@@ -1079,7 +1079,7 @@ def get_label():
     return xarray.Dataset({"a": (("x",), np.arange(3))}, coords={"x": [1, 2, 3]})
 
 
-# The library that an object is of, how it is made, and what makes it keep something.
+# The library of an object, how it is made, and what makes it cache something.
 ASKED = {
     "member of an enumeration": (None, lambda: Shape.ROUND, lambda shape: shape.corners),
     "frame with dates": ("pandas", dated, lambda frame: frame.loc[frame.index[1]]),
@@ -1090,7 +1090,7 @@ ASKED = {
 
 class TestGlobals:
     @pytest.mark.parametrize("kind", DECIDING)
-    def test_what_they_are_decides(self, kind):
+    def test_the_value_of_a_global_counts(self, kind):
         if kind in OF_LIBRARIES:
             pytest.importorskip(OF_LIBRARIES[kind], reason="its objects are what this is about")
         found = Fingerprint()
@@ -1104,11 +1104,11 @@ class TestGlobals:
         [threading.Lock(), sys.stderr, (n for n in ()), memoryview(b""), weakref.ref(Point)],
         ids=["lock", "file", "generator", "memoryview", "weak reference"],
     )
-    def test_what_cannot_be_told_is_named(self, value):
+    def test_globals_that_cannot_be_compared_are_named(self, value):
         f = defined("def f(x):\n    return N, x", N=value)
         assert not_looked_into(f)[0].startswith("value: global N")
 
-    def test_modules_of_the_program_are_named_where_they_are_used_whole(self):
+    def test_modules_of_the_program_are_named_if_they_are_used_whole(self):
         settings = types.ModuleType("settings")
         f = defined("def f(x):\n    return getattr(settings, x)", settings=settings)
         assert not_looked_into(f) == ["value: global settings (builtins.module)"]
@@ -1145,7 +1145,7 @@ class TestGlobals:
         assert digest(f) != before
 
     @pytest.mark.parametrize("what", ASKED)
-    def test_what_an_object_keeps_of_its_answers_does_not_count(self, what):
+    def test_answers_that_an_object_caches_do_not_count(self, what):
         library, make, ask = ASKED[what]
         if library is not None:
             pytest.importorskip(library, reason="its objects are what this is about")
@@ -1183,7 +1183,7 @@ class TestGlobals:
         (named,) = not_looked_into(Proxy(len))
         assert named.endswith("Proxy)")
 
-    def test_what_a_module_would_make_up_is_not_asked_for(self):
+    def test_attributes_that_a_module_would_make_up_are_not_asked_for(self):
         settings = types.ModuleType("settings")
 
         def made_up(name):
@@ -1193,12 +1193,12 @@ class TestGlobals:
         f = defined("def f(x):\n    return x or settings.gpu", settings=settings)
         assert not_looked_into(f) == ["value: global settings.gpu (builtins.module)"]
 
-    def test_functions_of_c_tell_no_module(self):
+    def test_c_functions_without_a_module_are_not_named(self):
         linalg = pytest.importorskip("scipy.linalg", reason="some of its functions are Cython's")
         f = defined("def f(x):\n    return issymmetric(x)", issymmetric=linalg.issymmetric)
         assert not_looked_into(f) == []
 
-    def test_objects_of_numba_that_are_no_kernels_are_named(self):
+    def test_numba_objects_that_are_no_kernels_are_named(self):
         @numba.stencil
         def neighbours(a):
             return a[0] + a[-1]
@@ -1207,7 +1207,7 @@ class TestGlobals:
         assert not_looked_into(f) == ["value: global N (numba.stencils.stencil.StencilFunc)"]
 
     @pytest.mark.parametrize("module", ["random", "numpy.random"])
-    def test_streams_behind_functions_count_by_name(self, module):
+    def test_random_streams_behind_functions_count_by_name(self, module):
         stream = importlib.import_module(module)
         gauss = stream.gauss if module == "random" else stream.normal
         f = defined("def f(x):\n    return gauss(x)", gauss=gauss)
@@ -1216,7 +1216,7 @@ class TestGlobals:
         stream.seed(7)
         assert digest(f) == before
 
-    def test_what_is_kept_of_earlier_calls_does_not_count(self):
+    def test_cached_properties_do_not_count(self):
         class Thing:
             @functools.cached_property
             def found(self):
@@ -1229,7 +1229,7 @@ class TestGlobals:
         assert thing.found == vectorized(7) == cached(7) == 7
         assert digest(f) == before
 
-    def test_surroundings_of_the_program_are_named(self):
+    def test_the_environment_of_the_program_is_named(self):
         f = defined("def f(x):\n    return environ", environ=os.environ)
         before = digest(f)
         assert not_looked_into(f) == ["value: global environ (os._Environ)"]
@@ -1239,7 +1239,7 @@ class TestGlobals:
         finally:
             del os.environ["TASKCARRIER_TEST"]
 
-    def test_a_chain_of_functions_longer_than_the_stack(self):
+    def test_a_chain_of_functions_may_be_longer_than_the_stack(self):
         table = {}
         exec("\n".join(f"def f{n}(x): return f{n + 1}(x)" for n in range(3000)), table)
         exec("def f3000(x): return x", table)
@@ -1249,19 +1249,19 @@ class TestGlobals:
         assert digest(table["f0"]) != before
 
     @pytest.mark.parametrize("kind", ["grid", "twice", "sets", "classes"])
-    def test_the_time_grows_with_what_there_is(self, kind):
+    def test_time_grows_linearly_with_the_number_of_objects(self, kind):
         makers = {"grid": grid, "twice": doubled, "sets": nested_sets, "classes": related_classes}
         found = [digest(makers[kind](60, value)) for value in (1, 1, 2)]
         assert found[0] == found[1] != found[2]
 
-    def test_many_functions_that_call_each_other_are_looked_at_once_each(self):
+    def test_many_functions_that_call_each_other_are_looked_into_once_each(self):
         names = [f"f{n}" for n in range(40)]
         calls = ", ".join(f"{name}(x)" for name in names)
         table = {}
         exec("\n".join(f"def {name}(x): return {calls}" for name in names), table)
         assert len(digest(table["f0"])) == 32
 
-    def test_what_is_nested_deeper_than_calls_may_be(self):
+    def test_values_may_be_nested_deeper_than_the_recursion_limit(self):
         def nested(value, depth=100_000):
             for _ in range(depth):
                 value = [value]
@@ -1292,7 +1292,7 @@ class TestGlobals:
 
 
 class TestKernels:
-    def test_differ_by_code_and_by_what_they_enclose(self):
+    def test_kernels_differ_by_code_and_enclosed_values(self):
         def kernel(n):
             return numba.njit(lambda x: x + n)
 
@@ -1302,13 +1302,13 @@ class TestKernels:
         assert digest(kernel(1)) != digest(kernel(1).py_func)
         assert not_looked_into(kernel(1)) == []
 
-    def test_being_compiled_does_not_count(self):
+    def test_being_compiled_does_not_change_a_kernel_s_digest(self):
         kernel = numba.njit(lambda x: x + 1)
         before = digest(kernel)
         kernel(1.0)
         assert digest(kernel) == before
 
-    def test_options_that_decide_values_count(self):
+    def test_kernel_options_that_decide_values_count(self):
         def body(x):
             return x / 3 + x
 
@@ -1377,7 +1377,7 @@ def programs():
 
 
 @pytest.mark.parametrize("number", range(9))
-def test_nothing_depends_on_the_order_of_hashes(number, programs):
+def test_digests_do_not_depend_on_the_order_of_hashes(number, programs):
     assert len({lines[number] for lines in programs}) == 1, [lines[number] for lines in programs]
 
 

@@ -1,4 +1,4 @@
-"""Runs that go on where an earlier one has ended; the ledger that is kept beside an output."""
+"""Runs that continue where an earlier one has ended; the ledger file beside an output."""
 
 import json
 import os
@@ -36,7 +36,7 @@ pools = kept_pools(2)
 
 
 class Stored:
-    """Something like an array, read by range."""
+    """An array-like that is read by range."""
 
     def __init__(self, values):
         self.values, self.shape, self.dtype = values, values.shape, values.dtype
@@ -77,7 +77,7 @@ except (LookupError, ValueError) as error:
 
 
 class Halfway:
-    """A run that is stopped after items 0 to 19 of 40, and what can be tried then."""
+    """A run that is stopped after items 0 to 19 of 40, and attempts to continue it."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -93,12 +93,12 @@ class Halfway:
         self.check = check
 
     def tried(self, func, *arrays, verb=map_array, out=None, **options):
-        """Go on."""
+        """Continue the run."""
         options = {"chunksize": 4, **SERIAL, **options}
         return verb(func, *arrays, out=out or self.out, resume=True, **options)
 
     def stopped(self, func, *arrays, **options):
-        """The first attempt, stopped by an error."""
+        """Make the first attempt, which is stopped by an error."""
         self.stop.touch()
         with pytest.raises(LookupError, match="stop"):
             self.tried(func, *arrays, **options)
@@ -106,7 +106,7 @@ class Halfway:
         self.log.unlink()
 
     def ran(self):
-        """The first items of the ranges that were run since."""
+        """Return the first items of the ranges that were run since."""
         return [int(line) // 2 for line in noted(self.log)]
 
     def left(self):
@@ -129,9 +129,11 @@ def doubling(halfway, factor=2):
 LATER = [20, 24, 28, 32, 36]
 
 
-class TestGoingOn:
+class TestContinuing:
     @pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
-    def test_on_any_backend_and_with_any_number_of_workers(self, backend, balance, halfway):
+    def test_a_run_continues_on_any_backend_with_any_number_of_workers(
+        self, backend, balance, halfway
+    ):
         func = doubling(halfway.check)
         halfway.stopped(func, X)
         result = halfway.tried(func, X, backend=backend, balance=balance, n_jobs=2)
@@ -142,7 +144,7 @@ class TestGoingOn:
         assert_same(np.load(halfway.out), X * 2)
 
     @pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
-    def test_after_a_run_anywhere(self, backend, balance, halfway):
+    def test_a_run_on_any_backend_can_be_continued(self, backend, balance, halfway):
         func = doubling(halfway.check)
         halfway.stop.touch()
         with pytest.raises(LookupError, match="stop"):
@@ -153,10 +155,10 @@ class TestGoingOn:
         assert_same(np.array(halfway.tried(func, X)), X * 2)
         again = halfway.ran()[len(before) :]
         failed = [start for start in before if start >= 20]
-        # Those that failed, and those that were not come to.
+        # Ranges that failed, and ranges that were not reached.
         assert sorted(again) == sorted({*range(0, 40, 4)} - {*before} | {*failed})
 
-    def test_several_times(self, halfway):
+    def test_a_run_may_be_continued_several_times(self, halfway):
         def func(chunk):
             halfway.check(0)
             if len(noted(halfway.log)) % 3 == 0:
@@ -169,17 +171,19 @@ class TestGoingOn:
         assert_same(np.array(halfway.tried(func, X)), X * 2)
         assert len(noted(halfway.log)) == 10 + 4
 
-    def test_an_undisturbed_run_leaves_the_output_alone(self, halfway):
+    def test_an_undisturbed_run_leaves_only_the_output(self, halfway):
         assert_same(np.array(halfway.tried(doubling(halfway.check), X)), X * 2)
         assert halfway.left() == ["Y.npy"]
         assert last_report().notes == ()
 
-    def test_a_finished_run_is_run_anew(self, halfway):
+    def test_a_finished_run_starts_over(self, halfway):
         for _ in range(2):
             halfway.tried(doubling(halfway.check), X)
         assert halfway.ran() == [*range(0, 40, 4)] * 2
 
-    def test_what_was_complete_but_for_its_name(self, halfway, monkeypatch):
+    def test_a_run_that_was_complete_but_for_its_name_runs_nothing_again(
+        self, halfway, monkeypatch
+    ):
         func = doubling(halfway.check)
         with monkeypatch.context() as patched:
             patched.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
@@ -200,7 +204,7 @@ class TestGoingOn:
         halfway.tried(func, X)
         assert_same(np.load(halfway.out), X * 2)
 
-    def test_mappers_can(self, halfway):
+    def test_mappers_can_continue_a_run(self, halfway):
         func = doubling(halfway.check)
         halfway.stopped(func, X)
         with StaticParallelMapper(2, backend="loky", chunksize=4) as mapper:
@@ -210,7 +214,7 @@ class TestGoingOn:
         with DynamicParallelMapper(2, backend="threading") as mapper:
             mapper.map_array(func, X, out=halfway.out, resume=True, chunksize=4)
 
-    def test_workers_that_die_are_no_hindrance(self, halfway):
+    def test_workers_that_die_do_not_prevent_continuing(self, halfway):
         def func(chunk):
             halfway.check(chunk[0, 0])
             if chunk[0, 0] == 56 and len(noted(halfway.log)) < 4:
@@ -238,7 +242,7 @@ class TestResults:
             [("a", "f4", (2,)), ("b", [("x", "i2")])],
         ],
     )
-    def test_of_any_dtype(self, dtype, halfway):
+    def test_results_of_any_dtype_are_continued(self, dtype, halfway):
         values = np.frombuffer(bytes(range(1, 128)) * 10, np.uint8)[: 40 * np.dtype(dtype).itemsize]
         values = (values % 2 if dtype == "?" else values % 100).astype(np.uint8)
         if dtype == ">U2":
@@ -258,7 +262,7 @@ class TestResults:
         assert halfway.ran() == LATER
 
     @pytest.mark.parametrize("order", ["C", "F"])
-    def test_of_any_order(self, order, halfway):
+    def test_results_in_any_memory_order_are_continued(self, order, halfway):
         Z = np.asarray(X, order=order)
         func = doubling(halfway.check)
         halfway.stopped(func, Z)
@@ -267,7 +271,7 @@ class TestResults:
         assert np.load(halfway.out).flags.f_contiguous == (order == "F")
 
     @pytest.mark.parametrize(("first", "second"), ["CF", "FC"])
-    def test_the_same_values_in_another_order_are_no_reason_for_wrong_ones(
+    def test_the_same_values_in_another_memory_order_give_no_wrong_results(
         self, first, second, halfway
     ):
         func = doubling(halfway.check)
@@ -279,7 +283,7 @@ class TestResults:
         else:
             assert_same(np.array(result), X * 2)
 
-    def test_along_other_axes(self, halfway):
+    def test_results_along_other_axes_are_continued(self, halfway):
         def func(chunk):
             halfway.check(chunk[0, 0] * 2)
             return chunk.sum(axis=0)
@@ -290,7 +294,7 @@ class TestResults:
         assert halfway.ran() == LATER
 
     @pytest.mark.parametrize("axes", [(0, 1), (1, 0), (-1, 0)])
-    def test_several_of_different_axes(self, axes, halfway):
+    def test_several_results_of_different_axes_are_continued(self, axes, halfway):
         def func(chunk):
             halfway.check(chunk[0, 0])
             doubled, text = chunk * 2, (chunk % 7).astype("U1")
@@ -306,7 +310,7 @@ class TestResults:
         assert sorted(halfway.ran()) == LATER
         assert halfway.left() == ["Y.npy", "Z.npy"]
 
-    def test_of_several_where_one_file_is_gone(self, halfway):
+    def test_a_run_starts_over_if_one_of_several_files_is_gone(self, halfway):
         def func(chunk):
             halfway.check(chunk[0, 0])
             return chunk * 2, chunk * 3
@@ -319,7 +323,7 @@ class TestResults:
         assert halfway.ran() == [*range(0, 40, 4)]
 
     @pytest.mark.parametrize("returns", ["an array", "a tuple"])
-    def test_one_in_a_tuple_or_not(self, returns, halfway):
+    def test_a_single_result_may_stand_in_a_tuple_or_not(self, returns, halfway):
         def func(chunk):
             halfway.check(chunk[0, 0])
             return chunk * 2 if returns == "an array" else (chunk * 2,)
@@ -331,14 +335,14 @@ class TestResults:
             assert halfway.ran() == LATER
             halfway.log.unlink()
 
-    def test_cast_to_a_dtype(self, halfway):
+    def test_results_cast_to_a_dtype_are_continued(self, halfway):
         func = doubling(halfway.check)
         halfway.stopped(func, X, dtype="f4")
         assert_same(np.array(halfway.tried(func, X, dtype="f4")), (X * 2).astype("f4"))
         assert halfway.ran() == LATER
 
     @pytest.mark.parametrize("boundary", ["wrap", "nearest"])
-    def test_with_neighbours(self, boundary, halfway):
+    def test_chunks_with_neighbours_are_continued(self, boundary, halfway):
         def func(chunk):
             halfway.check(chunk[3, 0])
             return (np.roll(chunk, 1, 0) + chunk + np.roll(chunk, -1, 0)) * 1.0
@@ -354,7 +358,7 @@ MAY_HAVE_CHANGED = r"resume compared samples of array 0 \(.*\), which may have c
 
 
 class TestInputs:
-    def test_a_file_is_the_same_that_was_not_touched(self, halfway):
+    def test_an_untouched_file_counts_as_the_same_input(self, halfway):
         path = halfway.folder / "in.npy"
         np.save(path, X)
         func = doubling(halfway.check)
@@ -413,7 +417,7 @@ class TestInputs:
             halfway.tried(func, path)
 
     @pytest.mark.fault(27)
-    def test_every_page_of_64_is_compared(self, halfway):
+    def test_a_change_in_any_of_64_pages_is_noticed(self, halfway):
         path = halfway.folder / "in.npy"
         raw = np.repeat(np.arange(40.0) * 2, 816).reshape(40, 816)
         np.save(path, raw)
@@ -434,7 +438,7 @@ class TestInputs:
 
     @pytest.mark.fault(27)
     @pytest.mark.parametrize("folder", [None, "/dev/shm"])
-    def test_a_file_that_was_written_to_through_memory(self, folder, halfway):
+    def test_writes_to_a_file_through_memory_are_noticed(self, folder, halfway):
         """The kernel does not note each such write at once, and in memory none at all."""
         with tempfile.TemporaryDirectory(dir=folder) as own:
             path = Path(own) / "in.npy"
@@ -465,7 +469,7 @@ class TestInputs:
 
     @pytest.mark.parametrize("shape", [(40,), (40, 2), (40, 3, 5)])
     @pytest.mark.parametrize("stored", [True, False])
-    def test_arrays_of_any_shape(self, stored, shape, halfway):
+    def test_inputs_of_any_shape_are_continued(self, stored, shape, halfway):
         raw = np.arange(float(np.prod(shape))).reshape(shape)
         array = Stored(raw)
         if stored:
@@ -501,7 +505,7 @@ class TestInputs:
         assert_same(np.array(result), X * 2)
         assert halfway.ran() == LATER
 
-    def test_of_large_items_few_are_sampled(self, halfway, monkeypatch):
+    def test_few_samples_are_taken_of_large_items(self, halfway, monkeypatch):
         monkeypatch.setattr(computation, "_SAMPLED_NBYTES", 3 * 16)
         array = Stored(X)
         func = doubling(halfway.check)
@@ -511,7 +515,7 @@ class TestInputs:
             halfway.tried(func, array)
 
     @pytest.mark.fault(27)
-    def test_a_zarr_array_that_was_rewritten(self, tmp_path):
+    def test_a_zarr_array_that_was_rewritten_is_refused(self, tmp_path):
         pytest.importorskip("zarr", reason="zarr arrays are what this is about")
         path, stop = tmp_path / "X.zarr", tmp_path / "stop"
 
@@ -526,7 +530,7 @@ class TestInputs:
         assert said(0) == "[1.0, 1.0, 1.0, 1.0]\n"
 
     @pytest.mark.fault(27)
-    def test_what_cannot_be_compared_is_named_at_the_start_and_in_the_report(self, halfway):
+    def test_values_that_cannot_be_compared_are_named_at_the_start_and_in_the_report(self, halfway):
         lock = threading.Lock()
 
         def func(chunk):
@@ -554,7 +558,7 @@ class TestInputs:
             halfway.tried(lambda chunk: (lock, chunk)[1], X)
         assert halfway.left() == []
 
-    def test_arrays_in_memory_are_told_by_content(self, halfway):
+    def test_arrays_in_memory_are_compared_by_content(self, halfway):
         func = doubling(halfway.check)
         halfway.stopped(func, X)
         wide = np.repeat(X, 2, axis=1)[:, ::2]
@@ -570,7 +574,7 @@ class TestInputs:
 
 
 class TestItems:
-    def test_are_run_by_ranges(self, halfway):
+    def test_items_are_continued_by_ranges(self, halfway):
         def func(row):
             halfway.check(row[0])
             return row.sum(), row * 2
@@ -582,12 +586,12 @@ class TestItems:
         assert_same(tuple(map(np.array, results)), (X.sum(axis=1), X * 2))
         assert sorted(halfway.ran()) == list(range(20, 40))
 
-    def test_must_give_one_dtype(self, halfway):
+    def test_items_must_give_one_dtype(self, halfway):
         with pytest.raises(ValueError, match="dtype"):
             halfway.tried(lambda x: int(x) if x < 20 else x, np.arange(40.0), verb=map_items)
 
     @pytest.mark.parametrize("backend", ["sequential", "threading"])
-    def test_of_kernels(self, backend, halfway):
+    def test_kernels_over_items_are_continued(self, backend, halfway):
         limits = np.array([30.0])  # is read as an argument, so changed between two runs
 
         @numba.njit
@@ -611,7 +615,7 @@ class TestItems:
         assert marks[5:7] == b"\1\1"
         assert marks[7] != 1
 
-    def test_of_kernels_are_those_of_an_undisturbed_run(self, halfway, monkeypatch):
+    def test_continued_kernels_give_the_results_of_an_undisturbed_run(self, halfway, monkeypatch):
         @numba.njit
         def root(x):
             return np.sqrt(x), x + 1
@@ -631,7 +635,7 @@ class TestItems:
 
 
 class TestErrors:
-    def test_what_was_filled_is_tried_again(self, halfway):
+    def test_filled_items_are_tried_again(self, halfway):
         broken = halfway.folder / "broken"
 
         def func(chunk):
@@ -650,7 +654,7 @@ class TestErrors:
         assert_same(np.array(halfway.tried(func, X, on_error="fill")), X * 2)
         assert halfway.ran() == [4, 28, 32, 36]
 
-    def test_what_fails_again_is_filled(self, halfway):
+    def test_items_that_fail_again_are_filled(self, halfway):
         def func(chunk):
             halfway.check(40 if chunk[0, 0] == 60 else 0)
             if 10 in chunk:
@@ -665,7 +669,7 @@ class TestErrors:
         assert [f[:2] for f in failures] == [(5, 6)]
         assert halfway.left() == ["Y.npy"]
 
-    def test_where_every_item_fails_nothing_is_complete(self, halfway):
+    def test_a_run_in_which_every_item_fails_is_not_complete(self, halfway):
         def func(chunk):
             raise ArithmeticError("broken")
 
@@ -674,7 +678,7 @@ class TestErrors:
         assert len(failures) == 40
         assert not halfway.out.exists()
 
-    def test_results_of_a_wrong_dtype_are_told_from_those_that_are_there(self, halfway):
+    def test_results_of_another_dtype_than_those_in_the_file_are_refused(self, halfway):
         kind = halfway.folder / "kind"
 
         def func(chunk):
@@ -691,7 +695,7 @@ class TestErrors:
 
 @pytest.mark.fault(27)
 class TestRefusals:
-    """What must be the same for a run to go on."""
+    """Everything that must be the same for a run to continue."""
 
     @staticmethod
     def refused(halfway, what, func, *arrays, **options):
@@ -705,7 +709,7 @@ class TestRefusals:
         after = halfway.ledger.read_bytes(), (halfway.folder / "Y.npy.part").read_bytes()
         assert after == before
 
-    def test_the_function(self, halfway):
+    def test_another_function_is_refused(self, halfway):
         func = doubling(halfway.check)
         halfway.stopped(func, X)
         parts = ["func", "func.halfway", "func.factor"]
@@ -713,7 +717,7 @@ class TestRefusals:
         self.refused(halfway, ["func.factor"], doubling(halfway.check, 3), X)
         assert_same(np.array(halfway.tried(doubling(halfway.check), X)), X * 2)
 
-    def test_arguments(self, halfway):
+    def test_other_arguments_are_refused(self, halfway):
         def func(chunk, *_, axis=0, func=0, **__):
             halfway.check(chunk[0, 0])
             return chunk * 2
@@ -734,7 +738,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "name", ["axis", "func", "items", "dtype", "chunksize", "depth", "array 0", "args[0]"]
     )
-    def test_arguments_that_are_called_as_something_else_is(self, name, halfway):
+    def test_arguments_named_like_other_parts_are_compared(self, name, halfway):
         def func(chunk, *_, **__):
             halfway.check(chunk[0, 0])
             return chunk * 2
@@ -745,7 +749,7 @@ class TestRefusals:
         assert noted(halfway.log) == []
         assert_same(np.array(halfway.tried(func, X, args=(1,), kwargs={name: 1})), X * 2)
 
-    def test_arrays(self, halfway):
+    def test_other_arrays_are_refused(self, halfway):
         func = doubling(halfway.check)
         halfway.stopped(func, X, X)
         changed = X.copy()
@@ -773,29 +777,29 @@ class TestRefusals:
             (["writable"], {"writable": True}),
         ],
     )
-    def test_options_that_decide_values(self, what, options, halfway):
+    def test_other_options_that_decide_values_are_refused(self, what, options, halfway):
         func = doubling(halfway.check)
         halfway.stopped(func, X)
         self.refused(halfway, what, func, X, **options)
 
-    def test_the_verb(self, halfway):
+    def test_another_verb_is_refused(self, halfway):
         func = doubling(halfway.check)
         halfway.stopped(func, X)
         self.refused(halfway, ["called with"], func, X, verb=map_items)
 
-    def test_the_number_of_outputs(self, halfway):
+    def test_another_number_of_outputs_is_refused(self, halfway):
         func = doubling(halfway.check)
         halfway.stopped(func, X)
         out = (halfway.out, halfway.folder / "Z.npy")
         self.refused(halfway, ["outputs", "out_axis"], func, X, out=out, out_axis=(0, 0))
 
-    def test_outputs_that_are_no_files(self, halfway):
+    def test_outputs_that_are_no_files_are_refused(self, halfway):
         for out in (None, np.empty((40, 2)), (halfway.out, np.empty((40, 2)))):
             with pytest.raises(ValueError, match="resume=True needs out= as a path"):
                 map_array(lambda c: c, X, out=out, resume=True)
         assert halfway.left() == []
 
-    def test_what_may_change(self, halfway):
+    def test_options_that_decide_no_values_may_change(self, halfway):
         func = doubling(halfway.check)
         halfway.stopped(func, X, backend="sequential", n_jobs=1, balance="static")
         options = {"n_jobs": 3, "balance": "dynamic", "backend": "threading"}
@@ -804,7 +808,7 @@ class TestRefusals:
         assert sorted(halfway.ran()) == LATER
 
 
-class TestTheFile:
+class TestFormat:
     """Its format, as the docstring of `taskcarrier.arrays.resume.ledger_file` has it."""
 
     @staticmethod
@@ -816,7 +820,7 @@ class TestTheFile:
         assert content[len(content) - len(rest) : at] == bytes(at - len(content) + len(rest))
         return first, header, content[at:]
 
-    def test_is_as_documented(self, halfway):
+    def test_the_file_is_as_documented(self, halfway):
         func = doubling(halfway.check)
         halfway.stopped(func, X, X, kwargs={}, args=(3, "x"))
         first, header, marks = self.parsed(halfway.ledger)
@@ -835,11 +839,11 @@ class TestTheFile:
         assert all(isinstance(word, str) for word in computes.values())
         assert computes["array 0"] == computes["array 1"]
 
-    def test_is_its_owners_alone(self, halfway):
+    def test_the_file_is_readable_only_by_its_owner(self, halfway):
         halfway.stopped(doubling(halfway.check), X)
         assert stat.S_IMODE(halfway.ledger.stat().st_mode) == 0o600
 
-    def test_stands_beside_the_target_of_a_link(self, halfway):
+    def test_the_file_is_placed_beside_the_target_of_a_link(self, halfway):
         folder = halfway.folder / "elsewhere"
         folder.mkdir()
         halfway.out.symlink_to(folder / "Z.npy")
@@ -861,7 +865,7 @@ class TestTheFile:
         assert_same(np.array(halfway.tried(func, X, **options)), X * 2)
         assert halfway.ran() == LATER
 
-    def test_names_that_are_not_ascii(self, halfway):
+    def test_names_need_not_be_ascii(self, halfway):
         def func(chunk, **_):
             halfway.check(chunk[0, 0])
             return chunk * 2
@@ -873,7 +877,7 @@ class TestTheFile:
             halfway.tried(func, X, kwargs={"größe": 2, "\n": 2})
         assert_same(np.array(halfway.tried(func, X, kwargs={"größe": 1, "\n": 2})), X * 2)
 
-    def test_marks_may_stand_elsewhere(self, halfway):
+    def test_marks_may_start_at_another_offset(self, halfway):
         func = doubling(halfway.check)
         halfway.stopped(func, X)
         _, header, marks = self.parsed(halfway.ledger)
@@ -884,14 +888,14 @@ class TestTheFile:
         assert halfway.ran() == LATER
 
 
-class TestKeptLedger:
+class TestLedgerFile:
     DIGESTS = {"func": "ab", "array 0": "cd"}  # noqa: RUF012  # a constant of the tests
 
     def kept(self, folder, n=5, **changes):
         digests = {**self.DIGESTS, **changes}
         return LedgerFile(str(folder / "Y.npy"), n, Computation(digests, {}, []))
 
-    def test_marks_outlive_it(self, tmp_path):
+    def test_marks_outlive_the_object(self, tmp_path):
         kept = self.kept(tmp_path)
         assert kept.is_new
         assert kept.begin(anew=True) == 0
@@ -904,7 +908,7 @@ class TestKeptLedger:
         assert again.begin(anew=True) == 0
         again.close()
 
-    def test_one_run_at_a_time_has_it(self, tmp_path):
+    def test_only_one_run_at_a_time_may_hold_the_file(self, tmp_path):
         kept = self.kept(tmp_path)
         for changes in ({}, {"func": "other"}):
             with pytest.raises(BlockingIOError, match="another run is at work on this output"):
@@ -912,7 +916,7 @@ class TestKeptLedger:
         kept.close()
         self.kept(tmp_path).close()
 
-    def test_names_what_differs(self, tmp_path):
+    def test_the_error_names_what_differs(self, tmp_path):
         self.kept(tmp_path).close()
         for changes, what in [
             ({"func": "x"}, "func"),
@@ -939,12 +943,12 @@ class TestKeptLedger:
         kept = self.kept(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["Y.npy.ledger"]
         kept.remove()
-        kept.remove()  # somebody else may have done it
+        kept.remove()  # another run may have removed it
         kept.close()
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("n", [1, 4095, 4096, 4097, 100_000])
-    def test_of_any_number_of_ranges(self, n, tmp_path):
+    def test_a_file_holds_any_number_of_marks(self, n, tmp_path):
         kept = self.kept(tmp_path, n)
         marks = kept.marks.open("write")
         assert marks.shape == (n,)

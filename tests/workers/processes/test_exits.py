@@ -24,7 +24,7 @@ def refuse(number):
 
 @pytest.fixture(params=["pidfd", "not permitted", "not implemented", "absent", "no signals"])
 def way(request, monkeypatch):
-    """How the end is seen, or why not so."""
+    """Select how the exit is watched, or which call fails."""
     if request.param == "absent":
         monkeypatch.delattr(os, "pidfd_open")
         monkeypatch.delattr(signal, "pidfd_send_signal")
@@ -46,8 +46,8 @@ def child():
 
 
 @pytest.mark.fault(50)
-class TestEnding:
-    def test_it_is_seen_and_the_process_left_to_be_reaped(self, way, child):
+class TestProcessExit:
+    def test_an_exit_is_seen_and_the_process_left_to_be_reaped(self, way, child):
         ending = ProcessExit(child.pid)
         assert not is_readable(ending.fd)
         assert not os.get_inheritable(ending.fd)
@@ -57,7 +57,7 @@ class TestEnding:
         ending.close()
         assert ending.fd == -1
 
-    def test_one_that_has_ended_before(self, way, child):
+    def test_an_exit_before_the_watch_is_seen(self, way, child):
         child.stdin.close()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         ending = ProcessExit(child.pid)
@@ -66,7 +66,7 @@ class TestEnding:
         assert child.wait(LONG) == 1
         ending.close()
 
-    def test_it_is_killed(self, way, child):
+    def test_a_process_is_killed(self, way, child):
         ending = ProcessExit(child.pid)
         ending.kill()
         assert is_readable(ending.fd, LONG)
@@ -75,7 +75,7 @@ class TestEnding:
         ending.kill()  # its number may be another's now
         ending.close()
 
-    def test_in_a_forked_child_nothing_is_waited_for(self, way, child):
+    def test_a_forked_child_waits_for_no_exit(self, way, child):
         ending = ProcessExit(child.pid)
         pid = os.fork()
         if pid == 0:
@@ -87,7 +87,7 @@ class TestEnding:
         child.wait(LONG)
         ending.close()
 
-    def test_another_user_s_process_is_not_ours_to_kill(self, way, child, monkeypatch):
+    def test_a_process_of_another_user_cannot_be_killed(self, way, child, monkeypatch):
         ending = ProcessExit(child.pid)
         monkeypatch.setattr(os, "kill", refuse(errno.EPERM))
         monkeypatch.setattr(signal, "pidfd_send_signal", refuse(errno.EPERM), raising=False)
@@ -99,7 +99,7 @@ class TestEnding:
         ending.close()
 
 
-def test_a_thread_waits_only_where_it_must(child):
+def test_a_thread_waits_only_without_pidfd(child):
     ending = ProcessExit(child.pid)
     assert not [one for one in threading.enumerate() if one.name == "taskcarrier-waiting"]
     child.kill()
@@ -114,7 +114,7 @@ def test_too_many_open_files_are_an_error(child, monkeypatch):
 
 
 class TestReadable:
-    def test_once_there_is_something(self):
+    def test_a_descriptor_is_readable_once_there_is_something(self):
         read, write = os.pipe()
         assert not is_readable(read)
         assert not is_readable(read, 0.01)
@@ -123,13 +123,13 @@ class TestReadable:
         os.close(read)
         os.close(write)
 
-    def test_at_the_end(self):
+    def test_a_closed_descriptor_is_readable(self):
         one, other = socket.socketpair()
         with one:
             other.close()
             assert is_readable(one.fileno())
 
-    def test_descriptors_above_those_of_select_are_looked_at(self):
+    def test_descriptors_beyond_the_range_of_select_are_watched(self):
         reader, writer = os.pipe()
         high = os.dup2(reader, 1500, inheritable=False)
         assert not is_readable(high)

@@ -1,4 +1,4 @@
-"""One run on a pool of processes: nothing is lost, whoever dies, wherever in its code.
+"""One run on a pool of processes: nothing is lost, whichever worker dies at whichever step.
 
 Most of it is scripted: workers run the real loop of a worker process, but in this thread, over
 memory in which they die in front of a chosen write, claim, message or call.
@@ -55,11 +55,11 @@ by_balance = pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing after it runs."""
+    """Stands for SIGKILL: nothing runs after it."""
 
 
 class Fate:
-    """When a worker dies: in front of its step number `left`, and of all that come after."""
+    """When a worker dies: before its step number `left`, and before all later ones."""
 
     def __init__(self, left=None):
         self.left = left
@@ -72,7 +72,7 @@ class Fate:
 
 
 class MortalMemory:
-    """What a worker writes to as long as it lives."""
+    """Memory that a worker writes to as long as it lives."""
 
     def __init__(self, memory, fate):
         self.memory = memory
@@ -90,13 +90,13 @@ class MortalMemory:
 class MortalCounter:
     """A worker may die before and after it takes a number."""
 
-    def __init__(self, cursor, fate):
-        self.cursor = cursor
+    def __init__(self, counter, fate):
+        self.counter = counter
         self.fate = fate
 
     def advance(self):
         self.fate.step()
-        number = self.cursor.advance()
+        number = self.counter.advance()
         self.fate.step()
         return number
 
@@ -121,7 +121,7 @@ class MortalSocket(MessageSocket):
 
 
 class Process:
-    """Stands for a worker process; it runs where it is told to."""
+    """Stands for a worker process; the test decides when it runs."""
 
     def __init__(self, number, name, fate):
         ours, theirs = socket.socketpair()
@@ -135,7 +135,7 @@ class Process:
         self.has_ended = False
 
     def kill(self):
-        """It is seen to be dead when the test says so: signals take their time."""
+        """Count the kill; the test decides when the death is seen, because signals take time."""
         self.n_kills += 1
 
     def end(self):
@@ -196,7 +196,7 @@ def doubled(start, stop):
     return [2 * item for item in range(start, stop)]
 
 
-class Pool:
+class ScriptedPool:
     """Scripted workers of one run.
 
     Parameters
@@ -224,13 +224,13 @@ class Pool:
         self.fates = iter(fates)
         self.processes = []
         self.waiting = []
-        self.lost = []  # ranges of each that died which it had run, or begun, for nothing
+        self.lost = []  # for each dead worker, ranges that it had run or begun in vain
         self.run = ProcessRun(
             job, self.ledger, self.delivered.__setitem__, Payload(b"", []), self.get_worker
         )
 
     def get_worker(self, number):
-        """A new process that waits for its run."""
+        """Return a new process that waits for its run."""
         name = f"process {len(self.processes)}"
         process = Process(number, name, Fate(next(self.fates, None)))
         self.processes.append(process)
@@ -238,13 +238,13 @@ class Pool:
         return process
 
     def started(self):
-        """All processes, each with its order."""
+        """Start all processes, each with its order."""
         for number in range(self.job.n_workers):
             self.run.start(number, self.get_worker(number))
         return self
 
     def live(self, process):
-        """Have a process run until it is done or dies."""
+        """Let a process run until it is done or dies."""
         task, fate, words = self.job.task, process.fate, self.ledger
         task.fate = fate
         n_calls = len(task.calls)
@@ -267,7 +267,7 @@ class Pool:
             process.end()
 
     def lost_with(self, process, calls):
-        """Those of the ranges that a process was called for whose results are nowhere."""
+        """Return the ranges that a process has run whose results are lost."""
         arrived = {start for data in process.inside.results for start, *_ in pickle.loads(data[1:])}
         marks, size = self.ledger.marks, self.job.grid.chunksize
         return [
@@ -278,7 +278,7 @@ class Pool:
         ]
 
     def to_the_end(self):
-        """How the run ends, each process running when it is started."""
+        """Return the result of the run; each process runs when it is started."""
         try:
             self.started()
             for _ in range(1000):
@@ -292,12 +292,12 @@ class Pool:
             self.close()
 
     def calls_expected(self):
-        """Every chunk once, and what those that died have lost."""
+        """Count every chunk once, and the ranges that dead workers have lost."""
         indices = map(self.job.grid.range_of, range(len(self.job.grid)))
         return Counter(indices) + Counter(itertools.chain(*self.lost))
 
     def results(self):
-        """What has come of each item: -1 for those without a result."""
+        """Return the result of each item, or -1 for those without."""
         found = np.full(self.job.grid.n_items, -1) if self.job.task.place is None else None
         if found is None:
             return self.job.task.place.tolist()
@@ -332,7 +332,7 @@ def scripted(
 ):
     task = Task(np.full(n_items, -1) if in_place else None, deadly)
     job = Job(task, balance or Dynamic(), ChunkGrid(n_items, chunksize), n_workers, **others)
-    return Pool(job, fates, batch_seconds)
+    return ScriptedPool(job, fates, batch_seconds)
 
 
 WAYS = {
@@ -343,12 +343,12 @@ WAYS = {
 by_way = pytest.mark.parametrize("way", WAYS)
 
 
-# After so many steps a worker has its first range in hand.
+# The number of steps after which a worker has its first range in hand.
 IN_FIRST_RANGE = {"static": 3, "dynamic": 5}
 
 
 def at_every_step(before, **options):
-    """Runs in which the process started after those `before` dies at its first step, second, ..."""
+    """Yield runs in which the process after those `before` dies at its first step, second, ..."""
     for n_steps in itertools.count():
         pool = scripted(fates=[*before, n_steps], **options)
         ran = pool.to_the_end()
@@ -362,7 +362,7 @@ def at_every_step(before, **options):
 class TestDeathAtAnyStep:
     # A worker that is alone, the first of two, and the second.
     @pytest.mark.parametrize(("before", "n_workers"), [([], 1), ([], 2), ([None], 2)], ids=str)
-    def test_exactly_what_got_lost_is_run_again(self, balance, way, before, n_workers):
+    def test_only_lost_ranges_are_run_again(self, balance, way, before, n_workers):
         n_deaths = 0
         for pool, ran in at_every_step(before, balance=balance, n_workers=n_workers, **WAYS[way]):
             assert pool.results() == doubled(0, 8)
@@ -372,17 +372,17 @@ class TestDeathAtAnyStep:
             n_deaths = max(n_deaths, len(ran.deaths))
         assert n_deaths == 1
 
-    def test_also_in_the_place_of_one_that_died(self, balance, way):
+    def test_only_lost_ranges_are_run_again_by_a_replacement(self, balance, way):
         for pool, ran in at_every_step(
             [IN_FIRST_RANGE[balance.name]], balance=balance, **WAYS[way]
         ):
             assert pool.results() == doubled(0, 8)
             assert (ran.fatal, ran.missing, ran.failures) == ([], [], [])
             again = Counter(pool.job.task.calls) - pool.calls_expected()
-            # What was given out again and is just finished may be run once more.
+            # An attempt that is just finished may be run once more.
             assert again in (Counter(), Counter([(0, 2)]))
 
-    def test_what_is_finished_is_not_given_up(self, balance, way):
+    def test_finished_ranges_are_not_given_up(self, balance, way):
         retry_policy = RetryPolicy(retries=1)
         options = {"balance": balance, "retry_policy": retry_policy, **WAYS[way]}
         n_fatal = 0
@@ -394,16 +394,16 @@ class TestDeathAtAnyStep:
             n_fatal += len(ran.fatal)
         assert n_fatal > 0
 
-    def test_items_are_accounted_for(self, balance, way):
+    def test_every_item_is_counted_in_the_stats(self, balance, way):
         for pool, ran in at_every_step([], balance=balance, **WAYS[way]):
             (last,) = [one for one in ran.worker_stats if one.name == pool.processes[-1].name]
             assert last.failure is None
             done = sum(stats.items for stats in ran.worker_stats)
             n_lost = sum(stop - start for start, stop in itertools.chain(*pool.lost))
-            # What was finished and got lost counts for both that finished it.
+            # A range that was finished and lost counts for both workers that finished it.
             assert 8 - 2 * len(ran.deaths) <= done <= 8 + n_lost
 
-    def test_never_again_means_never(self, balance, way):
+    def test_without_retries_no_range_is_run_twice(self, balance, way):
         retry_policy = RetryPolicy(retries=0)
         for pool, ran in at_every_step([], balance=balance, retry_policy=retry_policy, **WAYS[way]):
             assert max(Counter(pool.job.task.calls).values(), default=0) <= 1
@@ -426,7 +426,7 @@ some_options = st.builds(
 
 class TestManyDeaths:
     @given(some_options, some_fates)
-    def test_nothing_is_lost(self, options, fates):
+    def test_many_deaths_lose_no_result(self, options, fates):
         pool = scripted(**options, fates=fates, retry_policy=RetryPolicy(retries=len(fates) + 1))
         ran = pool.to_the_end()
         assert pool.results() == doubled(0, options["n_items"])
@@ -440,7 +440,7 @@ class TestManyDeaths:
         st.integers(0, 2),
         st.fixed_dictionaries({"can_split": st.booleans(), "collect_errors": st.booleans()}),
     )
-    def test_an_item_without_its_result_is_missing(self, options, fates, deadly, retries, ways):
+    def test_every_item_without_a_result_is_missing(self, options, fates, deadly, retries, ways):
         retry_policy = RetryPolicy(retries=retries)
         pool = scripted(**options, fates=fates, deadly=deadly, retry_policy=retry_policy, **ways)
         ran = pool.to_the_end()
@@ -464,7 +464,9 @@ class TestNarrowing:
     @pytest.mark.parametrize("retries", [1, 2, 5])
     @pytest.mark.parametrize("n_items", [1, 2, 3, 8, 13])
     @by_balance
-    def test_one_death_for_each_halving(self, n_items, retries, balance):
+    def test_a_killing_item_is_found_with_one_death_for_each_halving(
+        self, n_items, retries, balance
+    ):
         for deadly in range(n_items):
             pool = scripted(
                 balance=balance,
@@ -490,7 +492,7 @@ class TestNarrowing:
             assert pool.results() == expected
             assert ran.fatal == ran.missing == []
 
-    def test_two_in_one_range(self):
+    def test_two_killing_items_in_one_range_are_found(self):
         pool = scripted(
             n_items=16,
             chunksize=16,
@@ -504,7 +506,7 @@ class TestNarrowing:
         assert [i for i, result in enumerate(pool.results()) if result != 2 * i] == [3, 11]
         assert ran.fatal == []
 
-    def test_a_range_that_cannot_be_narrowed(self):
+    def test_a_range_that_cannot_be_split_is_collected_whole(self):
         pool = scripted(deadly={3}, collect_errors=True, retry_policy=RetryPolicy(retries=1))
         ran = pool.to_the_end()
         assert [death.range for death in ran.deaths] == [(2, 4)] * 2
@@ -518,7 +520,7 @@ class TestNarrowing:
 
 @by_balance
 class TestGivenUp:
-    def test_at_once_without_retries(self, balance):
+    def test_a_range_is_given_up_at_once_without_retries(self, balance):
         pool = scripted(
             balance=balance, deadly={3}, n_workers=2, retry_policy=RetryPolicy(retries=0)
         )
@@ -529,7 +531,7 @@ class TestGivenUp:
         assert pool.job.task.calls.count((2, 4)) == 1
 
     @pytest.mark.parametrize("retries", [1, 2])
-    def test_after_so_many_attempts(self, balance, retries):
+    def test_a_range_is_given_up_after_its_attempts(self, balance, retries):
         pool = scripted(
             balance=balance, deadly={3}, n_workers=2, retry_policy=RetryPolicy(retries=retries)
         )
@@ -538,7 +540,7 @@ class TestGivenUp:
         assert ran.fatal == ran.deaths[-1:]
         assert pool.job.task.calls.count((2, 4)) == retries + 1
 
-    def test_the_other_worker_goes_on(self, balance):
+    def test_the_other_worker_continues_after_a_range_is_given_up(self, balance):
         pool = scripted(
             balance=balance,
             n_items=20,
@@ -549,13 +551,13 @@ class TestGivenUp:
         )
         ran = pool.to_the_end()
         assert not ran.is_halted
-        # What nobody has begun by static balance was the dead worker's own.
+        # By static balance, ranges that no worker has begun were those of the dead worker.
         expected = [(0, 2)] if balance == Dynamic() else [(i, i + 2) for i in range(0, 10, 2)]
         assert ran.missing == expected
         gone = {item for part in expected for item in range(*part)}
         assert [i for i, r in enumerate(pool.results()) if r < 0] == sorted(gone)
 
-    def test_missing_are_pieces_of_what_was_narrowed_down(self, balance):
+    def test_only_pieces_of_a_narrowed_range_are_missing(self, balance):
         pool = scripted(
             balance=balance, n_items=8, chunksize=8, deadly={4}, can_split=True, in_place=True
         )
@@ -572,7 +574,9 @@ class TestIdleDeaths:
 
     @pytest.mark.parametrize(("retries", "n_deaths"), [(0, 2), (1, 2), (2, 3), (5, 6)])
     @by_balance
-    def test_who_dies_again_and_again_is_given_up(self, balance, retries, n_deaths):
+    def test_a_worker_that_dies_repeatedly_between_ranges_is_given_up(
+        self, balance, retries, n_deaths
+    ):
         pool = scripted(balance=balance, fates=[0] * 20, retry_policy=RetryPolicy(retries=retries))
         ran = pool.to_the_end()
         assert len(ran.deaths) == n_deaths
@@ -582,14 +586,14 @@ class TestIdleDeaths:
         assert pool.job.task.calls == []
 
     @by_balance
-    def test_a_few_times_is_nothing(self, balance):
+    def test_a_few_deaths_between_ranges_cost_nothing(self, balance):
         pool = scripted(balance=balance, fates=[0, 0])
         ran = pool.to_the_end()
         assert len(ran.deaths) == 2
         assert ran.fatal == []
         assert pool.results() == doubled(0, 8)
 
-    def test_who_has_done_something_meanwhile_counts_anew(self):
+    def test_deaths_are_counted_from_zero_after_a_finished_range(self):
         n_steps = self.steps_to_do_something()
         pool = scripted(balance=Static(), in_place=True, fates=[0, 0, n_steps, 0, 0])
         ran = pool.to_the_end()
@@ -598,7 +602,7 @@ class TestIdleDeaths:
         assert (ran.fatal, ran.missing) == ([], [])
 
     def steps_to_do_something(self):
-        """After which a worker has one range behind it and none in hand."""
+        """Return how many steps finish one range and leave none in hand."""
         runs = at_every_step([], balance=Static(), in_place=True)
         for n_steps, (pool, ran) in enumerate(runs):
             (dead,) = (one for one in ran.worker_stats if one.name == pool.processes[0].name)
@@ -607,7 +611,7 @@ class TestIdleDeaths:
         return pytest.fail("there is no such moment")
 
     @by_balance
-    def test_what_another_has_done_is_not_missing(self, balance):
+    def test_ranges_done_by_another_worker_are_not_missing(self, balance):
         # Processes 0, 2 and 3 are worker 0, one after the other.
         pool = scripted(balance=balance, fates=[0, None, 0, 0], n_workers=2)
         ran = pool.to_the_end()
@@ -616,7 +620,7 @@ class TestIdleDeaths:
         assert ran.missing == expected
         assert [i for i, r in enumerate(pool.results()) if r < 0] == list(range(2 * len(expected)))
 
-    def test_who_has_reported_may_die(self):
+    def test_a_worker_may_die_after_its_report(self):
         pool = scripted()
         with pool:
             (process,) = pool.processes
@@ -630,16 +634,16 @@ class TestIdleDeaths:
 
 
 def order_of(process):
-    """The ranges that a process was given to begin with."""
+    """Return the attempts in the order of a process."""
     data, _ = process.inside.receive()
     return worker._parse_order(data)[0]
 
 
 class TestTimeout:
-    """Workers are moved about by hand."""
+    """The test sets the state of workers itself."""
 
     def overdue(self, **options):
-        """A pool whose worker has had its first range for longer than it may."""
+        """Return a pool whose worker has its first range in hand for too long."""
         retry_policy = RetryPolicy(timeout=LONG, **options.pop("retry_policy", {}))
         pool = scripted(retry_policy=retry_policy, **options).started()
         pool.ledger.hold(0, 0)
@@ -649,49 +653,49 @@ class TestTimeout:
     def since(self, pool, seconds):
         pool.ledger.set_start_time(0, time.monotonic_ns() - round(seconds * 1e9))
 
-    def test_in_time(self):
+    def test_a_worker_in_time_is_not_killed(self):
         pool = self.overdue()
-        with crew_closed(pool):
+        with pool_closed(pool):
             for seconds in (0, LONG / 2):
                 self.since(pool, seconds)
                 pool.run.step(0)
             assert pool.processes[0].n_kills == 0
 
-    def test_is_killed_once(self):
+    def test_an_overdue_worker_is_killed_once(self):
         pool = self.overdue()
-        with crew_closed(pool):
+        with pool_closed(pool):
             for _ in range(3):
                 pool.run.step(0)
             assert pool.processes[0].n_kills == 1
 
-    def test_nobody_is_killed_for_what_is_done(self):
+    def test_no_worker_is_killed_for_a_finished_range(self):
         pool = self.overdue()
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.ledger.marks[0] = DONE
             pool.run.step(0)
             pool.ledger.finish(0, 2)
             pool.run.step(0)
             assert pool.processes[0].n_kills == 0
 
-    def test_nobody_is_killed_before_it_has_begun(self):
+    def test_no_worker_is_killed_before_it_has_begun(self):
         pool = scripted(retry_policy=RetryPolicy(timeout=1e-9))
         with pool:
             time.sleep(0.01)
             pool.run.step(0)
             assert pool.processes[0].n_kills == 0
 
-    def test_the_next_range_is_not_charged_with_the_time_of_the_last(self):
+    def test_the_time_of_a_range_does_not_count_for_the_next(self):
         pool = self.overdue()
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.ledger.marks[0] = DONE
             pool.ledger.finish(0, 2)
             pool.ledger.hold(0, 1)  # it is about to look at the clock
             pool.run.step(0)
             assert pool.processes[0].n_kills == 0
 
-    def test_the_end_of_the_run(self):
+    def test_a_late_range_ends_the_run(self):
         pool = self.overdue()
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.run.step(0)
             pool.processes[0].end()
             pool.run.step(0)
@@ -706,9 +710,9 @@ class TestTimeout:
         assert ran.fatal == []
         assert [death.range for death in ran.deaths] == [(0, 2)]
 
-    def test_collected(self):
+    def test_a_late_range_is_collected(self):
         pool = self.overdue(collect_errors=True)
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.run.step(0)
             pool.processes[0].end()
             pool.run.step(0)
@@ -721,9 +725,9 @@ class TestTimeout:
             assert pool.run.ran().failures == []
         assert pool.job.task.calls == [(2, 4), (4, 6), (6, 8)]
 
-    def test_a_range_it_had_come_to_meanwhile_is_not_to_blame(self):
+    def test_a_range_begun_before_the_kill_is_not_to_blame(self):
         pool = self.overdue(balance=Static())
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.run.step(0)
             pool.ledger.marks[0] = DONE
             pool.ledger.finish(0, 2)
@@ -734,9 +738,9 @@ class TestTimeout:
             assert order_of(pool.processes[1]) == [Attempt(2, 4, 1)]
             assert not pool.ledger.is_halted
 
-    def test_between_two_ranges_nothing_is_to_blame(self):
+    def test_a_kill_between_two_ranges_blames_none(self):
         pool = self.overdue(balance=Static())
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.run.step(0)
             pool.ledger.marks[0] = DONE
             pool.ledger.finish(0, 2)
@@ -745,9 +749,9 @@ class TestTimeout:
             assert order_of(pool.processes[1]) == []
             assert not pool.ledger.is_halted
 
-    def test_run_again_where_that_was_asked_for(self):
+    def test_a_late_range_is_run_again_if_retry_on_says_so(self):
         pool = self.overdue(retry_policy={"retries": 1, "retry_on": (TimeoutError,)})
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.run.step(0)
             pool.processes[0].end()
             pool.run.step(0)
@@ -762,19 +766,19 @@ class TestTimeout:
             (failure,) = pool.run.ran().failures
         assert (failure.range, failure.attempt) == ((0, 2), 2)
 
-    def test_other_exceptions_are_no_reason(self):
+    def test_a_late_range_is_not_run_again_for_other_exceptions(self):
         pool = self.overdue(retry_policy={"retries": 1, "retry_on": (ValueError,)})
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.run.step(0)
             pool.processes[0].end()
             pool.run.step(0)
             assert not pool.run.is_running()
             assert [failure.attempt for failure in pool.run.ran().failures] == [1]
 
-    def test_holds_also_for_who_was_done_before_it_was_killed(self):
+    def test_a_timeout_holds_for_a_worker_that_was_done_before_it_was_killed(self):
         # Worker 0 is killed too late to be hit; what worker 1 has lost is then given to it.
         pool = self.overdue(n_workers=2, balance=Dynamic())
-        with crew_closed(pool):
+        with pool_closed(pool):
             pool.run.step(0)
             lost = pool.ledger.claim(1)
             pool.ledger.begin(1)  # its claim was not written down
@@ -790,7 +794,7 @@ class TestTimeout:
             pool.run.step(0)
             assert pool.processes[3].n_kills == 1
 
-    def test_waits_no_longer_than_to_the_next_end(self):
+    def test_a_run_waits_no_longer_than_to_the_next_timeout(self):
         pool = scripted(retry_policy=RetryPolicy(timeout=0.1))
         with pool:
             pool.ledger.hold(0, 0)
@@ -800,7 +804,7 @@ class TestTimeout:
             assert pool.processes[0].n_kills == 1
 
 
-class crew_closed:  # noqa: N801  # read as a function
+class pool_closed:  # noqa: N801  # read as a function
     def __init__(self, pool):
         self.pool = pool
 
@@ -812,7 +816,7 @@ class crew_closed:  # noqa: N801  # read as a function
 
 
 class TestAbort:
-    def test_those_that_do_not_stop_are_killed(self, monkeypatch):
+    def test_workers_that_do_not_stop_are_killed(self, monkeypatch):
         monkeypatch.setattr(module, "GRACE_SECONDS", 0.01)
         pool = scripted(n_workers=2)
         with pool:
@@ -822,7 +826,7 @@ class TestAbort:
             assert [process.pidfd for process in pool.processes] == [-1, -1]
             assert pool.run.at_work == {}
 
-    def test_those_that_stop_are_not(self, monkeypatch):
+    def test_workers_that_stop_are_not_killed(self, monkeypatch):
         monkeypatch.setattr(module, "GRACE_SECONDS", LONG)
         pool = scripted(n_workers=2)
         with pool:
@@ -833,7 +837,7 @@ class TestAbort:
             assert [process.n_kills for process in pool.processes] == [0, 0]
             assert pool.job.task.calls == []
 
-    def test_the_dead_are_not_replaced(self, monkeypatch):
+    def test_dead_workers_are_not_replaced_after_an_abort(self, monkeypatch):
         monkeypatch.setattr(module, "GRACE_SECONDS", LONG)
         pool = scripted(n_workers=2)
         with pool:
@@ -880,7 +884,7 @@ def run(pool, func, *args, balance=None, n_items=20, chunksize=2, n_workers=2, t
 
 
 def seen(folder, *words):
-    """How often this was called with these words, before this call."""
+    """Count earlier calls with these words."""
     path = Path(folder, "-".join(map(str, words)))
     with path.open("ab") as file:
         file.write(b".")
@@ -908,7 +912,7 @@ def dies_always(start, stop, deadly):
 
 
 def hangs(start, stop, at, n_times, folder):
-    """Take for ever in the range that begins at `at`, so many times."""
+    """Take for ever in the range that begins at `at`, `n_times` times."""
     if start == at and seen(folder, start) < n_times:
         time.sleep(LONG)
     return start, stop
@@ -942,26 +946,26 @@ class TestRealDeaths:
         assert delivered == in_pieces(20)
         assert {stats.worker for stats in ran.worker_stats} == {0, 1}
         assert death.name in {stats.name for stats in ran.worker_stats}
-        # Nothing else is run again but what it had not sent yet.
+        # Only ranges that it had not sent yet are run again.
         counts = {int(path.name): path.stat().st_size for path in tmp_path.iterdir()}
         assert set(counts) == set(range(0, 20, 2))
         assert counts[6] == 2
 
-    def test_all_at_once(self, pool, balance, tmp_path):
+    def test_all_workers_may_die_at_once(self, pool, balance, tmp_path):
         ran, delivered = run(pool, dies_once_each, str(tmp_path), balance=balance, n_items=8)
         assert len(ran.deaths) == 4
         assert sorted(death.range for death in ran.deaths) == sorted(in_pieces(8).values())
         assert ran.fatal == []
         assert delivered == in_pieces(8)
 
-    def test_results_on_their_way_are_not_lost(self, pool, balance, tmp_path):
+    def test_results_on_their_way_survive_a_death(self, pool, balance, tmp_path):
         ran, delivered = run(
             pool, dies_once, 398, 7, str(tmp_path), balance=balance, n_items=400, n_workers=1
         )
         assert len(ran.deaths) == 1
         assert delivered == in_pieces(400)
 
-    def test_more_chunks_than_the_ledger_has_room_for(self, pool, balance, tmp_path):
+    def test_there_may_be_more_chunks_than_marks_in_the_ledger(self, pool, balance, tmp_path):
         n_chunks = OWN_MARKS + 500
         segment, results = Segment.create(), Segment.create()
         segment.reserve(n_chunks)
@@ -977,7 +981,7 @@ class TestRealDeaths:
         assert np.array_equal(place.open("read"), 2 * np.arange(n_chunks))
         assert np.isin(marks.open("read"), [DONE]).all()
 
-    def test_narrowed_down_to_the_item_that_kills(self, pool, balance):
+    def test_a_range_is_narrowed_down_to_the_item_that_kills(self, pool, balance):
         retry_policy = RetryPolicy(retries=1)
         ran, delivered = run(
             pool,
@@ -998,7 +1002,7 @@ class TestRealDeaths:
         assert delivered.pop(16) == (16, 20)
         assert sorted(delivered.values()) == [(0, 4), (4, 5), (6, 7), (7, 8)]
 
-    def test_given_up(self, pool, balance):
+    def test_a_range_that_always_kills_is_given_up(self, pool, balance):
         retry_policy = RetryPolicy(retries=0)
         ran, delivered = run(pool, dies_always, 19, balance=balance, retry_policy=retry_policy)
         assert [death.range for death in ran.fatal] == [(18, 20)]
@@ -1006,14 +1010,14 @@ class TestRealDeaths:
         # Each range has its result or is missing.
         assert sorted([*delivered.values(), *ran.missing]) == sorted(in_pieces(20).values())
 
-    def test_the_crew_is_whole_afterwards(self, pool, balance):
+    def test_the_pool_is_whole_after_a_death(self, pool, balance):
         run(pool, dies_always, 0, balance=balance)
         ran, delivered = run(pool, dies_always, -1, balance=balance)
         assert ran.deaths == []
         assert len(ran.worker_stats) == 2
         assert delivered == in_pieces(20)
 
-    def test_seen_though_a_grandchild_holds_the_socket(self, pool, balance, tmp_path):
+    def test_a_death_is_seen_though_a_grandchild_holds_the_socket(self, pool, balance, tmp_path):
         ran, delivered = run(pool, fork_and_die, str(tmp_path), balance=balance)
         assert [(death.exitcode, death.range) for death in ran.deaths] == [(7, (0, 2))]
         assert delivered == in_pieces(20)
@@ -1061,7 +1065,7 @@ class InPlace:
 
 @by_balance
 class TestRealTimeouts:
-    def test_the_worker_is_killed(self, pool, balance, tmp_path):
+    def test_a_worker_whose_range_is_late_is_killed(self, pool, balance, tmp_path):
         retry_policy = RetryPolicy(timeout=LATE)
         ran, _ = run(pool, hangs, 4, 9, str(tmp_path), balance=balance, retry_policy=retry_policy)
         (failure,) = ran.failures
@@ -1073,7 +1077,7 @@ class TestRealTimeouts:
         assert ran.fatal == []
         assert (4, 6) in ran.missing
 
-    def test_collected(self, pool, balance, tmp_path):
+    def test_a_late_range_of_a_real_process_is_collected(self, pool, balance, tmp_path):
         retry_policy = RetryPolicy(timeout=LATE)
         ran, delivered = run(
             pool,
@@ -1093,7 +1097,7 @@ class TestRealTimeouts:
         assert delivered == expected
         assert not ran.is_halted
 
-    def test_run_again(self, pool, balance, tmp_path):
+    def test_a_late_range_of_a_real_process_is_run_again(self, pool, balance, tmp_path):
         retry_policy = RetryPolicy(timeout=LATE, retries=2, retry_on=(TimeoutError,))
         ran, delivered = run(
             pool, hangs, 4, 2, str(tmp_path), balance=balance, retry_policy=retry_policy

@@ -17,7 +17,7 @@ from tests.interrupted import interrupted_at
 from tests.workers.test_pickling import n_open, ready
 
 
-class TestChannel:
+class TestMessageSocket:
     @pytest.fixture
     def raw(self):
         """A channel, and the bare socket at its other end."""
@@ -44,13 +44,13 @@ class TestChannel:
         return head + (theirs.recv(len(data), socket.MSG_WAITALL) if data else b"")
 
     @pytest.mark.parametrize("data", [b"", b"x", b"abc" * 10_000])
-    def test_whole_messages(self, pair, data):
+    def test_whole_messages_arrive(self, pair, data):
         pair[0].send(data)
         assert pair[1].receive() == (data, [])
         pair[1].send(data)
         assert ready(pair[0]) == ([data], True)
 
-    def test_larger_than_the_kernel_s_buffer(self, pair):
+    def test_a_message_may_be_larger_than_the_buffer_of_the_kernel(self, pair):
         data = os.urandom(5 << 20)
         sender = threading.Thread(target=pair[0].send, args=(data,))
         sender.start()
@@ -58,7 +58,7 @@ class TestChannel:
         sender.join()
         assert received == (data, [])
 
-    def test_more_than_one_look_takes_in(self, pair, monkeypatch):
+    def test_a_large_message_is_read_in_several_steps(self, pair, monkeypatch):
         monkeypatch.setattr(module, "_MAX_READS", 2)
         data = os.urandom(3 << 20)
         sender = threading.Thread(target=pair[0].send, args=(data,))
@@ -70,14 +70,14 @@ class TestChannel:
         sender.join()
         assert messages == [data]
 
-    def test_many_at_once(self, pair):
+    def test_many_messages_are_read_at_once(self, pair):
         sent = [b"%d" % n * n for n in range(50)]
         for data in sent:
             pair[0].send(data)
         assert ready(pair[1]) == (sent, True)
         assert ready(pair[1]) == ([], True)
 
-    def test_byte_by_byte(self, raw):
+    def test_messages_may_arrive_byte_by_byte(self, raw):
         channel, theirs = raw
         stream = self.framed(channel, theirs, b"hello") + self.framed(channel, theirs, b"you")
         got = []
@@ -88,7 +88,7 @@ class TestChannel:
             got += [(n, message) for message in messages]
         assert got == [(16, b"hello"), (31, b"you")]
 
-    def test_one_and_a_half(self, raw):
+    def test_half_a_message_waits_for_its_rest(self, raw):
         channel, theirs = raw
         stream = self.framed(channel, theirs, b"hello") + self.framed(channel, theirs, b"you")
         theirs.sendall(stream[:-2])
@@ -96,7 +96,7 @@ class TestChannel:
         theirs.sendall(stream[-2:])
         assert ready(channel) == ([b"you"], True)
 
-    def test_wait_for_one_in_pieces(self, raw):
+    def test_receive_waits_for_all_pieces_of_a_message(self, raw):
         channel, theirs = raw
         stream = self.framed(channel, theirs, b"hello")
         received = []
@@ -107,7 +107,7 @@ class TestChannel:
         waiter.join(30)
         assert received == [(b"hello", [])]
 
-    def test_descriptors_come_with_their_message(self, pair):
+    def test_descriptors_arrive_with_their_message(self, pair):
         files = [os.memfd_create(f"file{n}") for n in range(3)]
         pair[0].send(b"two", files[:2])
         pair[0].send(b"none")
@@ -123,7 +123,7 @@ class TestChannel:
         for fd in files:
             os.close(fd)
 
-    def test_as_many_descriptors_as_the_kernel_takes(self, pair):
+    def test_a_message_takes_as_many_descriptors_as_the_kernel(self, pair):
         file = os.memfd_create("file")
         pair[0].send(b"many" * 1000, [file] * 253)
         data, fds = pair[1].receive()
@@ -131,7 +131,7 @@ class TestChannel:
         assert data == b"many" * 1000
         assert len({one.fileno() for one in fds}) == 253
 
-    def test_descriptors_of_the_messages_that_are_read_together(self, pair):
+    def test_descriptors_of_messages_that_are_read_together_are_told_apart(self, pair):
         files = [os.memfd_create(f"file{n}") for n in range(3)]
         pair[0].send(b"none")
         pair[0].send(b"one", files[:1])
@@ -154,7 +154,7 @@ class TestChannel:
         for fd in files:
             os.close(fd)
 
-    def test_descriptors_that_nobody_takes_are_closed_with_the_channel(self, pair):
+    def test_unclaimed_descriptors_are_closed_with_the_channel(self, pair):
         file = os.memfd_create("file")
         before = n_open()
         pair[0].send(b"one", [file])
@@ -164,7 +164,7 @@ class TestChannel:
         assert n_open() == before - 1
         os.close(file)
 
-    def test_too_many_descriptors(self):
+    def test_too_many_descriptors_are_refused(self):
         with pytest.raises(ValueError, match="at most 253 separate shared arrays, got 254"):
             pickle_task([Segment.create() for _ in range(254)], Staging())
 
@@ -176,10 +176,10 @@ class TestChannel:
         os.close(file)
         assert not inheritable
 
-    def test_nothing_yet(self, pair):
+    def test_an_empty_channel_has_no_message(self, pair):
         assert ready(pair[0]) == ([], True)
 
-    def test_end(self, pair):
+    def test_a_closed_channel_gives_its_last_message_and_ends(self, pair):
         pair[0].send(b"last")
         pair[0].close()
         assert ready(pair[1]) == ([b"last"], False)
@@ -198,14 +198,14 @@ class TestChannel:
         assert ready(channel) == ([], False)
 
     @pytest.mark.parametrize("cut", [1, 11, 12, 13, 16])
-    def test_a_message_cut_off_while_it_is_waited_for(self, raw, cut):
+    def test_a_message_cut_off_while_it_is_waited_for_is_an_error(self, raw, cut):
         channel, theirs = raw
         theirs.sendall(self.framed(channel, theirs, b"hello")[:cut])
         theirs.close()
         with pytest.raises(EOFError):
             channel.receive()
 
-    def test_a_connection_reset(self, raw):
+    def test_a_reset_connection_is_an_end(self, raw):
         channel, theirs = raw
         channel.send(b"never read")  # closing with this unread resets the connection
         theirs.close()
@@ -213,7 +213,7 @@ class TestChannel:
         with pytest.raises(BrokenPipeError):
             channel.send(b"more")
 
-    def test_an_exception_at_any_step_of_reading_loses_nothing(self, pair):
+    def test_an_exception_at_any_step_of_reading_loses_no_message(self, pair):
         # Neither bytes nor descriptors, which would come with the next message.
         files = [os.memfd_create(f"file{n}") for n in range(2)]
         before = n_open()
@@ -258,5 +258,5 @@ class TestChannel:
         assert ready(pair[1]) == ([], False)
         os.close(file)
 
-    def test_can_be_waited_on(self, pair):
+    def test_a_channel_can_be_waited_on(self, pair):
         assert pair[0].fileno() == pair[0]._socket.fileno() >= 0

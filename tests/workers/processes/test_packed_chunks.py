@@ -25,50 +25,50 @@ def describe(start, stop):
 @pytest.mark.parametrize("chunksize", [1, 2, 3, 7, 100])
 def test_each_chunk_is_read_alone_and_in_any_order(chunksize):
     grid = ChunkGrid(len(ITEMS), chunksize)
-    blocks = PackedChunks.pack(lambda start, stop: ITEMS[start:stop], grid, new_staging(), describe)
-    read = blocks.open()
+    packed = PackedChunks.pack(lambda start, stop: ITEMS[start:stop], grid, new_staging(), describe)
+    read = packed.open()
     for index in reversed(range(len(grid))):
         start, stop = grid.range_of(index)
         assert read(index) == ITEMS[start:stop]
     assert read(0) is not read(0)
 
 
-def test_arrays_of_objects_keep_shape_and_are_the_reader_s_own():
+def test_arrays_of_objects_keep_their_shape_and_belong_to_the_reader():
     X = np.array([[{1}, None], [2, "x"], [3, (4,)]], object)
-    blocks = PackedChunks.pack(
+    packed = PackedChunks.pack(
         lambda start, stop: X[start:stop], ChunkGrid(3, 2), new_staging(), describe
     )
-    first = blocks.open()(0)
+    first = packed.open()(0)
     assert first.tolist() == [[{1}, None], [2, "x"]]
     first[0, 0].add(5)
-    assert blocks.open()(0)[0, 0] == {1}
+    assert packed.open()(0)[0, 0] == {1}
     assert X[0, 0] == {1}
 
 
-def test_only_what_was_packed_is_counted_as_copied():
+def test_only_packed_bytes_are_counted_as_copied():
     staging = new_staging()
     PackedChunks.pack(lambda start, stop: b"x" * 50_000, ChunkGrid(4, 1), staging, describe)
     assert 200_000 < staging.nbytes < 210_000
 
 
-def test_functions_of_the_moment_can_be_packed():
+def test_local_functions_can_be_packed():
     shift = 3
-    blocks = PackedChunks.pack(
+    packed = PackedChunks.pack(
         lambda *_: [lambda i: i + shift], ChunkGrid(1, 1), new_staging(), describe
     )
-    assert blocks.open()(0)[0](4) == 7
+    assert packed.open()(0)[0](4) == 7
 
 
-def test_blocks_travel_without_what_they_hold():
+def test_packed_chunks_travel_without_their_content():
     # Descriptors go beside the pickle; without a channel for them only the failure can be seen.
-    blocks = PackedChunks.pack(lambda *_: [0], ChunkGrid(1, 1), new_staging(), describe)
-    assert {"bounds"} == set(vars(blocks))
+    packed = PackedChunks.pack(lambda *_: [0], ChunkGrid(1, 1), new_staging(), describe)
+    assert {"bounds"} == set(vars(packed))
     with pytest.raises((TypeError, pickle.PicklingError)):
-        pickle.dumps(blocks)
+        pickle.dumps(packed)
 
 
 @pytest.mark.parametrize("bad", range(4))
-def test_what_cannot_be_pickled_names_its_chunk_and_the_remedy(bad):
+def test_an_item_that_cannot_be_pickled_names_its_chunk_and_the_remedy(bad):
     items = [threading.Lock() if number == bad else number for number in range(4)]
     read = []
     staging = new_staging()
@@ -86,7 +86,7 @@ def test_what_cannot_be_pickled_names_its_chunk_and_the_remedy(bad):
     assert staging.nbytes == 0
 
 
-def test_an_error_while_reading_names_the_chunk_too():
+def test_an_error_while_reading_names_the_chunk():
     def read(start, stop):
         raise ZeroDivisionError(start)
 

@@ -1,4 +1,4 @@
-"""Pools of worker processes: what they deliver, how they end, who is started again."""
+"""Pools of worker processes: what they deliver, how they end, which workers are replaced."""
 
 import multiprocessing
 import os
@@ -122,7 +122,7 @@ class TestRun:
         assert sum(stats.ranges for stats in ran.worker_stats) == 10
         assert all(stats.failure is None for stats in ran.worker_stats)
 
-    def test_accounts_in_order_of_the_workers(self, warm, balance):
+    def test_stats_are_in_order_of_the_workers(self, warm, balance):
         worker_stats = run(warm, both, balance=balance)[0].worker_stats
         assert [stats.worker for stats in worker_stats] == [0, 1]
         assert [stats.name for stats in worker_stats] == [
@@ -131,7 +131,7 @@ class TestRun:
         assert {stats.facts for stats in worker_stats} == pids(warm)
         assert os.getpid() not in pids(warm)
 
-    def test_the_same_processes_again(self, warm, balance):
+    def test_the_same_processes_run_the_next_run(self, warm, balance):
         before = pids(warm)
         for _ in range(3):
             run(warm, both, balance=balance)
@@ -142,7 +142,7 @@ class TestRun:
             ran, _ = run(warm, in_place, balance=balance, n_items=n_items)
             assert sum(stats.items for stats in ran.worker_stats) == n_items
 
-    def test_fewer_workers_than_there_are(self, warm, balance):
+    def test_a_run_may_use_fewer_workers_than_the_pool_has(self, warm, balance):
         ran, delivered = run(warm, both, balance=balance, n_workers=1)
         assert [stats.worker for stats in ran.worker_stats] == [0]
         assert delivered == ALL
@@ -158,8 +158,8 @@ class TestRun:
         assert sum(stats.ranges for stats in ran.worker_stats) == 1
 
 
-class TestTheDead:
-    def test_are_replaced_within_the_run(self, pool):
+class TestDeadWorkers:
+    def test_dead_workers_are_replaced_within_the_run(self, pool):
         run(pool, both)
         before = pids(pool)
         ran, _ = run(pool, die, 6, retry_policy=RetryPolicy(retries=1))
@@ -169,7 +169,7 @@ class TestTheDead:
             f"process {pid}" for pid in pids(pool)
         )
 
-    def test_who_was_given_up_is_replaced_by_the_next_run(self, pool):
+    def test_a_worker_that_was_given_up_is_replaced_by_the_next_run(self, pool):
         run(pool, both)
         before = pids(pool)
         run(pool, die, 6, retry_policy=RetryPolicy(retries=0))
@@ -179,7 +179,7 @@ class TestTheDead:
         assert len(pids(pool) & before) == 1
         assert len(pids(pool)) == 2
 
-    def test_killed_while_idle(self, pool):
+    def test_a_worker_killed_while_idle_is_replaced(self, pool):
         run(pool, both)
         victim, other = pool._workers[0].pid, pool._workers[1].pid
         os.kill(victim, signal.SIGKILL)
@@ -189,7 +189,7 @@ class TestTheDead:
         assert victim not in pids(pool)
         assert other in pids(pool)
 
-    def test_killed_while_the_run_begins(self, pool):
+    def test_a_worker_killed_while_the_run_begins_is_replaced(self, pool):
         for _ in range(5):
             run(pool, both)
             os.kill(pool._workers[0].pid, signal.SIGKILL)
@@ -203,7 +203,7 @@ class TestTheDead:
             monkeypatch.delattr(os, "pidfd_open")
 
     @pytest.mark.fault(50)
-    def test_seen_without_a_descriptor_of_the_process_too(self, way, pool):
+    def test_deaths_are_seen_without_a_pidfd(self, way, pool):
         ran, delivered = run(pool, die, 6, retry_policy=RetryPolicy(retries=1))
         assert [death.exitcode for death in ran.deaths] == [7, 7]
         ran, delivered = run(pool, both)
@@ -214,7 +214,7 @@ class TestTheDead:
 
     @pytest.mark.fault(50)
     @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-    def test_nothing_is_left_of_one_that_could_not_be_started_whole(self, pool, monkeypatch, error):
+    def test_nothing_is_left_of_a_worker_that_could_not_be_started(self, pool, monkeypatch, error):
         def fails(pid):
             started.append(pid)
             raise error("no")
@@ -242,7 +242,7 @@ class TestTheDead:
         assert sorted(run(pool, both)[1]) == ALL
 
     @pytest.mark.fault(51)
-    def test_one_that_is_another_user_s_is_killed_by_its_pipe(self, pool, monkeypatch):
+    def test_a_worker_of_another_user_is_killed_by_its_pipe(self, pool, monkeypatch):
         def refuse(*_):
             raise PermissionError
 
@@ -254,7 +254,7 @@ class TestTheDead:
             worker.kill()
             assert worker.reap() == -signal.SIGKILL
 
-    def test_no_descriptor_is_left(self, way, pool):
+    def test_dead_workers_leave_no_descriptor(self, way, pool):
         run(pool, both)
         run(pool, both)
         before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208  # names are compared, as strings
@@ -266,7 +266,7 @@ class TestTheDead:
 
 
 class TestWatching:
-    def test_ticks_while_a_run_goes_on(self, warm, monkeypatch, tmp_path):
+    def test_the_tick_is_called_while_a_run_is_going_on(self, warm, monkeypatch, tmp_path):
         monkeypatch.setattr(module, "TICK", 0.01)
         gate = tmp_path / "gate"
         seen = []
@@ -281,7 +281,7 @@ class TestWatching:
         assert seen[-1] == 20
         assert seen == sorted(seen)
 
-    def test_an_interrupted_run_kills_the_stuck(self, pool, monkeypatch, tmp_path):
+    def test_an_interrupted_run_kills_stuck_workers(self, pool, monkeypatch, tmp_path):
         monkeypatch.setattr(module, "TICK", 0.01)
         monkeypatch.setattr(grid_run, "GRACE_SECONDS", 0.1)
         run(pool, both)
@@ -298,7 +298,7 @@ class TestWatching:
         assert sorted(run(pool, both)[1]) == ALL
         assert pids(pool).isdisjoint(before)
 
-    def test_an_interrupted_run_lets_the_others_finish_their_chunk(self, pool, monkeypatch):
+    def test_an_interrupted_run_lets_other_workers_finish_their_chunk(self, pool, monkeypatch):
         monkeypatch.setattr(module, "TICK", 0.01)
         monkeypatch.setattr(grid_run, "GRACE_SECONDS", LONG)
         run(pool, both)
@@ -314,7 +314,7 @@ class TestWatching:
         assert (len(ran.worker_stats), sorted(delivered)) == (2, ALL)
         assert pids(pool) == before
 
-    def test_an_interrupt_while_a_worker_is_started(self, pool, monkeypatch):
+    def test_an_interrupt_while_a_worker_is_started_is_raised_afterwards(self, pool, monkeypatch):
         # It reaches a thread that a library might have started: the mask of ours is no help.
         end = threading.Event()
         bystander = threading.Thread(target=end.wait)
@@ -339,7 +339,7 @@ class TestWatching:
         assert sorted(run(pool, both)[1]) == ALL
         assert started[0] in pids(pool)  # it was started to the end
 
-    def test_an_interrupt_while_a_worker_dies(self, pool, monkeypatch):
+    def test_an_interrupt_while_a_worker_dies_is_raised(self, pool, monkeypatch):
         monkeypatch.setattr(module, "TICK", 0.01)
         monkeypatch.setattr(grid_run, "GRACE_SECONDS", 0.1)
         run(pool, both)
@@ -353,7 +353,7 @@ class TestWatching:
             run(pool, nap, n_items=8_000, tick=interrupt)
         assert sorted(run(pool, both)[1]) == ALL
 
-    def test_an_error_in_the_caller_s_own_part(self, pool):
+    def test_an_error_while_a_result_is_delivered_is_raised(self, pool):
         def refuse_result(start, result):
             raise ZeroDivisionError
 
@@ -405,7 +405,7 @@ def test_stuck_workers_that_end_late_take_no_others_with_them(pool, monkeypatch)
 
 
 class TestInside:
-    def test_environment(self, monkeypatch):
+    def test_workers_have_one_thread_for_each_library(self, monkeypatch):
         monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
         names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
@@ -417,7 +417,7 @@ class TestInside:
         assert found == ["1", "1"]
 
     @pytest.mark.parametrize("own", [None, "1", "0"])
-    def test_joblib_makes_no_semaphore(self, monkeypatch, own):
+    def test_joblib_makes_no_semaphore_in_workers(self, monkeypatch, own):
         # A worker that is killed while joblib makes one, to see whether it can, leaves it behind.
         if own is None:
             monkeypatch.delenv("JOBLIB_MULTIPROCESSING", raising=False)
@@ -430,7 +430,7 @@ class TestInside:
             pool.close()
         assert found == (None, own)
 
-    def test_daemons_of_nobody(self, warm):
+    def test_workers_are_no_children_of_multiprocessing(self, warm):
         # multiprocessing would wait for its children when the program ends.
         assert pids(warm).isdisjoint(child.pid for child in multiprocessing.active_children())
 
@@ -453,7 +453,7 @@ class TestEnd:
         pool.close(wait=wait)
         assert not any(psutil.pid_exists(pid) for pid in found)
 
-    def test_a_crew_that_never_ran(self):
+    def test_a_pool_that_never_ran_has_no_workers(self):
         pool = ProcessPool(2)
         assert pids(pool) == set()
         pool.close()
@@ -475,7 +475,7 @@ class TestEnd:
         pool.close()
         assert (tmp_path / "mark").exists()
 
-    def test_a_forgotten_crew_ends_nobody(self):
+    def test_a_forgotten_pool_ends_no_workers(self):
         pool = ProcessPool(1)
         run(pool, both, n_workers=1)
         # As in a forked child, which has descriptors of its own.
@@ -492,7 +492,7 @@ class TestEnd:
         os.close(life)
         os.waitpid(pid, 0)
 
-    def test_workers_end_with_their_caller(self):
+    def test_workers_end_with_their_parent(self):
         pool = ProcessPool(1)
         run(pool, both, n_workers=1)
         worker = pool._workers[0]

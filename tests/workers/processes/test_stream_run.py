@@ -1,4 +1,4 @@
-"""Queues of worker processes: what is sent, what comes, and what is made good."""
+"""Queues of worker processes: batches, results, and repaired deaths."""
 
 import functools
 import os
@@ -25,17 +25,17 @@ from tests.clocks import LATE
 LONG = 60  # seconds that no test waits for
 
 
-class Fed:
-    """A task on items that are handed to it."""
+class StreamTask:
+    """A task on items that come in batches."""
 
     def __init__(self, call):
         self.call = call
 
     def open(self, propose):
-        return Held(self.call.func)
+        return StreamRunner(self.call.func)
 
 
-class Held:
+class StreamRunner:
     def __init__(self, func):
         self.func = func
 
@@ -52,7 +52,7 @@ class Held:
 
 @pytest.fixture(scope="module", autouse=True)
 def patience():
-    """A worker that is late to see that it is to stop is not killed for it, if not asked for."""
+    """Kill no worker that stops late, unless a test asks for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "GRACE_SECONDS", LONG)
         yield
@@ -62,11 +62,11 @@ def patience():
 def warm():
     """One pool for the tests that leave it whole, started before the watch for leaks begins."""
     made = ProcessPool(2)
-    feed = is_streamed(made, double)
+    queue = open_queue(made, double)
     for start in range(2):
-        feed.put(start, [0])
-    results(feed, 2)
-    feed.close()
+        queue.put(start, [0])
+    results(queue, 2)
+    queue.close()
     yield made
     made.close()
     vars(made).clear()  # as below
@@ -81,9 +81,9 @@ def pool():
     vars(made).clear()
 
 
-def is_streamed(pool, func, n_workers=2, **options):
+def open_queue(pool, func, n_workers=2, **options):
     job = Job(
-        Fed(Call(func)),
+        StreamTask(Call(func)),
         Dynamic(),
         ChunkGrid(0, 1),
         n_workers,
@@ -95,11 +95,11 @@ def is_streamed(pool, func, n_workers=2, **options):
     return pool.stream(job, pickle_task(job, Staging()))
 
 
-def results(feed, n_items):
-    """What comes of so many items, in order; faults as they are."""
+def results(queue, n_items):
+    """Return the results of `n_items` items in order, with partial results unchanged."""
     came = []
     while sum(one.stop - one.start for one in came) < n_items:
-        came += feed.take(LONG)
+        came += queue.take(LONG)
     return sorted((one.start, one.stop, one.result) for one in came)
 
 
@@ -107,47 +107,47 @@ def double(item):
     return 2 * item
 
 
-def test_workers_that_have_left_are_given_nothing(warm):
+def test_workers_that_have_left_get_no_batches(warm):
     """They leave when another fails, and its error may come after that."""
-    feed = is_streamed(warm, double)
-    feed.ledger.halt()
-    feed.put(0, [1])
-    feed.put(1, [2])
+    queue = open_queue(warm, double)
+    queue.ledger.halt()
+    queue.put(0, [1])
+    queue.put(1, [2])
     deadline = time.monotonic() + LONG
-    while feed._workers and time.monotonic() < deadline:
-        assert feed.take(0.01) == []
-    assert not feed._workers
-    assert not feed.has_room
-    feed.put(2, [3])
-    assert feed.close().n_claimed == 0
-    feed = is_streamed(warm, double)
-    feed.put(0, [1])
-    assert results(feed, 1) == [(0, 1, [2])]
-    feed.close()
+    while queue._workers and time.monotonic() < deadline:
+        assert queue.take(0.01) == []
+    assert not queue._workers
+    assert not queue.has_room
+    queue.put(2, [3])
+    assert queue.close().n_claimed == 0
+    queue = open_queue(warm, double)
+    queue.put(0, [1])
+    assert results(queue, 1) == [(0, 1, [2])]
+    queue.close()
 
 
 def test_results_that_come_too_late_are_not_unpickled(warm, monkeypatch):
     read = []
     monkeypatch.setattr(module, "unpickle_items", lambda *packed: read.append(packed))
-    feed = is_streamed(warm, double)
-    feed.put(0, [1])
+    queue = open_queue(warm, double)
+    queue.put(0, [1])
     deadline = time.monotonic() + LONG
-    while feed.ledger.n_items_done(2) == 0:  # then it has been sent
+    while queue.ledger.n_items_done(2) == 0:  # then it has been sent
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert sum(stats.items for stats in feed.close().worker_stats) == 1
+    assert sum(stats.items for stats in queue.close().worker_stats) == 1
     assert read == []
 
 
-def test_what_is_given_comes(warm):
-    feed = is_streamed(warm, double)
+def test_every_queued_batch_gives_its_result(warm):
+    queue = open_queue(warm, double)
     for start in range(0, 2 * AHEAD * 3, 3):
-        assert feed.has_room
-        feed.put(start, range(start, start + 3))
-    assert not feed.has_room
-    assert results(feed, 12) == [(n, n + 3, [2 * n, 2 * n + 2, 2 * n + 4]) for n in (0, 3, 6, 9)]
-    assert feed.has_room
-    ran = feed.close()
+        assert queue.has_room
+        queue.put(start, range(start, start + 3))
+    assert not queue.has_room
+    assert results(queue, 12) == [(n, n + 3, [2 * n, 2 * n + 2, 2 * n + 4]) for n in (0, 3, 6, 9)]
+    assert queue.has_room
+    ran = queue.close()
     assert [stats.items for stats in ran.worker_stats] == [6, 6]
     assert not ran.is_halted
 
@@ -155,46 +155,46 @@ def test_what_is_given_comes(warm):
 def test_the_same_workers_serve_the_next_run(warm):
     pids = []
     for _ in range(3):
-        feed = is_streamed(warm, lambda _: os.getpid())
-        feed.put(0, [0])
-        feed.put(1, [0])
-        pids.append({result for _, _, (result,) in results(feed, 2)})
-        feed.close()
+        queue = open_queue(warm, lambda _: os.getpid())
+        queue.put(0, [0])
+        queue.put(1, [0])
+        pids.append({result for _, _, (result,) in results(queue, 2)})
+        queue.close()
     assert pids[0] == pids[1] == pids[2]
     assert len(pids[0]) == 2
 
 
 @pytest.mark.parametrize("nbytes", [10, module._SENT_NBYTES, 5 << 20])
 @pytest.mark.parametrize("kind", [bytes, np.ndarray])
-def test_items_of_every_size(warm, kind, nbytes):
+def test_items_of_every_size_are_sent(warm, kind, nbytes):
     items = [b"x" * nbytes] if kind is bytes else [np.ones(nbytes, np.uint8)]
-    feed = is_streamed(warm, lambda item: (len(item), int(item[-1])))
-    feed.put(0, items)
-    (came,) = feed.take(LONG)
-    feed.close()
+    queue = open_queue(warm, lambda item: (len(item), int(item[-1])))
+    queue.put(0, items)
+    (came,) = queue.take(LONG)
+    queue.close()
     assert came.result == [(nbytes, int(items[0][-1]))]
     assert nbytes < came.nbytes < nbytes + 1000
 
 
-def test_large_items_and_results_both_ways_at_once(warm):
+def test_large_items_and_results_are_sent_both_ways_at_once(warm):
     # Neither side may wait for the other to read.
-    feed = is_streamed(warm, lambda item: item)
+    queue = open_queue(warm, lambda item: item)
     items = [os.urandom(3 << 20) for _ in range(2 * AHEAD)]
     for start, item in enumerate(items):
-        feed.put(start, [item])
-    assert [result for _, _, (result,) in results(feed, 2 * AHEAD)] == items
-    feed.close()
+        queue.put(start, [item])
+    assert [result for _, _, (result,) in results(queue, 2 * AHEAD)] == items
+    queue.close()
 
 
-def test_items_that_cannot_be_pickled(warm):
-    feed = is_streamed(warm, double)
+def test_items_that_cannot_be_pickled_are_an_error(warm):
+    queue = open_queue(warm, double)
     with pytest.raises(UnsendableError) as caught:
-        feed.put(0, [(n for n in range(3))])
+        queue.put(0, [(n for n in range(3))])
     assert isinstance(caught.value.error, TypeError)
     assert any("could not pickle item 0 for" in note for note in caught.value.error.__notes__)
-    feed.put(0, [4])
-    assert results(feed, 1) == [(0, 1, [8])]
-    feed.close()
+    queue.put(0, [4])
+    assert results(queue, 1) == [(0, 1, [8])]
+    queue.close()
 
 
 def wait_for(path):
@@ -204,14 +204,14 @@ def wait_for(path):
         time.sleep(0.005)
 
 
-def test_nothing_comes_in_time(warm, tmp_path):
+def test_get_returns_nothing_if_no_result_comes_in_time(warm, tmp_path):
     gate = tmp_path / "gate"
-    feed = is_streamed(warm, wait_for)
-    feed.put(0, [gate])
-    assert feed.take(0.05) == []
+    queue = open_queue(warm, wait_for)
+    queue.put(0, [gate])
+    assert queue.take(0.05) == []
     gate.touch()
-    assert results(feed, 1) == [(0, 1, [None])]
-    feed.close()
+    assert results(queue, 1) == [(0, 1, [None])]
+    queue.close()
 
 
 def once(path):
@@ -224,12 +224,12 @@ def once(path):
     raise AssertionError("not dead")
 
 
-def test_a_worker_that_dies_is_made_good(pool, tmp_path):
-    feed = is_streamed(pool, once)
-    feed.put(0, [str(tmp_path / "0")])
-    feed.put(1, [str(tmp_path / "1")])
-    assert results(feed, 2) == [(0, 1, ["done"]), (1, 2, ["done"])]
-    ran = feed.close()
+def test_a_batch_whose_worker_died_is_run_again(pool, tmp_path):
+    queue = open_queue(pool, once)
+    queue.put(0, [str(tmp_path / "0")])
+    queue.put(1, [str(tmp_path / "1")])
+    assert results(queue, 2) == [(0, 1, ["done"]), (1, 2, ["done"])]
+    ran = queue.close()
     assert sorted((death.exitcode, death.range) for death in ran.deaths) == [
         (-9, (0, 1)),
         (-9, (1, 2)),
@@ -242,12 +242,12 @@ def die_at(bad, item):
     return item
 
 
-def test_what_kills_is_found_in_a_block(pool):
-    feed = is_streamed(pool, lambda item: die_at(5, item), retry_policy=RetryPolicy(retries=1))
-    feed.put(0, range(8))
-    feed.put(8, range(8, 12))
-    came = results(feed, 12)
-    deaths = feed.close().deaths
+def test_the_item_that_kills_is_found_in_a_batch(pool):
+    queue = open_queue(pool, lambda item: die_at(5, item), retry_policy=RetryPolicy(retries=1))
+    queue.put(0, range(8))
+    queue.put(8, range(8, 12))
+    came = results(queue, 12)
+    deaths = queue.close().deaths
     (fault,) = [result for _, _, result in came if not isinstance(result, list)]
     ((start, stop, error),) = fault.faults
     assert (start, stop, error.exitcode) == (5, 6, 5)
@@ -257,26 +257,26 @@ def test_what_kills_is_found_in_a_block(pool):
     assert [death.range for death in deaths] == [(0, 8), (0, 8), (4, 6), (5, 6)]
 
 
-def test_blocks_that_were_not_begun_are_not_to_blame(pool):
-    feed = is_streamed(pool, lambda item: die_at(0, item), 1, retry_policy=RetryPolicy(retries=0))
-    feed.put(0, [0])
-    feed.put(1, [1])
-    came = results(feed, 2)
-    feed.close()
+def test_batches_that_were_not_begun_are_not_to_blame(pool):
+    queue = open_queue(pool, lambda item: die_at(0, item), 1, retry_policy=RetryPolicy(retries=0))
+    queue.put(0, [0])
+    queue.put(1, [1])
+    came = results(queue, 2)
+    queue.close()
     assert came[1] == (1, 2, [1])
     assert came[0][2].faults[0][2].in_hand == (0, 1)
 
 
-def test_a_worker_that_dies_while_it_has_nothing_to_do(pool):
-    feed = is_streamed(pool, lambda item: (item, os.getpid()))
-    feed.put(0, [0])
-    ((_, _, ((_, pid),)),) = results(feed, 1)
+def test_a_worker_that_dies_while_idle_is_replaced(pool):
+    queue = open_queue(pool, lambda item: (item, os.getpid()))
+    queue.put(0, [0])
+    ((_, _, ((_, pid),)),) = results(queue, 1)
     os.kill(pid, signal.SIGKILL)
-    feed.take(0.2)
+    queue.take(0.2)
     for start in range(1, 4):
-        feed.put(start, [start])
-    assert [result[0][0] for _, _, result in results(feed, 3)] == [1, 2, 3]
-    assert len(feed.close().deaths) == 1
+        queue.put(start, [start])
+    assert [result[0][0] for _, _, result in results(queue, 3)] == [1, 2, 3]
+    assert len(queue.close().deaths) == 1
 
 
 def dies_behind(gate, item):
@@ -285,23 +285,23 @@ def dies_behind(gate, item):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_dies_before_it_has_told_why_all_stop(pool, tmp_path):
-    feed = is_streamed(pool, functools.partial(dies_behind, tmp_path), 1)
-    feed.put(0, [0])
+def test_a_worker_may_die_before_it_has_told_why_all_stop(pool, tmp_path):
+    queue = open_queue(pool, functools.partial(dies_behind, tmp_path), 1)
+    queue.put(0, [0])
     wait_for(tmp_path / "begun")
-    feed.ledger.halt()  # as a worker does that ends by an exit
+    queue.ledger.halt()  # as a worker does that ends by an exit
     (tmp_path / "open").touch()
     with pytest.raises(WorkerDiedError, match="item 0"):
-        feed.take(LONG)
-    feed.close()
+        queue.take(LONG)
+    queue.close()
 
 
-def test_a_range_that_takes_too_long(pool):
-    feed = is_streamed(pool, time.sleep, 1, retry_policy=RetryPolicy(timeout=LATE))
-    feed.put(0, [LONG])
-    feed.put(1, [0])
-    came = results(feed, 2)
-    ran = feed.close()
+def test_a_range_that_takes_too_long_is_an_error(pool):
+    queue = open_queue(pool, time.sleep, 1, retry_policy=RetryPolicy(timeout=LATE))
+    queue.put(0, [LONG])
+    queue.put(1, [0])
+    came = results(queue, 2)
+    ran = queue.close()
     assert came[1] == (1, 2, [None])
     assert isinstance(came[0][2].faults[0][2], TimeoutError)
     assert [death.was_late for death in ran.deaths] == [True]
@@ -315,67 +315,67 @@ def called_with(item, log):
         time.sleep(LONG)
 
 
-def test_a_range_takes_too_long_while_nobody_takes_the_results_before_it(pool, tmp_path):
+def test_a_range_is_late_though_earlier_results_are_not_taken(pool, tmp_path):
     log = tmp_path / "calls"
     retry_policy = RetryPolicy(timeout=LATE, retries=0)
-    feed = is_streamed(pool, lambda item: called_with(item, log), 1, retry_policy=retry_policy)
-    feed.put(0, [("short", False)])
-    feed.put(1, [("long", True)])
+    queue = open_queue(pool, lambda item: called_with(item, log), 1, retry_policy=retry_policy)
+    queue.put(0, [("short", False)])
+    queue.put(1, [("long", True)])
     deadline = time.monotonic() + LONG
     while not (log.exists() and "long" in log.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    feed.ledger.set_start_time(0, time.monotonic_ns() - LONG * 10**9)
-    came = results(feed, 2)
+    queue.ledger.set_start_time(0, time.monotonic_ns() - LONG * 10**9)
+    came = results(queue, 2)
     assert came[0] == (0, 1, [None])
     assert isinstance(came[1][2].faults[0][2], TimeoutError)
-    assert [(death.range, death.was_late) for death in feed.close().deaths] == [((1, 2), True)]
+    assert [(death.range, death.was_late) for death in queue.close().deaths] == [((1, 2), True)]
     assert log.read_text().split() == ["short", "long"]
 
 
-def test_closed_with_blocks_in_hand(pool, monkeypatch):
+def test_a_queue_may_be_closed_with_batches_in_hand(pool, monkeypatch):
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.1)
-    feed = is_streamed(pool, time.sleep)
+    queue = open_queue(pool, time.sleep)
     for start in range(4):
-        feed.put(start, [LONG])
+        queue.put(start, [LONG])
     began = time.monotonic()
-    ran = feed.close()
+    ran = queue.close()
     assert time.monotonic() - began < LONG / 2
     assert ran.is_halted
-    feed = is_streamed(pool, double)
-    feed.put(0, [1])
-    assert results(feed, 1) == [(0, 1, [2])]
-    feed.close()
+    queue = open_queue(pool, double)
+    queue.put(0, [1])
+    assert results(queue, 1) == [(0, 1, [2])]
+    queue.close()
 
 
-def test_workers_that_are_still_starting_when_all_is_done(pool, monkeypatch):
+def test_workers_may_still_be_starting_when_all_is_done(pool, monkeypatch):
     monkeypatch.setattr(module, "GRACE_SECONDS", 0)
-    feed = is_streamed(pool, double)
-    feed.put(0, [1])
-    results(feed, 1)
+    queue = open_queue(pool, double)
+    queue.put(0, [1])
+    results(queue, 1)
     os.kill(dead := pool._workers[0].pid, signal.SIGKILL)
     while pool._workers[0].pid == dead:
-        assert feed.take(0.1) == []
-    ran = feed.close()  # another has taken its place
+        assert queue.take(0.1) == []
+    ran = queue.close()  # another has taken its place
     assert [(stats.worker, stats.items) for stats in ran.worker_stats] == [(0, 1), (0, 0)]
     assert pool._workers[0].alive
 
 
-def test_another_begins_when_all_have_a_block(tmp_path):
+def test_another_worker_starts_when_all_have_a_batch(tmp_path):
     pool = ProcessPool(500)
     try:
-        feed = is_streamed(pool, waits_for, 500)
+        queue = open_queue(pool, waits_for, 500)
         for start in range(2):
             assert len(pool._workers) == start
-            feed.put(start, [str(tmp_path / "open")])
+            queue.put(start, [str(tmp_path / "open")])
         assert len(pool._workers) == 2
         (tmp_path / "open").touch()
-        results(feed, 2)
+        results(queue, 2)
         for start in range(2, 6):
-            feed.put(start, [str(tmp_path / "open")])
-            results(feed, 1)
+            queue.put(start, [str(tmp_path / "open")])
+            results(queue, 1)
         assert len(pool._workers) == 2
-        assert [stats.worker for stats in feed.close().worker_stats] == [0, 1]
+        assert [stats.worker for stats in queue.close().worker_stats] == [0, 1]
     finally:
         pool.close()
         vars(pool).clear()
@@ -386,16 +386,16 @@ def waits_for(path):
         time.sleep(0.01)
 
 
-def test_descriptors_stay_flat(warm):
+def test_the_number_of_descriptors_stays_constant(warm):
     def n_open():
         return len(list(Path("/proc/self/fd").iterdir()))
 
     counts = []
     for _ in range(3):
-        feed = is_streamed(warm, lambda item: item)
+        queue = open_queue(warm, lambda item: item)
         for start in range(4):
-            feed.put(start, [np.zeros(100_000)])
-        results(feed, 4)
-        feed.close()
+            queue.put(start, [np.zeros(100_000)])
+        results(queue, 4)
+        queue.close()
         counts.append(n_open())
     assert counts[0] == counts[1] == counts[2]

@@ -1,4 +1,4 @@
-"""A worker process: what it makes of its orders, and what it sends back."""
+"""A worker process: how it reads its orders, and what it sends back."""
 
 import mmap
 import os
@@ -92,20 +92,20 @@ def both(start, stop):
 class TestOrder:
     @pytest.mark.parametrize("payload", [b"", b"payload", bytes(range(256)) * 1000])
     @pytest.mark.parametrize(
-        "again", [[], [Attempt(0, 8, 3)], [Attempt(2**40, 2**40 + 1, 2)] * 500]
+        "attempts", [[], [Attempt(0, 8, 3)], [Attempt(2**40, 2**40 + 1, 2)] * 500]
     )
     @pytest.mark.parametrize("is_streamed", [True, False])
-    def test_ranges_and_the_run_arrive(self, again, payload, is_streamed):
-        assert module._parse_order(order(again, payload, is_streamed=is_streamed)) == (
-            again,
+    def test_orders_arrive_with_attempts_and_payload(self, attempts, payload, is_streamed):
+        assert module._parse_order(order(attempts, payload, is_streamed=is_streamed)) == (
+            attempts,
             payload,
             is_streamed,
         )
 
-    def test_ranges_arrive_as_they_were(self):
-        ((again,), _, _) = module._parse_order(order([Attempt(3, 5, 2)], b"payload"))
-        assert type(again) is Attempt
-        assert (again.start, again.stop, again.attempt) == (3, 5, 2)
+    def test_attempts_arrive_with_their_numbers(self):
+        ((attempt,), _, _) = module._parse_order(order([Attempt(3, 5, 2)], b"payload"))
+        assert type(attempt) is Attempt
+        assert (attempt.start, attempt.stop, attempt.attempt) == (3, 5, 2)
 
 
 class TestLedgerOver:
@@ -164,14 +164,14 @@ class TestOutbox:
         outbox.flush()
         assert sent.messages == [[(0, "result 0"), (1, "result 1"), (2, "result 2")]]
 
-    def test_nothing_is_no_message(self, outbox, sent):
+    def test_an_empty_batch_is_not_sent(self, outbox, sent):
         outbox.flush()
         outbox.deliver(0, "result")
         outbox.flush()
         outbox.flush()
         assert sent.messages == [[(0, "result")]]
 
-    def test_seconds_double_from_batch_to_batch(self, outbox, sent, monkeypatch):
+    def test_the_time_between_batches_doubles(self, outbox, sent, monkeypatch):
         now = 0.0
         monkeypatch.setattr(module.time, "monotonic", lambda: now)
         sizes = []
@@ -182,18 +182,18 @@ class TestOutbox:
         assert sizes[:6] == [2, 3, 5, 9, 17, 33]
         assert set(sizes[6:]) == {41}
 
-    def test_not_later_than_so_many_seconds(self, outbox, sent, monkeypatch):
+    def test_a_batch_is_sent_after_its_time(self, outbox, sent, monkeypatch):
         monkeypatch.setattr(outbox, "_seconds", 0)
         outbox.deliver(0, "result")
         assert sent.messages == [[(0, "result")]]
 
-    def test_not_more_than_so_many_bytes(self, outbox, sent, monkeypatch):
+    def test_a_batch_is_sent_at_its_size(self, outbox, sent, monkeypatch):
         monkeypatch.setattr(outbox, "_seconds", LONG)
         for start in range(5):
             outbox.deliver(start, b"." * (module._BATCH_NBYTES // 2))
         assert [[start for start, _ in message] for message in sent.messages] == [[0, 1], [2, 3]]
 
-    def test_a_result_that_cannot_be_pickled_is_not_among_them(self, outbox, sent):
+    def test_a_result_that_cannot_be_pickled_is_left_out_of_the_batch(self, outbox, sent):
         outbox.deliver(0, "good")
         with pytest.raises(TypeError) as caught:
             outbox.deliver(1, (n for n in range(3)))
@@ -220,7 +220,7 @@ class TestOutbox:
         first[:] = 1  # the caller's own
         np.testing.assert_array_equal(second, arrays[1])
 
-    def test_each_batch_has_its_own(self, outbox, sent, monkeypatch):
+    def test_each_batch_has_its_own_segment(self, outbox, sent, monkeypatch):
         monkeypatch.setattr(module, "_BATCH_SECONDS", 0)
         monkeypatch.setattr(outbox, "_seconds", 0)
         for start in range(3):
@@ -229,7 +229,7 @@ class TestOutbox:
         assert sent.n_fds == [1, 1, 1, 0]
         assert [int(array[-1]) for message in sent.messages for _, array in message] == [0, 1, 2, 2]
 
-    def test_a_small_part_does_not_keep_the_batch(self, outbox, sent, monkeypatch):
+    def test_a_small_part_does_not_keep_the_memory_of_the_batch(self, outbox, sent, monkeypatch):
         monkeypatch.setattr(outbox, "_seconds", LONG)
         for start in range(5):
             outbox.deliver(start, np.full(5000, start))
@@ -238,12 +238,12 @@ class TestOutbox:
         assert [int(array[-1]) for array in arrays] == list(range(5))
         assert all(array.flags.writeable and locate(array) is None for array in arrays)
 
-    def test_large_arrays_count_as_bytes(self, outbox, sent, monkeypatch):
+    def test_large_arrays_count_towards_the_size_of_a_batch(self, outbox, sent, monkeypatch):
         monkeypatch.setattr(outbox, "_seconds", LONG)
         outbox.deliver(0, np.zeros(module._BATCH_NBYTES, np.uint8))
         assert len(sent.messages) == 1
 
-    def test_copied_where_descriptors_are_scarce(self, outbox, sent, monkeypatch):
+    def test_arrays_are_copied_if_descriptors_are_scarce(self, outbox, sent, monkeypatch):
         monkeypatch.setattr(module, "descriptors_are_scarce", lambda: True)
         outbox.deliver(0, np.arange(5000.0))
         outbox.flush()
@@ -252,7 +252,7 @@ class TestOutbox:
         assert locate(array) is None
         assert array.flags.writeable
 
-    def test_what_only_cloudpickle_can_is_not_there_twice(self, outbox, sent):
+    def test_arrays_pickled_by_cloudpickle_are_not_sent_twice(self, outbox, sent):
         class Local:
             def __init__(self, array):
                 self.array = array
@@ -269,11 +269,11 @@ class LocalWarning(UserWarning):
         raise TypeError("stays where it is")
 
 
-class TestAccount:
+class TestWorkerStats:
     def packed(self, stats):
         return unpickle_stats(module._pickle_stats(stats))
 
-    def test_arrives(self):
+    def test_stats_arrive_in_the_parent(self):
         stats = WorkerStats(3, "", 4, 10, 99, facts=("some", 1))
         stats.warnings = [WorkerWarning(UserWarning("look"), UserWarning, "file.py", 7, "module")]
         arrived = self.packed(stats)
@@ -284,7 +284,7 @@ class TestAccount:
         assert (str(message), *where) == ("look", UserWarning, "file.py", 7, "module")
 
     @pytest.mark.parametrize("where", [(2, 4), None])
-    def test_with_its_failure(self, where):
+    def test_stats_arrive_with_their_failure(self, where):
         failure = RangeFailure(where, ValueError("no"), attempt=3)
         arrived = self.packed(WorkerStats(0, failure=failure)).failure
         assert (arrived.range, arrived.attempt) == (where, 3)
@@ -303,7 +303,7 @@ class TestWarnings:
             warn()
         return [(str(one.message), one.category) for one in heard.values()]
 
-    def test_each_is_heard_once(self):
+    def test_each_warning_is_heard_once(self):
         def warn():
             for text in ("one", "other", "one"):
                 warnings.warn(text, stacklevel=1)
@@ -315,26 +315,26 @@ class TestWarnings:
             ("one", RuntimeWarning),
         ]
 
-    def test_in_every_run(self):
+    def test_warnings_are_heard_in_every_run(self):
         def warn():
             warnings.warn("again", stacklevel=1)
 
         assert self.heard(warn) == self.heard(warn) == [("again", UserWarning)]
 
-    def test_also_what_python_does_not_show(self):
+    def test_warnings_that_python_does_not_show_are_heard(self):
         def warn():
             warnings.warn("old", DeprecationWarning, stacklevel=1)
 
         assert self.heard(warn) == [("old", DeprecationWarning)]
 
-    def test_not_without_end(self):
+    def test_the_number_of_warnings_is_limited(self):
         def warn():
             for number in range(10 * module._MAX_WARNINGS):
                 warnings.warn(str(number), stacklevel=1)
 
         assert len(self.heard(warn)) == module._MAX_WARNINGS
 
-    def test_the_function_s_own_filters_hold(self):
+    def test_filters_of_the_function_hold(self):
         def warn():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -345,13 +345,13 @@ class TestWarnings:
 
         assert self.heard(warn) == []
 
-    def test_filters_are_as_before(self):
+    def test_filters_are_restored(self):
         before = warnings.filters, warnings.showwarning
         self.heard(lambda: None)
         assert (warnings.filters, warnings.showwarning) == before
 
     @pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.name)
-    def test_come_with_the_account(self, warm, balance, capfd):
+    def test_warnings_come_with_the_stats(self, warm, balance, capfd):
         for _ in range(2):
             ran, _, failures = run(warm, warns_at_four, balance=balance)
             assert failures == []
@@ -379,14 +379,14 @@ def refuse():
 
 
 class TestResults:
-    def test_of_many_megabytes(self, warm):
+    def test_results_of_many_megabytes_arrive(self, warm):
         _, delivered, _ = run(warm, large)
         assert sorted(delivered) == list(range(0, 20, 2))
         for start, result in delivered.items():
             assert result.shape == (300_000,)
             assert (result == start).all()
 
-    def test_come_before_the_end(self, warm, monkeypatch, tmp_path):
+    def test_results_arrive_before_the_end_of_the_run(self, warm, monkeypatch, tmp_path):
         monkeypatch.setattr(pool, "TICK", 0.01)
         gate = tmp_path / "gate"
         delivered = []
@@ -402,12 +402,12 @@ class TestResults:
         assert delivered == [0, 2, 4]
         assert ran.worker_stats[0].items == 6
 
-    def test_that_cannot_be_pickled(self, warm):
+    def test_results_that_cannot_be_pickled_are_failures(self, warm):
         _, _, (failure, *_) = run(warm, lambda *_: (n for n in range(3)))
         assert isinstance(failure.error, TypeError)
         assert any("could not pickle the result" in note for note in failure.error.__notes__)
 
-    def test_that_cannot_be_unpickled(self, warm):
+    def test_results_that_cannot_be_unpickled_are_failures(self, warm):
         ran, delivered, (failure,) = run(warm, unreadable_at_four)
         assert (failure.range, failure.attempt) == ((4, 6), 1)
         assert failure.worker in {stats.name for stats in ran.worker_stats}
@@ -450,14 +450,14 @@ def fail_late(start, stop):
 class TestFailures:
     @pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.name)
     @pytest.mark.parametrize("error", [ValueError("no", 3), SystemExit(3), KeyboardInterrupt()])
-    def test_arrive(self, warm, balance, error):
+    def test_failures_arrive_with_their_range(self, warm, balance, error):
         ran, _, (failure,) = run(warm, fail_first, error, balance=balance)
         assert failure.range == (0, 2)
         assert repr(failure.error) == repr(error)
         assert "in fail_first" in str(failure.error.__cause__)
         assert ran.is_halted
 
-    def test_of_ranges_that_took_too_long_and_ended(self, warm, monkeypatch):
+    def test_late_ranges_that_have_ended_are_failures(self, warm, monkeypatch):
         # The caller is kept from looking at the clock, so that the worker sees it first.
         monkeypatch.setattr(pool.ProcessRun, "_kill_overdue", lambda *_: LONG)
         _, _, failures = run(warm, fail_late, retry_policy=RetryPolicy(timeout=0.1), n_workers=1)
@@ -466,20 +466,20 @@ class TestFailures:
         assert failure.range == (0, 2)
         assert not hasattr(failure.error, "__notes__")  # nothing about threads
 
-    def test_collected(self, warm):
+    def test_failures_are_collected(self, warm):
         _, delivered, failures = run(warm, parts_at_four, collect_errors=True)
         assert failures == []
         ((start, stop, error),) = delivered.pop(4).faults
         assert (start, stop, repr(error)) == (4, 6, "ValueError('no')")
         assert set(delivered.values()) == {"good"}
 
-    def test_a_task_that_cannot_be_opened(self, warm):
+    def test_a_task_that_cannot_be_opened_is_a_failure(self, warm):
         _, delivered, failures = run(warm, both, kind=Unopenable)
         assert delivered == {}
         assert {str(failure.error) for failure in failures} == {"cannot be opened"}
         assert {failure.range for failure in failures} == {None}
 
-    def test_a_task_that_cannot_be_unpickled(self, warm):
+    def test_a_task_that_cannot_be_unpickled_is_a_failure(self, warm):
         _, _, failures = run(warm, both, Unreadable())
         assert failures
         for failure in failures:
@@ -488,7 +488,7 @@ class TestFailures:
             assert any("unpickled the function" in note for note in failure.error.__notes__)
         assert len(run(warm, both)[1]) == 10
 
-    def test_an_error_that_cannot_be_pickled(self, warm):
+    def test_an_error_that_cannot_be_pickled_becomes_a_task_error(self, warm):
         def fail(start, stop):
             raise ValueError(n for n in range(3))
 
@@ -502,12 +502,12 @@ def parts_at_four(start, stop):
 
 
 class TestInside:
-    def test_workers_know_that_they_are(self, warm):
+    def test_processes_know_that_they_are_workers(self, warm):
         _, delivered, _ = run(warm, lambda *_: is_in_worker())
         assert set(delivered.values()) == {True}
         assert not is_in_worker()
 
-    def test_joblib_is_serial(self, warm):
+    def test_joblib_is_serial_inside_processes(self, warm):
         def look(start, stop):
             parallel = joblib.Parallel()
             return type(parallel._backend).__name__, parallel.n_jobs
@@ -515,18 +515,18 @@ class TestInside:
         _, delivered, _ = run(warm, look)
         assert set(delivered.values()) == {("SequentialBackend", 1)}
 
-    def test_ctrl_c_is_the_caller_s_decision(self, warm):
+    def test_ctrl_c_is_ignored_in_workers(self, warm):
         _, delivered, failures = run(warm, interrupt_myself)
         assert failures == []
         assert len(delivered) == 10
 
-    def test_a_function_that_forks_goes_on_once(self, warm):
+    def test_a_function_that_forks_continues_only_in_the_parent(self, warm):
         ran, delivered, failures = run(warm, fork_at_four)
         assert failures == []
         assert sum(stats.items for stats in ran.worker_stats) == 20
         assert sorted(delivered) == list(range(0, 20, 2))
 
-    def test_what_tasks_print_is_seen_at_once(self, capfd):
+    def test_output_of_tasks_is_shown_at_once(self, capfd):
         pool = ProcessPool(1)
         try:
             run(pool, say, n_items=2, n_workers=1)
