@@ -1,1 +1,1 @@
-"""Array faces on the waist: what becomes of arrays before, in and after a run."""
+"""Maps over arrays: what happens to arrays before, in and after a run."""

@@ -1,4 +1,4 @@
-"""One call over arrays, from its arguments to its results: what all verbs have in common."""
+"""One call over arrays, from its arguments to its results: the part that all verbs share."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _NO_NUMBERS = {
 
 @dataclass(eq=False)
 class ArrayCall:
-    """A checked call: a function over ranges of arrays."""
+    """A checked call of a function over ranges of arrays."""
 
     settings: Settings
     call: Call
@@ -87,7 +87,7 @@ class ArrayCall:
         row: Row | None = None,
         rng: object = None,
     ) -> ArrayCall:
-        """From the arguments of a verb, or an error that says what is wrong with them."""
+        """Check the arguments of a verb and make a call of them; an error says what is wrong."""
         started_ns = monotonic_ns()
         check_callable(func)
         inputs = check_inputs(arrays, axis)
@@ -96,14 +96,14 @@ class ArrayCall:
             raise TypeError("rng is given twice: as an option, and in kwargs")
         size = check_chunksize(chunksize)
         halo = check_halo(depth, boundary, cval, inputs)
-        n_deep = 0 if halo is None else halo.depth
+        halo_depth = 0 if halo is None else halo.depth
         return cls(
             settings,
             Call(func, extra_args, extra_kwargs),
             inputs,
             item_grid(inputs.n_items, size)
             if by_item
-            else chunk_grid(inputs.n_items, inputs.item_nbytes, size, n_deep),
+            else chunk_grid(inputs.n_items, inputs.item_nbytes, size, halo_depth),
             halo,
             bool(writable),
             by_item,
@@ -115,23 +115,26 @@ class ArrayCall:
 
     @property
     def extras(self) -> tuple[Any, ...]:
-        """What else the function gets."""
+        """The further arguments that the function gets."""
         return (*self.call.args, *self.call.kwargs.values())
 
     def with_function(self, func: Callable[..., Any]) -> ArrayCall:
-        """The same with a function of ours, which gets nothing but chunks."""
+        """Return the same call with another function, which gets chunks and nothing else."""
         return replace(self, call=Call(func), by_item=False, row=None, streams=None)
 
     def open_ledger_file(self, path: str, options: Mapping[str, object]) -> LedgerFile:
-        """The ledger beside an output, of this computation; `options` say what else decides it."""
-        words = {
+        """Open the ledger file of this computation, beside the output at `path`.
+
+        `options` are further values that decide the results.
+        """
+        details = {
             "called with": "items" if self.by_item else "chunks",
             "writable": self.writable,
             "out_shape": None if self.row is None else self.row.shape,
             "rng": self.streams,
             **options,
         }
-        computation = Computation.of(self.call, self.inputs, self.grid, self.halo, words)
+        computation = Computation.of(self.call, self.inputs, self.grid, self.halo, details)
         return LedgerFile(path, len(self.grid), computation)
 
     def run_in_place(
@@ -143,11 +146,11 @@ class ArrayCall:
         fill: Fill,
         resumed: LedgerFile | None = None,
     ) -> tuple[Any, list[Fault]]:
-        """Run with results put in place; what the verb returns, and what failed.
+        """Run with results put in place; return the result of the verb, and the faults.
 
-        With a ledger that is kept, what an earlier run has finished is left as it is.
+        With `resumed`, chunks that an earlier run has finished are left as they are.
         """
-        choice = self._choice()
+        choice = self._choose()
         is_shared = choice.backend == "loky"
         n_items, order = self.inputs.n_items, self.inputs.order
         allocation: LocalBuffer | SharedBuffer
@@ -159,16 +162,16 @@ class ArrayCall:
         fusion: FusedLoop | None = None
         try:
             outputs = request.outputs(shared=is_shared)
-            settled = request.read_spec(out_axis, n_items) if request.is_running else None
-            n_done = 0 if resumed is None else resumed.begin(anew=settled is None)
-            plan = Plan(allocation, n_items, out_axis, outputs, promote_dtypes, fill, settled)
+            earlier_spec = request.read_spec(out_axis, n_items) if request.is_running else None
+            n_done = 0 if resumed is None else resumed.begin(anew=earlier_spec is None)
+            plan = Plan(allocation, n_items, out_axis, outputs, promote_dtypes, fill, earlier_spec)
             fusion, fusing_ns = self._fuse(choice, plan, run_in_place=resumed is not None)
-            kept_marks = (
+            resumed_marks = (
                 None if resumed is None else ResumedMarks(resumed.marks, n_done, resumed.notes)
             )
             if fusion is None:
-                outcome, delivered = self._run(choice, plan, fusing_ns, kept_marks)
-                spec = check_agreement(outcome, self, promote_dtypes=promote_dtypes) or settled
+                outcome, delivered = self._run(choice, plan, fusing_ns, resumed_marks)
+                spec = check_agreement(outcome, self, promote_dtypes=promote_dtypes) or earlier_spec
             else:
                 outcome, delivered = self._execute(
                     choice,
@@ -176,17 +179,17 @@ class ArrayCall:
                     notes=fusion.notes,
                     compiling_ns=fusing_ns,
                     runs_all=fusion.runs_all,
-                    resumed=kept_marks,
+                    resumed=resumed_marks,
                 )
                 spec = fusion.spec
-            self._explain(outcome)
+            self._explain_ufunc_errors(outcome)
             raise_failure(outcome, self.inputs.describe)
-            faults = self._faults(delivered)
+            faults = self._collect_faults(delivered)
             deferred = [result for parts in delivered for result in parts.results]
             if fusion is not None:
                 deferred += fusion.deferred(faults)
                 if sum(stop - start for start, stop, _ in faults) == n_items:
-                    spec = None  # as where what results are like is known from results alone
+                    spec = None  # every item failed: unknown, as it would be without a loop
             arrays = None
             if spec is not None:
                 arrays = request.fill_outputs(plan, spec, deferred, [fault[:2] for fault in faults])
@@ -203,9 +206,9 @@ class ArrayCall:
             request.discard()
 
     def run_collect(self) -> tuple[dict[int, Any], list[Fault]]:
-        """Run with results for the caller: by the start of their range, and what failed."""
-        outcome, delivered = self._run(self._choice(), None)
-        self._explain(outcome)
+        """Run the call; return results by the start of their range, and the faults."""
+        outcome, delivered = self._run(self._choose(), None)
+        self._explain_ufunc_errors(outcome)
         raise_failure(outcome, self.inputs.describe)
         results = {
             where.start: result
@@ -213,26 +216,26 @@ class ArrayCall:
             for where, result in parts.results
             if isinstance(where, slice)
         }
-        faults = self._faults(delivered)
+        faults = self._collect_faults(delivered)
         done = results.keys() | {start for start, _, _ in faults}
         ranges = list(map(self.grid.range_of, range(len(self.grid))))
-        missing = [one for one in ranges if one[0] not in done]
+        missing = [bounds for bounds in ranges if bounds[0] not in done]
 
-        def partial() -> list[Any]:
+        def list_results() -> list[Any]:
             return [results.get(start) for start, _ in ranges]
 
-        refuse_missing(outcome, self.inputs.describe, missing, partial)
+        refuse_missing(outcome, self.inputs.describe, missing, list_results)
         return results, faults
 
-    def _explain(self, outcome: RunOutcome) -> None:
-        """Say of errors of ufuncs which array holds no numbers."""
+    def _explain_ufunc_errors(self, outcome: RunOutcome) -> None:
+        """Add notes to errors of ufuncs that say which array holds no numbers."""
         for failure in outcome.failures:
             if isinstance(failure.error, TypeError) and "ufunc" in text_of(failure.error):
                 for number, dtype in enumerate(self.inputs.dtypes):
                     if remedy := _NO_NUMBERS.get(dtype.kind):
                         add_note(failure.error, f"array {number} has dtype {dtype}: {remedy}")
 
-    def _choice(self) -> Choice:
+    def _choose(self) -> Choice:
         check_for_arrays(self.settings.backend)
         if self.inputs.n_items == 0:
             return Choice("sequential", 1, "there is nothing to map")
@@ -241,16 +244,16 @@ class ArrayCall:
     def _fuse(
         self, choice: Choice, plan: Plan, *, run_in_place: bool
     ) -> tuple[FusedLoop | None, int]:
-        """A compiled loop over the items, if there can be one, and how long that took.
+        """Return a compiled loop over the items, if one is possible, and the nanoseconds it took.
 
-        If it must work `run_in_place`, not one whose results are cast in the end.
+        With `run_in_place`, a loop whose results are cast at the end is not used.
         """
         if not self.by_item or choice.backend == "loky" or self.inputs.n_items == 0:
             return None, 0
         if not is_jitted(self.call.func):
             return None, 0
         if self.settings.retry_policy.retry_on or self.streams is not None:
-            return None, 0  # these are done around each call
+            return None, 0  # both are handled around each call from Python
         begin = monotonic_ns()
         fusion = fuse_loop(
             self.call,
@@ -298,14 +301,16 @@ class ArrayCall:
             sources, notes = sources_for_processes(self.inputs, self.grid, self.halo, staging)
         else:
             sources = local_sources(self.inputs, self.halo)
-        made = prepared.call
+        call = prepared.call
         if self.settings.retry_policy.retry_on:
             retry_policy = self.settings.retry_policy
-            copies = prepared.writable or prepared.copies_args
-            again = WithRetries(made.func, retry_policy.retry_on, retry_policy.retries, copies)
-            made = replace(made, func=again)
+            copies_inputs = prepared.writable or prepared.copies_args
+            retrying = WithRetries(
+                call.func, retry_policy.retry_on, retry_policy.retries, copies_inputs
+            )
+            call = replace(call, func=retrying)
         task = ArrayTask(
-            made,
+            call,
             sources,
             self.inputs.axes,
             self.by_item,
@@ -325,7 +330,7 @@ class ArrayCall:
             notes=notes + prepared.notes,
             compiling_ns=fusing_ns + prepared.compiling_ns,
             staging=staging,
-            # A part of a range with one stream would draw other numbers.
+            # If a range has one random stream, a part of it would draw other numbers.
             can_split=plan is not None
             and self.halo is None
             and (self.by_item or self.streams is None),
@@ -363,53 +368,57 @@ class ArrayCall:
         return outcome, delivered
 
     def _takes_objects(self, plan: Plan | None) -> bool:
-        """Whether items may give any object: those of object arrays, and where it is asked for."""
+        """Return whether items may give any object: if an input or an output has such a dtype."""
         outputs = () if plan is None else plan.outputs
-        asked = (outputs,) if isinstance(outputs, Output) else outputs
-        dtypes = [*self.inputs.dtypes, *(output.dtype for output in asked)]
+        requested = (outputs,) if isinstance(outputs, Output) else outputs
+        dtypes = [*self.inputs.dtypes, *(output.dtype for output in requested)]
         return any(dtype is not None and dtype.hasobject for dtype in dtypes)
 
-    def _faults(self, delivered: list[PartialResult]) -> list[Fault]:
-        # By range: one that a worker died on may have come before, and come again.
-        found = {fault[:2]: fault for parts in delivered for fault in parts.faults}
-        for parts in delivered:  # errors refer to frames, and these to what was delivered
+    def _collect_faults(self, delivered: list[PartialResult]) -> list[Fault]:
+        # Keyed by range: the fault of a range whose worker died may have come before that, and
+        # again from the worker that ran it next.
+        faults_by_range = {fault[:2]: fault for parts in delivered for fault in parts.faults}
+        for parts in delivered:  # else a cycle: errors refer to frames that refer to `delivered`
             parts.faults.clear()
-        faults = [found[where] for where in sorted(found)]
+        faults = [faults_by_range[bounds] for bounds in sorted(faults_by_range)]
         for start, stop, error in faults:
             add_note(error, f"while mapping {self.inputs.describe(start, stop)}")
         return faults
 
 
 def check_agreement(outcome: RunOutcome, call: ArrayCall, *, promote_dtypes: bool) -> Spec | None:
-    """What all results agree in; if some do not, the outcome has failures of those chunks.
+    """Return the spec that results agree on; give the outcome a failure for each that differs.
 
     The reference is the lowest chunk that has a result. Under dynamic balance and in the
     caller, both that chunk and the lowest one that differs from it are the same on every run.
-    Where only a worker that has died since gave results such as are in place, it is these.
+    If no worker that is left agrees with the results in place, the reference is the spec that a
+    worker proposed which has died since.
     """
-    firsts = [
+    first_specs = [
         (*stats.facts, stats.name) for stats in outcome.worker_stats if stats.facts is not None
     ]
     first_proposal: Spec | None = outcome.first_proposal
-    if not firsts or first_proposal is None:
-        return first_proposal  # of workers that died since
-    if any(first_proposal.agrees(spec, promote_dtypes=promote_dtypes) for _, spec, _ in firsts):
-        reference_start, reference, _ = min(firsts, key=lambda first: first[0])
+    if not first_specs or first_proposal is None:
+        return first_proposal  # if any, from a worker that has died since
+    if any(
+        first_proposal.agrees(spec, promote_dtypes=promote_dtypes) for _, spec, _ in first_specs
+    ):
+        reference_start, reference, _ = min(first_specs, key=lambda first: first[0])
     else:
         reference_start, reference = None, first_proposal
-    size = call.grid.chunksize
+    chunksize = call.grid.chunksize
     failures = {
-        start // size: RangeFailure(
-            call.grid.range_of(start // size), DisagreementError(spec), name
+        start // chunksize: RangeFailure(
+            call.grid.range_of(start // chunksize), DisagreementError(spec), name
         )
-        for start, spec, name in firsts
+        for start, spec, name in first_specs
         if not reference.agrees(spec, promote_dtypes=promote_dtypes)
     }
     others = []
     for failure in outcome.failures:
         if isinstance(failure.error, DisagreementError):
             if not reference.agrees(failure.error.spec, promote_dtypes=promote_dtypes):
-                failures.setdefault(failure.place // size, failure)
+                failures.setdefault(failure.place // chunksize, failure)
         else:
             others.append(failure)
     for failure in failures.values():

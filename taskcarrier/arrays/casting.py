@@ -1,4 +1,4 @@
-"""Which values may become which: casts that lose nothing without saying so."""
+"""Casts of values to other dtypes; a cast that would lose a value raises an error."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ _REMEDY = "return that dtype from func, or another one with dtype= or out="
 
 
 def check_dtype(dtype: object, name: str = "dtype") -> np.dtype[Any] | None:
-    """`dtype` as a NumPy dtype or None; a `TypeError` for anything that is none."""
+    """Return `dtype` as a NumPy dtype, or None for None; raise a `TypeError` if it is neither."""
     if dtype is None:
         return None
     try:
-        return np.dtype(dtype)  # type: ignore[call-overload, no-any-return]  # whatever was passed
+        return np.dtype(dtype)  # type: ignore[call-overload, no-any-return]  # any object
     except TypeError as error:
         raise TypeError(f"{name} must be a NumPy dtype, got {dtype!r}: {error}") from None
 
 
 def cast_checked(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """`values` as `dtype`.
+    """Cast `values` to `dtype`.
 
-    Floats are cast within their kind (``same_kind``), integers to integers when every value fits,
-    strings, dates and structures only when it is safe. Integers become floats as NumPy rounds
-    them, which it calls safe: 2**53 + 1 as a double is 2**53.
+    Floats are cast within their kind (``same_kind``), integers to integers if every value fits,
+    strings, dates and structures only if that is safe. Integers become floats as NumPy rounds
+    them, which NumPy calls safe: 2**53 + 1 as a double is 2**53.
 
     Raises
     ------
     TypeError
-        If values of that dtype cannot become the other at all.
+        If values of their dtype cannot become `dtype` at all.
     ValueError
         If an integer does not fit.
     """
@@ -38,7 +38,7 @@ def cast_checked(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
         return values
     source = values.dtype
     if dtype.kind in "iu" and source.kind in "iu":
-        _check_range(values, dtype)
+        _check_limits(values, dtype)
     else:
         rule: Any = "same_kind" if dtype.kind in "fcO" and source.kind in "biufc" else "safe"
         if not np.can_cast(source, dtype, rule):
@@ -46,7 +46,7 @@ def cast_checked(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     return values.astype(dtype)
 
 
-def _check_range(values: np.ndarray, dtype: np.dtype[Any]) -> None:
+def _check_limits(values: np.ndarray, dtype: np.dtype[Any]) -> None:
     if values.size == 0 or np.can_cast(values.dtype, dtype):
         return
     limits = np.iinfo(dtype)
@@ -59,59 +59,62 @@ def _check_range(values: np.ndarray, dtype: np.dtype[Any]) -> None:
 
 
 def cast_scalar(value: object, dtype: np.dtype[Any], name: str) -> np.ndarray:
-    """One value as a 0-d array of `dtype`, if it is that value there too.
+    """Return one value as a 0-d array of `dtype`, where it must still be the same value.
 
     Raises
     ------
     TypeError
-        If it is not: the message has the argument's `name`, the value and the dtype.
+        If it is not; the message has the argument's `name`, the value and the dtype.
     """
     if dtype.hasobject:
-        made = np.empty((), dtype)
-        made[()] = value
-        return made
+        result = np.empty((), dtype)
+        result[()] = value
+        return result
     try:
-        given = np.asarray(value)
-        if given.dtype.kind == "c" and dtype.kind != "c":
-            raise TypeError("a complex value")  # noqa: TRY301  # worded below
-        with np.errstate(all="ignore"):  # what does not survive is found below
-            made = given.astype(dtype)
-        kept = given.ndim == 0 and _is_kept(given, made)
+        original = np.asarray(value)
+        if original.dtype.kind == "c" and dtype.kind != "c":
+            raise TypeError("a complex value")  # noqa: TRY301  # the message is made below
+        with np.errstate(all="ignore"):  # the result is checked below
+            result = original.astype(dtype)
+        is_preserved = original.ndim == 0 and _is_preserved(original, result)
     except (TypeError, ValueError, OverflowError):
-        kept = False
-    if not kept:
+        is_preserved = False
+    if not is_preserved:
         raise TypeError(f"{name}={value!r} is no value of dtype {dtype}")
-    return made
+    return result
 
 
-def _is_kept(given: np.ndarray, made: np.ndarray) -> bool:
-    """Whether a value survived its cast; floats may be rounded, NaN and NaT stay what they are."""
-    if made.dtype.kind in "fc" and given.dtype.kind in "biufc":
-        real = made.dtype.kind == "c" or given.dtype.kind != "c"
-        return bool(real and np.isfinite(given) == np.isfinite(made))
-    if made.dtype.kind in "mM" and given.dtype.kind in "mM":
+def _is_preserved(original: np.ndarray, result: np.ndarray) -> bool:
+    """Return whether a cast kept the value; floats may be rounded, NaN and NaT must stay."""
+    if result.dtype.kind in "fc" and original.dtype.kind in "biufc":
+        keeps_imaginary = result.dtype.kind == "c" or original.dtype.kind != "c"
+        return bool(keeps_imaginary and np.isfinite(original) == np.isfinite(result))
+    if result.dtype.kind in "mM" and original.dtype.kind in "mM":
         return bool(
-            made.dtype.kind == given.dtype.kind
-            and ((np.isnat(given) and np.isnat(made)) or given == made)
+            result.dtype.kind == original.dtype.kind
+            and ((np.isnat(original) and np.isnat(result)) or original == result)
         )
-    if made.dtype.kind in "SUV" or given.dtype.kind in "SUV":
-        return bool(given.dtype.kind == made.dtype.kind and given == made)
+    if result.dtype.kind in "SUV" or original.dtype.kind in "SUV":
+        return bool(original.dtype.kind == result.dtype.kind and original == result)
     numbers = "biufc"
-    return bool(given.dtype.kind in numbers and made.dtype.kind in numbers and given == made)
+    return bool(
+        original.dtype.kind in numbers and result.dtype.kind in numbers and original == result
+    )
 
 
 @dataclass(frozen=True)
 class Fill:
-    """What stands where there is no result.
+    """The value that stands where there is no result.
 
     Attributes
     ----------
     is_given : bool
-        Whether the caller has said what.
+        Whether the caller has passed a value.
     value : object
-        What it was.
+        That value.
     is_needed : bool
-        Whether zero will not do where a dtype has no missing value of its own.
+        Whether the caller must pass a value for dtypes that have no missing value of their own;
+        else these get zero.
     """
 
     is_given: bool = False
@@ -119,7 +122,7 @@ class Fill:
     is_needed: bool = False
 
     def of(self, dtype: np.dtype[Any]) -> object:
-        """The value for results of a dtype; a `TypeError` if there is none such."""
+        """Return the value for results of a dtype; raise a `TypeError` if there is none."""
         if self.is_given:
             return cast_scalar(self.value, dtype, "fill_value")
         if dtype.kind in "fc":

@@ -1,4 +1,4 @@
-"""`map_array`, `map_items` and `map_chunks`: the verbs whose results stand item by item."""
+"""`map_array`, `map_items` and `map_chunks`: array maps with results in the order of items."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from taskcarrier.workers.records import list_failed_ranges
 
 
 class _Unset:
-    """Says in a signature that nothing was passed, where None would be a value."""
+    """The type of `UNSET`, the default of options for which None would be a value."""
 
     def __repr__(self) -> str:
         return "<unset>"
@@ -55,25 +55,24 @@ def map_array(
     fill_value: Any = UNSET,
     resume: bool = False,
 ) -> Any:
-    """Map a function over chunks of arrays on every core, results in place.
+    """Map a function over chunks of arrays on every core, and put the results in place.
 
-    Equals ``func(*arrays, *args, **kwargs)`` for every function that treats the positions
-    along `axis` independently; with `depth`, for every function that looks no further than so
-    many positions.
+    The result equals ``func(*arrays, *args, **kwargs)`` for every function that treats the
+    positions along `axis` independently; with `depth`, for every function that looks at most
+    `depth` positions away.
 
-    What is demanded of `func`: it takes one chunk of each array (the axis kept, so a chunk
-    has as many axes as its array), it returns an array of the same length along the mapped
-    axis, and for every chunk the same dtype and the same lengths of other axes. (A function of
-    one item is for `map_items`.) It is called once for each range, in any order, in other threads
-    or processes, so it should not depend on what it did before. Chunks and arrays in `args` and
-    `kwargs` are read-only. For processes it must be picklable; functions of ``__main__``, lambdas
-    and closures are.
+    `func` must take one chunk of each array (the axis is kept, so a chunk has as many axes as its
+    array) and return an array of the same length along the mapped axis; for every chunk it must
+    return the same dtype and the same lengths of other axes. (For functions of one item there is
+    `map_items`.) It is called once for each range, in any order, in other threads or processes, so
+    it should not depend on earlier calls. Chunks and arrays in `args` and `kwargs` are read-only.
+    For processes `func` must be picklable; functions of ``__main__``, lambdas and closures are.
 
     Parameters
     ----------
     func : callable
-        Called as ``func(chunk, ..., *args, **kwargs)``. It may return a tuple of arrays, which
-        gives a tuple of results.
+        Called as ``func(chunk, ..., *args, **kwargs)``. If it returns a tuple
+        of arrays, the result is a tuple too.
     {arrays}
     {axis}
     {balance}
@@ -100,30 +99,32 @@ def map_array(
     Returns
     -------
     ndarray or tuple of ndarray
-        `out` where it was given (for a path: the file, mapped), else ordinary writable arrays.
-        After a map in processes they lie in shared memory: another map over them copies nothing.
+        `out` if it was given (for a path: the file, mapped), else ordinary writable arrays.
+        After a map in processes these lie in shared memory: another map over them copies nothing.
 
     Raises
     ------
     TypeError, ValueError, numpy.exceptions.AxisError
-        Bad arguments, before anything is started; results of a wrong length, or of different
-        dtypes or shapes, with both values.
+        If arguments are bad, before anything is started; if results have a wrong length, or
+        different dtypes or shapes (the message shows both).
     WorkerDiedError
-        A range has killed every worker process that ran it; says which range, which worker and how.
+        If a range has killed every worker process that ran it; the message says which range, which
+        worker and how.
     TimeoutError
-        A range took longer than `timeout`.
+        If a range took longer than `timeout`.
     Exception
         Whatever `func` raises, with a note that names the range.
 
     Warns
     -----
     UserWarning
-        With `resume`, of what can be compared with an earlier run by its type or in samples only.
+        With `resume`, if something can be compared with the earlier run only by its type or in
+        samples.
 
     Notes
     -----
     An array without items is passed to `func` once, in the caller.
-    Called inside a worker, a map is serial.
+    A map that is called inside a worker is serial.
 
     Examples
     --------
@@ -155,10 +156,10 @@ def map_array(
         cval=cval,
         collect_errors=rule != "raise",
     )
-    where = check_out_axis(out_axis, axis)
-    request = check_output_request(out, dtype, where, call.inputs, call.extras)
+    checked_axis = check_out_axis(out_axis, axis)
+    request = check_output_request(out, dtype, checked_axis, call.inputs, call.extras)
     return _run_in_place(
-        call, where, request, rule, fill_value, promote_dtypes=False, resume=resume
+        call, checked_axis, request, rule, fill_value, promote_dtypes=False, resume=resume
     )
 
 
@@ -186,23 +187,23 @@ def map_items(
     fill_value: Any = UNSET,
     resume: bool = False,
 ) -> Any:
-    """Map a function over the items of arrays on every core, results stacked.
+    """Map a function over the items of arrays on every core, and stack the results.
 
-    Equals ``np.stack([func(x, ..., *args, **kwargs) for x, ... in zip(*arrays)], out_axis)``,
-    the items taken along `axis`.
+    The result equals
+    ``np.stack([func(x, ..., *args, **kwargs) for x, ... in zip(*arrays)], out_axis)``, with the
+    items taken along `axis`.
 
-    What is demanded of `func`: it takes one item of each array (the axis removed: a scalar of
-    NumPy's for a one-dimensional array) and returns a number or an array, of the same shape for
-    every item. Values of different dtypes promote as `numpy.stack` promotes them. It is called
-    once for each item, in any order, in other threads or processes. Items and arrays in `args`
-    and `kwargs` are read-only. For processes it must be picklable; functions of ``__main__``,
-    lambdas and closures are.
+    `func` must take one item of each array (the axis is removed: of a one-dimensional array, a
+    NumPy scalar) and return a number or an array, of the same shape for every item. Values of
+    different dtypes promote as in `numpy.stack`. `func` is called once for each item, in any
+    order, in other threads or processes. Items and arrays in `args` and `kwargs` are read-only.
+    For processes it must be picklable; functions of ``__main__``, lambdas and closures are.
 
     Parameters
     ----------
     func : callable
-        Called as ``func(item, ..., *args, **kwargs)``. It may return a tuple of values, which
-        gives a tuple of results.
+        Called as ``func(item, ..., *args, **kwargs)``. If it returns a tuple
+        of values, the result is a tuple too.
     {arrays}
     {axis}
     {balance}
@@ -232,18 +233,19 @@ def map_items(
     Returns
     -------
     ndarray or tuple of ndarray
-        `out` where it was given (for a path: the file, mapped), else ordinary writable arrays.
+        `out` if it was given (for a path: the file, mapped), else ordinary writable arrays.
         Without items `func` is not called, and the result has shape ``(0,)``.
 
     Raises
     ------
     TypeError, ValueError, numpy.exceptions.AxisError
-        Bad arguments, before anything is started; values of different shapes, or that are no
-        arrays or numbers (``dtype=object`` collects objects that are neither).
+        If arguments are bad, before anything is started; if values have different shapes, or are
+        neither arrays nor numbers (``dtype=object`` collects other objects).
     WorkerDiedError
-        A range has killed every worker process that ran it; says which range, which worker and how.
+        If a range has killed every worker process that ran it; the message says which range, which
+        worker and how.
     TimeoutError
-        A range took longer than `timeout`.
+        If a range took longer than `timeout`.
     Exception
         Whatever `func` raises, with a note that names the item.
 
@@ -273,15 +275,15 @@ def map_items(
         collect_errors=rule != "raise",
         row=row,
     )
-    where = check_out_axis(out_axis, 0)
-    request = check_output_request(out, dtype, where, call.inputs, call.extras)
+    checked_axis = check_out_axis(out_axis, 0)
+    request = check_output_request(out, dtype, checked_axis, call.inputs, call.extras)
     if call.inputs.n_items == 0:
-        nothing = request.make_empty_result() if row is None else row.none(where)
-        call = call.with_function(lambda *_: nothing)
-        where = where if request.entries or row else 0
+        empty_result = request.make_empty_result() if row is None else row.none(checked_axis)
+        call = call.with_function(lambda *_: empty_result)
+        checked_axis = checked_axis if request.entries or row else 0
     promote_dtypes = not request.knows_dtypes and not resume
     return _run_in_place(
-        call, where, request, rule, fill_value, promote_dtypes=promote_dtypes, resume=resume
+        call, checked_axis, request, rule, fill_value, promote_dtypes=promote_dtypes, resume=resume
     )
 
 
@@ -306,13 +308,12 @@ def map_chunks(
     retry_on: type[Exception] | tuple[type[Exception], ...] = (),
     on_error: str = "raise",
 ) -> Any:
-    """Call a function with every chunk of arrays, on every core; a list of what it returns.
+    """Call a function with every chunk of arrays on every core, and return a list of the results.
 
-    What is demanded of `func`: it takes one chunk of each array (the axis kept). It may return
-    anything; from processes what it returns comes pickled. It is called once for each range, in
-    any order, in other threads or processes. Chunks and arrays in `args` and `kwargs` are
-    read-only. For processes it must be picklable; functions of ``__main__``, lambdas and closures
-    are.
+    `func` must take one chunk of each array (the axis is kept). It may return anything; worker
+    processes send it back pickled. `func` is called once for each range, in any order, in other
+    threads or processes. Chunks and arrays in `args` and `kwargs` are read-only. For processes it
+    must be picklable; functions of ``__main__``, lambdas and closures are.
 
     Parameters
     ----------
@@ -340,16 +341,17 @@ def map_chunks(
     -------
     list
         What `func` returned, in the order of the ranges. An array without items has one range,
-        the empty one.
+        which is empty.
 
     Raises
     ------
     TypeError, ValueError, numpy.exceptions.AxisError
-        Bad arguments, before anything is started.
+        If arguments are bad, before anything is started.
     WorkerDiedError
-        A range has killed every worker process that ran it; says which range, which worker and how.
+        If a range has killed every worker process that ran it; the message says which range, which
+        worker and how.
     TimeoutError
-        A range took longer than `timeout`.
+        If a range took longer than `timeout`.
     Exception
         Whatever `func` raises, with a note that names the range.
 
@@ -399,16 +401,16 @@ def _run_in_place(
         raise ValueError("fill_value has no meaning unless on_error is 'fill' or 'collect'")
     for dtype in request.known_dtypes:
         fill.of(dtype)
-    resumed = _open_ledger_file(call, out_axis, request) if resume else None
+    ledger_file = _open_ledger_file(call, out_axis, request) if resume else None
     try:
         result, faults = call.run_in_place(
-            out_axis, request, promote_dtypes=promote_dtypes, fill=fill, resumed=resumed
+            out_axis, request, promote_dtypes=promote_dtypes, fill=fill, resumed=ledger_file
         )
-        if resumed is not None and result is not None:
-            resumed.remove()
+        if ledger_file is not None and result is not None:
+            ledger_file.remove()
     finally:
-        if resumed is not None:
-            resumed.close()
+        if ledger_file is not None:
+            ledger_file.close()
     if rule == "collect":
         return result, list_failed_ranges(faults)
     if result is None:
@@ -419,14 +421,14 @@ def _run_in_place(
             raise error
         finally:
             del error  # its traceback refers to this frame
-    faults.clear()  # likewise
+    faults.clear()  # their tracebacks refer to it too
     return result
 
 
 def _open_ledger_file(
     call: ArrayCall, out_axis: int | tuple[int, ...], request: OutputRequest
 ) -> LedgerFile:
-    """The ledger beside the first output; the targets know then what to go on with."""
+    """Open the ledger file beside the first output; tell `request` whether a run is continued."""
     if not request.paths or len(request.paths) != len(request.entries or ()):
         raise ValueError("resume=True needs out= as a path that ends in .npy (or several of them)")
     options = {
@@ -434,6 +436,6 @@ def _open_ledger_file(
         "outputs": (len(request.paths), request.is_several),
         "dtype": request.dtypes,
     }
-    resumed = call.open_ledger_file(request.paths[0], options)
-    request.keeps, request.is_running = True, not resumed.is_new
-    return resumed
+    ledger_file = call.open_ledger_file(request.paths[0], options)
+    request.keeps, request.is_running = True, not ledger_file.is_new
+    return ledger_file

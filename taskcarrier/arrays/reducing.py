@@ -1,4 +1,4 @@
-"""`reduce_array`: partial results of chunks, folded in the order of the ranges."""
+"""`reduce_array`: partial results of chunks, combined in the order of the ranges."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def reduce_array(
     retries: int = RETRIES,
     retry_on: type[Exception] | tuple[type[Exception], ...] = (),
 ) -> Any:
-    """Reduce arrays on every core: a partial result for every chunk, folded in order.
+    """Reduce arrays on every core: compute a partial result of each chunk, combine them in order.
 
-    Equals ``functools.reduce(combine, [func(chunk) for chunk in chunks])``. The fold goes from
-    the first range to the last, whoever was ready first, so the same call gives the same bits
-    with every number of workers, backend and balance. (Another `chunksize` may round
-    differently.)
+    The result equals ``functools.reduce(combine, [func(chunk) for chunk in chunks])``. Partial
+    results are combined from the first range to the last, whichever was ready first, so the same
+    call gives the same bits with every number of workers, backend and balance. (Another
+    `chunksize` may round differently.)
 
-    What is demanded of `func`: it takes one chunk of each array (the axis kept) and returns a
-    partial result: anything, best something small. Of `combine`: it is associative, or the result
-    depends on `chunksize`; it is called in the caller, with two partial results, and may change
+    `func` must take one chunk of each array (the axis is kept). It may return anything as a
+    partial result, preferably something small. `combine` should be associative, else the result
+    depends on `chunksize`. It is called in the caller, with two partial results, and may change
     the first in place unless that is `initial`. The partial results of all ranges are held until
-    the last has come.
+    the last one has come.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def reduce_array(
     combine : callable
         Called as ``combine(left, right)``, for example `operator.add` or `numpy.maximum`.
     initial : object, optional
-        What the fold begins with. Default: the first partial result.
+        The first `left`. Default: the first partial result.
     {axis}
     {balance}
     {n_jobs}
@@ -78,17 +78,19 @@ def reduce_array(
     Returns
     -------
     object
-        What the last call of `combine` returned; with one range and no `initial`, what `func`
-        returned; for arrays without items `initial`, and neither is called.
+        What the last call of `combine` returned. With one range and no `initial`, what `func`
+        returned. For arrays without items, `initial`: neither function is called.
 
     Raises
     ------
     TypeError, ValueError, numpy.exceptions.AxisError
-        Bad arguments, before anything is started; arrays without items and no `initial`.
+        If arguments are bad, before anything is started; if arrays have no items and `initial`
+        is not given.
     WorkerDiedError
-        A range has killed every worker process that ran it; says which range, which worker and how.
+        If a range has killed every worker process that ran it; the message says which range, which
+        worker and how.
     TimeoutError
-        A range took longer than `timeout`.
+        If a range took longer than `timeout`.
     Exception
         Whatever `func` or `combine` raises, with a note that names the range.
 
@@ -130,15 +132,15 @@ def reduce_array(
     starts = sorted(partials)
 
     def fold(left: Any, start: int) -> Any:
-        part = partials.pop(start)
+        partial = partials.pop(start)
         try:
-            return combine(left, part)
+            return combine(left, partial)
         except Exception as error:
-            where = call.inputs.describe(
+            description = call.inputs.describe(
                 start, min(start + call.grid.chunksize, call.inputs.n_items)
             )
-            add_note(error, f"while combining the result of {where}")
-            if part is None:
+            add_note(error, f"while combining the result of {description}")
+            if partial is None:
                 add_note(error, "func returned None for it: does it lack a return?")
             raise
 

@@ -1,4 +1,4 @@
-"""Arrays that workers see without a copy: `share` and `empty` (`load` is in `files`)."""
+"""Arrays that workers see without a copy: `share` and `empty` (`load` is in `memory.npy`)."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from taskcarrier.memory.strides import contiguous_strides
 def empty(
     shape: SupportsIndex | tuple[SupportsIndex, ...], dtype: Any = np.float64, order: str = "C"
 ) -> np.ndarray:
-    """A new array in shared memory, like `numpy.empty`.
+    """Make a new array in shared memory, like `numpy.empty`.
 
-    It is an ordinary, writable array. Any view of it goes to worker processes as a description
-    of where it lies: nothing is copied, and what is written into it is seen by the next call.
+    It is an ordinary, writable array. Any view of it is sent to worker processes as a description
+    of where it lies: nothing is copied, and the next call sees what is written into it.
     A function that carries it (in a closure, a partial, a bound object or a global name of
-    ``__main__``) may write to it on every backend but those that others have registered with
-    joblib, and the caller sees what was written. Different items should write to different places;
-    what is run again after a worker has died writes again.
-    The memory has no name and is freed when the last view dies, whatever workers have seen of it;
-    only if this process was forked meanwhile, not before that child and the workers have ended.
+    ``__main__``) may write to it, and the caller sees what was written; this holds on every backend
+    except those that others have registered with joblib. Different items should write to different
+    places; an item that is run again after a worker has died writes again.
+    The memory has no name and is freed when the last view dies, even if workers have seen it. Only
+    if this process was forked in between, it is freed after that child and the workers have ended.
 
     Parameters
     ----------
     shape : int or tuple of int
-        Its shape.
+        The shape of the array.
     dtype : dtype, default float64
-        Anything but Python objects.
+        Any dtype that holds no Python objects.
     order : {"C", "F"}, default "C"
-        The order of its axes in memory.
+        The order of the axes in memory.
 
     Returns
     -------
     ndarray
-        Its contents are not defined.
+        The array. Its contents are not defined.
 
     Raises
     ------
     TypeError
-        For dtypes that hold Python objects.
+        If the dtype holds Python objects.
     MemoryError
-        If there is not so much memory, with sizes.
+        If there is not enough memory; the message has the sizes.
 
     Examples
     --------
@@ -57,7 +57,7 @@ def empty(
     array([[1., 1., 1.],
            [1., 1., 1.]], dtype=float32)
 
-    Written to by a function that carries it:
+    A function that carries it may write to it:
 
     >>> from taskcarrier import StaticParallelMapper
     >>> squares = empty(4, "i8")
@@ -68,29 +68,29 @@ def empty(
     array([0, 1, 4, 9])
     """
     lengths = shape if isinstance(shape, tuple) else (shape,)
-    dims = tuple(operator.index(n) for n in lengths)
-    kind = np.dtype(dtype)
-    if kind.hasobject:
-        raise TypeError(f"an array of dtype {kind} cannot lie in shared memory")
+    dims = tuple(operator.index(length) for length in lengths)
+    checked_dtype = np.dtype(dtype)
+    if checked_dtype.hasobject:
+        raise TypeError(f"an array of dtype {checked_dtype} cannot lie in shared memory")
     if order not in {"C", "F"}:
         raise ValueError(f"order must be 'C' or 'F', got {order!r}")
     if min(dims, default=0) < 0:
         raise ValueError(f"lengths must not be negative, got shape {dims}")
-    nbytes = math.prod(dims) * kind.itemsize
+    nbytes = math.prod(dims) * checked_dtype.itemsize
     segment = None
     if nbytes:
         segment = Segment.create()
         segment.takes_writes = True
         segment.reserve(nbytes)
-    strides = contiguous_strides(dims, kind.itemsize, order)
-    return SharedView(segment, 0, dims, strides, kind).open("write")
+    strides = contiguous_strides(dims, checked_dtype.itemsize, order)
+    return SharedView(segment, 0, dims, strides, checked_dtype).open("write")
 
 
 def share(X: Any) -> np.ndarray:
-    """A copy of an array in shared memory, for several maps in processes over it.
+    """Copy an array into shared memory, for several maps over it in processes.
 
-    An ordinary array is read by worker processes in every call; a shared one is seen by them where
-    it is. See `empty` for how it lives.
+    Worker processes read an ordinary array again in every call; they see a shared array where it
+    lies. See `empty` for its lifetime.
 
     Parameters
     ----------
@@ -100,13 +100,13 @@ def share(X: Any) -> np.ndarray:
     Returns
     -------
     ndarray
-        An ordinary, writable array with the values of `X`, in its memory order as far as it is
+        An ordinary, writable array with the values of `X`; in the memory order of `X` if that is
         contiguous, else in C order.
 
     Raises
     ------
     TypeError
-        For dtypes that hold Python objects, and what cannot be mapped over.
+        If the dtype holds Python objects, or `X` cannot be mapped over.
 
     Examples
     --------

@@ -1,7 +1,7 @@
 """Maps over inputs that need not end: results as they come, in bounded memory.
 
-Everything happens in the thread that asks for the next result: the input is read there, workers are
-given batches of items while they have room, results are taken in and kept until it is their turn.
+Everything happens in the thread that asks for the next result. It reads the input, gives batches of
+items to workers while they have room, takes in results and keeps them until it is their turn.
 Batches grow until one takes some milliseconds, so light items cost little and heavy ones go alone.
 """
 
@@ -36,31 +36,31 @@ from taskcarrier.workers.records import PartialResult
 from taskcarrier.workers.task import Job, Propose
 from taskcarrier.workers.thread_limits import limited
 
-# A batch is to take so long: some fifty times what it costs to hand it out.
+# A batch should take this long: about fifty times what it costs to hand it out.
 _BATCH_NS = 5_000_000
-# ... to hold at most so many bytes, results included, and so many items. Arbitrary.
+# A batch holds at most this many bytes, results included, and this many items. Arbitrary.
 _BATCH_NBYTES = 1 << 20
 _MAX_BATCH = 1024
-# Batches for each worker, from the input to the caller, if the caller does not say how many items.
+# Batches for each worker between the input and the caller, if the caller sets no `buffersize`.
 _BATCHES_AHEAD = 4
-# While results are being handed out, workers are looked after this often.
+# While results are handed out, workers are fed and results taken in this often.
 _LOOK_NS = 2_000_000
 # A signal that comes just before the caller begins to wait is not seen until something else
-# happens; so it looks now and then. Progress is shown as often.
+# happens, so the caller looks this often (in seconds). Progress is shown as often.
 _LONGEST_WAIT = 0.1
 
 
 Tick = Callable[[Ledger], None]
-"""Shows how far a run has come."""
+"""A function that shows how far a run has come."""
 
 _streams: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_streams() -> None:
-    """When the program ends: later, threads do not go on, and none can be waited for."""
+    """Close all streams when the program ends; later, threads do not go on and cannot be joined."""
     for stream in list(_streams):
-        with suppress(ValueError):  # another thread is in it
+        with suppress(ValueError):  # another thread is running it
             stream.close()
 
 
@@ -75,9 +75,9 @@ def imap_lists(
     rng: object,
     shared: object,
 ) -> Generator[Any, None, None]:
-    """``map(func, *iterables)`` on the workers that `settings` ask for.
+    """Return ``map(func, *iterables)``, run on the workers that `settings` ask for.
 
-    They begin when the first result is asked for.
+    The workers begin when the first result is asked for.
     """
     check_callable(func)
     if buffersize is not None:
@@ -106,25 +106,25 @@ def imap_lists(
         can_split=True,
         folder=settings.folder,
     )
-    # Where a batch may be given up as a whole, it is one item, unless the user says otherwise.
-    goes_alone = settings.retry_policy.timeout is not None or settings.retry_policy.retries == 0
-    if choice.backend == "sequential" or (goes_alone and chunksize is None):
+    # A batch that may be given up as a whole is one item, unless the user says otherwise.
+    can_lose_batch = settings.retry_policy.timeout is not None or settings.retry_policy.retries == 0
+    if choice.backend == "sequential" or (can_lose_batch and chunksize is None):
         chunksize = 1
     pace = Pace(choice.n_jobs, buffersize, chunksize)
-    source = Source(items, _length(iterables) if settings.verbosity >= 1 else None)
+    source = Source(items, _count_items(iterables) if settings.verbosity >= 1 else None)
     stream = _stream_results(settings, job, choice, source, pace, ordered=ordered)
     _streams.add(stream)
     return stream
 
 
-def _length(iterables: Iterable[Iterable[Any]]) -> int | None:
-    """How many items there will be, if that is known; for the bar alone."""
+def _count_items(iterables: Iterable[Iterable[Any]]) -> int | None:
+    """Return how many items there will be, or None if unknown; only the progress bar needs it."""
     lengths = []
-    for one in iterables:
-        if isinstance(one, Sized):
+    for iterable in iterables:
+        if isinstance(iterable, Sized):
             try:
-                lengths.append(len(one))
-            except (TypeError, OverflowError):  # it has none after all, or too great a one
+                lengths.append(len(iterable))
+            except (TypeError, OverflowError):  # it has no length after all, or one too large
                 return None
     return min(lengths, default=None)
 
@@ -140,16 +140,16 @@ def _stream_results(
 ) -> Generator[Any, None, None]:
     with (
         progress.progress_bar(settings.verbosity, source.n_items, job.n_workers) as tick,
-        _queue(settings, job, choice, pace, tick) as queue,
+        _open_queue(settings, job, choice, pace, tick) as queue,
     ):
         yield from _Stream(queue, source, pace, tick).results(ordered)
 
 
 @contextmanager
-def _queue(
+def _open_queue(
     settings: Settings, job: Job, choice: Choice, pace: Pace, tick: Tick | None
 ) -> Iterator[WorkQueue]:
-    """Workers for as long as the stream is open; then the report is kept."""
+    """Give the stream workers while it is open; then keep the report."""
     started_ns = monotonic_ns()
     owner = os.getpid()
     notes: Sequence[str] = ()
@@ -178,30 +178,31 @@ def _queue(
             ended_well = True
         finally:
             if os.getpid() == owner:  # a forked child leaves its parent's workers alone
-                ran = queue.close()
-                if tick is not None:  # the last results came before they were counted
+                run_result = queue.close()
+                if tick is not None:  # the last results arrived before they were counted
                     tick(queue.ledger)
-                n_begun = len({stats.worker for stats in ran.worker_stats})
+                n_begun = len({stats.worker for stats in run_result.worker_stats})
                 report = report_of(
                     replace(job, n_workers=max(1, n_begun)),
                     choice,
-                    ran,
+                    run_result,
                     staging,
                     chunksize=pace.largest,
-                    ranges=sum(stats.ranges for stats in ran.worker_stats),
-                    items=sum(stats.items for stats in ran.worker_stats),
-                    notes=[*notes, *describe_deaths(ran)],
+                    ranges=sum(stats.ranges for stats in run_result.worker_stats),
+                    items=sum(stats.items for stats in run_result.worker_stats),
+                    notes=[*notes, *describe_deaths(run_result)],
                     started_ns=started_ns,
                 )
                 settings.keep_report(report)
                 progress.log_report(settings.verbosity, report)
-                # As in `execute`; nor may one take the place of what closes the stream.
+                # As in `execute`: if a filter makes an exception of a warning, it must not replace
+                # a real exception, nor the one that closes the stream.
                 with nullcontext() if ended_well else suppress(Warning):
-                    warn_again(ran.worker_stats)
+                    warn_again(run_result.worker_stats)
 
 
 class Source:
-    """The input, read by batches; how many items it has, if that is known."""
+    """The input of a stream, read in batches, with its number of items if that is known."""
 
     def __init__(self, items: Iterator[Any], n_items: int | None = None) -> None:
         self._items = items
@@ -210,10 +211,10 @@ class Source:
         self._error: Exception | None = None
 
     def batch(self, size: int) -> list[Any]:
-        """Up to so many items; fewer if they are slow to come, none at the end."""
+        """Read up to `size` items: fewer if they are slow to come, none at the end."""
         items: list[Any] = []
-        until = monotonic_ns() + _BATCH_NS
-        while not items or (len(items) < size and monotonic_ns() <= until):
+        deadline = monotonic_ns() + _BATCH_NS
+        while not items or (len(items) < size and monotonic_ns() <= deadline):
             try:
                 item = next(self._items)
             except StopIteration:
@@ -222,22 +223,22 @@ class Source:
             except Exception as error:
                 if is_of_the_program(error):
                     raise
-                self.end(error)  # it is raised in its turn
+                self.end(error)  # raised when its turn comes
                 break
             items.append(item)
         return items
 
     @property
     def has_ended_by_error(self) -> bool:
-        """Whether there is something to raise."""
+        """Whether an error has ended the input and is not yet raised."""
         return self._error is not None
 
     def end(self, error: Exception) -> None:
-        """Nothing more is to be read, because of this."""
+        """End the input with an error: nothing more is read."""
         self.has_ended, self._error = True, error
 
     def raise_error(self) -> None:
-        """Raise what has ended the input, if something has."""
+        """Raise the error that has ended the input, if there is one."""
         error, self._error = self._error, None
         try:
             if error is not None:
@@ -247,23 +248,23 @@ class Source:
 
 
 class Pace:
-    """How many items the next batch has, and how far the input is read ahead.
+    """The size of the next batch, and how far the input is read ahead.
 
     Parameters
     ----------
     n_workers : int
-        For so many workers.
+        The number of workers.
     buffersize : int or None
-        So many items are read ahead at most.
+        The most items to read ahead; by default a few batches for each worker.
     chunksize : int or None
-        So many items has every batch.
+        The size of every batch; by default batches grow.
 
     Attributes
     ----------
     size : int
-        Items of the next batch.
+        The items in the next batch.
     largest : int
-        Items of the largest batch so far.
+        The items in the largest batch so far.
     """
 
     def __init__(
@@ -277,18 +278,20 @@ class Pace:
 
     @property
     def ahead(self) -> int:
-        """Items that may be on their way, from the input to the caller."""
+        """The most items that may be on their way from the input to the caller."""
         return self._buffersize or _BATCHES_AHEAD * self._n_workers * self.size
 
     def learn(self, n_items: int, busy_ns: int, nbytes: int) -> None:
-        """From a batch that has come: how long it took, and how many bytes were sent."""
+        """Adapt the size to a batch that has come: its time, and the bytes sent for it."""
         self.largest = max(self.largest, n_items)
         if self._is_fixed:
             return
-        most = _MAX_BATCH if self._buffersize is None else self._buffersize // (2 * self._n_workers)
+        limit = (
+            _MAX_BATCH if self._buffersize is None else self._buffersize // (2 * self._n_workers)
+        )
         by_time = n_items * _BATCH_NS // max(1, busy_ns)
         by_nbytes = n_items * _BATCH_NBYTES // max(1, nbytes)
-        self.size = max(1, min(2 * self.size, by_time, by_nbytes, most))
+        self.size = max(1, min(2 * self.size, by_time, by_nbytes, limit))
 
 
 class _Stream:
@@ -299,40 +302,40 @@ class _Stream:
         self._source = source
         self._pace = pace
         self._tick = tick
-        self._n_put = self._n_come = self._n_out = 0  # items
+        self._n_put = self._n_arrived = self._n_out = 0  # items
         self._arrived: dict[int, BatchResult] = {}
-        self._look_at_ns = 0
-        self._is_slow = False  # the input, when it was last read
+        self._next_look_ns = 0
+        self._is_input_slow = False  # when it was last read
         self._owner = os.getpid()
 
     def results(self, ordered: bool) -> Iterator[Any]:
-        """All of them; what an item or the input raises comes in its turn."""
+        """Yield all results; what an item or the input raises is raised when its turn comes."""
         due = 0
-        while (came := self._next(due if ordered else None)) is not None:
-            due = came.stop
-            for result in _each(came):
+        while (batch := self._next_batch(due if ordered else None)) is not None:
+            due = batch.stop
+            for result in _yield_results(batch):
                 self._n_out += 1
                 yield result
-                if not self._queue.runs_here and monotonic_ns() > self._look_at_ns:
-                    if not self._is_slow:  # results that are there do not wait for the input
-                        self._put()
-                    self._take(0)
+                if not self._queue.runs_here and monotonic_ns() > self._next_look_ns:
+                    if not self._is_input_slow:  # results that are there must not wait for it
+                        self._feed_workers()
+                    self._take_results(0)
         self._source.raise_error()
 
-    def _next(self, due: int | None) -> BatchResult | None:
-        """What begins with this item, or whatever is there; None when all have come."""
+    def _next_batch(self, due: int | None) -> BatchResult | None:
+        """Return the batch that begins with item `due`, or any; None when all have come."""
         while True:
             start = next(iter(self._arrived), -1) if due is None else due
             if start in self._arrived:
                 return self._arrived.pop(start)
-            reading_ns = self._put()
-            if self._n_come == self._n_put and self._source.has_ended:
+            reading_ns = self._feed_workers()
+            if self._n_arrived == self._n_put and self._source.has_ended:
                 return None
-            # A slow input is read on, but not before a result has had some time to come.
-            self._take(reading_ns / 10e9 if reading_ns else _LONGEST_WAIT)
+            # A slow input is read further, but first results get some time to come.
+            self._take_results(reading_ns / 10e9 if reading_ns else _LONGEST_WAIT)
 
-    def _put(self) -> int:
-        """Hand out what there is room for, up to a slow read: its time (ns), else 0."""
+    def _feed_workers(self) -> int:
+        """Hand out items while there is room, until a slow read; return its time (ns), else 0."""
         if not self._queue.runs_here and os.getpid() != self._owner:
             raise RuntimeError(
                 "this stream belongs to the process that began it, and this one was forked "
@@ -342,13 +345,13 @@ class _Stream:
             room = self._pace.ahead - (self._n_put - self._n_out)
             if room < 1:
                 return 0
-            began = monotonic_ns()
+            begin = monotonic_ns()
             items = self._source.batch(min(self._pace.size, room))
-            reading_ns = monotonic_ns() - began
+            reading_ns = monotonic_ns() - begin
             if items:
                 self._put_batch(items)
-            self._is_slow = reading_ns > _LOOK_NS and not self._queue.runs_here
-            if self._is_slow:
+            self._is_input_slow = reading_ns > _LOOK_NS and not self._queue.runs_here
+            if self._is_input_slow:
                 return reading_ns
         return 0
 
@@ -356,9 +359,9 @@ class _Stream:
         """Give a batch to a worker, up to the first item that cannot be sent."""
         try:
             self._queue.put(self._n_put, items)
-        except UnsendableError as found:
+        except UnsendableError as unsendable:
             if len(items) == 1:
-                self._source.end(found.error)
+                self._source.end(unsendable.error)
                 return
             middle = len(items) // 2
             self._put_batch(items[:middle])
@@ -367,29 +370,29 @@ class _Stream:
         else:
             self._n_put += len(items)
 
-    def _take(self, seconds: float) -> None:
-        for came in self._queue.take(seconds):
-            self._arrived[came.start] = came
-            n_items = came.stop - came.start
-            self._n_come += n_items
-            self._pace.learn(n_items, came.busy_ns, came.nbytes)
+    def _take_results(self, seconds: float) -> None:
+        for batch in self._queue.take(seconds):
+            self._arrived[batch.start] = batch
+            n_items = batch.stop - batch.start
+            self._n_arrived += n_items
+            self._pace.learn(n_items, batch.busy_ns, batch.nbytes)
         if self._tick is not None:
             self._tick(self._queue.ledger)
-        self._look_at_ns = monotonic_ns() + _LOOK_NS
+        self._next_look_ns = monotonic_ns() + _LOOK_NS
 
 
-def _each(came: BatchResult) -> Iterator[Any]:
-    """The results of a range up to the first fault, which is raised."""
-    if isinstance(came.result, list):
-        yield from came.result
+def _yield_results(batch: BatchResult) -> Iterator[Any]:
+    """Yield the results of a batch up to the first fault, and raise that."""
+    if isinstance(batch.result, list):
+        yield from batch.result
         return
-    parts: PartialResult = came.result
+    parts: PartialResult = batch.result
     start, stop, error = parts.faults[0]
     parts.faults.clear()
     for _, results in parts.results:
-        yield from results[: start - came.start]
-    if isinstance(error, StopIteration):  # which would end the iterator without a word
-        error = _not_the_end(error)
+        yield from results[: start - batch.start]
+    if isinstance(error, StopIteration):  # it would end the iterator silently
+        error = _make_stop_error(error)
     add_note(error, f"while mapping {describe_items(start, stop)}")
     try:
         raise_again(error)
@@ -398,7 +401,7 @@ def _each(came: BatchResult) -> Iterator[Any]:
         del error
 
 
-def _not_the_end(cause: StopIteration) -> RuntimeError:
+def _make_stop_error(cause: StopIteration) -> RuntimeError:
     error = RuntimeError("func raised StopIteration")
     error.__cause__ = cause
     return error
@@ -406,7 +409,7 @@ def _not_the_end(cause: StopIteration) -> RuntimeError:
 
 @dataclass(frozen=True, eq=False)
 class _StreamTask:
-    """`func` on items that are handed to the worker."""
+    """Calls with items that are handed to the worker, as a task."""
 
     calls: Calls
 
@@ -428,7 +431,7 @@ class _StreamRunner:
     def __call__(self, start: int, stop: int) -> BatchResult:
         try:
             items = self._read()[start - self._first : stop - self._first]
-        except Exception as error:  # noqa: BLE001  # whatever unpickling a user's object raises
+        except Exception as error:  # noqa: BLE001  # unpickling a user's object may raise anything
             add_note(error, "taskcarrier could not unpickle these items in a worker process")
             return BatchResult(start, stop, PartialResult([], [(start, stop, error)]))
         begin = monotonic_ns()
@@ -436,4 +439,4 @@ class _StreamRunner:
         return BatchResult(start, stop, result, monotonic_ns() - begin)
 
     def facts(self) -> None:
-        """Nothing."""
+        """Return None: there is nothing that the caller must know."""

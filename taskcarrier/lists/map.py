@@ -1,7 +1,7 @@
-"""Maps over Python sequences: items in, a list of results out, in order.
+"""Maps over Python sequences: items in, a list of results out, in the same order.
 
-A chunk is a block of items, which processes find pickled in shared memory. Results come back in
-batches.
+Worker processes find the items of a chunk pickled in shared memory, and send back the results of
+several chunks together.
 """
 
 from __future__ import annotations
@@ -44,14 +44,15 @@ def map_lists(
     shared: object = None,
     are_arguments: bool = False,
 ) -> Any:
-    """``list(map(func, *sequences))`` on the workers that `settings` ask for.
+    """Return ``list(map(func, *sequences))``, run on the workers that `settings` ask for.
 
-    Or ``list(starmap(func, *sequences))``, where the one sequence is of arguments.
+    With `are_arguments`, return ``list(starmap(func, *sequences))`` for one sequence of arguments.
+    If errors are collected, return the failures too.
     """
     started_ns = monotonic_ns()
     check_callable(func)
     collect_errors = check_on_error(on_error, ("raise", "collect")) == "collect"
-    items = _argument_tuples(*sequences) if are_arguments else _gather(sequences)
+    items = _collect_arguments(*sequences) if are_arguments else _gather_items(sequences)
     nothing = Choice("sequential", 1, "there is nothing to map")
     calls = Calls.from_arguments(
         func,
@@ -62,20 +63,20 @@ def map_lists(
         shared=shared,
     )
     choice = decide(settings, func, lists=True) if items else nothing
-    # A time limit is for each range: it must not depend on the number of workers what that is.
-    by_workers = choice.backend == "loky" and settings.retry_policy.timeout is None
-    grid = list_grid(len(items), chunksize, choice.n_jobs if by_workers else None)
+    # A timeout is for each range, so ranges must not depend on the number of workers.
+    is_sized_by_workers = choice.backend == "loky" and settings.retry_policy.timeout is None
+    grid = list_grid(len(items), chunksize, choice.n_jobs if is_sized_by_workers else None)
     staging = None
     task: _ListTask | _PackedTask
     if choice.backend == "loky":
         staging = settings.new_staging()
-        blocks = PackedChunks.pack(
+        packed_chunks = PackedChunks.pack(
             lambda start, stop: items[start:stop], grid, staging, describe_items
         )
-        task = _PackedTask(calls, blocks, grid.chunksize)
+        task = _PackedTask(calls, packed_chunks, grid.chunksize)
     else:
         task = _ListTask(calls, items)
-    done: dict[int, list[Any] | PartialResult] = {}
+    results_by_start: dict[int, list[Any] | PartialResult] = {}
     outcome = execute(
         task,
         grid,
@@ -85,10 +86,10 @@ def map_lists(
         staging=staging,
         collect_errors=collect_errors,
         can_split=True,
-        deliver=done.__setitem__,
+        deliver=results_by_start.__setitem__,
     )
     raise_failure(outcome, describe_items)
-    results, faults, missing = _join(done, len(items))
+    results, faults, missing = _join_results(results_by_start, len(items))
     refuse_missing(outcome, describe_items, missing, lambda: results)
     if not collect_errors:
         return results
@@ -97,47 +98,47 @@ def map_lists(
     return results, list_failed_ranges(faults)
 
 
-def _argument_tuples(iterable: Iterable[Any]) -> list[tuple[Any, ...]]:
-    """Arguments of calls, each a tuple; a `TypeError` names what is none."""
-    found: list[tuple[Any, ...]] = []
-    for number, one in enumerate(iterable):
-        if not isinstance(one, Iterable):
+def _collect_arguments(iterable: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Return the arguments of calls as tuples; raise a `TypeError` if one is not iterable."""
+    argument_tuples: list[tuple[Any, ...]] = []
+    for index, item in enumerate(iterable):
+        if not isinstance(item, Iterable):
             raise TypeError(
-                f"starmap needs a tuple of arguments for every call, got {one!r} as item {number}; "
+                f"starmap needs a tuple of arguments for every call, got {item!r} as item {index}; "
                 "for functions of one argument there is map"
             )
-        found.append(tuple(one))
-    return found
+        argument_tuples.append(tuple(item))
+    return argument_tuples
 
 
-def _gather(sequences: tuple[Iterable[Any], ...]) -> Sequence[Any]:
-    """The items: one sequence as it is or as a list, several as a list of tuples."""
+def _gather_items(sequences: tuple[Iterable[Any], ...]) -> Sequence[Any]:
+    """Return the items: one sequence as it is or as a list, several as a list of tuples."""
     if len(sequences) > 1:
-        return list(zip(*sequences, strict=False))  # like `map`: the shortest wins
+        return list(zip(*sequences, strict=False))  # as in `map`, the shortest decides
     (only,) = sequences
     return only if isinstance(only, (list, tuple, range)) else list(only)
 
 
-def _join(
-    blocks: dict[int, list[Any] | PartialResult], n_items: int
+def _join_results(
+    results_by_start: dict[int, list[Any] | PartialResult], n_items: int
 ) -> tuple[list[Any], list[Fault], list[tuple[int, int]]]:
-    """The results in order, None where there is none; faults; ranges that did not come."""
+    """Return the results in order, None where there is none; the faults; the missing ranges."""
     results: list[Any] = []
     faults: list[Fault] = []
     missing: list[tuple[int, int]] = []
-    for start in sorted(blocks):
+    for start in sorted(results_by_start):
         if start > len(results):
             missing.append((len(results), start))
             results += [None] * (start - len(results))
-        block = blocks[start]
-        if isinstance(block, list):
-            results += block
+        part = results_by_start[start]
+        if isinstance(part, list):
+            results += part
             continue
-        for _, values in block.results:
+        for _, values in part.results:
             results += values
-        faults += block.faults
+        faults += part.faults
         # A range that was given up has no results of its own.
-        end = max(stop for _, stop, _ in block.faults)
+        end = max(stop for _, stop, _ in part.faults)
         results += [None] * (end - len(results))
     if len(results) < n_items:
         missing.append((len(results), n_items))
@@ -147,18 +148,18 @@ def _join(
 
 @dataclass(frozen=True, eq=False)
 class Calls:
-    """How the function is called with items.
+    """A function, and how it is called with items.
 
     Attributes
     ----------
     call : Call
-        The function.
+        The function, with the arguments that every call gets.
     is_tuple : bool
         Whether an item is a tuple of arguments.
     collect_errors : bool
-        Whether errors are collected; else the first one ends the run.
+        Whether errors are collected; else the first error ends the run.
     passes_index : bool
-        Whether it is called with the number of the item before all else.
+        Whether the first argument of the function is the number of the item.
     """
 
     call: Call
@@ -177,7 +178,7 @@ class Calls:
         rng: object,
         shared: object,
     ) -> Calls:
-        """From the arguments of a call."""
+        """Make calls from the options of a map."""
         _, kwargs = check_extras((), shared, "shared")
         if rng is not None and "rng" in kwargs:
             raise TypeError("rng is given twice: as an option, and in shared")
@@ -188,7 +189,7 @@ class Calls:
         return cls(Call(func, (), kwargs), is_tuple, collect_errors, rng is not None)
 
     def bind_shared(self) -> Calls:
-        """The same in a worker, with what every call gets bound, arrays read-only."""
+        """Return the same for a worker: shared arguments are bound, and their arrays read-only."""
         if not self.call.kwargs:
             return self
         shared = {name: read_only(value) for name, value in self.call.kwargs.items()}
@@ -196,25 +197,25 @@ class Calls:
         return replace(self, call=replace(self.call, func=func))
 
     def call_items(self, items: Sequence[Any], start: int) -> list[Any] | PartialResult:
-        """Results of items from `start` on; with what failed, if anything did."""
+        """Return the results of items from number `start` on, with the faults if there are any."""
         func = self.call.func
         results: list[Any] = []
         faults: list[Fault] = []
         is_tuple = self.is_tuple
-        rest: Iterator[Any] = iter(items)
+        arguments: Iterator[Any] = iter(items)
         if self.passes_index:
-            passes_index = enumerate(items, start)
-            rest = ((n, *item) for n, item in passes_index) if is_tuple else passes_index
+            numbered = enumerate(items, start)
+            arguments = ((n, *item) for n, item in numbered) if is_tuple else numbered
             is_tuple = True
-        # What has come of it when it raises stays in the list, whose length names the item.
-        calls: Iterator[Any] = starmap(func, rest) if is_tuple else map(func, rest)
+        # After an error the results so far stay in the list; its length gives the failed item.
+        calls: Iterator[Any] = starmap(func, arguments) if is_tuple else map(func, arguments)
         while True:
             try:
                 results.extend(calls)
                 if len(results) == len(items):
                     break
-                # To the loop in there it was the end.
-                raise StopIteration("func raised StopIteration")  # noqa: TRY301  # one way for all
+                # `extend` took a StopIteration of func for the end.
+                raise StopIteration("func raised StopIteration")  # noqa: TRY301  # handled below
             except BaseException as error:
                 failed = start + len(results)
                 if self.call.kwargs and is_of_read_only(error):
@@ -237,7 +238,7 @@ class Calls:
 
 @dataclass(frozen=True, eq=False)
 class _ListTask:
-    """`func` on items of this process."""
+    """Calls with items of this process, as a task."""
 
     calls: Calls
     items: Sequence[Any]
@@ -249,15 +250,15 @@ class _ListTask:
         return self.calls.call_items(self.items[start:stop], start)
 
     def facts(self) -> None:
-        """Nothing."""
+        """Return None: there is nothing that the caller must know."""
 
 
 @dataclass(frozen=True, eq=False)
 class _PackedTask:
-    """`func` on blocks of pickled items in shared memory."""
+    """Calls with items that are pickled in shared memory by chunks, as a task."""
 
     calls: Calls
-    blocks: PackedChunks
+    packed_chunks: PackedChunks
     chunksize: int
 
     def open(self, propose: Propose) -> _PackedRunner:  # noqa: ARG002  # nothing to agree on
@@ -270,12 +271,12 @@ class _PackedRunner:
     def __init__(self, task: _PackedTask) -> None:
         self._task = task
         self._calls = task.calls.bind_shared()
-        self._block = task.blocks.open()
+        self._read_chunk = task.packed_chunks.open()
 
     def __call__(self, start: int, stop: int) -> list[Any] | PartialResult:
         index, skip = divmod(start, self._task.chunksize)
-        items = self._block(index)  # a chunk is a block; parts of one are run after deaths
+        items = self._read_chunk(index)  # after deaths, parts of a chunk are run
         return self._calls.call_items(items[skip : skip + stop - start], start)
 
     def facts(self) -> None:
-        """Nothing."""
+        """Return None: there is nothing that the caller must know."""

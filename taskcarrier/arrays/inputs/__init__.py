@@ -1,1 +1,1 @@
-"""What is mapped over, and how workers read ranges of it."""
+"""The arrays that are mapped over, and how workers read ranges of them."""

@@ -1,4 +1,4 @@
-"""What may be mapped over: arrays and their axes, or an error that names the remedy."""
+"""Checks of the arrays to map over and their axes; errors name the remedy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from taskcarrier.memory.npy import load
 from taskcarrier.notes import add_note
 from taskcarrier.system.interrupts import is_of_the_program
 
-# Types that `numpy.asarray` would take, losing something; by the module that defines them.
+# Types that `numpy.asarray` would accept with a loss, by the module that defines them.
 _LOSSY = {
     "scipy.sparse": "a sparse matrix: pass X.toarray(), or map over its index pointer",
     "dask": "a dask array: pass X.compute(), or use dask's own map_blocks",
@@ -28,7 +28,7 @@ _SEVERAL_AXES = (
     "To map over several axes of an array, make them one: X.reshape(-1, *X.shape[2:]) has the "
     "first two as axis 0; reshape the result back"
 )
-# Types with a dtype and a shape whose values are in memory: they become their values.
+# Modules of types with a dtype and a shape whose values are in memory: they are converted.
 _IN_MEMORY = ("pandas", "xarray")
 
 
@@ -39,11 +39,11 @@ class Inputs:
     Attributes
     ----------
     arrays : list of array
-        Base-class ndarrays; or array-likes (zarr arrays, for example) that are read by range.
+        Base-class ndarrays, or array-likes (zarr arrays, for example) that are read by range.
     axes : list of int
-        The mapped axis of each, not negative.
+        The mapped axis of each array, not negative.
     n_items : int
-        Their common length.
+        Their common length along these axes.
     """
 
     arrays: list[Any]
@@ -57,56 +57,57 @@ class Inputs:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all items."""
+        """The bytes of all items."""
         return sum(math.prod(array.shape) * array.dtype.itemsize for array in self.arrays)
 
     @property
     def item_nbytes(self) -> int:
-        """Bytes of one item of all arrays."""
+        """The bytes of one item of all arrays together."""
         return self.nbytes // max(1, self.n_items)
 
     @property
     def order(self) -> str:
-        """Memory order for results: that of the first array, so that chunks stay contiguous."""
+        """The memory order of results: that of the first array, so that chunks stay contiguous."""
         flags = getattr(self.arrays[0], "flags", None)
         return "F" if flags and flags.f_contiguous and not flags.c_contiguous else "C"
 
     def describe(self, start: int, stop: int) -> str:
-        """A range in words."""
+        """Describe a range in words."""
         shape = self.arrays[0].shape
         return f"axis {self.axes[0]}, items {start}:{stop} of an array of shape {shape}"
 
 
 def check_inputs(arrays: Sequence[object], axis: object) -> Inputs:
-    """The arrays of a call, or an error that says which one is wrong and what to do."""
+    """Check the arrays of a call; an error says which one is wrong and what to do."""
     if not arrays:
         raise TypeError("expected at least one array to map over")
-    checked = [_to_array(array, number) for number, array in enumerate(arrays)]
+    checked = [_convert_to_array(array, number) for number, array in enumerate(arrays)]
     if axis is None or isinstance(axis, list):
         raise TypeError(
             "axis must be an integer, or a tuple that is one axis for each array, got "
             f"{axis!r}. {_SEVERAL_AXES}"
         )
-    wanted = list(axis) if isinstance(axis, tuple) else [axis] * len(checked)
-    if len(wanted) != len(checked):
-        remedy = f". {_SEVERAL_AXES}" if len(wanted) > len(checked) else ""
+    entries = list(axis) if isinstance(axis, tuple) else [axis] * len(checked)
+    if len(entries) != len(checked):
+        remedy = f". {_SEVERAL_AXES}" if len(entries) > len(checked) else ""
         raise ValueError(
-            f"axis has {len(wanted)} entries for {len(checked)} arrays: a tuple is one axis for "
+            f"axis has {len(entries)} entries for {len(checked)} arrays: a tuple is one axis for "
             f"each array{remedy}"
         )
     axes = [
-        normalize_axis(one, array.ndim, "axis") for one, array in zip(wanted, checked, strict=True)
+        normalize_axis(entry, array.ndim, "axis")
+        for entry, array in zip(entries, checked, strict=True)
     ]
     for array in checked:
         if isinstance(array, np.ndarray):
             check_whole(array)
-    lengths = [array.shape[one] for one, array in zip(axes, checked, strict=True)]
+    lengths = [array.shape[mapped_axis] for mapped_axis, array in zip(axes, checked, strict=True)]
     if len(set(lengths)) > 1:
         raise ValueError(
             "arrays must have equal lengths along the mapped axis, got "
             + ", ".join(
-                f"{length} (axis {one} of shape {array.shape})"
-                for length, one, array in zip(lengths, axes, checked, strict=True)
+                f"{length} (axis {mapped_axis} of shape {array.shape})"
+                for length, mapped_axis, array in zip(lengths, axes, checked, strict=True)
             )
             + "; what every chunk is to get whole goes into args="
         )
@@ -114,7 +115,7 @@ def check_inputs(arrays: Sequence[object], axis: object) -> Inputs:
 
 
 def normalize_axis(axis: object, ndim: int, name: str) -> int:
-    """`axis` counted from the front; `numpy.exceptions.AxisError` if there is none such."""
+    """Return `axis` counted from the front; raise an `AxisError` of NumPy if it does not exist."""
     value = check_integer(axis, name, "an integer")
     if not -ndim <= value < ndim:
         raise np.exceptions.AxisError(value, ndim, name)
@@ -122,13 +123,13 @@ def normalize_axis(axis: object, ndim: int, name: str) -> int:
 
 
 def refuse_masked(value: object, what: str, remedy: str) -> None:
-    """A `TypeError` for a masked array, or a sequence with one in it: NumPy drops the masks."""
+    """Raise a `TypeError` for a masked array, or a sequence that holds one: NumPy drops masks."""
     if holds_mask(value):
         raise TypeError(f"{what} is masked, or has masked items, and masks would be lost: {remedy}")
 
 
 def holds_mask(value: object) -> bool:
-    """Whether a value is a masked array, or a list or tuple of such, however deep."""
+    """Return whether a value is a masked array, or a list or tuple that holds one at any depth."""
     if isinstance(value, (list, tuple)):
         kinds = set(map(type, value))
         if any(issubclass(kind, np.ma.MaskedArray) for kind in kinds):
@@ -140,12 +141,12 @@ def holds_mask(value: object) -> bool:
 
 
 def to_plain_range(items: object) -> np.ndarray:
-    """Items that an array-like gave for a range, as an array."""
+    """Convert what an array-like gave for a range to an array."""
     refuse_masked(items, "what the array gives for a range", _MASKED_RANGES)
     return np.asarray(items)
 
 
-def _to_array(value: object, number: int) -> Any:
+def _convert_to_array(value: object, number: int) -> Any:
     which = f"array {number}"
     if type(value) is np.ndarray and value.ndim:
         return value
@@ -155,7 +156,7 @@ def _to_array(value: object, number: int) -> Any:
             "over X.data and numpy.ma.getmaskarray(X) together"
         )
     for prefix, remedy in _LOSSY.items():
-        if _is_from(value, (prefix,)):
+        if _is_defined_in(value, (prefix,)):
             raise TypeError(f"{which} is {remedy}")
     if isinstance(value, (str, bytes, os.PathLike)):
         if isinstance(value, bytes) or not os.fspath(value).endswith(".npy"):
@@ -166,7 +167,7 @@ def _to_array(value: object, number: int) -> Any:
         array: Any = load(value)
     elif _is_read_by_range(value):
         array = value
-        refuse_masked(_no_items_of(array), f"what is read from {which}", _MASKED_RANGES)
+        refuse_masked(_read_no_items(array), f"what is read from {which}", _MASKED_RANGES)
     else:
         array = _convert_in_memory(value, which)
     if array.ndim == 0:
@@ -195,8 +196,8 @@ def _convert_in_memory(value: object, which: str) -> np.ndarray:
         raise
 
 
-def _no_items_of(array: Any) -> object:
-    """An empty range of an array-like; None where it can give none, but ranges are looked at."""
+def _read_no_items(array: Any) -> object:
+    """Read an empty range of an array-like; return None if that fails: later ranges are checked."""
     try:
         return array[:0]
     except Exception as error:
@@ -205,13 +206,13 @@ def _no_items_of(array: Any) -> object:
         return None
 
 
-def _is_from(value: object, prefixes: Iterable[str]) -> bool:
+def _is_defined_in(value: object, prefixes: Iterable[str]) -> bool:
     modules = [f"{kind.__module__}." for kind in type(value).__mro__]
     return any(module.startswith(f"{prefix}.") for prefix in prefixes for module in modules)
 
 
 def _is_read_by_range(value: object) -> bool:
-    """Whether a value is like an array but not in memory: zarr, HDF5, and the like."""
+    """Return whether a value is an array-like that is not in memory (zarr, HDF5, and others)."""
     return (
         not isinstance(value, (np.ndarray, np.generic))
         and isinstance(getattr(value, "dtype", None), np.dtype)
@@ -219,5 +220,5 @@ def _is_read_by_range(value: object) -> bool:
         and hasattr(value, "ndim")
         and hasattr(value, "__getitem__")
         and not hasattr(value, "__array_interface__")
-        and not _is_from(value, _IN_MEMORY)
+        and not _is_defined_in(value, _IN_MEMORY)
     )

@@ -1,7 +1,7 @@
-"""Neighbours beyond a chunk: `depth` items on each side, made up by a rule at the array's ends.
+"""Neighbours of a chunk: `depth` items on each side, made up by a rule at the array's ends.
 
-The rules bear the names and meanings they have in `scipy.ndimage`. Positions beyond an end are
-mapped back into the array by arithmetic on indices; nothing is padded but what a chunk needs.
+The rules have the names and meanings of `scipy.ndimage`. Positions beyond an end are mapped back
+into the array by arithmetic on indices; only what a chunk needs is padded.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ Reader = Callable[[int, int], np.ndarray]
 
 @dataclass(frozen=True)
 class Halo:
-    """How far chunks reach beyond their chunks.
+    """The neighbours that are read with every chunk.
 
     Attributes
     ----------
     depth : int
-        Items on each side; 0 for none.
+        The neighbours on each side; 0 for none.
     boundary : str
         The rule at the array's ends.
     cval : object
-        The value beyond the ends where the rule is ``"constant"``.
+        The value beyond the ends if the rule is ``"constant"``.
     n_items : int
-        Length of the mapped axis.
+        The length of the mapped axis.
     """
 
     depth: int
@@ -42,7 +42,7 @@ class Halo:
     n_items: int
 
     def margins(self, start: int, stop: int) -> tuple[int, int]:
-        """Items that the chunk of a chunk has before and after the chunk's own."""
+        """Return how many neighbours are read before and after a chunk's own items."""
         if self.n_items == 0:
             return 0, 0
         if self.boundary == "none":
@@ -50,7 +50,7 @@ class Halo:
         return self.depth, self.depth
 
     def read(self, read: Reader, axis: int, start: int, stop: int) -> np.ndarray:
-        """A chunk with its neighbours."""
+        """Read a chunk with its neighbours."""
         before, after = self.margins(start, stop)
         low, high = start - before, stop + after
         inside = read(max(low, 0), min(high, self.n_items))
@@ -70,16 +70,16 @@ class Halo:
     ) -> np.ndarray:
         if self.boundary == "constant":
             shape = (*like.shape[:axis], len(positions), *like.shape[axis + 1 :])
-            filled = np.empty(shape, like.dtype)
-            filled[...] = cast_scalar(self.cval, like.dtype, "cval")
-            return filled
+            constant = np.empty(shape, like.dtype)
+            constant[...] = cast_scalar(self.cval, like.dtype, "cval")
+            return constant
         inside = positions_inside(positions, self.n_items, self.boundary)
         low, high = int(inside.min()), int(inside.max()) + 1
         return read(low, high).take(inside - low, axis)
 
 
 def positions_inside(positions: np.ndarray, n_items: int, boundary: str) -> np.ndarray:
-    """Positions in the array that stand in for positions beyond its ends.
+    """Return the positions in the array that stand for positions beyond its ends.
 
     >>> positions_inside(np.arange(-2, 6), 4, "reflect").tolist()
     [1, 0, 0, 1, 2, 3, 3, 2]
@@ -99,22 +99,26 @@ def positions_inside(positions: np.ndarray, n_items: int, boundary: str) -> np.n
 
 
 def check_halo(depth: object, boundary: object, cval: object, inputs: Inputs) -> Halo | None:
-    """The halo of a call; None where chunks end with their chunks."""
-    items = check_integer(depth, "depth", "a number of items, 0 or more")
-    if items < 0:
-        raise ValueError(f"depth must be 0 or more items, got {items}")
+    """Check the options and return the halo of a call; None if chunks have no neighbours."""
+    checked_depth = check_integer(depth, "depth", "a number of items, 0 or more")
+    if checked_depth < 0:
+        raise ValueError(f"depth must be 0 or more items, got {checked_depth}")
     if not isinstance(boundary, str) or boundary not in BOUNDARIES:
         allowed = ", ".join(map(repr, BOUNDARIES))
         raise ValueError(f"boundary must be one of {allowed}, got {boundary!r}")
-    if items == 0:
+    if checked_depth == 0:
         return None
-    if inputs.n_items and boundary in {"reflect", "mirror", "wrap"} and items > inputs.n_items:
+    if (
+        inputs.n_items
+        and boundary in {"reflect", "mirror", "wrap"}
+        and checked_depth > inputs.n_items
+    ):
         raise ValueError(
-            f"depth={items} is more than the {inputs.n_items} items there are, so "
+            f"depth={checked_depth} is more than the {inputs.n_items} items there are, so "
             f"boundary={boundary!r} has nothing to fill it with; use a smaller depth, or "
             "'nearest', 'constant' or 'none'"
         )
     if boundary == "constant":
         for dtype in inputs.dtypes:
             cast_scalar(cval, dtype, "cval")
-    return Halo(items, boundary, cval, inputs.n_items)
+    return Halo(checked_depth, boundary, cval, inputs.n_items)

@@ -1,8 +1,8 @@
 """Where workers find the items of the mapped arrays.
 
-A `Source` says where one array is and can travel; opened in a worker, it reads ranges of items
-along the mapped axis, as read-only arrays with the strides of the original. Which kind an array
-gets is decided by `sources_for_processes`; threads and the caller read views.
+A `Source` says where one array is, and can travel. Opened in a worker, it reads ranges of items
+along the mapped axis, as read-only arrays with the strides of the original.
+`sources_for_processes` decides which kind an array gets; threads and the caller read views.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from taskcarrier.workers.call import Call
 from taskcarrier.workers.processes.packed_chunks import PackedChunks
 
 Reader = Callable[[int, int], np.ndarray]
-"""Takes ``(start, stop)``, returns those items, axis kept."""
+"""A function that takes ``(start, stop)`` and returns these items; the axis is kept."""
 
-# An array this small is read in one go by each worker; arbitrary.
+# Each worker reads an array of at most this many bytes as a whole; arbitrary.
 _WHOLE_NBYTES = 64 << 10
 
 
@@ -37,7 +37,7 @@ class Source(Protocol):
     """Where one mapped array is."""
 
     def open(self) -> Reader:
-        """Called once in each worker, before its first chunk."""
+        """Return a reader; called once in each worker, before its first chunk."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +76,12 @@ class ParentMemorySource:
 
     @classmethod
     def of(cls, array: np.ndarray, axis: int) -> ParentMemorySource:
-        """For an array of this process, which must live as long as the run."""
+        """Return the source of an array of this process, which must live as long as the run."""
         return cls(address_of(array), array.shape, array.strides, array.dtype, axis)
 
     @property
     def item_nbytes(self) -> int:
-        """Bytes from the first to the last of one item."""
+        """The bytes from the first to the last one of an item."""
         spans = [
             (n - 1) * abs(stride)
             for axis, (n, stride) in enumerate(zip(self.shape, self.strides, strict=True))
@@ -90,11 +90,11 @@ class ParentMemorySource:
         return sum(spans) + self.dtype.itemsize
 
     def nbytes_of(self, n_items: int) -> int:
-        """Bytes from the first to the last of so many items."""
+        """Return the bytes from the first to the last one of `n_items` items."""
         return self.item_nbytes + (n_items - 1) * abs(self.strides[self.axis])
 
     def is_worth_it(self, grid: ChunkGrid, depth: int) -> bool:
-        """Whether reading it chunk by chunk, with so many neighbours, reads little twice."""
+        """Return whether reading it chunk by chunk, with `depth` neighbours, reads little twice."""
         whole = self.nbytes_of(grid.n_items)
         stride = abs(self.strides[self.axis])
         by_chunk = len(grid) * (self.item_nbytes + (2 * depth - 1) * stride)
@@ -119,37 +119,37 @@ class ParentMemorySource:
 
 @dataclass(frozen=True, eq=False)
 class ArrayLikeSource:
-    """Something like an array that is not in memory, read by range in every worker.
+    """An array-like that is not in memory, read by range in every worker.
 
-    It stands in a `Call` because it travels as functions of the user do.
+    It is wrapped in a `Call` because it travels as the user's functions do.
     """
 
-    given: Call
+    wrapped: Call
     axis: int
 
     def open(self) -> Reader:  # noqa: D102  # as in Source
         before = (slice(None),) * self.axis
-        array: Any = self.given.func
+        array: Any = self.wrapped.func
         return lambda start, stop: read_only(to_plain_range(array[(*before, slice(start, stop))]))
 
 
 @dataclass(frozen=True, eq=False)
 class PickledSource:
-    """An array of Python objects, pickled by chunks of the grid into shared memory."""
+    """An array of Python objects, pickled into shared memory chunk by chunk."""
 
-    blocks: PackedChunks
+    packed_chunks: PackedChunks
     chunksize: int
     axis: int
 
     def open(self) -> Reader:  # noqa: D102  # as in Source
-        block = self.blocks.open()
+        read_chunk = self.packed_chunks.open()
 
         def read(start: int, stop: int) -> np.ndarray:
             first, last = start // self.chunksize, -(-stop // self.chunksize)
-            chunks = [block(index) for index in range(first, last)]
+            chunks = [read_chunk(index) for index in range(first, last)]
             whole = chunks[0] if len(chunks) == 1 else np.concatenate(chunks, axis=self.axis)
-            skip = first * self.chunksize
-            return LocalSource(whole, self.axis).open()(start - skip, stop - skip)
+            offset = first * self.chunksize
+            return LocalSource(whole, self.axis).open()(start - offset, stop - offset)
 
         return read
 
@@ -168,7 +168,7 @@ class HaloSource:
 
 
 def local_sources(inputs: Inputs, halo: Halo | None) -> list[Source]:
-    """Sources for workers in this process."""
+    """Return sources for workers in this process."""
     return [
         _add_halo(
             LocalSource(array, axis)
@@ -184,9 +184,9 @@ def local_sources(inputs: Inputs, halo: Halo | None) -> list[Source]:
 def sources_for_processes(
     inputs: Inputs, grid: ChunkGrid, halo: Halo | None, staging: Staging
 ) -> tuple[list[Source], list[str]]:
-    """Sources for worker processes, and what is worth saying about them.
+    """Return sources for worker processes, and notes for the report.
 
-    What is shared already and what lies in a file is mapped, other arrays are read or copied
+    Arrays that are shared already or lie in a file are mapped; other arrays are read or copied
     once. `inputs` must live as long as the run: workers may read from its arrays.
     """
     sources: dict[int, Source] = {}
