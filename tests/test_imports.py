@@ -11,7 +11,7 @@ import taskcarrier
 
 PACKAGE = Path(__file__).parents[1] / "taskcarrier"
 
-# Bottom first. A module imports only from layers before its own; inside one folder (`backends`,
+# Bottom first. A module imports only from layers before its own; inside one folder (`workers`,
 # `arrays`) modules also import from each other, but never in a circle. A folder stands for all of
 # its modules.
 LAYERS = [

@@ -391,14 +391,14 @@ def test_workers_are_reused_after_an_interrupt_that_has_cut_off_a_result(process
     def interrupted(channel):
         data = kept(channel)
         if channel._descriptors:
-            monkeypatch.setattr(MessageSocket, "_kept", kept)
+            monkeypatch.setattr(MessageSocket, "_keep", kept)
             raise KeyboardInterrupt
         return data
 
     def rows(n):
         return np.full(1 << 14, n)
 
-    monkeypatch.setattr(MessageSocket, "_kept", interrupted)
+    monkeypatch.setattr(MessageSocket, "_keep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(processes.imap(rows, range(20), chunksize=1))
     for n, row in enumerate(processes.imap(rows, range(100, 140), chunksize=1)):
