@@ -40,13 +40,13 @@ def test_no_code_unpickles_from_a_file():
     # What is unpickled from memory came over a worker's own socket, by the backend a user
     # has registered, or lies in nameless memory.
     assert {where for where, _, _ in calls("pickle.loads")} <= {
-        "backends/exceptions.py",
-        "backends/parcels.py",
-        "backends/registered.py",
-        "backends/worker_process.py",
-        "blocks.py",
-        "fitting.py",
-        "ledger.py",
+        "estimators.py",
+        "scheduling/counters.py",
+        "workers/joblib_backends.py",
+        "workers/pickled_errors.py",
+        "workers/pickling.py",
+        "workers/processes/packed_chunks.py",
+        "workers/processes/worker.py",
     }
 
 
