@@ -1,8 +1,8 @@
 """Static against dynamic load balancing over many sizes of a list, for a light and a heavy task.
 
 This repeats the study that the project's mappers come from: 2015, two workers, lists of 0 to 3000
-items. Tasks sleep, so the heavy ones cost nothing but time, and what stands between the curves is
-what handing out the items costs.
+items. Tasks sleep, so the heavy ones cost nothing but time, and the distance between the curves is
+the cost of handing out the items.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Four light maps in a row: what it costs that each result is the next input."""
+"""Four light maps in a row, each result being the next input."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run(settings: Settings) -> list[Comparison]:
 
 
 def chained(apply: Apply, X: np.ndarray) -> np.ndarray:
-    """Apply every step; each intermediate result is let go as soon as the next one is there."""
+    """Apply every step; each intermediate result is dropped as soon as the next one exists."""
     for step in STEPS:
         X = apply(step, X)
     return X

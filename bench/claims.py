@@ -1,7 +1,7 @@
 """Ways to claim the next of many numbers, with two processes contending for them.
 
-The ledger takes chunks so (see `taskcarrier/ledger.py`). Every way must give each number to exactly
-one claimer; how many a way gives out twice is told beside its time.
+The ledger gives out chunks in this way (see `taskcarrier/scheduling/counters.py`). Every way must
+give each number to exactly one claimer; how many it gives out twice is printed beside its time.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _arm(way: str, claims: int) -> Measured:
 
 
 def contend(way: str, claims: int) -> tuple[int, float]:
-    """Claims given out twice, and seconds a claim, of two processes claiming at once."""
+    """Return the numbers given out twice, and seconds a claim, of two processes at once."""
     raw = os.memfd_create("claims")
     os.ftruncate(raw, 0 if way == "append" else mmap.PAGESIZE)
     shared = os.open(f"/proc/self/fd/{raw}", os.O_RDWR)
@@ -85,12 +85,12 @@ def contend(way: str, claims: int) -> tuple[int, float]:
 
 
 def threads_contend(claims: int) -> float:
-    """Seconds a claim of two threads with the counter that the library's threads use."""
+    """Return seconds a claim of two threads with the counter that the library's threads use."""
     from taskcarrier.scheduling.counters import ThreadCounter
 
-    cursor = ThreadCounter()
+    counter = ThreadCounter()
     threads = [
-        threading.Thread(target=lambda: [cursor.advance() for _ in range(claims)])
+        threading.Thread(target=lambda: [counter.advance() for _ in range(claims)])
         for _ in range(CLAIMERS)
     ]
     begin = time.perf_counter()
@@ -102,7 +102,7 @@ def threads_contend(claims: int) -> float:
 
 
 def claimer(way: str, raw: int, shared: int) -> Callable[[], int]:
-    """A function that claims the next number."""
+    """Return a function that claims the next number."""
     if way in {"lseek", "lseek_raw"}:
         from taskcarrier.scheduling.counters import FileCounter
 

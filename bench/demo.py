@@ -76,7 +76,7 @@ def check_neighbours(X: np.ndarray, neighbours: np.ndarray) -> str:
     from sklearn.neighbors import NearestNeighbors
 
     search = NearestNeighbors(n_neighbors=K + 1).fit(X)
-    distances, numbers = search.kneighbors()  # without arguments: nobody is a neighbour of itself
+    distances, numbers = search.kneighbors()  # without arguments, no row is its own neighbour
     own = np.sqrt(((X[:, None, :] - X[neighbours]) ** 2).sum(axis=2))
     if not np.allclose(own, distances[:, :K], rtol=1e-12, atol=0):
         raise ValueError("these are not the distances scikit-learn finds")

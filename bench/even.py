@@ -1,4 +1,4 @@
-"""Ranges of equal work: the price of taking ranges one by one instead of having them assigned."""
+"""Ranges of equal work: the cost of taking ranges one by one instead of having them assigned."""
 
 from __future__ import annotations
 

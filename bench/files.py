@@ -1,4 +1,4 @@
-"""From one ``.npy`` file to another, by rows: files larger than what one wants in memory.
+"""From one ``.npy`` file to another, by rows: files that are too large to hold in memory.
 
 The files lie in a temporary folder that is removed in the end. Input and outputs stay in the page
 cache where there is room, so this is about processors and page faults, not about disks.
@@ -38,7 +38,7 @@ def run(settings: Settings) -> list[Comparison]:
     rows = settings.pick(full=2**19, quick=2**15, tiny=2**7)
     nbytes = 8 * rows * COLUMNS
     with tempfile.TemporaryDirectory() as folder:
-        # The input, the answer that others are compared with, the answer of the moment, the next.
+        # The input, the answer that others are compared with, this arm's answer, and the next one.
         if shutil.disk_usage(folder).free < 4 * nbytes:
             print(f"files: needs {4 * nbytes / 2**30:.3g} GiB of temporary files, left out")
             return []
@@ -68,7 +68,7 @@ def run(settings: Settings) -> list[Comparison]:
 
 
 def _written(write: Callable[[Path, Path], object], source: Path, target: Path) -> Measured:
-    os.sync()  # what was written before is not to be paid by this arm
+    os.sync()  # this arm shall not pay for what was written before
     begin = time.perf_counter()
     result = write(source, target)
     seconds = time.perf_counter() - begin

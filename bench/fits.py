@@ -1,4 +1,4 @@
-"""Many small fits on bootstrap rows of the same data: what bringing them to the workers costs."""
+"""Many small fits on bootstrap rows of the same data: the cost of bringing them to the workers."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _bootstraps(n_fits: int, n_samples: int) -> list[np.ndarray]:
 def _others(
     stack: ExitStack, fit: Fit, rows: list[np.ndarray], X: np.ndarray, y: np.ndarray
 ) -> dict[str, Callable[[], list[Any]]]:
-    """The list comprehension, and what one writes with joblib; its workers are kept."""
+    """Return the list comprehension and the joblib idiom, whose workers are kept."""
     parallel = stack.enter_context(Parallel(n_jobs=N_JOBS))
     return {
         SERIAL: lambda: [fit(some, X, y) for some in rows],

@@ -1,4 +1,4 @@
-"""A random forest: fitting its trees, and asking it, against scikit-learn's own ways."""
+"""A random forest: fits of its trees, and its predictions, against scikit-learn's own ways."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def _fitting(settings: Settings, forest: Any, X: np.ndarray, y: np.ndarray) -> C
 
 
 def _fit_many(forest: Any, X: np.ndarray, y: np.ndarray) -> list[Any]:
-    """The trees of such a forest: their states are in its trees, and it can draw their rows."""
+    """Fit the trees of such a forest: it knows their random states and the rows that they drew."""
     counts = [np.bincount(rows, minlength=len(X)) for rows in forest.estimators_samples_]
     trees = forest.estimators_  # `fit_many` clones them
     return taskcarrier.fit_many(trees, X, y, sample_weight=np.array(counts), n_jobs=N_JOBS)
 
 
 def _trees(fitted: list[Any]) -> np.ndarray:
-    """Where trees ask for what: all that a prediction goes by, but for the leaves."""
+    """Return features and thresholds of all nodes: what predictions depend on, but for leaves."""
     return np.concatenate([[one.tree_.feature, one.tree_.threshold] for one in fitted], axis=1)
 
 

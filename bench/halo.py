@@ -78,7 +78,7 @@ def _ours(balance: str, image: np.ndarray, rows: int) -> np.ndarray:
 
 @contextmanager
 def _skimage() -> Iterator[dict[str, Apply]]:
-    """skimage's two forms, on two of dask's threads; none where one of both is not installed."""
+    """Yield skimage's two forms, on two of dask's threads; none if skimage or dask is missing."""
     try:
         import dask
         import dask.array as da
@@ -107,7 +107,7 @@ def _skimage() -> Iterator[dict[str, Apply]]:
 
 
 def _rows(theirs: dict[str, Apply], image: np.ndarray) -> tuple[int, list[str]]:
-    """Rows of a chunk that suit skimage, and what there is to say about them."""
+    """Return the rows of a chunk that are the fastest for skimage, and notes about them."""
     candidates = [-(-len(image) // parts) for parts in PARTS]
     if not theirs:
         return candidates[-1], ["skimage: not installed (scikit-image, dask), left out"]

@@ -1,7 +1,7 @@
 """What importing the package costs, measured against importing NumPy, which it needs anyway.
 
-The package loads its names when they are first used, so the arm that counts imports some; the bare
-import is there for comparison.
+The package loads its names when they are first used, so the arm that counts imports some names; the
+bare import is there for comparison.
 """
 
 from __future__ import annotations

@@ -21,12 +21,12 @@ BEST_OF_OURS = "ours dynamic, mapper"
 
 
 def increased(x: Any) -> Any:
-    """One addition, as little as a function can do."""
+    """Add one, as little as a function can do."""
     return x + 1.0
 
 
 def only_called(chunk: np.ndarray) -> None:
-    """The calls alone: what two processes can do at best on this machine."""
+    """Make the calls alone: the best that two processes can do on this machine."""
     for x in chunk:
         increased(x)
 

@@ -3,10 +3,10 @@
 Numba has one threading layer for each process, so what is compared with its own threads runs in a
 process for each layer.
 
-Mandelbrot calls stand ten in a row in each arm. Single calls that take turns told more of the arm
-before: OpenMP's threads spin for some milliseconds after a loop, and after others' threads Linux
-has put both of ours on one of two cores for the first 4 to 8 ms of 13 (`sched_getcpu` told so; a
-pause between the arms made it worse). Under ``omp`` the documented form over ours was 1.11 (0.77
+Each arm makes ten Mandelbrot calls in a row. Single calls in turns measured more of the arm before:
+OpenMP's threads spin for some milliseconds after a loop, and after other threads Linux has put both
+of ours on one of two cores for the first 4 to 8 ms of 13 (as `sched_getcpu` showed; a pause between
+the arms made it worse). Under ``omp`` the documented form over ours was 1.11 (0.77
 to 1.88) in single calls, and 1.15 (1.13 to 1.17) with ten in a row.
 """
 
@@ -40,7 +40,7 @@ OURS = {balance: f"ours {balance}" for balance in ours.BALANCES}
 
 @numba.njit
 def steps(count: int) -> float:
-    """So many dependent divisions: about 2.5 ns each, nothing to vectorise, no memory."""
+    """Do `count` dependent divisions: about 2.5 ns each, nothing to vectorise, no memory."""
     x = 1.0
     for _ in range(count):
         x = 1.0 + 1.0 / x
@@ -49,7 +49,7 @@ def steps(count: int) -> float:
 
 @numba.njit
 def steps_serial(counts: Any) -> Any:
-    """What everything is measured against."""
+    """Do the steps in a serial loop, which everything is measured against."""
     out = np.empty(len(counts))
     for i in range(len(counts)):
         out[i] = steps(counts[i])
@@ -58,7 +58,7 @@ def steps_serial(counts: Any) -> Any:
 
 @numba.njit(parallel=True)
 def steps_prange(counts: Any) -> Any:
-    """The same loop, shared out by numba."""
+    """Do the steps in the same loop, shared out by numba."""
     out = np.empty(len(counts))
     for i in numba.prange(len(counts)):
         out[i] = steps(counts[i])
@@ -71,7 +71,7 @@ def _steps_row(count: Any, out: Any) -> None:
 
 @numba.njit
 def escape(x: float, y: float, limit: int) -> int:
-    """Steps until a point of the Mandelbrot set's plane has escaped, else 255."""
+    """Count the steps until a point of the Mandelbrot set's plane escapes; 255 if it does not."""
     z = 0.0j
     for i in range(limit):
         z = z * z + complex(x, y)
@@ -82,18 +82,18 @@ def escape(x: float, y: float, limit: int) -> int:
 
 @numba.njit
 def mandelbrot_row(y: float, xs: Any, limit: int, out: Any) -> None:
-    """One row of the picture."""
+    """Compute one row of the picture."""
     for j in range(len(xs)):
         out[j] = escape(xs[j], y, limit)
 
 
 @numba.njit(parallel=True)
 def mandelbrot_prange(ys: Any, xs: Any, limit: int) -> Any:
-    """As in numba's documentation, whose outer loop goes over columns; that one by ``prange``.
+    """Compute the picture as in numba's documentation: the outer loop, over columns, by ``prange``.
 
-    The half of the columns that has more to do has 1.20 times the mean's steps (8.19 of 13.64
-    million with 1000 x 1500 points and 20 steps at most), so with two threads nothing that takes
-    the same time for a step is more than 1.20 times faster.
+    The half of the columns with more work has 1.20 times the mean's steps (8.19 of 13.64 million
+    with 1000 x 1500 points and 20 steps at most). So with two threads, nothing that takes the same
+    time for a step can be more than 1.20 times faster.
     """
     out = np.empty((len(ys), len(xs)), np.uint8)
     for j in numba.prange(len(xs)):
@@ -104,7 +104,7 @@ def mandelbrot_prange(ys: Any, xs: Any, limit: int) -> Any:
 
 @numba.njit(parallel=True)
 def mandelbrot_rows(ys: Any, xs: Any, limit: int) -> Any:
-    """The same over rows, of which the first half is the mirror image of the second."""
+    """Compute the picture by rows, of which the first half is the mirror image of the second."""
     out = np.empty((len(ys), len(xs)), np.uint8)
     for i in numba.prange(len(ys)):
         mandelbrot_row(ys[i], xs, limit, out[i])
@@ -113,7 +113,7 @@ def mandelbrot_rows(ys: Any, xs: Any, limit: int) -> Any:
 
 @numba.njit
 def mandelbrot_serial(ys: Any, xs: Any, limit: int) -> Any:
-    """The same on one core."""
+    """Compute the picture on one core."""
     out = np.empty((len(ys), len(xs)), np.uint8)
     for i in range(len(ys)):
         mandelbrot_row(ys[i], xs, limit, out[i])
@@ -121,7 +121,7 @@ def mandelbrot_serial(ys: Any, xs: Any, limit: int) -> Any:
 
 
 def run(settings: Settings) -> list[Comparison]:
-    """Everything: what does not depend on the threading layer once, the rest for each layer."""
+    """Measure once what does not depend on the threading layer, and the rest for each layer."""
     found = [_cheap(settings), _short(settings), _empty(settings), _recipe(settings)]
     found.append(_first_call(settings))
     for layer in LAYERS:
@@ -133,7 +133,7 @@ def run(settings: Settings) -> list[Comparison]:
 
 
 def _shares(name: str) -> list[Promise]:
-    """What part of a perfect division among two cores is reached."""
+    """Return promises about the share of a perfect division between two cores that is reached."""
     least, aim = {"cheap": (0.90, 0.97), "short": (0.90, 0.97), "even": (0.92, 0.98)}[name]
     return [
         Promise(
@@ -212,27 +212,27 @@ def _nothing(x: float) -> float:
 
 
 @numba.njit("void(double[:],double[:],double[:])", nogil=True)
-def fill_docstring(result: Any, a: Any, b: Any) -> None:
-    """The kernel of numba's page about threads."""
+def documented(result: Any, a: Any, b: Any) -> None:
+    """Run the kernel of numba's page about threads."""
     for i in range(len(result)):
         result[i] = math.exp(2.1 * a[i] + 3.2 * b[i])
 
 
 def documented_chunk(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The kernel as a function of chunks."""
+    """Run the documented kernel on chunks."""
     result = np.empty_like(a)
-    fill_docstring(result, a, b)
+    documented(result, a, b)
     return result
 
 
 def _four_threads(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Numba's own recipe: a thread for each quarter."""
+    """Run numba's own recipe: a thread for each quarter."""
     n = len(a)
     result = np.empty(n)
     length = (n + 3) // 4
     threads = [
         threading.Thread(
-            target=fill_docstring,
+            target=documented,
             args=[array[i * length : (i + 1) * length] for array in (result, a, b)],
         )
         for i in range(4)
@@ -359,7 +359,7 @@ def _guvectorized(func: Any, counts: np.ndarray) -> np.ndarray:
 
 
 def _in_chunks(call: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
-    """The call with pieces of 16 turns, which TBB gives to whichever thread is free."""
+    """Return the call with pieces of 16 iterations, which TBB gives to free threads."""
 
     def run() -> np.ndarray:
         before = numba.set_parallel_chunksize(16)

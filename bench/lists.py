@@ -114,7 +114,7 @@ PEERS: dict[str, Callable[[], AbstractContextManager[Map]]] = {
 
 
 def _peers(stack: ExitStack, items: list[int]) -> tuple[dict[str, Map], list[str]]:
-    """Maps of others, their workers started; and which are absent."""
+    """Return the maps of other packages, their workers started, and which are absent."""
     opened: dict[str, Map] = {}
     absent = []
     for name, peer in PEERS.items():

@@ -32,7 +32,7 @@ THREAD_VARIABLES = (
 
 
 def machine() -> dict[str, Any]:
-    """Facts without which a time cannot be read."""
+    """Return the facts without which a time means nothing."""
     return {
         "cpus": os.cpu_count(),
         "usable cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
@@ -46,7 +46,7 @@ def machine() -> dict[str, Any]:
 
 
 def describe_machine(facts: dict[str, Any]) -> str:
-    """One or two lines of `machine` for the head of the output."""
+    """Return the facts of `machine` in words, for the head of the output."""
     versions = ", ".join(
         f"{name} {version}" for name, version in facts["versions"].items() if version
     )
@@ -60,9 +60,9 @@ def describe_machine(facts: dict[str, Any]) -> str:
 
 
 def watch_others() -> Callable[[], float | None]:
-    """Start watching; what is returned tells how many cpus other programs have kept busy since.
+    """Start watching; return a function that says how many cpus other programs kept busy since.
 
-    None where there is no ``/proc/stat`` to read it from.
+    It returns None where there is no ``/proc/stat``.
     """
     if not Path("/proc/stat").exists():
         return lambda: None
@@ -75,7 +75,7 @@ def watch_others() -> Callable[[], float | None]:
 
 
 def _busy_elsewhere() -> float:
-    """Cpu seconds of everything but this process and its descendants, since the machine started."""
+    """Return cpu seconds since boot of everything but this process and its descendants."""
     user, nice, system, _, _, *rest = _text(Path("/proc/stat")).split("\n", 1)[0].split()[1:9]
     everything = sum(int(ticks) for ticks in (user, nice, system, *rest))
     own = sum(sum(int(t) for t in _stat(pid)[11:15]) for pid in process_tree(os.getpid()))
@@ -83,17 +83,17 @@ def _busy_elsewhere() -> float:
 
 
 def process_tree(root: int) -> list[int]:
-    """``root`` and all its descendants (Linux)."""
+    """Return ``root`` and all its descendants (Linux)."""
     pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
     parents = {pid: int(_stat(pid)[1]) for pid in pids}
     found = [root]
-    for pid in found:  # grows while it is walked
+    for pid in found:  # grows during the loop
         found += [child for child, parent in parents.items() if parent == pid]
     return found
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields of ``/proc/<pid>/stat`` from the third on; zeros if the process has gone."""
+    """Return the fields of ``/proc/<pid>/stat`` from the third on; zeros if the process is gone."""
     # The second field is the command in brackets and may hold spaces and brackets itself.
     return _text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split() or ["0"] * 50
 

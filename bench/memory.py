@@ -1,9 +1,9 @@
 """How much memory a map over a large array needs beyond its input.
 
 Every run has a fresh interpreter of its own. While the map runs, a thread reads every few
-milliseconds what the caller and its children hold (proportional set size, so shared pages count
-once in all) and how much shared memory the machine holds. The larger of the two rises, in units of
-the input, is the amount. The output is part of it.
+milliseconds how much memory this process and its children hold (proportional set size, so shared
+pages count once in all) and how much shared memory the machine holds. The amount is the larger of
+the two rises, in units of the input. The output is part of it.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Peak:
     rise: int = 0
 
     def read(self) -> None:
-        """Look once."""
+        """Take one reading."""
         rises = (held_by_tree() - self.held, shared_memory() - self.shared)
         self.rise = max(self.rise, *rises)
 
@@ -135,17 +135,17 @@ def watch() -> Iterator[Peak]:
 
 
 def held_by_tree() -> int:
-    """Bytes held by this process and all its descendants, shared pages counted once in all."""
+    """Return bytes held by this process and its descendants; shared pages count once in all."""
     return sum(_field(f"/proc/{pid}/smaps_rollup", "Pss:") for pid in process_tree(os.getpid()))
 
 
 def shared_memory() -> int:
-    """Bytes of shared memory on the whole machine, mapped or not."""
+    """Return bytes of shared memory on the whole machine, mapped or not."""
     return _field("/proc/meminfo", "Shmem:")
 
 
 def _field(path: str, name: str) -> int:
-    """Value of a ``name: 123 kB`` line in bytes; 0 where the process has gone meanwhile."""
+    """Return the value of a ``name: 123 kB`` line in bytes; 0 if the process is gone."""
     for line in _text(Path(path)).splitlines():
         if line.startswith(name):
             return int(line.split()[1]) * 1024

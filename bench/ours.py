@@ -18,7 +18,7 @@ MAPPERS: dict[str, Any] = {
 
 
 def function(balance: str, n_jobs: int, backend: str, **options: Any) -> Apply:
-    """A plain call of ``map_array``, the input an ordinary array every time."""
+    """Return a plain call of ``map_array``; its input is an ordinary array every time."""
 
     def apply(func: Func, X: np.ndarray) -> np.ndarray:
         return taskcarrier.map_array(
@@ -29,7 +29,7 @@ def function(balance: str, n_jobs: int, backend: str, **options: Any) -> Apply:
 
 
 def warm_mapper(stack: ExitStack, balance: str, n_jobs: int, backend: str, **options: Any) -> Any:
-    """A mapper inside its ``with`` block, which ends with ``stack``."""
+    """Return a mapper inside its ``with`` block, which ends with ``stack``."""
     mapper = MAPPERS[balance](n_jobs, backend=backend, **options)
     stack.enter_context(mapper)
     return mapper

@@ -1,7 +1,7 @@
-"""What a user would otherwise reach for, each in the best form its own documentation shows.
+"""The packages that users would otherwise use, each in the best form of its documentation.
 
-A peer is a context manager around ``apply(func, X)``: map ``func`` over slices of ``X`` and give
-back one array. Pools are opened once and kept, so no arm pays for starting its workers.
+A peer is a context manager around ``apply(func, X)``, which maps ``func`` over slices of ``X`` and
+returns one array. Pools are opened once and kept, so no arm pays for starting its workers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FINE = 256
 
 
 def cut(length: int, parts: int) -> list[slice]:
-    """Near-equal slices of ``range(length)``."""
+    """Return near-equal slices of ``range(length)``."""
     bounds = [length * part // parts for part in range(parts + 1)]
     return [slice(*pair) for pair in pairwise(bounds)]
 
@@ -138,7 +138,7 @@ class DaskThreads:
 @contextmanager
 def dask_threads(n_jobs: int) -> Iterator[Apply]:
     """dask keeps its threads by itself; nothing to close."""
-    import dask.array  # noqa: F401  # absent: to be known when the peer is opened
+    import dask.array  # noqa: F401  # an absent dask must be noticed when the peer is opened
 
     yield DaskThreads(n_jobs)
 

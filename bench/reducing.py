@@ -23,7 +23,7 @@ BEST_OF_OURS = "ours dynamic, mapper"
 
 
 class Near:
-    """Numbers that equal others to rounding: every way of adding up rounds in its own order."""
+    """Numbers that are equal up to rounding: each way of adding up rounds in its own order."""
 
     __hash__ = None  # type: ignore[assignment]  # near is not transitive
 
@@ -42,12 +42,12 @@ class Near:
 
 
 def squares(rows: np.ndarray) -> np.ndarray:
-    """Sum of squares of each column, as one writes it."""
+    """Return the sum of squares of each column, in the usual form."""
     return (rows**2).sum(axis=0)
 
 
 def squares_einsum(rows: np.ndarray) -> np.ndarray:
-    """The same without an array of the squares."""
+    """Return the sum of squares of each column without an array of the squares."""
     return np.einsum("ij,ij->j", rows, rows)
 
 

@@ -1,4 +1,4 @@
-"""Cheap arithmetic over a large array: what bringing data there and results back costs."""
+"""Cheap arithmetic over a large array: the cost of taking data to workers and results back."""
 
 from __future__ import annotations
 

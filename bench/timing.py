@@ -1,8 +1,8 @@
 """Compare several ways of doing the same work, fairly.
 
-The arms of a comparison take turns (A B C, B C A, ...), so that whatever the machine does meanwhile
-hits all of them. No amount counts before the arm's answer was found equal to the first arm's: once
-for every arm before the first round, and again for every measured run. What is told is the median
+The arms of a comparison take turns (A B C, B C A, ...), so that anything else the machine does
+affects all of them. An amount counts only if the arm's answer is equal to the first arm's: this is
+checked for every arm before the first round, and for every measured run. The result is the median
 of the ratios within each round, with its spread; the milliseconds beside it are for orientation.
 """
 
@@ -32,7 +32,7 @@ class WrongResultError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """How large a bench is to be: full, quick or tiny.
+    """The size of a bench: full, quick or tiny.
 
     ``rounds`` and ``out`` overrule what the bench would choose.
     """
@@ -46,7 +46,7 @@ class Settings:
         return {"full": full, "quick": quick, "tiny": tiny}[self.scale]
 
     def turns(self, *, full: int, quick: int, tiny: int = 1) -> int:
-        """Count of rounds: as asked for, else by scale."""
+        """Return the number of rounds: as asked for, else by scale."""
         return self.rounds or self.pick(full=full, quick=quick, tiny=tiny)
 
 
@@ -70,7 +70,7 @@ class Arm:
 class Promise:
     """``scale * over / under`` is to be at least ``required`` (at most, with ``at_most=True``).
 
-    ``under=None`` speaks about the amount itself, ``difference=True`` about
+    With ``under=None`` the promise is about the amount itself, with ``difference=True`` about
     ``scale * (over - under)``.
     """
 
@@ -119,7 +119,7 @@ class Spread:
 
 @dataclass
 class Comparison:
-    """What came out: the amounts of every arm, round by round, and what was promised about them."""
+    """The result: the amounts of every arm, round by round, and the promises about them."""
 
     title: str
     reference: str

@@ -1,4 +1,4 @@
-"""Work that grows along the array: how near dynamic balancing comes to a perfect split."""
+"""Work that grows along the array: how close dynamic balancing comes to a perfect split."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BY_HAND = "two halves of equal work, cut by hand"
 def run(settings: Settings) -> list[Comparison]:
     """Measure serial, static and dynamic, and two bare processes with a hand-made fair cut.
 
-    The fair cut knows the work beforehand; it tells what this machine's second core is worth.
+    The fair cut knows the work beforehand; it shows what this machine's second core is worth.
     """
     counts = np.arange(1, RANGES + 1) * settings.pick(full=300, quick=40, tiny=1)
     mappers: dict[str, Any] = {}
@@ -52,7 +52,7 @@ def run(settings: Settings) -> list[Comparison]:
 
 
 def _idle(report: Any) -> float:
-    """What the last run's workers waited for, which no other load on the machine changes much."""
+    """Return the share of time that the last run's workers waited; other load changes it little."""
     idle = sum(worker.idle for worker in report.workers)
     return idle / (idle + sum(worker.busy for worker in report.workers))
 

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def sqrt_sin(chunk: np.ndarray) -> np.ndarray:
-    """Two ufuncs and a product: cheap arithmetic, so what counts is how the data travel."""
+    """Apply two ufuncs and a product: cheap arithmetic, so the transport of the data dominates."""
     return np.sqrt(chunk) * np.sin(chunk)
 
 
@@ -31,40 +31,40 @@ def _spin(count: int) -> int:
 
 
 def light(item: int) -> int:
-    """A tenth of a millisecond of sleep."""
+    """Sleep for a tenth of a millisecond."""
     time.sleep(0.0001)
     return item
 
 
 def heavy(item: int) -> int:
-    """Ten milliseconds of sleep."""
+    """Sleep for ten milliseconds."""
     time.sleep(0.01)
     return item
 
 
 def square_plus_one(x: int) -> int:
-    """A product and a sum: a call of hardly a tenth of a microsecond."""
+    """Return a product and a sum: a call takes hardly a tenth of a microsecond."""
     return x * x + 1
 
 
 def ridge_fit(rows: np.ndarray, X: np.ndarray, y: np.ndarray) -> Any:
-    """A ridge regression of scikit-learn, fitted on some rows."""
+    """Return a ridge regression of scikit-learn, fitted on some rows."""
     from sklearn.linear_model import Ridge
 
     return Ridge().fit(X[rows], y[rows])
 
 
 def normal_equations(rows: np.ndarray, X: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Least squares on some rows, by the shortest way."""
+    """Return the least squares solution on some rows, in the shortest way."""
     A = X[rows]
     return np.linalg.solve(A.T @ A, A.T @ y[rows])
 
 
 def nearest_rows(rows: np.ndarray, numbers: np.ndarray, everything: np.ndarray, k: int) -> Any:
-    """Numbers of the ``k`` rows of ``everything`` nearest to each of ``rows``, itself left out.
+    """Return the numbers of the ``k`` rows of ``everything`` that are nearest to each of ``rows``.
 
-    ``numbers`` tells which rows of ``everything`` the given ``rows`` are. Of equally near ones the
-    lower number comes first.
+    ``numbers`` says which rows of ``everything`` the given ``rows`` are; no row is its own
+    neighbour. Of equally near rows, the one with the lower number comes first.
     """
     squares = (everything**2).sum(axis=1)
     distances = (rows**2).sum(axis=1)[:, None] + squares - 2.0 * (rows @ everything.T)

@@ -1,4 +1,4 @@
-"""Checks of arguments that several calls have."""
+"""Checks of arguments that several calls share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from taskcarrier.memory.strides import is_mostly_gaps, without_gaps
 
 
 def check_chunksize(chunksize: object) -> int | None:
-    """`chunksize` as a positive int or None; anything else is an error naming it."""
+    """Return `chunksize` as a positive int or None; raise an error that names it otherwise."""
     if chunksize is None:
         return None
     value = check_integer(chunksize, "chunksize", "a positive integer or None")
@@ -23,9 +23,12 @@ def check_chunksize(chunksize: object) -> int | None:
 
 
 def check_integer(value: object, name: str, expected: str) -> int:
-    """`value` as an int; a `TypeError` says what the argument `name` is expected to be."""
+    """Return `value` as an int.
+
+    If it is none, a `TypeError` says what the argument `name` is expected to be.
+    """
     try:
-        return operator.index(value)  # type: ignore[arg-type]  # whatever the user passed
+        return operator.index(value)  # type: ignore[arg-type]  # may be anything
     except TypeError:
         kind = type(value).__name__
         raise TypeError(f"{name} must be {expected}, got {value!r} ({kind})") from None
@@ -34,7 +37,7 @@ def check_integer(value: object, name: str, expected: str) -> int:
 def check_extras(
     args: object, kwargs: object, name: str = "kwargs"
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`args` and `kwargs` of a call; the latter may have another name."""
+    """Return `args` and `kwargs` of a call, checked; errors call the latter by `name`."""
     if not isinstance(args, (tuple, list)):
         raise TypeError(f"args must be a tuple of further arguments, got {args!r}")
     if kwargs is None:
@@ -44,13 +47,14 @@ def check_extras(
     for value in (*args, *kwargs.values()):
         if isinstance(value, np.ndarray):
             check_whole(value)
-    # As for the mapped arrays: processes would get copies of other strides than threads see.
-    gathered = {key: without_wide_gaps(value) for key, value in kwargs.items()}
-    return tuple(map(without_wide_gaps, args)), gathered
+    # As with the mapped arrays: processes would get copies whose strides differ from those that
+    # threads see.
+    keywords = {key: without_wide_gaps(value) for key, value in kwargs.items()}
+    return tuple(map(without_wide_gaps, args)), keywords
 
 
 def check_callable(func: object, name: str = "func") -> None:
-    """An error if `func` cannot be called."""
+    """Raise a `TypeError` if `func` cannot be called."""
     if not callable(func):
         remedy = "; the function comes first, then the data" if name == "func" else ""
         raise TypeError(
@@ -59,21 +63,21 @@ def check_callable(func: object, name: str = "func") -> None:
 
 
 def arrays_within(value: object) -> Iterator[np.ndarray]:
-    """A value if it is an array, or the arrays in a container, however deep."""
+    """Yield `value` if it is an array, or all arrays in a container, however deep."""
     if isinstance(value, np.ndarray):
         yield value
     elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from arrays_within(one)
+        for member in value.values():
+            yield from arrays_within(member)
     elif isinstance(value, (list, tuple, set, frozenset)):
-        for one in value:
-            yield from arrays_within(one)
+        for member in value:
+            yield from arrays_within(member)
 
 
 def read_only(value: Any) -> Any:
-    """The value, through which nothing of the caller can be written to.
+    """Return `value` in a form through which the caller's memory cannot be written to.
 
-    A read-only view of an array, also within tuples; a copy of a record.
+    Arrays, also those in tuples, become read-only views; a record becomes a copy.
     """
     if isinstance(value, np.ndarray) and value.flags.writeable:
         value = value.view()
@@ -86,21 +90,20 @@ def read_only(value: Any) -> Any:
 
 
 def own_or_read_only(value: Any, *, own: bool) -> Any:
-    """The same, or a copy of the array where it is to be one's own."""
+    """Return a copy of an array if `own` is set, else what `read_only` returns."""
     if own and isinstance(value, np.ndarray):
         return np.array(value)
     return read_only(value)
 
 
 def without_wide_gaps(array: Any) -> Any:
-    """The array itself, or if it is mostly gaps, a copy without them.
+    """Return the array itself, or a copy without gaps if it is mostly gaps.
 
-    Workers of every backend see the copy, so that what a function adds up over such a view does
-    not depend on the backend. Views of what is shared already stay as they are, in every
-    backend too.
+    Workers of every backend see the copy, so a sum over such a view does not depend on the
+    backend. Views of memory that is shared already stay as they are, also in every backend.
     """
     if type(array) not in {np.ndarray, np.memmap} or array.dtype.hasobject:
-        return array  # a copy would lose what a subclass has beside its values
+        return array  # a copy would lose what a subclass holds besides its values
     if not is_mostly_gaps(array):
         return array
     return array if find_shared(array) else without_gaps(array)
@@ -110,7 +113,7 @@ ON_ERROR = ("raise", "collect", "fill")
 
 
 def check_on_error(on_error: object, allowed: tuple[str, ...] = ON_ERROR) -> str:
-    """`on_error` as the user may pass it."""
+    """Return `on_error`; raise a `ValueError` unless it is one of the allowed words."""
     if not isinstance(on_error, str) or on_error not in allowed:
         words = ", ".join(map(repr, allowed))
         raise ValueError(f"on_error must be one of {words}, got {on_error!r}")

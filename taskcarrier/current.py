@@ -1,4 +1,4 @@
-"""The mapper that is chosen once, at the top of a program, and asked for deep inside it."""
+"""The current mapper: chosen once at the top of a program, and asked for deep inside it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from taskcarrier.mappers import Mapper, SerialMapper
 from taskcarrier.system.contexts import contextmanager
 from taskcarrier.workers.choose import facts_now
 
-_chosen: ContextVar[Mapper | None] = ContextVar("taskcarrier_mapper", default=None)
+_chosen_mapper: ContextVar[Mapper | None] = ContextVar("taskcarrier_mapper", default=None)
 
 
 @contextmanager
 def use_mapper(mapper: Mapper) -> Iterator[Mapper]:
-    """Choose the mapper for a block of code, and for all that is called in it.
+    """Choose the mapper for a block of code, and for everything that is called in it.
 
-    The choice holds for this thread (and for tasks of `asyncio` begun in the block); the innermost
-    block counts.
+    The choice holds for this thread (and for tasks of `asyncio` that begin in the block). Of nested
+    blocks, the innermost counts.
 
     Parameters
     ----------
     mapper : SerialMapper, StaticParallelMapper or DynamicParallelMapper
-        What `current_mapper` is to return.
+        The mapper that `current_mapper` returns inside the block.
 
     Yields
     ------
     mapper
-        The same.
+        The mapper that was passed.
 
     Examples
     --------
@@ -44,21 +44,21 @@ def use_mapper(mapper: Mapper) -> Iterator[Mapper]:
             "use_mapper needs a SerialMapper, StaticParallelMapper or DynamicParallelMapper, got "
             f"{mapper!r}"
         )
-    token = _chosen.set(mapper)
+    token = _chosen_mapper.set(mapper)
     try:
         yield mapper
     finally:
-        _chosen.reset(token)
+        _chosen_mapper.reset(token)
 
 
 def current_mapper() -> Mapper:
-    """The mapper that was chosen for this place.
+    """Return the mapper that was chosen for this place.
 
     Returns
     -------
     mapper
-        That of the innermost `use_mapper` block; else what was registered with `MapperInstance`;
-        else a `SerialMapper`. Inside a worker, be it one of ours or one of joblib's (and so of
+        The mapper of the innermost `use_mapper` block; else the one that was registered with
+        `MapperInstance`; else a `SerialMapper`. Inside a worker, ours or joblib's (and so
         scikit-learn's), always a `SerialMapper`: workers do not start workers.
 
     Examples
@@ -69,7 +69,7 @@ def current_mapper() -> Mapper:
     """
     if _is_inside_a_worker():
         return SerialMapper()
-    return _chosen.get() or MapperInstance().retrieve_mapper()
+    return _chosen_mapper.get() or MapperInstance().retrieve_mapper()
 
 
 def _is_inside_a_worker() -> bool:
@@ -78,10 +78,10 @@ def _is_inside_a_worker() -> bool:
 
 
 class MapperInstance:
-    """The original TaskCarrier's way to choose a mapper once: there is one of these in a program.
+    """A singleton that holds the mapper of a program, as in the original TaskCarrier.
 
-    Entering it gives the registered mapper (a `SerialMapper` if there is none); entering it again
-    inside such a block, or in a worker, gives a `SerialMapper`. New code is better served by
+    Entering it gives the registered mapper (a `SerialMapper` if there is none). Entering it again
+    inside such a block, or in a worker, gives a `SerialMapper`. New code should rather use
     `use_mapper`.
 
     Examples
@@ -100,18 +100,18 @@ class MapperInstance:
 
     def __new__(cls) -> Self:  # noqa: D102  # there is one
         if cls._singleton is None:
-            made = super().__new__(cls)
-            made._mapper = SerialMapper()
-            made._depth = ContextVar("taskcarrier_mapper_depth", default=0)
-            cls._singleton = made
+            instance = super().__new__(cls)
+            instance._mapper = SerialMapper()
+            instance._depth = ContextVar("taskcarrier_mapper_depth", default=0)
+            cls._singleton = instance
         return cls._singleton
 
     def register_mapper(self, mapper: Mapper) -> None:
-        """Have this mapper from now on, everywhere in the program."""
+        """Use this mapper from now on, everywhere in the program."""
         self._mapper = mapper
 
     def retrieve_mapper(self) -> Mapper:
-        """The registered mapper."""
+        """Return the registered mapper."""
         return self._mapper
 
     def __enter__(self) -> Mapper:

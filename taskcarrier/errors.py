@@ -1,7 +1,19 @@
 """Exceptions that carry facts: which range, which worker, what happened.
 
-Imported when one is needed: the standard library's `BrokenProcessPool` alone takes a fifth of
-the time that importing numpy does.
+::
+
+    RuntimeError
+    ├── concurrent.futures.process.BrokenProcessPool
+    │   └── WorkerDiedError    raised by a run that lost ranges to worker processes that died
+    └── TaskError              raised in place of a worker's exception that cannot be sent
+    Exception
+    └── WorkerTracebackError   never raised: the cause of exceptions that were sent by workers
+
+For a range that took too long, runs raise the built-in `TimeoutError`. With ``on_error="collect"``,
+exceptions are not raised but listed, each in a `FailedRange`, which is no exception itself.
+
+This module is imported only when one of these is needed: importing the standard library's
+`BrokenProcessPool` alone takes a fifth of the time that importing numpy takes.
 """
 
 from __future__ import annotations
@@ -12,20 +24,20 @@ from typing import Any, NamedTuple, Protocol
 
 
 class WorkerDiedError(BrokenProcessPool):
-    """A worker process died with a range in hand, as often as it was given out again.
+    """A worker process died with a range in hand, in every attempt at that range.
 
-    The other workers finished what was theirs to do, and later calls get a new worker.
+    The other workers finished their share of the work, and later calls get a new worker.
 
     Attributes
     ----------
     worker : str
-        Its name in the report.
+        The worker's name in the report.
     exitcode : int or None
         As in `multiprocessing.Process.exitcode`: negative for a signal.
     in_hand : tuple of int or None
-        ``(start, stop)`` of the range it was working on; None if it had none.
+        ``(start, stop)`` of the range that it was working on; None if it had none.
     attempt : int
-        How often that range (or a larger one around it) was run, this time included.
+        How often that range (or a larger one around it) was run, including this time.
     missing : list of tuple of int
         Every range without a result, in ascending order.
     partial : object
@@ -56,7 +68,7 @@ class FailedRange(NamedTuple):
     Attributes
     ----------
     start, stop : int
-        Its items along the mapped axis.
+        The items of the range along the mapped axis.
     error : Exception
         What the function raised.
     """
@@ -67,13 +79,13 @@ class FailedRange(NamedTuple):
 
 
 class TaskError(RuntimeError):
-    """Stands for an exception that could not travel from a worker process.
+    """A stand-in for an exception that could not be sent from a worker process.
 
     Attributes
     ----------
     type_name : str
-        The qualified name of the original type; its text and traceback are in the message
-        and the cause.
+        The qualified name of the original type. The original text is in the message, the
+        traceback in the cause.
     """
 
     def __init__(self, message: str, type_name: str = "") -> None:
@@ -82,13 +94,13 @@ class TaskError(RuntimeError):
 
 
 class WorkerTracebackError(Exception):
-    """The traceback in a worker process, as text: the cause of the exception raised here."""
+    """A traceback in a worker process, as text; the cause of the exception raised in the parent."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
-# Why a process may have died of a signal.
+# What may have caused the signal that killed a process.
 _HINTS = {
     "SIGKILL": "; the kernel kills so when memory runs out",
     **dict.fromkeys(
@@ -102,8 +114,8 @@ _HINTS = {
 }
 
 
-class _Ended(Protocol):
-    """A worker that died (`taskcarrier.workers.records.Death`)."""
+class _Death(Protocol):
+    """A worker that died, as `taskcarrier.workers.records.WorkerDeath` describes it."""
 
     worker: int
     name: str
@@ -113,28 +125,28 @@ class _Ended(Protocol):
     was_late: bool
 
 
-def describe_death(death: _Ended, where: str | None) -> str:
-    """How a worker died, and while it did what."""
-    at_work = "between two ranges" if where is None else f"while mapping {where}"
+def describe_death(death: _Death, where: str | None) -> str:
+    """Describe how a worker died, and what it was doing; `where` names its range, if any."""
+    activity = "between two ranges" if where is None else f"while mapping {where}"
     if death.was_late:
-        return f"worker {death.worker} ({death.name}) was stopped {at_work}: it took too long"
-    tried = f", attempt {death.attempt}" if death.attempt > 1 else ""
+        return f"worker {death.worker} ({death.name}) was stopped {activity}: it took too long"
+    attempt = f", attempt {death.attempt}" if death.attempt > 1 else ""
     hint = _HINTS.get(_signal_name(death.exitcode), "")
     return (
-        f"worker {death.worker} ({death.name}{tried}) {describe_exit(death.exitcode)} "
-        f"{at_work}{hint}"
+        f"worker {death.worker} ({death.name}{attempt}) {describe_exit(death.exitcode)} "
+        f"{activity}{hint}"
     )
 
 
-def make_died_error(death: _Ended, where: str | None, more: str = "") -> WorkerDiedError:
-    """The error for a death."""
+def make_died_error(death: _Death, where: str | None, more: str = "") -> WorkerDiedError:
+    """Return the error for a death, with `more` at the end of its message."""
     return WorkerDiedError(
         describe_death(death, where) + more, death.name, death.exitcode, death.range, death.attempt
     )
 
 
 def describe_exit(exitcode: int | None) -> str:
-    """An exit code in words.
+    """Return an exit code in words.
 
     >>> describe_exit(-9), describe_exit(3)
     ('killed by signal 9 (SIGKILL)', 'exited with code 3')

@@ -1,7 +1,7 @@
-"""Fit loops in the style of scikit-learn: many estimators on parts of the same data; predictions.
+"""Fits and predictions in the style of scikit-learn: many estimators on parts of the same data.
 
-Estimators are duck-typed: scikit-learn is not imported here unless the program has done so. Where
-it has, estimators are cloned by it, and its configuration goes along to the workers.
+Estimators are duck-typed: scikit-learn is not imported here. Where the program has imported it, it
+clones the estimators, and its configuration is passed on to the workers.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from taskcarrier.run import Settings
 from taskcarrier.scheduling.retries import RETRIES
 from taskcarrier.workers.loop import is_worker_process
 
-# Modules whose estimators spend their time in compiled code without the GIL.
+# Modules of estimators that spend their time in compiled code that releases the GIL.
 _WITHOUT_GIL = ("sklearn.tree", "sklearn.ensemble._forest")
-# Predictions are cut into about this many ranges, if that leaves them a mebibyte each: every call
-# of a forest costs as much as some thousand rows.
+# Predictions are cut into about this many ranges of at least `_MIN_ROWS` rows: one call of a forest
+# costs as much by itself as some thousand rows.
 _N_RANGES = 16
 _MIN_ROWS = 1000
-# Indices are checked so many fits at once, unless they are more than this for one; arbitrary.
-_AT_ONCE = 64
+# The bounds of indices are checked for this many fits together, except for fits with more rows than
+# `_SMALL_ROWS`; both numbers are arbitrary.
+_FITS_PER_CHECK = 64
 _SMALL_ROWS = 4096
-# Parameters that need no copy of their own.
-_PLAIN = (bool, int, float, complex, str, bytes)
+# Types of parameters that need no copy.
+_PLAIN_TYPES = (bool, int, float, complex, str, bytes)
 _NO_CONTEXT = nullcontext()
 
 
@@ -62,13 +63,13 @@ def fit_many(
 ) -> Any:
     """Fit many estimators, each on its rows of the same data, on every core.
 
-    Equals ``[clone(e).fit(X[rows_of_e], y[rows_of_e]) for e in estimators]``. The data are there
-    once for all workers. There are as many fits as `estimators`, `rows` and `columns` have
-    entries; what is given once goes to all of them.
+    Equals ``[clone(e).fit(X[rows_of_e], y[rows_of_e]) for e in estimators]``. All workers share one
+    copy of the data. There are as many fits as `estimators`, `rows` and `columns` have entries;
+    what is given once is used for all of them.
 
-    What is demanded of an estimator: ``fit(X)`` or ``fit(X, y)``, with ``sample_weight=`` where
-    that is given, and that it can be cloned (scikit-learn's way, by ``get_params``, or else by a
-    deep copy) and, for processes, pickled. The estimators that are passed stay as they are.
+    An estimator must have ``fit(X)`` or ``fit(X, y)``, with ``sample_weight=`` where that is given.
+    It must be possible to clone it (scikit-learn's way, by ``get_params``, or else by a deep copy)
+    and, for processes, to pickle it. The estimators that are passed stay as they are.
 
     Parameters
     ----------
@@ -76,32 +77,33 @@ def fit_many(
         One for all fits, or one for each.
     X : array_like of shape (n_samples, ...)
         The data. Arrays from `share` or `load` are not copied. pandas objects become their values
-        (estimators see no names of columns); sparse matrices stay sparse.
+        (estimators do not see column names); sparse matrices stay sparse.
     y : array_like of shape (n_samples,) or (n_samples, n_targets), optional
         The targets.
     rows : sequence, callable, optional
-        Which rows each is fitted on: an array of indices or a boolean mask for each fit, or a
-        callable that takes the fit's random stream and returns one of these (drawn in the worker,
-        for example ``lambda rng: rng.integers(n, size=n)`` for a bootstrap). Default: all rows.
+        The rows of each fit: an array of indices or a boolean mask for each fit, or a callable
+        that takes the fit's random stream and returns one of these (drawn in the worker, for
+        example ``lambda rng: rng.integers(n, size=n)`` for a bootstrap). Default: all rows.
     columns : sequence of int, optional
-        For each fit the column of `y` that is its target.
+        The column of `y` that is the target, for each fit.
     sample_weight : array_like of shape (n_samples,) or (n_fits, n_samples), or callable, optional
         Weights of samples, the same for all fits or one row for each, or a callable as for `rows`.
-        Where `rows` are given, those of the rows are passed.
+        Where `rows` are given, the weights of these rows are passed.
     rng : int, SeedSequence or Generator, optional
-        Gives each fit a random stream of its own, which depends on its number alone. From it come,
-        in this order, every ``random_state`` parameter of the estimator (by name in sorted order,
-        nested ones too, as scikit-learn sets them), what `rows` draws, and what `sample_weight`
-        draws. Default: none; ``random_state`` stays as it is.
+        Gives each fit a random stream of its own, which depends on the number of the fit alone.
+        The stream is used for, in this order, every ``random_state`` parameter of the estimator (by
+        name in sorted order, nested ones too, as scikit-learn sets them), what `rows` draws, and
+        what `sample_weight` draws. Default: none; ``random_state`` stays as it is.
     balance : {"static", "dynamic"}, default "dynamic"
-        How work is shared out: evenly beforehand, or each free worker takes the next part.
+        How work is shared out: evenly beforehand, or the next part to each free worker.
     {n_jobs}
     backend : {"sequential", "threading", "loky", "threads", "processes"} or str, optional
-        Where workers run; also any other that is registered with joblib, such as ``"dask"``, which
-        keeps no `timeout`. Default: what an active `joblib.parallel_config` says, else threads for
-        scikit-learn's trees and forests, which release the GIL, else processes.
+        Where workers run; also any other backend that is registered with joblib, such as
+        ``"dask"``, which cannot keep a `timeout`. Default: what an active `joblib.parallel_config`
+        says, else threads for scikit-learn's trees and forests, which release the GIL, else
+        processes.
     timeout : float, optional
-        Seconds that the fits of one range may take. Default: any time.
+        Seconds that the fits of one range may take. Default: no limit.
     retries : int, default 2
         How often fits are run again after their worker process has died.
     retry_on : exception type or tuple of types, optional
@@ -111,15 +113,15 @@ def fit_many(
     Returns
     -------
     list of fitted estimators
-        In the order of the fits. With ``on_error="collect"`` a tuple of that, with None where a fit
-        failed, and a list of `FailedRange`.
+        The estimators in the order of the fits. With ``on_error="collect"`` a tuple of this list,
+        with None where a fit failed, and a list of `FailedRange`.
 
     Raises
     ------
     TypeError, ValueError
-        Bad arguments, before anything is started.
+        The arguments are wrong; nothing was started.
     WorkerDiedError
-        A fit has killed every worker process that ran it.
+        A fit killed every worker process that ran it.
     TimeoutError
         Fits took longer than `timeout`.
     Exception
@@ -134,7 +136,7 @@ def fit_many(
     ...         self.mean_ = X.mean()
     ...         return self
     >>> halves = [np.arange(2), np.arange(2, 4)]
-    >>> [float(one.mean_) for one in fit_many(Mean(), np.arange(4.0), rows=halves, n_jobs=1)]
+    >>> [float(fit.mean_) for fit in fit_many(Mean(), np.arange(4.0), rows=halves, n_jobs=1)]
     [0.5, 2.5]
     """
     settings = Settings.from_arguments(
@@ -144,16 +146,16 @@ def fit_many(
     n_samples = data["X"].shape[0]
     if y is not None:
         data["y"] = _to_data(y, "y", n_samples)
-    for name, one in (("rows", rows), ("sample_weight", sample_weight)):
-        if callable(one) and rng is None:
+    for name, option in (("rows", rows), ("sample_weight", sample_weight)):
+        if callable(option) and rng is None:
             raise ValueError(f"{name} is to draw from a random stream: pass rng=")
     weights = _Weights.from_arguments(sample_weight, n_samples)
     if weights.values is not None:
         data["weights"] = weights.values
-    fits = _fits(
+    fits = _plan_fits(
         _to_list(estimators),
         None if rows is None or callable(rows) else _Rows.from_arguments(rows, n_samples),
-        None if columns is None else [_to_column(one, data.get("y")) for one in columns],
+        None if columns is None else [_to_column(column, data.get("y")) for column in columns],
         weights.n_fits,
     )
     fit = partial(
@@ -163,10 +165,10 @@ def fit_many(
         draw_rows=rows if callable(rows) else None,
         draw_weights=sample_weight if callable(sample_weight) else None,
         by_fit=weights.n_fits is not None,
-        parent_state=_Surroundings.here(),
+        caller_context=_CallerContext.capture(),
     )
     return map_lists(
-        replace(settings, known=_find_method(fits.estimators)),
+        replace(settings, known=_explain_threads(fits.estimators)),
         fit,
         fits.items,
         None,
@@ -202,38 +204,38 @@ def predict_array(
         The fitted estimator. For processes it must be picklable.
     X : array_like of shape (n_samples, ...)
         The rows. Paths that end in ``.npy`` and memmaps are mapped by the workers. pandas objects
-        become their values (the estimator sees no names of columns).
+        become their values (the estimator does not see column names).
     method : str, default "predict"
-        What it is asked: ``"predict"``, ``"predict_proba"``, ``"transform"``,
-        ``"decision_function"`` or any other method that takes rows and returns an array with as
-        many rows.
+        The method to call: ``"predict"``, ``"predict_proba"``, ``"transform"``,
+        ``"decision_function"`` or any other that takes rows and returns an array with as many
+        rows.
     balance : {"static", "dynamic"}, default "dynamic"
-        How work is shared out: evenly beforehand, or each free worker takes the next part.
+        How work is shared out: evenly beforehand, or the next part to each free worker.
     {n_jobs}
     backend : {"sequential", "threading", "loky", "threads", "processes"}, optional
         Where workers run. Default: what an active `joblib.parallel_config` says, else threads for
         scikit-learn's trees and forests, which release the GIL, else processes.
     chunksize : int, optional
-        Rows for each call. Default: a 16th of all, but at least a thousand.
+        Rows in each call. Default: a 16th of all, but at least a thousand.
     {out}
     dtype : dtype, optional
-        What the results are cast to, where that loses nothing.
+        The dtype that results are cast to, where that loses nothing.
     timeout : float, optional
-        Seconds that one call may take. Default: any time.
+        Seconds that one call may take. Default: no limit.
     retries : int, default 2
         How often rows are tried again after their worker process has died.
 
     Returns
     -------
     ndarray
-        `out` where it was given, else a new array.
+        `out` if it was given, else a new array.
 
     Raises
     ------
     TypeError, ValueError
-        Bad arguments, before anything is started.
+        The arguments are wrong; nothing was started.
     WorkerDiedError, TimeoutError
-        Rows that kill the worker processes that run them, or that take longer than `timeout`.
+        Rows killed every worker process that ran them, or took longer than `timeout`.
     Exception
         Whatever the method raises, with a note that names the rows.
 
@@ -255,11 +257,11 @@ def predict_array(
     settings = Settings.from_arguments(
         balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=()
     )
-    how: Any = replace(settings, known=_find_method([estimator]))
+    mapper_settings: Any = replace(settings, known=_explain_threads([estimator]))
     return map_array(
-        partial(_ask, estimator, method, parent_state=_Surroundings.here()),
+        partial(_call_method, estimator, method, caller_context=_CallerContext.capture()),
         inputs.arrays[0],
-        balance=how,
+        balance=mapper_settings,
         chunksize=chunksize,
         out=out,
         dtype=dtype,
@@ -273,8 +275,8 @@ def predict_array(
 class _Fits:
     """All fits of a call.
 
-    ``items`` are their numbers and, unless one is given for all, the estimators; ``template`` is
-    the estimator that all of them start from, if one is.
+    ``items`` are the numbers of the fits and, unless all start from one estimator, the estimators;
+    ``template`` is the one estimator that all fits start from, if there is one.
     """
 
     items: tuple[Sequence[Any], ...]
@@ -286,53 +288,53 @@ class _Fits:
 
 @dataclass(frozen=True, eq=False)
 class _Parameters:
-    """An estimator that many fits start from, where it is nothing but plain parameters.
+    """The estimator that many fits start from, where it consists of plain parameters only.
 
-    Its constructor takes 0.3 µs for a ridge regression; scikit-learn's `clone`, which asks for the
-    signature of the class several times, takes 50. Reading a pickle takes 3, but a fit of what
-    comes out of it then takes 16 longer, by what Python makes of its attributes.
+    The constructor of a ridge regression takes 0.3 µs; scikit-learn's `clone`, which asks for the
+    signature of the class several times, takes 50. Reading a pickle takes 3, but a fit of the
+    estimator that was read takes 16 longer, because of how Python then stores its attributes.
     """
 
     kind: type
     values: dict[str, Any]
 
     @classmethod
-    def of(cls, estimator: Any) -> _Parameters | None:
-        """Those of an estimator that was cloned just now; None if there is more to it."""
+    def from_clone(cls, estimator: Any) -> _Parameters | None:
+        """Return the parameters of a fresh clone; None if it has other state than these."""
         if not hasattr(estimator, "get_params") or _clones_itself(estimator):
             return None
-        found = cls(type(estimator), estimator.get_params(deep=False))
-        if not all(value is None or type(value) in _PLAIN for value in found.values.values()):
+        plain = cls(type(estimator), estimator.get_params(deep=False))
+        if not all(value is None or type(value) in _PLAIN_TYPES for value in plain.values.values()):
             return None
-        same = _has_only(estimator, found.values)
-        return found if same and _has_only(found.fresh(), found.values) else None
+        is_plain = _has_only(estimator, plain.values)
+        return plain if is_plain and _has_only(plain.make_estimator(), plain.values) else None
 
-    def fresh(self) -> Any:
+    def make_estimator(self) -> Any:
         return self.kind(**self.values)
 
 
 def _clones_itself(estimator: Any) -> bool:
-    """Whether its class says how it is cloned, other than scikit-learn's estimators do."""
+    """Return whether the estimator's class has a ``__sklearn_clone__`` of its own."""
     base = sys.modules.get("sklearn.base")
-    common = None if base is None else getattr(base.BaseEstimator, "__sklearn_clone__", None)
-    return getattr(type(estimator), "__sklearn_clone__", common) is not common
+    default = None if base is None else getattr(base.BaseEstimator, "__sklearn_clone__", None)
+    return getattr(type(estimator), "__sklearn_clone__", default) is not default
 
 
 def _has_only(estimator: Any, expected: dict[str, Any]) -> bool:
-    found = getattr(estimator, "__dict__", {})  # there is none where there are slots
-    return found.keys() == expected.keys() and all(found[name] is expected[name] for name in found)
+    state = getattr(estimator, "__dict__", {})  # there is none where there are slots
+    return state.keys() == expected.keys() and all(state[name] is expected[name] for name in state)
 
 
 @dataclass(frozen=True, eq=False)
 class _Template:
-    """Another estimator that many fits start from, itself cloned already.
+    """The estimator that many fits start from, where it has other state; a clone already.
 
-    Worker processes get it pickled, which is read faster than it is cloned.
+    Worker processes get it pickled: reading it is faster than cloning it.
     """
 
     estimator: Any
 
-    def fresh(self) -> Any:
+    def make_estimator(self) -> Any:
         return _clone(self.estimator)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -343,44 +345,44 @@ class _Template:
 
 @dataclass(frozen=True, eq=False)
 class _PackedTemplate:
-    """The same in a worker process."""
+    """A `_Template` in a worker process."""
 
     packed: bytes
 
-    def fresh(self) -> Any:
+    def make_estimator(self) -> Any:
         return pickle.loads(self.packed)
 
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """Rows of every fit; they travel to processes as one array, which is there once for all."""
+    """The rows of every fit. They are sent to processes as one array, which all share."""
 
     each: Sequence[np.ndarray]
     n_samples: int
 
     @classmethod
     def from_arguments(cls, rows: Any, n_samples: int) -> _Rows:
-        each = [_to_indices(one, n_samples) for one in rows]
+        each = [_to_indices(entry, n_samples) for entry in rows]
         small: dict[np.dtype[Any], list[np.ndarray]] = {}
-        for one in each:
-            if one.size > _SMALL_ROWS:
-                _check_bounds(one, n_samples)
-            elif one.dtype != bool:
-                small.setdefault(one.dtype, []).append(one)
-        # Asking one by one takes four times as long as asking what is put together.
-        for of_type in small.values():
-            for begin in range(0, len(of_type), _AT_ONCE):
-                _check_bounds(np.concatenate(of_type[begin : begin + _AT_ONCE]), n_samples)
+        for indices in each:
+            if indices.size > _SMALL_ROWS:
+                _check_bounds(indices, n_samples)
+            elif indices.dtype != bool:
+                small.setdefault(indices.dtype, []).append(indices)
+        # Checking them one by one takes four times as long as checking them concatenated.
+        for group in small.values():
+            for begin in range(0, len(group), _FITS_PER_CHECK):
+                _check_bounds(np.concatenate(group[begin : begin + _FITS_PER_CHECK]), n_samples)
         return cls(each, n_samples)
 
-    def of(self, number: int) -> np.ndarray:
+    def get_rows(self, number: int) -> np.ndarray:
         return self.each[number]
 
     def __reduce__(self) -> tuple[Any, ...]:
         each = self.each
         dtype: type = bool
         if not all(rows.dtype == bool for rows in each):
-            # A mask and indices are no one array. Indices are below the number of samples.
+            # Masks and indices do not fit into one array. Indices are below the number of samples.
             each = [np.flatnonzero(rows) if rows.dtype == bool else rows for rows in each]
             dtype = np.int32 if self.n_samples <= np.iinfo(np.int32).max else np.intp
         flat: np.ndarray = np.concatenate(each, dtype=dtype, casting="unsafe")
@@ -389,19 +391,19 @@ class _Rows:
 
 @dataclass(frozen=True, eq=False)
 class _FlatRows:
-    """The same in a worker process: one array, and where those of each fit begin and end."""
+    """`_Rows` in a worker process: one array, and where the rows of each fit begin and end."""
 
     flat: np.ndarray
     bounds: list[int]
 
-    def of(self, number: int) -> np.ndarray:
+    def get_rows(self, number: int) -> np.ndarray:
         rows = self.flat[self.bounds[number] : self.bounds[number + 1]]
         return rows if rows.dtype == bool else rows.astype(np.intp, copy=False)
 
 
 @dataclass(frozen=True, eq=False)
 class _Weights:
-    """Weights of samples: none, the same for all fits, or a row for each."""
+    """The weights of samples: none, the same for all fits, or one row for each fit."""
 
     values: np.ndarray | None
     n_fits: int | None
@@ -420,30 +422,30 @@ class _Weights:
         return cls(values, len(values) if values.ndim == 2 else None)  # noqa: PLR2004  # a row each
 
 
-def _fits(
+def _plan_fits(
     estimators: list[Any],
     rows: _Rows | None,
     columns: list[int] | None,
     n_weights: int | None,
 ) -> _Fits:
-    """One for each fit; what is there once goes to all."""
+    """Return all fits; raise a `ValueError` if the arguments have different numbers of entries."""
     lengths = {
         "estimators": len(estimators) if len(estimators) != 1 else None,
         "rows": None if rows is None else len(rows.each),
         "columns": None if columns is None else len(columns),
         "sample_weight": n_weights,
     }
-    given = {name: length for name, length in lengths.items() if length is not None}
-    if len(set(given.values())) > 1:
-        words = ", ".join(f"{name} has {length}" for name, length in given.items())
-        raise ValueError(f"one entry is wanted for each fit, but {words}")
-    n_fits = next(iter(given.values()), len(estimators))
-    common = n_fits > 1 and all(one is estimators[0] for one in estimators)
+    known_lengths = {name: length for name, length in lengths.items() if length is not None}
+    if len(set(known_lengths.values())) > 1:
+        counts = ", ".join(f"{name} has {length}" for name, length in known_lengths.items())
+        raise ValueError(f"one entry is wanted for each fit, but {counts}")
+    n_fits = next(iter(known_lengths.values()), len(estimators))
+    is_common = n_fits > 1 and all(each is estimators[0] for each in estimators)
     items: tuple[Sequence[Any], ...] = (range(n_fits),)
     template = None
-    if common:
-        cloned = _clone(estimators[0])
-        template = _Parameters.of(cloned) or _Template(cloned)
+    if is_common:
+        clone = _clone(estimators[0])
+        template = _Parameters.from_clone(clone) or _Template(clone)
     else:
         items = (*items, estimators if len(estimators) > 1 else estimators * n_fits)
     return _Fits(items, estimators, template, rows, columns)
@@ -463,16 +465,16 @@ def _fit(
     draw_rows: Callable[[Any], Any] | None,
     draw_weights: Callable[[Any], Any] | None,
     by_fit: bool,
-    parent_state: _Surroundings,
+    caller_context: _CallerContext,
 ) -> Any:
-    """In a worker: one fit."""
-    with parent_state.apply():
-        estimator = _clone(estimator) if template is None else template.fresh()
+    """Fit one estimator, in a worker."""
+    with caller_context.apply():
+        estimator = _clone(estimator) if template is None else template.make_estimator()
         if rng is not None:
             _set_random_states(estimator, rng)
-        drawn = None if rows is None else rows.of(number)
+        fit_rows = None if rows is None else rows.get_rows(number)
         if draw_rows is not None:
-            drawn = _to_rows(draw_rows(rng), X.shape[0])
+            fit_rows = _to_rows(draw_rows(rng), X.shape[0])
         if draw_weights is not None:
             weights = draw_weights(rng)
             refuse_masked(weights, "what sample_weight returned", "return its .filled(value)")
@@ -481,25 +483,29 @@ def _fit(
             weights = weights[number]
         if y is not None and columns is not None:
             y = y[:, columns[number]]
-        if drawn is not None:
-            X, y, weights = (None if of is None else _at(of, drawn) for of in (X, y, weights))
+        if fit_rows is not None:
+            X, y, weights = (
+                None if data is None else _take_rows(data, fit_rows) for data in (X, y, weights)
+            )
         options = {} if weights is None else {"sample_weight": weights}
         estimator.fit(*([X] if y is None else [X, y]), **options)
         return estimator
 
 
-def _at(data: Any, rows: np.ndarray) -> Any:
-    """``data[rows]``."""
-    # Three times as fast for 500 rows of 160 bytes. What does not lie in C order would come out
-    # in another one.
+def _take_rows(data: Any, rows: np.ndarray) -> Any:
+    """Return ``data[rows]``."""
+    # `take` is three times as fast for 500 rows of 160 bytes. From an array that is not in C order,
+    # it would give a result in another order.
     if type(data) is np.ndarray and data.flags.c_contiguous and rows.dtype == np.intp:
         return data.take(rows, axis=0)
     return data[rows]
 
 
-def _ask(estimator: Any, method: str, chunk: np.ndarray, *, parent_state: _Surroundings) -> Any:
-    """In a worker: what the estimator says of some rows."""
-    with parent_state.apply():
+def _call_method(
+    estimator: Any, method: str, chunk: np.ndarray, *, caller_context: _CallerContext
+) -> Any:
+    """Call a method of the estimator on some rows, in a worker."""
+    with caller_context.apply():
         return getattr(estimator, method)(chunk)
 
 
@@ -527,58 +533,58 @@ def _set_random_states(estimator: Any, rng: np.random.Generator) -> None:
 
 
 @dataclass(eq=False)
-class _Surroundings:
-    """What estimators see of the caller in every worker: warning filters, scikit-learn's own."""
+class _CallerContext:
+    """The caller's warning filters and scikit-learn configuration, which workers take over."""
 
     filters: list[Any]
     config: dict[str, Any] | None
     _filters_are_set: bool = False
 
     @classmethod
-    def here(cls) -> _Surroundings:
+    def capture(cls) -> _CallerContext:
         sklearn: Any = sys.modules.get("sklearn")
         return cls(list(warnings.filters), None if sklearn is None else sklearn.get_config())
 
     def apply(self) -> AbstractContextManager[Any]:
-        """For what is run within; filters stay until the end of a worker process's run."""
-        # Filters are the whole process's, and threads share it. A process undoes at the end of a
-        # run what was done to them in it, and gets what it is to run again for each.
+        """Return a context with these; filters stay set until a worker process ends its run."""
+        # Filters belong to the whole process, which threads share with the caller. A worker process
+        # restores its filters at the end of a run, and gets a new copy of this object for the next.
         if not self._filters_are_set and is_worker_process():
-            warnings.resetwarnings()  # forgets which were shown, too
-            warnings.filters[:] = self.filters  # type: ignore[index]  # a list, in fact
+            warnings.resetwarnings()  # also forgets which were shown
+            warnings.filters[:] = self.filters  # type: ignore[index]  # in fact a list
             self._filters_are_set = True
         sklearn: Any = sys.modules.get("sklearn")
-        # Setting what is set already takes ten times as long as seeing that it is.
+        # Setting the configuration takes ten times as long as seeing that it is set already.
         if sklearn is not None and self.config not in (None, sklearn.get_config()):
             context: AbstractContextManager[Any] = sklearn.config_context(**self.config)
             return context
         return _NO_CONTEXT
 
 
-def _find_method(estimators: list[Any]) -> str:
-    """Why these do not need processes; nothing if that is not known."""
-    modules = {type(one).__module__ for one in estimators}
+def _explain_threads(estimators: list[Any]) -> str:
+    """Return why threads suit these estimators; an empty text if that is not known."""
+    modules = {type(estimator).__module__ for estimator in estimators}
     if modules and all(module.startswith(_WITHOUT_GIL) for module in modules):
         return "trees release the GIL"
     return ""
 
 
 def _to_list(estimators: Any) -> list[Any]:
-    is_tuple = isinstance(estimators, (list, tuple))
-    found = list(estimators) if is_tuple else [estimators]
-    for one in found:
-        if isinstance(one, type):
-            raise TypeError(f"{one.__name__} is a class: pass an estimator, {one.__name__}()")
-        if not callable(getattr(one, "fit", None)):
-            raise TypeError(f"estimators must have a method fit, got {one!r}")
-    if not found:
+    has_several = isinstance(estimators, (list, tuple))
+    listed = list(estimators) if has_several else [estimators]
+    for each in listed:
+        if isinstance(each, type):
+            raise TypeError(f"{each.__name__} is a class: pass an estimator, {each.__name__}()")
+        if not callable(getattr(each, "fit", None)):
+            raise TypeError(f"estimators must have a method fit, got {each!r}")
+    if not listed:
         raise ValueError("there is no estimator to fit")
-    return found
+    return listed
 
 
 def _to_data(value: Any, name: str, n_samples: int | None = None) -> Any:
-    """Data that rows can be taken from, by name."""
-    # Of sparse matrices, rows can be taken from this sort alone.
+    """Return data from which rows can be taken; `name` is for errors."""
+    # CSR is the only kind of sparse matrix from which rows can be taken.
     is_sparse = hasattr(value, "tocsr")
     data = value.tocsr() if is_sparse else check_inputs((value,), 0).arrays[0]
     if n_samples is not None and data.shape[0] != n_samples:
@@ -587,16 +593,16 @@ def _to_data(value: Any, name: str, n_samples: int | None = None) -> Any:
 
 
 def _to_rows(rows: Any, n_samples: int) -> np.ndarray:
-    found = _to_indices(rows, n_samples)
-    _check_bounds(found, n_samples)
-    return found
+    indices = _to_indices(rows, n_samples)
+    _check_bounds(indices, n_samples)
+    return indices
 
 
 def _to_indices(rows: Any, n_samples: int) -> np.ndarray:
-    """Indices or a mask; whether there are such samples is another question."""
+    """Return indices or a mask as an array; do not check whether such samples exist."""
     refuse_masked(rows, "rows", "pass its .filled(value), or a boolean mask of the samples")
     try:
-        found = np.asarray(rows)
+        indices = np.asarray(rows)
     except ValueError as error:
         add_note(
             error,
@@ -604,16 +610,16 @@ def _to_indices(rows: Any, n_samples: int) -> np.ndarray:
             "pass the first: rows=[train for train, test in folds]",
         )
         raise
-    if found.dtype == bool and found.shape != (n_samples,):
-        raise ValueError(f"a mask of rows must have shape ({n_samples},), got {found.shape}")
-    if found.size == 0:
-        found = found.astype(np.intp)
-    if found.ndim != 1 or found.dtype.kind not in "biu":
+    if indices.dtype == bool and indices.shape != (n_samples,):
+        raise ValueError(f"a mask of rows must have shape ({n_samples},), got {indices.shape}")
+    if indices.size == 0:
+        indices = indices.astype(np.intp)
+    if indices.ndim != 1 or indices.dtype.kind not in "biu":
         raise TypeError(
             "rows must be given as an array of indices or a boolean mask for each fit, got "
             f"{rows!r} for one"
         )
-    return found
+    return indices
 
 
 def _check_bounds(rows: np.ndarray, n_samples: int) -> None:

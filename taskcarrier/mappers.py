@@ -1,4 +1,4 @@
-"""Mappers: one interface, in serial and in parallel, chosen in one place."""
+"""Mappers: one interface to serial and parallel maps, so that a program chooses in one place."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from taskcarrier.scheduling.retries import DEFAULT_POLICY, RETRIES, RetryPolicy
 from taskcarrier.workers.choose import check_backend, check_n_jobs
 from taskcarrier.workers.pools import keep_warm
 
-# What executors and pools have, and a mapper has not: what to write instead.
+# Methods of executors and pools that a mapper does not have, with what to write instead.
 _CALLS = (
     "Gather the arguments in a list, and call mapper.map(func, items) for a list of results, "
     "mapper.imap(func, items, ordered=False) for each as soon as it is done"
@@ -34,37 +34,37 @@ _INSTEAD = {
     **dict.fromkeys(("shutdown", "close", "join", "terminate"), _END),
 }
 
-# What a mapper decides itself, where functions are told.
+# Options of the functions that a mapper decides itself.
 _DECIDED = {"balance", "n_jobs", "backend"}
 
 
-def _method(verb: Callable[..., Any]) -> Any:
-    """A function over arrays as a method: balance, workers and backend are the mapper's."""
+def _make_method(verb: Callable[..., Any]) -> Any:
+    """Make a method of a function over arrays, with the mapper's balance, workers and backend."""
     signature = inspect.signature(verb)
-    parameters = [one for one in signature.parameters.values() if one.name not in _DECIDED]
-    options = {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}
+    parameters = [each for each in signature.parameters.values() if each.name not in _DECIDED]
+    names = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
 
     @functools.wraps(verb)
-    def method(self: Mapper, func: Callable[..., Any], *arrays: Any, **chosen: Any) -> Any:
-        for name in chosen:
-            if name not in options:
-                allowed = ", ".join(one.name for one in parameters if one.name in options)
+    def method(self: Mapper, func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
+        for name in options:
+            if name not in names:
+                allowed = ", ".join(each.name for each in parameters if each.name in names)
                 raise TypeError(
                     f"{verb.__name__} of a mapper has no option {name!r}; it has {allowed}"
                 )
-        if chosen.get("chunksize") is None:
-            chosen["chunksize"] = self.chunksize
-        return verb(func, *arrays, balance=self._settings(), **chosen)
+        if options.get("chunksize") is None:
+            options["chunksize"] = self.chunksize
+        return verb(func, *arrays, balance=self._make_settings(), **options)
 
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    method.__signature__ = signature.replace(parameters=[own, *parameters])  # type: ignore[attr-defined]  # functions may have one
+    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    method.__signature__ = signature.replace(parameters=[self_parameter, *parameters])  # type: ignore[attr-defined]  # functions may have one
     method.__qualname__ = f"Mapper.{verb.__name__}"
-    method.__doc__ = _doc_of_method(verb)
+    method.__doc__ = _make_docstring(verb)
     return method
 
 
-def _doc_of_method(verb: Callable[..., Any]) -> str:
-    """The function's docstring without what a mapper decides, and the function's example."""
+def _make_docstring(verb: Callable[..., Any]) -> str:
+    """Return a function's docstring without its examples and the options that a mapper decides."""
     text = inspect.getdoc(verb) or ""
     for name in _DECIDED:
         text = text.replace(DESCRIPTIONS[name] + "\n", "")
@@ -73,31 +73,32 @@ def _doc_of_method(verb: Callable[..., Any]) -> str:
 
 
 class Mapper:
-    """What all mappers share.
+    """The base class of all mappers.
 
     Parameters
     ----------
     n_jobs : int, default -1
-        Workers: negative numbers count from all cores (-1) down; 1 runs in the caller. None:
-        what an active `joblib.parallel_config` says, else all cores.
+        The number of workers. Negative numbers count down from all cores (-1); 1 runs in the
+        calling thread. None: what an active `joblib.parallel_config` says, else all cores.
     verbosity : int, default 0
-        From 1 on, a bar on standard error counts items; from 2 on, each run's report is logged
-        to the logger ``taskcarrier`` as well.
+        From 1 on, a bar on standard error counts items; from 2 on, each run's report is also logged
+        to the logger ``taskcarrier``.
     temp_folder : str, optional
-        An existing folder whose file system holds what is shared with worker processes (in
-        files without a name). Default: the environment's ``JOBLIB_TEMP_FOLDER`` if set, else
-        memory.
+        An existing folder whose file system holds the data that are shared with worker processes
+        (in files without a name). Default: the environment variable ``JOBLIB_TEMP_FOLDER`` if set,
+        else memory.
     backend : {"sequential", "threading", "loky", "threads", "processes"} or str, optional
-        Where workers run, see `map_array`; for sequences also the name of any other backend that is
+        Where workers run, see `map_array`. For sequences also the name of any other backend that is
         registered with joblib, such as ``"dask"``, see `map`. Default: decided for each call.
     chunksize : int, optional
-        Items for each range. Default: decided for each call, see `map_array`; for sequences
-        about a hundred ranges in all.
+        The number of items in each range. Default: decided for each call, see `map_array`; for
+        sequences about a hundred ranges in all.
     """
 
     _balance: Balance
     _sequential = False
-    # What of a mapper that a function holds decides its values (`taskcarrier.arrays.resume.fingerprint`).
+    # Attributes that affect the values of a function that holds a mapper; read by
+    # `taskcarrier.arrays.resume.fingerprint`.
     _taskcarrier_deciding = ("chunksize",)
 
     def __init__(
@@ -129,7 +130,7 @@ class Mapper:
         *seqs: Iterable[Any],
         **options: Any,
     ) -> Any:
-        """The same as `map`."""
+        """Call `map`."""
         return self.map(func, seq1, *seqs, **options)
 
     @fill_docstring
@@ -148,28 +149,28 @@ class Mapper:
     ) -> Any:
         """Apply a function to the items of one or several sequences, like the built-in `map`.
 
-        What is demanded of `func`: for processes, it and the items and results must be
-        picklable (functions of ``__main__``, lambdas and closures are).
+        For processes, `func`, the items and the results must be picklable (functions of
+        ``__main__``, lambdas and closures are).
 
         Where the mapper's `backend` is one that was registered with joblib (by
         `joblib.register_parallel_backend`; ``"dask"``), or an active `joblib.parallel_config` asks
-        for one, ranges go through `joblib.Parallel`; results are the same. There must be a
-        `taskcarrier` where its workers are. When one dies it is the backend that says so or tries
-        again, whatever `retries` is; their warnings stay with them.
+        for one, ranges go through `joblib.Parallel`; results are the same. `taskcarrier` must be
+        installed where its workers are. When a worker dies, the backend reports it or tries again,
+        whatever `retries` is. The workers' warnings are not passed on.
 
         Parameters
         ----------
         func : callable
             Called as ``func(item)``, with several sequences ``func(item1, item2, ...)``.
         seq1, *seqs : iterable
-            The items. With several, the shortest wins. Generators are used up first, so one that
-            fills one buffer again and again must give copies.
+            The items. With several, the shortest ends the map. A generator is read to its end
+            first, so one that fills the same buffer for each item must give copies.
         chunksize : int, optional
-            Items for each range that a worker takes. Default: the mapper's own. Results do not
-            depend on it.
+            The number of items in each range that a worker takes. Default: the mapper's own.
+            Results do not depend on it.
         shared : dict, optional
-            What every call of `func` gets by name. Arrays in it are read-only; to processes they
-            are sent once for each `map`, and not at all if they come from `share`, `empty`, `load`
+            Keyword arguments for every call of `func`. Arrays in it are read-only. They are sent to
+            processes once for each `map`, and not at all if they come from `share`, `empty`, `load`
             or an earlier map in processes.
         {item_rng}
         {timeout}
@@ -180,18 +181,19 @@ class Mapper:
         Returns
         -------
         list
-            The results in the order of the items; with ``on_error="collect"`` a tuple of that, with
-            None for items that failed, and a list of `FailedRange`.
+            The results in the order of the items. With ``on_error="collect"`` a tuple of this list,
+            with None for items that failed, and a list of `FailedRange`.
 
         Raises
         ------
         WorkerDiedError
-            An item has killed every worker process that ran it; says which item, which worker and
-            how.
+            An item killed every worker process that ran it. The message says which item, which
+            worker and how.
         TimeoutError
             A range of items took longer than `timeout`.
         ValueError
-            Bad arguments, before anything is started; `timeout` on a registered backend too.
+            The arguments are wrong, or there is a `timeout` on a registered backend; nothing was
+            started.
         Exception
             Whatever `func` raises, with a note that names the item.
 
@@ -201,7 +203,7 @@ class Mapper:
         >>> SerialMapper()(pow, [2, 3, 4], [5, 2])
         [32, 9]
         """
-        settings = self._settings(RetryPolicy.from_arguments(timeout, retries, retry_on))
+        settings = self._make_settings(RetryPolicy.from_arguments(timeout, retries, retry_on))
         return map_lists(
             settings,
             func,
@@ -228,7 +230,7 @@ class Mapper:
     ) -> Any:
         """Apply a function to tuples of arguments, like `itertools.starmap`.
 
-        All else is as for `map`: ``mapper.map(func, xs, ys)`` is
+        Everything else is as for `map`: ``mapper.map(func, xs, ys)`` is
         ``mapper.starmap(func, zip(xs, ys))``.
 
         Parameters
@@ -236,7 +238,7 @@ class Mapper:
         func : callable
             Called as ``func(*arguments)``.
         iterable : iterable of tuple
-            The arguments of every call. A generator is used up first.
+            The arguments of every call. A generator is read to its end first.
         chunksize : int, optional
             As for `map`.
         shared : dict, optional
@@ -250,12 +252,12 @@ class Mapper:
         Returns
         -------
         list
-            As of `map`.
+            As for `map`.
 
         Raises
         ------
         TypeError
-            An item that holds no arguments.
+            An item is no tuple of arguments.
         Exception
             As for `map`.
 
@@ -265,7 +267,7 @@ class Mapper:
         >>> SerialMapper().starmap(pow, [(2, 5), (3, 2)])
         [32, 9]
         """
-        settings = self._settings(RetryPolicy.from_arguments(timeout, retries, retry_on))
+        settings = self._make_settings(RetryPolicy.from_arguments(timeout, retries, retry_on))
         return map_lists(
             settings,
             func,
@@ -292,35 +294,35 @@ class Mapper:
         retries: int = RETRIES,
         retry_on: type[Exception] | tuple[type[Exception], ...] = (),
     ) -> Generator[Any, None, None]:
-        """Apply a function to the items of an input that need not end; results as they come.
+        """Apply a function to the items of an input that may be endless; return an iterator.
 
-        Like the built-in `map`, this returns an iterator: work begins when the first result is
-        asked for, and the input is read in the thread that asks, never further ahead than
-        `buffersize`. Workers take the next items when they are free, whatever the mapper's balance;
-        a `SerialMapper` reads one item at a time. Between two results each worker finishes what
-        it was given, so the caller may take its time. Closing the iterator, or dropping it, ends
-        the work within about a second. Warnings of worker processes come when it ends.
+        Like the built-in `map`, this returns an iterator over the results. Work begins when the
+        first result is asked for. The input is read in the thread that asks, never further ahead
+        than `buffersize`. Free workers take the next items, whatever the mapper's balance is; a
+        `SerialMapper` reads one item at a time. Between two results, each worker finishes what it
+        was given, so the caller may take its time. Closing or dropping the iterator ends the work
+        within about a second. Warnings of worker processes are shown when it ends.
 
-        What is demanded of `func` is the same as for `map`.
+        What must be picklable is the same as for `map`.
 
         Parameters
         ----------
         func : callable
             Called as ``func(item)``, with several iterables ``func(item1, item2, ...)``.
         iterable, *iterables : iterable
-            The items; an iterator may be endless. With several, the shortest wins. Some are read
-            before the first is used, and none is copied: an input that fills one buffer again and
-            again must give copies, ``(buffer.copy() for buffer in readings)``.
+            The items; an iterator may be endless. With several, the shortest ends the map. Some
+            items are read before the first is used, and none is copied: an input that fills the
+            same buffer for each item must give copies, ``(buffer.copy() for buffer in readings)``.
         ordered : bool, default True
-            Whether results come in the order of the items; if not, in the order in which they are
-            done, so that a slow item does not hold up others.
+            Whether results come in the order of the items. If not, they come in the order in which
+            they are ready, so that a slow item does not delay others.
         buffersize : int, optional
-            Items that may have been read and whose results have not been handed out. Default: four
-            blocks for each worker.
+            The number of items that may have been read before their results are returned. Default:
+            four batches for each worker.
         chunksize : int, optional
-            Items of a block, which is what a worker is handed at a time. Default: the mapper's own,
-            else one with ``timeout=`` or ``retries=0``, and otherwise as many as take some
-            milliseconds, a thousand at most.
+            The number of items in a batch, the items that a worker gets at a time. Default: the
+            mapper's own; else one with ``timeout=`` or ``retries=0``, and otherwise as many as take
+            some milliseconds, a thousand at most.
         shared : dict, optional
             As for `map`.
         {item_rng}
@@ -338,11 +340,11 @@ class Mapper:
         WorkerDiedError, TimeoutError
             As for `map`.
         Exception
-            Whatever `func` raises, with a note that names the item, or the input, when it is that
-            item's turn: with ``ordered=True`` after the results of all items before it. It ends the
-            iterator; to go on after errors of `func`, catch them in it. (Its `StopIteration` comes
-            as a `RuntimeError`, as in generators.)
-            What cannot be unpickled, an item or a result, takes its whole block with it.
+            Whatever `func` or the input raises, with a note that names the item or the input. It is
+            raised when it is the item's turn, with ``ordered=True`` after the results of all items
+            before it, and ends the iterator; to go on after errors of `func`, catch them in `func`.
+            (A `StopIteration` of `func` is raised as a `RuntimeError`, as in generators.)
+            An item or a result that cannot be unpickled makes its whole batch fail.
 
         Examples
         --------
@@ -353,7 +355,7 @@ class Mapper:
         (0, 1, 4)
         >>> squares.close()
 
-        An input that has one buffer for all of its items:
+        An input that uses one buffer for all of its items:
 
         >>> import numpy as np
         >>> def readings():
@@ -362,10 +364,10 @@ class Mapper:
         ...         buffer[:] = n
         ...         yield buffer
         >>> mapper = DynamicParallelMapper(2, backend="threading")
-        >>> [float(total) for total in mapper.imap(np.sum, (one.copy() for one in readings()))]
+        >>> [float(total) for total in mapper.imap(np.sum, (each.copy() for each in readings()))]
         [0.0, 2.0, 4.0]
         """
-        settings = self._settings(RetryPolicy.from_arguments(timeout, retries, retry_on))
+        settings = self._make_settings(RetryPolicy.from_arguments(timeout, retries, retry_on))
         return imap_lists(
             settings,
             func,
@@ -377,24 +379,24 @@ class Mapper:
             shared=shared,
         )
 
-    map_array = _method(map_array)
-    map_items = _method(map_items)
-    map_chunks = _method(map_chunks)
-    reduce_array = _method(reduce_array)
+    map_array = _make_method(map_array)
+    map_items = _make_method(map_items)
+    map_chunks = _make_method(map_chunks)
+    reduce_array = _make_method(reduce_array)
 
     @property
     def report(self) -> Report:
-        """What this mapper's last run did; a `LookupError` before the first."""
+        """The report of this mapper's last run; a `LookupError` before the first."""
         if self._report is None:
             raise LookupError("this mapper has not run anything yet")
         return self._report
 
     def __enter__(self) -> Self:
-        """Keep workers and freed shared memory for the next call, until the block ends."""
+        """Keep workers and freed shared memory for later calls, until the block ends."""
         stack = ExitStack()
         if not self._open:
             self._recycler = Recycler()
-            stack.callback(self._let_go)
+            stack.callback(self._close_recycler)
         stack.enter_context(keep_warm())
         self._open.append(stack)
         return self
@@ -404,15 +406,15 @@ class Mapper:
             self._open.pop().close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy gets, here or in a worker: all but the open blocks and what they keep."""
+        """Return the state of a copy, here or in a worker: no open blocks, nor what they keep."""
         return {**vars(self), "_recycler": None, "_open": []}
 
-    def _let_go(self) -> None:
+    def _close_recycler(self) -> None:
         if self._recycler is not None:
             self._recycler.close()
             self._recycler = None
 
-    def _settings(self, retry_policy: RetryPolicy = DEFAULT_POLICY) -> Settings:
+    def _make_settings(self, retry_policy: RetryPolicy = DEFAULT_POLICY) -> Settings:
         return Settings(
             self._balance,
             self._n_jobs,
@@ -428,10 +430,10 @@ class Mapper:
         self._report = report
         keep_report(report)
 
-    if not TYPE_CHECKING:  # which takes it for a word that there can be any attribute
+    if not TYPE_CHECKING:  # a type checker would take it to mean that any attribute exists
 
         def __getattr__(self, name: str) -> Any:
-            """An error for what is not there; for what executors and pools have, a remedy."""
+            """Raise an `AttributeError`, with advice for methods that executors and pools have."""
             text = f"{type(self).__name__!r} object has no attribute {name!r}"
             if name in _INSTEAD:
                 text += f": a mapper maps. {_INSTEAD[name]}"
@@ -446,11 +448,10 @@ class Mapper:
 
 
 class SerialMapper(Mapper):
-    """A mapper that runs everything in the caller.
+    """A mapper that runs everything in the calling thread.
 
     It takes the options of the parallel mappers and ignores those that say how to share out
-    work, so that changing over is changing one word. What it computes, and cuts into ranges,
-    is the same.
+    work, so a program changes between them by one word. The ranges and results are the same.
 
     Examples
     --------
@@ -467,7 +468,7 @@ class SerialMapper(Mapper):
 class StaticParallelMapper(Mapper):
     """A mapper that gives each worker one contiguous run of ranges beforehand.
 
-    The right one when all items take about the same time.
+    Use it when all items take about the same time.
 
     Examples
     --------
@@ -483,7 +484,7 @@ class StaticParallelMapper(Mapper):
 class DynamicParallelMapper(Mapper):
     """A mapper that gives each free worker the next range.
 
-    The right one when items take different or unknown times.
+    Use it when items take different or unknown times.
 
     Examples
     --------
@@ -496,7 +497,7 @@ class DynamicParallelMapper(Mapper):
     _balance = Dynamic()
 
 
-# The classes share one description of their parameters.
+# The classes share the description of their parameters.
 _parameters = inspect.cleandoc(Mapper.__doc__ or "").partition("Parameters\n")[2]
 for _kind in (SerialMapper, StaticParallelMapper, DynamicParallelMapper):
     _summary, _, _examples = inspect.cleandoc(_kind.__doc__ or "").partition("Examples\n")

@@ -1,4 +1,4 @@
-"""Watching a run: a bar that counts items."""
+"""What users can watch of a run: a progress bar that counts items, and a logged report."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from taskcarrier.system.contexts import contextmanager
 def progress_bar(
     verbosity: int, n_items: int | None, n_workers: int, n_before: int = 0
 ) -> Iterator[Callable[[Ledger], None] | None]:
-    """A function to call now and then with the run's ledger; None when nothing is shown.
+    """Show a progress bar; yield a function to call now and then with the run's ledger.
 
-    Of the items (None if nobody knows how many), `n_before` were done before the run.
+    Yields None if nothing is shown. `n_items` is None where the number of items is not known;
+    `n_before` items were done before the run.
     """
     if verbosity < 1:
         yield None
@@ -23,7 +24,7 @@ def progress_bar(
     from tqdm import tqdm  # noqa: PLC0415  # only when progress is shown
 
     class Bar(tqdm):  # type: ignore[misc]  # untyped
-        # The bar is refreshed from here; tqdm's own thread would outlive it.
+        # `tick` refreshes the bar; tqdm's own thread would outlive it.
         monitor_interval = 0
 
     with Bar(total=n_items, initial=n_before, unit="item") as bar:
@@ -35,8 +36,8 @@ def progress_bar(
 
 
 def log_report(verbosity: int, report: Report) -> None:
-    """Log what a run did, for those who asked for it."""
+    """Log the report of a run if `verbosity` asks for it."""
     if verbosity >= 2:  # noqa: PLR2004  # documented in the mappers
-        import logging  # noqa: PLC0415  # takes 3 ms, and few ask
+        import logging  # noqa: PLC0415  # takes 3 ms, and is rarely needed
 
         logging.getLogger("taskcarrier").info("%s", report)

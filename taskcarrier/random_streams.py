@@ -1,11 +1,11 @@
-"""Random streams by item or range: the same whoever runs what, and independent of each other.
+"""Random streams for items or ranges: independent of each other, and of which worker runs what.
 
 Philox encrypts a counter of 256 bits under a key of 128 bits, and each of the 2**256 counters gives
 another block of numbers (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11). The
-key comes from the seed; the third of the counter's four words is the number of the item; a stream
-goes through the first two. So no counter belongs to two streams of a call: they cannot overlap
-before 2**128 blocks were drawn. Making one takes a few microseconds and needs no other stream;
-spawning a child of a `SeedSequence` takes longer, and counts children in the parent.
+key comes from the seed. The third of the counter's four words is the number of the item, and a
+stream advances the first two. So no counter belongs to two streams of a call: they cannot overlap
+before 2**128 blocks were drawn. Making a stream takes a few microseconds and needs no other stream;
+spawning a child of a `SeedSequence` takes longer, and advances a counter in the parent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RandomStreams:
-    """One random stream for each number.
+    """Random streams, one for each number of an item or range.
 
     Attributes
     ----------
@@ -32,12 +32,12 @@ class RandomStreams:
 
     @classmethod
     def from_seed(cls, rng: object) -> RandomStreams:
-        """From an int, a `SeedSequence` or a `Generator` (which is advanced by one draw).
+        """Make streams from an int, a `SeedSequence` or a `Generator` (advanced by one draw).
 
         Raises
         ------
         TypeError, ValueError
-            For anything else, and for negative numbers.
+            `rng` is anything else, or negative.
         """
         if isinstance(rng, np.random.Generator):
             sequence = np.random.SeedSequence(int(rng.integers(1 << 63)))
@@ -56,9 +56,9 @@ class RandomStreams:
         return cls((int(first), int(second)))
 
     def stream(self, number: int) -> np.random.Generator:
-        """The stream of one item or range, at its beginning.
+        """Return the stream of one item or range, at its beginning.
 
-        >>> streams = Streams.of_seed(7)
+        >>> streams = RandomStreams.from_seed(7)
         >>> bool(streams.stream(3).random() == streams.stream(3).random())
         True
         """
@@ -67,23 +67,23 @@ class RandomStreams:
 
 @dataclass(frozen=True, eq=False)
 class WithRandomStream:
-    """A function that gets a stream of its own with each call, as ``rng=``.
+    """A function that gets a stream of its own as ``rng=`` in each call.
 
-    It is called with the number of the item or range before everything else.
+    The first argument of a call is the number of the item or range.
     """
 
     func: Callable[..., Any]
     streams: RandomStreams
 
     def __call__(self, number: int, *args: Any, **kwargs: Any) -> Any:
-        """Have the function called with the stream of that number, always from its beginning."""
+        """Call the function with the stream of this number, always from its beginning."""
         return self.func(*args, rng=self.streams.stream(number), **kwargs)
 
 
 def random_streams_for(func: Callable[..., Any], rng: object) -> RandomStreams:
-    """The streams of `rng` for a function that takes one; a `TypeError` for another.
+    """Return the streams of `rng`; raise a `TypeError` if `func` has no parameter ``rng``.
 
-    >>> streams_for(abs, 3)
+    >>> random_streams_for(abs, 3)
     Traceback (most recent call last):
     TypeError: rng= gives func a numpy.random.Generator as rng=, but abs has no such parameter: ...
     """
@@ -98,15 +98,16 @@ def random_streams_for(func: Callable[..., Any], rng: object) -> RandomStreams:
 
 
 def _takes_rng(func: Callable[..., Any]) -> bool:
-    """Whether a function can be called with ``rng=``, as far as it tells."""
+    """Return whether a function takes ``rng=``; a function without a signature may take it."""
     if isinstance(func, np.ufunc):
         return False
-    func = getattr(func, "py_func", func)  # numba's dispatchers are called like this function
+    func = getattr(func, "py_func", func)  # numba's dispatchers have its signature
     try:
-        # Not that of what is wrapped: a wrapper may well take what it does not pass on.
+        # Not the signature of a wrapped function: the wrapper may take arguments that it does
+        # not pass on.
         parameters = inspect.signature(func, follow_wrapped=False).parameters
-    except (TypeError, ValueError):  # it tells nothing
+    except (TypeError, ValueError):  # there is no signature
         return True
     if "rng" in parameters:
         return parameters["rng"].kind is not inspect.Parameter.POSITIONAL_ONLY
-    return any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    return any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())

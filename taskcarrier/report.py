@@ -1,4 +1,4 @@
-"""What a run did: facts read off the ledger, as a table for people and a dict for programs."""
+"""Reports of runs: facts from the ledger, as a table for people and a dict for programs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class WorkerReport:
     name : str
         ``"caller"``, ``"thread 0"`` or ``"process 4711"`` (the process id).
     ranges, items : int
-        Ranges and items it finished.
+        Ranges and items that it finished.
     busy, idle : float
-        Seconds inside the function and putting its results in place; the rest of the run.
+        Seconds spent in the function and in putting its results in place; the rest of the run.
     """
 
     name: str
@@ -31,7 +31,7 @@ class WorkerReport:
 
     @property
     def cells(self) -> tuple[str, str, str, str, str]:
-        """What stands in its row of the report's table."""
+        """The cells of its row in the report's table."""
         return (
             self.name,
             f"{self.ranges:,}",
@@ -54,21 +54,21 @@ class Report:
         Where it ran: ``"sequential"``, ``"threading"``, ``"loky"`` or, for lists, the name of a
         backend that was registered with joblib.
     reason : str
-        Why there.
+        Why it ran there.
     balance : str
         ``"static"`` or ``"dynamic"``; ``"serial"`` in the caller. Registered backends are dynamic.
     n_jobs : int
-        Workers that were there to take part (never more than ranges).
+        The number of workers that could take part (never more than ranges).
     chunksize : int
         Items per range; the last range may be shorter, and in streams any of them.
     ranges, items : int
         Ranges and items of the whole run.
     bytes_copied : int
-        Bytes of arrays, and of the items of lists, that worker processes have read or that were
-        copied for them in this run; 0 for what they see where it is. On a registered backend those
-        that it was given to send.
+        Bytes of arrays, and of the items of lists, that worker processes read or that were copied
+        for them in this run; data that they see in place count 0. On a registered backend, the
+        bytes that it was given to send.
     seconds : float
-        From the first step of the call to its last, without `compiling`.
+        Time from the first step of the call to its last, without `compiling`.
     workers : tuple of WorkerReport
         One for each worker; on a registered backend one for each that ran a range.
     notes : tuple of str
@@ -91,27 +91,27 @@ class Report:
     compiling: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain dicts, lists, strings and numbers."""
+        """Return the report as plain dicts, lists, strings and numbers."""
         return asdict(self)
 
     @property
     def _head(self) -> list[str]:
-        """What stands above the table, in lines."""
-        what = (
+        """The lines above the table."""
+        work = (
             f"{count_noun(self.items, 'item')} in {count_noun(self.ranges, 'range')} of up to "
             f"{self.chunksize:,}, "
             f"{self.balance} balance, backend {self.backend} ({self.reason})"
         )
-        how = (
+        cost = (
             f"{self.seconds:.4g} s in all, {self.bytes_copied:,} bytes read or copied by processes"
         )
         if self.compiling:
-            how += f", after {self.compiling:.3g} s of compiling"
-        return [what, how, *self.notes]
+            cost += f", after {self.compiling:.3g} s of compiling"
+        return [work, cost, *self.notes]
 
     def _repr_html_(self) -> str:
-        """The same as a table, which notebooks show."""
-        import html  # noqa: PLC0415  # few ask
+        """Return the report as an HTML table, which notebooks show."""
+        import html  # noqa: PLC0415  # rarely needed
 
         head = "<br>".join(map(html.escape, self._head))
         names = "".join(f"<th>{name}</th>" for name in _COLUMNS)
@@ -122,36 +122,36 @@ class Report:
         return f"<p>{head}</p><table><thead><tr>{names}</tr></thead><tbody>{rows}</tbody></table>"
 
     def __str__(self) -> str:
-        name = max([6, *(len(worker.name) for worker in self.workers)])
+        width = max([6, *(len(worker.name) for worker in self.workers)])
         rows = [_COLUMNS, *(worker.cells for worker in self.workers)]
         lines = [
-            f"{worker:<{name}}  {ranges:>8}  {items:>12}  {busy:>8}  {idle:>8}"
+            f"{worker:<{width}}  {ranges:>8}  {items:>12}  {busy:>8}  {idle:>8}"
             for worker, ranges, items, busy, idle in rows
         ]
         return "\n".join([*self._head, *lines])
 
 
-_last = threading.local()
+_kept = threading.local()
 
 
 def keep_report(report: Report) -> None:
-    """Remember the report as this thread's last one."""
-    _last.report = report
+    """Keep the report as the last one of this thread."""
+    _kept.report = report
 
 
 def last_report() -> Report:
-    """The report of the last run that was started from this thread.
+    """Return the report of the last run that was started from this thread.
 
     Returns
     -------
     Report
-        Also after a run that failed, for what it did until then. If the call was interrupted, the
+        After a run that failed too: what it did until then. If the call was interrupted, the
         report says so and lists no workers.
 
     Raises
     ------
     LookupError
-        If nothing was run from this thread yet.
+        Nothing was run from this thread yet.
 
     Examples
     --------
@@ -162,6 +162,6 @@ def last_report() -> Report:
     10
     """
     try:
-        return _last.report  # type: ignore[no-any-return]  # attributes of a thread-local
+        return _kept.report  # type: ignore[no-any-return]  # attributes of a thread-local
     except AttributeError:
         raise LookupError("nothing was run from this thread yet") from None

@@ -1,8 +1,8 @@
-"""One run: grid, ledger, workers and task, to an outcome and a report.
+"""One run: from a task and a grid to an outcome and a report.
 
-The faces (arrays, lists) make a task and a grid, ask `decide` where to run, and give both to
-`execute`. What comes back says which chunks failed, which workers died and which ranges have
-no result; raising is the face's decision, so that it can say it in the face's words.
+`taskcarrier.arrays` and `taskcarrier.lists` make a task and a grid, ask `decide` where to run, and
+pass both to `execute`. The outcome says which ranges failed, which workers died and which ranges
+have no result. The modules that made the task raise the errors, because they know the words for it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Describe = Callable[[int, int], str]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run, as a mapper or a call's own arguments say it; already checked."""
+    """How to run: the checked options of a mapper or of one call."""
 
     balance: Balance
     n_jobs: int | None = None
@@ -57,7 +57,7 @@ class Settings:
     recycler: Recycler | None = None
     keep_report: Callable[[Report], None] = keep_report
     retry_policy: RetryPolicy = DEFAULT_POLICY
-    known: str = ""  # why what the function calls is known to release the GIL
+    known: str = ""  # why the code that the function calls is known to release the GIL
 
     @classmethod
     def from_arguments(
@@ -70,7 +70,7 @@ class Settings:
         retries: object,
         retry_on: object,
     ) -> Settings:
-        """From the arguments of a function; a mapper passes its own settings as `balance`."""
+        """Check the arguments of a function; a mapper passes its own settings as `balance`."""
         retry_policy = RetryPolicy.from_arguments(timeout, retries, retry_on)
         if isinstance(balance, Settings):
             return (
@@ -87,15 +87,15 @@ class Settings:
 
     @property
     def folder(self) -> str | None:
-        """Where shared memory lies: a folder, or None for memory."""
+        """The folder in which shared memory lies; None for memory."""
         return self.temp_folder or os.environ.get("JOBLIB_TEMP_FOLDER")
 
     def new_staging(self) -> Staging:
-        """Where a run's copies go."""
+        """Return a new staging for the copies of a run."""
         return Staging(self.folder, self.recycler)
 
     def segment(self, nbytes: int) -> Segment:
-        """An empty segment for about so many bytes."""
+        """Return an empty segment for about `nbytes` bytes."""
         if self.recycler is None:
             return Segment.create(self.folder)
         return self.recycler.segment(nbytes, self.folder)
@@ -103,16 +103,16 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class ResumedMarks:
-    """Marks that an earlier run has left.
+    """The marks that an earlier run left.
 
     Attributes
     ----------
     marks : SharedView
-        A byte for each chunk.
+        One byte for each chunk.
     n_done : int
-        How many chunks are marked.
+        The number of marked chunks.
     notes : list of str
-        What the report should say.
+        Notes for the report.
     """
 
     marks: SharedView
@@ -127,17 +127,17 @@ class RunOutcome:
     Attributes
     ----------
     worker_stats : list of WorkerStats
-        Of every worker that reported back, in order.
+        The stats of every worker that reported back, in order.
     failures : list of RangeFailure
-        Ascending by range.
+        Failed ranges, in ascending order.
     deaths : list of WorkerDeath
-        Workers that ended by themselves and whose ranges were not run by others.
+        Workers that died and whose ranges were not run by others.
     missing : list of (int, int)
-        Ranges without a result, ascending, as far as marks tell.
+        Ranges without a result, in ascending order, as far as the marks show.
     report : Report
-        For people.
+        The report, for people.
     first_proposal : object
-        What the workers have settled on; None if nothing.
+        What the workers agreed on, see `SetOnce`; None if nothing.
     """
 
     worker_stats: list[WorkerStats]
@@ -155,9 +155,9 @@ def decide(
     *,
     lists: bool = False,
 ) -> Choice:
-    """Where this run takes place, of `func` with such further arguments; an error if it cannot.
+    """Choose where to run `func` with further arguments `extras`; raise an error if it cannot run.
 
-    Only `lists` can be mapped by backends that are registered with joblib.
+    Backends that are registered with joblib can map lists only, which `lists` allows.
     """
     known = settings.known or ("the function releases the GIL" if releases_gil(func) else "")
     choice = choices.choose(
@@ -201,40 +201,40 @@ def execute(
     Parameters
     ----------
     task : Task
-        The work.
+        The work to do.
     grid : ChunkGrid
-        Its chunks; at least one.
+        The chunks of the task; at least one.
     choice : Choice
-        Where.
+        Where to run.
     settings : Settings
-        How.
+        How to run.
     started_ns : int
         When the call began, for the report.
     staging : Staging, optional
-        Where this run's copies are; processes need it.
+        The copies of this run; needed by processes.
     notes : sequence of str
-        What else the report should say.
+        Further notes for the report.
     compiling : float
-        Seconds since then that went into compiling the function.
+        Seconds since `started_ns` that were spent on compiling the function.
     runs_all : bool
-        Whether the task is compiled and claims by itself, where it runs in threads.
+        Whether the task is compiled and, in threads, claims chunks by itself.
     collect_errors : bool
-        Whether ranges that fail are delivered as faults (`PartialResult`); else the first ends the run.
+        Whether ranges that fail are delivered, as a `PartialResult`; else the first ends the run.
     can_split : bool
         Whether the task can run parts of a chunk.
     resumed : ResumedMarks, optional
-        What an earlier run has finished, which is left out.
+        The chunks that an earlier run finished; they are left out.
     deliver : callable, optional
-        Takes ``(start, result)`` of every range whose result is not put in place by the task;
-        called from worker threads or from this one.
+        Called with ``(start, result)`` for every range whose result the task does not put in place;
+        from worker threads or from the calling thread.
     """
     n_workers = min(choice.n_jobs, len(grid))
     job = Job(
         task,
-        _balance(choice, settings),
+        _choose_balance(choice, settings),
         grid,
         n_workers,
-        # Only between ranges it can be seen how long one took, and be marked that it is done.
+        # Timeouts and marks of finished ranges need Python code between two ranges.
         runs_all=runs_all
         and choice.backend == "threading"
         and settings.retry_policy.timeout is None
@@ -242,11 +242,11 @@ def execute(
         retry_policy=settings.retry_policy,
         collect_errors=collect_errors,
         can_split=can_split,
-        marks=_marks(grid, choice) if resumed is None else resumed.marks,
+        marks=_make_marks(grid, choice) if resumed is None else resumed.marks,
         folder=settings.folder,
     )
     n_before = 0 if resumed is None else min(resumed.n_done * grid.chunksize, grid.n_items)
-    report_on = partial(
+    make_report = partial(
         report_of,
         job,
         choice,
@@ -260,31 +260,33 @@ def execute(
     notes = [*notes, *_describe_resumed(resumed, grid)]
     try:
         with progress.progress_bar(settings.verbosity, grid.n_items, n_workers, n_before) as tick:
-            ran, of_function = _run(job, choice, settings, staging, deliver, tick=tick)
+            result, function_notes = _run(job, choice, settings, staging, deliver, tick=tick)
     except BaseException as error:
-        # Or the report would be that of an earlier run.
-        ended = f"ended by {type(error).__name__}; what its workers did is not counted"
+        # Without this, `last_report` would return the report of an earlier run.
+        ending = f"ended by {type(error).__name__}; what its workers did is not counted"
         settings.keep_report(
-            report_on(RunResult([], 0, None, is_halted=True), notes=[*notes, ended])
+            make_report(RunResult([], 0, None, is_halted=True), notes=[*notes, ending])
         )
         raise
-    worker_stats = ran.worker_stats
-    report = report_on(ran, notes=[*notes, *of_function, *describe_deaths(ran)])
+    worker_stats = result.worker_stats
+    report = make_report(result, notes=[*notes, *function_notes, *describe_deaths(result)])
     settings.keep_report(report)
     progress.log_report(settings.verbosity, report)
-    failures = list(ran.failures)
+    failures = list(result.failures)
     for stats in worker_stats:
         if stats.failure is not None:
             stats.failure.worker = stats.name
             failures.append(stats.failure)
     failures.sort(key=lambda failure: failure.place)
-    done = sum(stats.items for stats in worker_stats)
-    if done != grid.n_items and not failures and not ran.deaths and resumed is None:
-        raise _make_lost_error(f"only {done} of {grid.n_items} items were run")
-    # A filter may make an exception of a warning, which must not take the place of a real one.
+    n_done = sum(stats.items for stats in worker_stats)
+    if n_done != grid.n_items and not failures and not result.deaths and resumed is None:
+        raise _make_lost_error(f"only {n_done} of {grid.n_items} items were run")
+    # A filter may turn a warning into an exception, which must not replace a real one.
     with suppress(Warning) if failures else nullcontext():
         warn_again(worker_stats)
-    return RunOutcome(worker_stats, failures, ran.fatal, ran.missing, report, ran.first_proposal)
+    return RunOutcome(
+        worker_stats, failures, result.fatal, result.missing, report, result.first_proposal
+    )
 
 
 def _run(
@@ -296,9 +298,9 @@ def _run(
     *,
     tick: Callable[[Ledger], None] | None,
 ) -> tuple[RunResult, Sequence[str]]:
-    """Run a job where it was decided, and say what was found in its function."""
+    """Run a job on the chosen backend; return the result and notes about its function."""
     if choice.backend == "sequential":
-        return _run_here(job, deliver, tick), ()
+        return _run_in_caller(job, deliver, tick), ()
     if choice.backend == "threading":
         with thread_pool(choice.n_jobs) as threads:
             return threads.run(job, deliver, tick), ()
@@ -315,36 +317,36 @@ def _run(
         return processes.run(job, payload, deliver, tick), payload.notes
 
 
-def _balance(choice: Choice, settings: Settings) -> Balance:
-    """How chunks are shared out there: joblib gives the next to whoever is free."""
+def _choose_balance(choice: Choice, settings: Settings) -> Balance:
+    """Return how chunks are shared out there: joblib gives the next one to a free worker."""
     if choice.backend == "sequential":
         return Static()
     return settings.balance if choice.backend in choices.OWN else Dynamic()
 
 
 def warn_again(worker_stats: list[WorkerStats]) -> None:
-    """Give the caller's filters what worker processes have warned of, once."""
-    worker_warning = {one.key: one for stats in worker_stats for one in stats.warnings}
-    for one in worker_warning.values():
-        message: Any = one.message  # a text or a warning, as it was given
-        place = one.filename, one.lineno, one.module
-        warnings.warn_explicit(message, one.category, *place, _registry_of(one.module))
+    """Show the warnings of worker processes, each once, as the caller's filters say."""
+    unique = {warning.key: warning for stats in worker_stats for warning in stats.warnings}
+    for warning in unique.values():
+        message: Any = warning.message  # a text or a warning, as it was given
+        place = warning.filename, warning.lineno, warning.module
+        warnings.warn_explicit(message, warning.category, *place, _get_registry(warning.module))
 
 
 _other_registries: dict[str | None, dict[Any, Any]] = {}
 
 
-def _registry_of(module: str | None) -> dict[Any, Any]:
-    """What Python has shown of a module's warnings: filters such as "default" go by it."""
-    found = sys.modules.get(module or "")
-    if found is None:  # workers alone have imported it
+def _get_registry(module: str | None) -> dict[Any, Any]:
+    """Return the record of warnings that were shown for a module; filters like "default" use it."""
+    imported = sys.modules.get(module or "")
+    if imported is None:  # only workers have imported it
         return _other_registries.setdefault(module, {})
-    progress_bar: dict[Any, Any] = vars(found).setdefault("__warningregistry__", {})
-    return progress_bar
+    registry: dict[Any, Any] = vars(imported).setdefault("__warningregistry__", {})
+    return registry
 
 
-def _marks(grid: ChunkGrid, choice: Choice) -> SharedView | None:
-    """Memory for the marks of more chunks than the ledger of a pool has room for."""
+def _make_marks(grid: ChunkGrid, choice: Choice) -> SharedView | None:
+    """Return memory for marks, if there are more chunks than fit into the ledger of a pool."""
     if choice.backend != "loky" or len(grid) <= OWN_MARKS:
         return None
     segment = Segment.create()
@@ -353,16 +355,16 @@ def _marks(grid: ChunkGrid, choice: Choice) -> SharedView | None:
 
 
 def _describe_resumed(resumed: ResumedMarks | None, grid: ChunkGrid) -> list[str]:
-    """What the report says of an earlier run."""
+    """Return notes for the report about an earlier run."""
     if resumed is None:
         return []
     done = f"{resumed.n_done} of {len(grid)} ranges were done by an earlier run"
     return [*([done] if resumed.n_done else []), *resumed.notes]
 
 
-def describe_deaths(ran: RunResult) -> list[str]:
-    """What the report says of workers that died."""
-    if not ran.deaths:
+def describe_deaths(result: RunResult) -> list[str]:
+    """Return notes for the report about workers that died."""
+    if not result.deaths:
         return []
     from taskcarrier.errors import describe_death  # noqa: PLC0415  # slow, and rarely needed
 
@@ -370,12 +372,12 @@ def describe_deaths(ran: RunResult) -> list[str]:
         describe_death(
             death, None if death.range is None else f"items {death.range[0]}:{death.range[1]}"
         )
-        for death in ran.deaths
+        for death in result.deaths
     ]
 
 
 def raise_failure(outcome: RunOutcome, describe: Describe) -> None:
-    """Raise the failure of the lowest range, if any, with what is known added as notes."""
+    """Raise the failure of the lowest range, if any, with notes about where, and about others."""
     if not outcome.failures:
         return
     first, *others = outcome.failures
@@ -390,13 +392,13 @@ def raise_failure(outcome: RunOutcome, describe: Describe) -> None:
         kind = type(other.error).__name__
         add_note(error, f"also failed: {where}: {kind}: {text_of(other.error)}")
     for death in outcome.deaths:
-        add_note(error, f"also, {_obituary(death, describe)}")
+        add_note(error, f"also, {_describe_dead_worker(death, describe)}")
     try:
         raise_again(error)
     finally:
-        # The traceback refers to this frame and, where the caller did the work, to those below
-        # it, so none of them may refer to the error: a cycle would keep the run's shared memory
-        # until the next garbage collection.
+        # The traceback refers to this frame and, where the calling thread did the work, to the
+        # frames below it. None of them may refer to the error: a cycle would keep the run's shared
+        # memory until the next garbage collection.
         for failure in (first, *others):
             vars(failure).pop("error")
         del first, error, others
@@ -411,9 +413,9 @@ def refuse_missing(
     missing: list[tuple[int, int]],
     partial: Callable[[], object],
 ) -> None:
-    """Raise if ranges have no result: the last count before a result is returned as whole.
+    """Raise an error if ranges have no result: the last check before a result is returned.
 
-    `partial` makes what there is of it.
+    `partial` returns the result so far, for `WorkerDiedError`.
     """
     if not missing:
         return
@@ -423,9 +425,9 @@ def refuse_missing(
     raise _make_lost_error(f"there is no result for {describe(*missing[0])}{others}")
 
 
-def _make_lost_error(what: str) -> RuntimeError:
+def _make_lost_error(loss: str) -> RuntimeError:
     return RuntimeError(
-        f"{what}, though nothing failed; did the function fork, or write to memory that is not "
+        f"{loss}, though nothing failed; did the function fork, or write to memory that is not "
         "its own?"
     )
 
@@ -433,10 +435,10 @@ def _make_lost_error(what: str) -> RuntimeError:
 def _make_died_error(
     outcome: RunOutcome, describe: Describe, missing: list[tuple[int, int]], partial: object
 ) -> WorkerDiedError:
-    """The error for workers that died, with everything the others did finish."""
+    """Return the error for workers that died, with everything that the others finished."""
     from taskcarrier.errors import make_died_error  # noqa: PLC0415  # slow, and rarely needed
 
-    # The lowest range in hand names the error; whoever had none comes last.
+    # The worker with the lowest range in hand is named first; workers without a range come last.
     death, *others = sorted(
         outcome.deaths, key=lambda death: (death.range is None, death.range or (0, 0))
     )
@@ -449,18 +451,18 @@ def _make_died_error(
     error.missing = missing
     error.partial = partial
     for other in others:
-        add_note(error, f"also, {_obituary(other, describe)}")
+        add_note(error, f"also, {_describe_dead_worker(other, describe)}")
     return error
 
 
-def _obituary(death: WorkerDeath, describe: Describe) -> str:
+def _describe_dead_worker(death: WorkerDeath, describe: Describe) -> str:
     from taskcarrier.errors import describe_death  # noqa: PLC0415  # slow, and rarely needed
 
     return describe_death(death, None if death.range is None else describe(*death.range))
 
 
 class _WatchedLedger(Ledger):
-    """A ledger of the caller's own thread, which looks at it between two chunks."""
+    """A ledger of the calling thread that calls `tick` after every chunk."""
 
     tick: Callable[[Ledger], None]
 
@@ -469,7 +471,7 @@ class _WatchedLedger(Ledger):
         self.tick(self)
 
 
-def _run_here(job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None) -> RunResult:
+def _run_in_caller(job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None) -> RunResult:
     ledger: Ledger
     if tick is None:
         ledger = Ledger.local(1)
@@ -477,7 +479,7 @@ def _run_here(job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None)
         ledger = watched = _WatchedLedger.local(1)
         watched.tick = tick
     ledger.marks = job.open_marks()
-    # The function may set others, whose exceptions are errors of its own.
+    # Noted before the run: exceptions of handlers that the function sets are its own errors.
     handlers = Handlers() if job.collect_errors or job.retry_policy.retry_on else None
     with limited.open():
         stats = run_worker(job, ledger, 0, local_sink(deliver))
@@ -489,7 +491,7 @@ def _run_here(job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None)
 def report_of(
     job: Job,
     choice: Choice,
-    ran: RunResult,
+    result: RunResult,
     staging: Staging | None,
     *,
     chunksize: int,
@@ -499,7 +501,7 @@ def report_of(
     started_ns: int,
     compiling: float = 0.0,
 ) -> Report:
-    """What a run did that has just ended."""
+    """Return the report of a run that has just ended."""
     wall = (monotonic_ns() - started_ns) / 1e9 - compiling
     workers = tuple(
         WorkerReport(
@@ -509,7 +511,7 @@ def report_of(
             stats.busy_ns / 1e9,
             max(0.0, wall - stats.busy_ns / 1e9),
         )
-        for stats in ran.worker_stats
+        for stats in result.worker_stats
     )
     return Report(
         backend=choice.backend,
@@ -519,7 +521,7 @@ def report_of(
         chunksize=chunksize,
         ranges=ranges,
         items=items,
-        bytes_copied=ran.nbytes_sent + (0 if staging is None else staging.nbytes),
+        bytes_copied=result.nbytes_sent + (0 if staging is None else staging.nbytes),
         seconds=wall,
         workers=workers,
         notes=tuple(notes),

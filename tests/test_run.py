@@ -370,7 +370,7 @@ class TestWatching:
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_progress_ends_with_all_items(self, backend, monkeypatch):
         seen = []
-        monkeypatch.setattr(progress, "shown", lambda *_: Watch(seen))
+        monkeypatch.setattr(progress, "progress_bar", lambda *_: Watch(seen))
         run(both, backend)
         assert seen[-1] == 20
         assert seen == sorted(seen)
@@ -379,7 +379,7 @@ class TestWatching:
 
     def test_progress_ends_with_all_items_though_a_worker_died(self, monkeypatch, tmp_path):
         seen = []
-        monkeypatch.setattr(progress, "shown", lambda *_: Watch(seen))
+        monkeypatch.setattr(progress, "progress_bar", lambda *_: Watch(seen))
         outcome, _ = run(
             die_once_at_four_in_place, "loky", str(tmp_path / "mark"), balance=Static()
         )
@@ -388,19 +388,19 @@ class TestWatching:
 
     def test_progress_begins_with_what_was_done_before(self, monkeypatch):
         asked = []
-        monkeypatch.setattr(progress, "shown", lambda *args: asked.append(args) or Watch([]))
+        monkeypatch.setattr(progress, "progress_bar", lambda *args: asked.append(args) or Watch([]))
         view = marks_of(4)
         view.open("write")[[1, 3]] = DONE  # the last range is shorter
         run(both, grid=ChunkGrid(7, 2), resumed=ResumedMarks(view, 2, []))
         assert asked == [(0, 7, 1, 4)]
 
-    def test_the_report_is_logged(self, caplog, monkeypatch):
+    def test_report_is_logged(self, caplog, monkeypatch):
         monkeypatch.setattr(progress, "shown", lambda *_: Watch([]))
         with caplog.at_level("INFO", logger="taskcarrier"):
             outcome, _ = run(both, verbosity=2)
         assert [record.getMessage() for record in caplog.records] == [str(outcome.report)]
 
-    def test_an_error_of_the_progress_bar_is_a_failure_of_the_caller(self, monkeypatch):
+    def test_an_error_of_the_watcher_is_a_failure_in_the_caller(self, monkeypatch):
         monkeypatch.setattr(progress, "shown", lambda *_: Watch([], KeyboardInterrupt()))
         outcome, _ = run(both)
         assert isinstance(outcome.failures[0].error, KeyboardInterrupt)
