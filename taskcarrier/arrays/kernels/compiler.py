@@ -1,14 +1,56 @@
-"""Numba kernels in threads: loops over items without the GIL that claim their ranges themselves.
+"""Numba kernels in threads: loops over items without the GIL that claim their chunks themselves.
 
-The only module that imports numba, and imported only for functions that numba has compiled.
+This is the only module that imports numba. It is imported only for functions that numba compiled.
 
-A *fused* loop is compiled once for each kernel and each set of types. It takes the next range off
-the ledger with one atomic instruction (10 ns), calls the kernel on every item, and writes what it
-returns where it belongs: no Python between items, nor between ranges. It is handed addresses and
-not arrays, because counting references to an array that several threads use costs 7 to 8 %; items
-that are rows are made from addresses as well, always as read-only arrays, so that there is one
-signature and one compilation whatever array was given. Loops are closures over their kernel, which
-numba's cache on disk never finds again, so they are not cached there.
+A *fused* loop is compiled once for each kernel and each set of types. It claims the next chunk from
+the ledger with one atomic instruction (10 ns), calls the kernel for every item, and writes each
+result in place: no Python runs between items, nor between chunks. The loop takes addresses, not
+arrays, because counting references to an array that several threads use costs 7 to 8 %. Items that
+are rows are also made from addresses, always as read-only arrays: so one signature and one
+compilation serve any array. Loops are closures over their kernel, which numba's cache on disk never
+finds again, so they are not cached there.
+
+For a kernel that makes a float64 of a float64, over a 1-D array, the source of the loop is this
+(here with its first line wrapped)::
+
+    def loop(
+        ledger, worker_row, begin, end, next_own, stop_own, n_chunks, chunksize, n_items,
+        x0, x0_stride, x0_item_shape, x0_item_strides,
+        y0, y0_stride, y0_item_shape, y0_item_strides
+    ):
+        x0_all = make_x0(x0, (n_items,), (x0_stride,))
+        y0_all = make_y0(y0, (n_items,), (y0_stride,))
+        while True:
+            if begin >= end:
+                if load(ledger) != 0:
+                    return
+                if stop_own < 0:
+                    index = take(ledger + 128)
+                    if index >= n_chunks:
+                        return
+                else:
+                    index = next_own
+                    next_own += 1
+                    if index >= stop_own:
+                        return
+                store(worker_row + 0, index)
+                begin = index * chunksize
+                end = min(begin + chunksize, n_items)
+            for i in range(begin, end):
+                if load(ledger) != 0:
+                    return
+                store(worker_row + 16, i)
+                value = kernel(x0_all[i])
+                if load(ledger) != 0:
+                    return
+                y0_all[i] = value
+            store(worker_row + 8, load(worker_row + 8) + end - begin)
+            store(worker_row + 24, load(worker_row + 24) + 1)
+            store(worker_row + 0, -1)
+            begin = end
+
+``x0`` is the address of the mapped array, ``y0`` that of the output; ``make_x0`` and ``make_y0``
+make arrays from addresses. Numbers added to ``ledger`` and ``worker_row`` are offsets in bytes.
 """
 
 from __future__ import annotations
@@ -39,20 +81,20 @@ from taskcarrier.system.locks import ModuleLock
 from taskcarrier.workers.pools import call_at_shutdown
 
 _WORD = ir.IntType(64)
-# The beginning of the name of what makes a Python object of an array.
-_TO_PYTHON = "NRT_adapt_ndarray_to_python"
+# The prefix of the symbols that make a Python object of an array.
+_TO_PYTHON_PREFIX = "NRT_adapt_ndarray_to_python"
 
 
-def _pointer(builder: Any, address: Any) -> Any:
+def _to_pointer(builder: Any, address: Any) -> Any:
     return builder.inttoptr(address, _WORD.as_pointer())
 
 
 @intrinsic
 def _take(_context: Any, _address: Any) -> Any:
-    """The number at an address, which is one more from then on, for all threads."""
+    """Return the number at an address and add one to it, in one step for all threads."""
 
     def codegen(_target: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        pointer = _pointer(builder, args[0])
+        pointer = _to_pointer(builder, args[0])
         return builder.atomic_rmw("add", pointer, ir.Constant(_WORD, 1), "monotonic")
 
     return types.int64(types.int64), codegen
@@ -60,20 +102,20 @@ def _take(_context: Any, _address: Any) -> Any:
 
 @intrinsic
 def _load(_context: Any, _address: Any) -> Any:
-    """The number at an address, looked at again each time."""
+    """Return the number at an address, which is read from memory each time."""
 
     def codegen(_target: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.load_atomic(_pointer(builder, args[0]), "monotonic", 8)
+        return builder.load_atomic(_to_pointer(builder, args[0]), "monotonic", 8)
 
     return types.int64(types.int64), codegen
 
 
 @intrinsic
 def _store(_context: Any, _address: Any, _value: Any) -> Any:
-    """Write a number to an address, where other threads may look."""
+    """Write a number to an address that other threads may read."""
 
     def codegen(target: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        builder.store_atomic(args[1], _pointer(builder, args[0]), "monotonic", 8)
+        builder.store_atomic(args[1], _to_pointer(builder, args[0]), "monotonic", 8)
         return target.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
@@ -91,24 +133,24 @@ def _copy(_context: Any, _to: Any, _begin: Any, _nbytes: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
-def _maker(array_type: types.Array) -> Any:
-    """A function for compiled code that makes an array of a type from address, shape and strides.
+def _make_array_intrinsic(array_type: types.Array) -> Any:
+    """Return a function for compiled code that makes an array from address, shape and strides.
 
-    The array refers to nothing: what it lies over must be kept alive by others.
+    The array owns nothing: the caller must keep the memory under it alive.
     """
     itemsize = numpy_support.as_dtype(array_type.dtype).itemsize
 
     @intrinsic
     def array_at(_context: Any, _address: Any, shape: Any, strides: Any) -> Any:
         def codegen(target: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            address, lengths, steps = args
+            address, lengths, byte_strides = args
             array = make_array(array_type)(target, builder)
             data = builder.inttoptr(address, target.get_data_type(array_type.dtype).as_pointer())
             populate_array(
                 array,
                 data=data,
                 shape=lengths,
-                strides=steps,
+                strides=byte_strides,
                 itemsize=target.get_constant(types.intp, itemsize),
                 meminfo=None,
             )
@@ -121,18 +163,18 @@ def _maker(array_type: types.Array) -> Any:
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """How an array lies in memory, as far as compiled code is made for it.
+    """What compiled code must know of an array: dtype, dimensions, order, alignment.
 
     Attributes
     ----------
     dtype : dtype
-        Its dtype.
+        The dtype of the array.
     ndim : int
-        Its number of axes without the mapped one.
+        The number of its axes without the mapped one.
     layout : {"C", "F", "A"}
-        Of an item; of all items, if these are scalars.
+        The order of an item; that of all items, if these are scalars.
     aligned : bool
-        Whether elements stand at multiples of their size.
+        Whether elements lie at multiples of their size.
     """
 
     dtype: np.dtype[Any]
@@ -142,14 +184,14 @@ class ArrayLayout:
 
     @classmethod
     def of(cls, array: np.ndarray, axis: int) -> ArrayLayout:
-        """Of an array whose items lie along `axis`."""
-        item = items_first(array, axis)
-        whole = item[0] if item.ndim > 1 else item
-        layout = "C" if whole.flags.c_contiguous else "F" if whole.flags.f_contiguous else "A"
-        return cls(array.dtype, item.ndim - 1, layout, bool(array.flags.aligned))
+        """Return the layout of an array whose items lie along `axis`."""
+        items = items_first(array, axis)
+        sample = items[0] if items.ndim > 1 else items
+        layout = "C" if sample.flags.c_contiguous else "F" if sample.flags.f_contiguous else "A"
+        return cls(array.dtype, items.ndim - 1, layout, bool(array.flags.aligned))
 
     def type(self, *, ndim: int, writable: bool) -> types.Array:
-        """The array type of numba with so many axes."""
+        """Return the array type of numba with `ndim` axes."""
         return types.Array(
             numpy_support.from_dtype(self.dtype),
             ndim,
@@ -159,7 +201,7 @@ class ArrayLayout:
         )
 
     def item(self, *, writable: bool) -> types.Type:
-        """The type of one item."""
+        """Return the numba type of one item."""
         if self.ndim == 0:
             return numpy_support.from_dtype(self.dtype)
         return self.type(ndim=self.ndim, writable=writable)
@@ -167,7 +209,15 @@ class ArrayLayout:
 
 @dataclass(frozen=True)
 class WritableArgs:
-    """Which arrays a kernel must be able to write to, so that it gets private copies of them."""
+    """Which arguments a kernel writes to, so that it gets private copies of them.
+
+    Attributes
+    ----------
+    items : bool
+        Whether it writes to items or chunks.
+    args : bool
+        Whether it writes to arrays among its further arguments.
+    """
 
     items: bool
     args: bool = False
@@ -175,18 +225,18 @@ class WritableArgs:
 
 @dataclass(frozen=True, eq=False)
 class KernelResult:
-    """What a kernel gives for one item.
+    """What a kernel returns for one item.
 
     Attributes
     ----------
     dtypes : tuple of dtype
-        Of each result.
+        The dtype of each result.
     is_tuple : bool
-        Whether it is a tuple.
+        Whether the kernel returns a tuple.
     writable_args : WritableArgs
-        What it must be able to write to.
+        Which arguments the kernel writes to.
     loops : dict
-        Loops that were compiled for it, by how the outputs lie.
+        The loops that were compiled for this result, by the layouts of the outputs.
     """
 
     dtypes: tuple[np.dtype[Any], ...]
@@ -197,12 +247,14 @@ class KernelResult:
 
 @dataclass(frozen=True)
 class ExtraArgs:
-    """What a kernel gets besides items or chunks, by position.
+    """The arguments of a kernel besides items or chunks, by position.
 
     Attributes
     ----------
-    before, after : tuple
-        What follows the items; what follows the row that it fills, if it fills one.
+    before : tuple
+        The arguments that follow the items.
+    after : tuple
+        The arguments that follow the row that the kernel fills, if it fills one.
     """
 
     before: tuple[Any, ...]
@@ -210,26 +262,26 @@ class ExtraArgs:
 
     @property
     def all(self) -> tuple[Any, ...]:
-        """One after the other."""
+        """All these arguments, in order."""
         return self.before + self.after
 
 
 def bind_arguments(
     kernel: Any, n_items: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, fills: bool = False
 ) -> ExtraArgs:
-    """`args` and `kwargs` by position, for the call ``kernel(*items, *args, [row], **kwargs)``.
+    """Return `args` and `kwargs` by position, for ``kernel(*items, *args, [row], **kwargs)``.
 
     Raises
     ------
     TypeError
-        If the kernel does not take them, before anything is compiled.
+        If the kernel does not take them; raised before anything is compiled.
     """
     if not kwargs:
         return ExtraArgs(args)
-    found = _bind(kernel, n_items, args, kwargs, fills=fills)
-    found.apply_defaults()
+    bound = _bind(kernel, n_items, args, kwargs, fills=fills)
+    bound.apply_defaults()
     n_before = n_items + len(args)
-    return ExtraArgs(args, found.args[n_before + fills :])
+    return ExtraArgs(args, bound.args[n_before + fills :])
 
 
 def _bind(
@@ -239,25 +291,25 @@ def _bind(
     try:
         return signature.bind(*[None] * (n_items + len(args) + fills), **kwargs)
     except TypeError as error:
-        given = [
+        arguments = [
             count_noun(n_items, "mapped array"),
             *[f"{len(args)} of args"] * bool(args),
             *["the row to fill"] * fills,
         ]
-        words = ", ".join([*given, *(f"{name}=" for name in kwargs)])
+        description = ", ".join([*arguments, *(f"{name}=" for name in kwargs)])
         raise TypeError(
-            f"{kernel.__name__}{signature} cannot be called with {words} ({error}); a kernel "
+            f"{kernel.__name__}{signature} cannot be called with {description} ({error}); a kernel "
             "that fills a row goes to map_items with out_shape="
         ) from None
 
 
 def types_of(extras: Sequence[Any], *, writable: bool) -> tuple[types.Type, ...]:
-    """The types of further arguments; arrays among them are read-only unless `writable`.
+    """Return the numba types of further arguments; arrays are read-only unless `writable`.
 
     Raises
     ------
     TypeError
-        For values of the other byte order: numba takes dates of that kind for others.
+        If a value has the other byte order: numba would misread dates of that order.
     """
     for value in extras:
         dtype = getattr(value, "dtype", None)
@@ -274,8 +326,8 @@ def types_of(extras: Sequence[Any], *, writable: bool) -> tuple[types.Type, ...]
     )
 
 
-def _least(records: bool, extras: ExtraArgs, *, writable: bool) -> WritableArgs:
-    """What every kernel is taken to write to: numba keeps nobody from writing to records."""
+def _get_min_writable_args(records: bool, extras: ExtraArgs, *, writable: bool) -> WritableArgs:
+    """Return what every kernel is assumed to write to: numba lets any kernel write to records."""
     return WritableArgs(writable or records, any(map(_has_fields, extras.all)))
 
 
@@ -284,17 +336,17 @@ def _has_fields(value: Any) -> bool:
 
 
 def resolve(kernel: Any, arguments: tuple[types.Type, ...]) -> Any:
-    """The kernel's signature for arguments of these types; it is compiled for them by then.
+    """Compile the kernel for arguments of these types and return its signature.
 
     Raises
     ------
     TypingError
-        If it cannot be.
+        If the kernel cannot be compiled for them.
     """
     signature = cpu_target.typing_context.resolve_function_type(numba.typeof(kernel), arguments, {})
     if signature is None:
         names = ", ".join(map(str, arguments))
-        known = ", ".join(f"({', '.join(map(str, one))})" for one in kernel.signatures)
+        known = ", ".join(f"({', '.join(map(str, kinds))})" for kinds in kernel.signatures)
         raise TypingError(
             f"{kernel.__name__} was compiled for {known} alone, not for ({names}); an array "
             "declared [::1] must be contiguous, [:] takes any; without a signature all are taken"
@@ -302,26 +354,26 @@ def resolve(kernel: Any, arguments: tuple[types.Type, ...]) -> Any:
     return signature
 
 
-def _resolve_any(
-    kernel: Any, arguments: Callable[[WritableArgs], tuple[types.Type, ...]], least: WritableArgs
+def _resolve_writable_args(
+    kernel: Any, get_types: Callable[[WritableArgs], tuple[types.Type, ...]], minimum: WritableArgs
 ) -> tuple[Any, WritableArgs]:
-    """The kernel's signature, and what it must be able to write to: the least if that can be.
+    """Return the kernel's signature and what it writes to: no more than `minimum` if possible.
 
-    Kernels with explicit signatures take what these say; others take read-only arrays.
+    A kernel with explicit signatures takes what these say; others take read-only arrays.
     """
     try:
-        return resolve(kernel, arguments(least)), least
+        return resolve(kernel, get_types(minimum)), minimum
     except TypingError as error:
-        vars(error).pop("__notes__", None)  # numba raises the same object again and again
+        vars(error).pop("__notes__", None)  # numba raises the same object each time
         if not kernel._can_compile:
-            more = (
-                WritableArgs(least.items, True),
-                WritableArgs(True, least.args),
+            alternatives = (
+                WritableArgs(minimum.items, True),
+                WritableArgs(True, minimum.args),
                 WritableArgs(True, True),
             )
-            for writable_args in more:
-                with suppress(TypingError):  # the first error says more
-                    return resolve(kernel, arguments(writable_args)), writable_args
+            for writable_args in alternatives:
+                with suppress(TypingError):  # the first error is more helpful
+                    return resolve(kernel, get_types(writable_args)), writable_args
         elif "Cannot modify readonly" in str(error):
             add_note(
                 error,
@@ -331,16 +383,16 @@ def _resolve_any(
         raise
 
 
-def _takes_as_they_are(signature: Any, arguments: tuple[types.Type, ...]) -> bool:
-    """Whether no number would be converted to fit the signature.
+def _takes_unconverted(signature: Any, arguments: tuple[types.Type, ...]) -> bool:
+    """Return whether no number would be converted to fit the signature.
 
-    Numba converts between compiled functions whatever fits or not (2.5 becomes 2, -1 the largest
-    number), and takes one of several signatures that would do; called from Python it refuses that.
+    Between compiled functions numba converts numbers whether they fit or not (2.5 becomes 2, -1 the
+    largest number), and picks any signature that would do. Called from Python, it refuses that.
     """
     return all(
-        given == wanted
-        for given, wanted in zip(arguments, signature.args, strict=True)
-        if isinstance(given, (types.Number, types.Boolean))
+        given_type == wanted_type
+        for given_type, wanted_type in zip(arguments, signature.args, strict=True)
+        if isinstance(given_type, (types.Number, types.Boolean))
     )
 
 
@@ -352,20 +404,20 @@ def infer_result(
     *,
     writable: bool,
 ) -> KernelResult | None:
-    """What a kernel gives for an item, or None if a loop over it cannot be fused.
+    """Return what a kernel returns for an item, or None if its loop cannot be fused.
 
     Parameters
     ----------
     kernel : numba dispatcher
         The function of items.
     layouts : sequence of ArrayLayout
-        How the mapped arrays lie.
+        The layouts of the mapped arrays.
     extras : ExtraArgs
         Further arguments.
     out : ArrayLayout or None
-        How the output lies into whose rows the kernel writes; None if it returns its results.
+        The layout of the output whose rows the kernel fills; None if it returns its results.
     writable : bool
-        Whether it is to get private copies.
+        Whether the kernel gets private copies in any case.
     """
     if any(layout.dtype.hasobject or not layout.dtype.isnative for layout in layouts):
         return None
@@ -374,22 +426,26 @@ def infer_result(
             layout.item(writable=False)
         extra_types = types_of(extras.all, writable=False)
     except (NumbaError, ValueError, TypeError):
-        return None  # a dtype or an argument that numba does not know
-    if any(layout.ndim for layout in layouts) and not all(map(_keeps_nothing, extra_types)):
+        return None  # numba does not know a dtype or an argument
+    if any(layout.ndim for layout in layouts) and not all(map(_cannot_keep_row, extra_types)):
         return None
-    # Numba takes 0.15 ms to look it up.
+    # Looked up here first: numba takes 0.15 ms to look up a signature.
     key = (tuple(layouts), extra_types, len(extras.before), out, writable)
     with suppress(KeyError):
-        return _get_made(kernel).infer_result[key]
-    found = _find_result(kernel, layouts, extras, out, writable=writable)
-    # The kernel may only be compiled now. Of threads that come at once the first counts.
-    return _get_made(kernel).infer_result.setdefault(key, found)
+        return _get_cache(kernel).results[key]
+    result = _find_result(kernel, layouts, extras, out, writable=writable)
+    # Get the cache again: the kernel may have been compiled only now. If several threads come at
+    # once, the first result counts.
+    return _get_cache(kernel).results.setdefault(key, result)
 
 
-def _keeps_nothing(kind: types.Type) -> bool:
-    """Whether a kernel cannot put a row into an argument: rows of loops are gone after the call."""
+def _cannot_keep_row(kind: types.Type) -> bool:
+    """Return whether a kernel cannot store a row in an argument of this type.
+
+    Rows of loops do not outlive the call, so a kernel must not keep them.
+    """
     if isinstance(kind, types.BaseTuple):
-        return all(map(_keeps_nothing, kind))
+        return all(map(_cannot_keep_row, kind))
     return isinstance(
         kind,
         (
@@ -407,38 +463,38 @@ def _keeps_nothing(kind: types.Type) -> bool:
     )
 
 
-class _Made:
-    """What was made for one kernel as it was compiled last."""
+class _KernelCache:
+    """What was inferred and compiled for one kernel, as it was last compiled."""
 
     def __init__(self) -> None:
         self.first_overload: Any = None
-        self.infer_result: dict[Any, KernelResult | None] = {}
-        self.without_gil: dict[int, Any] = {}
+        self.results: dict[Any, KernelResult | None] = {}
+        self.wrappers: dict[int, Any] = {}
 
     def is_outdated_by(self, first_overload: Any) -> bool:
-        """Whether the kernel was recompiled since."""
+        """Return whether the kernel was recompiled since."""
         return self.first_overload is not None and self.first_overload is not first_overload
 
 
-# Numba keeps what a compiled function refers to for as long as that function lives, so neither a
-# weak table nor an attribute of the kernel would let go of kernel and loop: the last ones are kept.
+# Numba keeps what a compiled function refers to for as long as that function lives. So neither a
+# weak table nor an attribute of the kernel would free kernel and loop: the most recent are kept.
 _MAX_KERNELS = 32  # arbitrary
-_made: OrderedDict[Any, _Made] = OrderedDict()
-_making = ModuleLock()
-call_at_shutdown(_made.clear)
+_kernel_caches: OrderedDict[Any, _KernelCache] = OrderedDict()
+_caches_lock = ModuleLock()
+call_at_shutdown(_kernel_caches.clear)
 
 
-def _get_made(kernel: Any) -> _Made:
+def _get_cache(kernel: Any) -> _KernelCache:
     first = next(iter(kernel.overloads.values()), None)
-    with _making:
-        made = _made.pop(kernel, None)
-        if made is None or made.is_outdated_by(first):
-            made = _Made()
-        made.first_overload = first
-        _made[kernel] = made
-        if len(_made) > _MAX_KERNELS:
-            _made.popitem(last=False)
-    return made
+    with _caches_lock:
+        cache = _kernel_caches.pop(kernel, None)
+        if cache is None or cache.is_outdated_by(first):
+            cache = _KernelCache()
+        cache.first_overload = first
+        _kernel_caches[kernel] = cache
+        if len(_kernel_caches) > _MAX_KERNELS:
+            _kernel_caches.popitem(last=False)
+    return cache
 
 
 def _find_result(
@@ -449,50 +505,50 @@ def _find_result(
     *,
     writable: bool,
 ) -> KernelResult | None:
-    if not extras.after:  # else it was looked at when they were bound
+    if not extras.after:  # otherwise checked when they were bound
         _bind(kernel, len(layouts), extras.before, {}, fills=out is not None)
 
-    def arguments(writable_args: WritableArgs) -> tuple[types.Type, ...]:
+    def get_types(writable_args: WritableArgs) -> tuple[types.Type, ...]:
         items = tuple(layout.item(writable=writable_args.items) for layout in layouts)
         row = () if out is None else (out.type(ndim=out.ndim, writable=True),)
         before = types_of(extras.before, writable=writable_args.args)
         return (*items, *before, *row, *types_of(extras.after, writable=writable_args.args))
 
-    # Records that are items by themselves are copied by the loop.
-    records = any(layout.ndim and layout.dtype.names is not None for layout in layouts)
+    # Items that are single records need no copies here: the loop copies them.
+    has_record_rows = any(layout.ndim and layout.dtype.names is not None for layout in layouts)
     try:
-        least = _least(records, extras, writable=writable)
-        signature, writable_args = _resolve_any(kernel, arguments, least)
+        minimum = _get_min_writable_args(has_record_rows, extras, writable=writable)
+        signature, writable_args = _resolve_writable_args(kernel, get_types, minimum)
     except ForceLiteralArg:
-        return None  # it is compiled for values, which numba knows when it is called
-    if not kernel._can_compile and not _takes_as_they_are(signature, arguments(writable_args)):
+        return None  # numba compiles it for values, which are known when it is called
+    if not kernel._can_compile and not _takes_unconverted(signature, get_types(writable_args)):
         return None
-    if any(isinstance(kind, types.Array) for kind in arguments(writable_args)) and any(
+    if any(isinstance(kind, types.Array) for kind in get_types(writable_args)) and any(
         map(_makes_objects_of_arrays, kernel.overloads.values())
     ):
         return None
     if out is not None:
         return KernelResult((out.dtype,), is_tuple=False, writable_args=writable_args)
-    scalars = _result_dtypes(signature.return_type)
+    scalars = _get_result_dtypes(signature.return_type)
     return None if scalars is None else KernelResult(*scalars, writable_args)
 
 
 def _makes_objects_of_arrays(overload: Any) -> bool:
-    """Whether compiled code, or what it calls, makes Python objects of arrays.
+    """Return whether compiled code, or code that it calls, makes Python objects of arrays.
 
-    It does where it turns to Python code (`objmode`), and for exceptions that have an array among
-    their arguments. Python may keep them, but arrays of loops lie over memory that they do not own.
+    It does so in `objmode`, and for exceptions with an array among their arguments. Python may
+    keep such objects, but the arrays of loops lie over memory that they do not own.
     """
-    return _TO_PYTHON in str(overload.library._get_module_for_linking())
+    return _TO_PYTHON_PREFIX in str(overload.library._get_module_for_linking())
 
 
-def _result_dtypes(kind: types.Type) -> tuple[tuple[np.dtype[Any], ...], bool] | None:
-    """The dtypes of a scalar or of a tuple of them, and which it is; None for anything else."""
+def _get_result_dtypes(kind: types.Type) -> tuple[tuple[np.dtype[Any], ...], bool] | None:
+    """Return the dtypes of a scalar or tuple of scalars, and whether it is a tuple; else None."""
     is_tuple = isinstance(kind, types.BaseTuple)
     parts = list(kind) if is_tuple else [kind]
     dtypes = [_to_dtype(part) for part in parts]
     if not dtypes or any(dtype is None for dtype in dtypes):
-        return None  # arrays, None, text: stacked one by one
+        return None  # arrays, None and text are stacked by Python code
     return tuple(d for d in dtypes if d is not None), is_tuple
 
 
@@ -505,7 +561,7 @@ def _to_dtype(kind: types.Type) -> np.dtype[Any] | None:
     return None
 
 
-_compiling = ModuleLock()
+_compile_lock = ModuleLock()
 
 
 def compile_loop(
@@ -513,39 +569,42 @@ def compile_loop(
     layouts: Sequence[ArrayLayout],
     extras: ExtraArgs,
     outs: Sequence[ArrayLayout],
-    found: KernelResult,
+    result: KernelResult,
     *,
     rows_out: bool,
 ) -> Callable[..., None]:
-    """The compiled loop for a kernel over arrays that lie so; made once for what `infer_result` found.
+    """Return the compiled loop for a kernel and arrays of these layouts; compile it once.
 
-    Its arguments are the addresses of the ledger's words and of the worker's row in it, the items
-    that are left of a range (begin, end), the worker's own ranges (first, last; last is -1 where
-    ranges are claimed), the numbers of ranges, of items in each and of all items; then for each
-    array and each output address, stride, shape and strides of an item; then the extras, arrays
-    as address, shape and strides.
+    `result` is what `infer_result` returned for them. The loop takes, in this order:
+
+    - the addresses of the ledger's words and of the worker's row in it,
+    - the items that are left of a chunk (begin, end),
+    - the worker's own chunks (next_own, stop_own); stop_own is -1 where chunks are claimed,
+    - the number of chunks, the chunksize, and the number of items,
+    - for each array and each output: address, stride, shape and strides of an item,
+    - the extras, arrays among them as address, shape and strides.
     """
-    loops, key = found.loops, tuple(outs)
-    if key not in loops:  # looked up before: nobody waits for other kernels to be compiled
-        with _compiling:
+    loops, key = result.loops, tuple(outs)
+    if key not in loops:  # checked without the lock: do not wait while others compile
+        with _compile_lock:
             if key not in loops:
-                extra_types = types_of(extras.all, writable=found.writable_args.args)
+                extra_types = types_of(extras.all, writable=result.writable_args.args)
                 row_at = len(extras.before) if rows_out else None
-                loops[key] = _compile(kernel, layouts, extra_types, outs, found, row_at=row_at)
+                loops[key] = _build_loop(kernel, layouts, extra_types, outs, result, row_at=row_at)
     return loops[key]
 
 
-def _compile(
+def _build_loop(
     kernel: Any,
     layouts: Sequence[ArrayLayout],
     extra_types: Sequence[types.Type],
     outs: Sequence[ArrayLayout],
-    found: KernelResult,
+    result: KernelResult,
     *,
     row_at: int | None,
 ) -> Callable[..., None]:
     word = types.int64
-    names: dict[str, Any] = {
+    namespace: dict[str, Any] = {
         "kernel": kernel,
         "np": np,
         "take": _take,
@@ -553,167 +612,183 @@ def _compile(
         "store": _store,
         "copy": _copy,
     }
-    parameters = ["words", "row", "begin", "end", "first", "last", "n_chunks", "size", "n_items"]
+    parameters = [
+        "ledger",
+        "worker_row",
+        "begin",
+        "end",
+        "next_own",
+        "stop_own",
+        "n_chunks",
+        "chunksize",
+        "n_items",
+    ]
     signature: list[types.Type] = [word] * len(parameters)
-    before: list[str] = []
-    within: list[str] = []
+    setup: list[str] = []
+    body: list[str] = []
     arguments: list[str] = []
 
     def add_array(name: str, layout: ArrayLayout, *, writable: bool) -> str:
-        """Say how an array comes into the loop; the expression for its item `i`."""
-        parameters.extend([name, f"{name}_step", f"{name}_shape", f"{name}_steps"])
+        """Pass an array to the loop; return the expression for its item `i`."""
+        parameters.extend([name, f"{name}_stride", f"{name}_item_shape", f"{name}_item_strides"])
         signature.extend([word, word, *[types.UniTuple(word, layout.ndim)] * 2])
         if layout.ndim:
-            names[f"{name}_at"] = _maker(layout.type(ndim=layout.ndim, writable=writable))
-            return f"{name}_at({name} + i * {name}_step, {name}_shape, {name}_steps)"
-        names[f"{name}_at"] = _maker(layout.type(ndim=1, writable=writable))
-        before.append(f"{name}_all = {name}_at({name}, (n_items,), ({name}_step,))")
+            namespace[f"make_{name}"] = _make_array_intrinsic(
+                layout.type(ndim=layout.ndim, writable=writable)
+            )
+            return (
+                f"make_{name}({name} + i * {name}_stride, {name}_item_shape, {name}_item_strides)"
+            )
+        namespace[f"make_{name}"] = _make_array_intrinsic(layout.type(ndim=1, writable=writable))
+        setup.append(f"{name}_all = make_{name}({name}, (n_items,), ({name}_stride,))")
         return f"{name}_all[i]"
 
     for number, layout in enumerate(layouts):
-        item = add_array(f"x{number}", layout, writable=found.writable_args.items)
+        item = add_array(f"x{number}", layout, writable=result.writable_args.items)
         if layout.ndim == 0 and layout.dtype.names is not None:
-            # A record in compiled code is a pointer: the kernel would write to the caller's.
-            names[f"r{number}_dtype"] = layout.dtype
-            before.append(f"r{number} = np.empty(1, r{number}_dtype)")
-            within.append(f"r{number}[0] = {item}")
-            item = f"r{number}[0]"
+            # A record in compiled code is a pointer: the kernel would write to the caller's record.
+            namespace[f"record{number}_dtype"] = layout.dtype
+            setup.append(f"record{number} = np.empty(1, record{number}_dtype)")
+            body.append(f"record{number}[0] = {item}")
+            item = f"record{number}[0]"
         arguments.append(item)
     targets = [add_array(f"y{n}", layout, writable=True) for n, layout in enumerate(outs)]
     for number, kind in enumerate(extra_types):
         name = f"a{number}"
         if isinstance(kind, types.Array):
-            parameters.extend([name, f"{name}_shape", f"{name}_steps"])
+            parameters.extend([name, f"{name}_shape", f"{name}_strides"])
             signature.extend([word, *[types.UniTuple(word, kind.ndim)] * 2])
-            names[f"{name}_at"] = _maker(kind)
-            before.append(f"{name}_all = {name}_at({name}, {name}_shape, {name}_steps)")
+            namespace[f"make_{name}"] = _make_array_intrinsic(kind)
+            setup.append(f"{name}_all = make_{name}({name}, {name}_shape, {name}_strides)")
             arguments.append(f"{name}_all")
         else:
             parameters.append(name)
             signature.append(kind)
             arguments.append(name)
-    if row_at is not None:  # so many of the extras come before it
-        names["row_dtype"] = found.dtypes[0]
-        before += [
-            "filled = np.empty(y0_shape, row_dtype)",
-            "filled_at, filled_nbytes = filled.ctypes.data, filled.nbytes",
+    if row_at is not None:  # the number of extras before the row
+        namespace["row_dtype"] = result.dtypes[0]
+        setup += [
+            "out_row = np.empty(y0_item_shape, row_dtype)",
+            "out_row_address, out_row_nbytes = out_row.ctypes.data, out_row.nbytes",
         ]
-        arguments.insert(len(layouts) + row_at, "filled")
-        within.append(f"kernel({', '.join(arguments)})")
-        written = [_put_in_place(targets[0], outs[0], found.dtypes[0])]
+        arguments.insert(len(layouts) + row_at, "out_row")
+        body.append(f"kernel({', '.join(arguments)})")
+        writes = [_make_row_write(targets[0], outs[0], result.dtypes[0])]
     else:
-        within.append(f"value = kernel({', '.join(arguments)})")
-        written = [
-            f"{target} = value[{n}]" if found.is_tuple else f"{target} = value"
+        body.append(f"value = kernel({', '.join(arguments)})")
+        writes = [
+            f"{target} = value[{n}]" if result.is_tuple else f"{target} = value"
             for n, target in enumerate(targets)
         ]
-    # The call may have been interrupted meanwhile: then nothing is written any more.
-    within += ["if load(words) != 0:", "    return", *written]
+    # The call may have been interrupted meanwhile: then nothing may be written any more.
+    body += ["if load(ledger) != 0:", "    return", *writes]
     source = _LOOP.format(
         parameters=", ".join(parameters),
-        before="\n    ".join(before) or "pass",
-        within="\n            ".join(within),
+        setup="\n    ".join(setup) or "pass",
+        body="\n            ".join(body),
         COUNTER_AT=COUNTER_AT,
         IN_HAND_AT=IN_HAND_AT,
         ITEM_AT=ITEM_AT,
         ITEMS_AT=ITEMS_AT,
         RANGES_AT=RANGES_AT,
     )
-    exec(compile(source, f"<fused loop over {kernel.__name__}>", "exec"), names)
-    loop: Any = numba.njit(nogil=True, **_inherit_options(kernel))(names["loop"])
+    exec(compile(source, f"<fused loop over {kernel.__name__}>", "exec"), namespace)
+    loop: Any = numba.njit(nogil=True, **_get_inherited_options(kernel))(namespace["loop"])
     loop.compile(tuple(signature))
     loop.disable_compile()
     run: Callable[..., None] = loop
     return run
 
 
-def _put_in_place(target: str, layout: ArrayLayout, dtype: np.dtype[Any]) -> str:
-    """The statement that copies a filled row of some dtype to its place in the output."""
+def _make_row_write(target: str, layout: ArrayLayout, dtype: np.dtype[Any]) -> str:
+    """Return the statement that copies a filled row of `dtype` to its place in the output."""
     if layout.ndim == 0:
-        return f"{target} = filled[()]"
+        return f"{target} = out_row[()]"
     if layout.layout == "C" and layout.dtype == dtype:
-        # Assigning takes compiled code about 1 ns an element: 5 % of a picture of small numbers.
-        return "copy(y0 + i * y0_step, filled_at, filled_nbytes)"
-    return f"{target}[...] = filled"
+        # An assignment takes compiled code about 1 ns an element: 5 % of the time of a picture of
+        # small numbers.
+        return "copy(y0 + i * y0_stride, out_row_address, out_row_nbytes)"
+    return f"{target}[...] = out_row"
 
 
-# What every fused loop does; how arrays, kernel and results look like is filled in.
+# The source of every fused loop; what depends on arrays, kernel and results is filled in.
 _LOOP = """
 def loop({parameters}):
-    {before}
+    {setup}
     while True:
         if begin >= end:
-            if load(words) != 0:
+            if load(ledger) != 0:
                 return
-            if last < 0:
-                index = take(words + {COUNTER_AT})
+            if stop_own < 0:
+                index = take(ledger + {COUNTER_AT})
                 if index >= n_chunks:
                     return
             else:
-                index = first
-                first += 1
-                if index >= last:
+                index = next_own
+                next_own += 1
+                if index >= stop_own:
                     return
-            store(row + {IN_HAND_AT}, index)
-            begin = index * size
-            end = min(begin + size, n_items)
+            store(worker_row + {IN_HAND_AT}, index)
+            begin = index * chunksize
+            end = min(begin + chunksize, n_items)
         for i in range(begin, end):
-            if load(words) != 0:
+            if load(ledger) != 0:
                 return
-            store(row + {ITEM_AT}, i)
-            {within}
-        store(row + {ITEMS_AT}, load(row + {ITEMS_AT}) + end - begin)
-        store(row + {RANGES_AT}, load(row + {RANGES_AT}) + 1)
-        store(row + {IN_HAND_AT}, -1)
+            store(worker_row + {ITEM_AT}, i)
+            {body}
+        store(worker_row + {ITEMS_AT}, load(worker_row + {ITEMS_AT}) + end - begin)
+        store(worker_row + {RANGES_AT}, load(worker_row + {RANGES_AT}) + 1)
+        store(worker_row + {IN_HAND_AT}, -1)
         begin = end
 """
 
 
-def _inherit_options(kernel: Any) -> dict[str, Any]:
-    """Options that a function around a kernel must have too: the kernel may be inlined into it."""
+def _get_inherited_options(kernel: Any) -> dict[str, Any]:
+    """Return the options that a function around a kernel needs too: numba may inline the kernel."""
     options = kernel.targetoptions
     names = ("boundscheck", "error_model", "fastmath")
     return {name: options[name] for name in names if name in options}
 
 
 def without_gil(kernel: Any, n_arguments: int) -> Any:
-    """The kernel itself, called from compiled code that has let go of the GIL."""
-    with _compiling:
-        made = _get_made(kernel).without_gil
-        if n_arguments not in made:
-            # Not `*args`: compiled beforehand for these, it is compiled again when called.
+    """Return a compiled function that releases the GIL and calls the kernel."""
+    with _compile_lock:
+        wrappers = _get_cache(kernel).wrappers
+        if n_arguments not in wrappers:
+            # Not `*args`: compiled for these beforehand, it would be compiled again when called.
             names = ", ".join(f"a{n}" for n in range(n_arguments))
             source = f"def called({names}):\n    return kernel({names})\n"
             namespace: dict[str, Any] = {"kernel": kernel}
             exec(compile(source, f"<call of {kernel.__name__}>", "exec"), namespace)
-            made[n_arguments] = numba.njit(nogil=True, **_inherit_options(kernel))(
+            wrappers[n_arguments] = numba.njit(nogil=True, **_get_inherited_options(kernel))(
                 namespace["called"]
             )
-        return made[n_arguments]
+        return wrappers[n_arguments]
 
 
 def compile_kernel(
     kernel: Any, chunks: Sequence[np.ndarray], extras: ExtraArgs, *, writable: bool
 ) -> tuple[Callable[..., Any], WritableArgs, tuple[tuple[np.dtype[Any], ...], bool] | None]:
-    """What to call with chunks like these, compiled, what it must be able to write to.
+    """Compile a kernel for chunks (or items) like these.
 
-    And what it returns, if that is scalars: their dtypes, and whether they come as a tuple.
+    Return the function to call, what it writes to, and, if it returns scalars, their dtypes and
+    whether they come as a tuple.
     """
     _bind(kernel, len(chunks), extras.all, {}, fills=False)
 
-    def arguments(writable_args: WritableArgs) -> tuple[types.Type, ...]:
+    def get_types(writable_args: WritableArgs) -> tuple[types.Type, ...]:
         return (
             *types_of(chunks, writable=writable_args.items),
             *types_of(extras.all, writable=writable_args.args),
         )
 
     try:
-        least = _least(any(map(_has_fields, chunks)), extras, writable=writable)
-        signature, writable_args = _resolve_any(kernel, arguments, least)
-    except ForceLiteralArg:  # as above
+        minimum = _get_min_writable_args(any(map(_has_fields, chunks)), extras, writable=writable)
+        signature, writable_args = _resolve_writable_args(kernel, get_types, minimum)
+    except ForceLiteralArg:  # compiled for values when it is called
         return kernel, WritableArgs(items=writable), None
-    if not kernel._can_compile and not _takes_as_they_are(signature, arguments(writable_args)):
+    if not kernel._can_compile and not _takes_unconverted(signature, get_types(writable_args)):
         return kernel, writable_args, None
-    called: Any = without_gil(kernel, len(chunks) + len(extras.all))
-    called.compile(arguments(writable_args))
-    return called, writable_args, _result_dtypes(signature.return_type)
+    wrapper: Any = without_gil(kernel, len(chunks) + len(extras.all))
+    wrapper.compile(get_types(writable_args))
+    return wrapper, writable_args, _get_result_dtypes(signature.return_type)

@@ -1,8 +1,8 @@
-"""Fused loops as tasks: what a compiled loop over items needs to know, and what becomes of errors.
+"""Fused loops as tasks: the arguments of a compiled loop over items, and how errors are handled.
 
-The loop itself is compiled in `taskcarrier.arrays.kernels.compiler`. In threads it claims ranges by itself
-(`run_all`); in the caller, and where the kernel must get private copies, it is called range by range
-as any other function.
+The loop is compiled in `taskcarrier.arrays.kernels.compiler`. In threads it claims chunks itself
+(`run_all`). In the caller, and if the kernel must get private copies, it is called for one range
+after the other like any other function.
 """
 
 from __future__ import annotations
@@ -31,21 +31,23 @@ class FusedTask:
     Attributes
     ----------
     loop : callable
-        The loop (`taskcarrier.arrays.kernels.compiler.fused_loop`).
-    arrays, axes : list of ndarray, list of int
-        The mapped arrays, and the mapped axis of each.
+        The loop (`taskcarrier.arrays.kernels.compiler.compile_loop`).
+    arrays : list of ndarray
+        The mapped arrays.
+    axes : list of int
+        The mapped axis of each array.
     outs : list of ndarray
-        The outputs, their mapped axis first.
+        The outputs, with their mapped axis first.
     extras : tuple
-        What else the kernel gets.
+        The further arguments of the kernel.
     n_items : int
-        Items along the mapped axis.
+        The number of items along the mapped axis.
     takes_copies : bool
-        Whether it gets private, writable copies of its items.
+        Whether the kernel gets private, writable copies of its items.
     copies_args : bool
-        Whether every worker gets such copies of arrays in its arguments.
+        Whether every worker gets such copies of arrays among the further arguments.
     collect_errors : bool
-        Whether errors are collected; else the first one ends the run.
+        Whether errors are collected; otherwise the first one ends the run.
     """
 
     loop: Callable[..., None]
@@ -61,99 +63,101 @@ class FusedTask:
 
     @cached_property
     def array_arguments(self) -> list[Any]:
-        """The mapped arrays as the loop takes them."""
-        return _all_arguments(self.arrays, self.axes)
+        """The mapped arrays, as arguments of the loop."""
+        return _to_loop_arguments(self.arrays, self.axes)
 
     @cached_property
     def out_arguments(self) -> list[Any]:
-        """The outputs as the loop takes them."""
-        return _all_arguments(self.outs, [0] * len(self.outs))
+        """The outputs, as arguments of the loop."""
+        return _to_loop_arguments(self.outs, [0] * len(self.outs))
 
     def halt(self) -> None:
-        """The call is over: loops that are told what to run write nothing any more."""
+        """Keep loops that run given ranges from writing any more: the call is over."""
         for ledger in list(self._ledgers):
             ledger.halt()
 
-    def open(self, propose: Propose) -> FusedRunner:  # noqa: ARG002, D102  # all is known; as in Task
+    def open(self, propose: Propose) -> FusedRunner:  # noqa: ARG002  # as in Task
+        """Open the loop in one worker; all is known, so nothing is proposed."""
         return FusedRunner(self)
 
 
 class FusedRunner:
-    """A `FusedTask` opened in one worker."""
+    """A `FusedTask` that was opened in one worker."""
 
     def __init__(self, task: FusedTask) -> None:
         self._task = task
-        # What is passed by address must live as long as this.
+        # Arrays that are passed by address must live as long as the runner.
         self._extras = [own_or_read_only(value, own=task.copies_args) for value in task.extras]
-        self._after: list[Any] = []
+        self._extra_arguments: list[Any] = []
         for value in self._extras:
             if isinstance(value, np.ndarray):
-                self._after += [address_of(value), value.shape, value.strides]
+                self._extra_arguments += [address_of(value), value.shape, value.strides]
             else:
-                self._after.append(value)
+                self._extra_arguments.append(value)
 
     def run_all(self, job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> None:
-        """Claim ranges and run them until there are none; without the GIL, but for errors."""
+        """Claim chunks and run them until none are left; the GIL is taken for errors only."""
         plan = job.balance.plan(worker, job.n_workers, len(job.grid))
-        first, last = (plan.start, plan.stop) if job.balance.name == "static" else (0, -1)
-        chunksize = min(job.grid.chunksize, job.grid.n_items)  # a word holds it
-        parts = PartialResult([], [])
+        next_own, stop_own = (plan.start, plan.stop) if job.balance.name == "static" else (0, -1)
+        chunksize = min(job.grid.chunksize, job.grid.n_items)  # so that it fits into a word
+        partial = PartialResult([], [])
         begin = end = 0
         while True:
             try:
-                claims = (first, last, len(job.grid), chunksize)
-                self._run(ledger, worker, (begin, end, *claims), self._task.array_arguments)
+                claims = (next_own, stop_own, len(job.grid), chunksize)
+                self._run_loop(ledger, worker, (begin, end, *claims), self._task.array_arguments)
                 break
             except Exception as error:
                 index, item = ledger.loop_position(worker)
                 if not self._task.collect_errors:
                     add_note(error, f"func failed on item {item}")
                     raise
-                parts.faults.append((item, item + 1, error))
+                partial.faults.append((item, item + 1, error))
                 start = begin if begin < end and begin // chunksize == index else index * chunksize
                 begin, end = item + 1, job.grid.range_of(index)[1]
                 ledger.count(worker, begin - start, finished=begin == end)
-                first = max(first, index + 1)
-        if parts.faults:
-            deliver(parts.faults[0][0], parts)
+                next_own = max(next_own, index + 1)
+        if partial.faults:
+            deliver(partial.faults[0][0], partial)
 
     def __call__(self, start: int, stop: int) -> Any:
-        """Run one range, with private copies if the kernel wants them."""
+        """Run one range, with private copies if the kernel needs them."""
         ledger = self._own_ledger
-        parts = PartialResult([], [])
+        partial = PartialResult([], [])
         arrays = self._task.array_arguments
         if self._task.takes_copies:
             copies = [
                 _copy_items(items_first(array, axis)[start:stop])
                 for array, axis in zip(self._task.arrays, self._task.axes, strict=True)
             ]
-            arrays = _all_arguments(copies, [0] * len(copies))
-            # The loop counts items from the first of all.
+            arrays = _to_loop_arguments(copies, [0] * len(copies))
+            # The loop counts items from the first of the whole array, so shift addresses.
             arrays[::4] = [
-                first - start * step for first, step in zip(arrays[::4], arrays[1::4], strict=True)
+                address - start * stride
+                for address, stride in zip(arrays[::4], arrays[1::4], strict=True)
             ]
         begin = start
         while begin < stop:
             try:
-                self._run(ledger, 0, (begin, stop, 0, 0, 0, 1), arrays)  # claims nothing
+                self._run_loop(ledger, 0, (begin, stop, 0, 0, 0, 1), arrays)  # claims nothing
                 break
             except Exception as error:
                 _, item = ledger.loop_position(0)
                 if not self._task.collect_errors or is_of_the_program(error):
                     add_note(error, f"func failed on item {item}")
                     raise
-                parts.faults.append((item, item + 1, error))
+                partial.faults.append((item, item + 1, error))
                 begin = item + 1
-        return parts if parts.faults else IN_PLACE
+        return partial if partial.faults else IN_PLACE
 
     @cached_property
     def _own_ledger(self) -> Ledger:
-        """Of this worker alone, where it is told what to run."""
+        """The ledger of this worker alone, for ranges that it is called with."""
         ledger = Ledger.with_address(1)
         self._task._ledgers.append(ledger)
         return ledger
 
-    def _run(
+    def _run_loop(
         self,
         ledger: Ledger,
         worker: int,
@@ -167,24 +171,24 @@ class FusedRunner:
             self._task.n_items,
             *arrays,
             *self._task.out_arguments,
-            *self._after,
+            *self._extra_arguments,
         )
 
     def facts(self) -> tuple[int, Spec] | None:
-        """Nothing: what results are like is known before."""
+        """Return None: the spec of results is known before the run."""
         return None
 
 
 def _copy_items(items: np.ndarray) -> np.ndarray:
-    """A private copy whose items lie as they did: the loop was compiled for that."""
+    """Return a private copy whose items have the same layout: the loop was compiled for that."""
     if items[0].flags.f_contiguous and not items[0].flags.c_contiguous:
         backwards = (0, *range(items.ndim - 1, 0, -1))
         return items.transpose(backwards).copy(order="C").transpose(backwards)
     return items.copy(order="C")
 
 
-def _all_arguments(arrays: list[np.ndarray], axes: list[int]) -> list[Any]:
-    """Arrays as fused loops take them: address, then of an item its stride, shape and strides."""
+def _to_loop_arguments(arrays: list[np.ndarray], axes: list[int]) -> list[Any]:
+    """Return arrays as arguments of fused loops: address; stride, shape and strides of an item."""
     arguments: list[Any] = []
     for array, axis in zip(arrays, axes, strict=True):
         shape, strides = array.shape, array.strides

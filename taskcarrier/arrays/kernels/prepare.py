@@ -1,8 +1,8 @@
-"""What is compiled before a call runs, for functions that numba has compiled.
+"""Preparing calls of functions that numba has compiled: what is compiled before a call runs.
 
-Decides between a fused loop and calls of the kernel from outside, and whether a kernel must get
-private copies. Numba itself is met in `taskcarrier.arrays.kernels.compiler` alone, which is imported only
-here, and only for such functions.
+This module decides between a fused loop and calls of the kernel from Python, and whether a kernel
+must get private copies. Only `taskcarrier.arrays.kernels.compiler` uses numba itself; it is
+imported only here, and only for such functions.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from taskcarrier.workers.call import Call
 from taskcarrier.workers.introspect import has_own_threads, is_jitted, is_numba_ufunc
 from taskcarrier.workers.records import Fault
 
-_COPIES = "the kernel takes arrays or records that it may write to: it gets private copies"
-_NO_LOOP = (
+_COPIES_NOTE = "the kernel takes arrays or records that it may write to: it gets private copies"
+_NO_LOOP_NOTE = (
     "the kernel is called from Python and not fused into a loop, which gives scalars or fills rows "
     "(pass out_shape=), of dtypes that numba knows, and takes items as its signature says"
 )
@@ -37,58 +37,58 @@ _NO_LOOP = (
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Where a function of items writes its result: a row of the output, given after `args`.
+    """The row of the output to which a function of items writes its result, passed after `args`.
 
     Attributes
     ----------
     shape : tuple of int
-        Its shape.
+        The shape of the row.
     dtype : dtype
-        Its dtype.
+        The dtype of the row.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
     def none(self, out_axis: int | tuple[int, ...]) -> np.ndarray:
-        """The result of no items."""
+        """Return the result for no items."""
         axis = out_axis[0] if isinstance(out_axis, tuple) else out_axis
         axis = normalize_axis(axis, len(self.shape) + 1, "out_axis")
         return np.empty((*self.shape[:axis], 0, *self.shape[axis:]), self.dtype)
 
     def make_returning(self, func: Any) -> Any:
-        """A function that returns what `func` writes."""
-        return _Filled(func, self)
+        """Return a function that returns what `func` writes to a row."""
+        return _RowReturner(func, self)
 
 
 @dataclass(frozen=True, eq=False)
-class _Filled:
+class _RowReturner:
     func: Any
     row: Row
 
-    def __call__(self, *given: Any, **options: Any) -> np.ndarray:
-        # Compiled functions take this machine's byte order alone; the output is cast.
+    def __call__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        # Compiled functions take only this machine's byte order; the output is cast.
         row = np.empty(self.row.shape, self.row.dtype.newbyteorder("="))
-        self.func(*given, row, **options)
+        self.func(*args, row, **kwargs)
         return row
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedCall:
-    """A function as it is called, with what it needs.
+    """A function as it will be called, compiled beforehand if it is a kernel.
 
     Attributes
     ----------
     call : Call
-        What to call.
+        The function to call, with its arguments.
     writable : bool
-        Whether it gets private copies.
+        Whether it gets private copies of chunks or items.
     copies_args : bool
-        Whether every worker gets copies of arrays in its arguments, which it may write to.
+        Whether every worker gets copies of arrays among the arguments, which it may write to.
     notes : list of str
-        What the report should say.
+        The notes for the report.
     compiling_ns : int
-        What it took to compile it.
+        The time that compiling took, in ns.
     """
 
     call: Call
@@ -108,7 +108,7 @@ def prepare_call(
     writable: bool,
     in_processes: bool,
 ) -> PreparedCall:
-    """A function compiled for chunks (or items) like those of the first range."""
+    """Compile a function for chunks (or items) like those of the range `first`."""
     func = call.func
     if not (is_jitted(func) or is_numba_ufunc(func)) or inputs.n_items == 0:
         return PreparedCall(call, writable, False, [], 0)
@@ -125,70 +125,71 @@ def prepare_call(
         chunks = [
             items_first(chunk, axis)[0] for chunk, axis in zip(chunks, inputs.axes, strict=True)
         ]
-    called, writable_args, returned = compiler.compile_kernel(
+    target, writable_args, scalar_result = compiler.compile_kernel(
         func, chunks, extras, writable=writable
     )
     if in_processes:
-        called = func
+        target = func
     elif has_own_threads(func, extras.all):
-        called = _Alone(called)
-    # Objects may be of other types than the first, and are compiled for again.
-    if by_item and returned is not None and not any(d.hasobject for d in inputs.dtypes):
-        called = _Typed(called, *returned)
-    notes = [_COPIES] if writable_args.items and not writable else []
+        target = _OneAtATime(target)
+    # Later objects may have other types than the first; the kernel is then compiled again.
+    if by_item and scalar_result is not None and not any(d.hasobject for d in inputs.dtypes):
+        target = _TypedKernel(target, *scalar_result)
+    notes = [_COPIES_NOTE] if writable_args.items and not writable else []
     if by_item and not in_processes:
-        notes.append(_NO_LOOP)
-    ours = Call(called, extras.all)
+        notes.append(_NO_LOOP_NOTE)
+    prepared = Call(target, extras.all)
     return PreparedCall(
-        ours, writable_args.items, writable_args.args, notes, monotonic_ns() - begin
+        prepared, writable_args.items, writable_args.args, notes, monotonic_ns() - begin
     )
 
 
-_compiling = ModuleLock()
+_ufunc_lock = ModuleLock()
 
 
-def _compile_ufunc(func: Any, given: list[Any]) -> None:
-    """Have numba compile a ufunc, which it does when it is called, for arguments like these.
+def _compile_ufunc(func: Any, values: list[Any]) -> None:
+    """Have numba compile a ufunc for arguments like these, by a call with no elements.
 
-    Not safely by several threads at once, hence here. Of no elements it computes nothing.
-    Generalized ones that are compiled when called take their output as an argument, which they
+    Numba compiles it when it is called, which is not safe in several threads at once, so it is
+    done here.
+    Generalized ufuncs that are compiled when called take their output as an argument, which they
     do not get here.
     """
     if func.signature is None:
-        with _compiling:
-            func(*(np.empty(0, np.asarray(value).dtype) for value in given[: func.nin]))
+        with _ufunc_lock:
+            func(*(np.empty(0, np.asarray(value).dtype) for value in values[: func.nin]))
 
 
 @dataclass(frozen=True, eq=False)
-class _Typed:
-    """A kernel that is called from Python, with results of the dtypes it was compiled for."""
+class _TypedKernel:
+    """A kernel that is called from Python and gives results of the dtypes it was compiled for."""
 
     func: Any
     dtypes: tuple[np.dtype[Any], ...]
     is_tuple: bool
 
-    def __call__(self, *given: Any) -> Any:
-        value = self.func(*given)
+    def __call__(self, *args: Any) -> Any:
+        value = self.func(*args)
         if not self.is_tuple:
             return np.asarray(value, self.dtypes[0])[()]
         return tuple(
-            np.asarray(one, dtype)[()] for one, dtype in zip(value, self.dtypes, strict=True)
+            np.asarray(scalar, dtype)[()] for scalar, dtype in zip(value, self.dtypes, strict=True)
         )
 
 
-# Under some of numba's threading layers two calls at once of what brings its own threads abort.
-_own_threads = ModuleLock()
+# Some of numba's threading layers abort when two functions that start threads run at once.
+_own_threads_lock = ModuleLock()
 
 
 @dataclass(frozen=True, eq=False)
-class _Alone:
-    """A function that brings threads of its own, called from one thread at a time."""
+class _OneAtATime:
+    """A function that starts threads of its own, called from one thread at a time."""
 
     func: Any
 
-    def __call__(self, *given: Any) -> Any:
-        with _own_threads:
-            return self.func(*given)
+    def __call__(self, *args: Any) -> Any:
+        with _own_threads_lock:
+            return self.func(*args)
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,15 +199,15 @@ class FusedLoop:
     Attributes
     ----------
     task : FusedTask
-        The loop and what it needs.
+        The loop and its arguments.
     spec : Spec
-        What the results are like.
+        The spec of the results.
     notes : list of str
-        What the report should say.
+        The notes for the report.
     runs_all : bool
-        Whether threads may leave claiming to the loop: not if rows must be copied before.
+        Whether the loop may claim chunks itself in threads: not if rows must be copied first.
     casts : bool
-        Whether results are cast in the end, and do not stand in place before.
+        Whether results are cast at the end, and are not in place before.
     """
 
     task: FusedTask
@@ -217,17 +218,17 @@ class FusedLoop:
     _results: list[np.ndarray]
 
     def deferred(self, faults: list[Fault]) -> list[DeferredResult]:
-        """Results that are not where they belong yet, because they must be cast."""
+        """Return the results that are not in place yet because they must be cast."""
         if not self.casts:
             return []
-        for start, stop, _ in faults:  # what was never written may not survive a cast
+        for start, stop, _ in faults:  # values that were never written might not survive a cast
             for out in self.task.outs:
                 out[start:stop] = np.zeros((), out.dtype)
-        cast = [
+        cast_results = [
             cast_checked(result, dtype)
             for result, (dtype, _) in zip(self._results, self.spec.parts, strict=True)
         ]
-        return [(slice(0, self.task.n_items), cast)]
+        return [(slice(0, self.task.n_items), cast_results)]
 
 
 def fuse_loop(
@@ -240,8 +241,8 @@ def fuse_loop(
     collect_errors: bool,
     in_threads: bool,
 ) -> FusedLoop | None:
-    """A fused loop for a kernel of items, or None if it cannot be had."""
-    if not all(type(a) is np.ndarray for a in inputs.arrays):
+    """Return a fused loop for a kernel of items, or None if its loop cannot be fused."""
+    if not all(type(array) is np.ndarray for array in inputs.arrays):
         return None
     from taskcarrier.arrays.kernels import compiler  # noqa: PLC0415  # loads numba
 
@@ -251,37 +252,39 @@ def fuse_loop(
     layouts = [
         compiler.ArrayLayout.of(*pair) for pair in zip(inputs.arrays, inputs.axes, strict=True)
     ]
-    out = None
+    row_layout = None
     if row is not None:
-        place = np.empty((1, *row.shape), row.dtype.newbyteorder("="))
-        out = compiler.ArrayLayout.of(place, 0)
-    found = compiler.infer_result(call.func, layouts, extras, out, writable=writable)
-    if found is None:
+        sample = np.empty((1, *row.shape), row.dtype.newbyteorder("="))
+        row_layout = compiler.ArrayLayout.of(sample, 0)
+    result = compiler.infer_result(call.func, layouts, extras, row_layout, writable=writable)
+    if result is None:
         return None
     shape = () if row is None else row.shape
-    wanted = plan.axes_for(len(found.dtypes))
-    axes = tuple(normalize_axis(axis, len(shape) + 1, "out_axis") for axis in wanted)
-    native = Spec(tuple((dtype, shape) for dtype in found.dtypes), axes, found.is_tuple)
-    outputs = plan.outputs_for(len(found.dtypes))
-    dtypes = tuple(o.dtype or d for o, d in zip(outputs, found.dtypes, strict=True))
-    casts = dtypes != found.dtypes
-    spec = native.with_dtypes(dtypes) if casts else native
+    out_axes = plan.axes_for(len(result.dtypes))
+    axes = tuple(normalize_axis(axis, len(shape) + 1, "out_axis") for axis in out_axes)
+    kernel_spec = Spec(tuple((dtype, shape) for dtype in result.dtypes), axes, result.is_tuple)
+    outputs = plan.outputs_for(len(result.dtypes))
+    dtypes = tuple(
+        output.dtype or dtype for output, dtype in zip(outputs, result.dtypes, strict=True)
+    )
+    casts = dtypes != result.dtypes
+    spec = kernel_spec.with_dtypes(dtypes) if casts else kernel_spec
     plan.check(spec, promote_dtypes=False)  # the dtypes are known
     if casts:
-        shapes = native.shapes(inputs.n_items)
-        results = [np.empty(*pair) for pair in zip(shapes, found.dtypes, strict=True)]
+        shapes = kernel_spec.shapes(inputs.n_items)
+        results = [np.empty(*pair) for pair in zip(shapes, result.dtypes, strict=True)]
     else:
         places = plan.allocation.places(spec, outputs)
         assert places is not None  # for the type checker: kernels return no objects
         results = [open_place(place) for place in places]
     outs = [items_first(*pair) for pair in zip(results, axes, strict=True)]
-    out_lies = [compiler.ArrayLayout.of(one, 0) for one in outs]
+    out_layouts = [compiler.ArrayLayout.of(array, 0) for array in outs]
     loop = compiler.compile_loop(
-        call.func, layouts, extras, out_lies, found, rows_out=row is not None
+        call.func, layouts, extras, out_layouts, result, rows_out=row is not None
     )
-    # Threads are chosen for none that has its own (`taskcarrier.workers.choose`).
+    # Kernels with threads of their own are never run in threads (`taskcarrier.workers.choose`).
     if not in_threads and has_own_threads(call.func, extras.all):
-        loop = _Alone(loop)
+        loop = _OneAtATime(loop)
     task = FusedTask(
         loop,
         inputs.arrays,
@@ -289,21 +292,21 @@ def fuse_loop(
         outs,
         extras.all,
         inputs.n_items,
-        found.writable_args.items,
-        found.writable_args.args,
+        result.writable_args.items,
+        result.writable_args.args,
         collect_errors,
     )
-    notes = [_COPIES] if found.writable_args.items and not writable else []
-    runs_all = not found.writable_args.items or not any(layout.ndim for layout in layouts)
+    notes = [_COPIES_NOTE] if result.writable_args.items and not writable else []
+    runs_all = not result.writable_args.items or not any(layout.ndim for layout in layouts)
     return FusedLoop(task, spec, notes, runs_all, casts, results)
 
 
 def check_row(out_shape: object, dtype: Any, out: Any) -> Row | None:
-    """`out_shape` as the user may pass it, with the dtype that results are to have."""
+    """Check `out_shape` and return the row that it describes, with the dtype of results."""
     if out_shape is None:
         return None
     lengths = out_shape if isinstance(out_shape, (tuple, list)) else (out_shape,)
-    shape = tuple(_length(one, out_shape) for one in lengths)
+    shape = tuple(_check_length(length, out_shape) for length in lengths)
     if isinstance(dtype, tuple) or isinstance(out, tuple):
         raise TypeError("with out_shape= there is one result; dtype= and out= must not be tuples")
     if dtype is None:
@@ -311,7 +314,7 @@ def check_row(out_shape: object, dtype: Any, out: Any) -> Row | None:
     return Row(shape, np.dtype(dtype))
 
 
-def _length(value: Any, out_shape: object) -> int:
+def _check_length(value: Any, out_shape: object) -> int:
     if not hasattr(value, "__index__") or (length := value.__index__()) < 0:
         raise TypeError(f"out_shape must be a tuple of lengths, got {out_shape!r}")
     return int(length)

@@ -1,1 +1,1 @@
-"""Where results go, and how they get there."""
+"""Where the results of a run go, and how they get there."""

@@ -1,8 +1,8 @@
-"""Where the outputs of a run lie.
+"""The memory of the outputs of a run, and how workers write to it.
 
-The layout is a pure function of the spec and the number of items, and shared memory only grows, so
-a worker that knows the spec can make room for the whole output and write its part: nobody is
-elected to allocate, nobody waits, and nothing needs repair when a worker dies.
+The layout is a pure function of the spec and the number of items, and shared memory only grows. So
+any worker that knows the spec can make room for the whole output and write its part: no worker is
+elected to allocate, none waits, and nothing needs repair when a worker dies.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from taskcarrier.memory.segments import Segment, SharedView, descriptors_are_sca
 from taskcarrier.memory.strides import ALIGNMENT, contiguous_strides
 
 Place = np.ndarray | SharedView
-"""An array of this process, or where an array lies that every process can open."""
+"""Where one output lies: an array of this process, or a view that every process can open."""
 
 
 @dataclass(frozen=True, eq=False)
 class NpyPlace:
-    """Output into a ``.npy`` file: its data begin where the header will end."""
+    """The place of an output in a ``.npy`` file: its data begin where the header ends."""
 
     segment: Segment
 
     def view(self, dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> SharedView:
-        """Where the output lies in the file; there is room for it then, and its header."""
+        """Make room for the output in the file, write its header, and return where its data lie."""
         header = header_of(dtype, shape, order)
         offset = len(header)
         nbytes = math.prod(shape) * dtype.itemsize
         self.segment.reserve(offset + nbytes)
-        # Before the first result, so that a later run finds out what results are like.
+        # Before the first result, so that a later run can read what results are like.
         self.segment.write(0, memoryview(header))
         strides = contiguous_strides(shape, dtype.itemsize, order)
         return SharedView(self.segment if nbytes else None, offset, shape, strides, dtype)
@@ -45,14 +45,14 @@ class NpyPlace:
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """What the caller has asked of one output.
+    """What the user has asked of one output.
 
     Attributes
     ----------
     dtype : dtype or None
-        What results are cast to.
+        The dtype that results are cast to; None to keep theirs.
     shape : tuple of int or None
-        The shape that ``out=`` has.
+        The shape of ``out=``, if that is an array.
     place : ndarray, SharedView, NpyPlace or None
         Where workers write; None for fresh memory.
     """
@@ -62,45 +62,48 @@ class Output:
     place: np.ndarray | SharedView | NpyPlace | None = None
 
     def where(self, dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> Place | None:
-        """Where the output lies; None if it is to be in fresh memory."""
+        """Return where the output lies, or None if it is to lie in fresh memory."""
         if isinstance(self.place, NpyPlace):
             return self.place.view(dtype, shape, order)
         return self.place
 
 
 ANY = Output()
-"""Nothing was asked."""
+"""An output of which nothing is asked: any dtype and shape, in fresh memory."""
 
 
 class OutputBuffer(Protocol):
-    """Where the outputs of a run lie."""
+    """The memory of all outputs of a run."""
 
     def places(self, spec: Spec, outputs: Sequence[Output]) -> list[Place] | None:
-        """The whole outputs; None if they cannot lie there. Asked by workers and the caller."""
+        """Return where each whole output lies, or None if outputs cannot lie in this memory.
+
+        Workers and the caller call this.
+        """
 
     def write_lock(self) -> threading.Lock | None:
-        """A lock that one worker holds while it writes; None if it need not."""
+        """Make the lock that one worker holds while it writes; None if it needs none."""
 
     def check_open(self) -> None:
-        """Nothing while the call goes on; to be asked behind the door."""
+        """Raise `CallIsOverError` if the call is over; call it with the write lock held."""
 
     def close(self) -> None:
-        """The call is over."""
+        """Let no worker write any more: the call is over."""
 
 
-# What to do where the memory of this process has no room.
-_SMALLER = "map over fewer items at once, or pass out= as a path that ends in .npy"
+# Advice to the user when the memory of this process has no room.
+_ADVICE = "map over fewer items at once, or pass out= as a path that ends in .npy"
 
 
 class CallIsOverError(Exception):
-    """A worker comes with a result after the call has returned; nobody sees this."""
+    """A worker has a result after the call has returned; users never see this error."""
 
 
 class LocalBuffer:
     """Outputs in ordinary memory, shared by the threads of this process.
 
-    A thread cannot be stopped: one that is interrupted goes on until its range is done, and may
-    come to its result when the call is long over. It finds its door closed then.
+    A thread cannot be stopped. One whose call was interrupted goes on until its range is done, and
+    may have its result long after the call is over. `check_open` then keeps it from writing.
     """
 
     def __init__(self, n_items: int, order: str) -> None:
@@ -109,23 +112,23 @@ class LocalBuffer:
         self._n_items = n_items
         self._order: Any = order
         self._lock = threading.Lock()
-        self._made: list[Place] | None = None
+        self._places: list[Place] | None = None
 
     def places(self, spec: Spec, outputs: Sequence[Output]) -> list[Place]:
-        """The whole outputs, the same for every thread that asks."""
+        """Return the whole outputs, made by the first call and the same for every thread."""
         with self._lock:
-            if self._made is None:
-                made = []
+            if self._places is None:
+                places = []
                 for (dtype, _), shape, output in zip(
                     spec.parts, spec.shapes(self._n_items), outputs, strict=True
                 ):
                     place = output.where(dtype, shape, self._order)
                     if place is None:
-                        check_memory(math.prod(shape) * dtype.itemsize, "the result", _SMALLER)
+                        check_memory(math.prod(shape) * dtype.itemsize, "the result", _ADVICE)
                         place = np.empty(shape, dtype, self._order)
-                    made.append(place)
-                self._made = made
-            return self._made
+                    places.append(place)
+                self._places = places
+            return self._places
 
     def write_lock(self) -> threading.Lock | None:  # noqa: D102  # as in OutputBuffer
         write_lock = threading.Lock()
@@ -137,7 +140,7 @@ class LocalBuffer:
             raise CallIsOverError
 
     def close(self) -> None:
-        """From now on nothing is written; whoever is just writing is waited for."""
+        """Let no thread write from now on, and wait for those that are writing."""
         self._is_closed = True
         for write_lock in list(self._write_locks):
             with write_lock:
@@ -145,7 +148,7 @@ class LocalBuffer:
 
 
 class SharedBuffer:
-    """Outputs in one segment, one after the other, or where they were asked for."""
+    """Outputs in one segment, one after the other, or at the places that the user asked for."""
 
     def __init__(self, segment: Segment, n_items: int, order: str) -> None:
         self._segment = segment
@@ -153,7 +156,7 @@ class SharedBuffer:
         self._order = order
 
     def places(self, spec: Spec, outputs: Sequence[Output]) -> list[Place] | None:
-        """Where the outputs lie, with room for them; None for dtypes that hold objects."""
+        """Make room for the outputs and return where they lie; None if dtypes hold objects."""
         if any(dtype.hasobject for dtype, _ in spec.parts):
             return None
         places, end = self._layout(spec, outputs)
@@ -162,17 +165,20 @@ class SharedBuffer:
         return places
 
     def write_lock(self) -> threading.Lock | None:
-        """None is needed: no process outlives the call with a range in hand."""
+        """Return None: no lock is needed, as no process outlives the call with a range in hand."""
         return None
 
     def check_open(self) -> None:
-        """It is."""
+        """Do nothing: no process outlives the call with a range in hand."""
 
     def close(self) -> None:
-        """Nothing, as there are no doors."""
+        """Do nothing: there are no write locks to wait for."""
 
     def is_wasteful(self, spec: Spec, outputs: Sequence[Output]) -> bool:
-        """Whether results should be copied out: much too large a segment, or scarce descriptors."""
+        """Return whether results should be copied out of the segment.
+
+        They should if the segment is much too large for them, or descriptors are scarce.
+        """
         _, end = self._layout(spec, outputs)
         return descriptors_are_scarce() or self._segment.nbytes > 2 * end + _SLACK_NBYTES
 
@@ -192,41 +198,41 @@ class SharedBuffer:
         return places, end
 
 
-# Segments up to this size are not worth copying out of; arbitrary.
+# A segment of up to this size is not worth copying out of; arbitrary.
 _SLACK_NBYTES = 1 << 16
 
 
 def open_place(place: Place) -> np.ndarray:
-    """The whole output in this process, to be written to."""
+    """Return the whole output at `place` as a writable array of this process."""
     return place.open("write") if isinstance(place, SharedView) else place
 
 
 class Writer:
-    """How one worker writes its parts of one output.
+    """Writes one worker's parts of one output.
 
     Parameters
     ----------
     place : ndarray or SharedView
         Where the output lies.
     axis : int
-        Its mapped axis.
+        The mapped axis of the output.
 
     Notes
     -----
-    Where a range of the output is one piece of memory, it is written by `pwrite`: over 256 MB two
-    workers took 0.6 (0.3 to 0.9) of the time that writing through mappings took, which pay for each
-    page when it is first touched (`python -m bench sqrt_sin chain`).
+    A range of the output that is one piece of memory is written by `pwrite`: over 256 MB two
+    workers took 0.6 (0.3 to 0.9) of the time of writing through mappings, which pay for each page
+    when it is first touched (`python -m bench sqrt_sin chain`).
     """
 
     def __init__(self, place: Place, axis: int) -> None:
         self._place = place
-        self._before = (slice(None),) * axis
+        self._leading_index = (slice(None),) * axis
         self._array: np.ndarray | None = place if isinstance(place, np.ndarray) else None
-        self._order = None if self._array is not None else _order_by_pieces(place, axis)
+        self._order = None if self._array is not None else _find_piece_order(place, axis)
         self._stride = place.strides[axis]
 
     def put(self, start: int, stop: int, result: np.ndarray) -> None:
-        """Write the items from `start` to `stop`."""
+        """Write `result` to the items from `start` to `stop`."""
         if self._order is not None and isinstance(self._place, SharedView):
             segment, offset = self._place.segment, self._place.offset
             assert segment is not None  # for the type checker
@@ -236,11 +242,11 @@ class Writer:
             return
         if self._array is None:
             self._array = open_place(self._place)
-        self._array[(*self._before, slice(start, stop))] = result
+        self._array[(*self._leading_index, slice(start, stop))] = result
 
 
-def _order_by_pieces(place: Place, axis: int) -> str | None:
-    """The order in which a range of items is one piece of memory; None if it is several."""
+def _find_piece_order(place: Place, axis: int) -> str | None:
+    """Return the order in which a range of items is one piece of memory; None if it is several."""
     if isinstance(place, np.ndarray) or place.segment is None:
         return None
     for order, outer in (("C", place.shape[:axis]), ("F", place.shape[axis + 1 :])):

@@ -1,9 +1,9 @@
-"""Results that the caller keeps own their memory: nothing in them is a view of a chunk.
+"""Results that own their memory: nothing in what the caller keeps is a view of a chunk.
 
-Workers that are processes send pickles, which are copies. In threads and in the caller a result may
-hold its chunk, or a view of it, in any object: the input would show through, and could be neither
-written to nor freed. Chunks are read-only, and so is every view of one. So results are searched for
-read-only arrays over the memory of what the function was given.
+Worker processes send pickles, which are copies. In threads and in the caller a result may hold its
+chunk, or a view of it, in any object. Changes of the input would then show in the result, which
+could not be written to, and the input could not be freed. Chunks are read-only, and so is every
+view of one, so results are searched for read-only arrays over the memory of the given arrays.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from taskcarrier.notes import add_note
 
-# What holds no array, and is not worth a look.
+# Types whose objects hold no array, and need no search.
 _ATOMS = (
     type(None),
     bool,
@@ -36,35 +36,35 @@ _ATOMS = (
 )
 
 Given = Sequence[np.ndarray]
-"""Arrays that the function was given."""
+"""The arrays that the function was given."""
 
 
 def own_memory(result: Any, given: Given) -> Any:
-    """The result, with copies of what is memory of `given` in it.
+    """Return the result, with copies in place of arrays over the memory of `given`.
 
-    Plain containers are put together again around the copies; other objects that hold such memory
-    are copied as a whole, as `copy.deepcopy` does it.
+    Plain containers are rebuilt around the copies. Other objects that hold such memory are copied
+    as a whole, as by `copy.deepcopy`.
     """
     kind = type(result)
     if kind is np.ndarray and not result.dtype.hasobject:
-        return result.copy(order="K") if _is_a_view(result, given) else result
+        return result.copy(order="K") if _is_view(result, given) else result
     if kind in {tuple, list}:
         return kind(own_memory(value, given) for value in result)
     if kind is dict:
         return {key: own_memory(value, given) for key, value in result.items()}
-    return _copy(result, given) if _holds_a_view(result, given) else result
+    return _copy(result, given) if _holds_view(result, given) else result
 
 
 def _copy(result: Any, given: Given) -> Any:
     kind = type(result)
     if kind is np.ndarray and result.dtype == object:
-        made = np.empty_like(result)
-        for place, value in np.ndenumerate(result):
-            made[place] = own_memory(value, given)
-        return made
+        copied_array = np.empty_like(result)
+        for index, value in np.ndenumerate(result):
+            copied_array[index] = own_memory(value, given)
+        return copied_array
     try:
         copied = copy.deepcopy(result)
-        return _copy_by_pickle(result) if _holds_a_view(copied, given) else copied
+        return _copy_by_pickle(result) if _holds_view(copied, given) else copied
     except Exception as error:
         add_note(
             error,
@@ -75,7 +75,7 @@ def _copy(result: Any, given: Given) -> Any:
 
 
 def own_objects(result: Any, given: Given) -> Any:
-    """The same for results that are arrays, where they are of Python objects."""
+    """Return an array or a tuple of arrays, with `own_memory` applied to arrays of objects."""
     if isinstance(result, np.ndarray):
         return own_memory(result, given) if result.dtype.hasobject else result
     if type(result) is tuple:
@@ -84,59 +84,60 @@ def own_objects(result: Any, given: Given) -> Any:
 
 
 def _copy_by_pickle(result: object) -> object:
-    """A copy as processes would send it, of what `copy` leaves as it is: functions."""
-    from taskcarrier.workers.pickling import pickle_items, unpickle_items  # noqa: PLC0415  # loads joblib
+    """Return a copy as processes would send it: `copy` does not copy functions."""
+    # Imported late, as it loads joblib.
+    from taskcarrier.workers.pickling import pickle_items, unpickle_items  # noqa: PLC0415
 
     return unpickle_items(pickle_items(result))
 
 
-def _holds_a_view(result: object, given: Given) -> bool:
-    """Whether an object refers to memory of `given`, at any distance."""
-    seen: set[int] = set()
-    found = [result]
-    while found:
-        one = found.pop()
-        if isinstance(one, _ATOMS) or id(one) in seen:
+def _holds_view(result: object, given: Given) -> bool:
+    """Return whether an object refers to memory of `given`, directly or through other objects."""
+    seen_ids: set[int] = set()
+    pending = [result]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, _ATOMS) or id(value) in seen_ids:
             continue
-        if isinstance(one, np.ndarray) and _is_a_view(one, given):
+        if isinstance(value, np.ndarray) and _is_view(value, given):
             return True
-        seen.add(id(one))
-        found += _referents(one)
+        seen_ids.add(id(value))
+        pending += _get_referents(value)
     return False
 
 
-def _is_a_view(array: np.ndarray, given: Given) -> bool:
-    return not array.flags.writeable and any(np.may_share_memory(array, one) for one in given)
+def _is_view(array: np.ndarray, given: Given) -> bool:
+    return not array.flags.writeable and any(np.may_share_memory(array, other) for other in given)
 
 
-def _referents(value: object) -> list[Any]:
-    """What an object refers to, but not the modules that functions are of."""
-    for kind, refers_to in _REFERENTS.items():
+def _get_referents(value: object) -> list[Any]:
+    """Return the objects that `value` refers to, without the modules that define functions."""
+    for kind, get_referents in _REFERENTS.items():
         if isinstance(value, kind):
-            return refers_to(value)
+            return get_referents(value)
     return gc.get_referents(value)
 
 
-def _array_referents(array: np.ndarray) -> list[Any]:
+def _get_array_referents(array: np.ndarray) -> list[Any]:
     elements = array.ravel().tolist() if array.dtype.hasobject else []
     return [*elements, *getattr(array, "__dict__", {}).values()]
 
 
-def _iterator_referents(iterator: np.nditer) -> list[Any]:
+def _get_iterator_referents(iterator: np.nditer) -> list[Any]:
     try:
         return list(iterator.operands)
-    except ValueError:  # it is closed
+    except ValueError:  # the iterator is closed
         return []
 
 
-# Kinds of which the garbage collector says too much, or, of NumPy's, nothing.
+# Types for which the garbage collector names too many objects, or, for NumPy's, none.
 _REFERENTS: dict[type, Callable[[Any], list[Any]]] = {
     FunctionType: lambda f: [f.__closure__, f.__defaults__, f.__kwdefaults__, f.__dict__],
     MethodType: lambda method: [method.__func__, method.__self__],
     BuiltinFunctionType: lambda method: [method.__self__],
     memoryview: lambda view: [view.obj],
-    np.ndarray: _array_referents,
+    np.ndarray: _get_array_referents,
     np.flatiter: lambda iterator: [iterator.base],
     np.broadcast: lambda broadcast: list(broadcast.iters),
-    np.nditer: _iterator_referents,
+    np.nditer: _get_iterator_referents,
 }

@@ -1,4 +1,4 @@
-"""Where the caller wants results: fresh arrays, arrays of its own, or ``.npy`` files."""
+"""Where the user wants results: in new arrays, in arrays of their own, or in ``.npy`` files."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from taskcarrier.memory.strides import has_internal_overlap
 from taskcarrier.notes import add_note
 from taskcarrier.workers.records import Where
 
-# How hard to look whether two interleaved views share an item; arbitrary.
+# How much work to spend on whether two interleaved views share an item; arbitrary.
 _MAX_WORK: Any = 10_000
 
 DeferredResult = tuple[Where, list[np.ndarray]]
-"""Results that could not be put in place by the worker."""
+"""A result that the worker could not put in place, and its position along the mapped axis."""
 
 
 @dataclass(eq=False)
@@ -42,16 +42,17 @@ class OutputRequest:
     Attributes
     ----------
     entries : tuple of (ndarray or str), or None
-        What ``out=`` names, one for each result: arrays and paths.
+        The arrays and paths that ``out=`` names, one for each result.
     dtypes : tuple of (dtype or None), or None
-        What ``dtype=`` asks for.
+        The dtypes that ``dtype=`` asks for.
     has_several_dtypes : bool
-        Whether it does so for each result, and not for every one.
+        Whether there is one dtype for each result; otherwise one dtype holds for all results.
     is_several : bool
-        Whether either is a tuple.
-    keeps, is_running : bool
-        Whether files in the making stay when the run fails; whether they are those that an earlier
-        run has left.
+        Whether ``out=`` or ``dtype=`` is a tuple.
+    keeps : bool
+        Whether unfinished files stay when the run fails.
+    is_running : bool
+        Whether the unfinished files are those that an earlier run has left.
     """
 
     entries: tuple[np.ndarray | str, ...] | None = None
@@ -64,48 +65,51 @@ class OutputRequest:
 
     @property
     def known_dtypes(self) -> list[np.dtype[Any]]:
-        """The dtypes of results that are asked for."""
+        """The dtypes that are asked for: those of arrays in ``out=``, else those of ``dtype=``."""
         arrays = [entry for entry in self.entries or () if isinstance(entry, np.ndarray)]
         return [array.dtype for array in arrays] or [
-            one for one in self.dtypes or () if one is not None
+            dtype for dtype in self.dtypes or () if dtype is not None
         ]
 
     @property
     def knows_dtypes(self) -> bool:
-        """Whether the dtype of every result is asked for."""
+        """Whether a dtype is asked for every result."""
         arrays = [entry for entry in self.entries or () if isinstance(entry, np.ndarray)]
         if self.entries and len(arrays) == len(self.entries):
             return True
-        # Not `None in`: a dtype takes None for float64.
-        return self.dtypes is not None and all(one is not None for one in self.dtypes)
+        # Not `None in`: comparing with a dtype takes None for float64.
+        return self.dtypes is not None and all(dtype is not None for dtype in self.dtypes)
 
     def make_empty_result(self) -> Any:
-        """What a function of no items would return, to satisfy this."""
+        """Return what a function of no items would return to satisfy this request."""
         dtypes = self.dtypes or (None,)
         entries: tuple[Any, ...] = self.entries or (None,) * len(dtypes)
         dtypes = dtypes if self.has_several_dtypes else dtypes * len(entries)
-        made = tuple(
+        results = tuple(
             np.empty_like(entry) if isinstance(entry, np.ndarray) else np.empty(0, dtype)
             for entry, dtype in zip(entries, dtypes, strict=True)
         )
-        return made if self.is_several else made[0]
+        return results if self.is_several else results[0]
 
     def outputs(self, *, shared: bool) -> Output | tuple[Output, ...]:
-        """For workers that share memory with the caller, or do not; files are made now."""
+        """Return what is asked of every output, or of each, and make the files.
+
+        `shared` says whether workers are processes, which write to shared memory alone.
+        """
         if self.entries is None:
             if self.dtypes is None:
                 return ANY
-            made = tuple(Output(dtype) for dtype in self.dtypes)
-            return made if self.has_several_dtypes else made[0]
+            outputs = tuple(Output(dtype) for dtype in self.dtypes)
+            return outputs if self.has_several_dtypes else outputs[0]
         dtypes = self.dtypes or (None,)
         if not self.has_several_dtypes:
             dtypes *= len(self.entries)
         return tuple(
-            self._output(number, entry, dtype, shared=shared)
+            self._make_output(number, entry, dtype, shared=shared)
             for number, (entry, dtype) in enumerate(zip(self.entries, dtypes, strict=True))
         )
 
-    def _output(
+    def _make_output(
         self, number: int, entry: np.ndarray | str, dtype: np.dtype[Any] | None, *, shared: bool
     ) -> Output:
         if isinstance(entry, str):
@@ -118,25 +122,25 @@ class OutputRequest:
 
     @property
     def paths(self) -> list[str]:
-        """The files that are asked for."""
+        """The paths of the files that are asked for."""
         return [os.path.realpath(entry) for entry in self.entries or () if isinstance(entry, str)]
 
     def read_spec(self, out_axis: int | tuple[int, ...], n_items: int) -> Spec | None:
-        """What results are like that an earlier run has left; None if there are none such."""
+        """Return the spec of the results that an earlier run has left in its files, or None."""
         headers = [writer.header() for writer in self._writers.values()]
         axes = out_axis if isinstance(out_axis, tuple) else (out_axis,) * len(headers)
         parts = []
-        places = []
-        for header, wanted in zip(headers, axes, strict=True):
+        mapped_axes = []
+        for header, signed_axis in zip(headers, axes, strict=True):
             if header is None:
                 return None
             dtype, shape = header
-            axis = wanted % len(shape) if shape else 0
+            axis = signed_axis % len(shape) if shape else 0
             if not shape or shape[axis] != n_items:
                 return None
             parts.append((dtype, shape[:axis] + shape[axis + 1 :]))
-            places.append(axis)
-        return Spec(tuple(parts), tuple(places), self.is_several)
+            mapped_axes.append(axis)
+        return Spec(tuple(parts), tuple(mapped_axes), self.is_several)
 
     def fill_outputs(
         self,
@@ -145,31 +149,31 @@ class OutputRequest:
         deferred: Sequence[DeferredResult],
         holes: Sequence[tuple[int, int]],
     ) -> list[np.ndarray]:
-        """The whole outputs, with what workers could not put in place, and what fills the holes."""
+        """Return the whole outputs, after writing deferred results and filling the holes."""
         outputs = plan.outputs_for(len(spec.parts))
         places = plan.allocation.places(spec, outputs)
-        if places is None:  # Python objects, which all came here
-            here = [replace(one, place=None) for one in outputs]
-            places = LocalBuffer(plan.n_items, "C").places(spec, here)
+        if places is None:  # Python objects: all results are in `deferred`
+            local_outputs = [replace(output, place=None) for output in outputs]
+            places = LocalBuffer(plan.n_items, "C").places(spec, local_outputs)
         arrays = list(map(open_place, places))
         dtypes = [
             _promote_dtypes({dtype, *(results[number].dtype for _, results in deferred)})
             for number, (dtype, _) in enumerate(spec.parts)
         ]
-        before = [(slice(None),) * axis for axis in spec.axes]
+        leading = [(slice(None),) * axis for axis in spec.axes]
         missing: list[Where] = [where for where, _ in deferred]
         missing += [slice(*hole) for hole in holes]
-        for number, (dtype, index) in enumerate(zip(dtypes, before, strict=True)):
+        for number, (dtype, index) in enumerate(zip(dtypes, leading, strict=True)):
             if arrays[number].dtype != dtype:
-                for where in missing:  # what was never written may not survive a cast
+                for where in missing:  # values that were never written might not survive a cast
                     arrays[number][(*index, where)] = np.zeros((), arrays[number].dtype)
                 arrays[number] = self._promote(arrays[number], dtype, outputs[number])
         for where, results in deferred:
-            for array, index, result in zip(arrays, before, results, strict=True):
+            for array, index, result in zip(arrays, leading, results, strict=True):
                 array[(*index, where)] = result
         values = [plan.fill.of(array.dtype) for array in arrays]
         for hole in holes:
-            for array, index, value in zip(arrays, before, values, strict=True):
+            for array, index, value in zip(arrays, leading, values, strict=True):
                 array[(*index, slice(*hole))] = value
         return arrays
 
@@ -184,7 +188,7 @@ class OutputRequest:
         return file
 
     def finish(self, plan: Plan, spec: Spec, arrays: list[np.ndarray]) -> Any:
-        """What the call returns; files get their names."""
+        """Return what the call returns, and give files their names."""
         results = []
         outputs = plan.outputs_for(len(arrays))
         for number, (array, output) in enumerate(zip(arrays, outputs, strict=True)):
@@ -206,13 +210,13 @@ class OutputRequest:
         return tuple(results) if spec.is_tuple else results[0]
 
     def discard(self) -> None:
-        """Remove unfinished files."""
+        """Remove the unfinished files."""
         for writer in self._writers.values():
             writer.discard()
 
 
 def _promote_dtypes(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:
-    """What `numpy.stack` makes of several dtypes; one alone keeps its byte order."""
+    """Return the dtype that `numpy.stack` makes of several; one alone keeps its byte order."""
     if len(dtypes) == 1:
         return dtypes.pop()
     try:
@@ -230,40 +234,41 @@ def check_output_request(
     inputs: Inputs,
     others: Iterable[object],
 ) -> OutputRequest:
-    """What ``out=`` and ``dtype=`` ask for, or an error that says what is wrong with it.
+    """Check ``out=`` and ``dtype=`` and return what they ask for.
 
-    `others` are further objects that `func` will see, arrays among them.
+    `others` are further objects that `func` will see, arrays among them: no output may overlap
+    with them or with an input.
     """
     is_tuple = isinstance(dtype, tuple)
     dtypes: tuple[np.dtype[Any] | None, ...] | None = None
     if dtype is not None:
         dtypes = tuple(
-            check_dtype(one) for one in (dtype if isinstance(dtype, tuple) else (dtype,))
+            check_dtype(value) for value in (dtype if isinstance(dtype, tuple) else (dtype,))
         )
     if out is None:
         return OutputRequest(None, dtypes, is_tuple, is_tuple)
-    entries = tuple(_entry(one) for one in (out if isinstance(out, tuple) else (out,)))
+    entries = tuple(_check_entry(value) for value in (out if isinstance(out, tuple) else (out,)))
     if is_tuple and dtypes is not None and len(dtypes) != len(entries):
         raise ValueError(f"dtype has {len(dtypes)} entries, out has {len(entries)}")
     axes = out_axis if isinstance(out_axis, tuple) else (out_axis,) * len(entries)
     if len(axes) != len(entries):
         raise ValueError(f"out_axis has {len(axes)} entries, out has {len(entries)}")
-    wanted = (dtypes or (None,)) * (1 if is_tuple else len(entries))
-    seen = list(arrays_within([*inputs.arrays, *others]))
-    for entry, axis, kind in zip(entries, axes, wanted, strict=True):
+    wanted_dtypes = (dtypes or (None,)) * (1 if is_tuple else len(entries))
+    other_arrays = list(arrays_within([*inputs.arrays, *others]))
+    for entry, axis, wanted_dtype in zip(entries, axes, wanted_dtypes, strict=True):
         if isinstance(entry, np.ndarray):
-            _check_array(entry, axis, kind, inputs.n_items)
-            _check_apart(entry, seen)
-            seen.append(entry)
+            _check_array(entry, axis, wanted_dtype, inputs.n_items)
+            _check_no_overlap(entry, other_arrays)
+            other_arrays.append(entry)
     paths = [os.path.realpath(entry) for entry in entries if isinstance(entry, str)]
     for path in paths:
-        _check_file(path, seen)
+        _check_file(path, other_arrays)
         if paths.count(path) > 1:
             raise ValueError(f"out names {path!r} twice")
     return OutputRequest(entries, dtypes, is_tuple, is_tuple or isinstance(out, tuple))
 
 
-def _entry(value: object) -> np.ndarray | str:
+def _check_entry(value: object) -> np.ndarray | str:
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError("out is a masked array; pass its .data")
     if isinstance(value, np.ndarray):
@@ -292,7 +297,7 @@ def _check_array(out: np.ndarray, axis: int, dtype: np.dtype[Any] | None, n_item
         raise ValueError("out overlaps with itself: some of its items lie in the same memory")
 
 
-def _check_apart(out: np.ndarray, others: Iterable[np.ndarray]) -> None:
+def _check_no_overlap(out: np.ndarray, others: Iterable[np.ndarray]) -> None:
     for other in others:
         if overlap(out, other):
             raise ValueError(
@@ -311,7 +316,7 @@ def _check_file(path: str, others: Iterable[np.ndarray]) -> None:
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two arrays have memory in common, be it through different mappings of one file."""
+    """Return whether two arrays share memory, also through different mappings of one file."""
     if one.nbytes == 0 or other.nbytes == 0:
         return False
     if np.may_share_memory(one, other):
@@ -319,5 +324,5 @@ def overlap(one: np.ndarray, other: np.ndarray) -> bool:
             return np.shares_memory(one, other, max_work=_MAX_WORK)
         except np.exceptions.TooHardError:
             return True
-    (whose, low, high), (whose_else, other_low, other_high) = region(one), region(other)
-    return whose != "memory" and whose == whose_else and low < other_high and other_low < high
+    (owner, low, high), (other_owner, other_low, other_high) = region(one), region(other)
+    return owner != "memory" and owner == other_owner and low < other_high and other_low < high

@@ -1,4 +1,4 @@
-"""What the results of all chunks of a run must agree in."""
+"""The dtypes, shapes and axes on which the results of all chunks of a run must agree."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Spec:
-    """What the results of all chunks must agree in.
+    """The dtypes, shapes and axes of a chunk's results, on which all workers agree.
 
     Attributes
     ----------
     parts : tuple of (dtype, shape)
         For each output, its dtype and its shape without the mapped axis.
     axes : tuple of int
-        For each output, where the mapped axis stands, not negative.
+        For each output, the position of the mapped axis, not negative.
     is_tuple : bool
         Whether the function returns a tuple.
     """
@@ -28,30 +28,30 @@ class Spec:
     is_tuple: bool
 
     def shapes(self, length: int) -> list[tuple[int, ...]]:
-        """Whole shapes, for so many items along the mapped axis."""
+        """Return the whole shapes, for `length` items along the mapped axis."""
         return [
             (*shape[:axis], length, *shape[axis:])
             for (_, shape), axis in zip(self.parts, self.axes, strict=True)
         ]
 
     def agrees(self, other: Spec, *, promote_dtypes: bool) -> bool:
-        """Whether results of both can stand in one array; dtypes may differ where they promote."""
+        """Return whether results of both fit into one array; dtypes may differ if they promote."""
         if not promote_dtypes:
             return self == other
-        shapes = [shape for _, shape in self.parts] == [shape for _, shape in other.parts]
-        return shapes and (self.axes, self.is_tuple) == (other.axes, other.is_tuple)
+        has_same_shapes = [shape for _, shape in self.parts] == [shape for _, shape in other.parts]
+        return has_same_shapes and (self.axes, self.is_tuple) == (other.axes, other.is_tuple)
 
     def with_dtypes(self, dtypes: Sequence[np.dtype[Any]]) -> Spec:
-        """The same with other dtypes."""
+        """Return the same spec with other dtypes."""
         parts = zip(dtypes, (shape for _, shape in self.parts), strict=True)
         return replace(self, parts=tuple(parts))
 
     def describe(self, length: int) -> str:
-        """The results of a chunk of so many items, in words."""
+        """Return a description of the results of a chunk of `length` items."""
         return self._describe(self.shapes(length))
 
     def describe_item(self) -> str:
-        """The results of one item, in words."""
+        """Return a description of the results of one item."""
         return self._describe([shape for _, shape in self.parts])
 
     def _describe(self, shapes: list[tuple[int, ...]]) -> str:
@@ -62,7 +62,7 @@ class Spec:
 
 
 class DisagreementError(Exception):
-    """A chunk's results differ from what the run has settled on; the face words the error."""
+    """The results of a chunk differ from the agreed spec; the caller words the error for users."""
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)

@@ -1,9 +1,9 @@
-"""Values of items become one array, as `numpy.stack` makes it.
+"""Stacking: the values of items become one array, as `numpy.stack` makes it.
 
-Numbers of one type become an array in one go: 20 ns an item (the function is called in 100 ns,
-`python -m bench items`), where `numpy.stack` takes over a microsecond. Values of different dtypes
-stay apart until all of the run are known: promoting some first and then the others can give
-another dtype and other values than promoting all at once.
+Numbers of one type become an array in one step: 20 ns an item, where `numpy.stack` takes over a
+microsecond (a call of the function takes 100 ns; `python -m bench items`). Values of different
+dtypes stay apart until all values of the run are known: promoting some first and then the others
+can give another dtype and other values than promoting all at once.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _PYTHON_NUMBERS = {bool: np.bool_, float: np.float64, complex: np.complex128}
 
 @dataclass(frozen=True, eq=False)
 class MixedDtypes:
-    """Values of different dtypes, sorted by these.
+    """The values of a range, grouped by their dtypes.
 
     Attributes
     ----------
     groups : list of (ndarray of int, result)
-        Positions of values in the range, and their array (or tuple of arrays).
+        For each group, the positions of its values in the range, and their array (or tuple).
     """
 
     groups: list[tuple[np.ndarray, Any]]
 
 
 _Column = np.ndarray | list[np.ndarray]
-"""The values of one result: an array of all, or if their dtypes differ one array for each."""
+"""The values of one result: one array of all, or, if dtypes differ, an array for each value."""
 
 
 def stack_values(
@@ -45,45 +45,45 @@ def stack_values(
     takes_objects: bool,
     as_objects: bool = False,
 ) -> Any:
-    """The values of items from `start` on as an array, or a tuple of arrays for tuples.
+    """Stack the values of consecutive items into an array, or a tuple of arrays for tuples.
 
     Parameters
     ----------
     values : sequence
-        What the function returned, at least one.
+        The values that the function returned, at least one.
     start : int
-        The number of the first item, for errors.
+        The number of the first item, for messages.
     out_axis : int or tuple of int
-        Where items go.
+        Where the mapped axis stands in results, in all or in each.
     takes_objects : bool
         Whether values may be any object.
     as_objects : bool
-        Whether numbers are to stay the objects that they are.
+        Whether numbers stay the Python objects that they are.
 
     Returns
     -------
-    ndarray, tuple of ndarray, or Mixed
+    ndarray, tuple of ndarray, or MixedDtypes
 
     Raises
     ------
     TypeError
-        For values that are no arrays or numbers, unless `takes_objects`.
+        If a value is not an array or a number, unless `takes_objects`.
     ValueError
-        For values of different shapes, or tuples of different lengths.
+        If values have different shapes, or tuples different lengths.
     """
     is_tuple = isinstance(values[0], tuple)
-    n = len(values[0]) if is_tuple else 1
-    axes = out_axis if isinstance(out_axis, tuple) else (out_axis,) * n
-    if len(axes) != n:
-        raise ValueError(f"out_axis has {len(axes)} entries, func returned {n}")
+    n_results = len(values[0]) if is_tuple else 1
+    axes = out_axis if isinstance(out_axis, tuple) else (out_axis,) * n_results
+    if len(axes) != n_results:
+        raise ValueError(f"out_axis has {len(axes)} entries, func returned {n_results}")
     if is_tuple:
-        _check_tuples(values, start, n)
+        _check_tuples(values, start, n_results)
     columns = [
-        _column(one, start, takes_objects, as_objects)
-        for one in (zip(*values, strict=True) if is_tuple else (values,))
+        _stack_column(column, start, takes_objects, as_objects)
+        for column in (zip(*values, strict=True) if is_tuple else (values,))
     ]
     if all(isinstance(column, np.ndarray) for column in columns):
-        return _result([_move_axis(*pair) for pair in zip(columns, axes, strict=True)], is_tuple)
+        return _pack([_move_axis(*pair) for pair in zip(columns, axes, strict=True)], is_tuple)
     dtypes = [[column[row].dtype for column in columns] for row in range(len(values))]
     rows: dict[tuple[np.dtype[Any], ...], list[int]] = {}
     for row, key in enumerate(dtypes):
@@ -92,7 +92,7 @@ def stack_values(
         [
             (
                 np.array(group),
-                _result(
+                _pack(
                     [
                         _move_axis(np.stack([column[row] for row in group]), axis)
                         for column, axis in zip(columns, axes, strict=True)
@@ -105,16 +105,16 @@ def stack_values(
     )
 
 
-def _check_tuples(values: Sequence[Any], start: int, n: int) -> None:
+def _check_tuples(values: Sequence[Any], start: int, n_results: int) -> None:
     for number, value in enumerate(values):
-        if not isinstance(value, tuple) or len(value) != n:
+        if not isinstance(value, tuple) or len(value) != n_results:
             raise ValueError(
-                f"func returned a tuple of {n} for item {start}, but {_short(value)} for item "
-                f"{start + number}; every item must give as many results"
+                f"func returned a tuple of {n_results} for item {start}, but {_shorten(value)} for "
+                f"item {start + number}; every item must give as many results"
             )
 
 
-def _result(arrays: list[np.ndarray], is_tuple: bool) -> Any:
+def _pack(arrays: list[np.ndarray], is_tuple: bool) -> Any:
     return tuple(arrays) if is_tuple else arrays[0]
 
 
@@ -123,20 +123,22 @@ def _move_axis(array: Any, out_axis: int) -> np.ndarray:
     return np.moveaxis(array, 0, axis) if axis else array
 
 
-def _column(values: Sequence[Any], start: int, takes_objects: bool, as_objects: bool) -> _Column:
+def _stack_column(
+    values: Sequence[Any], start: int, takes_objects: bool, as_objects: bool
+) -> _Column:
     if as_objects:
-        return np.stack(_arrays(values, start, takes_objects=True, dtype=np.dtype(object)))
-    numbers = _numbers(values)
+        return np.stack(_to_arrays(values, start, takes_objects=True, dtype=np.dtype(object)))
+    numbers = _stack_numbers(values)
     if numbers is not None:
         return numbers
-    arrays = _arrays(values, start, takes_objects=takes_objects, dtype=None)
+    arrays = _to_arrays(values, start, takes_objects=takes_objects, dtype=None)
     if len({array.dtype for array in arrays}) > 1:
         return arrays
     return np.stack(arrays)
 
 
-def _numbers(values: Sequence[Any]) -> np.ndarray | None:
-    """Numbers that are all of one type; None for anything else."""
+def _stack_numbers(values: Sequence[Any]) -> np.ndarray | None:
+    """Return an array of numbers that are all of one type; None for anything else."""
     kind = type(values[0])
     if operator.countOf(map(type, values), kind) < len(values):
         return None
@@ -145,16 +147,16 @@ def _numbers(values: Sequence[Any]) -> np.ndarray | None:
     if kind is not np.timedelta64 and issubclass(kind, (np.number, np.bool_)):
         return np.fromiter(values, kind, len(values))
     if kind is int:
-        made = np.array(values)
-        if made.dtype == np.int64:  # else some are beyond 64 bits
-            return made
+        stacked = np.array(values)
+        if stacked.dtype == np.int64:  # otherwise some do not fit into 64 bits
+            return stacked
     return None
 
 
-def _arrays(
+def _to_arrays(
     values: Sequence[Any], start: int, *, takes_objects: bool, dtype: np.dtype[Any] | None
 ) -> list[np.ndarray]:
-    """Every value as an array, all of one shape."""
+    """Return each value as an array; raise unless all have one shape."""
     arrays = []
     for number, value in enumerate(values):
         if holds_mask(value):
@@ -167,17 +169,17 @@ def _arrays(
     for number, (array, value) in enumerate(zip(arrays, values, strict=True)):
         if isinstance(values[0], tuple):
             raise ValueError(  # noqa: TRY004  # as for tuples of different lengths
-                f"func returned a tuple within a tuple, {_short(values[0])}, for item {start}; "
+                f"func returned a tuple within a tuple, {_shorten(values[0])}, for item {start}; "
                 "return one tuple of numbers and arrays, or use a mapper for a list of the results"
             )
         if isinstance(value, tuple):
             raise ValueError(  # noqa: TRY004  # as for tuples of different lengths
-                f"func returned {_short(values[0])} for item {start}, but a tuple for item "
+                f"func returned {_shorten(values[0])} for item {start}, but a tuple for item "
                 f"{start + number}; every item must give as many results"
             )
         if array.dtype.hasobject and not takes_objects:
             raise TypeError(
-                f"func returned {_short(value)} ({type(value).__name__}) for item "
+                f"func returned {_shorten(value)} ({type(value).__name__}) for item "
                 f"{start + number}; map_items stacks numbers and arrays: pass dtype=object to "
                 "collect them, or use a mapper for a list of them"
             )
@@ -189,6 +191,6 @@ def _arrays(
     return arrays
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."  # noqa: PLR2004  # fits a line

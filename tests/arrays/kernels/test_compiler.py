@@ -180,14 +180,14 @@ def test_shutdown_forgets_a_kernel_that_is_gone():
 
 def test_the_most_recent_kernels_are_kept():
     first = numba.njit(lambda x: x * 2)
-    made = compiler._get_made(first)
+    made = compiler._get_cache(first)
     for _ in range(compiler._MAX_KERNELS - 1):
-        compiler._get_made(numba.njit(lambda x: x))
-        assert compiler._get_made(first) is made
+        compiler._get_cache(numba.njit(lambda x: x))
+        assert compiler._get_cache(first) is made
     for _ in range(compiler._MAX_KERNELS):
-        compiler._get_made(numba.njit(lambda x: x))
-    assert len(compiler._made) == compiler._MAX_KERNELS
-    assert compiler._get_made(first) is not made
+        compiler._get_cache(numba.njit(lambda x: x))
+    assert len(compiler._kernel_caches) == compiler._MAX_KERNELS
+    assert compiler._get_cache(first) is not made
 
 
 class TestWithoutGil:

@@ -564,7 +564,7 @@ class TestKernels:
         assert last_report().compiling > 0
         for balance in ("static", "dynamic"):
             assert_same(map_items(kernel, X, n_jobs=2, balance=balance), X * 5)
-        (found,) = compiler._get_made(kernel).infer_result.values()
+        (found,) = compiler._get_cache(kernel).results.values()
         assert len(found.loops) == 1
         assert len(kernel.signatures) == 1
 
@@ -693,7 +693,7 @@ class TestTogether:
     @pytest.mark.fault(19)
     def test_a_forked_child_maps_while_its_parent_compiles(self):
         map_items(root, X, n_jobs=2)
-        with compiler._compiling:
+        with compiler._compile_lock:
             child = os.fork()
             if child == 0:
                 same = np.array_equal(map_items(root, X, n_jobs=2), np.sqrt(X) + 1)

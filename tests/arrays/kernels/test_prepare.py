@@ -158,7 +158,7 @@ class TestChunks:
         assert last_report().compiling > 0
         assert "of compiling" in str(last_report())
         map_array(kernel, X, n_jobs=2, balance="dynamic")
-        (called,) = compiler._get_made(kernel).without_gil.values()
+        (called,) = compiler._get_cache(kernel).wrappers.values()
         assert len(called.signatures) == 1
         assert len(kernel.signatures) == 1
 
