@@ -395,13 +395,13 @@ class TestWatching:
         assert asked == [(0, 7, 1, 4)]
 
     def test_report_is_logged(self, caplog, monkeypatch):
-        monkeypatch.setattr(progress, "shown", lambda *_: Watch([]))
+        monkeypatch.setattr(progress, "progress_bar", lambda *_: Watch([]))
         with caplog.at_level("INFO", logger="taskcarrier"):
             outcome, _ = run(both, verbosity=2)
         assert [record.getMessage() for record in caplog.records] == [str(outcome.report)]
 
     def test_an_error_of_the_watcher_is_a_failure_in_the_caller(self, monkeypatch):
-        monkeypatch.setattr(progress, "shown", lambda *_: Watch([], KeyboardInterrupt()))
+        monkeypatch.setattr(progress, "progress_bar", lambda *_: Watch([], KeyboardInterrupt()))
         outcome, _ = run(both)
         assert isinstance(outcome.failures[0].error, KeyboardInterrupt)
 
