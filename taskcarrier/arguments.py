@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.memory.memmaps import check_whole, find_shared
-from taskcarrier.memory.strides import is_mostly_gaps, without_gaps
+from taskcarrier.memory.memmaps import check_not_cut_off, find_shared
+from taskcarrier.memory.strides import copy_without_gaps, is_mostly_gaps
 
 
 def check_chunksize(chunksize: object) -> int | None:
@@ -46,11 +46,11 @@ def check_extras(
         raise TypeError(f"{name} must be a dict of keyword arguments or None, got {kwargs!r}")
     for value in (*args, *kwargs.values()):
         if isinstance(value, np.ndarray):
-            check_whole(value)
+            check_not_cut_off(value)
     # As with the mapped arrays: processes would get copies whose strides differ from those that
     # threads see.
-    keywords = {key: without_wide_gaps(value) for key, value in kwargs.items()}
-    return tuple(map(without_wide_gaps, args)), keywords
+    keywords = {key: drop_wide_gaps(value) for key, value in kwargs.items()}
+    return tuple(map(drop_wide_gaps, args)), keywords
 
 
 def check_callable(func: object, name: str = "func") -> None:
@@ -62,19 +62,19 @@ def check_callable(func: object, name: str = "func") -> None:
         )
 
 
-def arrays_within(value: object) -> Iterator[np.ndarray]:
+def iterate_arrays(value: object) -> Iterator[np.ndarray]:
     """Yield `value` if it is an array, or all arrays in a container, however deep."""
     if isinstance(value, np.ndarray):
         yield value
     elif isinstance(value, Mapping):
         for member in value.values():
-            yield from arrays_within(member)
+            yield from iterate_arrays(member)
     elif isinstance(value, (list, tuple, set, frozenset)):
         for member in value:
-            yield from arrays_within(member)
+            yield from iterate_arrays(member)
 
 
-def read_only(value: Any) -> Any:
+def make_read_only(value: Any) -> Any:
     """Return `value` in a form through which the caller's memory cannot be written to.
 
     Arrays, also those in tuples, become read-only views; a record becomes a copy.
@@ -85,18 +85,18 @@ def read_only(value: Any) -> Any:
     elif isinstance(value, np.void):
         value = value.copy()
     elif type(value) is tuple:
-        value = tuple(map(read_only, value))
+        value = tuple(map(make_read_only, value))
     return value
 
 
-def own_or_read_only(value: Any, *, own: bool) -> Any:
-    """Return a copy of an array if `own` is set, else what `read_only` returns."""
+def copy_or_make_read_only(value: Any, *, own: bool) -> Any:
+    """Return a copy of an array if `own` is set, else what `make_read_only` returns."""
     if own and isinstance(value, np.ndarray):
         return np.array(value)
-    return read_only(value)
+    return make_read_only(value)
 
 
-def without_wide_gaps(array: Any) -> Any:
+def drop_wide_gaps(array: Any) -> Any:
     """Return the array itself, or a copy without gaps if it is mostly gaps.
 
     Workers of every backend see the copy, so a sum over such a view does not depend on the
@@ -106,7 +106,7 @@ def without_wide_gaps(array: Any) -> Any:
         return array  # a copy would lose what a subclass holds besides its values
     if not is_mostly_gaps(array):
         return array
-    return array if find_shared(array) else without_gaps(array)
+    return array if find_shared(array) else copy_without_gaps(array)
 
 
 ON_ERROR = ("raise", "collect", "fill")

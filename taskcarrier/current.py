@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from taskcarrier.mappers import Mapper, SerialMapper
 from taskcarrier.system.contexts import contextmanager
-from taskcarrier.workers.choose import facts_now
+from taskcarrier.workers.choose import read_facts
 
 _chosen_mapper: ContextVar[Mapper | None] = ContextVar("taskcarrier_mapper", default=None)
 
@@ -73,8 +73,8 @@ def current_mapper() -> Mapper:
 
 
 def _is_inside_a_worker() -> bool:
-    facts = facts_now()
-    return facts.is_in_worker or facts.nested_in_joblib or facts.daemonic
+    facts = read_facts()
+    return facts.is_in_worker or facts.is_nested_in_joblib or facts.is_daemonic
 
 
 class MapperInstance:

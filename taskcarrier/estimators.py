@@ -168,7 +168,7 @@ def fit_many(
         caller_context=_CallerContext.capture(),
     )
     return map_lists(
-        replace(settings, known=_explain_threads(fits.estimators)),
+        replace(settings, gil_reason=_explain_threads(fits.estimators)),
         fit,
         fits.items,
         None,
@@ -257,7 +257,7 @@ def predict_array(
     settings = Settings.from_arguments(
         balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=()
     )
-    mapper_settings: Any = replace(settings, known=_explain_threads([estimator]))
+    mapper_settings: Any = replace(settings, gil_reason=_explain_threads([estimator]))
     return map_array(
         partial(_call_method, estimator, method, caller_context=_CallerContext.capture()),
         inputs.arrays[0],

@@ -99,7 +99,7 @@ class Mapper:
     _sequential = False
     # Attributes that affect the values of a function that holds a mapper; read by
     # `taskcarrier.arrays.resume.fingerprint`.
-    _taskcarrier_deciding = ("chunksize",)
+    _taskcarrier_deciding_attributes = ("chunksize",)
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 A frozen dataclass can be an exception, and so can a class whose ``__setattr__`` raises. Python
 itself reads and sets the cause, context and traceback of an exception without asking its class;
-`get_plainly` and `set_plainly` do the same.
+`get_base_attribute` and `set_base_attribute` do the same.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import sys
 import warnings
 from types import FrameType
 
-from taskcarrier.system.exceptions import set_plainly
-from taskcarrier.system.interrupts import is_of_the_program
+from taskcarrier.system.exceptions import set_base_attribute
+from taskcarrier.system.interrupts import is_raised_by_handler
 
 
 def add_note(error: BaseException, note: str) -> None:
@@ -25,16 +25,16 @@ def add_note(error: BaseException, note: str) -> None:
         try:
             error.add_note(note)
         except Exception as trouble:
-            if is_of_the_program(trouble):
+            if is_raised_by_handler(trouble):
                 raise
             if type(error).add_note is BaseException.add_note:
-                set_plainly(error, "__notes__", [*getattr(error, "__notes__", []), note])
+                set_base_attribute(error, "__notes__", [*getattr(error, "__notes__", []), note])
     except Exception as trouble:
-        if is_of_the_program(trouble):
+        if is_raised_by_handler(trouble):
             raise
 
 
-def text_of(error: BaseException) -> str:
+def get_text(error: BaseException) -> str:
     """Return the text of an exception, even if its ``__str__`` raises."""
     try:
         return str(error)
@@ -46,18 +46,18 @@ def text_of(error: BaseException) -> str:
 _READ_ONLY_WORDS = (("Cannot modify readonly", "No matching definition"), ("read-only",))
 
 
-CARRIED = (
+READ_ONLY_ADVICE = (
     "what every call is to write to must be made by taskcarrier.empty or share (or be a memmap) "
     "and be carried by func: enclosed by it, or functools.partial(func, array)"
 )
 """Advice for users whose function writes to a read-only array."""
 
 
-def is_of_read_only(error: BaseException) -> bool:
+def is_read_only_error(error: BaseException) -> bool:
     """Return whether an error says that an array is read-only."""
     if not isinstance(error, (ValueError, TypeError)):
         return False
-    text = text_of(error)
+    text = get_text(error)
     return any(words in text for words in _READ_ONLY_WORDS[isinstance(error, ValueError)])
 
 
@@ -82,7 +82,7 @@ def count_noun(n: int, noun: str) -> str:
 _PACKAGE = __name__.partition(".")[0]
 
 
-def advise(message: str) -> None:
+def warn_user(message: str) -> None:
     """Give a `UserWarning` that points to the line outside this package that made the call."""
     level = 1
     # Before Python 3.12 there is no other way to find that line.

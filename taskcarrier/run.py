@@ -22,7 +22,7 @@ import numpy as np
 from taskcarrier import progress
 from taskcarrier.memory.segments import Recycler, Segment, SharedView
 from taskcarrier.memory.staging import Staging
-from taskcarrier.notes import add_note, text_of
+from taskcarrier.notes import add_note, get_text
 from taskcarrier.report import Report, WorkerReport, keep_report
 from taskcarrier.scheduling.balance import Balance, Dynamic, Static, get_balance
 from taskcarrier.scheduling.grid import ChunkGrid
@@ -33,11 +33,11 @@ from taskcarrier.system.interrupts import Handlers
 from taskcarrier.workers import choose as choices
 from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.introspect import has_own_threads, releases_gil
-from taskcarrier.workers.loop import local_sink, run_worker
+from taskcarrier.workers.loop import make_local_sink, run_worker
 from taskcarrier.workers.pools import process_pool, thread_pool
 from taskcarrier.workers.records import RangeFailure, RunResult, WorkerDeath, WorkerStats
 from taskcarrier.workers.task import Deliver, Job, Task
-from taskcarrier.workers.thread_limits import limited
+from taskcarrier.workers.thread_limits import thread_limit
 
 if TYPE_CHECKING:
     from taskcarrier.errors import WorkerDiedError
@@ -57,7 +57,7 @@ class Settings:
     recycler: Recycler | None = None
     keep_report: Callable[[Report], None] = keep_report
     retry_policy: RetryPolicy = DEFAULT_POLICY
-    known: str = ""  # why the code that the function calls is known to release the GIL
+    gil_reason: str = ""  # why the code that the function calls is known to release the GIL
 
     @classmethod
     def from_arguments(
@@ -159,12 +159,14 @@ def decide(
 
     Backends that are registered with joblib can map lists only, which `lists` allows.
     """
-    known = settings.known or ("the function releases the GIL" if releases_gil(func) else "")
+    gil_reason = settings.gil_reason or (
+        "the function releases the GIL" if releases_gil(func) else ""
+    )
     choice = choices.choose(
         settings.n_jobs,
         settings.backend,
-        choices.facts_now(follows_joblib=settings.n_jobs is None or settings.backend is None),
-        releases_gil=known,
+        choices.read_facts(follows_joblib=settings.n_jobs is None or settings.backend is None),
+        releases_gil=gil_reason,
         own_threads=has_own_threads(func, extras),
         lists=lists,
     )
@@ -246,8 +248,8 @@ def execute(
         folder=settings.folder,
     )
     n_before = 0 if resumed is None else min(resumed.n_done * grid.chunksize, grid.n_items)
-    make_report = partial(
-        report_of,
+    make_run_report = partial(
+        make_report,
         job,
         choice,
         staging=staging,
@@ -265,11 +267,11 @@ def execute(
         # Without this, `last_report` would return the report of an earlier run.
         ending = f"ended by {type(error).__name__}; what its workers did is not counted"
         settings.keep_report(
-            make_report(RunResult([], 0, None, is_halted=True), notes=[*notes, ending])
+            make_run_report(RunResult([], 0, None, is_halted=True), notes=[*notes, ending])
         )
         raise
     worker_stats = result.worker_stats
-    report = make_report(result, notes=[*notes, *function_notes, *describe_deaths(result)])
+    report = make_run_report(result, notes=[*notes, *function_notes, *describe_deaths(result)])
     settings.keep_report(report)
     progress.log_report(settings.verbosity, report)
     failures = list(result.failures)
@@ -283,9 +285,14 @@ def execute(
         raise _make_lost_error(f"only {n_done} of {grid.n_items} items were run")
     # A filter may turn a warning into an exception, which must not replace a real one.
     with suppress(Warning) if failures else nullcontext():
-        warn_again(worker_stats)
+        show_worker_warnings(worker_stats)
     return RunOutcome(
-        worker_stats, failures, result.fatal, result.missing, report, result.first_proposal
+        worker_stats,
+        failures,
+        result.unrecovered_deaths,
+        result.missing,
+        report,
+        result.first_proposal,
     )
 
 
@@ -324,7 +331,7 @@ def _choose_balance(choice: Choice, settings: Settings) -> Balance:
     return settings.balance if choice.backend in choices.OWN else Dynamic()
 
 
-def warn_again(worker_stats: list[WorkerStats]) -> None:
+def show_worker_warnings(worker_stats: list[WorkerStats]) -> None:
     """Show the warnings of worker processes, each once, as the caller's filters say."""
     unique = {warning.key: warning for stats in worker_stats for warning in stats.warnings}
     for warning in unique.values():
@@ -376,7 +383,7 @@ def describe_deaths(result: RunResult) -> list[str]:
     ]
 
 
-def raise_failure(outcome: RunOutcome, describe: Describe) -> None:
+def raise_first_failure(outcome: RunOutcome, describe: Describe) -> None:
     """Raise the failure of the lowest range, if any, with notes about where, and about others."""
     if not outcome.failures:
         return
@@ -390,7 +397,7 @@ def raise_failure(outcome: RunOutcome, describe: Describe) -> None:
     for other in others:
         where = f"all of {other.worker}" if other.range is None else describe(*other.range)
         kind = type(other.error).__name__
-        add_note(error, f"also failed: {where}: {kind}: {text_of(other.error)}")
+        add_note(error, f"also failed: {where}: {kind}: {get_text(other.error)}")
     for death in outcome.deaths:
         add_note(error, f"also, {_describe_dead_worker(death, describe)}")
     try:
@@ -407,7 +414,7 @@ def raise_failure(outcome: RunOutcome, describe: Describe) -> None:
             stats.failure = None
 
 
-def refuse_missing(
+def raise_if_missing(
     outcome: RunOutcome,
     describe: Describe,
     missing: list[tuple[int, int]],
@@ -481,14 +488,14 @@ def _run_in_caller(job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | 
     ledger.marks = job.open_marks()
     # Noted before the run: exceptions of handlers that the function sets are its own errors.
     handlers = Handlers() if job.collect_errors or job.retry_policy.retry_on else None
-    with limited.open():
-        stats = run_worker(job, ledger, 0, local_sink(deliver))
+    with thread_limit.open():
+        stats = run_worker(job, ledger, 0, make_local_sink(deliver))
     del handlers
     stats.name = "caller"
     return RunResult.read([stats], ledger, job.grid)
 
 
-def report_of(
+def make_report(
     job: Job,
     choice: Choice,
     result: RunResult,

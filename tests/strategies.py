@@ -64,7 +64,7 @@ def shut_down_pools() -> None:
     taskcarrier.shutdown()
 
 
-def kept_pools(*n_jobs: int) -> Any:
+def keep_pools_warm(*n_jobs: int) -> Any:
     """Return a fixture that keeps pools warm throughout a module."""
 
     @pytest.fixture(scope="module", autouse=True)

@@ -34,7 +34,7 @@ from tests.strategies import (
     assert_same,
     axes_of,
     chunksizes,
-    kept_pools,
+    keep_pools_warm,
     samples,
 )
 
@@ -42,7 +42,7 @@ KINDS = [SerialMapper, StaticParallelMapper, DynamicParallelMapper]
 OF_BALANCE = {"static": StaticParallelMapper, "dynamic": DynamicParallelMapper}
 
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

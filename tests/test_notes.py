@@ -2,7 +2,7 @@
 
 import pytest
 
-from taskcarrier.notes import add_note, text_of
+from taskcarrier.notes import add_note, get_text
 from taskcarrier.system.exceptions import collect_related, raise_again
 from tests.workers.test_pickled_errors import FrozenError, SlottedError
 
@@ -36,7 +36,7 @@ def test_an_exception_without_a_text_is_described():
         def __str__(self):
             raise ZeroDivisionError
 
-    assert text_of(SpeechlessError()) == "<str() raised ZeroDivisionError>"
+    assert get_text(SpeechlessError()) == "<str() raised ZeroDivisionError>"
 
 
 def test_related_exceptions_are_found_once():

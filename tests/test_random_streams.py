@@ -9,12 +9,12 @@ import pytest
 from taskcarrier import SerialMapper, map_array, map_chunks, map_items, reduce_array
 from taskcarrier.mappers import DynamicParallelMapper, StaticParallelMapper
 from taskcarrier.random_streams import RandomStreams
-from tests.strategies import EVERYWHERE, RUNS, assert_same, contract, kept_pools
+from tests.strategies import EVERYWHERE, RUNS, assert_same, contract, keep_pools_warm
 
 X = np.arange(40.0)
 
 
-pools = kept_pools(2, 3, 8)
+pools = keep_pools_warm(2, 3, 8)
 
 
 def draw(item, rng):

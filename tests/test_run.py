@@ -23,8 +23,8 @@ from taskcarrier.run import (
     Settings,
     decide,
     execute,
-    raise_failure,
-    refuse_missing,
+    raise_first_failure,
+    raise_if_missing,
 )
 from taskcarrier.scheduling.balance import Dynamic, Static
 from taskcarrier.scheduling.grid import ChunkGrid
@@ -589,7 +589,7 @@ class SpeechlessError(Exception):
 
 class TestRaiseFailure:
     def test_nothing_is_raised_if_nothing_failed(self):
-        assert raise_failure(outcome_with(), describe) is None
+        assert raise_first_failure(outcome_with(), describe) is None
 
     def test_the_lowest_failure_is_raised_with_notes(self):
         error, other = ValueError("no"), KeyError("k")
@@ -599,7 +599,7 @@ class TestRaiseFailure:
         ]
         death = WorkerDeath(2, "process 7", -9, (12, 14), 3)
         with pytest.raises(ValueError, match="no") as info:
-            raise_failure(outcome_with(failures, [death]), describe)
+            raise_first_failure(outcome_with(failures, [death]), describe)
         assert info.value is error
         assert info.value.__notes__ == [
             "while mapping <6:8> (thread 1, attempt 2)",
@@ -610,13 +610,13 @@ class TestRaiseFailure:
     def test_a_failure_before_any_range_is_raised_without_notes(self):
         error = OSError("no")
         with pytest.raises(OSError, match="no"):
-            raise_failure(outcome_with([RangeFailure(None, error, "thread 1")]), describe)
+            raise_first_failure(outcome_with([RangeFailure(None, error, "thread 1")]), describe)
         assert not hasattr(error, "__notes__")
 
     def test_other_failures_before_any_range_are_noted(self):
         failures = [RangeFailure(None, OSError("no"), "a"), RangeFailure(None, OSError("no"), "b")]
         with pytest.raises(OSError, match="no") as info:
-            raise_failure(outcome_with(failures), describe)
+            raise_first_failure(outcome_with(failures), describe)
         assert info.value.__notes__ == ["also failed: all of b: OSError: no"]
 
     def test_other_failures_without_a_text_are_noted(self):
@@ -625,13 +625,13 @@ class TestRaiseFailure:
             RangeFailure((2, 4), SpeechlessError(), "b"),
         ]
         with pytest.raises(OSError, match="no") as info:
-            raise_failure(outcome_with(failures), describe)
+            raise_first_failure(outcome_with(failures), describe)
         assert any("SpeechlessError" in note for note in info.value.__notes__)
 
     @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
     def test_exits_are_raised_too(self, error):
         with pytest.raises(type(error)) as info:
-            raise_failure(outcome_with([RangeFailure((0, 2), error, "caller")]), describe)
+            raise_first_failure(outcome_with([RangeFailure((0, 2), error, "caller")]), describe)
         assert info.value is error
 
     def test_raising_a_failure_keeps_nothing_alive(self):
@@ -645,7 +645,7 @@ class TestRaiseFailure:
         gc.disable()
         try:
             with contextlib.suppress(ValueError):
-                raise_failure(outcome, describe)
+                raise_first_failure(outcome, describe)
             assert there() is None
         finally:
             gc.enable()
@@ -653,13 +653,13 @@ class TestRaiseFailure:
 
 def refused(outcome, missing, partial=None):
     with pytest.raises((WorkerDiedError, RuntimeError)) as info:
-        refuse_missing(outcome, describe, missing, lambda: partial)
+        raise_if_missing(outcome, describe, missing, lambda: partial)
     return info.value
 
 
 class TestRefuseMissing:
     def test_nothing_is_refused_if_nothing_is_missing(self):
-        refuse_missing(
+        raise_if_missing(
             outcome_with(deaths=[WorkerDeath(0, "a", 3, None)]), describe, [], pytest.fail
         )
 

@@ -21,7 +21,7 @@ from taskcarrier.arrays.resume.computation import Computation
 from taskcarrier.arrays.resume.ledger_file import LedgerFile
 from taskcarrier.arrays.task import ArrayTask
 from taskcarrier.memory.staging import Staging
-from taskcarrier.notes import add_note, text_of
+from taskcarrier.notes import add_note, get_text
 from taskcarrier.random_streams import RandomStreams, WithRandomStream, random_streams_for
 from taskcarrier.run import (
     ResumedMarks,
@@ -29,8 +29,8 @@ from taskcarrier.run import (
     Settings,
     decide,
     execute,
-    raise_failure,
-    refuse_missing,
+    raise_first_failure,
+    raise_if_missing,
 )
 from taskcarrier.scheduling.grid import ChunkGrid, chunk_grid, item_grid
 from taskcarrier.scheduling.retries import WithRetries
@@ -163,7 +163,7 @@ class ArrayCall:
         try:
             outputs = request.outputs(shared=is_shared)
             earlier_spec = request.read_spec(out_axis, n_items) if request.is_running else None
-            n_done = 0 if resumed is None else resumed.begin(anew=earlier_spec is None)
+            n_done = 0 if resumed is None else resumed.begin(start_over=earlier_spec is None)
             plan = Plan(allocation, n_items, out_axis, outputs, promote_dtypes, fill, earlier_spec)
             fusion, fusing_ns = self._fuse(choice, plan, run_in_place=resumed is not None)
             resumed_marks = (
@@ -183,7 +183,7 @@ class ArrayCall:
                 )
                 spec = fusion.spec
             self._explain_ufunc_errors(outcome)
-            raise_failure(outcome, self.inputs.describe)
+            raise_first_failure(outcome, self.inputs.describe)
             faults = self._collect_faults(delivered)
             deferred = [result for parts in delivered for result in parts.results]
             if fusion is not None:
@@ -194,10 +194,10 @@ class ArrayCall:
             if spec is not None:
                 arrays = request.fill_outputs(plan, spec, deferred, [fault[:2] for fault in faults])
             if arrays is None or spec is None:
-                refuse_missing(outcome, self.inputs.describe, outcome.missing, lambda: None)
+                raise_if_missing(outcome, self.inputs.describe, outcome.missing, lambda: None)
                 return None, faults
             partial = tuple(arrays) if spec.is_tuple else arrays[0]
-            refuse_missing(outcome, self.inputs.describe, outcome.missing, lambda: partial)
+            raise_if_missing(outcome, self.inputs.describe, outcome.missing, lambda: partial)
             return request.finish(plan, spec, arrays), faults
         finally:
             if fusion is not None:
@@ -209,7 +209,7 @@ class ArrayCall:
         """Run the call; return results by the start of their range, and the faults."""
         outcome, delivered = self._run(self._choose(), None)
         self._explain_ufunc_errors(outcome)
-        raise_failure(outcome, self.inputs.describe)
+        raise_first_failure(outcome, self.inputs.describe)
         results = {
             where.start: result
             for parts in delivered
@@ -224,13 +224,13 @@ class ArrayCall:
         def list_results() -> list[Any]:
             return [results.get(start) for start, _ in ranges]
 
-        refuse_missing(outcome, self.inputs.describe, missing, list_results)
+        raise_if_missing(outcome, self.inputs.describe, missing, list_results)
         return results, faults
 
     def _explain_ufunc_errors(self, outcome: RunOutcome) -> None:
         """Add notes to errors of ufuncs that say which array holds no numbers."""
         for failure in outcome.failures:
-            if isinstance(failure.error, TypeError) and "ufunc" in text_of(failure.error):
+            if isinstance(failure.error, TypeError) and "ufunc" in get_text(failure.error):
                 for number, dtype in enumerate(self.inputs.dtypes):
                     if remedy := _NO_NUMBERS.get(dtype.kind):
                         add_note(failure.error, f"array {number} has dtype {dtype}: {remedy}")
@@ -282,7 +282,7 @@ class ArrayCall:
         resumed: ResumedMarks | None = None,
     ) -> tuple[RunOutcome, list[PartialResult]]:
         in_processes = choice.backend == "loky"
-        func = self.call.func if self.row is None else self.row.make_returning(self.call.func)
+        func = self.call.func if self.row is None else self.row.wrap_function(self.call.func)
         if self.streams is not None:
             func = WithRandomStream(func, self.streams)
         prepared = prepare_call(

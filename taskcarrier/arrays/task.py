@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.arguments import arrays_within, own_or_read_only
+from taskcarrier.arguments import copy_or_make_read_only, iterate_arrays
 from taskcarrier.arrays.inputs.halos import Halo
 from taskcarrier.arrays.inputs.sources import Source
 from taskcarrier.arrays.outputs.ownership import own_memory, own_objects
@@ -24,8 +24,8 @@ from taskcarrier.arrays.outputs.specs import Spec
 from taskcarrier.arrays.outputs.stacking import MixedDtypes, stack_values
 from taskcarrier.arrays.outputs.writer import OutputWriter, Plan
 from taskcarrier.memory.segments import trim_files
-from taskcarrier.notes import CARRIED, add_note, is_of_read_only
-from taskcarrier.system.interrupts import is_of_the_program
+from taskcarrier.notes import READ_ONLY_ADVICE, add_note, is_read_only_error
+from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.records import Fault, PartialResult, Where
 from taskcarrier.workers.task import IN_PLACE, Propose
@@ -58,7 +58,7 @@ class ArrayTask:
         Where results go; None if they are for the caller.
     collect_errors : bool
         Whether errors are collected; else the first error ends the run.
-    takes_objects : bool
+    can_give_objects : bool
         Whether items may give any Python object.
     drop_file_pages : bool
         Whether workers are processes, which drop the pages of files that they have read.
@@ -77,7 +77,7 @@ class ArrayTask:
     halo: Halo | None
     plan: Plan | None
     collect_errors: bool
-    takes_objects: bool
+    can_give_objects: bool
     drop_file_pages: bool
     passes_index: bool = False
     chunksize: int = 1
@@ -93,9 +93,9 @@ class _RangeRunner(ABC):
         self._task = task
         self._func = task.call.func
         copies, call = task.copies_args, task.call
-        self._args = tuple(own_or_read_only(value, own=copies) for value in call.args)
+        self._args = tuple(copy_or_make_read_only(value, own=copies) for value in call.args)
         self._kwargs = {
-            name: own_or_read_only(value, own=copies) for name, value in call.kwargs.items()
+            name: copy_or_make_read_only(value, own=copies) for name, value in call.kwargs.items()
         }
         self._readers = [source.open() for source in task.sources]
         self._writer = None if task.plan is None else OutputWriter(task.plan, propose)
@@ -150,15 +150,15 @@ class _RangeRunner(ABC):
     @property
     def _input_arrays(self) -> list[np.ndarray]:
         """The arrays that a result may be a view of."""
-        return [*self._current_chunks, *arrays_within((self._args, self._kwargs))]
+        return [*self._current_chunks, *iterate_arrays((self._args, self._kwargs))]
 
     def _explain(self, error: BaseException) -> None:
         """Add notes to an error of the function that tell the user what is read-only."""
-        if is_of_read_only(error):
+        if is_read_only_error(error):
             if not self._writable:
                 add_note(error, "chunks are read-only; pass writable=True for private copies")
             if self._args or self._kwargs:
-                add_note(error, f"arrays in args and kwargs are read-only; {CARRIED}")
+                add_note(error, f"arrays in args and kwargs are read-only; {READ_ONLY_ADVICE}")
 
     def facts(self) -> tuple[int, Spec] | None:
         """Return the first item of this worker's first result, and the spec of that result."""
@@ -184,7 +184,7 @@ class _ChunkRunner(_RangeRunner):
         try:
             result = self._compute(start, stop)
         except Exception as error:
-            if is_of_the_program(error):
+            if is_raised_by_handler(error):
                 raise
             if not can_split:
                 parts.faults.append((start, stop, error))
@@ -243,7 +243,7 @@ class _ItemRunner(_RangeRunner):
                 values.extend(calls)
                 _check_complete(values, stop - start)
             except Exception as error:
-                if is_of_the_program(error):
+                if is_raised_by_handler(error):
                     raise
                 self._explain(error)
                 failed = start + len(values)
@@ -261,7 +261,7 @@ class _ItemRunner(_RangeRunner):
             values,
             start,
             plan.out_axis,
-            takes_objects=self._task.takes_objects,
+            can_give_objects=self._task.can_give_objects,
             as_objects=plan.asks_for_objects,
         )
 

@@ -21,20 +21,20 @@ from taskcarrier.arguments import check_callable, check_integer
 from taskcarrier.lists.map import Calls
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note, describe_items
-from taskcarrier.run import Settings, decide, describe_deaths, report_of, warn_again
+from taskcarrier.run import Settings, decide, describe_deaths, make_report, show_worker_warnings
 from taskcarrier.scheduling.balance import Dynamic
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import Ledger
 from taskcarrier.system.contexts import contextmanager
 from taskcarrier.system.exceptions import raise_again
-from taskcarrier.system.interrupts import is_of_the_program
+from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers import choose as choices
 from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.pools import process_pool, thread_pool
 from taskcarrier.workers.queues import BatchResult, SerialQueue, UnsendableError, WorkQueue
 from taskcarrier.workers.records import PartialResult
 from taskcarrier.workers.task import Job, Propose
-from taskcarrier.workers.thread_limits import limited
+from taskcarrier.workers.thread_limits import thread_limit
 
 # A batch should take this long: about fifty times what it costs to hand it out.
 _BATCH_NS = 5_000_000
@@ -111,7 +111,7 @@ def imap_lists(
     if choice.backend == "sequential" or (can_lose_batch and chunksize is None):
         chunksize = 1
     pace = Pace(choice.n_jobs, buffersize, chunksize)
-    source = Source(items, _count_items(iterables) if settings.verbosity >= 1 else None)
+    source = StreamInput(items, _count_items(iterables) if settings.verbosity >= 1 else None)
     stream = _stream_results(settings, job, choice, source, pace, ordered=ordered)
     _streams.add(stream)
     return stream
@@ -133,7 +133,7 @@ def _stream_results(
     settings: Settings,
     job: Job,
     choice: Choice,
-    source: Source,
+    source: StreamInput,
     pace: Pace,
     *,
     ordered: bool,
@@ -157,11 +157,11 @@ def _open_queue(
     queue: WorkQueue
     with ExitStack() as stack:
         if choice.backend == "sequential":
-            stack.enter_context(limited.open())
+            stack.enter_context(thread_limit.open())
             queue = SerialQueue(job)
         elif choice.backend == "threading":
             threads = stack.enter_context(thread_pool(choice.n_jobs))
-            stack.enter_context(limited.open())
+            stack.enter_context(thread_limit.open())
             queue = threads.stream(job)
         else:
             choices.load_processes()
@@ -182,7 +182,7 @@ def _open_queue(
                 if tick is not None:  # the last results arrived before they were counted
                     tick(queue.ledger)
                 n_begun = len({stats.worker for stats in run_result.worker_stats})
-                report = report_of(
+                report = make_report(
                     replace(job, n_workers=max(1, n_begun)),
                     choice,
                     run_result,
@@ -198,10 +198,10 @@ def _open_queue(
                 # As in `execute`: if a filter makes an exception of a warning, it must not replace
                 # a real exception, nor the one that closes the stream.
                 with nullcontext() if ended_well else suppress(Warning):
-                    warn_again(run_result.worker_stats)
+                    show_worker_warnings(run_result.worker_stats)
 
 
-class Source:
+class StreamInput:
     """The input of a stream, read in batches, with its number of items if that is known."""
 
     def __init__(self, items: Iterator[Any], n_items: int | None = None) -> None:
@@ -221,7 +221,7 @@ class Source:
                 self.has_ended = True
                 break
             except Exception as error:
-                if is_of_the_program(error):
+                if is_raised_by_handler(error):
                     raise
                 self.end(error)  # raised when its turn comes
                 break
@@ -297,7 +297,9 @@ class Pace:
 class _Stream:
     """Items on their way to workers, and results on their way to the caller."""
 
-    def __init__(self, queue: WorkQueue, source: Source, pace: Pace, tick: Tick | None) -> None:
+    def __init__(
+        self, queue: WorkQueue, source: StreamInput, pace: Pace, tick: Tick | None
+    ) -> None:
         self._queue = queue
         self._source = source
         self._pace = pace
@@ -316,7 +318,7 @@ class _Stream:
             for result in _yield_results(batch):
                 self._n_out += 1
                 yield result
-                if not self._queue.runs_here and monotonic_ns() > self._next_look_ns:
+                if not self._queue.runs_in_caller and monotonic_ns() > self._next_look_ns:
                     if not self._is_input_slow:  # results that are there must not wait for it
                         self._feed_workers()
                     self._take_results(0)
@@ -336,7 +338,7 @@ class _Stream:
 
     def _feed_workers(self) -> int:
         """Hand out items while there is room, until a slow read; return its time (ns), else 0."""
-        if not self._queue.runs_here and os.getpid() != self._owner:
+        if not self._queue.runs_in_caller and os.getpid() != self._owner:
             raise RuntimeError(
                 "this stream belongs to the process that began it, and this one was forked "
                 "from that since; begin a new one here"
@@ -350,7 +352,7 @@ class _Stream:
             reading_ns = monotonic_ns() - begin
             if items:
                 self._put_batch(items)
-            self._is_input_slow = reading_ns > _LOOK_NS and not self._queue.runs_here
+            self._is_input_slow = reading_ns > _LOOK_NS and not self._queue.runs_in_caller
             if self._is_input_slow:
                 return reading_ns
         return 0
@@ -371,7 +373,7 @@ class _Stream:
             self._n_put += len(items)
 
     def _take_results(self, seconds: float) -> None:
-        for batch in self._queue.take(seconds):
+        for batch in self._queue.get(seconds):
             self._arrived[batch.start] = batch
             n_items = batch.stop - batch.start
             self._n_arrived += n_items

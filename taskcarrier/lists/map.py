@@ -13,19 +13,19 @@ from itertools import starmap
 from time import monotonic_ns
 from typing import Any
 
-from taskcarrier.arguments import check_callable, check_extras, check_on_error, read_only
-from taskcarrier.notes import CARRIED, add_note, describe_items, is_of_read_only
+from taskcarrier.arguments import check_callable, check_extras, check_on_error, make_read_only
+from taskcarrier.notes import READ_ONLY_ADVICE, add_note, describe_items, is_read_only_error
 from taskcarrier.random_streams import WithRandomStream, random_streams_for
 from taskcarrier.run import (
     Settings,
     decide,
     execute,
-    raise_failure,
-    refuse_missing,
+    raise_first_failure,
+    raise_if_missing,
 )
 from taskcarrier.scheduling.grid import list_grid
 from taskcarrier.scheduling.retries import RetryPolicy, WithRetries
-from taskcarrier.system.interrupts import is_of_the_program
+from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.processes.packed_chunks import PackedChunks
@@ -88,9 +88,9 @@ def map_lists(
         can_split=True,
         deliver=results_by_start.__setitem__,
     )
-    raise_failure(outcome, describe_items)
+    raise_first_failure(outcome, describe_items)
     results, faults, missing = _join_results(results_by_start, len(items))
-    refuse_missing(outcome, describe_items, missing, lambda: results)
+    raise_if_missing(outcome, describe_items, missing, lambda: results)
     if not collect_errors:
         return results
     for start, stop, error in faults:
@@ -192,7 +192,7 @@ class Calls:
         """Return the same for a worker: shared arguments are bound, and their arrays read-only."""
         if not self.call.kwargs:
             return self
-        shared = {name: read_only(value) for name, value in self.call.kwargs.items()}
+        shared = {name: make_read_only(value) for name, value in self.call.kwargs.items()}
         func = partial(self.call.func, **shared)
         return replace(self, call=replace(self.call, func=func))
 
@@ -218,12 +218,12 @@ class Calls:
                 raise StopIteration("func raised StopIteration")  # noqa: TRY301  # handled below
             except BaseException as error:
                 failed = start + len(results)
-                if self.call.kwargs and is_of_read_only(error):
-                    add_note(error, f"arrays in shared= are read-only; {CARRIED}")
+                if self.call.kwargs and is_read_only_error(error):
+                    add_note(error, f"arrays in shared= are read-only; {READ_ONLY_ADVICE}")
                 if (
                     not self.collect_errors
                     or not isinstance(error, Exception)
-                    or is_of_the_program(error)
+                    or is_raised_by_handler(error)
                 ):
                     add_note(error, f"func failed on item {failed}")
                     raise

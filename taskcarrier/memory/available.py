@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from taskcarrier.system import cgroups
-from taskcarrier.system.cgroups import text_of
+from taskcarrier.system.cgroups import read_text
 from taskcarrier.system.contexts import contextmanager
 
 # From this size on, memory is checked before it is used (reading the limits costs 60 µs).
@@ -40,9 +40,9 @@ def check_memory(
 
 def _available_memory() -> tuple[int, str]:
     """Return the bytes that can still be used, and what says so; `sys.maxsize` if nothing does."""
-    limits = [(sys.maxsize, "no limit known"), *cgroups.memory_left()]
+    limits = [(sys.maxsize, "no limit known"), *cgroups.find_memory_left()]
     with suppress(OSError):
-        lines = text_of("/proc/meminfo").splitlines()
+        lines = read_text("/proc/meminfo").splitlines()
         fields = {name: value for name, _, value in (line.partition(":") for line in lines)}
         if "MemAvailable" in fields:
             # Memory that is swapped out is slow, but it is there.
@@ -53,7 +53,7 @@ def _available_memory() -> tuple[int, str]:
 
 
 @contextmanager
-def room_for(fd: int, nbytes: int) -> Iterator[None]:
+def explain_no_room(fd: int, nbytes: int) -> Iterator[None]:
     """Turn an error for lack of room into one with sizes, while a file is made `nbytes` long.
 
     The error has the number that the system gives, and names the file, or the folder of a file
@@ -77,7 +77,7 @@ def is_no_room(error: Exception) -> bool:
 
 
 def _make_no_room_error(number: int, fd: int, nbytes: int) -> OSError:
-    name = name_of_file(fd)
+    name = find_path(fd)
     is_temporary = name is not None and os.path.isdir(name)
     if number == errno.ENOSPC:
         info = os.fstatvfs(fd)
@@ -93,7 +93,7 @@ def _make_no_room_error(number: int, fd: int, nbytes: int) -> OSError:
     return OSError(number, message) if name is None else OSError(number, message, name)
 
 
-def name_of_file(fd: int) -> str | None:
+def find_path(fd: int) -> str | None:
     """Return the path of an open file, or the folder of a nameless one; None for memory."""
     try:
         path = os.readlink(f"/proc/self/fd/{fd}")

@@ -15,7 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.memory.segments import Mapping, Segment, SharedView, cut_off, locate, memory_owner
+from taskcarrier.memory.segments import (
+    Mapping,
+    Segment,
+    SharedView,
+    locate,
+    make_cut_off_error,
+    memory_owner,
+)
 from taskcarrier.memory.strides import address_of, byte_bounds
 from taskcarrier.system.descriptors import Descriptor, keep_standard_free, open_owned
 
@@ -24,7 +31,7 @@ _MAPS = "/proc/self/maps"
 
 def find_shared(array: np.ndarray, *, writable: bool = False) -> SharedView | None:
     """Return where workers can map an array, in a segment or a file; None if it is in neither."""
-    check_whole(array)
+    check_not_cut_off(array)
     return locate(array) or _find_in_file(array, writable=writable)
 
 
@@ -56,7 +63,7 @@ def find_writable(array: np.ndarray) -> SharedView | None:
     return view
 
 
-def check_whole(array: np.ndarray) -> None:
+def check_not_cut_off(array: np.ndarray) -> None:
     """Raise a `ValueError` if an array lies over a file that was cut off after it was mapped.
 
     The kernel kills a process that touches the missing part (SIGBUS), or gives it zeros in the
@@ -85,7 +92,7 @@ def check_whole(array: np.ndarray) -> None:
     if line.permissions[3] == "p":  # writes to the last page stay in this process
         size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     if end > size:
-        raise cut_off(line.path, size, end)
+        raise make_cut_off_error(line.path, size, end)
 
 
 def _is_device(path: str) -> bool:
@@ -133,7 +140,7 @@ def _lies_in_memory(device: int) -> bool:
     return not file_systems.isdisjoint({b"tmpfs", b"ramfs", b"hugetlbfs", b"devtmpfs"})
 
 
-def region(array: np.ndarray) -> tuple[object, int, int]:
+def find_region(array: np.ndarray) -> tuple[object, int, int]:
     """Return the memory that a non-empty array covers: what it belongs to, begin and end.
 
     A file or segment is known by its device and inode, even if the mapping is private (pages that
@@ -147,7 +154,7 @@ def region(array: np.ndarray) -> tuple[object, int, int]:
     return line.file, low + shift, high + shift
 
 
-def file_of(path: str) -> tuple[str, str] | None:
+def identify_file(path: str) -> tuple[str, str] | None:
     """Return device and inode of a file as its mappings show them; None if it cannot be mapped."""
     try:
         with (

@@ -117,7 +117,7 @@ def _read_header(file: Any, version: tuple[int, int]) -> Any:
     return mapped.shape, mapped.flags.f_contiguous and not mapped.flags.c_contiguous, mapped.dtype
 
 
-def header_of(dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> bytes:
+def make_header(dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> bytes:
     """Return the bytes before the data of a ``.npy`` file; all workers compute the same."""
     file = io.BytesIO()
     if dtype.names is None:
@@ -149,7 +149,7 @@ def _make_header_3(fields: str) -> bytes:
     return magic + len(text).to_bytes(4, "little") + text
 
 
-def open_own(path: str) -> Descriptor:
+def open_own_file(path: str) -> Descriptor:
     """Open an ordinary file of this user for reading and writing.
 
     Raises
@@ -284,7 +284,7 @@ def _open_leftover(path: str) -> Descriptor | None:
     A link or a device is refused: it is not ours to write to or to remove.
     """
     try:
-        file = open_own(path)
+        file = open_own_file(path)
     except FileNotFoundError:
         return None
     return lock_file(file, path)

@@ -41,7 +41,7 @@ def available() -> bool:
     return open_own_memory() is not None
 
 
-def readable(low: int, high: int) -> bool:
+def is_readable(low: int, high: int) -> bool:
     """Return whether workers can read the bytes from `low` up to `high` of this process."""
     memory = open_own_memory()
     if memory is None:

@@ -35,12 +35,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from taskcarrier.memory.available import check_memory, name_of_file, room_for
+from taskcarrier.memory.available import check_memory, explain_no_room, find_path
 from taskcarrier.memory.strides import (
     address_of,
     byte_bounds,
 )
-from taskcarrier.system.descriptors import Descriptor, keep_standard_free, open_owned, own
+from taskcarrier.system.descriptors import Descriptor, keep_standard_free, make_owner, open_owned
 from taskcarrier.system.interrupts import run_sheltered
 
 Mode = Literal["read", "write", "private"]
@@ -294,7 +294,7 @@ class Segment:
             return
         if not self.on_disk:
             check_memory(nbytes - self.nbytes)
-        with room_for(self.fd, nbytes):
+        with explain_no_room(self.fd, nbytes):
             if self.on_disk:
                 os.posix_fallocate(self.fd, 0, nbytes)
             else:
@@ -314,7 +314,9 @@ class Segment:
         except ValueError:
             size = os.fstat(self.fd).st_size
             if size < self.nbytes:  # it was cut off just now
-                raise cut_off(name_of_file(self.fd) or "shared memory", size, self.nbytes) from None
+                raise make_cut_off_error(
+                    find_path(self.fd) or "shared memory", size, self.nbytes
+                ) from None
             raise
         except OSError as error:
             if error.errno != errno.ENOMEM:
@@ -457,8 +459,8 @@ class SharedView:
             (n - 1) * step for n, step in zip(self.shape, self.strides, strict=True) if step > 0
         )
         if end > self.segment.nbytes:
-            raise cut_off(
-                name_of_file(self.segment.fd) or "shared memory", self.segment.nbytes, end
+            raise make_cut_off_error(
+                find_path(self.segment.fd) or "shared memory", self.segment.nbytes, end
             )
         return self.map_over(self.segment.map(mode))
 
@@ -467,7 +469,7 @@ class SharedView:
         return np.ndarray(self.shape, self.dtype, mapping, self.offset, self.strides)
 
 
-def cut_off(path: str, size: int, end: int) -> ValueError:
+def make_cut_off_error(path: str, size: int, end: int) -> ValueError:
     """Return the error for a file that is shorter than an array in it."""
     return ValueError(
         f"{path} was cut off: it has {size:,} bytes, but the array that maps it needs {end:,}"
@@ -518,6 +520,6 @@ def _create_nameless_file(folder: str) -> Descriptor:
         with keep_standard_free():
             fd, path = tempfile.mkstemp(prefix="taskcarrier-", dir=folder)
         os.unlink(path)
-        return own(fd)
+        return make_owner(fd)
 
     return run_sheltered(create_file)

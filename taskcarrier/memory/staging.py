@@ -12,8 +12,8 @@ from taskcarrier.memory.strides import (
     address_of,
     align,
     byte_bounds,
-    bytes_at,
-    footprint,
+    count_copy_nbytes,
+    view_bytes,
 )
 
 
@@ -46,7 +46,7 @@ class Staging:
         All bytes from an array's first to its last are copied, including gaps.
         """
         located = [(array, locate(array)) for array in arrays]
-        self._prepare(sum(footprint(array) for array, view in located if view is None))
+        self._prepare(sum(count_copy_nbytes(array) for array, view in located if view is None))
         return [self._copy(array) if view is None else view for array, view in located]
 
     def place(self, nbytes: int, low: int = 0) -> tuple[Segment, int]:
@@ -86,6 +86,6 @@ class Staging:
         # adds up in the same order as it would on the original. Overlapping and repeated items
         # (windows, zero strides) are not expanded.
         segment, offset = self.place(high - low, low)
-        segment.write(offset, bytes_at(low, high - low))
+        segment.write(offset, view_bytes(low, high - low))
         start = offset + address_of(array) - low
         return SharedView(segment, start, array.shape, array.strides, array.dtype)

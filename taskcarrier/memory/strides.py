@@ -17,13 +17,13 @@ def is_mostly_gaps(array: np.ndarray) -> bool:
     return high - low > 2 * array.nbytes
 
 
-def items_first(array: np.ndarray, axis: int) -> np.ndarray:
+def move_items_first(array: np.ndarray, axis: int) -> np.ndarray:
     """Return a view with the mapped axis first."""
     # `moveaxis` takes 2 µs, and a call of 0.2 ms would need several (`python -m bench kernels`).
     return array if axis == 0 else np.moveaxis(array, axis, 0)
 
 
-def without_gaps(array: np.ndarray) -> np.ndarray:
+def copy_without_gaps(array: np.ndarray) -> np.ndarray:
     """Copy a non-empty array without gaps, with the order and the signs of its strides."""
     strides = _dense_strides(array)
     ends = [(n - 1) * stride for n, stride in zip(array.shape, strides, strict=True)]
@@ -66,7 +66,7 @@ def byte_bounds(array: np.ndarray) -> tuple[int, int]:
     return low, high + array.itemsize
 
 
-def footprint(array: np.ndarray) -> int:
+def count_copy_nbytes(array: np.ndarray) -> int:
     """Return the bytes that a copy of the array takes, with room for alignment."""
     if array.nbytes == 0:
         return 0
@@ -92,7 +92,7 @@ class _RawMemory:
         }
 
 
-def bytes_at(address: int, nbytes: int) -> memoryview:
+def view_bytes(address: int, nbytes: int) -> memoryview:
     """Return the memory at an address, read-only; it must stay alive while it is used."""
     return np.asarray(_RawMemory(address, nbytes)).data
 

@@ -25,10 +25,10 @@ SMALL_CHUNK_NBYTES = 256 << 10
 
 # With neighbours, a chunk is this many times as long as their depth, so that they add a quarter to
 # its cost at most. Arbitrary.
-DEPTHS = 8
+CHUNK_DEPTHS = 8
 
 
-# The minimum number of chunks with neighbours; it outranks `DEPTHS`. Arbitrary.
+# The minimum number of chunks with neighbours; it outranks `CHUNK_DEPTHS`. Arbitrary.
 MIN_CHUNKS_DEEP = 8
 
 
@@ -89,7 +89,7 @@ def chunk_grid(
 
     It depends on nothing else, so that the same call has the same grid on every machine, with every
     backend and number of workers. The function computes the neighbours of every chunk too, so a
-    chunk is at least `DEPTHS` times `depth` long, as long as `MIN_CHUNKS_DEEP` chunks remain.
+    chunk is at least `CHUNK_DEPTHS` times `depth` long, as long as `MIN_CHUNKS_DEEP` chunks remain.
 
     >>> chunk_grid(64, 32), len(chunk_grid(1 << 20, 256))
     (ChunkGrid(n_items=64, chunksize=4), 256)
@@ -101,7 +101,7 @@ def chunk_grid(
         max_chunksize = max(1, n_items // n_chunks)
         min_chunksize = -(-n_items // MAX_CHUNKS)
         chunksize = max(1, min_chunksize, min(chunksize_by_bytes, max_chunksize))
-        chunksize = max(chunksize, min(DEPTHS * depth, n_items // MIN_CHUNKS_DEEP))
+        chunksize = max(chunksize, min(CHUNK_DEPTHS * depth, n_items // MIN_CHUNKS_DEEP))
     return ChunkGrid(n_items, chunksize)
 
 

@@ -134,13 +134,13 @@ class Ledger:
         words = self._words
         words[_HALTED] = 0
         for worker in range(n_workers):
-            self.begin(worker)
+            self.clear_row(worker)
         self._items_before = 0
         words[_COUNTER] = 0
         self._counter.reset()
         self._set_once.reset()
 
-    def begin(self, worker: int) -> None:
+    def clear_row(self, worker: int) -> None:
         """Clear the row of a worker that is about to begin, or to replace one that died."""
         row = _row(worker)
         self._items_before += self._words[row + _ITEMS]
@@ -153,7 +153,7 @@ class Ledger:
         own = self._own_marks
         self.marks = marks if marks is not None or own is None else own[:n_chunks]
 
-    def chunks_marked(self, mark: int) -> list[int]:
+    def find_marked(self, mark: int) -> list[int]:
         """Return the chunks with this mark; none if chunks are not marked."""
         if self.marks is None:
             return []

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from taskcarrier.arguments import check_integer
 from taskcarrier.notes import add_note
-from taskcarrier.system.interrupts import is_of_the_program
+from taskcarrier.system.interrupts import is_raised_by_handler
 
 RETRIES = 2
 """How often a range on which a worker died is run again by default."""
@@ -178,7 +178,7 @@ class WithRetries:
             try:
                 return self._call(args, kwargs)
             except self.retry_on as error:
-                if is_of_the_program(error):
+                if is_raised_by_handler(error):
                     raise
         try:
             return self._call(args, kwargs)

@@ -16,7 +16,7 @@ _MOUNTS = "/proc/self/mountinfo"
 _UNIFIED = "cgroup2"  # the second version has one hierarchy for everything
 
 
-def memory_left() -> list[tuple[int, str]]:
+def find_memory_left() -> list[tuple[int, str]]:
     """Return the bytes that each limit leaves (file cache counts as free) and the limit's file."""
     left = []
     for folder, version in _find_folders("memory"):
@@ -26,21 +26,21 @@ def memory_left() -> list[tuple[int, str]]:
             else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         )
         with suppress(OSError, ValueError):  # no such file, or "max": no limit
-            room = int(text_of(f"{folder}/{limit}")) - int(text_of(f"{folder}/{used}"))
+            room = int(read_text(f"{folder}/{limit}")) - int(read_text(f"{folder}/{used}"))
             left.append((room + _count_reclaimable(folder), f"{folder}/{limit}"))
     return left
 
 
-def cores() -> float:
+def count_cores() -> float:
     """Return the number of cores that the tightest limit allows; infinity if there is no limit."""
     shares = [float("inf")]
     for folder, version in _find_folders("cpu"):
         with suppress(OSError, ValueError, ZeroDivisionError):  # as above
             if version == _UNIFIED:
-                quota, period = map(int, text_of(f"{folder}/cpu.max").split())
+                quota, period = map(int, read_text(f"{folder}/cpu.max").split())
             else:
-                quota = int(text_of(f"{folder}/cpu.cfs_quota_us"))
-                period = int(text_of(f"{folder}/cpu.cfs_period_us"))
+                quota = int(read_text(f"{folder}/cpu.cfs_quota_us"))
+                period = int(read_text(f"{folder}/cpu.cfs_period_us"))
             if quota > 0:
                 shares.append(quota / period)
     return min(shares)
@@ -65,7 +65,7 @@ def _find_folders(controller: str) -> Iterator[tuple[str, str]]:
 def _find_mounts() -> Iterator[tuple[str, str, str, list[str]]]:
     """Yield version, root, mount point and controllers of each mounted hierarchy."""
     with suppress(OSError):
-        for line in text_of(_MOUNTS).splitlines():
+        for line in read_text(_MOUNTS).splitlines():
             before, _, after = line.partition(" - ")
             kind, _, options = after.split(" ", 2)
             if kind in {"cgroup", _UNIFIED}:
@@ -75,7 +75,7 @@ def _find_mounts() -> Iterator[tuple[str, str, str, list[str]]]:
 
 def _find_own_group(version: str, controller: str) -> str | None:
     with suppress(OSError):
-        for line in text_of(_GROUPS).splitlines():
+        for line in read_text(_GROUPS).splitlines():
             number, controllers, path = line.split(":", 2)
             if (number == "0") if version == _UNIFIED else (controller in controllers.split(",")):
                 return path
@@ -89,7 +89,7 @@ def _unescape(word: str) -> str:
 def _count_reclaimable(folder: str) -> int:
     """Return the bytes of file cache in a group's use, which the kernel frees on demand."""
     try:
-        lines = [line.split() for line in text_of(f"{folder}/memory.stat").splitlines()]
+        lines = [line.split() for line in read_text(f"{folder}/memory.stat").splitlines()]
     except OSError:
         return 0
     values = {words[0]: int(words[1]) for words in lines}
@@ -97,7 +97,7 @@ def _count_reclaimable(folder: str) -> int:
     return values.get("total_inactive_file", values.get("inactive_file", 0))
 
 
-def text_of(path: str) -> str:
+def read_text(path: str) -> str:
     """Return the text of a file of the kernel."""
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         return file.read()

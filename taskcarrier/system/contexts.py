@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, _GeneratorContextManager
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-from taskcarrier.system.exceptions import set_plainly
+from taskcarrier.system.exceptions import set_base_attribute
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,7 +35,7 @@ class _Block(_GeneratorContextManager[Any]):
         except BaseException as raised:
             # In a generator a `StopIteration` becomes the cause of a `RuntimeError`.
             if raised is error or (isinstance(error, StopIteration) and raised.__cause__ is error):
-                set_plainly(error, "__traceback__", traceback)
+                set_base_attribute(error, "__traceback__", traceback)
                 return False
             raise
         raise RuntimeError("the generator yields again after its block has raised")

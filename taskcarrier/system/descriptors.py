@@ -81,7 +81,7 @@ if sys.platform == "linux":
     without a warning and without a line of Python, which an exception could interrupt. Nothing
     else of epoll is used.
     """
-    own = select.epoll.fromfd
+    make_owner = select.epoll.fromfd
     """The function, in C code, that makes the owner of a descriptor from its number."""
 else:
 
@@ -103,11 +103,11 @@ else:
 
         __del__ = close
 
-    own = Descriptor
+    make_owner = Descriptor
 
 
 def open_owned(function: Callable[..., int], *args: object) -> Descriptor:
     """Call a C function that opens a descriptor; no exception can come before it has an owner."""
     with keep_standard_free():
-        (descriptor,) = map(own, map(function, *((argument,) for argument in args)))
+        (descriptor,) = map(make_owner, map(function, *((argument,) for argument in args)))
     return descriptor

@@ -12,7 +12,7 @@ is protected in one of four ways:
 - Nothing is recorded; the next call determines the state again: which holders are gone (`Holders`,
   `taskcarrier.workers.pools`), which workers are free.
 
-`is_of_the_program` distinguishes these exceptions from those of the user's functions.
+`is_raised_by_handler` distinguishes these exceptions from those of the user's functions.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _get_handlers() -> Handlers:
     return Handlers() if handlers is None else handlers
 
 
-def is_of_the_program(error: BaseException) -> bool:
+def is_raised_by_handler(error: BaseException) -> bool:
     """Return whether a signal handler of the program raised this, not the code that it interrupted.
 
     A handler may raise while any code of the user runs in the main thread; the usual time limits

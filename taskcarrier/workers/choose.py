@@ -1,6 +1,6 @@
 """The choice of where a run takes place: pure decisions, each with its reason.
 
-`facts_now` reads the state of the process once; `choose` turns the user's wishes and those
+`read_facts` reads the state of the process once; `choose` turns the user's wishes and those
 facts into a `Choice`, and can be tested without any worker.
 """
 
@@ -44,11 +44,11 @@ class Facts:
         The number of cores this process may use (affinity and cgroup limits count).
     is_in_worker : bool
         Whether the call comes from inside one of our workers.
-    nested_in_joblib : bool
+    is_nested_in_joblib : bool
         Whether the call comes from inside a task of joblib.
     active_backend, active_n_jobs : str or None, int or None
         The backend and n_jobs that an active `joblib.parallel_config` sets.
-    daemonic : bool
+    is_daemonic : bool
         Whether this process may not have children (a worker of `multiprocessing.Pool`).
     has_gil : bool
         Whether the interpreter has a global lock.
@@ -60,10 +60,10 @@ class Facts:
 
     cores: int
     is_in_worker: bool = False
-    nested_in_joblib: bool = False
+    is_nested_in_joblib: bool = False
     active_backend: str | None = None
     active_n_jobs: int | None = None
-    daemonic: bool = False
+    is_daemonic: bool = False
     has_gil: bool = True
     has_processes: bool = True
     has_threads: bool = True
@@ -153,7 +153,7 @@ def _resolve_n_jobs(n_jobs: int | None, facts: Facts) -> int:
     if n_jobs is None:
         n_jobs = facts.active_n_jobs
     if n_jobs is None:
-        n_jobs = 1 if facts.nested_in_joblib else -1
+        n_jobs = 1 if facts.is_nested_in_joblib else -1
     return n_jobs
 
 
@@ -200,7 +200,7 @@ def choose(
     if selected == "loky":
         if not facts.has_processes:
             raise OSError("worker processes need Linux; pass backend='threading'")
-        if facts.daemonic:
+        if facts.is_daemonic:
             selected, reason = "sequential", "a daemonic process may not start worker processes"
     if selected == "threading" and not facts.has_threads:
         selected, reason = "sequential", "the program is ending, and Python starts no more threads"
@@ -241,7 +241,7 @@ def _get_configured_backend(facts: Facts) -> str | None:
     return "loky" if facts.active_backend == "multiprocessing" else facts.active_backend
 
 
-def facts_now(*, follows_joblib: bool = True) -> Facts:
+def read_facts(*, follows_joblib: bool = True) -> Facts:
     """Return the state of this process, with joblib's configuration if that is to be followed."""
     if is_in_worker():
         return Facts(cores=1, is_in_worker=True)
@@ -252,10 +252,10 @@ def facts_now(*, follows_joblib: bool = True) -> Facts:
     multiprocessing = sys.modules.get("multiprocessing")
     return Facts(
         cores=count_cores(),
-        nested_in_joblib=nested,
+        is_nested_in_joblib=nested,
         active_backend=active_backend,
         active_n_jobs=active_n_jobs,
-        daemonic=multiprocessing is not None and bool(multiprocessing.current_process().daemon),
+        is_daemonic=multiprocessing is not None and bool(multiprocessing.current_process().daemon),
         has_gil=getattr(sys, "_is_gil_enabled", lambda: True)(),
         has_processes=sys.platform == "linux",
         has_threads=not _is_ending() or _can_start_threads(),
@@ -352,7 +352,7 @@ def count_cores() -> int:
     if key not in _cores:
         from joblib.externals.loky import cpu_count  # noqa: PLC0415  # takes 140 ms, for runs only
 
-        quota = cgroups.cores()
+        quota = cgroups.count_cores()
         allowed = cpu_count() if quota == float("inf") else min(cpu_count(), math.ceil(quota))
         _cores[key] = 1 if switch.strip() == "0" else max(1, allowed)
     return _cores[key]

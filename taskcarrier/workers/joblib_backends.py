@@ -35,7 +35,7 @@ from joblib.parallel import get_active_backend
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.ledger import Ledger
 from taskcarrier.system.contexts import contextmanager
-from taskcarrier.system.interrupts import is_of_the_program
+from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.loop import this_thread
@@ -44,7 +44,7 @@ from taskcarrier.workers.pickled_errors import pickle_error, unpickle_error
 from taskcarrier.workers.pickling import pickle_apart, pickle_items, unpickle_items
 from taskcarrier.workers.records import RangeFailure, RunResult, WorkerStats
 from taskcarrier.workers.task import Deliver, Job
-from taskcarrier.workers.thread_limits import limited
+from taskcarrier.workers.thread_limits import thread_limit
 
 
 class Calls(Protocol):
@@ -240,7 +240,7 @@ def _generate_tasks(
         try:
             task = sender.make_task(items[start:stop], start)
         except Exception as error:
-            if is_of_the_program(error):
+            if is_raised_by_handler(error):
                 raise
             add_note(
                 error,
@@ -279,7 +279,7 @@ def _run_chunk(
     was_worker = this_thread.is_worker
     try:
         this_thread.is_worker = True
-        with limited.open(), parent_state.apply_within():
+        with thread_limit.open(), parent_state.apply_within():
             value = calls.call_items(items, start)
     except BaseException as error:  # noqa: BLE001  # also exits: the caller raises
         value, has_failed = error, True
@@ -332,7 +332,7 @@ def _deliver_result(result: _Result, deliver: Deliver, worker: str) -> RangeFail
         try:
             value = unpickle_items(value)
         except Exception as error:
-            if is_of_the_program(error):
+            if is_raised_by_handler(error):
                 raise
             add_note(error, "taskcarrier could not unpickle this result of a worker")
             return RangeFailure(bounds, error, worker)

@@ -63,11 +63,11 @@ ResultSink = tuple[Deliver, Callable[[], None]]
 # The index of a chunk; or an attempt or a batch, with its number among those of this worker.
 _Claim = tuple[Attempt, int] | int
 
-AttemptSource = Callable[[BatchRunner], Iterable[_Claim]]
+BatchSource = Callable[[BatchRunner], Iterable[_Claim]]
 """Hands batches of items to a worker's runner, and yields the ranges of them that it is to run."""
 
 
-def local_sink(deliver: Deliver) -> ResultSink:
+def make_local_sink(deliver: Deliver) -> ResultSink:
     """Return the sink of a worker in the caller's process, which holds nothing back."""
     return deliver, lambda: None
 
@@ -79,7 +79,7 @@ def run_worker(
     sink: ResultSink,
     attempts: Sequence[Attempt] = (),
     *,
-    attempt_source: AttemptSource | None = None,
+    batch_source: BatchSource | None = None,
 ) -> WorkerStats:
     """Run ranges until none is left, one fails, or the run is halted; return the worker's stats.
 
@@ -95,7 +95,7 @@ def run_worker(
         Where results go that are not in place yet.
     attempts : sequence of Attempt
         Ranges to run before any chunk, because another worker has died on them.
-    attempt_source : AttemptSource, optional
+    batch_source : BatchSource, optional
         Where all other ranges come from, instead of the grid.
     """
     stats = WorkerStats(worker)
@@ -108,8 +108,8 @@ def run_worker(
             _run_all(job, ledger, stats, cast("CompiledRunner", runner), sink[0])
         else:
             claims: Iterable[_Claim]
-            if attempt_source is not None:
-                claims = attempt_source(cast("BatchRunner", runner))
+            if batch_source is not None:
+                claims = batch_source(cast("BatchRunner", runner))
             else:
                 claims = job.balance.chunks(ledger, worker, job.n_workers, len(job.grid))
             if attempts:
@@ -220,7 +220,7 @@ def run_with_timeout(
         if not (next_attempts := job.retry_policy.next_after_timeout(attempt)):
             break
         (attempt,) = next_attempts
-    error = timeout_error(job.retry_policy, taken_ns / 1e9)
+    error = make_timeout_error(job.retry_policy, taken_ns / 1e9)
     if not _in_worker_process:
         add_note(error, "only processes can be stopped within a range: it was run to its end")
     if not job.collect_errors:
@@ -228,7 +228,7 @@ def run_with_timeout(
     return PartialResult([], [(attempt.start, attempt.stop, error)])
 
 
-def timeout_error(retry_policy: RetryPolicy, seconds: float | None = None) -> TimeoutError:
+def make_timeout_error(retry_policy: RetryPolicy, seconds: float | None = None) -> TimeoutError:
     """Return the error for a range that took too long, with the `seconds` if they are known."""
     taken = "" if seconds is None else f"{seconds:.3g} s, "
     return TimeoutError(f"a range took {taken}longer than timeout={retry_policy.timeout:g} seconds")

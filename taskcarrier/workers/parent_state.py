@@ -35,7 +35,7 @@ class ParentState:
         The result of `numpy.geterr`.
     errcall : Call or None
         The handler of `numpy.seterrcall`; None if `errstate` needs none.
-    decimals : decimal.Context or None
+    decimal_context : decimal.Context or None
         The context of `decimal`, without flags; None if `decimal` is not loaded.
     recursion_limit : int
         The result of `sys.getrecursionlimit`.
@@ -44,7 +44,7 @@ class ParentState:
     folder: str | None
     errstate: dict[str, Any]
     errcall: Call | None
-    decimals: Any
+    decimal_context: Any
     recursion_limit: int
 
     @classmethod
@@ -70,11 +70,11 @@ class ParentState:
         np.seterr(**self.errstate)
         if self.errcall is not None:
             np.seterrcall(self.errcall.func)
-        if self.decimals is not None:
+        if self.decimal_context is not None:
             # Each thread gets a copy: otherwise threads would share the caller's context and flags.
             import decimal  # noqa: PLC0415  # the caller has loaded it
 
-            decimal.setcontext(self.decimals.copy())
+            decimal.setcontext(self.decimal_context.copy())
 
     @contextmanager
     def apply_within(self) -> Iterator[None]:
@@ -84,10 +84,10 @@ class ParentState:
             if self.errcall is not None:
                 np.seterrcall(self.errcall.func)
                 stack.callback(np.seterrcall, handler)
-            if self.decimals is not None:
+            if self.decimal_context is not None:
                 import decimal  # noqa: PLC0415  # as above
 
-                stack.enter_context(decimal.localcontext(self.decimals))
+                stack.enter_context(decimal.localcontext(self.decimal_context))
             yield
 
 

@@ -21,9 +21,9 @@ from types import MemberDescriptorType
 from typing import Any
 
 from taskcarrier.errors import TaskError, WorkerTracebackError
-from taskcarrier.notes import text_of
-from taskcarrier.system.exceptions import collect_related, get_plainly, set_plainly
-from taskcarrier.system.interrupts import is_of_the_program
+from taskcarrier.notes import get_text
+from taskcarrier.system.exceptions import collect_related, get_base_attribute, set_base_attribute
+from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.pickling import Pickler, dumps, unpickle_items
 
 _Link = tuple[int | None, int | None, bool]
@@ -40,9 +40,9 @@ def pickle_error(error: BaseException) -> bytes:
 
     links = [
         (
-            get_number(get_plainly(related, "__cause__")),
-            get_number(get_plainly(related, "__context__")),
-            get_plainly(related, "__suppress_context__"),
+            get_number(get_base_attribute(related, "__cause__")),
+            get_number(get_base_attribute(related, "__context__")),
+            get_base_attribute(related, "__suppress_context__"),
         )
         for related in errors
     ]
@@ -64,21 +64,21 @@ def unpickle_error(packed: bytes) -> BaseException:
     try:
         errors, links = unpickle_items(packed_errors)
     except Exception as trouble:
-        if is_of_the_program(trouble):
+        if is_raised_by_handler(trouble):
             raise
         # The worker could read it, but this process cannot.
         error = TaskError(
             "an exception arrived from the worker that cannot be read here "
-            f"({type(trouble).__name__}: {text_of(trouble)})",
+            f"({type(trouble).__name__}: {get_text(trouble)})",
             type_name,
         )
     else:
         for related, (cause, context, is_suppressed) in zip(errors, links, strict=True):
-            set_plainly(related, "__cause__", None if cause is None else errors[cause])
-            set_plainly(related, "__context__", None if context is None else errors[context])
-            set_plainly(related, "__suppress_context__", is_suppressed)
+            set_base_attribute(related, "__cause__", None if cause is None else errors[cause])
+            set_base_attribute(related, "__context__", None if context is None else errors[context])
+            set_base_attribute(related, "__suppress_context__", is_suppressed)
         error = errors[0]
-    set_plainly(_find_last_shown(error), "__cause__", WorkerTracebackError(text))
+    set_base_attribute(_find_last_shown(error), "__cause__", WorkerTracebackError(text))
     return error
 
 
@@ -129,8 +129,8 @@ def _replace_unsendable(error: BaseException, known: dict[int, BaseException]) -
 def _make_stand_in(error: BaseException, trouble: Exception) -> TaskError:
     """Return the `TaskError` that is sent instead of an exception that cannot be sent."""
     return TaskError(
-        f"{type(error).__qualname__}: {text_of(error)} (the exception itself could not be sent "
-        f"from the worker: {type(trouble).__name__}: {text_of(trouble)})",
+        f"{type(error).__qualname__}: {get_text(error)} (the exception itself could not be sent "
+        f"from the worker: {type(trouble).__name__}: {get_text(trouble)})",
         _name_of(error),
     )
 
@@ -144,8 +144,8 @@ def _traceback_of(error: BaseException) -> str:
     try:
         lines = traceback.format_exception(error)
     except Exception:  # noqa: BLE001  # attributes of a user's class may raise anything
-        lines = traceback.format_tb(get_plainly(error, "__traceback__"))
-        lines.append(f"{_name_of(error)}: {text_of(error)}")
+        lines = traceback.format_tb(get_base_attribute(error, "__traceback__"))
+        lines.append(f"{_name_of(error)}: {get_text(error)}")
     return "".join(lines).rstrip()
 
 
@@ -154,8 +154,11 @@ def _find_last_shown(error: BaseException) -> BaseException:
     seen: set[int] = set()
     while id(error) not in seen:
         seen.add(id(error))
-        cause, context = get_plainly(error, "__cause__"), get_plainly(error, "__context__")
-        if cause is None and get_plainly(error, "__suppress_context__"):
+        cause, context = (
+            get_base_attribute(error, "__cause__"),
+            get_base_attribute(error, "__context__"),
+        )
+        if cause is None and get_base_attribute(error, "__suppress_context__"):
             break
         following = context if cause is None else cause
         if following is None or id(following) in seen:
@@ -223,4 +226,4 @@ def _recreate(kind: type, args: tuple[Any, ...]) -> BaseException:
 
 def _set_attributes(error: BaseException, attributes: dict[str, Any]) -> None:
     for name, value in attributes.items():
-        set_plainly(error, name, value)
+        set_base_attribute(error, name, value)

@@ -29,12 +29,12 @@ from taskcarrier.memory.memmaps import find_shared, find_writable
 from taskcarrier.memory.segments import Mode, Segment, SharedView
 from taskcarrier.memory.staging import Staging
 from taskcarrier.memory.strides import is_mostly_gaps
-from taskcarrier.notes import add_note, advise, count_noun
+from taskcarrier.notes import add_note, count_noun, warn_user
 from taskcarrier.system.descriptors import Descriptor
-from taskcarrier.system.interrupts import is_of_the_program
+from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.pickled_functions import reduce_cached, reduce_dispatching
-from taskcarrier.workers.processes.messages import _MAX_DESCRIPTORS
+from taskcarrier.workers.processes.messages import MAX_DESCRIPTORS
 
 try:
     import cloudpickle
@@ -90,9 +90,9 @@ def pickle_task(task: object, staging: Staging) -> Payload:
         ]
     else:
         table = []
-    if len(packer.segments) > _MAX_DESCRIPTORS:
+    if len(packer.segments) > MAX_DESCRIPTORS:
         raise ValueError(
-            f"one call can take at most {_MAX_DESCRIPTORS} separate shared arrays, got "
+            f"one call can take at most {MAX_DESCRIPTORS} separate shared arrays, got "
             f"{len(packer.segments)}; copy some of them, or put those that func writes to into one"
         )
     return Payload(pickle.dumps((pickled, table)), packer.segments, packer.make_notes())
@@ -284,7 +284,7 @@ def pickle_apart(own: object, shared: object) -> list[memoryview]:
     pickler = _CopyingPickler(file, protocol=5)
     pickler.dump(own)
     if pickler.n_copied:
-        advise(
+        warn_user(
             f"func carries {count_noun(pickler.n_copied, 'array')} made by empty, share or load, "
             "or mapped for writing. On this backend workers get copies: what func writes to them "
             "is lost. If it only reads them, set their flags.writeable = False"
@@ -378,7 +378,7 @@ def pickle_items(items: object, beside: list[memoryview] | None = None) -> bytes
     try:
         packed = pickle.dumps(items, protocol=5, buffer_callback=keep)
     except Exception as error:
-        if is_of_the_program(error):
+        if is_raised_by_handler(error):
             raise
         packed = b"_main__"  # lambdas, local classes, ...: only an error of cloudpickle counts
     if b"_main__" not in packed:  # neither `__main__` nor `__mp_main__`

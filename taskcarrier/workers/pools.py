@@ -141,11 +141,11 @@ class _Pools:
         Where no more workers can be started, idle ones are not kept from others. If this is cut
         short, the keeper ends the pool.
         """
-        if (place.pool.is_short or self._keeper is None) and place in self._places:
+        if (place.pool.lacks_workers or self._keeper is None) and place in self._places:
             run_sheltered(partial(self._end_unless_kept, place))
 
     def _end_unless_kept(self, place: _Place) -> None:
-        is_kept = not place.pool.is_short and self._ensure_keeper()
+        is_kept = not place.pool.lacks_workers and self._ensure_keeper()
         if not is_kept and (lease := place.lend(self._keeper_inbox.put)):
             self._end_pools([lease], wait=False)
 
@@ -205,7 +205,7 @@ class _Pools:
         """
         for place in self._places.copy():
             similar = [other for other in self._places if other.key == place.key]
-            if place.pool.is_short or (place.was_lost and len(similar) > 1):
+            if place.pool.lacks_workers or (place.was_lost and len(similar) > 1):
                 self._end_pools(self._lend_free([place]))
 
     def _run_keeper(self, inbox: SimpleQueue[object]) -> None:

@@ -3,7 +3,8 @@
 Who owns what. A queue is open from its creation to its `close`, and owns its workers for that time.
 Everything the caller does happens in the thread that asks for results: it puts batches while a
 worker has room, and takes the results that have come. Between two requests, workers only finish the
-batches that they have, at most `AHEAD` each; nothing else goes on in the background.
+batches that they have, at most `MAX_BATCHES_PER_WORKER` each; nothing else goes on in the
+background.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from taskcarrier.scheduling.ledger import Ledger
 from taskcarrier.scheduling.retries import Attempt
 from taskcarrier.system.exceptions import raise_again
 from taskcarrier.system.interrupts import Handlers
-from taskcarrier.workers.loop import AttemptSource, is_in_worker, run_with_timeout, this_thread
+from taskcarrier.workers.loop import BatchSource, is_in_worker, run_with_timeout, this_thread
 from taskcarrier.workers.records import PartialResult, RunResult, WorkerStats
 from taskcarrier.workers.task import BatchRunner, Deliver, Job
 
-AHEAD = 2
+MAX_BATCHES_PER_WORKER = 2
 """The most batches that a worker has at a time: one in hand, and one to go on with."""
 
 
@@ -70,7 +71,7 @@ class WorkQueue(Protocol):
     """Workers that take batches of items and give back results in any order."""
 
     ledger: Ledger
-    runs_here: bool
+    runs_in_caller: bool
     """Whether `put` runs the batch: nothing happens while the caller is busy with other things."""
 
     @property
@@ -83,7 +84,7 @@ class WorkQueue(Protocol):
         Raises `UnsendableError` if the items cannot be sent.
         """
 
-    def take(self, seconds: float) -> list[BatchResult]:
+    def get(self, seconds: float) -> list[BatchResult]:
         """Return the results that have come; if there are none, wait up to `seconds` for one.
 
         Raises exceptions that are no `Exception` and so end a worker: an exit, an interrupt.
@@ -96,7 +97,7 @@ class WorkQueue(Protocol):
 class SerialQueue:
     """A queue whose only worker is the caller: a batch is run when it is put."""
 
-    runs_here = True
+    runs_in_caller = True
 
     def __init__(self, job: Job) -> None:
         self.ledger = Ledger.local(1)
@@ -134,7 +135,7 @@ class SerialQueue:
         self._stats.items += len(items)
         self._stats.busy_ns += result.busy_ns
 
-    def take(self, seconds: float) -> list[BatchResult]:  # noqa: ARG002  # there is nothing to wait for
+    def get(self, seconds: float) -> list[BatchResult]:  # noqa: ARG002  # there is nothing to wait for
         """Return the result of the last batch."""
         results, self._results = self._results, []
         return results
@@ -144,7 +145,7 @@ class SerialQueue:
         return RunResult.read([self._stats], self.ledger)
 
 
-BeginWorker = Callable[[int, AttemptSource, Deliver, Callable[[WorkerStats], None]], None]
+BeginWorker = Callable[[int, BatchSource, Deliver, Callable[[WorkerStats], None]], None]
 """A function that starts a worker. It takes the worker's number, the source of its ranges, the
 function that gets its results, and the one that gets its stats at the end."""
 
@@ -172,7 +173,7 @@ class ThreadQueue:
         Seconds that threads have to finish their range when the queue is closed.
     """
 
-    runs_here = False
+    runs_in_caller = False
 
     def __init__(
         self,
@@ -202,7 +203,7 @@ class ThreadQueue:
     @property
     def has_room(self) -> bool:
         """Whether fewer batches are under way than the threads may have."""
-        return self._n_under_way < AHEAD * self._n_workers
+        return self._n_under_way < MAX_BATCHES_PER_WORKER * self._n_workers
 
     def put(self, start: int, items: Sequence[Any]) -> None:
         """Put the items into the queue, and start a further thread if all have a batch."""
@@ -212,7 +213,7 @@ class ThreadQueue:
         self._n_under_way += 1
         self._batches.put((start, items))
 
-    def take(self, seconds: float) -> list[BatchResult]:
+    def get(self, seconds: float) -> list[BatchResult]:
         """Return the results that have come; wait up to `seconds` for the first."""
         results: list[BatchResult] = []
         try:

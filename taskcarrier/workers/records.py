@@ -10,7 +10,7 @@ import numpy as np
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import PENDING, Ledger
 from taskcarrier.scheduling.retries import Attempt
-from taskcarrier.system.exceptions import collect_related, set_plainly
+from taskcarrier.system.exceptions import collect_related, set_base_attribute
 
 
 @dataclass(eq=False)
@@ -101,7 +101,7 @@ class WorkerDeath:
     was_late: bool = False
 
     @classmethod
-    def of(
+    def from_attempt(
         cls,
         worker: int,
         name: str,
@@ -127,7 +127,7 @@ class RunResult:
         The failures that the caller found itself; those of workers are in their stats.
     deaths : list of WorkerDeath
         All deaths of workers.
-    fatal : list of WorkerDeath
+    unrecovered_deaths : list of WorkerDeath
         The deaths that no further attempt made good.
     missing : list of (int, int)
         Ranges without a result, ascending, as far as marks show.
@@ -147,7 +147,7 @@ class RunResult:
     is_halted: bool
     failures: list[RangeFailure] = field(default_factory=list)
     deaths: list[WorkerDeath] = field(default_factory=list)
-    fatal: list[WorkerDeath] = field(default_factory=list)
+    unrecovered_deaths: list[WorkerDeath] = field(default_factory=list)
     missing: list[tuple[int, int]] = field(default_factory=list)
     nbytes_sent: int = 0
 
@@ -164,7 +164,7 @@ class RunResult:
             worker_stats, ledger.n_claimed(), ledger.first_proposal(), ledger.is_halted
         )
         if grid is not None:
-            run_result.missing = [grid.range_of(index) for index in ledger.chunks_marked(PENDING)]
+            run_result.missing = [grid.range_of(index) for index in ledger.find_marked(PENDING)]
         return run_result
 
 
@@ -209,7 +209,7 @@ class PartialResult:
 
 def _forget_tracebacks(error: BaseException) -> None:
     for related in collect_related(error):
-        set_plainly(related, "__traceback__", None)
+        set_base_attribute(related, "__traceback__", None)
 
 
 def _unpickle_parts(

@@ -37,7 +37,7 @@ _VARIABLES = (
 INNER_THREADS = 1
 
 
-def inner_environment() -> dict[str, str]:
+def make_worker_environment() -> dict[str, str]:
     """Return the environment variables that limit threads in a worker process.
 
     What the user has set for this process does not count, or results would depend on it.
@@ -123,11 +123,11 @@ def _set_num_threads(library: Any, n_threads: int) -> None:
     getattr(library, "_real_set_num_threads", library.set_num_threads)(n_threads)
 
 
-limited = _CountedLimit()
+thread_limit = _CountedLimit()
 """The guard of this process: ``with limited.open():``."""
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=limited.restart)
+    os.register_at_fork(after_in_child=thread_limit.restart)
 
 
 class _OwnLimits(threading.local):
@@ -148,7 +148,7 @@ def limit_this_thread() -> None:
     if _own.n_modules == len(sys.modules):
         return
     _own.n_modules = len(sys.modules)
-    for library in limited.find_libraries().lib_controllers:
+    for library in thread_limit.find_libraries().lib_controllers:
         if library.user_api == "openmp":
             library.set_num_threads(INNER_THREADS)
     parallel: Any = sys.modules.get("numba.np.ufunc.parallel")
@@ -157,7 +157,7 @@ def limit_this_thread() -> None:
         parallel.set_num_threads(INNER_THREADS)
 
 
-def serial_joblib() -> None:
+def make_joblib_serial() -> None:
     """Make joblib serial in this thread, for as long as the thread lives."""
     if "joblib" in sys.modules:
         import joblib  # noqa: PLC0415  # loaded already

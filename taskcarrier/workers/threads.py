@@ -25,11 +25,11 @@ from typing import Any
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.ledger import Ledger
 from taskcarrier.system.interrupts import run_sheltered
-from taskcarrier.workers.loop import AttemptSource, local_sink, run_worker, this_thread
+from taskcarrier.workers.loop import BatchSource, make_local_sink, run_worker, this_thread
 from taskcarrier.workers.queues import ThreadQueue
 from taskcarrier.workers.records import RunResult, WorkerStats
 from taskcarrier.workers.task import Deliver, Job
-from taskcarrier.workers.thread_limits import limit_this_thread, limited, serial_joblib
+from taskcarrier.workers.thread_limits import limit_this_thread, make_joblib_serial, thread_limit
 
 # Seconds between two looks at a run whose progress is shown.
 TICK = 0.1
@@ -67,7 +67,7 @@ class _Worker:
 
 
 def _worker_main(inbox: SimpleQueue[Any], worker: weakref.ref[_Worker]) -> None:
-    serial_joblib()
+    make_joblib_serial()
     # Set between runs, too: the garbage collector may close a stream at any moment.
     this_thread.is_worker = True
     # When the worker is gone, the dead reference to it comes: none of our code runs for that.
@@ -86,7 +86,7 @@ class ThreadPool:
 
     Attributes
     ----------
-    is_short : bool
+    lacks_workers : bool
         Whether a thread that was needed could not be started.
     """
 
@@ -96,7 +96,7 @@ class ThreadPool:
         self._n = n
         self._workers: dict[int, _Worker] = {}
         self._start_lock = threading.Lock()  # only in threads that are not interrupted
-        self.is_short = False
+        self.lacks_workers = False
 
     def run(self, job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None) -> RunResult:
         """Run a job to its end; the result has stats in the order of the workers.
@@ -122,9 +122,9 @@ class ThreadPool:
                     finished.release()
 
         try:
-            with limited.open():
+            with thread_limit.open():
                 for number in range(n):
-                    work = partial(run_worker, job, ledger, number, local_sink(deliver))
+                    work = partial(run_worker, job, ledger, number, make_local_sink(deliver))
                     self._begin(number, job, work, record_end)
                 _wait_for_last(finished, ledger, tick)
         finally:
@@ -143,11 +143,11 @@ class ThreadPool:
         ledger = Ledger.local(job.n_workers)
 
         def begin(
-            number: int, attempt_source: AttemptSource, deliver: Deliver, record_end: RecordEnd
+            number: int, batch_source: BatchSource, deliver: Deliver, record_end: RecordEnd
         ) -> None:
             self._ensure_threads(number + 1)
             work = partial(
-                run_worker, job, ledger, number, local_sink(deliver), attempt_source=attempt_source
+                run_worker, job, ledger, number, make_local_sink(deliver), batch_source=batch_source
             )
             self._begin(number, job, work, record_end)
 
@@ -184,12 +184,12 @@ class ThreadPool:
 
     def _start_threads(self, n: int) -> None:
         with self._start_lock:  # an earlier, interrupted call may still be doing this
-            self.is_short = False
+            self.lacks_workers = False
             for number in set(range(n)) - set(self._workers):
                 try:
                     self._workers[number] = _Worker(number)
                 except (RuntimeError, MemoryError) as error:
-                    self.is_short = True
+                    self.lacks_workers = True
                     add_note(
                         error,
                         f"only {len(self._workers):,} of {self._n:,} threads could be started; "

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from taskcarrier import last_report, map_array, map_chunks, map_items, reduce_array, share
-from tests.strategies import PARALLEL, assert_same, kept_pools, run_script
+from tests.strategies import PARALLEL, assert_same, keep_pools_warm, run_script
 
 RUNS = [("sequential", "static"), *PARALLEL]
 
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 @pytest.fixture(params=RUNS, ids=" ".join)

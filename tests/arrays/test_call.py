@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from taskcarrier import FailedRange, TaskError, map_array, map_chunks, map_items, share
 from taskcarrier.memory.segments import locate
-from tests.strategies import PARALLEL, assert_same, kept_pools, run_script
+from tests.strategies import PARALLEL, assert_same, keep_pools_warm, run_script
 
 RUNS = [("sequential", "static"), *PARALLEL]
 VERBS = [map_array, map_items]
 
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 @pytest.fixture(params=RUNS, ids=" ".join)

@@ -23,9 +23,9 @@ from taskcarrier import (
 from taskcarrier.memory import (
     memmaps,
 )
-from tests.strategies import EVERYWHERE, assert_same, kept_pools, run_script
+from tests.strategies import EVERYWHERE, assert_same, keep_pools_warm, run_script
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 MAPPERS = {"static": StaticParallelMapper, "dynamic": DynamicParallelMapper}
 N = 9

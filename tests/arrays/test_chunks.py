@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from taskcarrier import last_report, map_chunks
-from tests.strategies import EVERYWHERE, kept_pools
+from tests.strategies import EVERYWHERE, keep_pools_warm
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 @pytest.fixture(params=EVERYWHERE, ids="-".join)

@@ -17,12 +17,12 @@ from tests.strategies import (
     axes_of,
     chunksizes,
     contract,
-    kept_pools,
+    keep_pools_warm,
     same_bits,
     samples,
 )
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 @pytest.fixture(params=EVERYWHERE, ids="-".join)

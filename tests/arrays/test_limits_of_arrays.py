@@ -11,14 +11,14 @@ import pytest
 from numpy.lib.format import open_memmap
 
 from taskcarrier import last_report, load, map_array, map_chunks, map_items, reduce_array
-from tests.strategies import PARALLEL, assert_same, contract, kept_pools
+from tests.strategies import PARALLEL, assert_same, contract, keep_pools_warm
 
 RUNS = [("sequential", "static"), *PARALLEL]
 MAX_AXES = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
 GIB = 1 << 30
 
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 def of_many_axes(longest):

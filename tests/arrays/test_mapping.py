@@ -22,12 +22,12 @@ from tests.strategies import (
     chunksizes,
     contract,
     filled,
-    kept_pools,
+    keep_pools_warm,
     same_bits,
     samples,
 )
 
-pools = kept_pools(2, 3, 8)
+pools = keep_pools_warm(2, 3, 8)
 
 
 def quiet(func):

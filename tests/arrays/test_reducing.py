@@ -16,12 +16,12 @@ from tests.strategies import (
     REALS,
     RUNS,
     axes_of,
-    kept_pools,
+    keep_pools_warm,
     same_bits,
     samples,
 )
 
-pools = kept_pools(2, 3, 8)
+pools = keep_pools_warm(2, 3, 8)
 
 
 @pytest.fixture(params=EVERYWHERE, ids="-".join)

@@ -21,13 +21,13 @@ from taskcarrier import (
 )
 from taskcarrier.memory.segments import locate
 from tests.layouts import EMPTY, GATHERED, KEPT
-from tests.strategies import PARALLEL, assert_same, kept_pools, same_bits, warm_pools
+from tests.strategies import PARALLEL, assert_same, keep_pools_warm, same_bits, warm_pools
 
 LAYOUTS = {**KEPT, **GATHERED, **EMPTY}
 LOKY = {"backend": "loky", "n_jobs": 2}
 
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 def held():

@@ -8,12 +8,12 @@ import pytest
 
 import taskcarrier
 from taskcarrier import last_report, map_array, map_chunks, map_items, reduce_array
-from tests.strategies import PARALLEL, assert_same, kept_pools, run_script, warm_pools
+from tests.strategies import PARALLEL, assert_same, keep_pools_warm, run_script, warm_pools
 
 RUNS = [("sequential", "static"), *PARALLEL]
 
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 @pytest.fixture(params=RUNS, ids=" ".join)

@@ -30,14 +30,14 @@ from taskcarrier import (
 from tests.clocks import LATE, stopped_clock
 from tests.faults.functions import note, noted, pid_chunk, span, times
 from tests.faults.helpers import BALANCES, OF_BALANCE, RUNS, all_gone, present, worker_pids
-from tests.strategies import assert_same, kept_pools, run_script
+from tests.strategies import assert_same, keep_pools_warm, run_script
 
 LOKY = {"n_jobs": 2, "backend": "loky"}
 HERE = [run for run in RUNS if run[0] != "loky"]
 LONG = 60  # seconds that no test waits for
 
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 KILLS = {

@@ -35,12 +35,12 @@ from tests.faults.helpers import (
     unshared,
 )
 from tests.strategies import (
-    kept_pools,
+    keep_pools_warm,
     run_script,
     start_script,
 )
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 @pytest.mark.fault(23)

@@ -36,11 +36,11 @@ from tests.faults.helpers import (
 )
 from tests.strategies import (
     assert_same,
-    kept_pools,
+    keep_pools_warm,
     run_script,
 )
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 LONG = 60  # seconds that no test waits for
@@ -613,7 +613,7 @@ def test_a_run_reads_its_own_ledger_though_its_pool_is_lent_again(monkeypatch):
     def tripled(x):
         return int(x) * 3
 
-    report, others = taskcarrier.run.report_of, []
+    report, others = taskcarrier.run.make_report, []
 
     def interrupted(*args, **options):
         # Another thread's turn, when the pool of this run has been given back.
@@ -627,7 +627,7 @@ def test_a_run_reads_its_own_ledger_though_its_pool_is_lent_again(monkeypatch):
             others[0].join()
         return report(*args, **options)
 
-    monkeypatch.setattr(taskcarrier.run, "report_of", interrupted)
+    monkeypatch.setattr(taskcarrier.run, "make_report", interrupted)
     assert_same(map_items(halved, X, backend="loky", n_jobs=2), X * 0.5)
     assert others
 

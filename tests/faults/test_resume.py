@@ -10,12 +10,12 @@ import pytest
 from taskcarrier import map_array
 from tests.faults.functions import note, noted
 from tests.faults.helpers import running
-from tests.strategies import assert_same, kept_pools, run_script
+from tests.strategies import assert_same, keep_pools_warm, run_script
 
 SERIAL = {"backend": "sequential", "chunksize": 4}
 
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 KILLED = """

@@ -29,11 +29,11 @@ from tests.faults.helpers import BALANCES, OF_BALANCE, ORDERED, RUNS
 from tests.strategies import (
     PARALLEL,
     assert_same,
-    kept_pools,
+    keep_pools_warm,
     start_script,
 )
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 class TwoWordsError(Exception):

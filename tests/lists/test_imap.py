@@ -29,12 +29,12 @@ from taskcarrier import (
 from taskcarrier.lists import (
     imap,
 )
-from taskcarrier.lists.imap import Pace, Source
+from taskcarrier.lists.imap import Pace, StreamInput
 from taskcarrier.workers import threads
 from taskcarrier.workers.processes import stream_run
 from taskcarrier.workers.processes.messages import MessageSocket
 from tests.clocks import LATE, stopped_clock
-from tests.strategies import kept_pools, run_script
+from tests.strategies import keep_pools_warm, run_script
 
 MAKERS = {
     "serial": lambda **options: SerialMapper(n_jobs=2, **options),
@@ -46,7 +46,7 @@ PARALLEL = ["dynamic threads", "dynamic processes"]
 LONG = 60  # seconds that no test waits for
 
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 @pytest.fixture(params=sorted(MAKERS))
@@ -899,7 +899,7 @@ class TestPace:
 class TestSource:
     @pytest.mark.usefixtures("quick_input")
     def test_a_source_gives_batches_until_the_end(self):
-        source = Source(iter(range(7)))
+        source = StreamInput(iter(range(7)))
         assert [source.batch(3) for _ in range(3)] == [[0, 1, 2], [3, 4, 5], [6]]
         assert source.has_ended
         source.raise_error()
@@ -910,7 +910,7 @@ class TestSource:
                 time.sleep(0.02)
                 yield n
 
-        source = Source(items())
+        source = StreamInput(items())
         assert [source.batch(100) for _ in range(4)] == [[0], [1], [2], []]
 
     @pytest.mark.usefixtures("quick_input")
@@ -919,7 +919,7 @@ class TestSource:
             yield 1
             raise ValueError("broken")
 
-        source = Source(items())
+        source = StreamInput(items())
         assert source.batch(5) == [1]
         assert source.has_ended
         with pytest.raises(ValueError, match="broken"):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import taskcarrier
 from taskcarrier import DynamicParallelMapper, SerialMapper, StaticParallelMapper
-from tests.strategies import kept_pools, run_script, same_bits
+from tests.strategies import keep_pools_warm, run_script, same_bits
 
 MAKERS = {
     "serial": lambda **options: SerialMapper(n_jobs=2, **options),
@@ -26,7 +26,7 @@ MAKERS = {
 ORDERED = ["serial", "dynamic threads", "dynamic processes"]
 
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 T = TypeVar("T")
 

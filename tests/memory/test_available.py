@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskcarrier.memory import available
-from taskcarrier.memory.available import _available_memory, check_memory, room_for
+from taskcarrier.memory.available import _available_memory, check_memory, explain_no_room
 from taskcarrier.system import cgroups
 
 MEMINFO = "/proc/meminfo"
@@ -30,8 +30,8 @@ def available_memory(files, *groups):
         return files[path]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(available, "text_of", text_of)
-        patch.setattr(cgroups, "memory_left", lambda: list(groups))
+        patch.setattr(available, "read_text", text_of)
+        patch.setattr(cgroups, "find_memory_left", lambda: list(groups))
         return _available_memory()
 
 
@@ -113,7 +113,7 @@ class TestFileSpaceErrors:
     def test_a_full_file_is_named(self, number, why, file):
         with (
             pytest.raises(OSError, match=rf"no room for a file of 1,234 bytes: {why}") as info,
-            room_for(file.fileno(), 1234),
+            explain_no_room(file.fileno(), 1234),
         ):
             raise OSError(number, "no")
         assert (info.value.errno, info.value.filename) == (number, file.name)
@@ -122,7 +122,7 @@ class TestFileSpaceErrors:
         Path(file.name).unlink()
         with (
             pytest.raises(OSError, match=r"folder for temporary files has [0-9,]+ bytes") as info,
-            room_for(file.fileno(), 1234),
+            explain_no_room(file.fileno(), 1234),
         ):
             raise OSError(errno.ENOSPC, "no")
         assert info.value.filename == str(tmp_path)
@@ -132,7 +132,7 @@ class TestFileSpaceErrors:
         monkeypatch.setattr(resource, "getrlimit", lambda _: (1000, resource.RLIM_INFINITY))
         with (
             pytest.raises(OSError, match=r"may have 1,000 bytes \(RLIMIT_FSIZE") as info,
-            room_for(file.fileno(), 1234),
+            explain_no_room(file.fileno(), 1234),
         ):
             raise OSError(errno.EFBIG, "no")
         assert info.value.errno == errno.EFBIG
@@ -140,13 +140,13 @@ class TestFileSpaceErrors:
     def test_a_size_beyond_the_range_of_the_system_is_an_error(self, file):
         with (
             pytest.raises(OSError, match="no file of that size") as info,
-            room_for(file.fileno(), 1 << 63),
+            explain_no_room(file.fileno(), 1 << 63),
         ):
             os.posix_fallocate(file.fileno(), 0, 1 << 63)
         assert info.value.errno == errno.EFBIG
 
     def test_other_errors_are_unchanged(self, file):
         error = OSError(errno.EIO, "broken")
-        with pytest.raises(OSError, match="broken") as info, room_for(file.fileno(), 1234):
+        with pytest.raises(OSError, match="broken") as info, explain_no_room(file.fileno(), 1234):
             raise error
         assert info.value is error

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from taskcarrier import last_report, load, map_array, map_items, reduce_array
-from tests.strategies import PARALLEL, assert_same, kept_pools, same_bits
+from tests.strategies import PARALLEL, assert_same, keep_pools_warm, same_bits
 
 RUNS = [("sequential", "static"), *PARALLEL]
 LOKY = {"backend": "loky", "n_jobs": 2}
@@ -23,7 +23,7 @@ VIEWS = {
 }
 
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 @pytest.fixture(params=RUNS, ids=" ".join)

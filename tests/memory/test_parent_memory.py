@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskcarrier.memory import parent_memory
-from taskcarrier.memory.parent_memory import attach, open_own_memory, read, readable
+from taskcarrier.memory.parent_memory import attach, is_readable, open_own_memory, read
 from taskcarrier.memory.segments import Segment
-from taskcarrier.system.descriptors import own
+from taskcarrier.system.descriptors import make_owner
 from tests.layouts import CACHE_LINE, address, byte_bounds
 
 DESCRIPTORS = Path("/proc/self/fd")
@@ -95,7 +95,7 @@ def attached(memory):
 @contextlib.contextmanager
 def end_of_memory():
     """Return a page of memory and the address of its end, after which no byte can be read."""
-    segment = Segment(own(os.memfd_create("end", os.MFD_CLOEXEC)), on_disk=False)
+    segment = Segment(make_owner(os.memfd_create("end", os.MFD_CLOEXEC)), on_disk=False)
     os.ftruncate(segment.fd, 2 * PAGE)
     segment.reserve(2 * PAGE)
     page = np.frombuffer(segment.map("write"), np.uint8, PAGE)
@@ -132,40 +132,40 @@ class TestOpenOwnMemory:
 class TestReadable:
     @pytest.mark.parametrize("nbytes", [1, 100, 1 << 20])
     def test_ordinary_arrays_are_readable(self, nbytes):
-        assert readable(*byte_bounds(np.zeros(nbytes, np.uint8)))
+        assert is_readable(*byte_bounds(np.zeros(nbytes, np.uint8)))
 
     @pytest.mark.parametrize("mode", ["r", "r+", "c"])
     def test_mapped_files_are_readable(self, mode, tmp_path):
         np.zeros(100).tofile(tmp_path / "array")
-        assert readable(*byte_bounds(np.memmap(tmp_path / "array", mode=mode)))
+        assert is_readable(*byte_bounds(np.memmap(tmp_path / "array", mode=mode)))
 
     @pytest.mark.parametrize("low", [0, PAGE // 2, (1 << 63) - PAGE])
     def test_unmapped_addresses_are_not_readable(self, low):
-        assert not readable(low, low + 10)
+        assert not is_readable(low, low + 10)
 
     def test_both_ends_of_a_range_must_be_readable(self):
         with end_of_memory() as (page, end):
-            assert readable(address(page), end)
-            assert not readable(address(page), end + 1)
-            assert not readable(end, end + 1)
-            assert not readable(0, end)
+            assert is_readable(address(page), end)
+            assert not is_readable(address(page), end + 1)
+            assert not is_readable(end, end + 1)
+            assert not is_readable(0, end)
 
     @pytest.mark.parametrize("why", ["missing", "forbidden"])
     def test_nothing_is_readable_if_memory_cannot_be_opened(self, why, monkeypatch, tmp_path):
         bounds = byte_bounds(np.zeros(10))
-        assert readable(*bounds)
+        assert is_readable(*bounds)
         if why == "missing":
             monkeypatch.setattr(parent_memory, "_PATH", str(tmp_path / "missing"))
         else:
             monkeypatch.setattr(os, "open", refuse)
-        assert not readable(*bounds)
+        assert not is_readable(*bounds)
 
     def test_checking_readability_leaves_no_descriptor(self, monkeypatch):
         low, high = byte_bounds(np.zeros(10))
         before = n_descriptors()
-        assert readable(low, high)
-        assert not readable(0, high)
-        assert not readable(low, (1 << 63) - PAGE)
+        assert is_readable(low, high)
+        assert not is_readable(0, high)
+        assert not is_readable(low, (1 << 63) - PAGE)
         assert n_descriptors() == before
 
 
@@ -257,7 +257,7 @@ class TestRead:
                 )
             message, (fd,), _, _ = socket.recv_fds(ours, 8, 1)
         low = int.from_bytes(message, "little")
-        with attached(own(fd)):
+        with attached(make_owner(fd)):
             memory, begin = read(low, 10)
             assert memory[begin : begin + 10].tobytes() == b"last words"
             child.communicate(timeout=60)

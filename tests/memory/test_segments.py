@@ -30,7 +30,7 @@ from taskcarrier.memory.segments import (
     locate,
 )
 from taskcarrier.memory.staging import Staging
-from taskcarrier.system.descriptors import own
+from taskcarrier.system.descriptors import make_owner
 from tests.layouts import CACHE_LINE, EMPTY, GATHERED, KEPT, address, extent
 
 DESCRIPTORS = Path("/proc/self/fd")
@@ -285,14 +285,14 @@ class TestSegment:
 
     def test_space_that_another_has_reserved_is_not_cut(self, folder):
         mine = Segment.create(folder)
-        other = Segment(own(os.dup(mine.fd)), mine.on_disk)
+        other = Segment(make_owner(os.dup(mine.fd)), mine.on_disk)
         other.reserve(1 << 20)
         mine.reserve(1 << 10)
         assert mine.nbytes == os.fstat(mine.fd).st_size == 1 << 20
 
     def test_another_may_reserve_more_in_between(self, monkeypatch):
         mine = Segment.create()
-        other = Segment(own(os.dup(mine.fd)), on_disk=False)
+        other = Segment(make_owner(os.dup(mine.fd)), on_disk=False)
         ftruncate = os.ftruncate
 
         def late(fd, nbytes):
@@ -307,10 +307,10 @@ class TestSegment:
     def test_two_processes_may_reserve_at_once(self, folder):
         code = (
             "import sys\n"
-            "from taskcarrier.system.descriptors import own\n"
+            "from taskcarrier.system.descriptors import make_owner\n"
             "from taskcarrier.memory.segments import Segment\n"
             "fd, on_disk, step = map(int, sys.argv[1:])\n"
-            "segment = Segment(own(fd), bool(on_disk))\n"
+            "segment = Segment(make_owner(fd), bool(on_disk))\n"
             "print('ready', flush=True)\n"
             "sys.stdin.readline()\n"
             "for nbytes in range(4096, 4096 * 200, 4096 * step):\n"

@@ -13,13 +13,13 @@ from taskcarrier.memory.strides import (
     address_of,
     align,
     byte_bounds,
-    bytes_at,
     contiguous_strides,
-    footprint,
+    copy_without_gaps,
+    count_copy_nbytes,
     has_internal_overlap,
     is_mostly_gaps,
-    items_first,
-    without_gaps,
+    move_items_first,
+    view_bytes,
 )
 from tests import layouts
 from tests.layouts import CACHE_LINE, EMPTY, GATHERED, KEPT, address, extent
@@ -46,7 +46,7 @@ class TestItemsFirst:
     @pytest.mark.parametrize("axis", [0, 1, 2])
     def test_items_first_is_a_view_like_that_of_numpy(self, axis):
         array = np.arange(24).reshape(2, 3, 4)
-        view, expected = items_first(array, axis), np.moveaxis(array, axis, 0)
+        view, expected = move_items_first(array, axis), np.moveaxis(array, axis, 0)
         assert np.array_equal(view, expected)
         assert view.strides == expected.strides
         assert np.shares_memory(view, array)
@@ -69,11 +69,11 @@ class TestBounds:
             assert byte_bounds(array) == layouts.byte_bounds(array)
             assert address_of(array) == address(array)
             low, high = byte_bounds(array)
-            assert footprint(array) >= high - low + 2 * (ALIGNMENT - 1)
+            assert count_copy_nbytes(array) >= high - low + 2 * (ALIGNMENT - 1)
 
     @pytest.mark.parametrize("layout", EMPTY)
     def test_arrays_without_bytes_have_no_footprint(self, layout):
-        assert footprint(EMPTY[layout]()) == 0
+        assert count_copy_nbytes(EMPTY[layout]()) == 0
 
 
 class TestGaps:
@@ -91,17 +91,17 @@ class TestGaps:
     def test_gaps_are_removed_keeping_order_and_signs(self, layout):
         array = LAYOUTS[layout]()
         before = array.tobytes()
-        assert_gathered(without_gaps(array), array)
+        assert_gathered(copy_without_gaps(array), array)
         assert array.tobytes() == before
 
     def test_zero_strides_are_kept(self):
-        assert without_gaps(GATHERED["zero stride and gaps"]()).strides == (0, 8)
+        assert copy_without_gaps(GATHERED["zero stride and gaps"]()).strides == (0, 8)
 
     @given(samples())
     def test_gaps_are_removed_from_any_array(self, sample):
         with sample.array() as array:
             assume(array.nbytes)
-            assert_gathered(without_gaps(array), array)
+            assert_gathered(copy_without_gaps(array), array)
 
     def test_dense_strides_keep_order_and_signs(self):
         array = np.zeros((4, 6, 8), np.int16)
@@ -114,14 +114,14 @@ class TestGaps:
 class TestBytesAt:
     def test_bytes_at_an_address_are_the_memory_itself(self):
         array = np.arange(100, dtype=np.uint8)
-        block = bytes_at(address(array) + 3, 40)
+        block = view_bytes(address(array) + 3, 40)
         assert bytes(block) == array[3:43].tobytes()
         array[3] = 77
         assert block[0] == 77
 
     def test_bytes_at_an_address_are_read_only(self):
         array = np.arange(100, dtype=np.uint8)
-        block = bytes_at(address(array), 100)
+        block = view_bytes(address(array), 100)
         assert block.readonly
         with pytest.raises(TypeError, match="read-only"):
             block[0] = 1

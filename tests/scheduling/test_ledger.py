@@ -293,7 +293,7 @@ class TestLedger:
         ledger.claim(1)
         ledger.set_start_time(1, 12_345)
         assert (ledger.start_time_ns(0), ledger.start_time_ns(1)) == (0, 12_345)
-        ledger.begin(1)
+        ledger.clear_row(1)
         assert ledger.start_time_ns(1) == 0
 
     def test_a_range_is_not_charged_with_the_time_of_the_one_before(self, ledger):
@@ -312,7 +312,7 @@ class TestLedger:
             ledger.claim(worker)
             ledger.set_start_time(worker, 99)
         ledger.propose(b"mine")
-        ledger.begin(1)
+        ledger.clear_row(1)
         assert (ledger.n_items_of(1), ledger.n_attempts_done(1), ledger.start_time_ns(1)) == (
             0,
             0,

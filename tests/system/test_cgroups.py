@@ -22,7 +22,7 @@ class Machine:
 
     def __init__(self, monkeypatch):
         self.files = {}
-        monkeypatch.setattr(cgroups, "text_of", self.text_of)
+        monkeypatch.setattr(cgroups, "read_text", self.text_of)
 
     def text_of(self, path):
         if path not in self.files:
@@ -63,13 +63,13 @@ class TestMemory:
         machine.unified("/user.slice/job/a")
         machine.memory_v2("/sys/fs/cgroup/user.slice", "max", GIB)
         machine.memory_v2(f"/sys/fs/cgroup{level}", 3 * GIB, GIB)
-        assert cgroups.memory_left() == [(2 * GIB, f"/sys/fs/cgroup{level}/memory.max")]
+        assert cgroups.find_memory_left() == [(2 * GIB, f"/sys/fs/cgroup{level}/memory.max")]
 
     def test_the_tightest_memory_limit_of_several_levels_counts(self, machine):
         machine.unified("/a/b")
         machine.memory_v2("/sys/fs/cgroup/a/b", 5 * GIB, GIB)
         machine.memory_v2("/sys/fs/cgroup/a", 3 * GIB, 2 * GIB, GIB // 2)
-        assert min(cgroups.memory_left()) == (
+        assert min(cgroups.find_memory_left()) == (
             GIB + GIB // 2,
             "/sys/fs/cgroup/a/memory.max",
         )
@@ -80,32 +80,32 @@ class TestMemory:
         folder = f"/sys/fs/cgroup/memory{level}"
         machine.memory_v1(folder, 3 * GIB, 2 * GIB, GIB // 2)
         found = (GIB + GIB // 2, f"{folder}/memory.limit_in_bytes")
-        assert cgroups.memory_left() == [found]
+        assert cgroups.find_memory_left() == [found]
 
     def test_a_container_may_see_its_own_group_as_the_root(self, machine):
         machine.unified("/docker/1f", root="/docker/1f")
         machine.memory_v2("/sys/fs/cgroup", 3 * GIB, GIB)
-        assert cgroups.memory_left() == [(2 * GIB, "/sys/fs/cgroup/memory.max")]
+        assert cgroups.find_memory_left() == [(2 * GIB, "/sys/fs/cgroup/memory.max")]
 
     def test_a_group_outside_the_mount_has_the_limit_of_the_root(self, machine):
         machine.unified("/../../other", root="/")
         machine.memory_v2("/sys/fs/cgroup", 3 * GIB, GIB)
-        assert cgroups.memory_left() == [(2 * GIB, "/sys/fs/cgroup/memory.max")]
+        assert cgroups.find_memory_left() == [(2 * GIB, "/sys/fs/cgroup/memory.max")]
 
     def test_groups_may_be_mounted_elsewhere(self, machine):
         machine.unified("/a b", at="/mnt/my\\040groups")
         machine.memory_v2("/mnt/my groups/a b", 3 * GIB, GIB)
-        assert cgroups.memory_left() == [(2 * GIB, "/mnt/my groups/a b/memory.max")]
+        assert cgroups.find_memory_left() == [(2 * GIB, "/mnt/my groups/a b/memory.max")]
 
     def test_more_memory_may_be_used_than_the_limit(self, machine):
         machine.unified("/")
         machine.memory_v2("/sys/fs/cgroup", GIB, 2 * GIB)
-        assert cgroups.memory_left()[0][0] == -GIB
+        assert cgroups.find_memory_left()[0][0] == -GIB
 
     def test_without_cgroups_there_is_no_memory_limit(self, machine):
-        assert cgroups.memory_left() == []
+        assert cgroups.find_memory_left() == []
         machine.unified("/a")
-        assert cgroups.memory_left() == []
+        assert cgroups.find_memory_left() == []
 
 
 class TestCores:
@@ -114,13 +114,13 @@ class TestCores:
         machine.unified("/a/b")
         machine.files["/sys/fs/cgroup/a/b/cpu.max"] = "max 100000\n"
         machine.files[f"/sys/fs/cgroup{level}/cpu.max"] = "150000 100000\n"
-        assert cgroups.cores() == 1.5
+        assert cgroups.count_cores() == 1.5
 
     def test_the_tightest_core_limit_counts(self, machine):
         machine.unified("/a")
         machine.files["/sys/fs/cgroup/cpu.max"] = "400000 100000\n"
         machine.files["/sys/fs/cgroup/a/cpu.max"] = "800000 100000\n"
-        assert cgroups.cores() == 4
+        assert cgroups.count_cores() == 4
 
     @pytest.mark.parametrize(("quota", "expected"), [("-1", math.inf), ("50000", 0.5)])
     def test_core_limits_of_version_one_count(self, quota, expected, machine):
@@ -128,10 +128,10 @@ class TestCores:
         folder = "/sys/fs/cgroup/cpu,cpuacct/slurm/job"
         machine.files[f"{folder}/cpu.cfs_quota_us"] = f"{quota}\n"
         machine.files[f"{folder}/cpu.cfs_period_us"] = "100000\n"
-        assert cgroups.cores() == expected
+        assert cgroups.count_cores() == expected
 
     def test_without_cgroups_there_is_no_core_limit(self, machine):
-        assert cgroups.cores() == math.inf
+        assert cgroups.count_cores() == math.inf
 
 
 # The real thing, where this program may make groups of its own.

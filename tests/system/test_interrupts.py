@@ -18,12 +18,12 @@ import pytest
 import taskcarrier
 from taskcarrier import StaticParallelMapper, map_array, map_chunks, map_items
 from taskcarrier.system import interrupts
-from taskcarrier.system.interrupts import Holder, Holders, is_of_the_program, run_sheltered
+from taskcarrier.system.interrupts import Holder, Holders, is_raised_by_handler, run_sheltered
 from taskcarrier.workers import thread_limits
 from tests.interrupted import interrupted_at
-from tests.strategies import BACKENDS, ROOT, kept_pools, warm_pools
+from tests.strategies import BACKENDS, ROOT, keep_pools_warm, warm_pools
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 LONG = 30  # seconds that no test waits for
 
@@ -250,12 +250,12 @@ def test_errors_without_a_signal_handler_are_not_taken_for_interrupts():
         function(0, None)
     except TimeIsUpError as caught:
         error = caught
-    assert not is_of_the_program(error)
+    assert not is_raised_by_handler(error)
     before = signal.signal(signal.SIGUSR1, function)
     try:
-        assert is_of_the_program(error)
+        assert is_raised_by_handler(error)
         found = []
-        other = threading.Thread(target=lambda: found.append(is_of_the_program(error)))
+        other = threading.Thread(target=lambda: found.append(is_raised_by_handler(error)))
         other.start()
         other.join()
         assert found == [False]

@@ -19,7 +19,7 @@ from taskcarrier.workers.choose import (
     choose,
     count_cores,
     count_workers,
-    facts_now,
+    read_facts,
 )
 from tests.strategies import run_script
 
@@ -92,8 +92,8 @@ class TestChoose:
                 ("sequential", 1, "called inside a worker"),
             ),
             # inside a task of joblib
-            ({}, {"nested_in_joblib": True}, ("sequential", 1, "n_jobs is 1")),
-            ({"n_jobs": 3}, {"nested_in_joblib": True}, ("loky", 3, "the default")),
+            ({}, {"is_nested_in_joblib": True}, ("sequential", 1, "n_jobs is 1")),
+            ({"n_jobs": 3}, {"is_nested_in_joblib": True}, ("loky", 3, "the default")),
             # under parallel_config
             (
                 {},
@@ -120,18 +120,18 @@ class TestChoose:
             # without children
             (
                 {},
-                {"daemonic": True},
+                {"is_daemonic": True},
                 ("sequential", 1, "a daemonic process may not start worker processes"),
             ),
             (
                 {"backend": "loky"},
-                {"daemonic": True},
+                {"is_daemonic": True},
                 ("sequential", 1, "a daemonic process may not start worker processes"),
             ),
-            ({"backend": "threading"}, {"daemonic": True}, ("threading", 4, "asked for")),
+            ({"backend": "threading"}, {"is_daemonic": True}, ("threading", 4, "asked for")),
             (
                 {"releases_gil": KNOWN},
-                {"daemonic": True},
+                {"is_daemonic": True},
                 ("threading", 4, KNOWN),
             ),
         ],
@@ -156,11 +156,11 @@ class TestChoose:
             ({}, {"active_backend": "dask"}, ("dask", -1, "joblib's active configuration")),
             (
                 {"releases_gil": KNOWN},
-                {"active_backend": "dask", "active_n_jobs": 5, "daemonic": True},
+                {"active_backend": "dask", "active_n_jobs": 5, "is_daemonic": True},
                 ("dask", 5, "joblib's active configuration"),
             ),
             ({"backend": "dask", "n_jobs": 1}, {}, ("sequential", 1, "n_jobs is 1")),
-            ({"backend": "dask"}, {"nested_in_joblib": True}, ("sequential", 1, "n_jobs is 1")),
+            ({"backend": "dask"}, {"is_nested_in_joblib": True}, ("sequential", 1, "n_jobs is 1")),
             (
                 {"backend": "dask"},
                 {"is_in_worker": True},
@@ -244,7 +244,7 @@ class TestCheckBackend:
     def test_a_backend_registered_under_one_of_our_synonyms_is_followed(self, monkeypatch):
         monkeypatch.setitem(joblib.parallel.BACKENDS, "threads", OtherBackend)
         with joblib.parallel_config(backend="threads"):
-            found = facts_now()
+            found = read_facts()
         assert choose(None, None, found, lists=True).backend == "threads"
 
     def test_backends_registered_with_joblib_are_kept(self, monkeypatch):
@@ -277,7 +277,7 @@ class OtherBackend(ParallelBackendBase):
 
 class TestFactsNow:
     def test_without_a_configuration_nothing_special_is_found(self):
-        found = facts_now()
+        found = read_facts()
         assert found == Facts(cores=joblib.cpu_count(), has_gil=found.has_gil)
         assert found.has_gil == getattr(sys, "_is_gil_enabled", lambda: True)()
 
@@ -289,7 +289,7 @@ class TestFactsNow:
         for n_jobs in (None, 1, 3, -1, -2):
             wishes = {"backend": backend, "prefer": prefer, "n_jobs": n_jobs}
             with joblib.parallel_config(**{k: v for k, v in wishes.items() if v is not None}):
-                found = facts_now()
+                found = read_facts()
                 peer = joblib.Parallel()
             # What is only preferred is no wish, as in joblib, where a task can overrule it.
             assert found.active_backend == backend
@@ -297,13 +297,13 @@ class TestFactsNow:
                 assert backend in type(peer._backend).__name__.lower()
             # joblib's default is one worker, ours all cores.
             assert (1 if found.active_n_jobs is None else found.active_n_jobs) == peer.n_jobs
-            assert found.nested_in_joblib is False
+            assert found.is_nested_in_joblib is False
 
     @pytest.mark.parametrize("backend", [None, "threading", "loky"])
     def test_required_shared_memory_is_found(self, backend):
         wishes = {} if backend is None else {"backend": backend}
         with joblib.parallel_config(require="sharedmem", n_jobs=2, **wishes):
-            found = facts_now()
+            found = read_facts()
             peer = joblib.Parallel()
         assert type(peer._backend).__name__ == "ThreadingBackend"
         assert found.active_backend == "threading"
@@ -313,69 +313,69 @@ class TestFactsNow:
         """As on systems where joblib can make no semaphores, so that it has only threads."""
         for name in ("DEFAULT_BACKEND", "DEFAULT_PROCESS_BACKEND"):
             monkeypatch.setattr(joblib.parallel, name, "threading", raising=False)
-        assert facts_now().active_backend is None
+        assert read_facts().active_backend is None
         with joblib.parallel_config(n_jobs=3):
-            assert (facts_now().active_backend, facts_now().active_n_jobs) == (None, 3)
+            assert (read_facts().active_backend, read_facts().active_n_jobs) == (None, 3)
         with joblib.parallel_config(backend="threading"):
-            assert facts_now().active_backend == "threading"
+            assert read_facts().active_backend == "threading"
         with joblib.parallel_config(require="sharedmem"):
-            assert facts_now().active_backend == "threading"
+            assert read_facts().active_backend == "threading"
 
     def test_a_configuration_ends_with_its_block(self):
         with joblib.parallel_config(backend="threading", n_jobs=3):
-            assert facts_now().active_backend == "threading"
-        assert facts_now().active_backend is None
-        assert facts_now().active_n_jobs is None
+            assert read_facts().active_backend == "threading"
+        assert read_facts().active_backend is None
+        assert read_facts().active_n_jobs is None
 
     def test_a_configuration_may_be_ignored(self):
-        outside = facts_now()
+        outside = read_facts()
         with joblib.parallel_config(backend="threading", n_jobs=3):
-            assert facts_now(follows_joblib=False) == outside
+            assert read_facts(follows_joblib=False) == outside
 
     def test_the_innermost_configuration_counts(self):
         with (
             joblib.parallel_config(backend="loky", n_jobs=3),
             joblib.parallel_config(backend="threading"),
         ):
-            assert facts_now().active_backend == "threading"
-            assert facts_now().active_n_jobs == 3
+            assert read_facts().active_backend == "threading"
+            assert read_facts().active_n_jobs == 3
 
     def test_registered_backends_have_their_name(self):
         register_parallel_backend("taskcarrier-test", OtherBackend)
         try:
             with joblib.parallel_config(backend="taskcarrier-test"):
-                assert facts_now().active_backend == "taskcarrier-test"
+                assert read_facts().active_backend == "taskcarrier-test"
         finally:
             del joblib.parallel.BACKENDS["taskcarrier-test"]
 
     def test_unregistered_backends_have_the_name_of_their_type(self):
         with joblib.parallel_config(backend=OtherBackend()):
-            assert facts_now().active_backend == "OtherBackend"
+            assert read_facts().active_backend == "OtherBackend"
 
     def test_a_task_of_joblib_is_recognised(self):
         with joblib.parallel_config(backend="threading"):
-            inside = joblib.Parallel(n_jobs=2)(joblib.delayed(facts_now)() for _ in range(2))
-        assert [found.nested_in_joblib for found in inside] == [True, True]
+            inside = joblib.Parallel(n_jobs=2)(joblib.delayed(read_facts)() for _ in range(2))
+        assert [found.is_nested_in_joblib for found in inside] == [True, True]
         assert choose(None, None, inside[0]).backend == "sequential"
 
     def test_a_worker_is_recognised(self, monkeypatch):
         monkeypatch.setattr(loop, "_in_worker_process", True)
         with joblib.parallel_config(backend="threading", n_jobs=2):
-            assert facts_now() == Facts(cores=1, is_in_worker=True)
+            assert read_facts() == Facts(cores=1, is_in_worker=True)
 
     def test_a_daemonic_process_is_recognised(self, monkeypatch):
-        assert facts_now().daemonic is False
+        assert read_facts().is_daemonic is False
         monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
-        assert facts_now().daemonic is True
+        assert read_facts().is_daemonic is True
 
     def test_a_missing_gil_is_recognised(self, monkeypatch):
         monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
-        assert facts_now().has_gil is False
+        assert read_facts().has_gil is False
 
     def test_other_platforms_have_no_processes(self, monkeypatch):
         count_cores()  # kept from here on; joblib looks at the platform too
         monkeypatch.setattr(sys, "platform", "darwin")
-        assert facts_now().has_processes is False
+        assert read_facts().has_processes is False
 
 
 class TestCores:

@@ -13,11 +13,11 @@ from taskcarrier.scheduling.retries import Attempt, RetryPolicy
 from taskcarrier.workers import loop as module
 from taskcarrier.workers.loop import (
     is_in_worker,
-    local_sink,
+    make_local_sink,
+    make_timeout_error,
     mark_worker_process,
     run_worker,
     this_thread,
-    timeout_error,
 )
 from taskcarrier.workers.records import PartialResult, RangeFailure, RunResult
 from taskcarrier.workers.task import IN_PLACE, Job
@@ -63,7 +63,7 @@ class Unopenable(Script):
         raise self.steps["open"]
 
 
-def chunks_marked(n_workers=1, n_chunks=4):
+def find_marked(n_workers=1, n_chunks=4):
     ledger = Ledger.local(n_workers)
     ledger.marks = memoryview(bytearray(n_chunks))
     return ledger
@@ -133,7 +133,7 @@ class TestEveryBalance:
     )
     def test_a_failure_ends_the_run(self, balance, error):
         task = Script({6: error})
-        stats, ledger, delivered = run(task, balance=balance, ledger=chunks_marked())
+        stats, ledger, delivered = run(task, balance=balance, ledger=find_marked())
         assert stats.failure.error is error
         assert (stats.failure.range, stats.failure.attempt) == ((6, 9), 1)
         assert (stats.ranges, stats.items) == (2, 6)
@@ -172,14 +172,14 @@ class TestEveryBalance:
         def deliver(start, result):
             raise TypeError("no")
 
-        stats, ledger, _ = run(Script(), balance=balance, deliver=deliver, ledger=chunks_marked())
+        stats, ledger, _ = run(Script(), balance=balance, deliver=deliver, ledger=find_marked())
         assert str(stats.failure.error) == "no"
         assert stats.failure.range == (0, 3)
         assert stats.items == ledger.n_items_done(1) == 0
         assert ledger.marks[0] == PENDING
 
     def test_a_chunk_is_in_hand_until_it_is_delivered_and_marked(self, balance):
-        ledger = chunks_marked()
+        ledger = find_marked()
         seen = []
 
         def deliver(start, result):
@@ -191,7 +191,7 @@ class TestEveryBalance:
         assert ledger.chunk_in_hand(0, 4) is None
 
     def test_marks_say_where_results_are(self, balance):
-        ledger = chunks_marked()
+        ledger = find_marked()
         run(
             Script(result=lambda start, _: IN_PLACE if start < 6 else start),
             balance=balance,
@@ -200,7 +200,7 @@ class TestEveryBalance:
         assert list(ledger.marks) == [DONE, DONE, SENT, SENT]
 
     def test_marked_chunks_are_left_out(self, balance):
-        ledger = chunks_marked()
+        ledger = find_marked()
         ledger.marks[1] = DONE
         ledger.marks[3] = RECLAIMED
         task = Script()
@@ -221,7 +221,7 @@ def test_workers_of_one_run_take_different_chunks():
 @pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.name)
 class TestAttempts:
     def taken_back(self, *chunks):
-        ledger = chunks_marked()
+        ledger = find_marked()
         for index in chunks:
             ledger.marks[index] = RECLAIMED
         return ledger
@@ -321,7 +321,7 @@ class TestTimeout:
 
     def test_only_late_ranges_are_collected(self, slow):
         stats, ledger, delivered = run(
-            slow, retry_policy=self.SHORT, collect_errors=True, ledger=chunks_marked()
+            slow, retry_policy=self.SHORT, collect_errors=True, ledger=find_marked()
         )
         assert stats.failure is None
         assert not ledger.is_halted
@@ -382,7 +382,7 @@ class TestTimeout:
         assert ledger.start_time_ns(0) == 0
 
     def test_the_error_names_the_timeout(self):
-        error = timeout_error(RetryPolicy(timeout=2.5))
+        error = make_timeout_error(RetryPolicy(timeout=2.5))
         assert str(error) == "a range took longer than timeout=2.5 seconds"
 
 
@@ -410,7 +410,7 @@ def test_failures_are_sorted_by_range():
 
 def test_the_outlet_of_a_thread_delivers_directly():
     seen = []
-    deliver, flush = local_sink(lambda *one: seen.append(one))
+    deliver, flush = make_local_sink(lambda *one: seen.append(one))
     deliver(3, "result")
     flush()
     assert seen == [(3, "result")]
@@ -423,7 +423,7 @@ def test_the_result_of_a_run_is_read_from_its_ledger():
     ledger.halt()
     ran = RunResult.read([], ledger)
     assert (ran.n_claimed, ran.first_proposal, ran.is_halted) == (1, "settled", True)
-    assert (ran.failures, ran.deaths, ran.fatal, ran.missing) == ([], [], [], [])
+    assert (ran.failures, ran.deaths, ran.unrecovered_deaths, ran.missing) == ([], [], [], [])
 
 
 class TestInWorker:

@@ -11,9 +11,9 @@ import pytest
 
 from taskcarrier import StaticParallelMapper, map_array
 from taskcarrier.workers import parent_state
-from tests.strategies import BACKENDS, PARALLEL, kept_pools
+from tests.strategies import BACKENDS, PARALLEL, keep_pools_warm
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 def mapped(func, backend):

@@ -7,10 +7,10 @@ import pytest
 
 from taskcarrier import DynamicParallelMapper
 from taskcarrier.workers.call import Call
-from tests.strategies import kept_pools, run_script
+from tests.strategies import keep_pools_warm, run_script
 from tests.workers.test_pickling import travelled
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 @functools.cache

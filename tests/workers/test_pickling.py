@@ -11,7 +11,7 @@ import pytest
 
 from taskcarrier.memory.segments import Segment
 from taskcarrier.memory.staging import Staging
-from taskcarrier.system.descriptors import own
+from taskcarrier.system.descriptors import make_owner
 from taskcarrier.workers import pickling
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.pickling import pickle_apart, pickle_items, pickle_task, unpickle_task
@@ -34,7 +34,9 @@ def travelled(task):
     staging = Staging()
     payload = pickle_task(task, staging)
     sent.append(payload)
-    return unpickle_task(payload.data, [own(os.dup(fd)) for fd in payload.fds]), staging.nbytes
+    return unpickle_task(
+        payload.data, [make_owner(os.dup(fd)) for fd in payload.fds]
+    ), staging.nbytes
 
 
 def module_level(x):
@@ -108,7 +110,7 @@ class TestArrays:
         staging = Staging()
         payload = pickle_task(Call(module_level, (array,)), staging)
         one, other = (
-            unpickle_task(payload.data, [own(os.dup(fd)) for fd in payload.fds]).args[0]
+            unpickle_task(payload.data, [make_owner(os.dup(fd)) for fd in payload.fds]).args[0]
             for _ in range(2)
         )
         one[5] = -1
@@ -192,7 +194,7 @@ class TestSegments:
         (view,) = staging.share([array])
         payload = pickle_task({"one": view, "again": view, "segment": view.segment}, staging)
         assert payload.fds == [view.segment.fd]
-        arrived = unpickle_task(payload.data, [own(os.dup(fd)) for fd in payload.fds])
+        arrived = unpickle_task(payload.data, [make_owner(os.dup(fd)) for fd in payload.fds])
         assert arrived["one"].segment is arrived["again"].segment is arrived["segment"]
         assert np.array_equal(arrived["one"].open("read"), array)
         arrived["one"].open("write")[7] = -1
@@ -206,7 +208,7 @@ class TestSegments:
         (view,) = staging.share([np.arange(10.0)])
         payload = pickle_task([made[2], view, *made], staging)
         assert payload.segments == [made[2], view.segment, made[0], made[1]]
-        arrived = unpickle_task(payload.data, [own(os.dup(fd)) for fd in payload.fds])
+        arrived = unpickle_task(payload.data, [make_owner(os.dup(fd)) for fd in payload.fds])
         assert [os.fstat(s.fd).st_ino for s in arrived[2:]] == [os.fstat(s.fd).st_ino for s in made]
         assert [s.on_disk for s in arrived[2:]] == [False, True, False]
         assert [s.nbytes for s in arrived[2:]] == [100, 200, 300]
@@ -217,7 +219,7 @@ class TestSegments:
         (view,) = staging.share([np.arange(10.0)])
         payload = pickle_task(view, staging)
         fd = os.dup(payload.fds[0])
-        arrived = unpickle_task(payload.data, [own(fd)])
+        arrived = unpickle_task(payload.data, [make_owner(fd)])
         assert os.fstat(fd)
         del arrived
         with pytest.raises(OSError, match="Bad file descriptor"):

@@ -12,7 +12,7 @@ from taskcarrier.workers import threads
 from taskcarrier.workers.loop import is_in_worker
 from taskcarrier.workers.pools import thread_pool
 from taskcarrier.workers.queues import (
-    AHEAD,
+    MAX_BATCHES_PER_WORKER,
     BatchResult,
     SerialQueue,
     raise_and_forget,
@@ -66,7 +66,7 @@ def all_of(queue, n_items):
     """Return the results of `n_items` items by their start."""
     came = {}
     while sum(one.stop - one.start for one in came.values()) < n_items:
-        for one in queue.take(LONG):
+        for one in queue.get(LONG):
             assert one.start not in came
             came[one.start] = one
     return came
@@ -75,20 +75,20 @@ def all_of(queue, n_items):
 class TestSerialQueue:
     def test_a_serial_queue_runs_a_batch_in_the_caller(self):
         queue = SerialQueue(job_of(lambda item: (item, is_in_worker()), 1))
-        assert queue.runs_here
+        assert queue.runs_in_caller
         assert queue.has_room
         queue.put(5, ["a", "b"])
         assert not queue.has_room
-        assert queue.take(0) == [BatchResult(5, 7, [("a", True), ("b", True)], 7)]
+        assert queue.get(0) == [BatchResult(5, 7, [("a", True), ("b", True)], 7)]
         assert queue.has_room
-        assert queue.take(0) == []
+        assert queue.get(0) == []
         assert not is_in_worker()
 
     def test_a_serial_queue_has_stats(self):
         queue = SerialQueue(job_of(abs, 1))
         for start in range(0, 6, 2):
             queue.put(start, [start, start + 1])
-            queue.take(0)
+            queue.get(0)
         (stats,) = queue.close().worker_stats
         assert (stats.name, stats.ranges, stats.items) == ("caller", 3, 6)
         assert stats.busy_ns == 21
@@ -114,11 +114,11 @@ class TestThreadQueue:
     def test_every_queued_batch_gives_its_result(self):
         with thread_pool(2) as pool:
             queue = pool.stream(job_of(lambda item: item * 2))
-            assert not queue.runs_here
+            assert not queue.runs_in_caller
             came = {}
             for start in range(0, 40, 4):
                 while not queue.has_room:
-                    came |= {one.start: one for one in queue.take(LONG)}
+                    came |= {one.start: one for one in queue.get(LONG)}
                 queue.put(start, range(start, start + 4))
             came |= all_of(queue, 40 - 4 * len(came))
             ran = queue.close()
@@ -133,13 +133,13 @@ class TestThreadQueue:
         gate = threading.Event()
         with thread_pool(2) as pool:
             queue = pool.stream(job_of(gate.wait))
-            for start in range(2 * AHEAD):
+            for start in range(2 * MAX_BATCHES_PER_WORKER):
                 assert queue.has_room
                 queue.put(start, [LONG])
             assert not queue.has_room
-            assert queue.take(0.01) == []
+            assert queue.get(0.01) == []
             gate.set()
-            assert len(all_of(queue, 2 * AHEAD)) == 2 * AHEAD
+            assert len(all_of(queue, 2 * MAX_BATCHES_PER_WORKER)) == 2 * MAX_BATCHES_PER_WORKER
             assert queue.has_room
             queue.close()
 
@@ -177,7 +177,7 @@ class TestThreadQueue:
             queue = pool.stream(job_of(func))
             queue.put(0, [0])
             queue.put(1, [1])
-            assert [came.start for came in queue.take(LONG)] == [1]
+            assert [came.start for came in queue.get(LONG)] == [1]
             ran = queue.close()
             assert sorted(stats.items for stats in ran.worker_stats) == [0, 1]
             assert [worker.thread for worker in pool._workers.values()] != begun
@@ -215,7 +215,7 @@ class TestThreadQueue:
             queue = pool.stream(job_of(leave))
             queue.put(0, [3])
             with pytest.raises(SystemExit) as caught:
-                queue.take(LONG)
+                queue.get(LONG)
             assert caught.value.code == 3
             queue.close()
 

@@ -15,10 +15,10 @@ from threadpoolctl import ThreadpoolController
 from taskcarrier.workers.thread_limits import (
     _VARIABLES,
     _CountedLimit,
-    inner_environment,
     limit_this_thread,
-    limited,
-    serial_joblib,
+    make_joblib_serial,
+    make_worker_environment,
+    thread_limit,
 )
 from tests.strategies import run_script
 
@@ -30,16 +30,16 @@ class TestEnvironment:
             monkeypatch.delenv(name, raising=False)
 
     def test_all_libraries_are_limited(self):
-        assert inner_environment() == dict.fromkeys(_VARIABLES, "1")
+        assert make_worker_environment() == dict.fromkeys(_VARIABLES, "1")
         assert {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"} <= set(_VARIABLES)
 
     def test_settings_of_the_user_do_not_count(self, monkeypatch):
         monkeypatch.setenv("OMP_NUM_THREADS", "7")
-        assert inner_environment()["OMP_NUM_THREADS"] == "1"
+        assert make_worker_environment()["OMP_NUM_THREADS"] == "1"
 
     def test_the_environment_of_the_caller_is_unchanged(self):
         before = dict(os.environ)
-        inner_environment()
+        make_worker_environment()
         assert dict(os.environ) == before
 
 
@@ -111,8 +111,8 @@ class TestCountedLimit:
         return _CountedLimit()
 
     def test_the_process_has_one_limit(self, several_threads):
-        assert isinstance(limited, _CountedLimit)
-        with limited.open():
+        assert isinstance(thread_limit, _CountedLimit)
+        with thread_limit.open():
             assert set(blas_threads()) == {1}
         assert blas_threads() == several_threads
 
@@ -184,7 +184,7 @@ def test_joblib_is_serial_in_the_worker_thread_only():
     found = []
 
     def look():
-        serial_joblib()
+        make_joblib_serial()
         parallel = joblib.Parallel()
         found.append((type(parallel._backend).__name__, parallel.n_jobs))
 
@@ -286,7 +286,7 @@ def test_openmp_is_limited_in_the_calling_thread(monkeypatch):
 
     openmp, blas = Library("openmp"), Library("blas")
     found = SimpleNamespace(lib_controllers=[openmp, blas])
-    monkeypatch.setattr(limited, "find_libraries", lambda: found)
+    monkeypatch.setattr(thread_limit, "find_libraries", lambda: found)
     idents = []
 
     def worker():

@@ -202,7 +202,7 @@ class TestInside:
             def __exit__(self, *_):
                 seen.append("out")
 
-        monkeypatch.setattr(module, "limited", Guard())
+        monkeypatch.setattr(module, "thread_limit", Guard())
         run(pool, lambda *_: seen.append("index"), n_items=2)
         assert seen == ["in", "index", "out"]
 

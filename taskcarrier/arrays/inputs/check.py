@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.arguments import check_integer, without_wide_gaps
-from taskcarrier.memory.memmaps import check_whole
+from taskcarrier.arguments import check_integer, drop_wide_gaps
+from taskcarrier.memory.memmaps import check_not_cut_off
 from taskcarrier.memory.npy import load
 from taskcarrier.notes import add_note
-from taskcarrier.system.interrupts import is_of_the_program
+from taskcarrier.system.interrupts import is_raised_by_handler
 
 # Types that `numpy.asarray` would accept with a loss, by the module that defines them.
 _LOSSY = {
@@ -100,7 +100,7 @@ def check_inputs(arrays: Sequence[object], axis: object) -> Inputs:
     ]
     for array in checked:
         if isinstance(array, np.ndarray):
-            check_whole(array)
+            check_not_cut_off(array)
     lengths = [array.shape[mapped_axis] for mapped_axis, array in zip(axes, checked, strict=True)]
     if len(set(lengths)) > 1:
         raise ValueError(
@@ -111,7 +111,7 @@ def check_inputs(arrays: Sequence[object], axis: object) -> Inputs:
             )
             + "; what every chunk is to get whole goes into args="
         )
-    return Inputs([without_wide_gaps(array) for array in checked], axes, lengths[0])
+    return Inputs([drop_wide_gaps(array) for array in checked], axes, lengths[0])
 
 
 def normalize_axis(axis: object, ndim: int, name: str) -> int:
@@ -201,7 +201,7 @@ def _read_no_items(array: Any) -> object:
     try:
         return array[:0]
     except Exception as error:
-        if is_of_the_program(error):
+        if is_raised_by_handler(error):
             raise
         return None
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from taskcarrier.arguments import read_only
+from taskcarrier.arguments import make_read_only
 from taskcarrier.arrays.inputs.check import Inputs, to_plain_range
 from taskcarrier.arrays.inputs.halos import Halo
 from taskcarrier.memory import parent_memory
@@ -48,7 +48,7 @@ class LocalSource:
     axis: int
 
     def open(self) -> Reader:  # noqa: D102  # as in Source
-        array = read_only(self.array)
+        array = make_read_only(self.array)
         before = (slice(None),) * self.axis
         return lambda start, stop: array[(*before, slice(start, stop))]
 
@@ -130,7 +130,9 @@ class ArrayLikeSource:
     def open(self) -> Reader:  # noqa: D102  # as in Source
         before = (slice(None),) * self.axis
         array: Any = self.wrapped.func
-        return lambda start, stop: read_only(to_plain_range(array[(*before, slice(start, stop))]))
+        return lambda start, stop: make_read_only(
+            to_plain_range(array[(*before, slice(start, stop))])
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +224,7 @@ def _can_be_read(array: np.ndarray, axis: int, grid: ChunkGrid, depth: int) -> b
     return (
         array.nbytes > 0
         and ParentMemorySource.of(array, axis).is_worth_it(grid, depth)
-        and parent_memory.readable(*byte_bounds(array))
+        and parent_memory.is_readable(*byte_bounds(array))
     )
 
 

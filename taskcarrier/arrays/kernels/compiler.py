@@ -73,8 +73,8 @@ from numba.extending import intrinsic
 from numba.np import numpy_support
 from numba.np.arrayobj import make_array, populate_array
 
-from taskcarrier.arguments import read_only
-from taskcarrier.memory.strides import items_first
+from taskcarrier.arguments import make_read_only
+from taskcarrier.memory.strides import move_items_first
 from taskcarrier.notes import add_note, count_noun
 from taskcarrier.scheduling.ledger import COUNTER_AT, IN_HAND_AT, ITEM_AT, ITEMS_AT, RANGES_AT
 from taskcarrier.system.locks import ModuleLock
@@ -185,7 +185,7 @@ class ArrayLayout:
     @classmethod
     def of(cls, array: np.ndarray, axis: int) -> ArrayLayout:
         """Return the layout of an array whose items lie along `axis`."""
-        items = items_first(array, axis)
+        items = move_items_first(array, axis)
         sample = items[0] if items.ndim > 1 else items
         layout = "C" if sample.flags.c_contiguous else "F" if sample.flags.f_contiguous else "A"
         return cls(array.dtype, items.ndim - 1, layout, bool(array.flags.aligned))
@@ -321,7 +321,7 @@ def types_of(extras: Sequence[Any], *, writable: bool) -> tuple[types.Type, ...]
     return tuple(
         numba.typeof(value).copy(readonly=False)
         if writable and isinstance(value, np.ndarray)
-        else numba.typeof(read_only(value))
+        else numba.typeof(make_read_only(value))
         for value in extras
     )
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.arguments import own_or_read_only
+from taskcarrier.arguments import copy_or_make_read_only
 from taskcarrier.arrays.outputs.specs import Spec
-from taskcarrier.memory.strides import address_of, items_first
+from taskcarrier.memory.strides import address_of, move_items_first
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.ledger import Ledger
-from taskcarrier.system.interrupts import is_of_the_program
+from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.records import PartialResult
 from taskcarrier.workers.task import IN_PLACE, Deliver, Job, Propose
 
@@ -87,7 +87,9 @@ class FusedRunner:
     def __init__(self, task: FusedTask) -> None:
         self._task = task
         # Arrays that are passed by address must live as long as the runner.
-        self._extras = [own_or_read_only(value, own=task.copies_args) for value in task.extras]
+        self._extras = [
+            copy_or_make_read_only(value, own=task.copies_args) for value in task.extras
+        ]
         self._extra_arguments: list[Any] = []
         for value in self._extras:
             if isinstance(value, np.ndarray):
@@ -127,7 +129,7 @@ class FusedRunner:
         arrays = self._task.array_arguments
         if self._task.takes_copies:
             copies = [
-                _copy_items(items_first(array, axis)[start:stop])
+                _copy_items(move_items_first(array, axis)[start:stop])
                 for array, axis in zip(self._task.arrays, self._task.axes, strict=True)
             ]
             arrays = _to_loop_arguments(copies, [0] * len(copies))
@@ -143,7 +145,7 @@ class FusedRunner:
                 break
             except Exception as error:
                 _, item = ledger.loop_position(0)
-                if not self._task.collect_errors or is_of_the_program(error):
+                if not self._task.collect_errors or is_raised_by_handler(error):
                     add_note(error, f"func failed on item {item}")
                     raise
                 partial.faults.append((item, item + 1, error))

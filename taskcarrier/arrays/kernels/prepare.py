@@ -22,7 +22,7 @@ from taskcarrier.arrays.outputs.buffers import open_place
 from taskcarrier.arrays.outputs.request import DeferredResult
 from taskcarrier.arrays.outputs.specs import Spec
 from taskcarrier.arrays.outputs.writer import Plan
-from taskcarrier.memory.strides import items_first
+from taskcarrier.memory.strides import move_items_first
 from taskcarrier.system.locks import ModuleLock
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.introspect import has_own_threads, is_jitted, is_numba_ufunc
@@ -56,7 +56,7 @@ class Row:
         axis = normalize_axis(axis, len(self.shape) + 1, "out_axis")
         return np.empty((*self.shape[:axis], 0, *self.shape[axis:]), self.dtype)
 
-    def make_returning(self, func: Any) -> Any:
+    def wrap_function(self, func: Any) -> Any:
         """Return a function that returns what `func` writes to a row."""
         return _RowReturner(func, self)
 
@@ -123,7 +123,8 @@ def prepare_call(
     extras = compiler.bind_arguments(func, len(chunks), call.args, call.kwargs)
     if by_item:
         chunks = [
-            items_first(chunk, axis)[0] for chunk, axis in zip(chunks, inputs.axes, strict=True)
+            move_items_first(chunk, axis)[0]
+            for chunk, axis in zip(chunks, inputs.axes, strict=True)
         ]
     target, writable_args, scalar_result = compiler.compile_kernel(
         func, chunks, extras, writable=writable
@@ -277,7 +278,7 @@ def fuse_loop(
         places = plan.allocation.places(spec, outputs)
         assert places is not None  # for the type checker: kernels return no objects
         results = [open_place(place) for place in places]
-    outs = [items_first(*pair) for pair in zip(results, axes, strict=True)]
+    outs = [move_items_first(*pair) for pair in zip(results, axes, strict=True)]
     out_layouts = [compiler.ArrayLayout.of(array, 0) for array in outs]
     loop = compiler.compile_loop(
         call.func, layouts, extras, out_layouts, result, rows_out=row is not None

@@ -17,7 +17,7 @@ import numpy as np
 
 from taskcarrier.arrays.outputs.specs import Spec
 from taskcarrier.memory.available import check_memory
-from taskcarrier.memory.npy import header_of
+from taskcarrier.memory.npy import make_header
 from taskcarrier.memory.segments import Segment, SharedView, descriptors_are_scarce
 from taskcarrier.memory.strides import ALIGNMENT, contiguous_strides
 
@@ -33,7 +33,7 @@ class NpyPlace:
 
     def view(self, dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> SharedView:
         """Make room for the output in the file, write its header, and return where its data lie."""
-        header = header_of(dtype, shape, order)
+        header = make_header(dtype, shape, order)
         offset = len(header)
         nbytes = math.prod(shape) * dtype.itemsize
         self.segment.reserve(offset + nbytes)

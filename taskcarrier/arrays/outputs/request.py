@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.arguments import arrays_within
+from taskcarrier.arguments import iterate_arrays
 from taskcarrier.arrays.casting import check_dtype
 from taskcarrier.arrays.inputs.check import Inputs, normalize_axis
 from taskcarrier.arrays.outputs.buffers import (
@@ -22,8 +22,8 @@ from taskcarrier.arrays.outputs.buffers import (
 )
 from taskcarrier.arrays.outputs.specs import Spec
 from taskcarrier.arrays.outputs.writer import Plan
-from taskcarrier.memory.memmaps import check_whole, file_of, find_shared, region
-from taskcarrier.memory.npy import NpyWriter, check_path, header_of
+from taskcarrier.memory.memmaps import check_not_cut_off, find_region, find_shared, identify_file
+from taskcarrier.memory.npy import NpyWriter, check_path, make_header
 from taskcarrier.memory.strides import has_internal_overlap
 from taskcarrier.notes import add_note
 from taskcarrier.workers.records import Where
@@ -195,7 +195,7 @@ class OutputRequest:
             entry = None if self.entries is None else self.entries[number]
             if isinstance(entry, str):
                 order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-                header = header_of(array.dtype, array.shape, order)
+                header = make_header(array.dtype, array.shape, order)
                 results.append(self._writers[number].finish(array, header))
             elif entry is not None:
                 if output.place is None:
@@ -254,7 +254,7 @@ def check_output_request(
     if len(axes) != len(entries):
         raise ValueError(f"out_axis has {len(axes)} entries, out has {len(entries)}")
     wanted_dtypes = (dtypes or (None,)) * (1 if is_tuple else len(entries))
-    other_arrays = list(arrays_within([*inputs.arrays, *others]))
+    other_arrays = list(iterate_arrays([*inputs.arrays, *others]))
     for entry, axis, wanted_dtype in zip(entries, axes, wanted_dtypes, strict=True):
         if isinstance(entry, np.ndarray):
             _check_array(entry, axis, wanted_dtype, inputs.n_items)
@@ -292,7 +292,7 @@ def _check_array(out: np.ndarray, axis: int, dtype: np.dtype[Any] | None, n_item
             f"out has length {length} along axis {axis} (shape {out.shape}), but there are "
             f"{n_items} items"
         )
-    check_whole(out)
+    check_not_cut_off(out)
     if has_internal_overlap(out):
         raise ValueError("out overlaps with itself: some of its items lie in the same memory")
 
@@ -307,9 +307,9 @@ def _check_no_overlap(out: np.ndarray, others: Iterable[np.ndarray]) -> None:
 
 
 def _check_file(path: str, others: Iterable[np.ndarray]) -> None:
-    file = file_of(path)
+    file = identify_file(path)
     for other in others:
-        if file is not None and other.nbytes and region(other)[0] == file:
+        if file is not None and other.nbytes and find_region(other)[0] == file:
             raise ValueError(
                 f"out={path!r} is the file that an input or another out maps; choose another one"
             )
@@ -324,5 +324,5 @@ def overlap(one: np.ndarray, other: np.ndarray) -> bool:
             return np.shares_memory(one, other, max_work=_MAX_WORK)
         except np.exceptions.TooHardError:
             return True
-    (owner, low, high), (other_owner, other_low, other_high) = region(one), region(other)
+    (owner, low, high), (other_owner, other_low, other_high) = find_region(one), find_region(other)
     return owner != "memory" and owner == other_owner and low < other_high and other_low < high

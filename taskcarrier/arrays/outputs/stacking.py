@@ -42,7 +42,7 @@ def stack_values(
     start: int,
     out_axis: int | tuple[int, ...],
     *,
-    takes_objects: bool,
+    can_give_objects: bool,
     as_objects: bool = False,
 ) -> Any:
     """Stack the values of consecutive items into an array, or a tuple of arrays for tuples.
@@ -55,7 +55,7 @@ def stack_values(
         The number of the first item, for messages.
     out_axis : int or tuple of int
         Where the mapped axis stands in results, in all or in each.
-    takes_objects : bool
+    can_give_objects : bool
         Whether values may be any object.
     as_objects : bool
         Whether numbers stay the Python objects that they are.
@@ -67,7 +67,7 @@ def stack_values(
     Raises
     ------
     TypeError
-        If a value is not an array or a number, unless `takes_objects`.
+        If a value is not an array or a number, unless `can_give_objects`.
     ValueError
         If values have different shapes, or tuples different lengths.
     """
@@ -79,7 +79,7 @@ def stack_values(
     if is_tuple:
         _check_tuples(values, start, n_results)
     columns = [
-        _stack_column(column, start, takes_objects, as_objects)
+        _stack_column(column, start, can_give_objects, as_objects)
         for column in (zip(*values, strict=True) if is_tuple else (values,))
     ]
     if all(isinstance(column, np.ndarray) for column in columns):
@@ -124,14 +124,14 @@ def _move_axis(array: Any, out_axis: int) -> np.ndarray:
 
 
 def _stack_column(
-    values: Sequence[Any], start: int, takes_objects: bool, as_objects: bool
+    values: Sequence[Any], start: int, can_give_objects: bool, as_objects: bool
 ) -> _Column:
     if as_objects:
-        return np.stack(_to_arrays(values, start, takes_objects=True, dtype=np.dtype(object)))
+        return np.stack(_to_arrays(values, start, can_give_objects=True, dtype=np.dtype(object)))
     numbers = _stack_numbers(values)
     if numbers is not None:
         return numbers
-    arrays = _to_arrays(values, start, takes_objects=takes_objects, dtype=None)
+    arrays = _to_arrays(values, start, can_give_objects=can_give_objects, dtype=None)
     if len({array.dtype for array in arrays}) > 1:
         return arrays
     return np.stack(arrays)
@@ -154,7 +154,7 @@ def _stack_numbers(values: Sequence[Any]) -> np.ndarray | None:
 
 
 def _to_arrays(
-    values: Sequence[Any], start: int, *, takes_objects: bool, dtype: np.dtype[Any] | None
+    values: Sequence[Any], start: int, *, can_give_objects: bool, dtype: np.dtype[Any] | None
 ) -> list[np.ndarray]:
     """Return each value as an array; raise unless all have one shape."""
     arrays = []
@@ -177,7 +177,7 @@ def _to_arrays(
                 f"func returned {_shorten(values[0])} for item {start}, but a tuple for item "
                 f"{start + number}; every item must give as many results"
             )
-        if array.dtype.hasobject and not takes_objects:
+        if array.dtype.hasobject and not can_give_objects:
             raise TypeError(
                 f"func returned {_shorten(value)} ({type(value).__name__}) for item "
                 f"{start + number}; map_items stacks numbers and arrays: pass dtype=object to "

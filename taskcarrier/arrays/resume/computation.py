@@ -24,11 +24,11 @@ from taskcarrier.arrays.inputs.check import Inputs
 from taskcarrier.arrays.inputs.halos import Halo
 from taskcarrier.arrays.inputs.sources import ArrayLikeSource
 from taskcarrier.arrays.resume.fingerprint import Fingerprint
-from taskcarrier.memory.available import name_of_file
+from taskcarrier.memory.available import find_path
 from taskcarrier.memory.memmaps import find_shared, sync_times
 from taskcarrier.memory.segments import SharedView
 from taskcarrier.memory.strides import address_of, byte_bounds
-from taskcarrier.notes import advise
+from taskcarrier.notes import warn_user
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.workers.call import Call
 
@@ -40,7 +40,7 @@ _N_NAMES = 8
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledInput:
     """An input of which only samples are compared.
 
     Attributes
@@ -68,14 +68,14 @@ class Computation:
     ----------
     digests : dict of str to str
         A digest of each part of the call, by the name of the part.
-    sampled : dict of str to Sampled
+    sampled : dict of str to SampledInput
         Inputs of which samples are compared in addition, by name.
     by_type : list of str
         Names of the values that are compared by their types alone.
     """
 
     digests: dict[str, str]
-    sampled: dict[str, Sampled]
+    sampled: dict[str, SampledInput]
     by_type: list[str]
 
     @classmethod
@@ -138,7 +138,7 @@ class Computation:
     def from_json(cls, data: Mapping[str, Any]) -> Computation:
         """Return the computation that `to_json` described; raise an error for any other data."""
         digests, sampled = dict.items(data["digests"]), dict.items(data["sampled"])
-        return cls(dict(digests), {name: Sampled(**fields) for name, fields in sampled}, [])
+        return cls(dict(digests), {name: SampledInput(**fields) for name, fields in sampled}, [])
 
     def to_json(self) -> dict[str, Any]:
         """Return what a later run is compared with, as an object for JSON."""
@@ -165,7 +165,7 @@ class Computation:
         names = self.by_type[:_N_NAMES]
         names += [f"{len(self.by_type) - _N_NAMES} more"] if self.by_type[_N_NAMES:] else []
         note = f"resume compares the type alone of {', '.join(names)}"
-        advise(f"{note}. If a value changes, results that were made before stay as they are")
+        warn_user(f"{note}. If a value changes, results that were made before stay as they are")
         return [note]
 
     def doubts(self, earlier: Computation) -> list[str]:
@@ -176,23 +176,23 @@ class Computation:
             if not sampled.status or sampled.status != earlier.sampled[name].status
         ]
         for note in notes:
-            advise(f"{note}. The samples are equal, so the run goes on")
+            warn_user(f"{note}. The samples are equal, so the run goes on")
         return notes
 
 
-def _get_samples(sampled: Sampled | None) -> str | None:
+def _get_samples(sampled: SampledInput | None) -> str | None:
     return None if sampled is None else sampled.samples
 
 
 def _digest_input(
     array: Any, axis: int, name: str, fingerprint: Fingerprint
-) -> tuple[str, Sampled | None]:
+) -> tuple[str, SampledInput | None]:
     """Return the digest of a mapped array, and its samples (None if it is compared as a whole)."""
     if not isinstance(array, np.ndarray):
         kind = f"{type(array).__module__}.{type(array).__qualname__}"
         samples = [fingerprint.of(item, name) for item in _sample_items(array, axis)]
         digest = fingerprint.of((kind, array.shape, array.dtype), name)
-        return digest, Sampled(f"{name} ({kind})", fingerprint.of(samples, name), [])
+        return digest, SampledInput(f"{name} ({kind})", fingerprint.of(samples, name), [])
     view = find_shared(array)
     if view is None or view.segment is None or not view.segment.on_disk:
         return fingerprint.of(array, name), None
@@ -202,8 +202,8 @@ def _digest_input(
     status = [file.st_dev, file.st_ino, file.st_ctime_ns, file.st_mtime_ns, file.st_size]
     layout = repr((view.offset, view.shape, view.strides, view.dtype, file.st_size))
     samples = [fingerprint.of(page, name) for page in _sample_pages(array, view)]
-    label = f"{name} ({name_of_file(view.segment.fd) or 'a file'})"
-    return fingerprint.of(layout, name), Sampled(label, fingerprint.of(samples, name), status)
+    label = f"{name} ({find_path(view.segment.fd) or 'a file'})"
+    return fingerprint.of(layout, name), SampledInput(label, fingerprint.of(samples, name), status)
 
 
 def _sample_pages(array: np.ndarray, view: SharedView) -> Iterator[bytes]:

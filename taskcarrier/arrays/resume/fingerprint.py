@@ -64,7 +64,7 @@ from typing import Any
 import numpy as np
 
 from taskcarrier.memory.memmaps import find_writable
-from taskcarrier.system.interrupts import is_of_the_program
+from taskcarrier.system.interrupts import is_raised_by_handler
 
 _DIGEST_NBYTES = 16
 # An array that is not contiguous is digested in pieces of about this many bytes.
@@ -298,7 +298,7 @@ class Fingerprint:
                 items = yield from self._visit_members(fields, name)
             digest = _join("objects", repr((plain.dtype, plain.shape)).encode(), *items)
         else:
-            digest = array_digest(plain)
+            digest = digest_array(plain)
         if type(value) in {np.ndarray, np.memmap}:
             return digest
         # A subclass may have a mask or a unit beside its values.
@@ -418,7 +418,7 @@ class Fingerprint:
         try:
             reduced = _reduce(value)
         except Exception as error:
-            if is_of_the_program(error):
+            if is_raised_by_handler(error):
                 raise
             return (yield from self._visit_type_only(value, name))
         if isinstance(reduced, str):
@@ -601,7 +601,7 @@ def _digest_if_plain(value: Any) -> bytes | None:
     if kind is bytearray:
         return _join("bytearray", bytes(value))
     if isinstance(value, np.generic) and kind.__module__ == "numpy" and not value.dtype.hasobject:
-        return _join("scalar", array_digest(np.asarray(value)))
+        return _join("scalar", digest_array(np.asarray(value)))
     name = _find_name(value, kind)
     return None if name is None else _join(kind.__name__, name.encode())
 
@@ -784,7 +784,7 @@ def _import_module(module: str) -> Any:
         try:
             importlib.import_module(module)
         except Exception as error:  # the function will meet the same exception
-            if is_of_the_program(error):
+            if is_raised_by_handler(error):
                 raise
             return _NOT_YET
     return sys.modules.get(module, _NOT_YET)
@@ -828,11 +828,11 @@ def _resolve_module(module: str, level: int, namespace: Mapping[str, Any]) -> st
     return importlib.util.resolve_name("." * level + module, package) if package else module
 
 
-def array_digest(array: np.ndarray) -> bytes:
+def digest_array(array: np.ndarray) -> bytes:
     """Return a digest of an array's dtype, shape and values, whatever its strides."""
     if array.dtype.names is not None:  # field by field: the padding between them does not count
         fields = [name.encode() for name in array.dtype.names]
-        values = [array_digest(array[name]) for name in array.dtype.names]
+        values = [digest_array(array[name]) for name in array.dtype.names]
         return _join("records", repr((array.dtype, array.shape)).encode(), *fields, *values)
     content = hashlib.blake2b(digest_size=_DIGEST_NBYTES)
     for piece in _split(array):

@@ -35,11 +35,11 @@ import tempfile
 import numpy as np
 
 from taskcarrier.arrays.resume.computation import Computation
-from taskcarrier.memory.available import room_for
-from taskcarrier.memory.npy import busy, ledger_path, lock_file, open_own
+from taskcarrier.memory.available import explain_no_room
+from taskcarrier.memory.npy import busy, ledger_path, lock_file, open_own_file
 from taskcarrier.memory.segments import Segment, SharedView
 from taskcarrier.scheduling.ledger import DONE, PENDING
-from taskcarrier.system.descriptors import Descriptor, open_owned, own
+from taskcarrier.system.descriptors import Descriptor, make_owner, open_owned
 
 _FIRST_LINE = b"TaskCarrier ledger 2\n"
 # Far more bytes than the names of any call need. A file with a longer header is not a ledger.
@@ -85,7 +85,7 @@ class LedgerFile:
         self._n_chunks = n_chunks
         self._computation = computation
         try:
-            self._file = open_own(self.path)
+            self._file = open_own_file(self.path)
         except FileNotFoundError:
             self.is_new = True
             self._file = self._create()
@@ -104,10 +104,10 @@ class LedgerFile:
         n = self._n_chunks
         return SharedView(self._segment, self._marks_at, (n,), (1,), np.dtype(np.uint8))
 
-    def begin(self, *, anew: bool) -> int:
-        """Reset the marks of unfinished chunks (all marks if `anew`); return the number left."""
+    def begin(self, *, start_over: bool) -> int:
+        """Reset the marks of unfinished chunks, or all if `start_over`; return the number left."""
         marks = self.marks.open("write")
-        marks[slice(None) if anew else marks != DONE] = PENDING
+        marks[slice(None) if start_over else marks != DONE] = PENDING
         return int(np.count_nonzero(marks))
 
     def remove(self) -> None:
@@ -134,7 +134,7 @@ class LedgerFile:
         file, name = _create_nameless_file(folder)
         try:
             end = len(content) + self._n_chunks
-            with room_for(file.fileno(), end):
+            with explain_no_room(file.fileno(), end):
                 os.posix_fallocate(file.fileno(), 0, end)
             os.pwrite(file.fileno(), content, 0)
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -163,7 +163,7 @@ class LedgerFile:
             self.notes += self._computation.doubts(earlier)
         end = self._marks_at + self._n_chunks
         if os.fstat(fd).st_size < end:  # it was cut off: chunks without marks are run again
-            with room_for(fd, end):
+            with explain_no_room(fd, end):
                 os.posix_fallocate(fd, 0, end)
         return Segment(open_owned(os.dup, fd), on_disk=True, nbytes=end)
 
@@ -187,7 +187,7 @@ def _create_nameless_file(folder: str) -> tuple[Descriptor, str]:
 
 def _create_named_file(folder: str) -> tuple[Descriptor, str]:
     fd, name = tempfile.mkstemp(".new", ".ledger-", folder)
-    return own(fd), name
+    return make_owner(fd), name
 
 
 def _round_to_pages(nbytes: int) -> int:

@@ -19,14 +19,14 @@ from taskcarrier.notes import add_note
 from taskcarrier.scheduling.ledger import DONE, PENDING, RECLAIMED, SENT, Ledger
 from taskcarrier.scheduling.partition import Partition
 from taskcarrier.scheduling.retries import Attempt
-from taskcarrier.system.interrupts import is_of_the_program
-from taskcarrier.workers.loop import timeout_error
+from taskcarrier.system.interrupts import is_raised_by_handler
+from taskcarrier.workers.loop import make_timeout_error
 from taskcarrier.workers.pickling import Payload, unpickle_items
 from taskcarrier.workers.processes.messages import MessageSocket
 from taskcarrier.workers.processes.worker import (
     KEPT,
     RESULTS,
-    order,
+    pack_order,
     unpickle_results,
     unpickle_stats,
 )
@@ -155,16 +155,16 @@ class ProcessRun:
         self._lost: list[tuple[int, int]] = []  # ranges given out again that were not run
         self._failures: list[RangeFailure] = []  # those that no worker reports
         self._is_over = False  # an error has come, or the caller stops the run
-        self.memory_kept = False
+        self.is_memory_kept = False
 
     def start(self, number: int, worker: Worker, attempts: Sequence[Attempt] = ()) -> None:
         """Start a worker on these attempts, and then on chunks."""
-        self._ledger.begin(number)
+        self._ledger.clear_row(number)
         self._start_times_ns[number] = time.monotonic_ns()
         self._attempts[number] = attempts
         self.at_work[number] = worker
         self._watch.add(number, worker)
-        message = order(list(attempts), self._payload.data)
+        message = pack_order(list(attempts), self._payload.data)
         worker.is_free = False
         # If the worker is just dying, its descriptor will show that.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -234,11 +234,13 @@ class ProcessRun:
         """Return how the run ended."""
         self._worker_stats.sort(key=lambda stats: stats.worker)
         result = RunResult.read(self._worker_stats, self._ledger)
-        result.deaths, result.fatal = self._deaths, self._fatal
+        result.deaths, result.unrecovered_deaths = self._deaths, self._fatal
         result.failures = self._failures
         result.missing = sorted({*self._lost, *map(self._job.grid.range_of, self._find_lost())})
         if result.missing and not self._is_over:
-            result.fatal = self._fatal or self._deaths  # any of them may have lost the results
+            result.unrecovered_deaths = (
+                self._fatal or self._deaths
+            )  # any of them may have lost the results
         return result
 
     def _halt(self) -> None:
@@ -289,7 +291,7 @@ class ProcessRun:
         if in_hand is not None and rest and rest[0] == in_hand:
             del rest[0]
         self._worker_stats.append(self._stats_of_dead(number, worker))
-        death = WorkerDeath.of(number, worker.name, exitcode, in_hand, overdue)
+        death = WorkerDeath.from_attempt(number, worker.name, exitcode, in_hand, overdue)
         next_attempts = self._decide_next(death, in_hand, overdue, worker)
         if self._has_ended:
             self._lost += [attempt[:2] for attempt in (*next_attempts, *rest)]
@@ -351,7 +353,7 @@ class ProcessRun:
         )
 
     def _make_timeout_error(self, worker: Worker) -> TimeoutError:
-        error = timeout_error(self._job.retry_policy)
+        error = make_timeout_error(self._job.retry_policy)
         add_note(error, f"{worker.name} was killed")
         return error
 
@@ -375,9 +377,9 @@ class ProcessRun:
     def _find_lost(self) -> list[int]:
         """Return the chunks whose results are missing, once no worker will run or send them."""
         size = self._job.grid.chunksize
-        unreceived = {index * size for index in self._ledger.chunks_marked(SENT)} - self._received
+        unreceived = {index * size for index in self._ledger.find_marked(SENT)} - self._received
         return sorted(
-            [*self._ledger.chunks_marked(PENDING), *(start // size for start in unreceived)]
+            [*self._ledger.find_marked(PENDING), *(start // size for start in unreceived)]
         )
 
     def _share_out(self, indices: list[int]) -> None:
@@ -403,7 +405,7 @@ class ProcessRun:
                     self._unpack_result(worker, *result)
             else:
                 # First of all: even if the rest is interrupted, the worker is free.
-                self.memory_kept |= data[1:2] == KEPT
+                self.is_memory_kept |= data[1:2] == KEPT
                 worker.is_free = True
                 self._drop_worker(number, worker)
                 stats = unpickle_stats(data[2:])
@@ -419,7 +421,7 @@ class ProcessRun:
         try:
             result = unpickle_items(packed, large)
         except Exception as error:
-            if is_of_the_program(error):
+            if is_raised_by_handler(error):
                 raise
             add_note(error, "taskcarrier could not unpickle this result of a worker process")
             chunk_range = self._job.grid.range_of(start // self._job.grid.chunksize)

@@ -9,16 +9,16 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from taskcarrier.system.descriptors import Descriptor, keep_standard_free, own
+from taskcarrier.system.descriptors import Descriptor, keep_standard_free, make_owner
 
 _TOO_MANY = "too many open files for the shared arrays of this call"
 
 
 # The kernel allows no more in one message.
-_MAX_DESCRIPTORS = 253
+MAX_DESCRIPTORS = 253
 
 
-_FDS_SPACE = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
+_FDS_SPACE = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
 
 
 # If the other end is gone, sending raises, whatever the program does about SIGPIPE.
@@ -112,7 +112,7 @@ class MessageSocket:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
         # No asynchronous exception can come between these steps either: there is no call.
-        [descriptors, self._last] = map(list, (map(own, fds), ()))
+        [descriptors, self._last] = map(list, (map(make_owner, fds), ()))
         self._received += data
         self._descriptors += descriptors
         if flags & _CTRUNC:  # the kernel drops descriptors that are too many for this process

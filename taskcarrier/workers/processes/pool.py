@@ -42,19 +42,19 @@ from taskcarrier.scheduling.counters import FileCounter, FileSetOnce
 from taskcarrier.scheduling.ledger import OWN_MARKS, Ledger, ledger_nbytes
 from taskcarrier.system.contexts import contextmanager
 from taskcarrier.system.descriptors import Descriptor, keep_standard_free
-from taskcarrier.system.interrupts import is_of_the_program, run_sheltered
+from taskcarrier.system.interrupts import is_raised_by_handler, run_sheltered
 from taskcarrier.workers.pickling import Payload
 from taskcarrier.workers.processes.exits import ProcessExit, is_readable
 from taskcarrier.workers.processes.grid_run import ProcessRun
 from taskcarrier.workers.processes.messages import MessageSocket
 from taskcarrier.workers.processes.stream_run import ProcessQueue
 from taskcarrier.workers.processes.worker import (
-    ledger_over,
+    open_ledger,
     worker_main,
 )
 from taskcarrier.workers.records import RunResult
 from taskcarrier.workers.task import Deliver, Job
-from taskcarrier.workers.thread_limits import inner_environment
+from taskcarrier.workers.thread_limits import make_worker_environment
 from taskcarrier.workers.threads import TICK
 
 # The seconds that an idle worker has for its exit hooks before it is killed.
@@ -144,7 +144,7 @@ class WorkerProcess:
         return self._exit.fd
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether the process has not ended yet."""
         return self.pidfd >= 0 and not is_readable(self.pidfd)
 
@@ -194,7 +194,7 @@ class ProcessPool:
 
     Attributes
     ----------
-    is_short : bool
+    lacks_workers : bool
         Whether a worker that was needed could not be started.
     """
 
@@ -203,10 +203,10 @@ class ProcessPool:
     def __init__(self, n: int) -> None:
         # Variables that the user has set for the allocator stay.
         allocator = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
-        self._environment = inner_environment() | allocator
+        self._environment = make_worker_environment() | allocator
         self._n = n
         self._workers: dict[int, WorkerProcess] = {}
-        self.is_short = False
+        self.lacks_workers = False
         self._is_closed = False
         self._workers_lock = threading.Lock()  # taken only in threads that are not interrupted
         self._fds: list[int] = []  # of the ledger's three files, and of the parent's memory
@@ -217,7 +217,7 @@ class ProcessPool:
                 os.ftruncate(self._fds[0], ledger_nbytes(n) + OWN_MARKS)
                 self._fds.append(FileCounter.create())
                 self._fds.append(FileSetOnce.create())
-                self._ledger = ledger_over(*self._fds)
+                self._ledger = open_ledger(*self._fds)
                 memory = parent_memory.open_own_memory()
         except BaseException:
             self._close_files()
@@ -229,7 +229,7 @@ class ProcessPool:
     def _get_worker(self, number: int) -> WorkerProcess:
         """Return a free worker: the one with this number, or a new one if that will not do."""
         worker = self._workers.get(number)
-        if worker is None or not (worker.is_free and worker.alive):
+        if worker is None or not (worker.is_free and worker.is_alive):
             worker = run_sheltered(functools.partial(self._replace_worker, number, worker))
         return worker
 
@@ -249,11 +249,11 @@ class ProcessPool:
             return self._workers[number]
 
     def _start_worker(self, number: int) -> WorkerProcess:
-        self.is_short = False
+        self.lacks_workers = False
         try:
             return WorkerProcess(number, self._environment, self._fds)
         except (OSError, RuntimeError, MemoryError) as error:
-            self.is_short = True
+            self.lacks_workers = True
             # A child of multiprocessing that is still importing the main module may start no
             # process; Python's error says so.
             if getattr(multiprocessing_process.current_process(), "_inheriting", False):
@@ -321,7 +321,7 @@ class ProcessPool:
         finally:
             if run.at_work:
                 run.abort()
-            if run.memory_kept:
+            if run.is_memory_kept:
                 for segment in payload.segments:
                     segment.retire()
             ledger.marks = None
@@ -375,7 +375,7 @@ def _make_streams_flushable() -> Iterator[None]:
             try:
                 stream.flush()
             except Exception as error:  # the program's object may raise anything
-                if is_of_the_program(error):
+                if is_raised_by_handler(error):
                     raise
                 stack.callback(setattr, sys, name, stream)
                 setattr(sys, name, io.StringIO())

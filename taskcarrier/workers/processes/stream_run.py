@@ -23,8 +23,8 @@ from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note, describe_items
 from taskcarrier.scheduling.ledger import Ledger
 from taskcarrier.scheduling.retries import Attempt
-from taskcarrier.system.interrupts import is_of_the_program
-from taskcarrier.workers.loop import timeout_error
+from taskcarrier.system.interrupts import is_raised_by_handler
+from taskcarrier.workers.loop import make_timeout_error
 from taskcarrier.workers.pickling import Payload, pickle_items, unpickle_items
 from taskcarrier.workers.processes.grid_run import (
     GRACE_SECONDS,
@@ -37,13 +37,13 @@ from taskcarrier.workers.processes.worker import (
     KEPT,
     RESULTS,
     PackedBatch,
-    batch_order,
-    order,
+    pack_batch_order,
+    pack_order,
     unpickle_results,
     unpickle_stats,
 )
 from taskcarrier.workers.queues import (
-    AHEAD,
+    MAX_BATCHES_PER_WORKER,
     BatchResult,
     UnsendableError,
     raise_and_forget,
@@ -84,7 +84,7 @@ class ProcessQueue:
         Takes a number and returns the worker with that number, a new one if the last has died.
     """
 
-    runs_here = False
+    runs_in_caller = False
 
     def __init__(
         self, job: Job, ledger: Ledger, payload: Payload, get_worker: Callable[[int], Worker]
@@ -107,13 +107,14 @@ class ProcessQueue:
         self._deaths: list[WorkerDeath] = []
         self._failed: WorkerStats | None = None
         self._nbytes_sent = 0
-        self._memory_kept = False
+        self._is_memory_kept = False
 
     @property
     def has_room(self) -> bool:
         """Whether a worker, maybe one that is not started yet, would take a further batch."""
         return not self._waiting and (
-            self._can_begin or any(len(self._sent[number]) < AHEAD for number in self._workers)
+            self._can_begin
+            or any(len(self._sent[number]) < MAX_BATCHES_PER_WORKER for number in self._workers)
         )
 
     @property
@@ -128,7 +129,7 @@ class ProcessQueue:
         try:
             packed = pickle_items(items, large)
         except Exception as error:
-            if is_of_the_program(error):
+            if is_raised_by_handler(error):
                 raise
             add_note(
                 error,
@@ -150,7 +151,7 @@ class ProcessQueue:
         self._waiting.append(_Batch(Attempt(start, stop), start, packed_batch, segment, nbytes))
         self._send_waiting()
 
-    def take(self, seconds: float) -> list[BatchResult]:
+    def get(self, seconds: float) -> list[BatchResult]:
         """Return the results that have come; if there are none, wait for one up to `seconds`."""
         results: list[BatchResult] = []
         deadline = time.monotonic() + seconds
@@ -186,7 +187,7 @@ class ProcessQueue:
         try:
             self._end(_STARTING_SECONDS if is_done else GRACE_SECONDS)
         finally:
-            if self._memory_kept:
+            if self._is_memory_kept:
                 for segment in self._payload.segments:
                     segment.retire()
         self._worker_stats.sort(key=lambda stats: stats.worker)
@@ -199,11 +200,11 @@ class ProcessQueue:
 
     def _begin(self, number: int) -> None:
         worker = self._get_worker(number)
-        self.ledger.begin(number)
+        self.ledger.clear_row(number)
         self._n_results[number] = self._n_items[number] = 0
         self._sent[number] = deque()
         worker.is_free = False
-        self._send(worker, order([], self._payload.data, is_streamed=True), self._payload.fds)
+        self._send(worker, pack_order([], self._payload.data, is_streamed=True), self._payload.fds)
         self._workers[number] = self._unended[number] = worker
         self._watch.add(number, worker)
 
@@ -259,12 +260,12 @@ class ProcessQueue:
                 self._begin(number)
             if number is None:  # all have left, because of one whose error has not come yet
                 return
-            if len(self._sent[number]) >= AHEAD:
+            if len(self._sent[number]) >= MAX_BATCHES_PER_WORKER:
                 return
             batch = self._waiting.popleft()
             self._sent[number].append(batch)
             fds = [] if batch.segment is None else [batch.segment.fd]
-            message = batch_order(batch.attempt, batch.first, batch.packed)
+            message = pack_batch_order(batch.attempt, batch.first, batch.packed)
             self._send(self._workers[number], message, fds)
 
     def _read_messages(
@@ -287,7 +288,7 @@ class ProcessQueue:
                         results.append(_unpickle_result(batch, packed, large))
             else:
                 # First of all: even if the rest is interrupted, the worker has reported.
-                self._memory_kept |= data[1:2] == KEPT
+                self._is_memory_kept |= data[1:2] == KEPT
                 self._drop_worker(number)
                 stats = unpickle_stats(data[2:])
                 stats.name = worker.name
@@ -312,7 +313,7 @@ class ProcessQueue:
         self._drop_worker(number)
         del self._unended[number]
         exitcode = worker.reap()
-        death = WorkerDeath.of(number, worker.name, exitcode, in_hand, overdue)
+        death = WorkerDeath.from_attempt(number, worker.name, exitcode, in_hand, overdue)
         self._deaths.append(death)
         self._worker_stats.append(self._stats_of_dead(number, worker))
         if self.ledger.is_halted:  # by a worker that died before it could send the error
@@ -338,7 +339,7 @@ class ProcessQueue:
             if not attempts:
                 error: Exception
                 if death.was_late:
-                    error = timeout_error(retry_policy)
+                    error = make_timeout_error(retry_policy)
                     add_note(error, f"{worker.name} was killed")
                 else:
                     error = self._make_died_error(death)
@@ -361,7 +362,7 @@ def _unpickle_result(batch: _Batch, packed: bytes, large: list[memoryview]) -> B
     try:
         result = unpickle_items(packed, large)
     except Exception as error:
-        if is_of_the_program(error):
+        if is_raised_by_handler(error):
             raise
         add_note(error, "taskcarrier could not unpickle this result of a worker process")
         result = PartialResult([], [(start, stop, error)])

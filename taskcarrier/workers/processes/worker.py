@@ -37,7 +37,7 @@ from taskcarrier.workers.processes.messages import Message, MessageSocket
 from taskcarrier.workers.queues import BatchResult
 from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats, WorkerWarning
 from taskcarrier.workers.task import BatchRunner, Deliver
-from taskcarrier.workers.thread_limits import serial_joblib
+from taskcarrier.workers.thread_limits import make_joblib_serial
 
 # Results that are not put in place are sent in batches: when they have this many bytes, or the
 # first is this many seconds old. Both are arbitrary within an order of magnitude. The first batches
@@ -64,7 +64,7 @@ PackedResult = tuple[int, bytes, list[tuple[int, int]]]
 _ORDER = struct.Struct("<?I")
 
 
-def order(attempts: list[Attempt], payload: bytes, *, is_streamed: bool = False) -> bytes:
+def pack_order(attempts: list[Attempt], payload: bytes, *, is_streamed: bool = False) -> bytes:
     """Return a message to a worker: what to run first, the payload, and whether batches follow."""
     pickled = pickle.dumps([tuple(attempt) for attempt in attempts]) if attempts else b""
     return _ORDER.pack(is_streamed, len(pickled)) + pickled + payload
@@ -76,12 +76,12 @@ PackedBatch = bytes | tuple[int, int]
 Places are offsets and lengths in the segment that comes with the message."""
 
 
-def batch_order(attempt: Attempt, first: int, packed: PackedBatch) -> bytes:
+def pack_batch_order(attempt: Attempt, first: int, packed: PackedBatch) -> bytes:
     """Return a message to a worker of a stream: a range, and its batch, which begins at `first`."""
     return pickle.dumps((tuple(attempt), first, packed))
 
 
-def _parse_order(message: bytes) -> tuple[list[Attempt], bytes, bool]:
+def _unpack_order(message: bytes) -> tuple[list[Attempt], bytes, bool]:
     is_streamed, length = _ORDER.unpack_from(message)
     begin = _ORDER.size + length
     attempts = (
@@ -92,7 +92,7 @@ def _parse_order(message: bytes) -> tuple[list[Attempt], bytes, bool]:
     return attempts, message[begin:], is_streamed
 
 
-def ledger_over(words_fd: int, counter_fd: int, set_once_fd: int) -> Ledger:
+def open_ledger(words_fd: int, counter_fd: int, set_once_fd: int) -> Ledger:
     """Return the ledger of a pool, over the pool's files."""
     memory = memoryview(mmap.mmap(words_fd, 0))
     words, marks = memory[:-OWN_MARKS].cast("q"), memory[-OWN_MARKS:]
@@ -121,7 +121,7 @@ def worker_main(
     handlers = (
         Handlers()
     )  # all later handlers are set by functions, and stay until the process ends
-    serial_joblib()
+    make_joblib_serial()
     mapping_cache.keep()
     with keep_standard_free():
         channel = MessageSocket(socket.socket(fileno=os.dup(connection.fileno())))
@@ -132,7 +132,7 @@ def worker_main(
         for fd in memory_fd:
             parent_memory.attach(fd)
         with keep_standard_free():
-            ledger = ledger_over(words_fd, counter_fd, set_once_fd)
+            ledger = open_ledger(words_fd, counter_fd, set_once_fd)
         files[0].close()
         while True:
             data, descriptors = channel.receive()
@@ -157,7 +157,7 @@ def _die_with(lifeline: int) -> None:
 def _run_payload(
     number: int, channel: MessageSocket, ledger: Ledger, data: bytes, descriptors: list[Descriptor]
 ) -> None:
-    attempts, payload, is_streamed = _parse_order(data)
+    attempts, payload, is_streamed = _unpack_order(data)
     batches = _Batches(channel, ledger, number) if is_streamed else None
     doing = "unpickled the function or its arguments"
     try:
@@ -178,7 +178,7 @@ def _run_payload(
             ledger.set_marks(job.open_marks(), len(job.grid))
         with _record_warnings() as recorded:
             stats = run_worker(
-                job, ledger, number, (deliver, outbox.flush), attempts, attempt_source=batches
+                job, ledger, number, (deliver, outbox.flush), attempts, batch_source=batches
             )
         outbox.flush()
         stats.warnings = list(recorded.values())

@@ -17,7 +17,7 @@ from taskcarrier import (
     map_items,
     reduce_array,
 )
-from taskcarrier.arguments import check_extras, read_only
+from taskcarrier.arguments import check_extras, make_read_only
 from taskcarrier.arrays.inputs.check import check_inputs
 from tests.strategies import BACKENDS, assert_same
 
@@ -310,11 +310,11 @@ def test_inputs_without_items_have_items_of_no_bytes():
 
 def test_read_only_makes_a_view_and_leaves_the_original_writable():
     Y = X.copy()
-    view = read_only(Y)
+    view = make_read_only(Y)
     assert np.shares_memory(view, Y)
     assert (view.flags.writeable, Y.flags.writeable) == (False, True)
-    assert read_only("text") == "text"
-    assert read_only(view) is view
+    assert make_read_only("text") == "text"
+    assert make_read_only(view) is view
 
 
 def test_extras_are_copied_shallowly():

@@ -11,7 +11,7 @@ from tests.strategies import (
     PARALLEL,
     assert_same,
     contract,
-    kept_pools,
+    keep_pools_warm,
     same_bits,
 )
 
@@ -27,7 +27,7 @@ PADS = {
 SOME = [("sequential", "static", 1), ("threading", "dynamic", 2), ("loky", "static", 2)]
 
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 @pytest.fixture(params=RUNS, ids=" ".join)

@@ -39,14 +39,14 @@ from tests.layouts import (
     facts_of_slices,
     unaligned,
 )
-from tests.strategies import axes_of, filled, kept_pools, run_script, samples
+from tests.strategies import axes_of, filled, keep_pools_warm, run_script, samples
 
 LAYOUTS = {**KEPT, **GATHERED}
 CHUNKSIZES = [1, 2, 3, 1000]
 LOKY = {"backend": "loky", "n_jobs": 2}
 
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 def set_whole_nbytes(chunk, nbytes):

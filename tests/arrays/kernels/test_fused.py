@@ -18,7 +18,7 @@ from tests.strategies import (
     assert_same,
     axes_of,
     chunksizes,
-    kept_pools,
+    keep_pools_warm,
     same_bits,
     samples,
 )
@@ -31,7 +31,7 @@ RUNS = [
 ]
 
 
-pools = kept_pools(2, 3)
+pools = keep_pools_warm(2, 3)
 
 
 @pytest.fixture(params=RUNS, ids=lambda run: f"{run[0]}-{run[1]}-{run[2]}")

@@ -13,7 +13,7 @@ import pytest
 
 from taskcarrier import last_report, map_array, map_chunks, map_items, reduce_array
 from taskcarrier.arrays.kernels import compiler
-from tests.strategies import assert_same, kept_pools, run_script, start_script
+from tests.strategies import assert_same, keep_pools_warm, run_script, start_script
 
 X = np.random.default_rng(0).random((1000, 3))
 RUNS = [
@@ -24,7 +24,7 @@ RUNS = [
 ]
 
 
-pools = kept_pools(2, 3)
+pools = keep_pools_warm(2, 3)
 
 
 @pytest.fixture(params=RUNS, ids=str)

@@ -10,9 +10,9 @@ import pytest
 
 from taskcarrier import map_array, map_chunks, map_items, reduce_array
 from taskcarrier.arrays.outputs.ownership import own_memory
-from tests.strategies import EVERYWHERE, kept_pools
+from tests.strategies import EVERYWHERE, keep_pools_warm
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 class Pair(NamedTuple):

@@ -16,7 +16,7 @@ from taskcarrier.arrays.outputs.request import check_output_request, overlap
 from tests.strategies import (
     PARALLEL,
     assert_same,
-    kept_pools,
+    keep_pools_warm,
     run_script,
     same_bits,
     samples,
@@ -29,7 +29,7 @@ ONE_OF_EACH = [("sequential", "static"), ("threading", "dynamic"), ("loky", "sta
 SHAPE = (30, 4)
 
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 @pytest.fixture(params=RUNS, ids=" ".join)

@@ -20,14 +20,14 @@ from taskcarrier.arrays.outputs.buffers import (
 from taskcarrier.arrays.outputs.specs import DisagreementError, Spec
 from taskcarrier.arrays.outputs.writer import OutputWriter, Plan, check_out_axis
 from taskcarrier.memory.segments import Segment
-from tests.strategies import PARALLEL, assert_same, kept_pools
+from tests.strategies import PARALLEL, assert_same, keep_pools_warm
 
 RUNS = [("sequential", "static"), *PARALLEL]
 # Where the lowest failing range is raised, the same on every run.
 ORDERED = [run for run in RUNS if run[0] == "sequential" or run[1] == "dynamic"]
 
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 def said(error):

@@ -26,13 +26,13 @@ from taskcarrier.arrays.resume import computation
 from taskcarrier.arrays.resume.computation import Computation
 from taskcarrier.arrays.resume.ledger_file import LedgerFile
 from tests.faults.functions import note, noted
-from tests.strategies import EVERYWHERE, assert_same, kept_pools, run_script
+from tests.strategies import EVERYWHERE, assert_same, keep_pools_warm, run_script
 
 SERIAL = {"backend": "sequential", "n_jobs": 1}
 X = np.arange(80.0).reshape(40, 2)
 
 
-pools = kept_pools(2)
+pools = keep_pools_warm(2)
 
 
 class Stored:
@@ -898,14 +898,14 @@ class TestLedgerFile:
     def test_marks_outlive_the_object(self, tmp_path):
         kept = self.kept(tmp_path)
         assert kept.is_new
-        assert kept.begin(anew=True) == 0
+        assert kept.begin(start_over=True) == 0
         kept.marks.open("write")[[1, 3]] = 1
         kept.close()
         again = self.kept(tmp_path)
         assert not again.is_new
-        assert again.begin(anew=False) == 2
+        assert again.begin(start_over=False) == 2
         assert again.marks.open("read").tolist() == [0, 1, 0, 1, 0]
-        assert again.begin(anew=True) == 0
+        assert again.begin(start_over=True) == 0
         again.close()
 
     def test_only_one_run_at_a_time_may_hold_the_file(self, tmp_path):
@@ -953,6 +953,6 @@ class TestLedgerFile:
         marks = kept.marks.open("write")
         assert marks.shape == (n,)
         marks[-1] = 1
-        assert kept.begin(anew=False) == 1
+        assert kept.begin(start_over=False) == 1
         kept.close()
         assert (tmp_path / "Y.npy.ledger").stat().st_size % 4096 == n % 4096

@@ -366,7 +366,7 @@ class TestDeathAtAnyStep:
         n_deaths = 0
         for pool, ran in at_every_step(before, balance=balance, n_workers=n_workers, **WAYS[way]):
             assert pool.results() == doubled(0, 8)
-            assert (ran.fatal, ran.missing, ran.failures) == ([], [], [])
+            assert (ran.unrecovered_deaths, ran.missing, ran.failures) == ([], [], [])
             assert not ran.is_halted
             assert Counter(pool.job.task.calls) == pool.calls_expected()
             n_deaths = max(n_deaths, len(ran.deaths))
@@ -377,7 +377,7 @@ class TestDeathAtAnyStep:
             [IN_FIRST_RANGE[balance.name]], balance=balance, **WAYS[way]
         ):
             assert pool.results() == doubled(0, 8)
-            assert (ran.fatal, ran.missing, ran.failures) == ([], [], [])
+            assert (ran.unrecovered_deaths, ran.missing, ran.failures) == ([], [], [])
             again = Counter(pool.job.task.calls) - pool.calls_expected()
             # An attempt that is just finished may be run once more.
             assert again in (Counter(), Counter([(0, 2)]))
@@ -391,7 +391,7 @@ class TestDeathAtAnyStep:
                 mark = pool.ledger.marks[part[0] // 2]
                 assert mark != DONE
                 assert mark != SENT or part[0] not in pool.delivered
-            n_fatal += len(ran.fatal)
+            n_fatal += len(ran.unrecovered_deaths)
         assert n_fatal > 0
 
     def test_every_item_is_counted_in_the_stats(self, balance, way):
@@ -410,7 +410,7 @@ class TestDeathAtAnyStep:
             for item, result in enumerate(pool.results()):
                 is_missing = any(start <= item < stop for start, stop in ran.missing)
                 assert result == 2 * item or is_missing
-            assert bool(ran.fatal) == bool(ran.missing)
+            assert bool(ran.unrecovered_deaths) == bool(ran.missing)
 
 
 some_fates = st.lists(st.none() | st.integers(0, 40), max_size=8)
@@ -430,7 +430,7 @@ class TestManyDeaths:
         pool = scripted(**options, fates=fates, retry_policy=RetryPolicy(retries=len(fates) + 1))
         ran = pool.to_the_end()
         assert pool.results() == doubled(0, options["n_items"])
-        assert (ran.fatal, ran.missing, ran.failures) == ([], [], [])
+        assert (ran.unrecovered_deaths, ran.missing, ran.failures) == ([], [], [])
         assert len(ran.deaths) <= sum(process.has_ended for process in pool.processes)
 
     @given(
@@ -445,7 +445,7 @@ class TestManyDeaths:
         pool = scripted(**options, fates=fates, deadly=deadly, retry_policy=retry_policy, **ways)
         ran = pool.to_the_end()
         assert ran.missing == sorted(ran.missing)
-        assert bool(ran.missing) <= bool(ran.fatal)
+        assert bool(ran.missing) <= bool(ran.unrecovered_deaths)
         faults = [
             fault[:2]
             for parts in pool.delivered.values()
@@ -490,7 +490,7 @@ class TestNarrowing:
             expected = doubled(0, n_items)
             expected[deadly] = -1
             assert pool.results() == expected
-            assert ran.fatal == ran.missing == []
+            assert ran.unrecovered_deaths == ran.missing == []
 
     def test_two_killing_items_in_one_range_are_found(self):
         pool = scripted(
@@ -504,7 +504,7 @@ class TestNarrowing:
         ran = pool.to_the_end()
         assert set(pool.delivered) == {3, 11}
         assert [i for i, result in enumerate(pool.results()) if result != 2 * i] == [3, 11]
-        assert ran.fatal == []
+        assert ran.unrecovered_deaths == []
 
     def test_a_range_that_cannot_be_split_is_collected_whole(self):
         pool = scripted(deadly={3}, collect_errors=True, retry_policy=RetryPolicy(retries=1))
@@ -526,7 +526,7 @@ class TestGivenUp:
         )
         ran = pool.to_the_end()
         (death,) = ran.deaths
-        assert ran.fatal == [death]
+        assert ran.unrecovered_deaths == [death]
         assert (death.range, death.attempt, death.exitcode) == ((2, 4), 1, SIGKILL)
         assert pool.job.task.calls.count((2, 4)) == 1
 
@@ -537,7 +537,7 @@ class TestGivenUp:
         )
         ran = pool.to_the_end()
         assert [death.attempt for death in ran.deaths] == list(range(1, retries + 2))
-        assert ran.fatal == ran.deaths[-1:]
+        assert ran.unrecovered_deaths == ran.deaths[-1:]
         assert pool.job.task.calls.count((2, 4)) == retries + 1
 
     def test_the_other_worker_continues_after_a_range_is_given_up(self, balance):
@@ -566,7 +566,7 @@ class TestGivenUp:
         missing = [item for part in ran.missing for item in range(*part)]
         assert missing == [i for i, result in enumerate(results) if result < 0]
         assert missing[0] == 4
-        assert ran.fatal[-1].range == (4, 5)
+        assert ran.unrecovered_deaths[-1].range == (4, 5)
 
 
 class TestIdleDeaths:
@@ -580,7 +580,7 @@ class TestIdleDeaths:
         pool = scripted(balance=balance, fates=[0] * 20, retry_policy=RetryPolicy(retries=retries))
         ran = pool.to_the_end()
         assert len(ran.deaths) == n_deaths
-        assert ran.fatal == ran.deaths[-1:]
+        assert ran.unrecovered_deaths == ran.deaths[-1:]
         assert [death.range for death in ran.deaths] == [None] * n_deaths
         assert ran.missing == list(map(pool.job.grid.range_of, range(4)))
         assert pool.job.task.calls == []
@@ -590,7 +590,7 @@ class TestIdleDeaths:
         pool = scripted(balance=balance, fates=[0, 0])
         ran = pool.to_the_end()
         assert len(ran.deaths) == 2
-        assert ran.fatal == []
+        assert ran.unrecovered_deaths == []
         assert pool.results() == doubled(0, 8)
 
     def test_deaths_are_counted_from_zero_after_a_finished_range(self):
@@ -599,7 +599,7 @@ class TestIdleDeaths:
         ran = pool.to_the_end()
         assert [death.range for death in ran.deaths] == [None] * 5
         assert pool.job.task.calls == list(map(pool.job.grid.range_of, range(4)))
-        assert (ran.fatal, ran.missing) == ([], [])
+        assert (ran.unrecovered_deaths, ran.missing) == ([], [])
 
     def steps_to_do_something(self):
         """Return how many steps finish one range and leave none in hand."""
@@ -636,7 +636,7 @@ class TestIdleDeaths:
 def order_of(process):
     """Return the attempts in the order of a process."""
     data, _ = process.inside.receive()
-    return worker._parse_order(data)[0]
+    return worker._unpack_order(data)[0]
 
 
 class TestTimeout:
@@ -707,7 +707,7 @@ class TestTimeout:
         assert "took longer than timeout=60 seconds" in str(failure.error)
         assert failure.error.__notes__ == ["process 0 was killed"]
         assert ran.is_halted
-        assert ran.fatal == []
+        assert ran.unrecovered_deaths == []
         assert [death.range for death in ran.deaths] == [(0, 2)]
 
     def test_a_late_range_is_collected(self):
@@ -781,7 +781,7 @@ class TestTimeout:
         with pool_closed(pool):
             pool.run.step(0)
             lost = pool.ledger.claim(1)
-            pool.ledger.begin(1)  # its claim was not written down
+            pool.ledger.clear_row(1)  # its claim was not written down
             pool.processes[1].end()
             pool.live(pool.processes[0])
             pool.run.step(0)
@@ -942,7 +942,7 @@ class TestRealDeaths:
         ran, delivered = run(pool, dies_once, 6, how, str(tmp_path), balance=balance)
         (death,) = ran.deaths
         assert (death.exitcode, death.range, death.attempt) == (how, (6, 8), 1)
-        assert (ran.fatal, ran.missing, ran.failures) == ([], [], [])
+        assert (ran.unrecovered_deaths, ran.missing, ran.failures) == ([], [], [])
         assert delivered == in_pieces(20)
         assert {stats.worker for stats in ran.worker_stats} == {0, 1}
         assert death.name in {stats.name for stats in ran.worker_stats}
@@ -955,7 +955,7 @@ class TestRealDeaths:
         ran, delivered = run(pool, dies_once_each, str(tmp_path), balance=balance, n_items=8)
         assert len(ran.deaths) == 4
         assert sorted(death.range for death in ran.deaths) == sorted(in_pieces(8).values())
-        assert ran.fatal == []
+        assert ran.unrecovered_deaths == []
         assert delivered == in_pieces(8)
 
     def test_results_on_their_way_survive_a_death(self, pool, balance, tmp_path):
@@ -977,7 +977,7 @@ class TestRealDeaths:
         ran = pool.run(job, pickle_task(job, Staging()), lambda *_: pytest.fail("in place"), None)
         (death,) = ran.deaths
         assert death.range == (OWN_MARKS + 250, OWN_MARKS + 251)
-        assert (ran.fatal, ran.missing) == ([], [])
+        assert (ran.unrecovered_deaths, ran.missing) == ([], [])
         assert np.array_equal(place.open("read"), 2 * np.arange(n_chunks))
         assert np.isin(marks.open("read"), [DONE]).all()
 
@@ -1005,7 +1005,7 @@ class TestRealDeaths:
     def test_a_range_that_always_kills_is_given_up(self, pool, balance):
         retry_policy = RetryPolicy(retries=0)
         ran, delivered = run(pool, dies_always, 19, balance=balance, retry_policy=retry_policy)
-        assert [death.range for death in ran.fatal] == [(18, 20)]
+        assert [death.range for death in ran.unrecovered_deaths] == [(18, 20)]
         assert (18, 20) in ran.missing
         # Each range has its result or is missing.
         assert sorted([*delivered.values(), *ran.missing]) == sorted(in_pieces(20).values())
@@ -1074,7 +1074,7 @@ class TestRealTimeouts:
         assert isinstance(failure.error, TimeoutError)
         assert death.exitcode == SIGKILL
         assert ran.is_halted
-        assert ran.fatal == []
+        assert ran.unrecovered_deaths == []
         assert (4, 6) in ran.missing
 
     def test_a_late_range_of_a_real_process_is_collected(self, pool, balance, tmp_path):

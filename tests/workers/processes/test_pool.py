@@ -117,7 +117,7 @@ class TestRun:
     def test_every_chunk_is_delivered_once(self, warm, balance):
         ran, delivered = run(warm, both, balance=balance)
         assert sorted(delivered) == ALL
-        assert (ran.deaths, ran.fatal, ran.missing, ran.failures) == ([], [], [], [])
+        assert (ran.deaths, ran.unrecovered_deaths, ran.missing, ran.failures) == ([], [], [], [])
         assert sum(stats.items for stats in ran.worker_stats) == 20
         assert sum(stats.ranges for stats in ran.worker_stats) == 10
         assert all(stats.failure is None for stats in ran.worker_stats)
@@ -194,7 +194,7 @@ class TestDeadWorkers:
             run(pool, both)
             os.kill(pool._workers[0].pid, signal.SIGKILL)
             ran, delivered = run(pool, both)
-            assert ran.fatal == []
+            assert ran.unrecovered_deaths == []
             assert sorted(set(delivered)) == ALL
 
     @pytest.fixture(params=["pidfd", "no pidfd"])
@@ -497,7 +497,7 @@ class TestEnd:
         run(pool, both, n_workers=1)
         worker = pool._workers[0]
         os.close(worker._lifeline)  # what the kernel does when the caller is gone
-        wait_until(lambda: not worker.alive)
+        wait_until(lambda: not worker.is_alive)
         worker._lifeline = os.open("/dev/null", os.O_RDONLY)
         assert worker.reap() == -signal.SIGKILL
         pool.close()

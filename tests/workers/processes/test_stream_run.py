@@ -18,7 +18,7 @@ from taskcarrier.workers.call import Call
 from taskcarrier.workers.pickling import pickle_task
 from taskcarrier.workers.processes import stream_run as module
 from taskcarrier.workers.processes.pool import ProcessPool
-from taskcarrier.workers.queues import AHEAD, BatchResult, UnsendableError
+from taskcarrier.workers.queues import MAX_BATCHES_PER_WORKER, BatchResult, UnsendableError
 from taskcarrier.workers.task import Job
 from tests.clocks import LATE
 
@@ -99,7 +99,7 @@ def results(queue, n_items):
     """Return the results of `n_items` items in order, with partial results unchanged."""
     came = []
     while sum(one.stop - one.start for one in came) < n_items:
-        came += queue.take(LONG)
+        came += queue.get(LONG)
     return sorted((one.start, one.stop, one.result) for one in came)
 
 
@@ -115,7 +115,7 @@ def test_workers_that_have_left_get_no_batches(warm):
     queue.put(1, [2])
     deadline = time.monotonic() + LONG
     while queue._workers and time.monotonic() < deadline:
-        assert queue.take(0.01) == []
+        assert queue.get(0.01) == []
     assert not queue._workers
     assert not queue.has_room
     queue.put(2, [3])
@@ -141,7 +141,7 @@ def test_results_that_come_too_late_are_not_unpickled(warm, monkeypatch):
 
 def test_every_queued_batch_gives_its_result(warm):
     queue = open_queue(warm, double)
-    for start in range(0, 2 * AHEAD * 3, 3):
+    for start in range(0, 2 * MAX_BATCHES_PER_WORKER * 3, 3):
         assert queue.has_room
         queue.put(start, range(start, start + 3))
     assert not queue.has_room
@@ -170,7 +170,7 @@ def test_items_of_every_size_are_sent(warm, kind, nbytes):
     items = [b"x" * nbytes] if kind is bytes else [np.ones(nbytes, np.uint8)]
     queue = open_queue(warm, lambda item: (len(item), int(item[-1])))
     queue.put(0, items)
-    (came,) = queue.take(LONG)
+    (came,) = queue.get(LONG)
     queue.close()
     assert came.result == [(nbytes, int(items[0][-1]))]
     assert nbytes < came.nbytes < nbytes + 1000
@@ -179,10 +179,10 @@ def test_items_of_every_size_are_sent(warm, kind, nbytes):
 def test_large_items_and_results_are_sent_both_ways_at_once(warm):
     # Neither side may wait for the other to read.
     queue = open_queue(warm, lambda item: item)
-    items = [os.urandom(3 << 20) for _ in range(2 * AHEAD)]
+    items = [os.urandom(3 << 20) for _ in range(2 * MAX_BATCHES_PER_WORKER)]
     for start, item in enumerate(items):
         queue.put(start, [item])
-    assert [result for _, _, (result,) in results(queue, 2 * AHEAD)] == items
+    assert [result for _, _, (result,) in results(queue, 2 * MAX_BATCHES_PER_WORKER)] == items
     queue.close()
 
 
@@ -208,7 +208,7 @@ def test_get_returns_nothing_if_no_result_comes_in_time(warm, tmp_path):
     gate = tmp_path / "gate"
     queue = open_queue(warm, wait_for)
     queue.put(0, [gate])
-    assert queue.take(0.05) == []
+    assert queue.get(0.05) == []
     gate.touch()
     assert results(queue, 1) == [(0, 1, [None])]
     queue.close()
@@ -272,7 +272,7 @@ def test_a_worker_that_dies_while_idle_is_replaced(pool):
     queue.put(0, [0])
     ((_, _, ((_, pid),)),) = results(queue, 1)
     os.kill(pid, signal.SIGKILL)
-    queue.take(0.2)
+    queue.get(0.2)
     for start in range(1, 4):
         queue.put(start, [start])
     assert [result[0][0] for _, _, result in results(queue, 3)] == [1, 2, 3]
@@ -292,7 +292,7 @@ def test_a_worker_may_die_before_it_has_told_why_all_stop(pool, tmp_path):
     queue.ledger.halt()  # as a worker does that ends by an exit
     (tmp_path / "open").touch()
     with pytest.raises(WorkerDiedError, match="item 0"):
-        queue.take(LONG)
+        queue.get(LONG)
     queue.close()
 
 
@@ -355,10 +355,10 @@ def test_workers_may_still_be_starting_when_all_is_done(pool, monkeypatch):
     results(queue, 1)
     os.kill(dead := pool._workers[0].pid, signal.SIGKILL)
     while pool._workers[0].pid == dead:
-        assert queue.take(0.1) == []
+        assert queue.get(0.1) == []
     ran = queue.close()  # another has taken its place
     assert [(stats.worker, stats.items) for stats in ran.worker_stats] == [(0, 1), (0, 0)]
-    assert pool._workers[0].alive
+    assert pool._workers[0].is_alive
 
 
 def test_another_worker_starts_when_all_have_a_batch(tmp_path):

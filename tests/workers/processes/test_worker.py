@@ -20,7 +20,7 @@ from taskcarrier.scheduling.counters import FileCounter, FileSetOnce
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import OWN_MARKS, SENT, ledger_nbytes
 from taskcarrier.scheduling.retries import Attempt, RetryPolicy
-from taskcarrier.system.descriptors import own
+from taskcarrier.system.descriptors import make_owner
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.loop import is_in_worker
 from taskcarrier.workers.pickling import pickle_task, unpickle_items
@@ -29,8 +29,8 @@ from taskcarrier.workers.processes import worker as module
 from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.processes.worker import (
     RESULTS,
-    ledger_over,
-    order,
+    open_ledger,
+    pack_order,
     unpickle_results,
     unpickle_stats,
 )
@@ -96,14 +96,14 @@ class TestOrder:
     )
     @pytest.mark.parametrize("is_streamed", [True, False])
     def test_orders_arrive_with_attempts_and_payload(self, attempts, payload, is_streamed):
-        assert module._parse_order(order(attempts, payload, is_streamed=is_streamed)) == (
+        assert module._unpack_order(pack_order(attempts, payload, is_streamed=is_streamed)) == (
             attempts,
             payload,
             is_streamed,
         )
 
     def test_attempts_arrive_with_their_numbers(self):
-        ((attempt,), _, _) = module._parse_order(order([Attempt(3, 5, 2)], b"payload"))
+        ((attempt,), _, _) = module._unpack_order(pack_order([Attempt(3, 5, 2)], b"payload"))
         assert type(attempt) is Attempt
         assert (attempt.start, attempt.stop, attempt.attempt) == (3, 5, 2)
 
@@ -113,7 +113,7 @@ class TestLedgerOver:
         fds = [os.memfd_create("words"), FileCounter.create(), FileSetOnce.create()]
         try:
             os.ftruncate(fds[0], ledger_nbytes(2) + OWN_MARKS)
-            one, other = ledger_over(*fds), ledger_over(*fds)
+            one, other = open_ledger(*fds), open_ledger(*fds)
             one.set_marks(None, OWN_MARKS)
             one.marks[:] = bytes([SENT]) * OWN_MARKS
             one.reset(2)
@@ -141,7 +141,7 @@ class Sent:
     def send(self, data, fds=None):
         assert data[:1] == RESULTS
         self.n_fds.append(len(fds))
-        received = unpickle_results((data, [own(os.dup(fd)) for fd in fds]), on_disk=False)
+        received = unpickle_results((data, [make_owner(os.dup(fd)) for fd in fds]), on_disk=False)
         self.messages.append([(start, unpickle_items(*packed)) for start, *packed in received])
 
 
