@@ -17,27 +17,22 @@ from functools import partial
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from taskcarrier import progress
 from taskcarrier.memory.segments import Recycler, Segment, SharedView
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note, get_text
 from taskcarrier.report import Report, WorkerReport, keep_report
-from taskcarrier.scheduling.balance import Balance, Dynamic, Static, get_balance
+from taskcarrier.scheduling.balance import Balance, get_balance
 from taskcarrier.scheduling.grid import ChunkGrid
-from taskcarrier.scheduling.ledger import OWN_MARKS, Ledger
 from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
 from taskcarrier.system.exceptions import raise_again
-from taskcarrier.system.interrupts import Handlers
 from taskcarrier.workers import choose as choices
 from taskcarrier.workers.choose import Choice
+from taskcarrier.workers.executor import Executor, make_executor
 from taskcarrier.workers.introspect import has_own_threads, releases_gil
-from taskcarrier.workers.loop import make_local_sink, run_worker
-from taskcarrier.workers.pools import process_pool, thread_pool
 from taskcarrier.workers.records import RangeFailure, RunResult, WorkerDeath, WorkerStats
-from taskcarrier.workers.task import Deliver, Job, Task
-from taskcarrier.workers.thread_limits import thread_limit
+from taskcarrier.workers.serial import SerialExecutor
+from taskcarrier.workers.task import Job, Task
 
 if TYPE_CHECKING:
     from taskcarrier.errors import WorkerDiedError
@@ -120,7 +115,7 @@ class ResumedMarks:
     notes: list[str]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class RunOutcome:
     """How a run ended.
 
@@ -128,24 +123,27 @@ class RunOutcome:
     ----------
     worker_stats : list of WorkerStats
         The stats of every worker that reported back, in order.
+    delivered : list of (int, object)
+        The start of each range whose result the task did not put in place, and the result.
     failures : list of RangeFailure
         Failed ranges, in ascending order.
     deaths : list of WorkerDeath
         Workers that died and whose ranges were not run by others.
     missing : list of (int, int)
         Ranges without a result, in ascending order, as far as the marks show.
-    report : Report
-        The report, for people.
     first_proposal : object
         What the workers agreed on, see `SetOnce`; None if nothing.
+    report : Report
+        The report, for people.
     """
 
     worker_stats: list[WorkerStats]
+    delivered: list[tuple[int, Any]]
     failures: list[RangeFailure]
     deaths: list[WorkerDeath]
     missing: list[tuple[int, int]]
+    first_proposal: Any
     report: Report
-    first_proposal: Any = None
 
 
 def decide(
@@ -153,11 +151,11 @@ def decide(
     func: Callable[..., Any],
     extras: Sequence[Any] = (),
     *,
-    lists: bool = False,
-) -> Choice:
+    over_lists: bool = False,
+) -> Executor:
     """Choose where to run `func` with further arguments `extras`; raise an error if it cannot run.
 
-    Backends that are registered with joblib can map lists only, which `lists` allows.
+    Backends that are registered with joblib can map lists only, which `over_lists` allows.
     """
     gil_reason = settings.gil_reason or (
         "the function releases the GIL" if releases_gil(func) else ""
@@ -168,35 +166,29 @@ def decide(
         choices.read_facts(follows_joblib=settings.n_jobs is None or settings.backend is None),
         releases_gil=gil_reason,
         own_threads=has_own_threads(func, extras),
-        lists=lists,
+        lists=over_lists,
     )
-    if choice.backend in choices.OWN:
-        return choice
-    if settings.retry_policy.timeout is not None:
-        raise ValueError(
-            f"timeout= cannot be kept on backend={choice.backend!r}, whose workers are not ours to "
-            "stop; leave it out, or pass backend='loky'"
-        )
-    from taskcarrier.workers import joblib_backends  # noqa: PLC0415  # loads joblib
+    timeout = settings.retry_policy.timeout
+    return make_executor(choice, settings.backend, settings.new_staging, timeout)
 
-    return joblib_backends.with_worker_count(choice, settings.backend)
+
+def run_nothing() -> Executor:
+    """Return the executor of a run without items."""
+    return SerialExecutor(Choice("sequential", 1, "there is nothing to map"))
 
 
 def execute(
     task: Task,
     grid: ChunkGrid,
-    choice: Choice,
+    executor: Executor,
     settings: Settings,
     *,
     started_ns: int,
-    staging: Staging | None = None,
     notes: Sequence[str] = (),
     compiling: float = 0.0,
-    runs_all: bool = False,
     collect_errors: bool = False,
     can_split: bool = False,
     resumed: ResumedMarks | None = None,
-    deliver: Deliver = lambda start, result: None,  # noqa: ARG005  # for tasks that put all in place
 ) -> RunOutcome:
     """Run a task over all chunks of a grid.
 
@@ -206,53 +198,39 @@ def execute(
         The work to do.
     grid : ChunkGrid
         The chunks of the task; at least one.
-    choice : Choice
+    executor : Executor
         Where to run.
     settings : Settings
         How to run.
     started_ns : int
         When the call began, for the report.
-    staging : Staging, optional
-        The copies of this run; needed by processes.
     notes : sequence of str
         Further notes for the report.
     compiling : float
         Seconds since `started_ns` that were spent on compiling the function.
-    runs_all : bool
-        Whether the task is compiled and, in threads, claims chunks by itself.
     collect_errors : bool
         Whether ranges that fail are delivered, as a `PartialResult`; else the first ends the run.
     can_split : bool
         Whether the task can run parts of a chunk.
     resumed : ResumedMarks, optional
         The chunks that an earlier run finished; they are left out.
-    deliver : callable, optional
-        Called with ``(start, result)`` for every range whose result the task does not put in place;
-        from worker threads or from the calling thread.
     """
-    n_workers = min(choice.n_jobs, len(grid))
     job = Job(
         task,
-        _choose_balance(choice, settings),
+        executor.balance or settings.balance,
         grid,
-        n_workers,
-        # Timeouts and marks of finished ranges need Python code between two ranges.
-        runs_all=runs_all
-        and choice.backend == "threading"
-        and settings.retry_policy.timeout is None
-        and resumed is None,
+        min(executor.choice.n_jobs, len(grid)),
         retry_policy=settings.retry_policy,
         collect_errors=collect_errors,
         can_split=can_split,
-        marks=_make_marks(grid, choice) if resumed is None else resumed.marks,
+        marks=None if resumed is None else resumed.marks,
         folder=settings.folder,
     )
     n_before = 0 if resumed is None else min(resumed.n_done * grid.chunksize, grid.n_items)
     make_run_report = partial(
         make_report,
         job,
-        choice,
-        staging=staging,
+        executor,
         chunksize=grid.chunksize,
         ranges=len(grid),
         items=grid.n_items,
@@ -260,75 +238,49 @@ def execute(
         started_ns=started_ns,
     )
     notes = [*notes, *_describe_resumed(resumed, grid)]
+    delivered: list[tuple[int, Any]] = []
     try:
-        with progress.progress_bar(settings.verbosity, grid.n_items, n_workers, n_before) as tick:
-            result, function_notes = _run(job, choice, settings, staging, deliver, tick=tick)
+        with progress.progress_bar(
+            settings.verbosity, grid.n_items, job.n_workers, n_before
+        ) as tick:
+            result = executor.run(
+                job, lambda start, result: delivered.append((start, result)), tick
+            )
     except BaseException as error:
         # Without this, `last_report` would return the report of an earlier run.
         ending = f"ended by {type(error).__name__}; what its workers did is not counted"
-        settings.keep_report(
-            make_run_report(RunResult([], 0, None, is_halted=True), notes=[*notes, ending])
-        )
+        no_result = RunResult([], 0, None, is_halted=True)
+        settings.keep_report(make_run_report(no_result, notes=[*notes, ending]))
         raise
-    worker_stats = result.worker_stats
-    report = make_run_report(result, notes=[*notes, *function_notes, *describe_deaths(result)])
+    report = make_run_report(result, notes=[*notes, *executor.notes, *describe_deaths(result)])
     settings.keep_report(report)
     progress.log_report(settings.verbosity, report)
-    failures = list(result.failures)
-    for stats in worker_stats:
-        if stats.failure is not None:
-            stats.failure.worker = stats.name
-            failures.append(stats.failure)
-    failures.sort(key=lambda failure: failure.place)
-    n_done = sum(stats.items for stats in worker_stats)
+    failures = _gather_failures(result)
+    n_done = sum(stats.items for stats in result.worker_stats)
     if n_done != grid.n_items and not failures and not result.deaths and resumed is None:
         raise _make_lost_error(f"only {n_done} of {grid.n_items} items were run")
     # A filter may turn a warning into an exception, which must not replace a real one.
     with suppress(Warning) if failures else nullcontext():
-        show_worker_warnings(worker_stats)
+        show_worker_warnings(result.worker_stats)
     return RunOutcome(
-        worker_stats,
-        failures,
-        result.unrecovered_deaths,
-        result.missing,
-        report,
-        result.first_proposal,
+        worker_stats=result.worker_stats,
+        delivered=delivered,
+        failures=failures,
+        deaths=result.unrecovered_deaths,
+        missing=result.missing,
+        first_proposal=result.first_proposal,
+        report=report,
     )
 
 
-def _run(
-    job: Job,
-    choice: Choice,
-    settings: Settings,
-    staging: Staging | None,
-    deliver: Deliver,
-    *,
-    tick: Callable[[Ledger], None] | None,
-) -> tuple[RunResult, Sequence[str]]:
-    """Run a job on the chosen backend; return the result and notes about its function."""
-    if choice.backend == "sequential":
-        return _run_in_caller(job, deliver, tick), ()
-    if choice.backend == "threading":
-        with thread_pool(choice.n_jobs) as threads:
-            return threads.run(job, deliver, tick), ()
-    if choice.backend not in choices.OWN:
-        from taskcarrier.workers import joblib_backends  # noqa: PLC0415  # loads joblib
-
-        return joblib_backends.run(job, choice, settings.backend, deliver, tick), ()
-    choices.load_processes()
-    from taskcarrier.workers.pickling import pickle_task  # noqa: PLC0415  # loads joblib
-
-    assert staging is not None  # for the type checker
-    payload = pickle_task(job, staging)
-    with process_pool(choice.n_jobs) as processes:
-        return processes.run(job, payload, deliver, tick), payload.notes
-
-
-def _choose_balance(choice: Choice, settings: Settings) -> Balance:
-    """Return how chunks are shared out there: joblib gives the next one to a free worker."""
-    if choice.backend == "sequential":
-        return Static()
-    return settings.balance if choice.backend in choices.OWN else Dynamic()
+def _gather_failures(result: RunResult) -> list[RangeFailure]:
+    """Return the failures of a run and of its workers, in ascending order."""
+    failures = list(result.failures)
+    for stats in result.worker_stats:
+        if stats.failure is not None:
+            stats.failure.worker = stats.name
+            failures.append(stats.failure)
+    return sorted(failures, key=lambda failure: failure.place)
 
 
 def show_worker_warnings(worker_stats: list[WorkerStats]) -> None:
@@ -350,15 +302,6 @@ def _get_registry(module: str | None) -> dict[Any, Any]:
         return _other_registries.setdefault(module, {})
     registry: dict[Any, Any] = vars(imported).setdefault("__warningregistry__", {})
     return registry
-
-
-def _make_marks(grid: ChunkGrid, choice: Choice) -> SharedView | None:
-    """Return memory for marks, if there are more chunks than fit into the ledger of a pool."""
-    if choice.backend != "loky" or len(grid) <= OWN_MARKS:
-        return None
-    segment = Segment.create()
-    segment.reserve(len(grid))
-    return SharedView(segment, 0, (len(grid),), (1,), np.dtype(np.uint8))
 
 
 def _describe_resumed(resumed: ResumedMarks | None, grid: ChunkGrid) -> list[str]:
@@ -468,38 +411,10 @@ def _describe_dead_worker(death: WorkerDeath, describe: Describe) -> str:
     return describe_death(death, None if death.range is None else describe(*death.range))
 
 
-class _WatchedLedger(Ledger):
-    """A ledger of the calling thread that calls `tick` after every chunk."""
-
-    tick: Callable[[Ledger], None]
-
-    def finish(self, worker: int, n_items: int) -> None:
-        super().finish(worker, n_items)
-        self.tick(self)
-
-
-def _run_in_caller(job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None) -> RunResult:
-    ledger: Ledger
-    if tick is None:
-        ledger = Ledger.local(1)
-    else:
-        ledger = watched = _WatchedLedger.local(1)
-        watched.tick = tick
-    ledger.marks = job.open_marks()
-    # Noted before the run: exceptions of handlers that the function sets are its own errors.
-    handlers = Handlers() if job.collect_errors or job.retry_policy.retry_on else None
-    with thread_limit.open():
-        stats = run_worker(job, ledger, 0, make_local_sink(deliver))
-    del handlers
-    stats.name = "caller"
-    return RunResult.read([stats], ledger, job.grid)
-
-
 def make_report(
     job: Job,
-    choice: Choice,
+    executor: Executor,
     result: RunResult,
-    staging: Staging | None,
     *,
     chunksize: int,
     ranges: int,
@@ -510,6 +425,7 @@ def make_report(
 ) -> Report:
     """Return the report of a run that has just ended."""
     wall = (monotonic_ns() - started_ns) / 1e9 - compiling
+    n_staged = 0 if executor.staging is None else executor.staging.nbytes
     workers = tuple(
         WorkerReport(
             stats.name,
@@ -521,14 +437,14 @@ def make_report(
         for stats in result.worker_stats
     )
     return Report(
-        backend=choice.backend,
-        reason=choice.reason,
-        balance="serial" if choice.backend == "sequential" else job.balance.name,
+        backend=executor.choice.backend,
+        reason=executor.choice.reason,
+        balance=job.balance.name,
         n_jobs=job.n_workers,
         chunksize=chunksize,
         ranges=ranges,
         items=items,
-        bytes_copied=result.nbytes_sent + (0 if staging is None else staging.nbytes),
+        bytes_copied=result.nbytes_sent + n_staged,
         seconds=wall,
         workers=workers,
         notes=tuple(notes),

@@ -20,7 +20,6 @@ from taskcarrier.arrays.outputs.writer import Plan
 from taskcarrier.arrays.resume.computation import Computation
 from taskcarrier.arrays.resume.ledger_file import LedgerFile
 from taskcarrier.arrays.task import ArrayTask
-from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note, get_text
 from taskcarrier.random_streams import RandomStreams, WithRandomStream, random_streams_for
 from taskcarrier.run import (
@@ -31,11 +30,13 @@ from taskcarrier.run import (
     execute,
     raise_first_failure,
     raise_if_missing,
+    run_nothing,
 )
 from taskcarrier.scheduling.grid import ChunkGrid, chunk_grid, item_grid
 from taskcarrier.scheduling.retries import WithRetries
 from taskcarrier.workers.call import Call
-from taskcarrier.workers.choose import Choice, check_for_arrays
+from taskcarrier.workers.choose import check_for_arrays
+from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.introspect import is_jitted
 from taskcarrier.workers.records import Fault, PartialResult, RangeFailure
 from taskcarrier.workers.task import Task
@@ -49,6 +50,16 @@ _NO_NUMBERS = {
     ),
     "V": "pass its fields one by one, X['name']",
 }
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """A task, and what is known of it before it runs."""
+
+    task: Task
+    notes: list[str]
+    compiling_ns: int
+    can_split: bool = False
 
 
 @dataclass(eq=False)
@@ -150,8 +161,8 @@ class ArrayCall:
 
         With `resumed`, chunks that an earlier run has finished are left as they are.
         """
-        choice = self._choose()
-        is_shared = choice.backend == "loky"
+        executor = self._decide()
+        is_shared = executor.staging is not None
         n_items, order = self.inputs.n_items, self.inputs.order
         allocation: LocalBuffer | SharedBuffer
         if is_shared:
@@ -165,25 +176,32 @@ class ArrayCall:
             earlier_spec = request.read_spec(out_axis, n_items) if request.is_running else None
             n_done = 0 if resumed is None else resumed.begin(start_over=earlier_spec is None)
             plan = Plan(allocation, n_items, out_axis, outputs, promote_dtypes, fill, earlier_spec)
-            fusion, fusing_ns = self._fuse(choice, plan, run_in_place=resumed is not None)
-            resumed_marks = (
-                None if resumed is None else ResumedMarks(resumed.marks, n_done, resumed.notes)
+            fusion, fusing_ns = self._fuse(executor, plan, run_in_place=resumed is not None)
+            if fusion is None:
+                work = self._make_work(executor, plan, fusing_ns)
+            else:
+                work = _Work(fusion.task, fusion.notes, fusing_ns)
+            outcome = execute(
+                work.task,
+                self.grid,
+                executor,
+                self.settings,
+                started_ns=self.started_ns,
+                notes=work.notes,
+                compiling=work.compiling_ns / 1e9,
+                collect_errors=self.collect_errors,
+                can_split=work.can_split,
+                resumed=None
+                if resumed is None
+                else ResumedMarks(resumed.marks, n_done, resumed.notes),
             )
             if fusion is None:
-                outcome, delivered = self._run(choice, plan, fusing_ns, resumed_marks)
                 spec = check_agreement(outcome, self, promote_dtypes=promote_dtypes) or earlier_spec
             else:
-                outcome, delivered = self._execute(
-                    choice,
-                    fusion.task,
-                    notes=fusion.notes,
-                    compiling_ns=fusing_ns,
-                    runs_all=fusion.runs_all,
-                    resumed=resumed_marks,
-                )
                 spec = fusion.spec
             self._explain_ufunc_errors(outcome)
             raise_first_failure(outcome, self.inputs.describe)
+            delivered = [parts for _, parts in outcome.delivered]
             faults = self._collect_faults(delivered)
             deferred = [result for parts in delivered for result in parts.results]
             if fusion is not None:
@@ -207,9 +225,21 @@ class ArrayCall:
 
     def run_collect(self) -> tuple[dict[int, Any], list[Fault]]:
         """Run the call; return results by the start of their range, and the faults."""
-        outcome, delivered = self._run(self._choose(), None)
+        executor = self._decide()
+        work = self._make_work(executor, None, 0)
+        outcome = execute(
+            work.task,
+            self.grid,
+            executor,
+            self.settings,
+            started_ns=self.started_ns,
+            notes=work.notes,
+            compiling=work.compiling_ns / 1e9,
+            collect_errors=self.collect_errors,
+        )
         self._explain_ufunc_errors(outcome)
         raise_first_failure(outcome, self.inputs.describe)
+        delivered = [parts for _, parts in outcome.delivered]
         results = {
             where.start: result
             for parts in delivered
@@ -235,20 +265,20 @@ class ArrayCall:
                     if remedy := _NO_NUMBERS.get(dtype.kind):
                         add_note(failure.error, f"array {number} has dtype {dtype}: {remedy}")
 
-    def _choose(self) -> Choice:
+    def _decide(self) -> Executor:
         check_for_arrays(self.settings.backend)
         if self.inputs.n_items == 0:
-            return Choice("sequential", 1, "there is nothing to map")
+            return run_nothing()
         return decide(self.settings, self.call.func, self.extras)
 
     def _fuse(
-        self, choice: Choice, plan: Plan, *, run_in_place: bool
+        self, executor: Executor, plan: Plan, *, run_in_place: bool
     ) -> tuple[FusedLoop | None, int]:
         """Return a compiled loop over the items, if one is possible, and the nanoseconds it took.
 
         With `run_in_place`, a loop whose results are cast at the end is not used.
         """
-        if not self.by_item or choice.backend == "loky" or self.inputs.n_items == 0:
+        if not self.by_item or executor.staging is not None or self.inputs.n_items == 0:
             return None, 0
         if not is_jitted(self.call.func):
             return None, 0
@@ -262,7 +292,10 @@ class ArrayCall:
             self.row,
             writable=self.writable,
             collect_errors=self.collect_errors,
-            in_threads=choice.backend == "threading",
+            # Timeouts and marks of finished ranges need Python code between two ranges.
+            may_claim=executor.can_run_compiled
+            and self.settings.retry_policy.timeout is None
+            and not run_in_place,
         )
         if fusion is not None and run_in_place:
             if fusion.casts:
@@ -274,14 +307,9 @@ class ArrayCall:
                 )
         return fusion, monotonic_ns() - begin
 
-    def _run(
-        self,
-        choice: Choice,
-        plan: Plan | None,
-        fusing_ns: int = 0,
-        resumed: ResumedMarks | None = None,
-    ) -> tuple[RunOutcome, list[PartialResult]]:
-        in_processes = choice.backend == "loky"
+    def _make_work(self, executor: Executor, plan: Plan | None, fusing_ns: int) -> _Work:
+        """Return the function as a task over the arrays: compiled, with its inputs in place."""
+        staging = executor.staging
         func = self.call.func if self.row is None else self.row.wrap_function(self.call.func)
         if self.streams is not None:
             func = WithRandomStream(func, self.streams)
@@ -292,15 +320,13 @@ class ArrayCall:
             self.halo,
             by_item=self.by_item,
             writable=self.writable,
-            in_processes=in_processes,
+            in_processes=staging is not None,
         )
-        staging = None
         notes: list[str] = []
-        if in_processes:
-            staging = self.settings.new_staging()
-            sources, notes = sources_for_processes(self.inputs, self.grid, self.halo, staging)
-        else:
+        if staging is None:
             sources = local_sources(self.inputs, self.halo)
+        else:
+            sources, notes = sources_for_processes(self.inputs, self.grid, self.halo, staging)
         call = prepared.call
         if self.settings.retry_policy.retry_on:
             retry_policy = self.settings.retry_policy
@@ -320,52 +346,19 @@ class ArrayCall:
             plan,
             self.collect_errors,
             self._takes_objects(plan),
-            in_processes,
+            staging is not None,
             self.streams is not None,
             self.grid.chunksize,
         )
-        return self._execute(
-            choice,
+        return _Work(
             task,
-            notes=notes + prepared.notes,
-            compiling_ns=fusing_ns + prepared.compiling_ns,
-            staging=staging,
+            notes + prepared.notes,
+            fusing_ns + prepared.compiling_ns,
             # If a range has one random stream, a part of it would draw other numbers.
             can_split=plan is not None
             and self.halo is None
             and (self.by_item or self.streams is None),
-            resumed=resumed,
         )
-
-    def _execute(
-        self,
-        choice: Choice,
-        task: Task,
-        *,
-        notes: list[str],
-        compiling_ns: int,
-        staging: Staging | None = None,
-        runs_all: bool = False,
-        can_split: bool = False,
-        resumed: ResumedMarks | None = None,
-    ) -> tuple[RunOutcome, list[PartialResult]]:
-        delivered: list[PartialResult] = []
-        outcome = execute(
-            task,
-            self.grid,
-            choice,
-            self.settings,
-            started_ns=self.started_ns,
-            staging=staging,
-            notes=notes,
-            compiling=compiling_ns / 1e9,
-            runs_all=runs_all,
-            collect_errors=self.collect_errors,
-            can_split=can_split,
-            resumed=resumed,
-            deliver=lambda _, parts: delivered.append(parts),
-        )
-        return outcome, delivered
 
     def _takes_objects(self, plan: Plan | None) -> bool:
         """Return whether items may give any object: if an input or an output has such a dtype."""

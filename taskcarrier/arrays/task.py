@@ -20,7 +20,6 @@ from taskcarrier.arguments import copy_or_make_read_only, iterate_arrays
 from taskcarrier.arrays.inputs.halos import Halo
 from taskcarrier.arrays.inputs.sources import Source
 from taskcarrier.arrays.outputs.ownership import own_memory, own_objects
-from taskcarrier.arrays.outputs.specs import Spec
 from taskcarrier.arrays.outputs.stacking import MixedDtypes, stack_values
 from taskcarrier.arrays.outputs.writer import OutputWriter, Plan
 from taskcarrier.memory.segments import trim_files
@@ -28,7 +27,7 @@ from taskcarrier.notes import READ_ONLY_ADVICE, add_note, is_read_only_error
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.records import Fault, PartialResult, Where
-from taskcarrier.workers.task import IN_PLACE, Propose
+from taskcarrier.workers.task import IN_PLACE, RunRange, WorkerContext
 
 # After this many bytes of chunks a worker drops the pages of files it has mapped; arbitrary.
 _TRIM_NBYTES = 32 << 20
@@ -82,14 +81,16 @@ class ArrayTask:
     passes_index: bool = False
     chunksize: int = 1
 
-    def open(self, propose: Propose) -> _ChunkRunner | _ItemRunner:  # noqa: D102  # as in Task
-        return (_ItemRunner if self.by_item else _ChunkRunner)(self, propose)
+    def start(self, worker: WorkerContext) -> RunRange:
+        """Start the function in a worker: open its inputs and outputs."""
+        runner = (_ItemRunner if self.by_item else _ChunkRunner)(self, worker)
+        return runner.collect if self.collect_errors else runner.run
 
 
 class _RangeRunner(ABC):
-    """An `ArrayTask` opened in one worker."""
+    """An `ArrayTask` that was started in one worker."""
 
-    def __init__(self, task: ArrayTask, propose: Propose) -> None:
+    def __init__(self, task: ArrayTask, worker: WorkerContext) -> None:
         self._task = task
         self._func = task.call.func
         copies, call = task.copies_args, task.call
@@ -98,18 +99,20 @@ class _RangeRunner(ABC):
             name: copy_or_make_read_only(value, own=copies) for name, value in call.kwargs.items()
         }
         self._readers = [source.open() for source in task.sources]
-        self._writer = None if task.plan is None else OutputWriter(task.plan, propose)
-        self._collects_errors = task.collect_errors
+        self._writer = None if task.plan is None else OutputWriter(task.plan, worker)
         self._writable = task.writable
         self._halo = task.halo
         self._drops_file_pages = task.drop_file_pages
         self._seen_nbytes = 0
         self._current_chunks: list[np.ndarray] = []
 
-    def __call__(self, start: int, stop: int) -> Any:
-        if not self._collects_errors:
-            unplaced = self._put_in_place(start, stop, self._compute(start, stop))
-            return PartialResult(list(unplaced), []) if unplaced else IN_PLACE
+    def run(self, start: int, stop: int) -> Any:
+        """Run a range; the first error ends it."""
+        unplaced = self._put_in_place(start, stop, self._compute(start, stop))
+        return PartialResult(list(unplaced), []) if unplaced else IN_PLACE
+
+    def collect(self, start: int, stop: int) -> Any:
+        """Run a range and collect the errors of its items."""
         parts = PartialResult([], [])
         self._collect(start, stop, parts)
         return parts if parts.results or parts.faults else IN_PLACE
@@ -160,10 +163,6 @@ class _RangeRunner(ABC):
             if self._args or self._kwargs:
                 add_note(error, f"arrays in args and kwargs are read-only; {READ_ONLY_ADVICE}")
 
-    def facts(self) -> tuple[int, Spec] | None:
-        """Return the first item of this worker's first result, and the spec of that result."""
-        return None if self._writer is None else self._writer.first
-
 
 class _ChunkRunner(_RangeRunner):
     """A runner that calls the function with chunks."""
@@ -199,8 +198,8 @@ class _ChunkRunner(_RangeRunner):
 class _ItemRunner(_RangeRunner):
     """A runner that calls the function with items and stacks the values."""
 
-    def __init__(self, task: ArrayTask, propose: Propose) -> None:
-        super().__init__(task, propose)
+    def __init__(self, task: ArrayTask, worker: WorkerContext) -> None:
+        super().__init__(task, worker)
         if self._kwargs:
             func, kwargs = self._func, self._kwargs
             self._func = lambda *args: func(*args, **kwargs)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from time import monotonic_ns
 from typing import Any
@@ -19,22 +19,17 @@ from typing import Any
 from taskcarrier import progress
 from taskcarrier.arguments import check_callable, check_integer
 from taskcarrier.lists.map import Calls
-from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note, describe_items
+from taskcarrier.report import Report
 from taskcarrier.run import Settings, decide, describe_deaths, make_report, show_worker_warnings
 from taskcarrier.scheduling.balance import Dynamic
 from taskcarrier.scheduling.grid import ChunkGrid
-from taskcarrier.scheduling.ledger import Ledger
-from taskcarrier.system.contexts import contextmanager
 from taskcarrier.system.exceptions import raise_again
 from taskcarrier.system.interrupts import is_raised_by_handler
-from taskcarrier.workers import choose as choices
-from taskcarrier.workers.choose import Choice
-from taskcarrier.workers.pools import process_pool, thread_pool
-from taskcarrier.workers.queues import BatchResult, SerialQueue, UnsendableError, WorkQueue
-from taskcarrier.workers.records import PartialResult
-from taskcarrier.workers.task import Job, Propose
-from taskcarrier.workers.thread_limits import thread_limit
+from taskcarrier.workers.executor import Executor, Tick
+from taskcarrier.workers.queues import BatchResult, UnsendableError, WorkQueue
+from taskcarrier.workers.records import PartialResult, RunResult
+from taskcarrier.workers.task import Job, RunRange, WorkerContext
 
 # A batch should take this long: about fifty times what it costs to hand it out.
 _BATCH_NS = 5_000_000
@@ -49,9 +44,6 @@ _LOOK_NS = 2_000_000
 # happens, so the caller looks this often (in seconds). Progress is shown as often.
 _LONGEST_WAIT = 0.1
 
-
-Tick = Callable[[Ledger], None]
-"""A function that shows how far a run has come."""
 
 _streams: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
@@ -89,18 +81,12 @@ def imap_lists(
         func, settings.retry_policy, is_tuple=is_tuple, collect_errors=True, rng=rng, shared=shared
     )
     items = zip(*iterables, strict=False) if is_tuple else iter(iterables[0])
-    choice = decide(settings, func, lists=True)
-    if choice.backend not in choices.OWN:
-        raise ValueError(
-            f"imap cannot use backend {choice.backend!r} ({choice.reason}): only our own workers "
-            "take items as they come; use map, or pass backend='loky' or 'threading'"
-        )
+    executor = decide(settings, func, over_lists=True)
     job = Job(
         _StreamTask(calls),
-        Dynamic(),
+        executor.balance or Dynamic(),
         ChunkGrid(0, 1),
-        choice.n_jobs,
-        is_streamed=True,
+        executor.choice.n_jobs,
         retry_policy=settings.retry_policy,
         collect_errors=True,
         can_split=True,
@@ -108,11 +94,14 @@ def imap_lists(
     )
     # A batch that may be given up as a whole is one item, unless the user says otherwise.
     can_lose_batch = settings.retry_policy.timeout is not None or settings.retry_policy.retries == 0
-    if choice.backend == "sequential" or (can_lose_batch and chunksize is None):
+    if executor.runs_in_caller or (can_lose_batch and chunksize is None):
         chunksize = 1
-    pace = Pace(choice.n_jobs, buffersize, chunksize)
+    pace = Pace(executor.choice.n_jobs, buffersize, chunksize)
     source = StreamInput(items, _count_items(iterables) if settings.verbosity >= 1 else None)
-    stream = _stream_results(settings, job, choice, source, pace, ordered=ordered)
+    workers = executor.stream(job)  # an error, if it cannot; else they begin when this is entered
+    stream = _stream_results(
+        settings, job, executor, workers, source=source, pace=pace, ordered=ordered
+    )
     _streams.add(stream)
     return stream
 
@@ -132,73 +121,51 @@ def _count_items(iterables: Iterable[Iterable[Any]]) -> int | None:
 def _stream_results(
     settings: Settings,
     job: Job,
-    choice: Choice,
+    executor: Executor,
+    workers: AbstractContextManager[WorkQueue],
+    *,
     source: StreamInput,
     pace: Pace,
-    *,
     ordered: bool,
 ) -> Generator[Any, None, None]:
-    with (
-        progress.progress_bar(settings.verbosity, source.n_items, job.n_workers) as tick,
-        _open_queue(settings, job, choice, pace, tick) as queue,
-    ):
-        yield from _Stream(queue, source, pace, tick).results(ordered)
-
-
-@contextmanager
-def _open_queue(
-    settings: Settings, job: Job, choice: Choice, pace: Pace, tick: Tick | None
-) -> Iterator[WorkQueue]:
-    """Give the stream workers while it is open; then keep the report."""
     started_ns = monotonic_ns()
     owner = os.getpid()
-    notes: Sequence[str] = ()
-    staging: Staging | None = None
-    queue: WorkQueue
-    with ExitStack() as stack:
-        if choice.backend == "sequential":
-            stack.enter_context(thread_limit.open())
-            queue = SerialQueue(job)
-        elif choice.backend == "threading":
-            threads = stack.enter_context(thread_pool(choice.n_jobs))
-            stack.enter_context(thread_limit.open())
-            queue = threads.stream(job)
-        else:
-            choices.load_processes()
-            from taskcarrier.workers.pickling import pickle_task  # noqa: PLC0415  # loads joblib
-
-            staging = settings.new_staging()
-            payload = pickle_task(job, staging)
-            notes = payload.notes
-            processes = stack.enter_context(process_pool(choice.n_jobs))
-            queue = processes.stream(job, payload)
+    with (
+        progress.progress_bar(settings.verbosity, source.n_items, job.n_workers) as tick,
+        workers as queue,
+    ):
         ended_well = False
         try:
-            yield queue
+            yield from _Stream(queue, source, pace, tick).results(ordered)
             ended_well = True
         finally:
             if os.getpid() == owner:  # a forked child leaves its parent's workers alone
                 run_result = queue.close()
                 if tick is not None:  # the last results arrived before they were counted
                     tick(queue.ledger)
-                n_begun = len({stats.worker for stats in run_result.worker_stats})
-                report = make_report(
-                    replace(job, n_workers=max(1, n_begun)),
-                    choice,
-                    run_result,
-                    staging,
-                    chunksize=pace.largest,
-                    ranges=sum(stats.ranges for stats in run_result.worker_stats),
-                    items=sum(stats.items for stats in run_result.worker_stats),
-                    notes=[*notes, *describe_deaths(run_result)],
-                    started_ns=started_ns,
-                )
+                report = _make_report(job, executor, run_result, pace.largest, started_ns)
                 settings.keep_report(report)
                 progress.log_report(settings.verbosity, report)
                 # As in `execute`: if a filter makes an exception of a warning, it must not replace
                 # a real exception, nor the one that closes the stream.
                 with nullcontext() if ended_well else suppress(Warning):
                     show_worker_warnings(run_result.worker_stats)
+
+
+def _make_report(
+    job: Job, executor: Executor, result: RunResult, chunksize: int, started_ns: int
+) -> Report:
+    n_begun = len({stats.worker for stats in result.worker_stats})
+    return make_report(
+        replace(job, n_workers=max(1, n_begun)),
+        executor,
+        result,
+        chunksize=chunksize,
+        ranges=sum(stats.ranges for stats in result.worker_stats),
+        items=sum(stats.items for stats in result.worker_stats),
+        notes=[*executor.notes, *describe_deaths(result)],
+        started_ns=started_ns,
+    )
 
 
 class StreamInput:
@@ -415,30 +382,18 @@ class _StreamTask:
 
     calls: Calls
 
-    def open(self, propose: Propose) -> _StreamRunner:  # noqa: ARG002  # nothing to agree on
-        return _StreamRunner(self.calls.bind_shared())
+    def start(self, worker: WorkerContext) -> RunRange:  # as in Task
+        calls = self.calls.bind_shared()
 
+        def run_range(start: int, stop: int) -> BatchResult:
+            first, read_items = worker.batch
+            try:
+                items = read_items()[start - first : stop - first]
+            except Exception as error:  # noqa: BLE001  # unpickling objects may raise anything
+                add_note(error, "taskcarrier could not unpickle these items in a worker process")
+                return BatchResult(start, stop, PartialResult([], [(start, stop, error)]))
+            begin = monotonic_ns()
+            result = calls.call_items(items, start)
+            return BatchResult(start, stop, result, monotonic_ns() - begin)
 
-class _StreamRunner:
-    """A `_StreamTask` opened in one worker."""
-
-    def __init__(self, calls: Calls) -> None:
-        self._calls = calls
-        self._first = 0
-        self._read: Callable[[], Sequence[Any]] = list
-
-    def hold(self, start: int, read: Callable[[], Sequence[Any]]) -> None:
-        self._first, self._read = start, read
-
-    def __call__(self, start: int, stop: int) -> BatchResult:
-        try:
-            items = self._read()[start - self._first : stop - self._first]
-        except Exception as error:  # noqa: BLE001  # unpickling a user's object may raise anything
-            add_note(error, "taskcarrier could not unpickle these items in a worker process")
-            return BatchResult(start, stop, PartialResult([], [(start, stop, error)]))
-        begin = monotonic_ns()
-        result = self._calls.call_items(items, start)
-        return BatchResult(start, stop, result, monotonic_ns() - begin)
-
-    def facts(self) -> None:
-        """Return None: there is nothing that the caller must know."""
+        return run_range

@@ -22,15 +22,16 @@ from taskcarrier.run import (
     execute,
     raise_first_failure,
     raise_if_missing,
+    run_nothing,
 )
-from taskcarrier.scheduling.grid import list_grid
+from taskcarrier.scheduling.grid import ChunkGrid, list_grid
 from taskcarrier.scheduling.retries import RetryPolicy, WithRetries
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.call import Call
-from taskcarrier.workers.choose import Choice
+from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.processes.packed_chunks import PackedChunks
 from taskcarrier.workers.records import Fault, PartialResult, list_failed_ranges
-from taskcarrier.workers.task import Propose
+from taskcarrier.workers.task import RunRange, WorkerContext
 
 
 def map_lists(
@@ -53,7 +54,6 @@ def map_lists(
     check_callable(func)
     collect_errors = check_on_error(on_error, ("raise", "collect")) == "collect"
     items = _collect_arguments(*sequences) if are_arguments else _gather_items(sequences)
-    nothing = Choice("sequential", 1, "there is nothing to map")
     calls = Calls.from_arguments(
         func,
         settings.retry_policy,
@@ -62,40 +62,44 @@ def map_lists(
         rng=rng,
         shared=shared,
     )
-    choice = decide(settings, func, lists=True) if items else nothing
-    # A timeout is for each range, so ranges must not depend on the number of workers.
-    is_sized_by_workers = choice.backend == "loky" and settings.retry_policy.timeout is None
-    grid = list_grid(len(items), chunksize, choice.n_jobs if is_sized_by_workers else None)
-    staging = None
-    task: _ListTask | _PackedTask
-    if choice.backend == "loky":
-        staging = settings.new_staging()
-        packed_chunks = PackedChunks.pack(
-            lambda start, stop: items[start:stop], grid, staging, describe_items
-        )
-        task = _PackedTask(calls, packed_chunks, grid.chunksize)
-    else:
-        task = _ListTask(calls, items)
-    results_by_start: dict[int, list[Any] | PartialResult] = {}
+    executor = decide(settings, func, over_lists=True) if items else run_nothing()
+    grid, task = _make_task(calls, items, chunksize, executor, settings)
     outcome = execute(
         task,
         grid,
-        choice,
+        executor,
         settings,
         started_ns=started_ns,
-        staging=staging,
         collect_errors=collect_errors,
         can_split=True,
-        deliver=results_by_start.__setitem__,
     )
     raise_first_failure(outcome, describe_items)
-    results, faults, missing = _join_results(results_by_start, len(items))
+    results, faults, missing = _join_results(dict(outcome.delivered), len(items))
     raise_if_missing(outcome, describe_items, missing, lambda: results)
     if not collect_errors:
         return results
     for start, stop, error in faults:
         add_note(error, f"while mapping {describe_items(start, stop)}")
     return results, list_failed_ranges(faults)
+
+
+def _make_task(
+    calls: Calls,
+    items: Sequence[Any],
+    chunksize: int | None,
+    executor: Executor,
+    settings: Settings,
+) -> tuple[ChunkGrid, _ListTask | _PackedTask]:
+    """Return the chunks of a list and the task over them, with the items where workers see them."""
+    if executor.staging is None:
+        return list_grid(len(items), chunksize, None), _ListTask(calls, items)
+    # A timeout is for each range, so ranges must not depend on the number of workers.
+    n_workers = executor.choice.n_jobs if settings.retry_policy.timeout is None else None
+    grid = list_grid(len(items), chunksize, n_workers)
+    packed_chunks = PackedChunks.pack(
+        lambda start, stop: items[start:stop], grid, executor.staging, describe_items
+    )
+    return grid, _PackedTask(calls, packed_chunks, grid.chunksize)
 
 
 def _collect_arguments(iterable: Iterable[Any]) -> list[tuple[Any, ...]]:
@@ -243,14 +247,9 @@ class _ListTask:
     calls: Calls
     items: Sequence[Any]
 
-    def open(self, propose: Propose) -> _ListTask:  # noqa: ARG002  # nothing to agree on
-        return replace(self, calls=self.calls.bind_shared())
-
-    def __call__(self, start: int, stop: int) -> list[Any] | PartialResult:
-        return self.calls.call_items(self.items[start:stop], start)
-
-    def facts(self) -> None:
-        """Return None: there is nothing that the caller must know."""
+    def start(self, worker: WorkerContext) -> RunRange:  # noqa: ARG002  # nothing to agree on
+        calls, items = self.calls.bind_shared(), self.items
+        return lambda start, stop: calls.call_items(items[start:stop], start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,22 +260,12 @@ class _PackedTask:
     packed_chunks: PackedChunks
     chunksize: int
 
-    def open(self, propose: Propose) -> _PackedRunner:  # noqa: ARG002  # nothing to agree on
-        return _PackedRunner(self)
+    def start(self, worker: WorkerContext) -> RunRange:  # noqa: ARG002  # nothing to agree on
+        calls, read_chunk = self.calls.bind_shared(), self.packed_chunks.open()
 
+        def run_range(start: int, stop: int) -> list[Any] | PartialResult:
+            index, skip = divmod(start, self.chunksize)
+            items = read_chunk(index)  # after deaths, parts of a chunk are run
+            return calls.call_items(items[skip : skip + stop - start], start)
 
-class _PackedRunner:
-    """A `_PackedTask` opened in one worker."""
-
-    def __init__(self, task: _PackedTask) -> None:
-        self._task = task
-        self._calls = task.calls.bind_shared()
-        self._read_chunk = task.packed_chunks.open()
-
-    def __call__(self, start: int, stop: int) -> list[Any] | PartialResult:
-        index, skip = divmod(start, self._task.chunksize)
-        items = self._read_chunk(index)  # after deaths, parts of a chunk are run
-        return self._calls.call_items(items[skip : skip + stop - start], start)
-
-    def facts(self) -> None:
-        """Return None: there is nothing that the caller must know."""
+        return run_range

@@ -38,6 +38,13 @@ class Static:
 
 
 @dataclass(frozen=True)
+class Serial(Static):
+    """The rule of a run in the caller: its one worker has all chunks."""
+
+    name = "serial"
+
+
+@dataclass(frozen=True)
 class Dynamic:
     """The next chunk goes to the next free worker."""
 

@@ -33,6 +33,7 @@ import numpy as np
 from joblib.parallel import get_active_backend
 
 from taskcarrier.notes import add_note
+from taskcarrier.scheduling.balance import Dynamic
 from taskcarrier.scheduling.ledger import Ledger
 from taskcarrier.system.contexts import contextmanager
 from taskcarrier.system.interrupts import is_raised_by_handler
@@ -42,6 +43,7 @@ from taskcarrier.workers.loop import this_thread
 from taskcarrier.workers.parent_state import ParentState
 from taskcarrier.workers.pickled_errors import pickle_error, unpickle_error
 from taskcarrier.workers.pickling import pickle_apart, pickle_items, unpickle_items
+from taskcarrier.workers.queues import WorkQueue
 from taskcarrier.workers.records import RangeFailure, RunResult, WorkerStats
 from taskcarrier.workers.task import Deliver, Job
 from taskcarrier.workers.thread_limits import thread_limit
@@ -66,63 +68,70 @@ class ListTask(Protocol):
     items: Sequence[Any]
 
 
-def with_worker_count(choice: Choice, backend: str | None) -> Choice:
-    """Return a choice with the actual number of workers, or of the caller if that number is 1.
+class JoblibExecutor:
+    """Runs a list on a backend that was registered with joblib.
 
     Parameters
     ----------
     choice : Choice
-        The choice of a backend that was registered with joblib.
+        The choice of such a backend. The executor's own has the actual number of workers.
     backend : str or None
         The backend's name; None for the active `joblib.parallel_config`, which may set more.
     """
-    with _use_backend(backend):  # an ImportError if joblib cannot load it
-        n_workers = joblib.effective_n_jobs(choice.n_jobs)
-    if n_workers < 1:
-        raise RuntimeError(f"backend {choice.backend!r} has no worker: start some, then map")
-    if n_workers == 1:  # joblib would run it here too
-        return Choice("sequential", 1, f"backend {choice.backend!r} has one worker")
-    return replace(choice, n_jobs=n_workers)
 
+    balance = Dynamic()  # joblib shares out
+    staging = None
+    notes: Sequence[str] = ()
+    can_run_compiled = False
+    runs_in_caller = False
 
-def run(
-    job: Job,
-    choice: Choice,
-    backend: str | None,
-    deliver: Deliver,
-    tick: Callable[[Ledger], None] | None,
-) -> RunResult:
-    """Run a job over a list to its end; the result has stats of the workers that had a chunk."""
-    ledger = Ledger.local(job.n_workers)
-    failures: list[RangeFailure] = []
-    worker_stats = _StatsByWorker()
-    with _use_backend(backend):
-        active_backend, _ = get_active_backend()
-        shares_memory = getattr(active_backend, "supports_sharedmem", False)
-        can_stream = getattr(active_backend, "supports_return_generator", False)
-        parallel = joblib.Parallel(
-            n_jobs=choice.n_jobs, return_as="generator" if can_stream else "list"
+    def __init__(self, choice: Choice, backend: str | None) -> None:
+        self._backend = backend
+        with _use_backend(backend):  # an ImportError if joblib cannot load it
+            n_workers = joblib.effective_n_jobs(choice.n_jobs)
+        if n_workers < 1:
+            raise RuntimeError(f"backend {choice.backend!r} has no worker: start some, then map")
+        self.choice = replace(choice, n_jobs=n_workers)
+
+    def run(self, job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None) -> RunResult:
+        """Run a job over a list to its end; the result has stats of workers that had a chunk."""
+        ledger = Ledger.local(job.n_workers)
+        failures: list[RangeFailure] = []
+        worker_stats = _StatsByWorker()
+        with _use_backend(self._backend):
+            active_backend, _ = get_active_backend()
+            shares_memory = getattr(active_backend, "supports_sharedmem", False)
+            can_stream = getattr(active_backend, "supports_return_generator", False)
+            parallel = joblib.Parallel(
+                n_jobs=self.choice.n_jobs, return_as="generator" if can_stream else "list"
+            )
+            sender = (_Sender if shares_memory else _ByteSender)(job)
+            tasks = _generate_tasks(job, ledger, sender, failures)
+            with _close_early(_generate_results(parallel, tasks)) as results:
+                for result in results:
+                    stats = worker_stats.get(result.worker)
+                    stats.busy_ns += result.busy_ns
+                    failure = _deliver_result(result, deliver, stats.name)
+                    if failure is not None:
+                        ledger.halt()
+                        failures.append(failure)
+                        continue
+                    stats.ranges += 1
+                    stats.items += result.n_items
+                    ledger.finish(0, result.n_items)
+                    if tick is not None:
+                        tick(ledger)
+        run_result = RunResult.read(worker_stats.all, ledger)
+        run_result.failures = failures
+        run_result.nbytes_sent = sender.nbytes
+        return run_result
+
+    def stream(self, job: Job) -> AbstractContextManager[WorkQueue]:  # noqa: ARG002  # as in Executor
+        """Raise a `ValueError`: joblib takes no items as they come."""
+        raise ValueError(
+            f"imap cannot use backend {self.choice.backend!r} ({self.choice.reason}): only our own "
+            "workers take items as they come; use map, or pass backend='loky' or 'threading'"
         )
-        sender = (_Sender if shares_memory else _ByteSender)(job)
-        tasks = _generate_tasks(job, ledger, sender, failures)
-        with _close_early(_generate_results(parallel, tasks)) as results:
-            for result in results:
-                stats = worker_stats.get(result.worker)
-                stats.busy_ns += result.busy_ns
-                failure = _deliver_result(result, deliver, stats.name)
-                if failure is not None:
-                    ledger.halt()
-                    failures.append(failure)
-                    continue
-                stats.ranges += 1
-                stats.items += result.n_items
-                ledger.finish(0, result.n_items)
-                if tick is not None:
-                    tick(ledger)
-    run_result = RunResult.read(worker_stats.all, ledger)
-    run_result.failures = failures
-    run_result.nbytes_sent = sender.nbytes
-    return run_result
 
 
 def _use_backend(backend: str | None) -> AbstractContextManager[Any]:
@@ -211,7 +220,7 @@ class _ByteSender(_Sender):
         calls_and_state = replace(calls, call=Call(calls.call.func)), job.parent_state
         try:
             packed = pickle_apart(calls_and_state, calls.call.kwargs)
-        except Exception as error:
+        except Exception as error:  # pickling a user's object can raise anything
             add_note(
                 error,
                 "taskcarrier could not pickle the function or its arguments for the backend's "
@@ -239,7 +248,7 @@ def _generate_tasks(
         start, stop = job.grid.range_of(index)
         try:
             task = sender.make_task(items[start:stop], start)
-        except Exception as error:
+        except Exception as error:  # pickling a user's object can raise anything
             if is_raised_by_handler(error):
                 raise
             add_note(
@@ -331,7 +340,7 @@ def _deliver_result(result: _Result, deliver: Deliver, worker: str) -> RangeFail
     if result.is_packed:
         try:
             value = unpickle_items(value)
-        except Exception as error:
+        except Exception as error:  # pickling a user's object can raise anything
             if is_raised_by_handler(error):
                 raise
             add_note(error, "taskcarrier could not unpickle this result of a worker")

@@ -1,7 +1,7 @@
 """The worker's loop: the only code that is ever sent to workers.
 
-All parts of the library meet here. On one side a `Task` opens, in each worker, into a callable
-of ``(start, stop)``; on the other side balance, ledger and backends know only chunks. Arrays and
+All parts of the library meet here. On one side a `Task` becomes, in each worker, a callable of
+``(start, stop)``; on the other side balance, ledger and executors know only chunks. Arrays and
 lists are tasks; threads, processes and the caller itself run this loop.
 """
 
@@ -12,19 +12,20 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from time import monotonic_ns
-from typing import Any, cast
+from typing import Any
 
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.ledger import DONE, SENT, Ledger
 from taskcarrier.scheduling.retries import Attempt, RetryPolicy
+from taskcarrier.system.contexts import contextmanager
 from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats
 from taskcarrier.workers.task import (
     IN_PLACE,
-    BatchRunner,
-    CompiledRunner,
+    CompiledTask,
     Deliver,
     Job,
-    RangeRunner,
+    RunRange,
+    WorkerContext,
 )
 
 
@@ -63,8 +64,8 @@ ResultSink = tuple[Deliver, Callable[[], None]]
 # The index of a chunk; or an attempt or a batch, with its number among those of this worker.
 _Claim = tuple[Attempt, int] | int
 
-BatchSource = Callable[[BatchRunner], Iterable[_Claim]]
-"""Hands batches of items to a worker's runner, and yields the ranges of them that it is to run."""
+BatchSource = Callable[[WorkerContext], Iterable[_Claim]]
+"""Gives batches of items to a worker's context, and yields the ranges of them to run."""
 
 
 def make_local_sink(deliver: Deliver) -> ResultSink:
@@ -72,10 +73,10 @@ def make_local_sink(deliver: Deliver) -> ResultSink:
     return deliver, lambda: None
 
 
-def run_worker(
+def run_worker(  # noqa: PLR0912, PLR0915  # what is done for each range, without further calls
     job: Job,
     ledger: Ledger,
-    worker: int,
+    number: int,
     sink: ResultSink,
     attempts: Sequence[Attempt] = (),
     *,
@@ -89,7 +90,7 @@ def run_worker(
         The run.
     ledger : Ledger
         The record in which chunks are claimed and finished.
-    worker : int
+    number : int
         This worker's number, from 0.
     sink : ResultSink
         Where results go that are not in place yet.
@@ -98,101 +99,96 @@ def run_worker(
     batch_source : BatchSource, optional
         Where all other ranges come from, instead of the grid.
     """
-    stats = WorkerStats(worker)
+    stats = WorkerStats(number)
+    with _as_worker(ledger, stats):
+        if isinstance(job.task, CompiledTask):
+            _run_compiled(job.task, job, ledger, stats, sink[0])
+            return stats
+        worker = WorkerContext(number, ledger.propose)
+        run_range = job.task.start(worker)
+        claims = (
+            job.balance.chunks(ledger, number, job.n_workers, len(job.grid))
+            if batch_source is None
+            else batch_source(worker)
+        )
+        if attempts:
+            claims = chain(_claim_attempts(ledger, number, attempts), claims)
+        marks = ledger.marks
+        deliver, flush = sink
+        timeout_ns = job.retry_policy.timeout_ns
+        n_items, chunksize = job.grid.n_items, job.grid.chunksize
+        n_ranges = n_done = busy_ns = 0
+        pid = os.getpid()
+        start, stop, attempt, position = -1, -1, 1, -1
+        try:
+            for claim in claims:
+                if isinstance(claim, int):
+                    index, attempt, position = claim, 1, -1
+                    start = index * chunksize
+                    stop = min(start + chunksize, n_items)
+                else:
+                    (start, stop, attempt), position = claim
+                    index = start // chunksize
+                begin = monotonic_ns()
+                try:
+                    if timeout_ns:
+                        result = run_with_timeout(
+                            job, ledger, number, run_range, Attempt(start, stop, attempt)
+                        )
+                    else:
+                        result = run_range(start, stop)
+                    if result is not IN_PLACE:
+                        deliver(start, result)
+                finally:
+                    busy_ns += monotonic_ns() - begin
+                    if os.getpid() != pid:
+                        # The function has forked, and both processes came back. One is the worker.
+                        os._exit(1)
+                if marks is not None and (
+                    position < 0 or job.grid.range_of(index) == (start, stop)
+                ):
+                    marks[index] = DONE if result is IN_PLACE else SENT
+                if position < 0:
+                    ledger.finish(number, stop - start)
+                else:
+                    flush()
+                    ledger.finish_attempt(number, position, stop - start)
+                n_ranges += 1
+                n_done += stop - start
+        finally:
+            stats.ranges, stats.items, stats.busy_ns = n_ranges, n_done, busy_ns
+            stats.at, stats.attempt = None if start < 0 else (start, stop), attempt
+            stats.facts = worker.facts
+    return stats
+
+
+@contextmanager
+def _as_worker(ledger: Ledger, stats: WorkerStats) -> Iterator[None]:
+    """Mark this thread as a worker meanwhile; an exception halts the run and is the failure."""
     was_worker = this_thread.is_worker
-    runner: RangeRunner | None = None
     try:
         this_thread.is_worker = True
-        runner = job.task.open(ledger.propose)
-        if job.runs_all:
-            _run_all(job, ledger, stats, cast("CompiledRunner", runner), sink[0])
-        else:
-            claims: Iterable[_Claim]
-            if batch_source is not None:
-                claims = batch_source(cast("BatchRunner", runner))
-            else:
-                claims = job.balance.chunks(ledger, worker, job.n_workers, len(job.grid))
-            if attempts:
-                claims = chain(_claim_attempts(ledger, worker, attempts), claims)
-            _run_ranges(job, ledger, stats, runner, sink=sink, claims=claims)
+        yield
     except BaseException as error:  # noqa: BLE001  # also exits and interrupts: the caller raises
         ledger.halt()
         stats.failure = RangeFailure(stats.at, error, attempt=stats.attempt)
     finally:
         this_thread.is_worker = was_worker
-        if runner is not None:
-            stats.facts = runner.facts()  # must not raise
-    return stats
 
 
-def _run_all(
-    job: Job, ledger: Ledger, stats: WorkerStats, runner: CompiledRunner, deliver: Deliver
+def _run_compiled(
+    task: CompiledTask, job: Job, ledger: Ledger, stats: WorkerStats, deliver: Deliver
 ) -> None:
     """Let compiled code run chunks until none is left."""
-    worker = stats.worker
     begin = monotonic_ns()
     try:
-        runner.run_all(job, ledger, worker, deliver)
+        task.run_all(job, ledger, stats.worker, deliver)
     finally:
         stats.busy_ns = monotonic_ns() - begin
-        stats.ranges, stats.items = ledger.n_ranges_of(worker), ledger.n_items_of(worker)
-        index, _ = ledger.loop_position(worker)
+        stats.ranges = ledger.n_ranges_of(stats.worker)
+        stats.items = ledger.n_items_of(stats.worker)
+        index, _ = ledger.loop_position(stats.worker)
         stats.at = None if index < 0 else job.grid.range_of(index)
-
-
-def _run_ranges(
-    job: Job,
-    ledger: Ledger,
-    stats: WorkerStats,
-    runner: RangeRunner,
-    *,
-    sink: ResultSink,
-    claims: Iterable[_Claim],
-) -> None:
-    """Run ranges one after the other; this loop has everything that is done for each."""
-    worker, marks = stats.worker, ledger.marks
-    deliver, flush = sink
-    timeout_ns = job.retry_policy.timeout_ns
-    n_items, chunksize = job.grid.n_items, job.grid.chunksize
-    ranges = items = busy_ns = 0
-    pid = os.getpid()
-    start, stop, attempt, number = -1, -1, 1, -1
-    try:
-        for claim in claims:
-            if isinstance(claim, int):
-                index, attempt, number = claim, 1, -1
-                start = index * chunksize
-                stop = min(start + chunksize, n_items)
-            else:
-                (start, stop, attempt), number = claim
-                index = start // chunksize
-            begin = monotonic_ns()
-            try:
-                if timeout_ns:
-                    result = run_with_timeout(
-                        job, ledger, worker, runner, Attempt(start, stop, attempt)
-                    )
-                else:
-                    result = runner(start, stop)
-                if result is not IN_PLACE:
-                    deliver(start, result)
-            finally:
-                busy_ns += monotonic_ns() - begin
-                if os.getpid() != pid:
-                    # The function has forked, and both processes came back. One is the worker.
-                    os._exit(1)
-            if marks is not None and (number < 0 or job.grid.range_of(index) == (start, stop)):
-                marks[index] = DONE if result is IN_PLACE else SENT
-            if number < 0:
-                ledger.finish(worker, stop - start)
-            else:
-                flush()
-                ledger.finish_attempt(worker, number, stop - start)
-            ranges += 1
-            items += stop - start
-    finally:
-        stats.ranges, stats.items, stats.busy_ns = ranges, items, busy_ns
-        stats.at, stats.attempt = None if start < 0 else (start, stop), attempt
 
 
 def _claim_attempts(ledger: Ledger, worker: int, attempts: Sequence[Attempt]) -> Iterator[_Claim]:
@@ -205,13 +201,13 @@ def _claim_attempts(ledger: Ledger, worker: int, attempts: Sequence[Attempt]) ->
 
 
 def run_with_timeout(
-    job: Job, ledger: Ledger, worker: int, runner: RangeRunner, attempt: Attempt
+    job: Job, ledger: Ledger, worker: int, run_range: RunRange, attempt: Attempt
 ) -> Any:
     """Return the result of a range; whether it took too long is checked when it is over."""
     while True:
         begin = monotonic_ns()
         ledger.set_start_time(worker, begin)
-        result = runner(attempt.start, attempt.stop)
+        result = run_range(attempt.start, attempt.stop)
         taken_ns = monotonic_ns() - begin
         # Sending the result does not count, as it may have to wait.
         ledger.set_start_time(worker, 0)

@@ -1,4 +1,4 @@
-"""Work queues, which hand workers batches of items as these come: in the caller and in threads.
+"""Work queues, which hand workers batches of items as these come; that of threads among them.
 
 Who owns what. A queue is open from its creation to its `close`, and owns its workers for that time.
 Everything the caller does happens in the thread that asks for results: it puts batches while a
@@ -15,15 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 from taskcarrier.scheduling.ledger import Ledger
 from taskcarrier.scheduling.retries import Attempt
 from taskcarrier.system.exceptions import raise_again
-from taskcarrier.system.interrupts import Handlers
-from taskcarrier.workers.loop import BatchSource, is_in_worker, run_with_timeout, this_thread
+from taskcarrier.workers.loop import BatchSource, is_in_worker
 from taskcarrier.workers.records import PartialResult, RunResult, WorkerStats
-from taskcarrier.workers.task import BatchRunner, Deliver, Job
+from taskcarrier.workers.task import Deliver, WorkerContext
 
 MAX_BATCHES_PER_WORKER = 2
 """The most batches that a worker has at a time: one in hand, and one to go on with."""
@@ -84,7 +83,7 @@ class WorkQueue(Protocol):
         Raises `UnsendableError` if the items cannot be sent.
         """
 
-    def get(self, seconds: float) -> list[BatchResult]:
+    def get(self, seconds: float) -> list[BatchResult]:  # there is nothing to wait for
         """Return the results that have come; if there are none, wait up to `seconds` for one.
 
         Raises exceptions that are no `Exception` and so end a worker: an exit, an interrupt.
@@ -92,57 +91,6 @@ class WorkQueue(Protocol):
 
     def close(self) -> RunResult:
         """Stop the workers, without waiting for those that do not finish their range soon."""
-
-
-class SerialQueue:
-    """A queue whose only worker is the caller: a batch is run when it is put."""
-
-    runs_in_caller = True
-
-    def __init__(self, job: Job) -> None:
-        self.ledger = Ledger.local(1)
-        self._job = job
-        self._stats = WorkerStats(0, "caller")
-        self._runner = cast("BatchRunner", job.task.open(self.ledger.propose))
-        self._results: list[BatchResult] = []
-
-    @property
-    def has_room(self) -> bool:
-        """Whether the result of the last batch was taken."""
-        return not self._results
-
-    def put(self, start: int, items: Sequence[Any]) -> None:
-        """Run the items now."""
-        attempt = Attempt(start, start + len(items))
-        self._runner.hold(start, partial(_return_items, items))
-        was_worker = this_thread.is_worker
-        # Handlers that the function itself sets do not count: their exceptions can be retried.
-        handlers = Handlers() if self._job.retry_policy.retry_on else None
-        try:
-            this_thread.is_worker = True
-            if self._job.retry_policy.timeout is None:
-                result = self._runner(attempt.start, attempt.stop)
-            else:
-                result = to_batch_result(
-                    run_with_timeout(self._job, self.ledger, 0, self._runner, attempt)
-                )
-        finally:
-            this_thread.is_worker = was_worker
-            del handlers
-        self._results.append(result)
-        self.ledger.finish(0, len(items))
-        self._stats.ranges += 1
-        self._stats.items += len(items)
-        self._stats.busy_ns += result.busy_ns
-
-    def get(self, seconds: float) -> list[BatchResult]:  # noqa: ARG002  # there is nothing to wait for
-        """Return the result of the last batch."""
-        results, self._results = self._results, []
-        return results
-
-    def close(self) -> RunResult:
-        """Return what the worker did: nothing is running that must be stopped."""
-        return RunResult.read([self._stats], self.ledger)
 
 
 BeginWorker = Callable[[int, BatchSource, Deliver, Callable[[WorkerStats], None]], None]
@@ -213,7 +161,7 @@ class ThreadQueue:
         self._n_under_way += 1
         self._batches.put((start, items))
 
-    def get(self, seconds: float) -> list[BatchResult]:
+    def get(self, seconds: float) -> list[BatchResult]:  # there is nothing to wait for
         """Return the results that have come; wait up to `seconds` for the first."""
         results: list[BatchResult] = []
         try:
@@ -263,7 +211,7 @@ def _claim_batches(
     ledger: Ledger,
     batches: _BatchQueue,
     _: object,  # a weak reference, kept while this runs so that its callback works
-    runner: BatchRunner,
+    worker: WorkerContext,
 ) -> Iterator[tuple[Attempt, int]]:
     """Yield batches from the queue, in a worker."""
     number = 0
@@ -273,7 +221,7 @@ def _claim_batches(
             batches.put(batch)
             return
         start, items = batch
-        runner.hold(start, partial(_return_items, items))
+        worker.batch = (start, partial(return_items, items))
         yield Attempt(start, start + len(items)), number
         number += 1
 
@@ -289,7 +237,8 @@ def _record_end(
     arrivals.put(stats)
 
 
-def _return_items(items: Sequence[Any]) -> Sequence[Any]:
+def return_items(items: Sequence[Any]) -> Sequence[Any]:
+    """Return the items: they need not be unpickled."""
     return items
 
 

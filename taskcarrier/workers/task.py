@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
 
 from taskcarrier.memory.segments import SharedView
@@ -14,42 +15,54 @@ from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
 from taskcarrier.workers.parent_state import ParentState
 
 IN_PLACE = object()
-"""What a runner returns for a range whose result is already in place."""
+"""What a task returns for a range whose result is already in place."""
+
+RunRange = Callable[[int, int], Any]
+"""A task that was started in one worker: takes ``(start, stop)`` and returns the result of that
+range, or `IN_PLACE`."""
+
+Deliver = Callable[[int, Any], None]
+"""A function that takes the start of a range and its result."""
 
 
-class RangeRunner(Protocol):
-    """A task that was opened in one worker."""
+@dataclass(eq=False)
+class WorkerContext:
+    """What a task may use in one worker.
 
-    def __call__(self, start: int, stop: int) -> Any:
-        """Run one range; return its result, or `IN_PLACE` if that was put in place."""
+    Attributes
+    ----------
+    number : int
+        The worker's number, from 0.
+    propose : callable
+        Takes a value, and returns the first one that any worker has proposed: so workers agree.
+    facts : object
+        A small, picklable value that the task leaves for the caller.
+    batch : tuple of int and callable
+        In streams, the batch of which ranges are run: its first item's number, and a function
+        that reads its items.
+    """
 
-    def facts(self) -> Any:
-        """Return small, picklable facts that the caller must know when the worker is done."""
-
-
-Propose = Callable[[Any], Any]
+    number: int
+    propose: Callable[[Any], Any]
+    facts: Any = None
+    batch: tuple[int, Callable[[], Sequence[Any]]] = (0, tuple)
 
 
 class Task(Protocol):
     """Work on ``range(n)``, in a form that can travel."""
 
-    def open(self, propose: Propose) -> RangeRunner:
-        """Open the task in a worker: called once in each, before its first chunk.
-
-        With `propose`, workers agree on a value: it takes a proposal and returns the first of all.
-        """
+    def start(self, worker: WorkerContext) -> RunRange:
+        """Start the task in a worker: called once in each, before its first range."""
 
 
-class BatchRunner(RangeRunner, Protocol):
-    """A runner whose items are handed to it, batch by batch."""
+class CompiledTask(ABC):
+    """A task that can also claim chunks by itself, in compiled code in a thread of the caller's."""
 
-    def hold(self, start: int, read: Callable[[], Sequence[Any]]) -> None:
-        """Take a batch: `read` returns the items from `start` on. Ranges of it are run next."""
+    @abstractmethod
+    def start(self, worker: WorkerContext) -> RunRange:
+        """Start the task in a worker, as any `Task`."""
 
-
-class CompiledRunner(Protocol):
-    """A runner that needs no loop around it, in a thread of the caller's process."""
-
+    @abstractmethod
     def run_all(self, job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> None:
         """Run chunks until none is left or the run is halted; the ledger records the progress."""
 
@@ -61,19 +74,15 @@ class Job:
     Attributes
     ----------
     task : Task
-        The work.
+        The work; a `CompiledTask` claims chunks by itself.
     balance : Balance
-        The rule by which workers come by chunks.
+        The rule by which workers come by chunks; without meaning in streams.
     grid : ChunkGrid
-        The division of all items into chunks.
+        The division of all items into chunks; without meaning in streams.
     n_workers : int
         The number of workers.
     parent_state : ParentState
         The state of the caller that the function sees.
-    runs_all : bool
-        Whether the task opens into a `CompiledRunner`.
-    is_streamed : bool
-        Whether the task opens into a `BatchRunner`; then grid and balance mean nothing.
     retry_policy : RetryPolicy
         How long a range may take, and which ranges are tried again.
     collect_errors : bool
@@ -90,9 +99,8 @@ class Job:
     balance: Balance
     grid: ChunkGrid
     n_workers: int
+    _: KW_ONLY
     parent_state: ParentState = field(default_factory=ParentState.capture)
-    runs_all: bool = False
-    is_streamed: bool = False
     retry_policy: RetryPolicy = DEFAULT_POLICY
     collect_errors: bool = False
     can_split: bool = False
@@ -102,7 +110,3 @@ class Job:
     def open_marks(self) -> memoryview | None:
         """Return the job's own bytes for marks, mapped in this process; None if it has none."""
         return None if self.marks is None else self.marks.open("write").data
-
-
-Deliver = Callable[[int, Any], None]
-"""A function that takes the start of a range and its result."""

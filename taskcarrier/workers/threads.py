@@ -28,7 +28,7 @@ from taskcarrier.system.interrupts import run_sheltered
 from taskcarrier.workers.loop import BatchSource, make_local_sink, run_worker, this_thread
 from taskcarrier.workers.queues import ThreadQueue
 from taskcarrier.workers.records import RunResult, WorkerStats
-from taskcarrier.workers.task import Deliver, Job
+from taskcarrier.workers.task import CompiledTask, Deliver, Job
 from taskcarrier.workers.thread_limits import limit_this_thread, make_joblib_serial, thread_limit
 
 # Seconds between two looks at a run whose progress is shown.
@@ -90,8 +90,6 @@ class ThreadPool:
         Whether a thread that was needed could not be started.
     """
 
-    shares_memory = True
-
     def __init__(self, n: int) -> None:
         self._n = n
         self._workers: dict[int, _Worker] = {}
@@ -107,7 +105,8 @@ class ThreadPool:
         n = job.n_workers
         self._drop_stuck_workers()  # in case that was cut short last time
         self._ensure_threads(n)
-        ledger = (Ledger.with_address if job.runs_all else Ledger.local)(n)
+        is_compiled = isinstance(job.task, CompiledTask)
+        ledger = (Ledger.with_address if is_compiled else Ledger.local)(n)
         ledger.marks = job.open_marks()
         worker_stats: dict[int, WorkerStats] = {}
         # The last worker releases this, so that the caller is woken once.
@@ -130,7 +129,7 @@ class ThreadPool:
         finally:
             if len(worker_stats) < n:
                 ledger.halt()
-                if job.runs_all:
+                if is_compiled:
                     finished.acquire(timeout=_GRACE_SECONDS)
                 self._drop_stuck_workers()
         for number, stats in worker_stats.items():

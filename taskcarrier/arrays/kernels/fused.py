@@ -15,13 +15,19 @@ from typing import Any
 import numpy as np
 
 from taskcarrier.arguments import copy_or_make_read_only
-from taskcarrier.arrays.outputs.specs import Spec
 from taskcarrier.memory.strides import address_of, move_items_first
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.ledger import Ledger
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.records import PartialResult
-from taskcarrier.workers.task import IN_PLACE, Deliver, Job, Propose
+from taskcarrier.workers.task import (
+    IN_PLACE,
+    CompiledTask,
+    Deliver,
+    Job,
+    RunRange,
+    WorkerContext,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,13 +82,21 @@ class FusedTask:
         for ledger in list(self._ledgers):
             ledger.halt()
 
-    def open(self, propose: Propose) -> FusedRunner:  # noqa: ARG002  # as in Task
-        """Open the loop in one worker; all is known, so nothing is proposed."""
-        return FusedRunner(self)
+    def start(self, worker: WorkerContext) -> RunRange:  # noqa: ARG002  # nothing to agree on
+        """Start the loop in a worker, where it is told which ranges to run."""
+        return FusedRunner(self).run
+
+
+class ClaimingTask(FusedTask, CompiledTask):
+    """A fused loop that claims chunks by itself."""
+
+    def run_all(self, job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> None:
+        """Claim chunks and run them until none is left."""
+        FusedRunner(self).run_all(job, ledger, worker, deliver)
 
 
 class FusedRunner:
-    """A `FusedTask` that was opened in one worker."""
+    """A `FusedTask` that was started in one worker."""
 
     def __init__(self, task: FusedTask) -> None:
         self._task = task
@@ -122,7 +136,7 @@ class FusedRunner:
         if partial.faults:
             deliver(partial.faults[0][0], partial)
 
-    def __call__(self, start: int, stop: int) -> Any:
+    def run(self, start: int, stop: int) -> Any:
         """Run one range, with private copies if the kernel needs them."""
         ledger = self._own_ledger
         partial = PartialResult([], [])
@@ -175,10 +189,6 @@ class FusedRunner:
             *self._task.out_arguments,
             *self._extra_arguments,
         )
-
-    def facts(self) -> tuple[int, Spec] | None:
-        """Return None: the spec of results is known before the run."""
-        return None
 
 
 def _copy_items(items: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from taskcarrier.arrays.casting import cast_checked
 from taskcarrier.arrays.inputs.check import Inputs, normalize_axis
 from taskcarrier.arrays.inputs.halos import Halo
 from taskcarrier.arrays.inputs.sources import local_sources
-from taskcarrier.arrays.kernels.fused import FusedTask
+from taskcarrier.arrays.kernels.fused import ClaimingTask, FusedTask
 from taskcarrier.arrays.outputs.buffers import open_place
 from taskcarrier.arrays.outputs.request import DeferredResult
 from taskcarrier.arrays.outputs.specs import Spec
@@ -205,8 +205,6 @@ class FusedLoop:
         The spec of the results.
     notes : list of str
         The notes for the report.
-    runs_all : bool
-        Whether the loop may claim chunks itself in threads: not if rows must be copied first.
     casts : bool
         Whether results are cast at the end, and are not in place before.
     """
@@ -214,7 +212,6 @@ class FusedLoop:
     task: FusedTask
     spec: Spec
     notes: list[str]
-    runs_all: bool
     casts: bool
     _results: list[np.ndarray]
 
@@ -240,9 +237,12 @@ def fuse_loop(
     *,
     writable: bool,
     collect_errors: bool,
-    in_threads: bool,
+    may_claim: bool,
 ) -> FusedLoop | None:
-    """Return a fused loop for a kernel of items, or None if its loop cannot be fused."""
+    """Return a fused loop for a kernel of items, or None if its loop cannot be fused.
+
+    It claims chunks by itself if it may, and if no rows must be copied for it.
+    """
     if not all(type(array) is np.ndarray for array in inputs.arrays):
         return None
     from taskcarrier.arrays.kernels import compiler  # noqa: PLC0415  # loads numba
@@ -283,10 +283,10 @@ def fuse_loop(
     loop = compiler.compile_loop(
         call.func, layouts, extras, out_layouts, result, rows_out=row is not None
     )
-    # Kernels with threads of their own are never run in threads (`taskcarrier.workers.choose`).
-    if not in_threads and has_own_threads(call.func, extras.all):
+    if has_own_threads(call.func, extras.all):
         loop = _OneAtATime(loop)
-    task = FusedTask(
+    copies_rows = result.writable_args.items and any(layout.ndim for layout in layouts)
+    task = (ClaimingTask if may_claim and not copies_rows else FusedTask)(
         loop,
         inputs.arrays,
         inputs.axes,
@@ -298,8 +298,7 @@ def fuse_loop(
         collect_errors,
     )
     notes = [_COPIES_NOTE] if result.writable_args.items and not writable else []
-    runs_all = not result.writable_args.items or not any(layout.ndim for layout in layouts)
-    return FusedLoop(task, spec, notes, runs_all, casts, results)
+    return FusedLoop(task, spec, notes, casts, results)
 
 
 def check_row(out_shape: object, dtype: Any, out: Any) -> Row | None:

@@ -27,7 +27,7 @@ from taskcarrier.arrays.outputs.buffers import (
     Writer,
 )
 from taskcarrier.arrays.outputs.specs import DisagreementError, Spec
-from taskcarrier.workers.task import Propose
+from taskcarrier.workers.task import WorkerContext
 
 NO_FILL = Fill()
 _NO_MARGINS = (0, 0)
@@ -111,13 +111,14 @@ class OutputWriter:
     ----------
     plan : Plan
         How results are put in place.
-    propose : callable
-        Takes a proposal and returns the value on which all workers agree: the first proposal.
+    worker : WorkerContext
+        Where workers agree on the spec, and the first result of this one is left for the caller:
+        its start and spec.
     """
 
-    def __init__(self, plan: Plan, propose: Propose) -> None:
+    def __init__(self, plan: Plan, worker: WorkerContext) -> None:
         self._plan = plan
-        self._propose = propose
+        self._worker = worker
         self._write_lock = plan.allocation.write_lock()
         self._check_open = plan.allocation.check_open
         self._spec: Spec | None = None
@@ -128,7 +129,6 @@ class OutputWriter:
         self._put: Callable[[int, int, np.ndarray], None]
         self._dtype: np.dtype[Any] | None = None
         self._shapes: dict[int, tuple[int, ...]] = {}
-        self.first: tuple[int, Spec] | None = None
 
     def place(
         self, start: int, stop: int, result: Any, margins: tuple[int, int] = _NO_MARGINS
@@ -182,12 +182,12 @@ class OutputWriter:
         return results
 
     def _agree_on_spec(self, start: int, spec: Spec) -> None:
-        self.first = (start, spec)
+        self._worker.facts = (start, spec)
         self._plan.check(spec, promote_dtypes=self._plan.promote_dtypes)
         earlier = self._plan.settled
         if earlier is not None:  # files do not say whether they were one result or a tuple
             earlier = replace(earlier, is_tuple=spec.is_tuple)
-        agreed: Spec = self._propose(earlier or spec)
+        agreed: Spec = self._worker.propose(earlier or spec)
         self._spec = agreed
         self._dtypes = [dtype for dtype, _ in agreed.parts]
         outputs = self._plan.outputs_for(len(agreed.parts))

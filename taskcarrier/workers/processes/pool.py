@@ -198,8 +198,6 @@ class ProcessPool:
         Whether a worker that was needed could not be started.
     """
 
-    shares_memory = False
-
     def __init__(self, n: int) -> None:
         # Variables that the user has set for the allocator stay.
         allocator = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}

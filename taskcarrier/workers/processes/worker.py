@@ -36,7 +36,7 @@ from taskcarrier.workers.processes.exits import is_readable
 from taskcarrier.workers.processes.messages import Message, MessageSocket
 from taskcarrier.workers.queues import BatchResult
 from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats, WorkerWarning
-from taskcarrier.workers.task import BatchRunner, Deliver
+from taskcarrier.workers.task import Deliver, WorkerContext
 from taskcarrier.workers.thread_limits import make_joblib_serial
 
 # Results that are not put in place are sent in batches: when they have this many bytes, or the
@@ -158,7 +158,7 @@ def _run_payload(
     number: int, channel: MessageSocket, ledger: Ledger, data: bytes, descriptors: list[Descriptor]
 ) -> None:
     attempts, payload, is_streamed = _unpack_order(data)
-    batches = _Batches(channel, ledger, number) if is_streamed else None
+    batches = _Batches(channel, ledger) if is_streamed else None
     doing = "unpickled the function or its arguments"
     try:
         job = unpickle_task(payload, descriptors)
@@ -197,13 +197,12 @@ def _run_payload(
 class _Batches:
     """A source of ranges whose items come by the socket, batch by batch, until an empty message."""
 
-    def __init__(self, channel: MessageSocket, ledger: Ledger, worker: int) -> None:
+    def __init__(self, channel: MessageSocket, ledger: Ledger) -> None:
         self._channel = channel
         self._ledger = ledger
-        self._worker = worker
         self._is_over = False
 
-    def __call__(self, runner: BatchRunner) -> Iterator[tuple[Attempt, int]]:
+    def __call__(self, worker: WorkerContext) -> Iterator[tuple[Attempt, int]]:
         number = 0
         while (message := self._receive_batch()) is not None:
             data, descriptors = message
@@ -212,8 +211,8 @@ class _Batches:
             del message, descriptors
             if self._ledger.is_halted:
                 return
-            runner.hold(first, functools.partial(_unpickle_batch, segment, packed))
-            self._ledger.hold_attempt(self._worker, number)
+            worker.batch = (first, functools.partial(_unpickle_batch, segment, packed))
+            self._ledger.hold_attempt(worker.number, number)
             yield Attempt(*fields), number
             number += 1
 
@@ -290,7 +289,7 @@ class _Outbox:
         large: list[memoryview] = []
         try:
             packed = pickle_items(result, large)
-        except Exception as error:
+        except Exception as error:  # a user's object may raise anything when it is pickled
             add_note(error, "taskcarrier could not pickle the result for the caller")
             raise
         # Copied at once: the function may change its array when it is called again.

@@ -1,0 +1,172 @@
+"""Executors: where a job runs, behind one interface.
+
+An executor belongs to one run. It is made from a `Choice`, and says what its users must know before
+they can make a job for it: whether copies for its workers have to be staged, and whether compiled
+tasks can claim chunks by themselves. Nothing outside of this room asks for the name of a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from taskcarrier.memory.segments import Segment, SharedView
+from taskcarrier.memory.staging import Staging
+from taskcarrier.scheduling.balance import Balance
+from taskcarrier.scheduling.grid import ChunkGrid
+from taskcarrier.scheduling.ledger import OWN_MARKS, Ledger
+from taskcarrier.system.contexts import contextmanager
+from taskcarrier.workers.choose import Choice, load_processes
+from taskcarrier.workers.pools import process_pool, thread_pool
+from taskcarrier.workers.queues import WorkQueue
+from taskcarrier.workers.records import RunResult
+from taskcarrier.workers.serial import SerialExecutor
+from taskcarrier.workers.task import Deliver, Job
+from taskcarrier.workers.thread_limits import thread_limit
+
+Tick = Callable[[Ledger], None]
+"""A function that is called now and then with the ledger of a run that goes on."""
+
+
+class Executor(Protocol):
+    """Runs one job."""
+
+    @property
+    def choice(self) -> Choice:
+        """The backend, the number of workers, and the reason for them."""
+
+    @property
+    def balance(self) -> Balance | None:
+        """The only rule by which it can share out chunks; None if it takes any."""
+
+    @property
+    def staging(self) -> Staging | None:
+        """Where copies for its workers go; None if they share the caller's memory."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Notes for the report, known when the run has begun."""
+
+    @property
+    def can_run_compiled(self) -> bool:
+        """Whether it runs a `CompiledTask`: in threads, which the caller can stop."""
+
+    @property
+    def runs_in_caller(self) -> bool:
+        """Whether the calling thread does all the work."""
+
+    def run(self, job: Job, deliver: Deliver, tick: Tick | None) -> RunResult:
+        """Run a job to its end.
+
+        `deliver` is called with results that are not in place, from any thread; `tick` about ten
+        times a second from this one. When interrupted, workers stop at their next chunk.
+        """
+
+    def stream(self, job: Job) -> AbstractContextManager[WorkQueue]:
+        """Open a work queue whose workers run the job on batches; its user closes it."""
+
+
+class ThreadExecutor:
+    """Runs a job on a warm pool of threads."""
+
+    balance = None
+    staging = None
+    notes: Sequence[str] = ()
+    can_run_compiled = True
+    runs_in_caller = False
+
+    def __init__(self, choice: Choice) -> None:
+        self.choice = choice
+
+    def run(self, job: Job, deliver: Deliver, tick: Tick | None) -> RunResult:
+        """Run a job in threads."""
+        with thread_pool(self.choice.n_jobs) as threads:
+            return threads.run(job, deliver, tick)
+
+    @contextmanager
+    def stream(self, job: Job) -> Iterator[WorkQueue]:
+        """Open a queue of batches for threads."""
+        with thread_pool(self.choice.n_jobs) as threads, thread_limit.open():
+            yield threads.stream(job)
+
+
+class ProcessExecutor:
+    """Runs a job on a warm pool of worker processes."""
+
+    balance = None
+    notes: Sequence[str] = ()
+    can_run_compiled = False
+    runs_in_caller = False
+
+    def __init__(self, choice: Choice, staging: Staging) -> None:
+        self.choice = choice
+        self.staging = staging
+
+    def run(self, job: Job, deliver: Deliver, tick: Tick | None) -> RunResult:
+        """Pickle a job once for all workers, and run it in processes."""
+        load_processes()
+        from taskcarrier.workers.pickling import pickle_task  # noqa: PLC0415  # loads joblib
+
+        if job.marks is None and len(job.grid) > OWN_MARKS:
+            job = replace(job, marks=_make_marks(job.grid))
+        payload = pickle_task(job, self.staging)
+        self.notes = payload.notes
+        with process_pool(self.choice.n_jobs) as processes:
+            return processes.run(job, payload, deliver, tick)
+
+    @contextmanager
+    def stream(self, job: Job) -> Iterator[WorkQueue]:
+        """Open a queue of batches for processes."""
+        load_processes()
+        from taskcarrier.workers.pickling import pickle_task  # noqa: PLC0415  # loads joblib
+
+        payload = pickle_task(job, self.staging)
+        self.notes = payload.notes
+        with process_pool(self.choice.n_jobs) as processes:
+            yield processes.stream(job, payload)
+
+
+def _make_marks(grid: ChunkGrid) -> SharedView:
+    """Return memory for the marks of more chunks than fit into the ledger of a pool."""
+    segment = Segment.create()
+    segment.reserve(len(grid))
+    return SharedView(segment, 0, (len(grid),), (1,), np.dtype(np.uint8))
+
+
+def make_executor(
+    choice: Choice, backend: str | None, staging: Callable[[], Staging], timeout: float | None
+) -> Executor:
+    """Return the executor of a choice, or raise an error if it cannot keep the user's wishes.
+
+    Parameters
+    ----------
+    choice : Choice
+        Where to run.
+    backend : str or None
+        The user's own word for it; None if it follows from an active `joblib.parallel_config`.
+    staging : callable
+        Makes a place for copies, if workers need one.
+    timeout : float or None
+        Seconds that one range may take.
+    """
+    if choice.backend == "sequential":
+        return SerialExecutor(choice)
+    if choice.backend == "threading":
+        return ThreadExecutor(choice)
+    if choice.backend == "loky":
+        return ProcessExecutor(choice, staging())
+    if timeout is not None:
+        raise ValueError(
+            f"timeout= cannot be kept on backend={choice.backend!r}, whose workers are not ours to "
+            "stop; leave it out, or pass backend='loky'"
+        )
+    from taskcarrier.workers import joblib_backends  # noqa: PLC0415  # loads joblib
+
+    executor = joblib_backends.JoblibExecutor(choice, backend)
+    if executor.choice.n_jobs == 1:  # joblib would run it here too
+        return SerialExecutor(Choice("sequential", 1, f"backend {choice.backend!r} has one worker"))
+    return executor
