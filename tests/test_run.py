@@ -32,31 +32,31 @@ from taskcarrier.scheduling.ledger import DONE, OWN_MARKS, PENDING, ledger_nbyte
 from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.choose import Choice
+from taskcarrier.workers.executor import make_executor
 from taskcarrier.workers.pools import shutdown
 from taskcarrier.workers.processes.grid_run import ProcessRun
 from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerDeath, WorkerStats
 from taskcarrier.workers.task import IN_PLACE
 from tests.clocks import LATE, stopped_clock
+from tests.helpers import Calls
 from tests.strategies import start_script
 
 BACKENDS = {"sequential": 1, "threading": 2, "loky": 2}
 
 
-class Calls:
+class Proposes(Calls):
+    """A task that may propose something, and leaves facts."""
+
     def __init__(self, func, args=(), proposal=None):
-        self.call = Call(func, args)
+        super().__init__(Call(func, args))
         self.proposal = proposal
 
-    def open(self, propose):
+    def start(self, worker):
         if self.proposal is not None:
-            propose(self.proposal)
-        return self
-
-    def __call__(self, start, stop):
-        return self.call.func(start, stop, *self.call.args)
-
-    def facts(self):
-        return "facts"
+            worker.propose(self.proposal)
+        run = super().start(worker)
+        worker.facts = "facts"
+        return run
 
 
 def both(start, stop):
@@ -113,21 +113,19 @@ def run(
     **others,
 ):
     settings = Settings(balance or Dynamic(), **others)
-    delivered = {}
+    choice = Choice(backend, n_jobs or BACKENDS[backend], "a test")
     outcome = execute(
-        Calls(func, args, proposal),
+        Proposes(func, args, proposal),
         grid or ChunkGrid(20, 2),
-        Choice(backend, n_jobs or BACKENDS[backend], "a test"),
+        make_executor(choice, backend, settings.new_staging, None),
         settings,
         started_ns=monotonic_ns(),
-        staging=settings.new_staging() if backend == "loky" else None,
         notes=notes,
         collect_errors=collect_errors,
         can_split=can_split,
         resumed=resumed,
-        deliver=delivered.__setitem__,
     )
-    return outcome, delivered
+    return outcome, dict(outcome.delivered)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,7 +140,15 @@ ALL = {start: (start, start + 2) for start in range(0, 20, 2)}
 
 
 def outcome_with(failures=(), deaths=(), missing=()):
-    return RunOutcome([], list(failures), list(deaths), list(missing), report=None)
+    return RunOutcome(
+        worker_stats=[],
+        delivered=[],
+        failures=list(failures),
+        deaths=list(deaths),
+        missing=list(missing),
+        first_proposal=None,
+        report=None,
+    )
 
 
 def from_arguments(balance="static", n_jobs=None, backend=None, **others):
@@ -219,12 +225,12 @@ class TestSettings:
 
 class TestDecide:
     def test_given_arguments_are_followed(self):
-        choice = decide(Settings(Static(), n_jobs=3, backend="threading"), len)
+        choice = decide(Settings(Static(), n_jobs=3, backend="threading"), len).choice
         assert (choice.backend, choice.n_jobs, choice.reason) == ("threading", 3, "asked for")
 
     def test_the_backend_depends_on_the_function(self):
-        assert decide(Settings(Static(), n_jobs=3), np.isnan).backend == "threading"
-        assert decide(Settings(Static(), n_jobs=3), len).backend == "loky"
+        assert decide(Settings(Static(), n_jobs=3), np.isnan).choice.backend == "threading"
+        assert decide(Settings(Static(), n_jobs=3), len).choice.backend == "loky"
 
 
 @pytest.mark.parametrize("balance", [Static(), Dynamic()], ids=lambda rule: rule.name)

@@ -28,10 +28,12 @@ from taskcarrier import (
     predict_array,
     reduce_array,
 )
+from taskcarrier.memory.staging import Staging
 from taskcarrier.workers import joblib_backends
 from taskcarrier.workers.choose import Choice
-from taskcarrier.workers.joblib_backends import with_worker_count
+from taskcarrier.workers.executor import make_executor
 from taskcarrier.workers.pickling import pickle_items
+from taskcarrier.workers.serial import SerialExecutor
 from tests.strategies import run_script, same_bits
 
 
@@ -189,12 +191,12 @@ def test_a_backend_with_one_or_no_worker_is_not_used(found, monkeypatch):
     monkeypatch.setattr(Elsewhere, "n_workers", found)
     choice = Choice("test-elsewhere", -1, "asked for")
     if found:
-        assert with_worker_count(choice, "test-elsewhere") == Choice(
-            "sequential", 1, "backend 'test-elsewhere' has one worker"
-        )
+        executor = make_executor(choice, "test-elsewhere", Staging, None)
+        assert isinstance(executor, SerialExecutor)
+        assert executor.choice == Choice("sequential", 1, "backend 'test-elsewhere' has one worker")
     else:
         with pytest.raises(RuntimeError, match="'test-elsewhere' has no worker"):
-            with_worker_count(choice, "test-elsewhere")
+            make_executor(choice, "test-elsewhere", Staging, None)
 
 
 def test_an_active_configuration_is_followed_with_all_its_options(backend):

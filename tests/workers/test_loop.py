@@ -39,13 +39,14 @@ class Script:
         self.steps = steps or {}
         self.result = result
         self.calls = []
-        self.opened = 0
+        self.started = 0
 
-    def open(self, propose):
-        self.opened += 1
-        return self
+    def start(self, worker):
+        self.started += 1
+        worker.facts = self.calls
+        return self.run
 
-    def __call__(self, start, stop):
+    def run(self, start, stop):
         self.calls.append((start, stop))
         step = self.steps.get(start)
         if isinstance(step, BaseException):
@@ -54,13 +55,10 @@ class Script:
             step()
         return self.result(start, stop)
 
-    def facts(self):
-        return list(self.calls)
 
-
-class Unopenable(Script):
-    def open(self, propose):
-        raise self.steps["open"]
+class Unstartable(Script):
+    def start(self, worker):
+        raise self.steps["start"]
 
 
 def find_marked(n_workers=1, n_chunks=4):
@@ -101,7 +99,7 @@ class TestEveryBalance:
     def test_every_chunk_is_run_and_delivered(self, balance):
         task = Script()
         stats, ledger, delivered = run(task, balance=balance)
-        assert task.opened == 1
+        assert task.started == 1
         assert task.calls == ALL_CHUNKS
         assert delivered == [(start, (start, stop)) for start, stop in ALL_CHUNKS]
         assert (stats.worker, stats.ranges, stats.items) == (0, 4, 10)
@@ -162,7 +160,7 @@ class TestEveryBalance:
 
     def test_a_task_that_cannot_be_opened_is_a_failure(self, balance):
         error = OSError("no")
-        stats, ledger, _ = run(Unopenable({"open": error}), balance=balance)
+        stats, ledger, _ = run(Unstartable({"start": error}), balance=balance)
         assert stats.failure.error is error
         assert stats.failure.range is None
         assert stats.facts is None
@@ -446,16 +444,16 @@ class TestInWorker:
         seen = []
 
         class Looking(Script):
-            def open(self, propose):
+            def start(self, worker):
                 seen.append(is_in_worker())
-                return super().open(propose)
+                return super().start(worker)
 
         stats, _, _ = run(Looking())
         assert stats.failure is None
         assert seen == [True]
 
     def test_a_task_that_cannot_be_opened_leaves_the_worker(self):
-        run(Unopenable({"open": OSError("no")}))
+        run(Unstartable({"start": OSError("no")}))
         assert not is_in_worker()
 
     def test_a_nested_run_does_not_leave_the_worker(self):

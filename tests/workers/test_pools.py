@@ -31,40 +31,27 @@ from taskcarrier.workers.processes import pool
 from taskcarrier.workers.records import WorkerStats
 from taskcarrier.workers.task import Job
 from taskcarrier.workers.threads import ThreadPool
+from tests.helpers import Calls
 
 LONG = 60  # seconds that no test waits for
 LENDERS = {"threading": thread_pool, "loky": process_pool}
 
 
-class Calls:
-    def __init__(self, call):
-        self.call = call
-
-    def open(self, propose):
-        return self
-
-    def __call__(self, start, stop):
-        return self.call.func()
-
-    def facts(self):
-        return None
-
-
-def where():
+def where(start, stop):
     return os.getpid(), threading.current_thread().name
 
 
 def run(pool, func=where, n_workers=2):
     delivered = []
     job = Job(Calls(Call(func)), Dynamic(), ChunkGrid(n_workers, 1), n_workers)
-    payload = () if pool.shares_memory else (pickle_task(job, Staging()),)
+    payload = () if isinstance(pool, ThreadPool) else (pickle_task(job, Staging()),)
     pool.run(job, *payload, lambda _, result: delivered.append(result), None)
     return delivered
 
 
 def workers(pool):
     """Return the living workers of a pool."""
-    if pool.shares_memory:
+    if isinstance(pool, ThreadPool):
         return [w.thread for w in pool._workers.values() if w.thread.is_alive()]
     return [w.pid for w in pool._workers.values() if psutil.pid_exists(w.pid)]
 

@@ -9,54 +9,28 @@ from taskcarrier.scheduling.balance import Dynamic
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.retries import RetryPolicy
 from taskcarrier.workers import threads
-from taskcarrier.workers.loop import is_in_worker
+from taskcarrier.workers.call import Call
 from taskcarrier.workers.pools import thread_pool
 from taskcarrier.workers.queues import (
     MAX_BATCHES_PER_WORKER,
     BatchResult,
-    SerialQueue,
     raise_and_forget,
     to_batch_result,
 )
 from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats
 from taskcarrier.workers.task import Job
 from tests.clocks import LATE
+from tests.helpers import StreamTask
 
 LONG = 60  # seconds that no test waits for
 
 
-class StreamTask:
-    """A task on items that come in batches."""
-
-    def __init__(self, func):
-        self.func = func
-
-    def open(self, propose):
-        return StreamRunner(self.func)
-
-
-class StreamRunner:
-    def __init__(self, func):
-        self.func = func
-
-    def hold(self, start, read):
-        self.start, self.items = start, read()
-
-    def __call__(self, start, stop):
-        items = self.items[start - self.start : stop - self.start]
-        return BatchResult(start, stop, [self.func(item) for item in items], 7)
-
-    def facts(self):
-        return None
-
-
 def job_of(func, n_workers=2, **options):
     return Job(
-        StreamTask(func),
+        StreamTask(Call(func)),
         Dynamic(),
         ChunkGrid(0, 1),
         n_workers,
-        is_streamed=True,
         collect_errors=True,
         **options,
     )
@@ -70,39 +44,6 @@ def all_of(queue, n_items):
             assert one.start not in came
             came[one.start] = one
     return came
-
-
-class TestSerialQueue:
-    def test_a_serial_queue_runs_a_batch_in_the_caller(self):
-        queue = SerialQueue(job_of(lambda item: (item, is_in_worker()), 1))
-        assert queue.runs_in_caller
-        assert queue.has_room
-        queue.put(5, ["a", "b"])
-        assert not queue.has_room
-        assert queue.get(0) == [BatchResult(5, 7, [("a", True), ("b", True)], 7)]
-        assert queue.has_room
-        assert queue.get(0) == []
-        assert not is_in_worker()
-
-    def test_a_serial_queue_has_stats(self):
-        queue = SerialQueue(job_of(abs, 1))
-        for start in range(0, 6, 2):
-            queue.put(start, [start, start + 1])
-            queue.get(0)
-        (stats,) = queue.close().worker_stats
-        assert (stats.name, stats.ranges, stats.items) == ("caller", 3, 6)
-        assert stats.busy_ns == 21
-        assert queue.ledger.n_items_done(1) == 6
-
-    def test_a_serial_queue_raises_an_exit(self):
-        def leave(item):
-            raise SystemExit(item)
-
-        queue = SerialQueue(job_of(leave, 1))
-        with pytest.raises(SystemExit):
-            queue.put(0, [3])
-        assert not is_in_worker()
-        queue.close()
 
 
 class TestThreadQueue:

@@ -21,10 +21,12 @@ from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import DONE
 from taskcarrier.scheduling.retries import RetryPolicy
 from taskcarrier.workers import threads as module
+from taskcarrier.workers.call import Call
 from taskcarrier.workers.loop import is_in_worker
 from taskcarrier.workers.task import IN_PLACE, Job
 from taskcarrier.workers.threads import ThreadPool
 from tests.clocks import stopped_clock
+from tests.helpers import Calls
 
 BALANCES = [Static(), Dynamic()]
 LONG = 60  # seconds that no test waits for
@@ -37,25 +39,9 @@ def pool():
     made.close()
 
 
-class Calls:
-    """A task that calls a function of the range; it opens into itself."""
-
-    def __init__(self, func):
-        self.func = func
-
-    def open(self, propose):
-        return self
-
-    def __call__(self, start, stop):
-        return self.func(start, stop)
-
-    def facts(self):
-        return threading.current_thread().name
-
-
 def run(pool, func, *, balance=None, n_items=20, n_workers=3, tick=None, **others):
     delivered = []
-    job = Job(Calls(func), balance or Dynamic(), ChunkGrid(n_items, 2), n_workers, **others)
+    job = Job(Calls(Call(func)), balance or Dynamic(), ChunkGrid(n_items, 2), n_workers, **others)
     ran = pool.run(job, lambda *one: delivered.append(one), tick)
     assert ran.deaths == []
     return ran.worker_stats, sorted(delivered), ran
@@ -95,7 +81,7 @@ class TestRun:
         worker_stats, _, _ = run(pool, meet, balance=balance, n_items=n_items)
         assert [stats.worker for stats in worker_stats] == [0, 1, 2]
         assert [stats.name for stats in worker_stats] == ["thread 0", "thread 1", "thread 2"]
-        names = [stats.facts for stats in worker_stats]
+        names = [stats.facts[1] for stats in worker_stats]
         assert names == [f"ThreadPoolExecutor-taskcarrier-{n}" for n in range(3)]
 
     def test_a_run_may_use_fewer_workers_than_threads(self, pool, balance):

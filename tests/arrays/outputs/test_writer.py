@@ -20,6 +20,7 @@ from taskcarrier.arrays.outputs.buffers import (
 from taskcarrier.arrays.outputs.specs import DisagreementError, Spec
 from taskcarrier.arrays.outputs.writer import OutputWriter, Plan, check_out_axis
 from taskcarrier.memory.segments import Segment
+from taskcarrier.workers.task import WorkerContext
 from tests.strategies import PARALLEL, assert_same, keep_pools_warm
 
 RUNS = [("sequential", "static"), *PARALLEL]
@@ -332,13 +333,13 @@ def test_threads_get_the_same_output_arrays():
 
 def writer_of(n_items=6, propose=lambda proposal: proposal, **options):
     plan = Plan(LocalBuffer(n_items, "C"), n_items, 0, **options)
-    return OutputWriter(plan, propose), plan
+    return OutputWriter(plan, WorkerContext(0, propose)), plan
 
 
 def test_a_writer_remembers_its_first_result_and_refuses_others():
     writer, plan = writer_of()
     assert writer.place(2, 4, np.array([2.0, 3.0])) is None
-    assert writer.first == (2, FLAT)
+    assert writer._worker.facts == (2, FLAT)
     with pytest.raises(DisagreementError) as caught:
         writer.place(4, 6, np.array([4, 5]))
     assert caught.value.spec.parts == ((np.dtype(int), ()),)
@@ -375,7 +376,7 @@ def test_a_writer_trims_margins_and_casts():
     writer.place(0, 2, np.arange(3.0), (0, 1))
     writer.place(2, 6, np.arange(1.0, 7.0), (1, 1))
     assert arrays_of(plan.allocation, FLAT)[0].tolist() == [0, 1, 2, 3, 4, 5]
-    assert writer.first == (0, FLAT.with_dtypes([np.dtype("f4")]))
+    assert writer._worker.facts == (0, FLAT.with_dtypes([np.dtype("f4")]))
     with pytest.raises(TypeError, match="complex128 cannot become float32"):
         writer.place(0, 2, np.ones(2, complex))
 

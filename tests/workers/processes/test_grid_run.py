@@ -46,6 +46,7 @@ from taskcarrier.workers.processes.worker import RESULTS
 from taskcarrier.workers.records import PartialResult
 from taskcarrier.workers.task import IN_PLACE, Job
 from tests.clocks import LATE
+from tests.helpers import Calls
 
 BALANCES = [Static(), Dynamic()]
 LONG = 60  # seconds that no test waits for
@@ -173,11 +174,11 @@ class Task:
         self.calls = []
         self.fate = Fate()
 
-    def open(self, propose):
+    def start(self, worker):
         self.fate.step()
-        return self
+        return self.run
 
-    def __call__(self, start, stop):
+    def run(self, start, stop):
         self.fate.step()
         self.calls.append((start, stop))
         if any(start <= item < stop for item in self.deadly):
@@ -187,9 +188,6 @@ class Task:
             return doubled(start, stop)
         self.place[start:stop] = doubled(start, stop)
         return IN_PLACE
-
-    def facts(self):
-        return None
 
 
 def doubled(start, stop):
@@ -850,22 +848,6 @@ class TestAbort:
 # From here on, processes are real
 
 
-class Calls:
-    """A task that calls a function of the range; open already."""
-
-    def __init__(self, call):
-        self.call = call
-
-    def open(self, propose):
-        return self
-
-    def __call__(self, start, stop):
-        return self.call.func(start, stop, *self.call.args)
-
-    def facts(self):
-        return None
-
-
 @pytest.fixture
 def pool():
     made = ProcessPool(2)
@@ -1047,20 +1029,16 @@ class InPlace:
         self.at = at
         self.folder = folder
 
-    def open(self, propose):
+    def start(self, worker):
         array = self.place.open("write")
 
-        class RangeRunner:
-            def __call__(_, start, stop):  # noqa: N805  # `self` is the task
-                if start == self.at and seen(self.folder, start) == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                array[start:stop] = 2 * np.arange(start, stop)
-                return IN_PLACE
+        def run(start, stop):
+            if start == self.at and seen(self.folder, start) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            array[start:stop] = 2 * np.arange(start, stop)
+            return IN_PLACE
 
-            def facts(_):  # noqa: N805  # likewise
-                return None
-
-        return RangeRunner()
+        return run
 
 
 @by_balance

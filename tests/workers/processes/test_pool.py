@@ -23,25 +23,10 @@ from taskcarrier.workers.processes import grid_run
 from taskcarrier.workers.processes import pool as module
 from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.task import IN_PLACE, Job
+from tests.helpers import Calls
 
 BALANCES = [Static(), Dynamic()]
 LONG = 60  # seconds that no test waits for
-
-
-class Calls:
-    """A task that calls a function of the range; open already."""
-
-    def __init__(self, call):
-        self.call = call
-
-    def open(self, propose):
-        return self
-
-    def __call__(self, start, stop):
-        return self.call.func(start, stop, *self.call.args)
-
-    def facts(self):
-        return os.getpid()
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +111,9 @@ class TestRun:
         worker_stats = run(warm, both, balance=balance)[0].worker_stats
         assert [stats.worker for stats in worker_stats] == [0, 1]
         assert [stats.name for stats in worker_stats] == [
-            f"process {a.facts}" for a in worker_stats
+            f"process {a.facts[0]}" for a in worker_stats
         ]
-        assert {stats.facts for stats in worker_stats} == pids(warm)
+        assert {stats.facts[0] for stats in worker_stats} == pids(warm)
         assert os.getpid() not in pids(warm)
 
     def test_the_same_processes_run_the_next_run(self, warm, balance):

@@ -18,36 +18,12 @@ from taskcarrier.workers.call import Call
 from taskcarrier.workers.pickling import pickle_task
 from taskcarrier.workers.processes import stream_run as module
 from taskcarrier.workers.processes.pool import ProcessPool
-from taskcarrier.workers.queues import MAX_BATCHES_PER_WORKER, BatchResult, UnsendableError
+from taskcarrier.workers.queues import MAX_BATCHES_PER_WORKER, UnsendableError
 from taskcarrier.workers.task import Job
 from tests.clocks import LATE
+from tests.helpers import StreamTask
 
 LONG = 60  # seconds that no test waits for
-
-
-class StreamTask:
-    """A task on items that come in batches."""
-
-    def __init__(self, call):
-        self.call = call
-
-    def open(self, propose):
-        return StreamRunner(self.call.func)
-
-
-class StreamRunner:
-    def __init__(self, func):
-        self.func = func
-
-    def hold(self, start, read):
-        self.start, self.read = start, read
-
-    def __call__(self, start, stop):
-        items = self.read()[start - self.start : stop - self.start]
-        return BatchResult(start, stop, [self.func(item) for item in items], 7)
-
-    def facts(self):
-        return None
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +63,6 @@ def open_queue(pool, func, n_workers=2, **options):
         Dynamic(),
         ChunkGrid(0, 1),
         n_workers,
-        is_streamed=True,
         collect_errors=True,
         can_split=True,
         **options,

@@ -36,29 +36,14 @@ from taskcarrier.workers.processes.worker import (
 )
 from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats, WorkerWarning
 from taskcarrier.workers.task import Job
+from tests.helpers import Calls
 
 BALANCES = [Static(), Dynamic()]
 LONG = 60  # seconds that no test waits for
 
 
-class Calls:
-    """A task that calls a function of the range; open already."""
-
-    def __init__(self, call):
-        self.call = call
-
-    def open(self, propose):
-        return self
-
-    def __call__(self, start, stop):
-        return self.call.func(start, stop, *self.call.args)
-
-    def facts(self):
-        return os.getpid()
-
-
 class Unopenable(Calls):
-    def open(self, propose):
+    def start(self, worker):
         raise OSError("cannot be opened")
 
 
