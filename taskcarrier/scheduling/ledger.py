@@ -32,6 +32,24 @@ marks outlive every process (`taskcarrier.arrays.resume.ledger_file`).
 
 Set once. Workers can agree on one value, and the first proposal decides (`Ledger.propose`): it is
 the first record of a file opened for appending. The kernel appends records one after the other.
+
+An example. The row of worker 1 while it runs chunk 7, of 526 items, under dynamic balance with a
+time limit; it has run three chunks before. ``ITEM`` and ``RANGES`` are words of compiled loops.
+
+==============================  =======  =====  ====  ======  =========  =============  =======
+the worker ...                  IN_HAND  ITEMS  ITEM  RANGES      SINCE  ATTEMPTS_DONE  mark 7
+==============================  =======  =====  ====  ======  =========  =============  =======
+has finished its third chunk         -1   1578     0       0          0              0  PENDING
+is about to claim                    -2   1578     0       0          0              0  PENDING
+has claimed chunk 7                   7   1578     0       0          0              0  PENDING
+calls the function                    7   1578     0       0  123456789              0  PENDING
+has the result, in place              7   1578     0       0          0              0  PENDING
+has marked the chunk                  7   1578     0       0          0              0  DONE
+has finished it                      -1   2104     0       0          0              0  DONE
+==============================  =======  =====  ====  ======  =========  =============  =======
+
+A worker that dies at any of these steps leaves chunk 7 with the mark that says what is to be done:
+run it again while it is ``PENDING``, nothing once it is ``DONE``. ``IN_HAND`` says who had it.
 """
 
 from __future__ import annotations
