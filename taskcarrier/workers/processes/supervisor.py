@@ -204,19 +204,12 @@ class Supervisor:
         """Wait for the workers to report, and kill those that do not within `seconds`."""
         deadline = time.monotonic() + seconds
         try:
-            for number, worker in list(self._started.items()) if self._is_streamed else ():
-                self.send(worker, b"", [])
-                self._told.add(number)
-                worker.is_free = number not in self.at_work
-            for number, worker in list(self.at_work.items()):
-                self._read_messages(number, worker)  # some that came may not have been read
-            while (left := deadline - time.monotonic()) > 0 and (
-                self.at_work.keys() & self._started.keys()
-            ):
-                for number, worker, has_ended in self._watch.wait(min(left, LONGEST_WAIT)):
-                    is_open = self._read_messages(number, worker)
-                    if number in self.at_work and (has_ended or not is_open):
-                        self._kill(number, worker)
+            if self._is_streamed:
+                for number, worker in list(self._started.items()):
+                    self.send(worker, b"", [])
+                    self._told.add(number)
+                    worker.is_free = number not in self.at_work
+            self._wait_for_stats(deadline)
         finally:
             # Also those that were not told: they would take the next run for a batch of this one.
             for number, worker in {**self._started, **self.at_work}.items():
@@ -225,6 +218,17 @@ class Supervisor:
             if self._is_memory_kept:
                 for segment in self._payload.segments:
                     segment.retire()
+
+    def _wait_for_stats(self, deadline: float) -> None:
+        for number, worker in list(self.at_work.items()):
+            self._read_messages(number, worker)  # some that came may not have been read
+        while (self.at_work.keys() & self._started.keys()) and (
+            left := deadline - time.monotonic()
+        ) > 0:
+            for number, worker, has_ended in self._watch.wait(min(left, LONGEST_WAIT)):
+                is_open = self._read_messages(number, worker)
+                if number in self.at_work and (has_ended or not is_open):
+                    self._kill(number, worker)
 
     def make_result(self) -> RunResult:
         """Return how the run ended, as far as its workers show."""
@@ -242,10 +246,12 @@ class Supervisor:
                 for result in unpickle_results(message, on_disk=self._job.folder is not None):
                     self._source.take_result(number, *result)
             else:
-                # First of all: even if the rest is interrupted, the worker is free.
+                # First of all, with no call between: even if the rest is interrupted, the worker is
+                # free, and is not waited for.
                 self._is_memory_kept |= data[1:2] == KEPT
                 worker.is_free = number in self._told or not self._is_streamed
-                self._drop_worker(number, worker)
+                del self.at_work[number]
+                self._stop_watching(number, worker)
                 stats = unpickle_stats(data[2:])
                 stats.name = worker.name
                 self._worker_stats.append(stats)
@@ -254,8 +260,7 @@ class Supervisor:
                     self.halt()
         return is_open
 
-    def _drop_worker(self, number: int, worker: Worker) -> None:
-        del self.at_work[number]
+    def _stop_watching(self, number: int, worker: Worker) -> None:
         self._overdue.pop(number, None)
         self._watch.drop(worker)
 
@@ -264,7 +269,8 @@ class Supervisor:
         worker.kill()
         self._started.pop(number, None)
         if number in self.at_work:
-            self._drop_worker(number, worker)
+            del self.at_work[number]
+            self._stop_watching(number, worker)
             self._worker_stats.append(self._source.count_done(number, worker.name))
         worker.reap()
 
@@ -293,8 +299,9 @@ class Supervisor:
     def _handle_death(self, number: int, worker: Worker) -> None:
         """Record a death, decide on what the worker had in hand, and replace the worker."""
         overdue = self._overdue.get(number)
-        self._drop_worker(number, worker)
+        del self.at_work[number]
         self._started.pop(number, None)  # first: nothing may be sent to a worker that was reaped
+        self._stop_watching(number, worker)
         exitcode = worker.reap()
         in_hand = self._source.range_in_hand(number)
         death = WorkerDeath.from_attempt(number, worker.name, exitcode, in_hand, overdue)
