@@ -5,8 +5,8 @@ message to a worker always fits into its socket and sending never waits. Results
 Each worker runs its batches in the order in which they were sent. So the ledger and the results
 that have come tell which batch a worker died on, and which it has not begun.
 
-A worker that dies is replaced. What it had in hand is given out again, before new batches, as
-`taskcarrier.scheduling.retries` decides; if it is given up, its result is the error.
+Batches of a dead worker are sent again before new ones. If a range is given up, its result is the
+error.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ The workers are scripted: a test sends their messages and lets them die.
 """
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -27,7 +28,9 @@ from taskcarrier.workers.processes.worker import (
 )
 from taskcarrier.workers.records import RangeFailure, WorkerStats
 from taskcarrier.workers.task import Job
+from tests.interrupted import interrupted_at
 from tests.workers.processes.test_grid_run import SIGKILL, Fate, Process
+from tests.workers.test_pickling import ready
 
 LONG = 60  # seconds that no test waits for
 
@@ -308,6 +311,66 @@ class TestEnd:
                 source.supervisor.step(0)
             source.supervisor.end(LONG)
             assert source.supervisor.at_work == {}
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+class TestInterrupts:
+    """Only workers that wait for an order are free, wherever an exception comes from outside."""
+
+    @pytest.fixture
+    def make_source(self, is_streamed, monkeypatch):
+        monkeypatch.setattr(Process, "reap", lambda _: SIGKILL)  # its descriptors are closed here
+
+        def make():
+            source = Source(3, is_streamed=is_streamed)
+            for process in source.processes:
+                process.is_free = True
+            return source
+
+        return make
+
+    @staticmethod
+    def start_and_step(source):
+        """Start three workers: one reports, one dies, one goes on."""
+        for number, process in enumerate(source.processes):
+            source.supervisor.start(number, process)
+        report(source.processes[0])
+        source.processes[1].end()
+        source.supervisor.step(0)
+
+    @staticmethod
+    def check_free(source, is_streamed):
+        """Check what the workers that count as free have got; return the others."""
+        for process in source.processes:
+            if process.is_free and not process.has_ended:
+                contents, _ = ready(process.inside)
+                assert len(contents) in ({0, 2} if is_streamed else {0, 1})
+                assert contents[1:] in ([], [b""])
+                assert process is source.processes[0] or not contents
+        return [process for process in source.processes if not process.is_free]
+
+    def test_a_run_that_was_interrupted_can_be_ended(self, make_source, is_streamed):
+        for step in itertools.count():
+            source = make_source()
+            is_interrupted = interrupted_at(step, lambda: self.start_and_step(source))  # noqa: B023
+            source.supervisor.end(0)
+            for process in self.check_free(source, is_streamed):
+                assert process.n_kills or process.has_ended
+            source.__exit__()
+            if not is_interrupted:
+                break
+        assert step > 50
+
+    def test_the_end_may_be_interrupted(self, make_source, is_streamed):
+        for step in itertools.count():
+            source = make_source()
+            self.start_and_step(source)
+            is_interrupted = interrupted_at(step, lambda: source.supervisor.end(0))  # noqa: B023
+            self.check_free(source, is_streamed)
+            source.__exit__()
+            if not is_interrupted:
+                break
+        assert step > 10
 
 
 def raise_interrupt(*_):
