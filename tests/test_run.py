@@ -34,7 +34,7 @@ from taskcarrier.workers.call import Call
 from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.executor import make_executor
 from taskcarrier.workers.pools import shutdown
-from taskcarrier.workers.processes.grid_run import ProcessRun
+from taskcarrier.workers.processes.grid_run import GridRun
 from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerDeath, WorkerStats
 from taskcarrier.workers.task import IN_PLACE
 from tests.clocks import LATE, stopped_clock
@@ -728,23 +728,23 @@ def lose_a_claim(monkeypatch):
 
 
 def lose_a_mark(monkeypatch):
-    ran = ProcessRun.ran
+    make_result = GridRun.make_result
 
     def without_one(self):
         self._ledger.marks[3] = PENDING
-        return ran(self)
+        return make_result(self)
 
-    monkeypatch.setattr(ProcessRun, "ran", without_one)
+    monkeypatch.setattr(GridRun, "make_result", without_one)
 
 
 def lose_a_result(monkeypatch):
-    unpack = ProcessRun._unpack_result
+    take = GridRun.take_result
 
-    def all_but_one(self, worker, start, packed, large):
+    def all_but_one(self, number, start, packed, large):
         if start != 3:
-            unpack(self, worker, start, packed, large)
+            take(self, number, start, packed, large)
 
-    monkeypatch.setattr(ProcessRun, "_unpack_result", all_but_one)
+    monkeypatch.setattr(GridRun, "take_result", all_but_one)
 
 
 @pytest.mark.parametrize("backend", ["sequential", "threading"])

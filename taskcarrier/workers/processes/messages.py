@@ -1,4 +1,32 @@
-"""Messages with file descriptors on a worker's socket."""
+"""Messages with file descriptors on a worker's socket.
+
+A message is a header of 12 bytes (``<QI``: the length of its content, and the number of descriptors
+that come with its first byte), then the content. What the content means is written in
+`taskcarrier.workers.processes.worker`.
+
+An example: all messages of a new worker that runs the two chunks of four items, with a function
+that returns ``[start, stop]``. (A pickle is shown as the object that it gives.)
+
+======  ========================================  ================================================
+to      content                                   meaning
+======  ========================================  ================================================
+worker  (nothing, with 4 descriptors)             its start: the ledger's words, counter and
+                                                  set-once file, and the parent's memory
+worker  ``00``                                    an order (``<?I``): no batches follow, and
+        ``00 00 00 00``                           pickled attempts take 0 bytes;
+        ``80 04 95 ...``                          the payload: the pickled job, 1,410 bytes
+parent  ``R``                                     results:
+        ``[(0, <pickle of [0, 2]>, []),``         the start of a chunk, its result, and where its
+        ``(2, <pickle of [2, 4]>, [])]``          large arrays lie in the segment that comes along
+parent  ``A F``                                   stats: the function holds on to no shared memory;
+        ``((0, 2, 4, 25949), None, None, [])``    worker 0 ran 2 ranges, 4 items, in 25,949 ns;
+                                                  the task's facts, its failure, its warnings
+======  ========================================  ================================================
+
+The results are two messages if the first chunk took some time. The worker then waits for the next
+order, or for the end of the socket. In a stream the order begins with ``01``, batches follow it
+(`pack_batch_order`), and a message without content is the last of them.
+"""
 
 from __future__ import annotations
 

@@ -45,9 +45,9 @@ from taskcarrier.system.descriptors import Descriptor, keep_standard_free
 from taskcarrier.system.interrupts import is_raised_by_handler, run_sheltered
 from taskcarrier.workers.pickling import Payload
 from taskcarrier.workers.processes.exits import ProcessExit, is_readable
-from taskcarrier.workers.processes.grid_run import ProcessRun
+from taskcarrier.workers.processes.grid_run import GridRun
 from taskcarrier.workers.processes.messages import MessageSocket
-from taskcarrier.workers.processes.stream_run import ProcessQueue
+from taskcarrier.workers.processes.stream_run import StreamRun
 from taskcarrier.workers.processes.worker import (
     open_ledger,
     worker_main,
@@ -302,7 +302,7 @@ class ProcessPool:
         ledger.set_marks(job.open_marks(), len(job.grid))
         if job.marks is None and ledger.marks is not None:
             ledger.marks[:] = bytes(len(job.grid))
-        run = ProcessRun(job, ledger, deliver, payload, self._get_worker)
+        run = GridRun(job, ledger, deliver, payload, self._get_worker)
         # If the run is interrupted, a worker may write to the segments for a moment longer.
         for segment in payload.segments:
             segment.is_lent = True
@@ -315,20 +315,16 @@ class ProcessPool:
                     tick(ledger)
             for segment in payload.segments:
                 segment.is_lent = False
-            return run.ran()
+            return run.make_result()
         finally:
-            if run.at_work:
-                run.abort()
-            if run.is_memory_kept:
-                for segment in payload.segments:
-                    segment.retire()
+            run.close()
             ledger.marks = None
 
-    def stream(self, job: Job, payload: Payload) -> ProcessQueue:
+    def stream(self, job: Job, payload: Payload) -> StreamRun:
         """Return a queue whose workers wait for batches; it owns the pool until it is closed."""
         self._end_stuck_workers()
         self._ledger.reset(job.n_workers)
-        return ProcessQueue(job, self._ledger, payload, self._get_worker)
+        return StreamRun(job, self._ledger, payload, self._get_worker)
 
     def close(self, *, wait: bool = True) -> None:
         """End the workers: with `wait`, idle ones have time for exit hooks; others are killed."""

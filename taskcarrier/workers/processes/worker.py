@@ -48,6 +48,9 @@ _FIRST_BATCH_SECONDS = 0.0005
 # An array that is less than this part of a batch's shared memory is copied out of it.
 _KEPT_PARTS = 4
 
+# A batch's pickle lies in a segment too, from this size on. Far below what a socket holds.
+_SENT_NBYTES = 1 << 14
+
 # The number of different warnings that are sent; arbitrary.
 _MAX_WARNINGS = 100
 
@@ -74,6 +77,22 @@ PackedBatch = bytes | tuple[int, int]
 """A pickle of a batch's pickle and the places of its large arrays; or the place of the former.
 
 Places are offsets and lengths in the segment that comes with the message."""
+
+
+def pack_batch(
+    pickled: bytes, large: list[memoryview], staging: Staging
+) -> tuple[PackedBatch, Segment | None]:
+    """Return a batch for `pack_batch_order`, and the segment that goes with the message."""
+    segment: Segment | None = None
+    places = []
+    for raw in large:
+        segment, offset = staging.add(raw)
+        places.append((offset, len(raw)))
+    content = pickle.dumps((pickled, places))
+    if len(content) <= _SENT_NBYTES:
+        return content, segment
+    segment, offset = staging.add(memoryview(content))
+    return (offset, len(content)), segment
 
 
 def pack_batch_order(attempt: Attempt, first: int, packed: PackedBatch) -> bytes:

@@ -39,7 +39,7 @@ from taskcarrier.workers.call import Call
 from taskcarrier.workers.pickling import Payload, pickle_task
 from taskcarrier.workers.processes import grid_run as module
 from taskcarrier.workers.processes import messages, worker
-from taskcarrier.workers.processes.grid_run import ProcessRun
+from taskcarrier.workers.processes.grid_run import GridRun
 from taskcarrier.workers.processes.messages import MessageSocket
 from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.processes.worker import RESULTS
@@ -223,7 +223,7 @@ class ScriptedPool:
         self.processes = []
         self.waiting = []
         self.lost = []  # for each dead worker, ranges that it had run or begun in vain
-        self.run = ProcessRun(
+        self.run = GridRun(
             job, self.ledger, self.delivered.__setitem__, Payload(b"", []), self.get_worker
         )
 
@@ -281,7 +281,7 @@ class ScriptedPool:
             self.started()
             for _ in range(1000):
                 if not self.run.is_running():
-                    return self.run.ran()
+                    return self.run.make_result()
                 while self.waiting:
                     self.live(self.waiting.pop(0))
                 self.run.step(0)
@@ -626,7 +626,7 @@ class TestIdleDeaths:
             process.end()
             pool.run.step(0)
             assert not pool.run.is_running()
-            ran = pool.run.ran()
+            ran = pool.run.make_result()
         assert ran.deaths == []
         assert [stats.items for stats in ran.worker_stats] == [8]
 
@@ -698,7 +698,7 @@ class TestTimeout:
             pool.processes[0].end()
             pool.run.step(0)
             assert not pool.run.is_running()
-            ran = pool.run.ran()
+            ran = pool.run.make_result()
         (failure,) = ran.failures
         assert (failure.range, failure.attempt, failure.worker) == ((0, 2), 1, "process 0")
         assert isinstance(failure.error, TimeoutError)
@@ -720,7 +720,7 @@ class TestTimeout:
             pool.live(pool.processes[1])
             pool.run.step(0)
             assert not pool.run.is_running()
-            assert pool.run.ran().failures == []
+            assert pool.run.make_result().failures == []
         assert pool.job.task.calls == [(2, 4), (4, 6), (6, 8)]
 
     def test_a_range_begun_before_the_kill_is_not_to_blame(self):
@@ -761,7 +761,7 @@ class TestTimeout:
             pool.processes[1].end()
             pool.run.step(0)
             assert not pool.run.is_running()
-            (failure,) = pool.run.ran().failures
+            (failure,) = pool.run.make_result().failures
         assert (failure.range, failure.attempt) == ((0, 2), 2)
 
     def test_a_late_range_is_not_run_again_for_other_exceptions(self):
@@ -771,7 +771,7 @@ class TestTimeout:
             pool.processes[0].end()
             pool.run.step(0)
             assert not pool.run.is_running()
-            assert [failure.attempt for failure in pool.run.ran().failures] == [1]
+            assert [failure.attempt for failure in pool.run.make_result().failures] == [1]
 
     def test_a_timeout_holds_for_a_worker_that_was_done_before_it_was_killed(self):
         # Worker 0 is killed too late to be hit; what worker 1 has lost is then given to it.
@@ -818,11 +818,11 @@ class TestAbort:
         monkeypatch.setattr(module, "GRACE_SECONDS", 0.01)
         pool = scripted(n_workers=2)
         with pool:
-            pool.run.abort()
+            pool.run.close()
             assert pool.ledger.is_halted
             assert [process.n_kills for process in pool.processes] == [1, 1]
             assert [process.pidfd for process in pool.processes] == [-1, -1]
-            assert pool.run.at_work == {}
+            assert pool.run._supervisor.at_work == {}
 
     def test_workers_that_stop_are_not_killed(self, monkeypatch):
         monkeypatch.setattr(module, "GRACE_SECONDS", LONG)
@@ -831,7 +831,7 @@ class TestAbort:
             pool.ledger.halt()
             for process in pool.processes:
                 pool.live(process)
-            pool.run.abort()
+            pool.run.close()
             assert [process.n_kills for process in pool.processes] == [0, 0]
             assert pool.job.task.calls == []
 
@@ -841,7 +841,7 @@ class TestAbort:
         with pool:
             for process in pool.processes:
                 process.end()
-            pool.run.abort()
+            pool.run.close()
             assert len(pool.processes) == 2
 
 

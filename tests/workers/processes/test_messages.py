@@ -1,6 +1,7 @@
 """Messages on a worker's socket: whole ones, with their descriptors, or none."""
 
 import os
+import pickle
 import resource
 import socket
 import struct
@@ -10,9 +11,13 @@ import pytest
 
 from taskcarrier.memory.segments import Segment
 from taskcarrier.memory.staging import Staging
+from taskcarrier.scheduling.balance import Dynamic
+from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.workers.pickling import pickle_task
 from taskcarrier.workers.processes import messages as module
 from taskcarrier.workers.processes.messages import MessageSocket
+from taskcarrier.workers.processes.pool import ProcessPool
+from taskcarrier.workers.task import Job
 from tests.interrupted import interrupted_at
 from tests.workers.test_pickling import n_open, ready
 
@@ -260,3 +265,56 @@ class TestMessageSocket:
 
     def test_a_channel_can_be_waited_on(self, pair):
         assert pair[0].fileno() == pair[0]._socket.fileno() >= 0
+
+
+class StartAndStop:
+    """A task that returns the bounds of its ranges; open already."""
+
+    def open(self, propose):
+        return self
+
+    def __call__(self, start, stop):
+        return [start, stop]
+
+    def facts(self):
+        return None
+
+
+def test_the_messages_of_a_run_are_those_of_the_documented_example(monkeypatch):
+    sent, came = [], []
+    send, messages = MessageSocket.send, MessageSocket.messages
+
+    def recorded_send(self, data, fds=None):
+        sent.append((data, len(fds or [])))
+        send(self, data, fds)
+
+    def recorded_messages(self):
+        for data, descriptors in messages(self):
+            came.append((data, len(descriptors)))
+            yield data, descriptors
+
+    monkeypatch.setattr(MessageSocket, "send", recorded_send)
+    monkeypatch.setattr(MessageSocket, "messages", recorded_messages)
+    job = Job(StartAndStop(), Dynamic(), ChunkGrid(4, 2), 1)
+    payload = pickle_task(job, Staging())
+    pool = ProcessPool(1)
+    try:
+        pool.run(job, payload, lambda *_: None, None)
+    finally:
+        pool.close()
+        vars(pool).clear()  # pytest keeps it beyond the watch for leaks
+    (start, n_descriptors), (order, _) = sent
+    assert start == b""
+    assert n_descriptors in {3, 4}  # without /proc, the parent's memory is not shared
+    assert order == struct.pack("<?I", False, 0) + payload.data
+    *results, (stats, _) = came
+    assert {data[:1] for data, _ in results} == {b"R"}
+    parts = [part for data, _ in results for part in pickle.loads(data[1:])]
+    assert [(start, pickle.loads(packed), places) for start, packed, places in parts] == [
+        (0, [0, 2], []),
+        (2, [2, 4], []),
+    ]
+    assert stats[:2] == b"AF"
+    (worker, ranges, items, busy_ns), *rest = pickle.loads(stats[2:])
+    assert (worker, ranges, items, rest) == (0, 2, 4, [None, None, []])
+    assert busy_ns > 0

@@ -17,6 +17,7 @@ from taskcarrier.scheduling.retries import RetryPolicy
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.pickling import pickle_task
 from taskcarrier.workers.processes import stream_run as module
+from taskcarrier.workers.processes import supervisor, worker
 from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.queues import MAX_BATCHES_PER_WORKER, UnsendableError
 from taskcarrier.workers.task import Job
@@ -89,9 +90,9 @@ def test_workers_that_have_left_get_no_batches(warm):
     queue.put(0, [1])
     queue.put(1, [2])
     deadline = time.monotonic() + LONG
-    while queue._workers and time.monotonic() < deadline:
+    while queue._supervisor.at_work and time.monotonic() < deadline:
         assert queue.get(0.01) == []
-    assert not queue._workers
+    assert not queue._supervisor.at_work
     assert not queue.has_room
     queue.put(2, [3])
     assert queue.close().n_claimed == 0
@@ -103,7 +104,7 @@ def test_workers_that_have_left_get_no_batches(warm):
 
 def test_results_that_come_too_late_are_not_unpickled(warm, monkeypatch):
     read = []
-    monkeypatch.setattr(module, "unpickle_items", lambda *packed: read.append(packed))
+    monkeypatch.setattr(supervisor, "unpickle_items", lambda *packed: read.append(packed))
     queue = open_queue(warm, double)
     queue.put(0, [1])
     deadline = time.monotonic() + LONG
@@ -139,7 +140,7 @@ def test_the_same_workers_serve_the_next_run(warm):
     assert len(pids[0]) == 2
 
 
-@pytest.mark.parametrize("nbytes", [10, module._SENT_NBYTES, 5 << 20])
+@pytest.mark.parametrize("nbytes", [10, worker._SENT_NBYTES, 5 << 20])
 @pytest.mark.parametrize("kind", [bytes, np.ndarray])
 def test_items_of_every_size_are_sent(warm, kind, nbytes):
     items = [b"x" * nbytes] if kind is bytes else [np.ones(nbytes, np.uint8)]

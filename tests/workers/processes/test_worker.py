@@ -24,7 +24,7 @@ from taskcarrier.system.descriptors import make_owner
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.loop import is_in_worker
 from taskcarrier.workers.pickling import pickle_task, unpickle_items
-from taskcarrier.workers.processes import pool
+from taskcarrier.workers.processes import pool, supervisor
 from taskcarrier.workers.processes import worker as module
 from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.processes.worker import (
@@ -444,7 +444,7 @@ class TestFailures:
 
     def test_late_ranges_that_have_ended_are_failures(self, warm, monkeypatch):
         # The caller is kept from looking at the clock, so that the worker sees it first.
-        monkeypatch.setattr(pool.ProcessRun, "_kill_overdue", lambda *_: LONG)
+        monkeypatch.setattr(supervisor.Supervisor, "_kill_overdue", lambda *_: LONG)
         _, _, failures = run(warm, fail_late, retry_policy=RetryPolicy(timeout=0.1), n_workers=1)
         (failure,) = failures
         assert isinstance(failure.error, TimeoutError)
