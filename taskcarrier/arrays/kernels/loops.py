@@ -94,7 +94,25 @@ def build_loop(
 
     `row_at` is the number of extras before the row that the kernel fills, if it fills one.
     """
-    source = _LoopSource(kernel)
+    source = write_loop(kernel, layouts, extra_types, outs, result, row_at=row_at)
+    loop: Any = numba.njit(nogil=True, **get_inherited_options(kernel))(source.make_function())
+    loop.compile(tuple(source.signature))
+    loop.disable_compile()
+    run: Callable[..., None] = loop
+    return run
+
+
+def write_loop(
+    kernel: Any,
+    layouts: Sequence[ArrayLayout],
+    extra_types: Sequence[types.Type],
+    outs: Sequence[ArrayLayout],
+    result: KernelResult,
+    *,
+    row_at: int | None,
+) -> LoopSource:
+    """Return the source of the loop that `build_loop` compiles."""
+    source = LoopSource(kernel)
     items = [
         source.add_items(f"x{n}", layout, writable=result.writable_args.items)
         for n, layout in enumerate(layouts)
@@ -106,14 +124,10 @@ def build_loop(
     else:
         arguments = [*items, *extras[:row_at], "out_row", *extras[row_at:]]
         source.add_row_call(arguments, targets[0], outs[0], result.dtypes[0])
-    loop: Any = numba.njit(nogil=True, **get_inherited_options(kernel))(source.make_function())
-    loop.compile(tuple(source.signature))
-    loop.disable_compile()
-    run: Callable[..., None] = loop
-    return run
+    return source
 
 
-class _LoopSource:
+class LoopSource:
     """The source of one fused loop, to which arrays, arguments and the call are added in order."""
 
     def __init__(self, kernel: Any) -> None:
@@ -189,9 +203,8 @@ class _LoopSource:
         # The call may have been interrupted meanwhile: then nothing may be written any more.
         self._body += [call, "if load(ledger) != 0:", "    return", *writes]
 
-    def make_function(self) -> Callable[..., None]:
-        """Return the loop as a Python function, to be compiled."""
-        source = _LOOP.format(
+    def __str__(self) -> str:
+        return _LOOP.format(
             parameters=", ".join(self._parameters),
             setup="\n    ".join(self._setup) or "pass",
             body="\n            ".join(self._body),
@@ -201,8 +214,11 @@ class _LoopSource:
             ITEMS_AT=ITEMS_AT,
             RANGES_AT=RANGES_AT,
         )
+
+    def make_function(self) -> Callable[..., None]:
+        """Return the loop as a Python function, to be compiled."""
         name = self._namespace["kernel"].__name__
-        exec(compile(source, f"<fused loop over {name}>", "exec"), self._namespace)
+        exec(compile(str(self), f"<fused loop over {name}>", "exec"), self._namespace)
         loop: Callable[..., None] = self._namespace["loop"]
         return loop
 

@@ -201,9 +201,8 @@ _LITERALS_NOTE = (
     "which are known when it is called"
 )
 _CONVERTING_NOTE = (
-    "the kernel is called from Python: its signatures take other numbers than it is given, and "
-    "compiled code would convert them whether they fit or not; leave the signatures out, or pass "
-    "what they say"
+    "the kernel is called from Python: its signatures take other numbers than it is given, which "
+    "compiled code would convert unchecked; leave the signatures out, or pass the types they name"
 )
 
 
@@ -301,8 +300,8 @@ def _resolve_writable_args(
 def _takes_unconverted(signature: Any, arguments: tuple[types.Type, ...]) -> bool:
     """Return whether no number would be converted to fit the signature.
 
-    Between compiled functions numba converts numbers whether they fit or not (2.5 becomes 2, -1 the
-    largest number), and picks any signature that would do. Called from Python, it refuses that.
+    Between compiled functions numba converts numbers whether they fit or not (-1 becomes the
+    largest number), and picks any signature that would do. Called from Python, it refuses both.
     """
     return all(
         given_type == wanted_type

@@ -524,10 +524,15 @@ class TestKernels:
         notes = " ".join(last_report().notes)
         assert ("its signatures take other numbers than it is given" in notes) == (dtype == "i4")
 
-    def test_numbers_that_do_not_fit_a_signature_are_refused(self, run):
-        kernel = numba.njit("i8(i8)")(lambda x: x * 2)
-        with pytest.raises(TypeError, match="No matching definition"):
-            map_items(kernel, X, **run)
+    @pytest.mark.parametrize(
+        ("signature", "error"),
+        [("u8(u8)", OverflowError), (["u1(u1)", "u2(u2)"], TypeError)],
+        ids=["one", "several"],
+    )
+    def test_numbers_that_do_not_fit_a_signature_are_refused(self, signature, error, run):
+        kernel = numba.njit(signature)(lambda x: x * 2)
+        with pytest.raises(error, match=r"negative|Ambiguous"):
+            map_items(kernel, np.arange(-3, 3), **run)
 
     def test_rows_of_records_are_private_copies(self, run):
         @numba.njit
