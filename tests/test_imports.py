@@ -22,7 +22,7 @@ LAYERS = [
     ["progress", "workers"],
     ["run"],
     ["arrays", "lists"],
-    ["mappers"],
+    ["fits", "mappers"],
     ["current", "estimators"],
     ["__init__"],
 ]
