@@ -1,17 +1,12 @@
 """Fits and predictions in the style of scikit-learn: many estimators on parts of the same data.
 
-Estimators are duck-typed: scikit-learn is not imported here. Where the program has imported it, it
-clones the estimators, and its configuration is passed on to the workers.
+Estimators are duck-typed: scikit-learn is not imported here. What a worker does for one fit stands
+in `taskcarrier.fits`.
 """
 
 from __future__ import annotations
 
-import copy
-import pickle
-import sys
-import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,12 +16,11 @@ import numpy as np
 from taskcarrier.arguments import check_integer
 from taskcarrier.arrays.inputs.check import check_inputs, refuse_masked
 from taskcarrier.arrays.mapping import map_array
+from taskcarrier.fits import CallerContext, Rows, Template, clone, fit_one
 from taskcarrier.lists.map import map_lists
-from taskcarrier.notes import add_note
 from taskcarrier.options import fill_docstring
 from taskcarrier.run import Settings
 from taskcarrier.scheduling.retries import RETRIES
-from taskcarrier.workers.loop import is_worker_process
 
 # Modules of estimators that spend their time in compiled code that releases the GIL.
 _WITHOUT_GIL = ("sklearn.tree", "sklearn.ensemble._forest")
@@ -34,13 +28,6 @@ _WITHOUT_GIL = ("sklearn.tree", "sklearn.ensemble._forest")
 # costs as much by itself as some thousand rows.
 _N_RANGES = 16
 _MIN_ROWS = 1000
-# The bounds of indices are checked for this many fits together, except for fits with more rows than
-# `_SMALL_ROWS`; both numbers are arbitrary.
-_FITS_PER_CHECK = 64
-_SMALL_ROWS = 4096
-# Types of parameters that need no copy.
-_PLAIN_TYPES = (bool, int, float, complex, str, bytes)
-_NO_CONTEXT = nullcontext()
 
 
 @fill_docstring
@@ -154,18 +141,18 @@ def fit_many(
         data["weights"] = weights.values
     fits = _plan_fits(
         _to_list(estimators),
-        None if rows is None or callable(rows) else _Rows.from_arguments(rows, n_samples),
+        None if rows is None or callable(rows) else Rows.from_arguments(rows, n_samples),
         None if columns is None else [_to_column(column, data.get("y")) for column in columns],
         weights.n_fits,
     )
     fit = partial(
-        _fit,
+        fit_one,
         template=fits.template,
         columns=fits.columns,
         draw_rows=rows if callable(rows) else None,
         draw_weights=sample_weight if callable(sample_weight) else None,
         by_fit=weights.n_fits is not None,
-        caller_context=_CallerContext.capture(),
+        caller_context=CallerContext.capture(),
     )
     return map_lists(
         replace(settings, gil_reason=_explain_threads(fits.estimators)),
@@ -259,7 +246,7 @@ def predict_array(
     )
     mapper_settings: Any = replace(settings, gil_reason=_explain_threads([estimator]))
     return map_array(
-        partial(_call_method, estimator, method, caller_context=_CallerContext.capture()),
+        partial(_call_method, estimator, method, caller_context=CallerContext.capture()),
         inputs.arrays[0],
         balance=mapper_settings,
         chunksize=chunksize,
@@ -281,124 +268,9 @@ class _Fits:
 
     items: tuple[Sequence[Any], ...]
     estimators: list[Any]
-    template: _Template | _Parameters | None
-    rows: _Rows | None
+    template: Template | None
+    rows: Rows | None
     columns: list[int] | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Parameters:
-    """The estimator that many fits start from, where it consists of plain parameters only.
-
-    The constructor of a ridge regression takes 0.3 µs; scikit-learn's `clone`, which asks for the
-    signature of the class several times, takes 50. Reading a pickle takes 3, but a fit of the
-    estimator that was read takes 16 longer, because of how Python then stores its attributes.
-    """
-
-    kind: type
-    values: dict[str, Any]
-
-    @classmethod
-    def from_clone(cls, estimator: Any) -> _Parameters | None:
-        """Return the parameters of a fresh clone; None if it has other state than these."""
-        if not hasattr(estimator, "get_params") or _clones_itself(estimator):
-            return None
-        plain = cls(type(estimator), estimator.get_params(deep=False))
-        if not all(value is None or type(value) in _PLAIN_TYPES for value in plain.values.values()):
-            return None
-        is_plain = _has_only(estimator, plain.values)
-        return plain if is_plain and _has_only(plain.make_estimator(), plain.values) else None
-
-    def make_estimator(self) -> Any:
-        return self.kind(**self.values)
-
-
-def _clones_itself(estimator: Any) -> bool:
-    """Return whether the estimator's class has a ``__sklearn_clone__`` of its own."""
-    base = sys.modules.get("sklearn.base")
-    default = None if base is None else getattr(base.BaseEstimator, "__sklearn_clone__", None)
-    return getattr(type(estimator), "__sklearn_clone__", default) is not default
-
-
-def _has_only(estimator: Any, expected: dict[str, Any]) -> bool:
-    state = getattr(estimator, "__dict__", {})  # there is none where there are slots
-    return state.keys() == expected.keys() and all(state[name] is expected[name] for name in state)
-
-
-@dataclass(frozen=True, eq=False)
-class _Template:
-    """The estimator that many fits start from, where it has other state; a clone already.
-
-    Worker processes get it pickled: reading it is faster than cloning it.
-    """
-
-    estimator: Any
-
-    def make_estimator(self) -> Any:
-        return _clone(self.estimator)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        from taskcarrier.workers.pickling import pickle_items  # noqa: PLC0415  # loads joblib
-
-        return _PackedTemplate, (pickle_items(self.estimator),)
-
-
-@dataclass(frozen=True, eq=False)
-class _PackedTemplate:
-    """A `_Template` in a worker process."""
-
-    packed: bytes
-
-    def make_estimator(self) -> Any:
-        return pickle.loads(self.packed)
-
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """The rows of every fit. They are sent to processes as one array, which all share."""
-
-    each: Sequence[np.ndarray]
-    n_samples: int
-
-    @classmethod
-    def from_arguments(cls, rows: Any, n_samples: int) -> _Rows:
-        each = [_to_indices(entry, n_samples) for entry in rows]
-        small: dict[np.dtype[Any], list[np.ndarray]] = {}
-        for indices in each:
-            if indices.size > _SMALL_ROWS:
-                _check_bounds(indices, n_samples)
-            elif indices.dtype != bool:
-                small.setdefault(indices.dtype, []).append(indices)
-        # Checking them one by one takes four times as long as checking them concatenated.
-        for group in small.values():
-            for begin in range(0, len(group), _FITS_PER_CHECK):
-                _check_bounds(np.concatenate(group[begin : begin + _FITS_PER_CHECK]), n_samples)
-        return cls(each, n_samples)
-
-    def get_rows(self, number: int) -> np.ndarray:
-        return self.each[number]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        each = self.each
-        dtype: type = bool
-        if not all(rows.dtype == bool for rows in each):
-            # Masks and indices do not fit into one array. Indices are below the number of samples.
-            each = [np.flatnonzero(rows) if rows.dtype == bool else rows for rows in each]
-            dtype = np.int32 if self.n_samples <= np.iinfo(np.int32).max else np.intp
-        flat: np.ndarray = np.concatenate(each, dtype=dtype, casting="unsafe")
-        return _FlatRows, (flat, [0, *np.cumsum([len(rows) for rows in each]).tolist()])
-
-
-@dataclass(frozen=True, eq=False)
-class _FlatRows:
-    """`_Rows` in a worker process: one array, and where the rows of each fit begin and end."""
-
-    flat: np.ndarray
-    bounds: list[int]
-
-    def get_rows(self, number: int) -> np.ndarray:
-        rows = self.flat[self.bounds[number] : self.bounds[number + 1]]
-        return rows if rows.dtype == bool else rows.astype(np.intp, copy=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -424,7 +296,7 @@ class _Weights:
 
 def _plan_fits(
     estimators: list[Any],
-    rows: _Rows | None,
+    rows: Rows | None,
     columns: list[int] | None,
     n_weights: int | None,
 ) -> _Fits:
@@ -444,121 +316,18 @@ def _plan_fits(
     items: tuple[Sequence[Any], ...] = (range(n_fits),)
     template = None
     if is_common:
-        clone = _clone(estimators[0])
-        template = _Parameters.from_clone(clone) or _Template(clone)
+        template = Template(clone(estimators[0]))
     else:
         items = (*items, estimators if len(estimators) > 1 else estimators * n_fits)
     return _Fits(items, estimators, template, rows, columns)
 
 
-def _fit(
-    number: int,
-    estimator: Any = None,
-    *,
-    X: Any,
-    y: Any = None,
-    weights: np.ndarray | None = None,
-    rows: _Rows | _FlatRows | None,
-    rng: np.random.Generator | None = None,
-    template: _Parameters | _Template | _PackedTemplate | None,
-    columns: list[int] | None,
-    draw_rows: Callable[[Any], Any] | None,
-    draw_weights: Callable[[Any], Any] | None,
-    by_fit: bool,
-    caller_context: _CallerContext,
-) -> Any:
-    """Fit one estimator, in a worker."""
-    with caller_context.apply():
-        estimator = _clone(estimator) if template is None else template.make_estimator()
-        if rng is not None:
-            _set_random_states(estimator, rng)
-        fit_rows = None if rows is None else rows.get_rows(number)
-        if draw_rows is not None:
-            fit_rows = _to_rows(draw_rows(rng), X.shape[0])
-        if draw_weights is not None:
-            weights = draw_weights(rng)
-            refuse_masked(weights, "what sample_weight returned", "return its .filled(value)")
-            weights = np.asarray(weights)
-        elif by_fit and weights is not None:
-            weights = weights[number]
-        if y is not None and columns is not None:
-            y = y[:, columns[number]]
-        if fit_rows is not None:
-            X, y, weights = (
-                None if data is None else _take_rows(data, fit_rows) for data in (X, y, weights)
-            )
-        options = {} if weights is None else {"sample_weight": weights}
-        estimator.fit(*([X] if y is None else [X, y]), **options)
-        return estimator
-
-
-def _take_rows(data: Any, rows: np.ndarray) -> Any:
-    """Return ``data[rows]``."""
-    # `take` is three times as fast for 500 rows of 160 bytes. From an array that is not in C order,
-    # it would give a result in another order.
-    if type(data) is np.ndarray and data.flags.c_contiguous and rows.dtype == np.intp:
-        return data.take(rows, axis=0)
-    return data[rows]
-
-
 def _call_method(
-    estimator: Any, method: str, chunk: np.ndarray, *, caller_context: _CallerContext
+    estimator: Any, method: str, chunk: np.ndarray, *, caller_context: CallerContext
 ) -> Any:
     """Call a method of the estimator on some rows, in a worker."""
     with caller_context.apply():
         return getattr(estimator, method)(chunk)
-
-
-def _clone(estimator: Any) -> Any:
-    base = sys.modules.get("sklearn.base")
-    if base is not None:
-        return base.clone(estimator, safe=False)
-    if not hasattr(estimator, "get_params") or isinstance(estimator, type):
-        return copy.deepcopy(estimator)
-    parameters = estimator.get_params(deep=False)
-    return type(estimator)(**{name: _clone(value) for name, value in parameters.items()})
-
-
-def _set_random_states(estimator: Any, rng: np.random.Generator) -> None:
-    """Set every ``random_state`` parameter, in sorted order, to a number from the stream."""
-    if not hasattr(estimator, "get_params"):
-        return
-    states = {
-        name: int(rng.integers(np.iinfo(np.int32).max))
-        for name in sorted(estimator.get_params(deep=True))
-        if name == "random_state" or name.endswith("__random_state")
-    }
-    if states:
-        estimator.set_params(**states)
-
-
-@dataclass(eq=False)
-class _CallerContext:
-    """The caller's warning filters and scikit-learn configuration, which workers take over."""
-
-    filters: list[Any]
-    config: dict[str, Any] | None
-    _filters_are_set: bool = False
-
-    @classmethod
-    def capture(cls) -> _CallerContext:
-        sklearn: Any = sys.modules.get("sklearn")
-        return cls(list(warnings.filters), None if sklearn is None else sklearn.get_config())
-
-    def apply(self) -> AbstractContextManager[Any]:
-        """Return a context with these; filters stay set until a worker process ends its run."""
-        # Filters belong to the whole process, which threads share with the caller. A worker process
-        # restores its filters at the end of a run, and gets a new copy of this object for the next.
-        if not self._filters_are_set and is_worker_process():
-            warnings.resetwarnings()  # also forgets which were shown
-            warnings.filters[:] = self.filters  # type: ignore[index]  # in fact a list
-            self._filters_are_set = True
-        sklearn: Any = sys.modules.get("sklearn")
-        # Setting the configuration takes ten times as long as seeing that it is set already.
-        if sklearn is not None and self.config not in (None, sklearn.get_config()):
-            context: AbstractContextManager[Any] = sklearn.config_context(**self.config)
-            return context
-        return _NO_CONTEXT
 
 
 def _explain_threads(estimators: list[Any]) -> str:
@@ -590,45 +359,6 @@ def _to_data(value: Any, name: str, n_samples: int | None = None) -> Any:
     if n_samples is not None and data.shape[0] != n_samples:
         raise ValueError(f"X has {n_samples} samples, but {name} has {data.shape[0]}")
     return data
-
-
-def _to_rows(rows: Any, n_samples: int) -> np.ndarray:
-    indices = _to_indices(rows, n_samples)
-    _check_bounds(indices, n_samples)
-    return indices
-
-
-def _to_indices(rows: Any, n_samples: int) -> np.ndarray:
-    """Return indices or a mask as an array; do not check whether such samples exist."""
-    refuse_masked(rows, "rows", "pass its .filled(value), or a boolean mask of the samples")
-    try:
-        indices = np.asarray(rows)
-    except ValueError as error:
-        add_note(
-            error,
-            "each entry of rows= must be one array of indices or one mask; of a splitter's pairs, "
-            "pass the first: rows=[train for train, test in folds]",
-        )
-        raise
-    if indices.dtype == bool and indices.shape != (n_samples,):
-        raise ValueError(f"a mask of rows must have shape ({n_samples},), got {indices.shape}")
-    if indices.size == 0:
-        indices = indices.astype(np.intp)
-    if indices.ndim != 1 or indices.dtype.kind not in "biu":
-        raise TypeError(
-            "rows must be given as an array of indices or a boolean mask for each fit, got "
-            f"{rows!r} for one"
-        )
-    return indices
-
-
-def _check_bounds(rows: np.ndarray, n_samples: int) -> None:
-    if rows.dtype != bool and rows.size:
-        lowest, highest = int(rows.min()), int(rows.max())
-        if lowest < -n_samples or highest >= n_samples:
-            raise IndexError(
-                f"rows {lowest} to {highest} are asked for, but there are {n_samples} samples"
-            )
 
 
 def _to_column(column: Any, y: Any) -> int:

@@ -23,7 +23,7 @@ same file opened again through ``/proc/self/fd``, so processes use that (no doub
 720,000).
 
 Compiled loops claim from a word, by one atomic instruction (10 ns;
-`taskcarrier.arrays.kernels.compiler`).
+`taskcarrier.arrays.kernels.loops`).
 
 Marks. Beside the words there is a byte for each chunk. The worker that finishes the chunk sets it.
 Wherever in its code a worker dies, the marks say which chunks are still to be run. So a claim that

@@ -71,8 +71,8 @@ def releases_gil(func: Callable[..., Any]) -> bool:
 
     This is true for ufuncs with a loop over something other than Python objects, and for functions
     that numba compiles, except in object mode: those compiled without ``nogil`` are called from a
-    function of ours that has it (`taskcarrier.arrays.kernels.compiler`). What a Python function
-    calls inside cannot be seen.
+    function of ours that has it (`taskcarrier.arrays.kernels.compiler`), but for rare kinds, which
+    the report names. What a Python function calls inside cannot be seen.
     """
     numpy: Any = sys.modules.get("numpy")
     if isinstance(func, numpy.ufunc):

@@ -1,8 +1,8 @@
 """Preparing calls of functions that numba has compiled: what is compiled before a call runs.
 
 This module decides between a fused loop and calls of the kernel from Python, and whether a kernel
-must get private copies. Only `taskcarrier.arrays.kernels.compiler` uses numba itself; it is
-imported only here, and only for such functions.
+must get private copies. The modules that use numba itself are imported only here, and only for such
+functions.
 """
 
 from __future__ import annotations
@@ -118,31 +118,28 @@ def prepare_call(
         if not in_processes:
             _compile_ufunc(func, [*chunks, *call.args])
         return PreparedCall(call, writable, False, [], monotonic_ns() - begin)
-    from taskcarrier.arrays.kernels import compiler  # noqa: PLC0415  # loads numba
+    from taskcarrier.arrays.kernels.compiler import compile_kernel  # noqa: PLC0415  # loads numba
+    from taskcarrier.arrays.kernels.signatures import bind_arguments  # noqa: PLC0415  # likewise
 
-    extras = compiler.bind_arguments(func, len(chunks), call.args, call.kwargs)
+    extras = bind_arguments(func, len(chunks), call.args, call.kwargs)
     if by_item:
         chunks = [
             move_items_first(chunk, axis)[0]
             for chunk, axis in zip(chunks, inputs.axes, strict=True)
         ]
-    target, writable_args, scalar_result = compiler.compile_kernel(
-        func, chunks, extras, writable=writable
-    )
-    if in_processes:
-        target = func
-    elif has_own_threads(func, extras.all):
+    compiled = compile_kernel(func, chunks, extras, writable=writable)
+    target = func if in_processes else compiled.function
+    if not in_processes and has_own_threads(func, extras.all):
         target = _OneAtATime(target)
     # Later objects may have other types than the first; the kernel is then compiled again.
-    if by_item and scalar_result is not None and not any(d.hasobject for d in inputs.dtypes):
-        target = _TypedKernel(target, *scalar_result)
-    notes = [_COPIES_NOTE] if writable_args.items and not writable else []
-    if by_item and not in_processes:
-        notes.append(_NO_LOOP_NOTE)
+    if by_item and compiled.scalars is not None and not any(d.hasobject for d in inputs.dtypes):
+        target = _TypedKernel(target, *compiled.scalars)
+    copies_items, copies_args = compiled.writable_args.items, compiled.writable_args.args
+    notes = [_COPIES_NOTE] if copies_items and not writable else []
+    if not in_processes and (by_item or compiled.note):
+        notes.append(compiled.note or _NO_LOOP_NOTE)
     prepared = Call(target, extras.all)
-    return PreparedCall(
-        prepared, writable_args.items, writable_args.args, notes, monotonic_ns() - begin
-    )
+    return PreparedCall(prepared, copies_items, copies_args, notes, monotonic_ns() - begin)
 
 
 _ufunc_lock = ModuleLock()
@@ -245,18 +242,18 @@ def fuse_loop(
     """
     if not all(type(array) is np.ndarray for array in inputs.arrays):
         return None
-    from taskcarrier.arrays.kernels import compiler  # noqa: PLC0415  # loads numba
+    from taskcarrier.arrays.kernels import compiler, signatures  # noqa: PLC0415  # load numba
 
-    extras = compiler.bind_arguments(
+    extras = signatures.bind_arguments(
         call.func, len(inputs.arrays), call.args, call.kwargs, fills=row is not None
     )
     layouts = [
-        compiler.ArrayLayout.of(*pair) for pair in zip(inputs.arrays, inputs.axes, strict=True)
+        signatures.ArrayLayout.of(*pair) for pair in zip(inputs.arrays, inputs.axes, strict=True)
     ]
     row_layout = None
     if row is not None:
         sample = np.empty((1, *row.shape), row.dtype.newbyteorder("="))
-        row_layout = compiler.ArrayLayout.of(sample, 0)
+        row_layout = signatures.ArrayLayout.of(sample, 0)
     result = compiler.infer_result(call.func, layouts, extras, row_layout, writable=writable)
     if result is None:
         return None
@@ -279,7 +276,7 @@ def fuse_loop(
         assert places is not None  # for the type checker: kernels return no objects
         results = [open_place(place) for place in places]
     outs = [move_items_first(*pair) for pair in zip(results, axes, strict=True)]
-    out_layouts = [compiler.ArrayLayout.of(array, 0) for array in outs]
+    out_layouts = [signatures.ArrayLayout.of(array, 0) for array in outs]
     loop = compiler.compile_loop(
         call.func, layouts, extras, out_layouts, result, rows_out=row is not None
     )

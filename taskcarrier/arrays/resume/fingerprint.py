@@ -446,6 +446,7 @@ class Fingerprint:
         return _join("object", *digests)
 
     def _visit_type_only(self, value: Any, name: str) -> _Steps:
+        # `joblib.hash` knows no more of such objects ("Tried and dropped" in `docs/design.md`).
         kind = type(value)
         self.not_looked_into[f"{name} ({_get_module(kind)}.{kind.__qualname__})"] = None
         return _join("type", (yield kind, f"the class of {name}"))

@@ -1,7 +1,6 @@
-"""Compiled parts: atomic claims, arrays from addresses, results of kernels."""
+"""What is compiled for kernels: their results, loops and wrappers, and what is kept of them."""
 
 import gc
-import threading
 import weakref
 
 import numba
@@ -10,101 +9,7 @@ import pytest
 
 from taskcarrier import map_array, map_items, shutdown
 from taskcarrier.arrays.kernels import compiler
-from taskcarrier.arrays.kernels.compiler import ArrayLayout, ExtraArgs
-
-
-@numba.njit(nogil=True)
-def claim(address, counts):
-    while True:
-        number = compiler._take(address)
-        if number >= len(counts):
-            return
-        counts[number] += 1
-
-
-def test_threads_take_each_number_once():
-    for _ in range(5):
-        word = np.zeros(1, np.int64)
-        counts = np.zeros(200_000, np.int64)
-        threads = [
-            threading.Thread(target=claim, args=(word.ctypes.data, counts)) for _ in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert (counts == 1).all()
-        assert word[0] == len(counts) + 4
-
-
-def test_compiled_code_reads_and_writes_words():
-    @numba.njit
-    def swapped(first, second):
-        one, other = compiler._load(first), compiler._load(second)
-        compiler._store(first, other)
-        compiler._store(second, one)
-
-    words = np.array([-5, 1 << 62])
-    swapped(words.ctypes.data, words.ctypes.data + 8)
-    assert words.tolist() == [1 << 62, -5]
-
-
-class TestArrayLayout:
-    def test_the_layout_of_items_drops_the_mapped_axis(self):
-        X = np.zeros((5, 4, 3), "f4")
-        assert ArrayLayout.of(X, 0) == ArrayLayout(np.dtype("f4"), 2, "C", True)
-        assert ArrayLayout.of(X, 2) == ArrayLayout(np.dtype("f4"), 2, "A", True)
-        assert ArrayLayout.of(X.T, 2) == ArrayLayout(np.dtype("f4"), 2, "F", True)
-        assert ArrayLayout.of(X.T, 0) == ArrayLayout(np.dtype("f4"), 2, "A", True)
-        assert ArrayLayout.of(X[:, ::-1], 0).layout == "A"
-
-    def test_the_layout_of_scalars_keeps_alignment(self):
-        X = np.zeros(6)
-        assert ArrayLayout.of(X, 0) == ArrayLayout(np.dtype("f8"), 0, "C", True)
-        assert ArrayLayout.of(X[::2], 0).layout == "A"
-        unaligned = np.frombuffer(b"x" * 17, np.uint8)[1:].view("f8")
-        assert ArrayLayout.of(unaligned, 0).aligned is False
-
-    def test_a_layout_knows_the_numba_type_of_an_item(self):
-        layout = ArrayLayout.of(np.zeros((2, 3)), 0)
-        assert str(layout.item(writable=False)) == "readonly array(float64, 1d, C)"
-        assert str(layout.item(writable=True)) == "array(float64, 1d, C)"
-        assert layout.item(writable=False).mutable is False
-        assert ArrayLayout.of(np.zeros(3, "i2"), 0).item(writable=False) == numba.int16
-
-
-class TestBindArguments:
-    @staticmethod
-    def kernel():
-        return numba.njit(lambda x, y, a, b=2, c=3: x + y + a + b + c)
-
-    def test_positional_arguments_are_bound_as_given(self):
-        assert compiler.bind_arguments(self.kernel(), 2, (5,), {}) == ExtraArgs((5,))
-
-    def test_keywords_are_bound_to_their_positions(self):
-        assert compiler.bind_arguments(self.kernel(), 2, (), {"c": 1, "a": 5}) == ExtraArgs(
-            (), (5, 2, 1)
-        )
-        assert compiler.bind_arguments(self.kernel(), 2, (5,), {"c": 1}) == ExtraArgs((5,), (2, 1))
-
-    @pytest.mark.parametrize("kwargs", [{"d": 1}, {"x": 1}])
-    def test_unknown_keywords_are_errors(self, kwargs):
-        with pytest.raises(TypeError):
-            compiler.bind_arguments(self.kernel(), 2, (5,), kwargs)
-
-    def test_the_output_row_follows_the_positional_arguments(self):
-        kernel = numba.njit(lambda x, a, out, b=1, c=2: None)
-        assert compiler.bind_arguments(kernel, 1, (5,), {"c": 3}, fills=True) == ExtraArgs(
-            (5,), (1, 3)
-        )
-        kernel = numba.njit(lambda x, a, out: None)
-        with pytest.raises(TypeError, match=r"\(x, a, out\) .* the row to fill, a= \(mult"):
-            compiler.bind_arguments(kernel, 1, (), {"a": 5}, fills=True)
-
-    def test_a_kernel_may_take_any_number_of_arguments(self):
-        kernel = numba.njit(lambda x, y=1.0, *rest: x)
-        assert compiler.bind_arguments(kernel, 1, (), {"y": 2.0}) == ExtraArgs((), (2.0,))
-        assert compiler.bind_arguments(kernel, 1, (1.0, 2, 3), {}) == ExtraArgs((1.0, 2, 3))
+from taskcarrier.arrays.kernels.signatures import ArrayLayout, ExtraArgs
 
 
 class TestInferResult:

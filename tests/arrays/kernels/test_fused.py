@@ -513,6 +513,26 @@ class TestKernels:
     def test_kernels_compiled_for_literal_values_are_mapped(self, run):
         kernel = numba.njit(lambda x, n: numba.literally(n) * x)
         assert_same(map_items(kernel, X, args=(3,), **run), X * 3)
+        (note,) = last_report().notes
+        assert "numba compiles it for values of its arguments" in note
+
+    @pytest.mark.parametrize("dtype", ["i4", "f8"])
+    def test_kernels_whose_signatures_would_convert_items_are_called_from_python(self, dtype, run):
+        kernel = numba.njit("f8(f8)")(lambda x: x / 2)
+        values = np.arange(-3, 40).astype(dtype)
+        assert_same(map_items(kernel, values, **run), values / 2)
+        notes = " ".join(last_report().notes)
+        assert ("its signatures take other numbers than it is given" in notes) == (dtype == "i4")
+
+    @pytest.mark.parametrize(
+        ("signature", "error"),
+        [("u8(u8)", OverflowError), (["u1(u1)", "u2(u2)"], TypeError)],
+        ids=["one", "several"],
+    )
+    def test_numbers_that_do_not_fit_a_signature_are_refused(self, signature, error, run):
+        kernel = numba.njit(signature)(lambda x: x * 2)
+        with pytest.raises(error, match=r"negative|Ambiguous"):
+            map_items(kernel, np.arange(-3, 3), **run)
 
     def test_rows_of_records_are_private_copies(self, run):
         @numba.njit

@@ -13,6 +13,7 @@ import pytest
 
 from taskcarrier import last_report, map_array, map_chunks, map_items, reduce_array
 from taskcarrier.arrays.kernels import compiler
+from taskcarrier.arrays.kernels.intrinsics import load
 from tests.strategies import assert_same, keep_pools_warm, run_script, start_script
 
 X = np.random.default_rng(0).random((1000, 3))
@@ -76,7 +77,7 @@ class TestChunks:
         # Each range ends when another thread of the interpreter has had its turn.
         @numba.njit
         def waiting(values, address):
-            while compiler._load(address) == 0:
+            while load(address) == 0:
                 pass
             return values * 2
 
@@ -144,6 +145,19 @@ class TestChunks:
             map_array(odd, X, chunksize=100, **run)
         assert caught.value.args == ("here", 3)
         assert "items 500:600" in "".join(caught.value.__notes__)
+
+    @pytest.mark.parametrize(
+        ("kernel", "words"),
+        [
+            (numba.njit(lambda c, n: numba.literally(n) * c), "values of its arguments"),
+            (numba.njit("f8[:,:](f8[:,:], f8)")(lambda c, n: n * c), "other numbers than"),
+        ],
+        ids=["literal", "converting"],
+    )
+    def test_the_report_says_why_a_kernel_is_called_from_python(self, kernel, words, run):
+        assert_same(map_array(kernel, X, args=(3,), **run), X * 3)
+        is_noted = any(words in note for note in last_report().notes)
+        assert is_noted == (run.get("backend") != "loky")  # there every kernel is
 
     def test_kernels_in_object_mode_run_in_processes(self):
         with np.errstate(all="ignore"):
