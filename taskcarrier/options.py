@@ -5,7 +5,8 @@ signatures, docstrings and checks of them. An entry has a type, a default, and a
 with the type in words. The annotations are values here, so they must not be postponed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter
 from os import PathLike
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
@@ -32,6 +33,8 @@ class _Unset:
 
 
 UNSET = _Unset()
+REQUIRED = Parameter.empty
+"""In place of a default: the option must be given."""
 
 
 class _SharingOptions(TypedDict, total=False):
@@ -315,11 +318,28 @@ class MapItemsOptions(WorkerOptions, MapItemsMethodOptions, total=False):
 
 
 class ChunksMethodOptions(_ChunkOptions, RetryOptions, total=False):
-    """What `map_chunks` (besides ``on_error``) and `reduce_array` of a mapper take."""
+    """What `map_chunks` and `reduce_array` of a mapper take."""
 
 
 class ChunksOptions(WorkerOptions, ChunksMethodOptions, total=False):
-    """What `map_chunks` (besides ``on_error``) and `reduce_array` take."""
+    """What `map_chunks` and `reduce_array` take."""
+
+
+class ReductionOptions(TypedDict, total=False):
+    """How `reduce_array` combines partial results."""
+
+    combine: Annotated[
+        Callable[[Any, Any], Any],
+        REQUIRED,
+        """callable
+        Called as ``combine(left, right)``, for example `operator.add` or `numpy.maximum`.""",
+    ]
+    initial: Annotated[
+        Any,
+        UNSET,
+        """object
+        The first `left`. Default: the first partial result.""",
+    ]
 
 
 class ListOptions(_ItemRngOption, RetryOptions, total=False):

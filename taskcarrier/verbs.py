@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from inspect import Parameter, Signature, cleandoc, signature
 from typing import Any, NamedTuple, TypeVar
 
-from taskcarrier.options import UNSET, WorkerOptions
+from taskcarrier.options import REQUIRED, UNSET, WorkerOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,7 +53,9 @@ class Option(NamedTuple):
     def from_entry(cls, name: str, entry: Any, defaults: Mapping[str, object]) -> Option:
         """Make an option of an entry of the table; `defaults` may have another default for it."""
         default = defaults.get(name, entry.__metadata__[0])
-        if default is None or default is UNSET or default == ():
+        if default is REQUIRED:
+            ending = "\n"
+        elif default is None or default is UNSET or default == ():
             ending = ", optional\n"
         else:
             ending = (
@@ -83,6 +85,7 @@ class Verb:
         self._options = options
         self._docstring = docstring
         self._defaults = {each: option.default for each, option in options.items()}
+        self._required = [name for name, each in options.items() if each.default is REQUIRED]
         self._known: list[str] = []
 
     @classmethod
@@ -125,7 +128,7 @@ class Verb:
         self._known = [
             each.name
             for each in parameters
-            if each.kind is Parameter.KEYWORD_ONLY or each.default is not Parameter.empty
+            if each.kind is Parameter.KEYWORD_ONLY or each.default is not REQUIRED
         ]
         if not self._docstring:
             self._docstring = cleandoc(function.__doc__ or "").replace(_ARRAYS, _ALL_OF_ARRAYS)
@@ -136,11 +139,20 @@ class Verb:
         return function
 
     def fill(self, options: Mapping[str, object]) -> dict[str, Any]:
-        """Return the options of a call and the other defaults; refuse one that does not exist."""
+        """Return the options of a call and the other defaults.
+
+        Raise a `TypeError` if an option does not exist, or if one is missing.
+        """
         filled: dict[str, Any] = {**self._defaults, **options}
         if len(filled) > len(self._defaults):
             unknown = next(name for name in options if name not in self._defaults)
             raise make_unknown_error(self._name, unknown, self._known)
+        for name in self._required:
+            if name not in options:
+                function = self._name.partition(" ")[0]
+                raise TypeError(
+                    f"{function}() missing 1 required keyword-only argument: {name!r}"
+                )
         return filled
 
 

@@ -17,7 +17,6 @@ from taskcarrier.arrays.mapping import (
 )
 from taskcarrier.arrays.reducing import REDUCE_ARRAY, fold, prepare_reduction
 from taskcarrier.options import (
-    UNSET,
     ChunksMethodOptions,
     MapArrayMethodOptions,
     MapItemsMethodOptions,
@@ -164,16 +163,8 @@ class ArrayMethods:
         **options: Unpack[ChunksMethodOptions],
     ) -> S: ...
     @_REDUCE_ARRAY.document
-    def reduce_array(
-        self,
-        func: Callable[..., Any],
-        *arrays: Any,
-        combine: Callable[[Any, Any], Any],
-        initial: Any = UNSET,
-        **options: Any,
-    ) -> Any:
+    def reduce_array(self, func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
         """Call `taskcarrier.reduce_array` with the mapper's balance, workers and backend."""
         settings, filled = self._split_options(_REDUCE_ARRAY, options)
-        call = prepare_reduction(settings, func, arrays, filled, combine=combine, initial=initial)
-        partials = call.run_collect()[0] if call.inputs.n_items else {}
-        return fold(call, partials, combine, initial)
+        call = prepare_reduction(settings, func, arrays, filled)
+        return fold(call, call.run_collect()[0] if call.inputs.n_items else {}, filled)

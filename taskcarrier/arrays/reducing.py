@@ -8,14 +8,14 @@ from typing import Any, TypeVar, Unpack, overload
 from taskcarrier.arguments import check_callable
 from taskcarrier.arrays.call import ArrayCall
 from taskcarrier.notes import add_note
-from taskcarrier.options import UNSET, ChunksOptions
+from taskcarrier.options import UNSET, ChunksOptions, ReductionOptions
 from taskcarrier.run import Settings
 from taskcarrier.verbs import Verb
 
 R = TypeVar("R")
 S = TypeVar("S")
 
-REDUCE_ARRAY = Verb.from_groups("reduce_array", ChunksOptions)
+REDUCE_ARRAY = Verb.from_groups("reduce_array", ReductionOptions, ChunksOptions)
 
 
 @overload
@@ -34,13 +34,7 @@ def reduce_array(
     **options: Unpack[ChunksOptions],
 ) -> S: ...
 @REDUCE_ARRAY.document
-def reduce_array(
-    func: Callable[..., Any],
-    *arrays: Any,
-    combine: Callable[[Any, Any], Any],
-    initial: Any = UNSET,
-    **options: Any,
-) -> Any:
+def reduce_array(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     """Reduce arrays on every core: compute a partial result of each chunk, combine them in order.
 
     The result equals ``functools.reduce(combine, [func(chunk) for chunk in chunks])``. Partial
@@ -60,10 +54,6 @@ def reduce_array(
         Called as ``func(chunk, ..., *args, **kwargs)``.
     *arrays : array_like
         One or several arrays of equal length along the mapped axis.
-    combine : callable
-        Called as ``combine(left, right)``, for example `operator.add` or `numpy.maximum`.
-    initial : object, optional
-        The first `left`. Default: the first partial result.
     **options
         See `taskcarrier.options`.
 
@@ -96,11 +86,8 @@ def reduce_array(
     array([20., 35.])
     """
     filled = REDUCE_ARRAY.fill(options)
-    call = prepare_reduction(
-        Settings.from_options(filled), func, arrays, filled, combine=combine, initial=initial
-    )
-    partials = call.run_collect()[0] if call.inputs.n_items else {}
-    return fold(call, partials, combine, initial)
+    call = prepare_reduction(Settings.from_options(filled), func, arrays, filled)
+    return fold(call, call.run_collect()[0] if call.inputs.n_items else {}, filled)
 
 
 def prepare_reduction(
@@ -108,14 +95,11 @@ def prepare_reduction(
     func: Callable[..., Any],
     arrays: tuple[Any, ...],
     options: Mapping[str, Any],
-    *,
-    combine: object,
-    initial: object,
 ) -> ArrayCall:
     """Check the arguments of `reduce_array`, and return the call that it makes."""
-    check_callable(combine, "combine")
+    check_callable(options["combine"], "combine")
     call = ArrayCall.from_options(settings, func, arrays, options)
-    if call.inputs.n_items == 0 and initial is UNSET:
+    if call.inputs.n_items == 0 and options["initial"] is UNSET:
         raise ValueError(
             "reduce_array of arrays without items needs initial= (shape "
             f"{call.inputs.arrays[0].shape}, axis {call.inputs.axes[0]})"
@@ -123,13 +107,9 @@ def prepare_reduction(
     return call
 
 
-def fold(
-    call: ArrayCall,
-    partials: dict[int, Any],
-    combine: Callable[[Any, Any], Any],
-    initial: Any,
-) -> Any:
+def fold(call: ArrayCall, partials: dict[int, Any], options: Mapping[str, Any]) -> Any:
     """Return the partial results combined in order; `partials` has them by the start of ranges."""
+    combine, initial = options["combine"], options["initial"]
     starts = sorted(partials)
     left = partials.pop(starts.pop(0)) if initial is UNSET else initial
     for start in starts:

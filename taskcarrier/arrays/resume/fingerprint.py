@@ -409,7 +409,7 @@ class Fingerprint:
         package = _get_package(kind)
         if package == "numba":
             return (yield from self._visit_numba(value, name))
-        deciding = getattr(kind, "_taskcarrier_deciding", None)
+        deciding = getattr(kind, "_taskcarrier_deciding_attributes", None)
         if deciding is not None:
             state = {attribute: getattr(value, attribute) for attribute in deciding}
             return (yield from self._visit_parts(state, value, name))
