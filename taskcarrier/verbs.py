@@ -150,9 +150,7 @@ class Verb:
         for name in self._required:
             if name not in options:
                 function = self._name.partition(" ")[0]
-                raise TypeError(
-                    f"{function}() missing 1 required keyword-only argument: {name!r}"
-                )
+                raise TypeError(f"{function}() missing 1 required keyword-only argument: {name!r}")
         return filled
 
 

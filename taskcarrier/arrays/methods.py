@@ -150,15 +150,15 @@ class ArrayMethods:
         self,
         func: Callable[..., R],
         *arrays: Any,
-        combine: Callable[[R, R], R],
+        combine: Callable[[Any, Any], Any],
         **options: Unpack[ChunksMethodOptions],
     ) -> R: ...
     @overload
     def reduce_array(
         self,
-        func: Callable[..., R],
+        func: Callable[..., Any],
         *arrays: Any,
-        combine: Callable[[S, R], S],
+        combine: Callable[[Any, Any], Any],
         initial: S,
         **options: Unpack[ChunksMethodOptions],
     ) -> S: ...

@@ -22,14 +22,14 @@ REDUCE_ARRAY = Verb.from_groups("reduce_array", ReductionOptions, ChunksOptions)
 def reduce_array(
     func: Callable[..., R],
     *arrays: Any,
-    combine: Callable[[R, R], R],
+    combine: Callable[[Any, Any], Any],
     **options: Unpack[ChunksOptions],
 ) -> R: ...
 @overload
 def reduce_array(
-    func: Callable[..., R],
+    func: Callable[..., Any],
     *arrays: Any,
-    combine: Callable[[S, R], S],
+    combine: Callable[[Any, Any], Any],
     initial: S,
     **options: Unpack[ChunksOptions],
 ) -> S: ...
