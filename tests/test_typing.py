@@ -23,7 +23,9 @@ def check_with_mypy(tmp_path):
     files = sorted(FOLDER.glob("*.py"))
     text = run("mypy", "--strict", f"--cache-dir={tmp_path}", *files)
     for path, line, message in re.findall(r"^(.*?):(\d+): error: (.*)$", text, re.MULTILINE):
-        yield Path(path).name, int(line), message
+        # `make check` looks into the package, with one version of numpy.
+        if (ROOT / path).parent == FOLDER:
+            yield Path(path).name, int(line), message
 
 
 def check_with_pyright(tmp_path):
