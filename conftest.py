@@ -37,6 +37,8 @@ import pytest
 
 from tests.shared_memory import SharedMemoryWatch, all_entries
 
+collect_ignore = ["tests/typing"]  # what type checkers read; it is not run
+
 DESCRIPTORS = Path("/proc/self/fd")
 FOLDER = Path(tempfile.mkdtemp(prefix="taskcarrier-tests-"))
 TEMPORARY = FOLDER / "temporary"  # watched

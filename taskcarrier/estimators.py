@@ -9,18 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
 import numpy as np
 
 from taskcarrier.arguments import check_integer
 from taskcarrier.arrays.inputs.check import check_inputs, refuse_masked
-from taskcarrier.arrays.mapping import map_array
+from taskcarrier.arrays.mapping import MAP_ARRAY, prepare_chunks
 from taskcarrier.fits import CallerContext, Rows, Template, clone, fit_one
 from taskcarrier.lists.map import map_lists
-from taskcarrier.options import fill_docstring
+from taskcarrier.options import CollectOption, FitOptions, PredictOptions
 from taskcarrier.run import Settings
-from taskcarrier.scheduling.retries import RETRIES
+from taskcarrier.verbs import Verb
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from taskcarrier.errors import FailedRange
+
+E = TypeVar("E")
 
 # Modules of estimators that spend their time in compiled code that releases the GIL.
 _WITHOUT_GIL = ("sklearn.tree", "sklearn.ensemble._forest")
@@ -29,25 +36,48 @@ _WITHOUT_GIL = ("sklearn.tree", "sklearn.ensemble._forest")
 _N_RANGES = 16
 _MIN_ROWS = 1000
 
+_FIT_MANY = Verb.from_groups("fit_many", FitOptions, CollectOption, balance="dynamic")
+_PREDICT_ARRAY = Verb.from_groups("predict_array", PredictOptions, balance="dynamic")
 
-@fill_docstring
+
+@overload
 def fit_many(
-    estimators: Any,
+    estimators: list[E] | tuple[E, ...],
     X: Any,
     y: Any = None,
     *,
-    rows: Any = None,
-    columns: Sequence[int] | None = None,
-    sample_weight: Any = None,
-    rng: Any = None,
-    balance: str = "dynamic",
-    n_jobs: int | None = None,
-    backend: str | None = None,
-    timeout: float | None = None,
-    retries: int = RETRIES,
-    retry_on: type[Exception] | tuple[type[Exception], ...] = (),
-    on_error: str = "raise",
-) -> Any:
+    on_error: Literal["raise"] = ...,
+    **options: Unpack[FitOptions],
+) -> list[E]: ...
+@overload
+def fit_many(
+    estimators: E,
+    X: Any,
+    y: Any = None,
+    *,
+    on_error: Literal["raise"] = ...,
+    **options: Unpack[FitOptions],
+) -> list[E]: ...
+@overload
+def fit_many(
+    estimators: list[E] | tuple[E, ...],
+    X: Any,
+    y: Any = None,
+    *,
+    on_error: Literal["collect"],
+    **options: Unpack[FitOptions],
+) -> tuple[list[E | None], list[FailedRange]]: ...
+@overload
+def fit_many(
+    estimators: E,
+    X: Any,
+    y: Any = None,
+    *,
+    on_error: Literal["collect"],
+    **options: Unpack[FitOptions],
+) -> tuple[list[E | None], list[FailedRange]]: ...
+@_FIT_MANY.document
+def fit_many(estimators: Any, X: Any, y: Any = None, **options: Any) -> Any:
     """Fit many estimators, each on its rows of the same data, on every core.
 
     Equals ``[clone(e).fit(X[rows_of_e], y[rows_of_e]) for e in estimators]``. All workers share one
@@ -67,35 +97,8 @@ def fit_many(
         (estimators do not see column names); sparse matrices stay sparse.
     y : array_like of shape (n_samples,) or (n_samples, n_targets), optional
         The targets.
-    rows : sequence, callable, optional
-        The rows of each fit: an array of indices or a boolean mask for each fit, or a callable
-        that takes the fit's random stream and returns one of these (drawn in the worker, for
-        example ``lambda rng: rng.integers(n, size=n)`` for a bootstrap). Default: all rows.
-    columns : sequence of int, optional
-        The column of `y` that is the target, for each fit.
-    sample_weight : array_like of shape (n_samples,) or (n_fits, n_samples), or callable, optional
-        Weights of samples, the same for all fits or one row for each, or a callable as for `rows`.
-        Where `rows` are given, the weights of these rows are passed.
-    rng : int, SeedSequence or Generator, optional
-        Gives each fit a random stream of its own, which depends on the number of the fit alone.
-        The stream is used for, in this order, every ``random_state`` parameter of the estimator (by
-        name in sorted order, nested ones too, as scikit-learn sets them), what `rows` draws, and
-        what `sample_weight` draws. Default: none; ``random_state`` stays as it is.
-    balance : {"static", "dynamic"}, default "dynamic"
-        How work is shared out: evenly beforehand, or the next part to each free worker.
-    {n_jobs}
-    backend : {"sequential", "threading", "loky", "threads", "processes"} or str, optional
-        Where workers run; also any other backend that is registered with joblib, such as
-        ``"dask"``, which cannot keep a `timeout`. Default: what an active `joblib.parallel_config`
-        says, else threads for scikit-learn's trees and forests, which release the GIL, else
-        processes.
-    timeout : float, optional
-        Seconds that the fits of one range may take. Default: no limit.
-    retries : int, default 2
-        How often fits are run again after their worker process has died.
-    retry_on : exception type or tuple of types, optional
-        Exceptions after which a fit is tried again, up to `retries` times. Default: none.
-    {collect_on_error}
+    **options
+        See `taskcarrier.options`.
 
     Returns
     -------
@@ -126,9 +129,10 @@ def fit_many(
     >>> [float(fit.mean_) for fit in fit_many(Mean(), np.arange(4.0), rows=halves, n_jobs=1)]
     [0.5, 2.5]
     """
-    settings = Settings.from_arguments(
-        balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=retry_on
-    )
+    filled = _FIT_MANY.fill(options)
+    settings = Settings.from_options(filled)
+    rows, sample_weight, rng = filled["rows"], filled["sample_weight"], filled["rng"]
+    columns = filled["columns"]
     data = {"X": _to_data(X, "X")}
     n_samples = data["X"].shape[0]
     if y is not None:
@@ -159,27 +163,16 @@ def fit_many(
         fit,
         fits.items,
         None,
-        on_error=on_error,
+        on_error=filled["on_error"],
         rng=rng,
         shared={**data, "rows": fits.rows},
     )
 
 
-@fill_docstring
+@_PREDICT_ARRAY.document
 def predict_array(
-    estimator: Any,
-    X: Any,
-    method: str = "predict",
-    *,
-    balance: str = "dynamic",
-    n_jobs: int | None = None,
-    backend: str | None = None,
-    chunksize: int | None = None,
-    out: Any = None,
-    dtype: Any = None,
-    timeout: float | None = None,
-    retries: int = RETRIES,
-) -> Any:
+    estimator: Any, X: Any, method: str = "predict", **options: Unpack[PredictOptions]
+) -> NDArray[Any]:
     """Apply a fitted estimator to the rows of an array, in ranges, on every core.
 
     Equals ``estimator.predict(X)`` (or another method) for every estimator that treats rows
@@ -196,21 +189,8 @@ def predict_array(
         The method to call: ``"predict"``, ``"predict_proba"``, ``"transform"``,
         ``"decision_function"`` or any other that takes rows and returns an array with as many
         rows.
-    balance : {"static", "dynamic"}, default "dynamic"
-        How work is shared out: evenly beforehand, or the next part to each free worker.
-    {n_jobs}
-    backend : {"sequential", "threading", "loky", "threads", "processes"}, optional
-        Where workers run. Default: what an active `joblib.parallel_config` says, else threads for
-        scikit-learn's trees and forests, which release the GIL, else processes.
-    chunksize : int, optional
-        Rows in each call. Default: a 16th of all, but at least a thousand.
-    {out}
-    dtype : dtype, optional
-        The dtype that results are cast to, where that loses nothing.
-    timeout : float, optional
-        Seconds that one call may take. Default: no limit.
-    retries : int, default 2
-        How often rows are tried again after their worker process has died.
+    **options
+        See `taskcarrier.options`.
 
     Returns
     -------
@@ -236,26 +216,17 @@ def predict_array(
     >>> predict_array(Double(), np.arange(4), n_jobs=1)
     array([0, 2, 4, 6])
     """
+    filled = _PREDICT_ARRAY.fill(options)
     if not callable(getattr(estimator, method, None)):
         raise TypeError(f"{type(estimator).__name__} has no method {method!r}")
     inputs = check_inputs((X,), 0)
-    if chunksize is None:
-        chunksize = max(_MIN_ROWS, -(-inputs.n_items // _N_RANGES))
-    settings = Settings.from_arguments(
-        balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=()
-    )
-    mapper_settings: Any = replace(settings, gil_reason=_explain_threads([estimator]))
-    return map_array(
-        partial(_call_method, estimator, method, caller_context=CallerContext.capture()),
-        inputs.arrays[0],
-        balance=mapper_settings,
-        chunksize=chunksize,
-        out=out,
-        dtype=dtype,
-        out_axis=0,
-        timeout=timeout,
-        retries=retries,
-    )
+    if filled["chunksize"] is None:
+        filled["chunksize"] = max(_MIN_ROWS, -(-inputs.n_items // _N_RANGES))
+    settings = replace(Settings.from_options(filled), gil_reason=_explain_threads([estimator]))
+    call_method = partial(_call_method, estimator, method, caller_context=CallerContext.capture())
+    filled = MAP_ARRAY.fill({**filled, "out_axis": 0})
+    result: NDArray[Any] = prepare_chunks(settings, call_method, (inputs.arrays[0],), filled).run()
+    return result
 
 
 @dataclass(frozen=True, eq=False)

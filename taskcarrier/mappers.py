@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Never, Self, TypeVar, Unpack, overload
 
 from taskcarrier.arguments import check_chunksize, check_integer
-from taskcarrier.arrays.mapping import map_array, map_chunks, map_items
-from taskcarrier.arrays.reducing import reduce_array
+from taskcarrier.arrays.methods import ArrayMethods
 from taskcarrier.lists.imap import imap_lists
 from taskcarrier.lists.map import map_lists
 from taskcarrier.memory.segments import Recycler
-from taskcarrier.options import DESCRIPTIONS, fill_docstring
+from taskcarrier.options import CollectOption, ImapOptions, ListOptions, MapOptions
 from taskcarrier.report import Report, keep_report
 from taskcarrier.run import Settings
 from taskcarrier.scheduling.balance import Balance, Dynamic, Static
-from taskcarrier.scheduling.retries import DEFAULT_POLICY, RETRIES, RetryPolicy
+from taskcarrier.scheduling.retries import RetryPolicy
+from taskcarrier.verbs import Verb
 from taskcarrier.workers.choose import check_backend, check_n_jobs
 from taskcarrier.workers.pools import keep_warm
+
+if TYPE_CHECKING:
+    from taskcarrier.errors import FailedRange
+
+R = TypeVar("R")
 
 # Methods of executors and pools that a mapper does not have, with what to write instead.
 _CALLS = (
@@ -34,45 +38,13 @@ _INSTEAD = {
     **dict.fromkeys(("shutdown", "close", "join", "terminate"), _END),
 }
 
-# Options of the functions that a mapper decides itself.
-_DECIDED = {"balance", "n_jobs", "backend"}
+_MAPPER = Verb("a mapper", {})
+_MAP = Verb.from_groups("map of a mapper", MapOptions, CollectOption)
+_STARMAP = Verb.from_groups("starmap of a mapper", MapOptions, CollectOption)
+_IMAP = Verb.from_groups("imap of a mapper", ImapOptions)
 
 
-def _make_method(verb: Callable[..., Any]) -> Any:
-    """Make a method of a function over arrays, with the mapper's balance, workers and backend."""
-    signature = inspect.signature(verb)
-    parameters = [each for each in signature.parameters.values() if each.name not in _DECIDED]
-    names = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
-
-    @functools.wraps(verb)
-    def method(self: Mapper, func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
-        for name in options:
-            if name not in names:
-                allowed = ", ".join(each.name for each in parameters if each.name in names)
-                raise TypeError(
-                    f"{verb.__name__} of a mapper has no option {name!r}; it has {allowed}"
-                )
-        if options.get("chunksize") is None:
-            options["chunksize"] = self.chunksize
-        return verb(func, *arrays, balance=self._make_settings(), **options)
-
-    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    method.__signature__ = signature.replace(parameters=[self_parameter, *parameters])  # type: ignore[attr-defined]  # functions may have one
-    method.__qualname__ = f"Mapper.{verb.__name__}"
-    method.__doc__ = _make_docstring(verb)
-    return method
-
-
-def _make_docstring(verb: Callable[..., Any]) -> str:
-    """Return a function's docstring without its examples and the options that a mapper decides."""
-    text = inspect.getdoc(verb) or ""
-    for name in _DECIDED:
-        text = text.replace(DESCRIPTIONS[name] + "\n", "")
-    head, _, _ = text.partition("Examples\n--------")
-    return f"{head}Examples\n--------\nSee `taskcarrier.{verb.__name__}`.\n"
-
-
-class Mapper:
+class Mapper(ArrayMethods):
     """The base class of all mappers.
 
     Parameters
@@ -101,6 +73,7 @@ class Mapper:
     # `taskcarrier.arrays.resume.fingerprint`.
     _taskcarrier_deciding_attributes = ("chunksize",)
 
+    @_MAPPER.document
     def __init__(
         self,
         n_jobs: int | None = -1,
@@ -109,7 +82,9 @@ class Mapper:
         backend: str | None = None,
         *,
         chunksize: int | None = None,
+        **unknown: Never,
     ) -> None:
+        _MAPPER.fill(unknown)
         self.n_jobs = n_jobs
         self.verbosity = check_integer(
             verbosity, "verbosity", "0, 1 or 2 (the backend has its name)"
@@ -123,29 +98,27 @@ class Mapper:
         self._open: list[ExitStack] = []
         self._report: Report | None = None
 
-    def __call__(
-        self,
-        func: Callable[..., Any],
-        seq1: Iterable[Any],
-        *seqs: Iterable[Any],
-        **options: Any,
-    ) -> Any:
-        """Call `map`."""
-        return self.map(func, seq1, *seqs, **options)
-
-    @fill_docstring
+    @overload
     def map(
         self,
-        func: Callable[..., Any],
+        func: Callable[..., R],
         seq1: Iterable[Any],
         *seqs: Iterable[Any],
-        chunksize: int | None = None,
-        shared: Mapping[str, Any] | None = None,
-        rng: Any = None,
-        timeout: float | None = None,
-        retries: int = RETRIES,
-        retry_on: type[Exception] | tuple[type[Exception], ...] = (),
-        on_error: str = "raise",
+        on_error: Literal["raise"] = ...,
+        **options: Unpack[MapOptions],
+    ) -> list[R]: ...
+    @overload
+    def map(
+        self,
+        func: Callable[..., R],
+        seq1: Iterable[Any],
+        *seqs: Iterable[Any],
+        on_error: Literal["collect"],
+        **options: Unpack[MapOptions],
+    ) -> tuple[list[R | None], list[FailedRange]]: ...
+    @_MAP.document
+    def map(
+        self, func: Callable[..., Any], seq1: Iterable[Any], *seqs: Iterable[Any], **options: Any
     ) -> Any:
         """Apply a function to the items of one or several sequences, like the built-in `map`.
 
@@ -165,18 +138,8 @@ class Mapper:
         seq1, *seqs : iterable
             The items. With several, the shortest ends the map. A generator is read to its end
             first, so one that fills the same buffer for each item must give copies.
-        chunksize : int, optional
-            The number of items in each range that a worker takes. Default: the mapper's own.
-            Results do not depend on it.
-        shared : dict, optional
-            Keyword arguments for every call of `func`. Arrays in it are read-only. They are sent to
-            processes once for each `map`, and not at all if they come from `share`, `empty`, `load`
-            or an earlier map in processes.
-        {item_rng}
-        {timeout}
-        {retries}
-        {retry_on}
-        {collect_on_error}
+        **options
+            See `taskcarrier.options`.
 
         Returns
         -------
@@ -203,30 +166,38 @@ class Mapper:
         >>> SerialMapper()(pow, [2, 3, 4], [5, 2])
         [32, 9]
         """
-        settings = self._make_settings(RetryPolicy.from_arguments(timeout, retries, retry_on))
-        return map_lists(
-            settings,
-            func,
-            (seq1, *seqs),
-            check_chunksize(chunksize) or self.chunksize,
-            on_error=on_error,
-            rng=rng,
-            shared=shared,
-        )
+        settings, filled = self._split_options(_MAP, options)
+        return map_lists(settings, func, (seq1, *seqs), **filled)
 
-    @fill_docstring
+    __call__ = map  # noqa: A003  # the method above
+
+    @overload
+    def starmap(
+        self,
+        func: Callable[..., R],
+        iterable: Iterable[Iterable[Any]],
+        chunksize: int | None = ...,
+        *,
+        on_error: Literal["raise"] = ...,
+        **options: Unpack[ListOptions],
+    ) -> list[R]: ...
+    @overload
+    def starmap(
+        self,
+        func: Callable[..., R],
+        iterable: Iterable[Iterable[Any]],
+        chunksize: int | None = ...,
+        *,
+        on_error: Literal["collect"],
+        **options: Unpack[ListOptions],
+    ) -> tuple[list[R | None], list[FailedRange]]: ...
+    @_STARMAP.document
     def starmap(
         self,
         func: Callable[..., Any],
         iterable: Iterable[Iterable[Any]],
         chunksize: int | None = None,
-        *,
-        shared: Mapping[str, Any] | None = None,
-        rng: Any = None,
-        timeout: float | None = None,
-        retries: int = RETRIES,
-        retry_on: type[Exception] | tuple[type[Exception], ...] = (),
-        on_error: str = "raise",
+        **options: Any,
     ) -> Any:
         """Apply a function to tuples of arguments, like `itertools.starmap`.
 
@@ -239,15 +210,8 @@ class Mapper:
             Called as ``func(*arguments)``.
         iterable : iterable of tuple
             The arguments of every call. A generator is read to its end first.
-        chunksize : int, optional
-            As for `map`.
-        shared : dict, optional
-            As for `map`.
-        {item_rng}
-        {timeout}
-        {retries}
-        {retry_on}
-        {collect_on_error}
+        **options
+            See `taskcarrier.options`.
 
         Returns
         -------
@@ -267,33 +231,17 @@ class Mapper:
         >>> SerialMapper().starmap(pow, [(2, 5), (3, 2)])
         [32, 9]
         """
-        settings = self._make_settings(RetryPolicy.from_arguments(timeout, retries, retry_on))
-        return map_lists(
-            settings,
-            func,
-            (iterable,),
-            check_chunksize(chunksize) or self.chunksize,
-            on_error=on_error,
-            rng=rng,
-            shared=shared,
-            are_arguments=True,
-        )
+        settings, filled = self._split_options(_STARMAP, {**options, "chunksize": chunksize})
+        return map_lists(settings, func, (iterable,), **filled, are_arguments=True)
 
-    @fill_docstring
+    @_IMAP.document
     def imap(
         self,
-        func: Callable[..., Any],
+        func: Callable[..., R],
         iterable: Iterable[Any],
         *iterables: Iterable[Any],
-        ordered: bool = True,
-        buffersize: int | None = None,
-        chunksize: int | None = None,
-        shared: Mapping[str, Any] | None = None,
-        rng: Any = None,
-        timeout: float | None = None,
-        retries: int = RETRIES,
-        retry_on: type[Exception] | tuple[type[Exception], ...] = (),
-    ) -> Generator[Any, None, None]:
+        **options: Unpack[ImapOptions],
+    ) -> Generator[R, None, None]:
         """Apply a function to the items of an input that may be endless; return an iterator.
 
         Like the built-in `map`, this returns an iterator over the results. Work begins when the
@@ -313,22 +261,8 @@ class Mapper:
             The items; an iterator may be endless. With several, the shortest ends the map. Some
             items are read before the first is used, and none is copied: an input that fills the
             same buffer for each item must give copies, ``(buffer.copy() for buffer in readings)``.
-        ordered : bool, default True
-            Whether results come in the order of the items. If not, they come in the order in which
-            they are ready, so that a slow item does not delay others.
-        buffersize : int, optional
-            The number of items that may have been read before their results are returned. Default:
-            four batches for each worker.
-        chunksize : int, optional
-            The number of items in a batch, the items that a worker gets at a time. Default: the
-            mapper's own; else one with ``timeout=`` or ``retries=0``, and otherwise as many as take
-            some milliseconds, a thousand at most.
-        shared : dict, optional
-            As for `map`.
-        {item_rng}
-        {timeout}
-        {retries}
-        {retry_on}
+        **options
+            See `taskcarrier.options`.
 
         Yields
         ------
@@ -367,22 +301,8 @@ class Mapper:
         >>> [float(total) for total in mapper.imap(np.sum, (each.copy() for each in readings()))]
         [0.0, 2.0, 4.0]
         """
-        settings = self._make_settings(RetryPolicy.from_arguments(timeout, retries, retry_on))
-        return imap_lists(
-            settings,
-            func,
-            (iterable, *iterables),
-            check_chunksize(chunksize) or self.chunksize,
-            ordered=ordered,
-            buffersize=buffersize,
-            rng=rng,
-            shared=shared,
-        )
-
-    map_array = _make_method(map_array)
-    map_items = _make_method(map_items)
-    map_chunks = _make_method(map_chunks)
-    reduce_array = _make_method(reduce_array)
+        settings, filled = self._split_options(_IMAP, options)
+        return imap_lists(settings, func, (iterable, *iterables), **filled)
 
     @property
     def report(self) -> Report:
@@ -414,17 +334,24 @@ class Mapper:
             self._recycler.close()
             self._recycler = None
 
-    def _make_settings(self, retry_policy: RetryPolicy = DEFAULT_POLICY) -> Settings:
-        return Settings(
-            self._balance,
-            self._n_jobs,
-            self._backend,
-            self.verbosity,
-            self.temp_folder,
-            self._recycler,
-            self._keep_report,
-            retry_policy,
+    def _split_options(
+        self, verb: Verb, options: Mapping[str, object]
+    ) -> tuple[Settings, dict[str, Any]]:
+        filled = verb.fill(options)
+        filled["chunksize"] = check_chunksize(filled["chunksize"]) or self.chunksize
+        settings = Settings(
+            balance=self._balance,
+            n_jobs=self._n_jobs,
+            backend=self._backend,
+            verbosity=self.verbosity,
+            temp_folder=self.temp_folder,
+            recycler=self._recycler,
+            keep_report=self._keep_report,
+            retry_policy=RetryPolicy.from_arguments(
+                filled.pop("timeout"), filled.pop("retries"), filled.pop("retry_on")
+            ),
         )
+        return settings, filled
 
     def _keep_report(self, report: Report) -> None:
         self._report = report

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Describe = Callable[[int, int], str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """How to run: the checked options of a mapper or of one call."""
 
@@ -55,28 +55,15 @@ class Settings:
     gil_reason: str = ""  # why the code that the function calls is known to release the GIL
 
     @classmethod
-    def from_arguments(
-        cls,
-        balance: object,
-        n_jobs: object,
-        backend: object,
-        *,
-        timeout: object,
-        retries: object,
-        retry_on: object,
-    ) -> Settings:
-        """Check the arguments of a function; a mapper passes its own settings as `balance`."""
-        retry_policy = RetryPolicy.from_arguments(timeout, retries, retry_on)
-        if isinstance(balance, Settings):
-            return (
-                balance
-                if retry_policy is balance.retry_policy
-                else replace(balance, retry_policy=retry_policy)
-            )
+    def from_options(cls, options: Mapping[str, Any]) -> Settings:
+        """Make settings from the options of a function; raise an error if one is wrong."""
+        retry_policy = RetryPolicy.from_arguments(
+            options["timeout"], options["retries"], options.get("retry_on", ())
+        )
         return cls(
-            get_balance(balance),
-            choices.check_n_jobs(n_jobs),
-            choices.check_backend(backend),
+            balance=get_balance(options["balance"]),
+            n_jobs=choices.check_n_jobs(options["n_jobs"]),
+            backend=choices.check_backend(options["backend"]),
             retry_policy=retry_policy,
         )
 

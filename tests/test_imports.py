@@ -17,10 +17,10 @@ PACKAGE = Path(__file__).parents[1] / "taskcarrier"
 LAYERS = [
     ["errors", "system"],
     ["memory", "notes"],
-    ["arguments", "options", "random_streams", "report"],
+    ["arguments", "random_streams", "report"],
     ["scheduling"],
-    ["progress", "workers"],
-    ["run"],
+    ["options", "progress", "workers"],
+    ["run", "verbs"],
     ["arrays", "lists"],
     ["fits", "mappers"],
     ["current", "estimators"],

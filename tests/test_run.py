@@ -112,7 +112,7 @@ def run(
     can_split=False,
     **others,
 ):
-    settings = Settings(balance or Dynamic(), **others)
+    settings = Settings(balance=balance or Dynamic(), **others)
     choice = Choice(backend, n_jobs or BACKENDS[backend], "a test")
     outcome = execute(
         Proposes(func, args, proposal),
@@ -151,31 +151,21 @@ def outcome_with(failures=(), deaths=(), missing=()):
     )
 
 
-def from_arguments(balance="static", n_jobs=None, backend=None, **others):
-    retry_policy = {"timeout": None, "retries": 2, "retry_on": (), **others}
-    return Settings.from_arguments(balance, n_jobs, backend, **retry_policy)
+def from_options(**options):
+    defaults = {"balance": "static", "n_jobs": None, "backend": None}
+    retry_policy = {"timeout": None, "retries": 2, "retry_on": ()}
+    return Settings.from_options({**defaults, **retry_policy, **options})
 
 
 class TestSettings:
-    def test_arguments_of_a_call_give_settings(self):
-        assert from_arguments("dynamic", -2, "multiprocessing") == Settings(Dynamic(), -2, "loky")
+    def test_options_of_a_call_give_settings(self):
+        settings = from_options(balance="dynamic", n_jobs=-2, backend="multiprocessing")
+        assert settings == Settings(balance=Dynamic(), n_jobs=-2, backend="loky")
 
-    def test_arguments_of_a_call_give_a_retry_policy(self):
-        settings = from_arguments(timeout=3, retries=5, retry_on=OSError)
-        assert settings == Settings(Static(), retry_policy=RetryPolicy(3.0, 5, (OSError,)))
-        assert from_arguments().retry_policy is DEFAULT_POLICY
-
-    def test_settings_of_a_mapper_take_the_retry_policy_of_the_call(self):
-        own = Settings(Dynamic(), 3, "threading", temp_folder="folder")
-        assert from_arguments(own) is own
-        changed = from_arguments(own, retries=0)
-        assert changed.retry_policy == RetryPolicy(retries=0)
-        assert (changed.balance, changed.n_jobs, changed.backend, changed.temp_folder) == (
-            Dynamic(),
-            3,
-            "threading",
-            "folder",
-        )
+    def test_options_of_a_call_give_a_retry_policy(self):
+        settings = from_options(timeout=3, retries=5, retry_on=OSError)
+        assert settings == Settings(balance=Static(), retry_policy=RetryPolicy(3.0, 5, (OSError,)))
+        assert from_options().retry_policy is DEFAULT_POLICY
 
     @pytest.mark.parametrize(
         ("arguments", "error"),
@@ -193,19 +183,19 @@ class TestSettings:
     def test_bad_arguments_are_refused(self, arguments, error):
         (name,) = arguments
         with pytest.raises(error, match=f"{name} must"):
-            from_arguments(**arguments)
+            from_options(**arguments)
 
     def test_the_temporary_folder_comes_from_the_mapper_or_the_environment(
         self, monkeypatch, tmp_path
     ):
         monkeypatch.delenv("JOBLIB_TEMP_FOLDER", raising=False)
-        assert Settings(Static()).folder is None
+        assert Settings(balance=Static()).folder is None
         monkeypatch.setenv("JOBLIB_TEMP_FOLDER", str(tmp_path))
-        assert Settings(Static()).folder == str(tmp_path)
-        assert Settings(Static(), temp_folder="other").folder == "other"
+        assert Settings(balance=Static()).folder == str(tmp_path)
+        assert Settings(balance=Static(), temp_folder="other").folder == "other"
 
     def test_memory_lies_in_the_temporary_folder(self, tmp_path):
-        settings = Settings(Static(), temp_folder=str(tmp_path))
+        settings = Settings(balance=Static(), temp_folder=str(tmp_path))
         (view,) = settings.new_staging().share([np.arange(10.0)])
         for segment in (settings.segment(100), view.segment):
             assert segment.on_disk
@@ -213,7 +203,7 @@ class TestSettings:
 
     def test_memory_comes_from_the_recycler(self):
         recycler = Recycler()
-        settings = Settings(Static(), recycler=recycler)
+        settings = Settings(balance=Static(), recycler=recycler)
         segment = settings.segment(1000)
         segment.reserve(1000)
         inode = os.fstat(segment.fd).st_ino
@@ -225,12 +215,12 @@ class TestSettings:
 
 class TestDecide:
     def test_given_arguments_are_followed(self):
-        choice = decide(Settings(Static(), n_jobs=3, backend="threading"), len).choice
+        choice = decide(Settings(balance=Static(), n_jobs=3, backend="threading"), len).choice
         assert (choice.backend, choice.n_jobs, choice.reason) == ("threading", 3, "asked for")
 
     def test_the_backend_depends_on_the_function(self):
-        assert decide(Settings(Static(), n_jobs=3), np.isnan).choice.backend == "threading"
-        assert decide(Settings(Static(), n_jobs=3), len).choice.backend == "loky"
+        assert decide(Settings(balance=Static(), n_jobs=3), np.isnan).choice.backend == "threading"
+        assert decide(Settings(balance=Static(), n_jobs=3), len).choice.backend == "loky"
 
 
 @pytest.mark.parametrize("balance", [Static(), Dynamic()], ids=lambda rule: rule.name)

@@ -62,7 +62,7 @@ class _Work:
     can_split: bool = False
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class ArrayCall:
     """A checked call of a function over ranges of arrays."""
 
@@ -79,49 +79,44 @@ class ArrayCall:
     streams: RandomStreams | None = None
 
     @classmethod
-    def from_arguments(
+    def from_options(
         cls,
         settings: Settings,
         func: Callable[..., Any],
         arrays: tuple[Any, ...],
+        options: Mapping[str, Any],
         *,
-        axis: object,
-        chunksize: object,
-        args: object,
-        kwargs: object,
-        writable: object,
         by_item: bool = False,
-        depth: object = 0,
-        boundary: object = "reflect",
-        cval: object = 0.0,
         collect_errors: bool = False,
         row: Row | None = None,
-        rng: object = None,
     ) -> ArrayCall:
         """Check the arguments of a verb and make a call of them; an error says what is wrong."""
         started_ns = monotonic_ns()
         check_callable(func)
-        inputs = check_inputs(arrays, axis)
-        extra_args, extra_kwargs = check_extras(args, kwargs)
+        inputs = check_inputs(arrays, options["axis"])
+        extra_args, extra_kwargs = check_extras(options["args"], options["kwargs"])
+        rng = options["rng"]
         if rng is not None and "rng" in extra_kwargs:
             raise TypeError("rng is given twice: as an option, and in kwargs")
-        size = check_chunksize(chunksize)
-        halo = check_halo(depth, boundary, cval, inputs)
+        size = check_chunksize(options["chunksize"])
+        halo = None
+        if not by_item:
+            halo = check_halo(options["depth"], options["boundary"], options["cval"], inputs)
         halo_depth = 0 if halo is None else halo.depth
         return cls(
-            settings,
-            Call(func, extra_args, extra_kwargs),
-            inputs,
-            item_grid(inputs.n_items, size)
+            settings=settings,
+            call=Call(func, extra_args, extra_kwargs),
+            inputs=inputs,
+            grid=item_grid(inputs.n_items, size)
             if by_item
             else chunk_grid(inputs.n_items, inputs.item_nbytes, size, halo_depth),
-            halo,
-            bool(writable),
-            by_item,
-            collect_errors,
-            started_ns,
-            row,
-            None if rng is None else random_streams_for(func, rng),
+            halo=halo,
+            writable=bool(options["writable"]),
+            by_item=by_item,
+            collect_errors=collect_errors,
+            started_ns=started_ns,
+            row=row,
+            streams=None if rng is None else random_streams_for(func, rng),
         )
 
     @property
@@ -336,19 +331,19 @@ class ArrayCall:
             )
             call = replace(call, func=retrying)
         task = ArrayTask(
-            call,
-            sources,
-            self.inputs.axes,
-            self.by_item,
-            prepared.writable,
-            prepared.copies_args,
-            self.halo,
-            plan,
-            self.collect_errors,
-            self._takes_objects(plan),
-            staging is not None,
-            self.streams is not None,
-            self.grid.chunksize,
+            call=call,
+            sources=sources,
+            axes=self.inputs.axes,
+            by_item=self.by_item,
+            writable=prepared.writable,
+            copies_args=prepared.copies_args,
+            halo=self.halo,
+            plan=plan,
+            collect_errors=self.collect_errors,
+            can_give_objects=self._takes_objects(plan),
+            drop_file_pages=staging is not None,
+            passes_index=self.streams is not None,
+            chunksize=self.grid.chunksize,
         )
         return _Work(
             task,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Unpack, overload
 
 from taskcarrier.arguments import check_on_error
 from taskcarrier.arrays.call import ArrayCall
@@ -13,48 +14,75 @@ from taskcarrier.arrays.outputs.request import OutputRequest, check_output_reque
 from taskcarrier.arrays.outputs.writer import check_out_axis
 from taskcarrier.arrays.resume.ledger_file import LedgerFile
 from taskcarrier.notes import add_note
-from taskcarrier.options import fill_docstring
+from taskcarrier.options import (
+    UNSET,
+    ChunksOptions,
+    CollectOption,
+    MapArrayOptions,
+    MapItemsOptions,
+    OnErrorOption,
+)
 from taskcarrier.run import Settings
-from taskcarrier.scheduling.retries import RETRIES
-from taskcarrier.workers.records import list_failed_ranges
+from taskcarrier.verbs import Verb
+from taskcarrier.workers.records import Fault, list_failed_ranges
+
+if TYPE_CHECKING:
+    from datetime import date, timedelta
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from taskcarrier.errors import FailedRange
+
+    class _Array(Protocol):
+        def __array__(self) -> Any: ...
+
+    # What functions return. `object` in place of the first would also mean tuples; then mypy takes
+    # the result of a function that returns a tuple of arrays for Any.
+    _Number = complex | np.generic | date | timedelta
+    _Value = NDArray[Any] | _Array | _Number | str | bytes | list[Any] | dict[Any, Any] | None
+    ArrayFunction = Callable[..., _Value]
+    TupleFunction = Callable[..., tuple[Any, ...]]
+    Array = NDArray[Any]
+    Arrays = tuple[NDArray[Any], ...]
+
+R = TypeVar("R")
+
+MAP_ARRAY = Verb.from_groups("map_array", MapArrayOptions, OnErrorOption)
+MAP_ITEMS = Verb.from_groups("map_items", MapItemsOptions, OnErrorOption)
+MAP_CHUNKS = Verb.from_groups("map_chunks", ChunksOptions, CollectOption)
 
 
-class _Unset:
-    """The type of `UNSET`, the default of options for which None would be a value."""
-
-    def __repr__(self) -> str:
-        return "<unset>"
-
-
-UNSET = _Unset()
-
-
-@fill_docstring
+@overload
 def map_array(
-    func: Callable[..., Any],
+    func: ArrayFunction,
     *arrays: Any,
-    axis: int | tuple[int, ...] = 0,
-    balance: str = "static",
-    n_jobs: int | None = None,
-    backend: str | None = None,
-    chunksize: int | None = None,
-    out: Any = None,
-    dtype: Any = None,
-    out_axis: int | tuple[int, ...] | None = None,
-    depth: int = 0,
-    boundary: str = "reflect",
-    cval: Any = 0.0,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    writable: bool = False,
-    rng: Any = None,
-    timeout: float | None = None,
-    retries: int = RETRIES,
-    retry_on: type[Exception] | tuple[type[Exception], ...] = (),
-    on_error: str = "raise",
-    fill_value: Any = UNSET,
-    resume: bool = False,
-) -> Any:
+    on_error: Literal["raise", "fill"] = ...,
+    **options: Unpack[MapArrayOptions],
+) -> Array: ...
+@overload
+def map_array(
+    func: TupleFunction,
+    *arrays: Any,
+    on_error: Literal["raise", "fill"] = ...,
+    **options: Unpack[MapArrayOptions],
+) -> Arrays: ...
+@overload
+def map_array(
+    func: ArrayFunction,
+    *arrays: Any,
+    on_error: Literal["collect"],
+    **options: Unpack[MapArrayOptions],
+) -> tuple[Array | Any, list[FailedRange]]: ...
+@overload
+def map_array(
+    func: TupleFunction,
+    *arrays: Any,
+    on_error: Literal["collect"],
+    **options: Unpack[MapArrayOptions],
+) -> tuple[Arrays | Any, list[FailedRange]]: ...
+@MAP_ARRAY.document
+def map_array(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     """Map a function over chunks of arrays on every core, and put the results in place.
 
     The result equals ``func(*arrays, *args, **kwargs)`` for every function that treats the
@@ -73,28 +101,10 @@ def map_array(
     func : callable
         Called as ``func(chunk, ..., *args, **kwargs)``. If it returns a tuple
         of arrays, the result is a tuple too.
-    {arrays}
-    {axis}
-    {balance}
-    {n_jobs}
-    {backend}
-    {chunksize}
-    {out}
-    {dtype}
-    {out_axis}
-    {depth}
-    {boundary}
-    {cval}
-    {args}
-    {kwargs}
-    {writable}
-    {rng}
-    {timeout}
-    {retries}
-    {retry_on}
-    {on_error}
-    {fill_value}
-    {resume}
+    *arrays : array_like
+        One or several arrays of equal length along the mapped axis.
+    **options
+        See `taskcarrier.options`.
 
     Returns
     -------
@@ -137,56 +147,40 @@ def map_array(
            [-1.,  0.,  1.],
            [-1.,  0.,  1.]])
     """
-    settings = Settings.from_arguments(
-        balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=retry_on
-    )
-    rule = check_on_error(on_error)
-    call = ArrayCall.from_arguments(
-        settings,
-        func,
-        arrays,
-        axis=axis,
-        chunksize=chunksize,
-        args=args,
-        kwargs=kwargs,
-        writable=writable,
-        rng=rng,
-        depth=depth,
-        boundary=boundary,
-        cval=cval,
-        collect_errors=rule != "raise",
-    )
-    checked_axis = check_out_axis(out_axis, axis)
-    request = check_output_request(out, dtype, checked_axis, call.inputs, call.extras)
-    return _run_in_place(
-        call, checked_axis, request, rule, fill_value, promote_dtypes=False, resume=resume
-    )
+    filled = MAP_ARRAY.fill(options)
+    return prepare_chunks(Settings.from_options(filled), func, arrays, filled).run()
 
 
-@fill_docstring
+@overload
 def map_items(
-    func: Callable[..., Any],
+    func: ArrayFunction,
     *arrays: Any,
-    axis: int | tuple[int, ...] = 0,
-    balance: str = "static",
-    n_jobs: int | None = None,
-    backend: str | None = None,
-    chunksize: int | None = None,
-    out: Any = None,
-    dtype: Any = None,
-    out_axis: int | tuple[int, ...] = 0,
-    out_shape: int | tuple[int, ...] | None = None,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    writable: bool = False,
-    rng: Any = None,
-    timeout: float | None = None,
-    retries: int = RETRIES,
-    retry_on: type[Exception] | tuple[type[Exception], ...] = (),
-    on_error: str = "raise",
-    fill_value: Any = UNSET,
-    resume: bool = False,
-) -> Any:
+    on_error: Literal["raise", "fill"] = ...,
+    **options: Unpack[MapItemsOptions],
+) -> Array: ...
+@overload
+def map_items(
+    func: TupleFunction,
+    *arrays: Any,
+    on_error: Literal["raise", "fill"] = ...,
+    **options: Unpack[MapItemsOptions],
+) -> Arrays: ...
+@overload
+def map_items(
+    func: ArrayFunction,
+    *arrays: Any,
+    on_error: Literal["collect"],
+    **options: Unpack[MapItemsOptions],
+) -> tuple[Array | Any, list[FailedRange]]: ...
+@overload
+def map_items(
+    func: TupleFunction,
+    *arrays: Any,
+    on_error: Literal["collect"],
+    **options: Unpack[MapItemsOptions],
+) -> tuple[Arrays | Any, list[FailedRange]]: ...
+@MAP_ITEMS.document
+def map_items(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     """Map a function over the items of arrays on every core, and stack the results.
 
     The result equals
@@ -204,31 +198,10 @@ def map_items(
     func : callable
         Called as ``func(item, ..., *args, **kwargs)``. If it returns a tuple
         of values, the result is a tuple too.
-    {arrays}
-    {axis}
-    {balance}
-    {n_jobs}
-    {backend}
-    {item_chunksize}
-    {out}
-    {dtype}
-    out_axis : int or tuple of int, default 0
-        The axis of the result along which items are stacked, as in `numpy.stack`. A tuple has
-        one for each output.
-    out_shape : int or tuple of int, optional
-        The shape of one item's result. `func` then gets an array of this shape and of `dtype`
-        (default: that of an `out` array, else float64) as its last positional argument, and
-        must fill all of it; what it returns does not matter.
-    {args}
-    {kwargs}
-    {writable}
-    {item_rng}
-    {timeout}
-    {retries}
-    {retry_on}
-    {on_error}
-    {fill_value}
-    {resume}
+    *arrays : array_like
+        One or several arrays of equal length along the mapped axis.
+    **options
+        See `taskcarrier.options`.
 
     Returns
     -------
@@ -256,58 +229,26 @@ def map_items(
     >>> map_items(lambda row: row.max() - row.min(), np.arange(6).reshape(2, 3), n_jobs=2)
     array([2, 2])
     """
-    settings = Settings.from_arguments(
-        balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=retry_on
-    )
-    rule = check_on_error(on_error)
-    row = check_row(out_shape, dtype, out)
-    call = ArrayCall.from_arguments(
-        settings,
-        func,
-        arrays,
-        axis=axis,
-        chunksize=chunksize,
-        args=args,
-        kwargs=kwargs,
-        writable=writable,
-        rng=rng,
-        by_item=True,
-        collect_errors=rule != "raise",
-        row=row,
-    )
-    checked_axis = check_out_axis(out_axis, 0)
-    request = check_output_request(out, dtype, checked_axis, call.inputs, call.extras)
-    if call.inputs.n_items == 0:
-        empty_result = request.make_empty_result() if row is None else row.none(checked_axis)
-        call = call.with_function(lambda *_: empty_result)
-        checked_axis = checked_axis if request.entries or row else 0
-    promote_dtypes = not request.knows_dtypes and not resume
-    return _run_in_place(
-        call, checked_axis, request, rule, fill_value, promote_dtypes=promote_dtypes, resume=resume
-    )
+    filled = MAP_ITEMS.fill(options)
+    return prepare_items(Settings.from_options(filled), func, arrays, filled).run()
 
 
-@fill_docstring
+@overload
 def map_chunks(
-    func: Callable[..., Any],
+    func: Callable[..., R],
     *arrays: Any,
-    axis: int | tuple[int, ...] = 0,
-    balance: str = "static",
-    n_jobs: int | None = None,
-    backend: str | None = None,
-    chunksize: int | None = None,
-    depth: int = 0,
-    boundary: str = "reflect",
-    cval: Any = 0.0,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    writable: bool = False,
-    rng: Any = None,
-    timeout: float | None = None,
-    retries: int = RETRIES,
-    retry_on: type[Exception] | tuple[type[Exception], ...] = (),
-    on_error: str = "raise",
-) -> Any:
+    on_error: Literal["raise"] = ...,
+    **options: Unpack[ChunksOptions],
+) -> list[R]: ...
+@overload
+def map_chunks(
+    func: Callable[..., R],
+    *arrays: Any,
+    on_error: Literal["collect"],
+    **options: Unpack[ChunksOptions],
+) -> tuple[list[R | None], list[FailedRange]]: ...
+@MAP_CHUNKS.document
+def map_chunks(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     """Call a function with every chunk of arrays on every core, and return a list of the results.
 
     `func` must take one chunk of each array (the axis is kept). It may return anything; worker
@@ -319,23 +260,10 @@ def map_chunks(
     ----------
     func : callable
         Called as ``func(chunk, ..., *args, **kwargs)``.
-    {arrays}
-    {axis}
-    {balance}
-    {n_jobs}
-    {backend}
-    {chunksize}
-    {depth_uncut}
-    {boundary}
-    {cval}
-    {args}
-    {kwargs}
-    {writable}
-    {rng}
-    {timeout}
-    {retries}
-    {retry_on}
-    {collect_on_error}
+    *arrays : array_like
+        One or several arrays of equal length along the mapped axis.
+    **options
+        See `taskcarrier.options`.
 
     Returns
     -------
@@ -362,80 +290,163 @@ def map_chunks(
     >>> map_chunks(np.ndarray.tolist, np.arange(5), chunksize=2, n_jobs=2)
     [[0, 1], [2, 3], [4]]
     """
-    settings = Settings.from_arguments(
-        balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=retry_on
-    )
-    rule = check_on_error(on_error, ("raise", "collect"))
-    call = ArrayCall.from_arguments(
-        settings,
-        func,
-        arrays,
-        axis=axis,
-        chunksize=chunksize,
-        args=args,
-        kwargs=kwargs,
-        writable=writable,
-        rng=rng,
-        depth=depth,
-        boundary=boundary,
-        cval=cval,
-        collect_errors=rule == "collect",
-    )
-    results, faults = call.run_collect()
-    ordered = [results.get(call.grid.range_of(index)[0]) for index in range(len(call.grid))]
-    return (ordered, list_failed_ranges(faults)) if rule == "collect" else ordered
+    filled = MAP_CHUNKS.fill(options)
+    call = prepare_collecting(Settings.from_options(filled), func, arrays, filled)
+    return list_results(call, *call.run_collect())
 
 
-def _run_in_place(
+@dataclass(eq=False, kw_only=True)
+class PlacedMap:
+    """A checked map whose results are put in place.
+
+    Attributes
+    ----------
+    call : ArrayCall
+        The function and the arrays.
+    request : OutputRequest
+        Where results go.
+    out_axis : int or tuple of int
+        The mapped axis of results.
+    promote_dtypes : bool
+        Whether results of several dtypes get the one that they promote to.
+    fill : Fill
+        What stands for results that failed.
+    returns_failures : bool
+        Whether failures are returned beside the result.
+    resume : bool
+        Whether the map goes on where an earlier one ended.
+    """
+
+    call: ArrayCall
+    request: OutputRequest
+    out_axis: int | tuple[int, ...]
+    promote_dtypes: bool
+    fill: Fill
+    returns_failures: bool
+    resume: bool
+
+    def run(self) -> Any:
+        """Run the map; return what the verb returns."""
+        ledger_file = self._open_ledger_file() if self.resume else None
+        try:
+            result, faults = self.call.run_in_place(
+                self.out_axis,
+                self.request,
+                promote_dtypes=self.promote_dtypes,
+                fill=self.fill,
+                resumed=ledger_file,
+            )
+            if ledger_file is not None and result is not None:
+                ledger_file.remove()
+        finally:
+            if ledger_file is not None:
+                ledger_file.close()
+        if self.returns_failures:
+            return result, list_failed_ranges(faults)
+        if result is None:
+            error = faults[0][2]
+            faults.clear()
+            add_note(error, "every item failed, so the shape of the result is not known")
+            try:
+                raise error
+            finally:
+                del error  # its traceback refers to this frame
+        faults.clear()  # their tracebacks refer to it too
+        return result
+
+    def _open_ledger_file(self) -> LedgerFile:
+        """Open the ledger file beside the first output; tell `request` whether it is continued."""
+        request = self.request
+        if not request.paths or len(request.paths) != len(request.entries or ()):
+            raise ValueError(
+                "resume=True needs out= as a path that ends in .npy (or several of them)"
+            )
+        options = {
+            "out_axis": self.out_axis,
+            "outputs": (len(request.paths), request.is_several),
+            "dtype": request.dtypes,
+        }
+        ledger_file = self.call.open_ledger_file(request.paths[0], options)
+        request.keeps, request.is_running = True, not ledger_file.is_new
+        return ledger_file
+
+
+def prepare_chunks(
+    settings: Settings,
+    func: Callable[..., Any],
+    arrays: tuple[Any, ...],
+    options: Mapping[str, Any],
+) -> PlacedMap:
+    """Check the arguments of `map_array`, and return what it is to run."""
+    collect_errors = check_on_error(options["on_error"]) != "raise"
+    call = ArrayCall.from_options(settings, func, arrays, options, collect_errors=collect_errors)
+    out_axis = check_out_axis(options["out_axis"], options["axis"])
+    request = check_output_request(
+        options["out"], options["dtype"], out_axis, call.inputs, call.extras
+    )
+    return _make_placed_map(call, request, out_axis, options, promote_dtypes=False)
+
+
+def prepare_items(
+    settings: Settings,
+    func: Callable[..., Any],
+    arrays: tuple[Any, ...],
+    options: Mapping[str, Any],
+) -> PlacedMap:
+    """Check the arguments of `map_items`, and return what it is to run."""
+    out, dtype = options["out"], options["dtype"]
+    collect_errors = check_on_error(options["on_error"]) != "raise"
+    row = check_row(options["out_shape"], dtype, out)
+    call = ArrayCall.from_options(
+        settings, func, arrays, options, by_item=True, collect_errors=collect_errors, row=row
+    )
+    out_axis = check_out_axis(options["out_axis"], 0)
+    request = check_output_request(out, dtype, out_axis, call.inputs, call.extras)
+    if call.inputs.n_items == 0:
+        empty_result = request.make_empty_result() if row is None else row.none(out_axis)
+        call = call.with_function(lambda *_: empty_result)
+        out_axis = out_axis if request.entries or row else 0
+    promote_dtypes = not request.knows_dtypes and not options["resume"]
+    return _make_placed_map(call, request, out_axis, options, promote_dtypes=promote_dtypes)
+
+
+def _make_placed_map(
     call: ArrayCall,
-    out_axis: int | tuple[int, ...],
     request: OutputRequest,
-    rule: str,
-    fill_value: object,
+    out_axis: int | tuple[int, ...],
+    options: Mapping[str, Any],
     *,
     promote_dtypes: bool,
-    resume: bool,
-) -> Any:
-    fill = Fill(fill_value is not UNSET, fill_value, rule == "fill")
-    if fill.is_given and rule == "raise":
+) -> PlacedMap:
+    on_error, fill_value = options["on_error"], options["fill_value"]
+    fill = Fill(fill_value is not UNSET, fill_value, on_error == "fill")
+    if fill.is_given and on_error == "raise":
         raise ValueError("fill_value has no meaning unless on_error is 'fill' or 'collect'")
     for dtype in request.known_dtypes:
         fill.of(dtype)
-    ledger_file = _open_ledger_file(call, out_axis, request) if resume else None
-    try:
-        result, faults = call.run_in_place(
-            out_axis, request, promote_dtypes=promote_dtypes, fill=fill, resumed=ledger_file
-        )
-        if ledger_file is not None and result is not None:
-            ledger_file.remove()
-    finally:
-        if ledger_file is not None:
-            ledger_file.close()
-    if rule == "collect":
-        return result, list_failed_ranges(faults)
-    if result is None:
-        error = faults[0][2]
-        faults.clear()
-        add_note(error, "every item failed, so the shape of the result is not known")
-        try:
-            raise error
-        finally:
-            del error  # its traceback refers to this frame
-    faults.clear()  # their tracebacks refer to it too
-    return result
+    return PlacedMap(
+        call=call,
+        request=request,
+        out_axis=out_axis,
+        promote_dtypes=promote_dtypes,
+        fill=fill,
+        returns_failures=on_error == "collect",
+        resume=options["resume"],
+    )
 
 
-def _open_ledger_file(
-    call: ArrayCall, out_axis: int | tuple[int, ...], request: OutputRequest
-) -> LedgerFile:
-    """Open the ledger file beside the first output; tell `request` whether a run is continued."""
-    if not request.paths or len(request.paths) != len(request.entries or ()):
-        raise ValueError("resume=True needs out= as a path that ends in .npy (or several of them)")
-    options = {
-        "out_axis": out_axis,
-        "outputs": (len(request.paths), request.is_several),
-        "dtype": request.dtypes,
-    }
-    ledger_file = call.open_ledger_file(request.paths[0], options)
-    request.keeps, request.is_running = True, not ledger_file.is_new
-    return ledger_file
+def prepare_collecting(
+    settings: Settings,
+    func: Callable[..., Any],
+    arrays: tuple[Any, ...],
+    options: Mapping[str, Any],
+) -> ArrayCall:
+    """Check the arguments of `map_chunks`, and return the call that it makes."""
+    rule = check_on_error(options["on_error"], ("raise", "collect"))
+    return ArrayCall.from_options(settings, func, arrays, options, collect_errors=rule == "collect")
+
+
+def list_results(call: ArrayCall, results: dict[int, Any], faults: list[Fault]) -> Any:
+    """Return what `map_chunks` returns: results in order, and failures if they are collected."""
+    ordered = [results.get(call.grid.range_of(index)[0]) for index in range(len(call.grid))]
+    return (ordered, list_failed_ranges(faults)) if call.collect_errors else ordered

@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import reduce
-from typing import Any
+from typing import Any, TypeVar, Unpack, overload
 
 from taskcarrier.arguments import check_callable
 from taskcarrier.arrays.call import ArrayCall
-from taskcarrier.arrays.mapping import UNSET
 from taskcarrier.notes import add_note
-from taskcarrier.options import fill_docstring
+from taskcarrier.options import UNSET, ChunksOptions, ReductionOptions
 from taskcarrier.run import Settings
-from taskcarrier.scheduling.retries import RETRIES
+from taskcarrier.verbs import Verb
+
+R = TypeVar("R")
+S = TypeVar("S")
+
+REDUCE_ARRAY = Verb.from_groups("reduce_array", ReductionOptions, ChunksOptions)
 
 
-@fill_docstring
+@overload
+def reduce_array(
+    func: Callable[..., R],
+    *arrays: Any,
+    combine: Callable[[Any, Any], Any],
+    **options: Unpack[ChunksOptions],
+) -> R: ...
+@overload
 def reduce_array(
     func: Callable[..., Any],
     *arrays: Any,
     combine: Callable[[Any, Any], Any],
-    initial: Any = UNSET,
-    axis: int | tuple[int, ...] = 0,
-    balance: str = "static",
-    n_jobs: int | None = None,
-    backend: str | None = None,
-    chunksize: int | None = None,
-    depth: int = 0,
-    boundary: str = "reflect",
-    cval: Any = 0.0,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    writable: bool = False,
-    rng: Any = None,
-    timeout: float | None = None,
-    retries: int = RETRIES,
-    retry_on: type[Exception] | tuple[type[Exception], ...] = (),
-) -> Any:
+    initial: S,
+    **options: Unpack[ChunksOptions],
+) -> S: ...
+@REDUCE_ARRAY.document
+def reduce_array(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     """Reduce arrays on every core: compute a partial result of each chunk, combine them in order.
 
     The result equals ``functools.reduce(combine, [func(chunk) for chunk in chunks])``. Partial
@@ -54,26 +52,10 @@ def reduce_array(
     ----------
     func : callable
         Called as ``func(chunk, ..., *args, **kwargs)``.
-    {arrays}
-    combine : callable
-        Called as ``combine(left, right)``, for example `operator.add` or `numpy.maximum`.
-    initial : object, optional
-        The first `left`. Default: the first partial result.
-    {axis}
-    {balance}
-    {n_jobs}
-    {backend}
-    {chunksize}
-    {depth_uncut}
-    {boundary}
-    {cval}
-    {args}
-    {kwargs}
-    {writable}
-    {rng}
-    {timeout}
-    {retries}
-    {retry_on}
+    *arrays : array_like
+        One or several arrays of equal length along the mapped axis.
+    **options
+        See `taskcarrier.options`.
 
     Returns
     -------
@@ -103,38 +85,37 @@ def reduce_array(
     >>> reduce_array(lambda rows: (rows**2).sum(axis=0), X, combine=operator.add, n_jobs=2)
     array([20., 35.])
     """
-    settings = Settings.from_arguments(
-        balance, n_jobs, backend, timeout=timeout, retries=retries, retry_on=retry_on
-    )
-    check_callable(combine, "combine")
-    call = ArrayCall.from_arguments(
-        settings,
-        func,
-        arrays,
-        axis=axis,
-        chunksize=chunksize,
-        args=args,
-        kwargs=kwargs,
-        writable=writable,
-        rng=rng,
-        depth=depth,
-        boundary=boundary,
-        cval=cval,
-    )
-    if call.inputs.n_items == 0:
-        if initial is UNSET:
-            raise ValueError(
-                "reduce_array of arrays without items needs initial= (shape "
-                f"{call.inputs.arrays[0].shape}, axis {call.inputs.axes[0]})"
-            )
-        return initial
-    partials, _ = call.run_collect()
-    starts = sorted(partials)
+    filled = REDUCE_ARRAY.fill(options)
+    call = prepare_reduction(Settings.from_options(filled), func, arrays, filled)
+    return fold(call, call.run_collect()[0] if call.inputs.n_items else {}, filled)
 
-    def fold(left: Any, start: int) -> Any:
+
+def prepare_reduction(
+    settings: Settings,
+    func: Callable[..., Any],
+    arrays: tuple[Any, ...],
+    options: Mapping[str, Any],
+) -> ArrayCall:
+    """Check the arguments of `reduce_array`, and return the call that it makes."""
+    check_callable(options["combine"], "combine")
+    call = ArrayCall.from_options(settings, func, arrays, options)
+    if call.inputs.n_items == 0 and options["initial"] is UNSET:
+        raise ValueError(
+            "reduce_array of arrays without items needs initial= (shape "
+            f"{call.inputs.arrays[0].shape}, axis {call.inputs.axes[0]})"
+        )
+    return call
+
+
+def fold(call: ArrayCall, partials: dict[int, Any], options: Mapping[str, Any]) -> Any:
+    """Return the partial results combined in order; `partials` has them by the start of ranges."""
+    combine, initial = options["combine"], options["initial"]
+    starts = sorted(partials)
+    left = partials.pop(starts.pop(0)) if initial is UNSET else initial
+    for start in starts:
         partial = partials.pop(start)
         try:
-            return combine(left, partial)
+            left = combine(left, partial)
         except Exception as error:
             description = call.inputs.describe(
                 start, min(start + call.grid.chunksize, call.inputs.n_items)
@@ -143,6 +124,4 @@ def reduce_array(
             if partial is None:
                 add_note(error, "func returned None for it: does it lack a return?")
             raise
-
-    first = partials.pop(starts.pop(0)) if initial is UNSET else initial
-    return reduce(fold, starts, first)
+    return left

@@ -33,7 +33,7 @@ from taskcarrier.workers.task import IN_PLACE, RunRange, WorkerContext
 _TRIM_NBYTES = 32 << 20
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ArrayTask:
     """A function over ranges of arrays, as a task.
 

@@ -15,7 +15,7 @@ ITEMS = [1, "two", None, (4,), {5: 6}, [7.5], b"8"]
 
 
 def new_staging():
-    return Settings(Static()).new_staging()
+    return Settings(balance=Static()).new_staging()
 
 
 def describe(start, stop):
