@@ -35,7 +35,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.shared_memory import SharedMemoryWatch, all_entries
+from tests.shared_memory import SHARED, SharedMemoryWatch, all_entries
 
 collect_ignore = ["tests/typing"]  # what type checkers read; it is not run
 
@@ -102,9 +102,16 @@ previous = pytest.StashKey[dict[str, str | None]]()
 failed = pytest.StashKey[bool]()
 
 
+@hypothesis.settings(max_examples=1, derandomize=True, database=None)
+@hypothesis.given(hypothesis.strategies.none())
+def run_one_example(_: None) -> None:
+    """Have Hypothesis make its generator: it checks its referrers, which `gc.freeze` hides."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def leak_baseline(request: pytest.FixtureRequest) -> Iterator[Things]:
     """Record what exists before the first test; nothing more may exist after the last."""
+    run_one_example()
     before = everything()
     yield before
     leaked = left_behind(before)
@@ -167,7 +174,7 @@ def everything() -> Things:
     in_memory = all_entries()  # before the processes, among which their makers then are
     children = processes()
     family = {pid for pid, _ in children} | {os.getpid()} | resource_trackers()
-    in_memory = SHARED_MEMORY.entries_of(family, in_memory)
+    in_memory = SHARED_MEMORY.entries_of(family, in_memory) - lasting_semaphores()
     return {
         "thread": threads(),
         "process": children,
@@ -244,3 +251,14 @@ def loaded_trackers() -> list:
 
 def resource_trackers() -> set[int]:
     return {tracker._pid for tracker in loaded_trackers()}
+
+
+def lasting_semaphores() -> set[Path]:
+    """Return that of numba: one a program, until its end.
+
+    It has a name where multiprocessing does not fork by default, as on Python 3.14.
+    """
+    parallel = sys.modules.get("numba.np.ufunc.parallel")
+    semaphore = getattr(getattr(parallel, "_backend_init_process_lock", None), "_semlock", None)
+    name = getattr(semaphore, "name", None)
+    return set() if name is None else {SHARED / f"sem.{name.removeprefix('/')}"}

@@ -21,11 +21,16 @@ def progress_bar(
     if verbosity < 1:
         yield None
         return
-    from tqdm import tqdm  # noqa: PLC0415  # only when progress is shown
+    from tqdm.std import TqdmDefaultWriteLock, tqdm  # noqa: PLC0415  # only when progress is shown
 
     class Bar(tqdm):  # type: ignore[misc]  # untyped
         # `tick` refreshes the bar; tqdm's own thread would outlive it.
         monitor_interval = 0
+
+    if not hasattr(tqdm, "_lock"):  # nobody has set or used one yet
+        # tqdm's own lock for threads. Its default has one for processes too; where multiprocessing
+        # does not fork by default (Python 3.14), that is a named semaphore with a watching process.
+        Bar.set_lock(TqdmDefaultWriteLock.th_lock)
 
     with Bar(total=n_items, initial=n_before, unit="item") as bar:
 

@@ -106,6 +106,14 @@ LEAKS = {
         """,
         "shared memory: /dev/shm/stray-mapped",
     ),
+    "semaphore": (
+        """
+        import builtins, multiprocessing, os
+        multiprocessing.current_process()._config["semprefix"] = f"/stray-{os.getpid()}"
+        builtins.kept_semaphore = multiprocessing.get_context("forkserver").RLock()
+        """,
+        "shared memory: /dev/shm/sem.stray-*",
+    ),
 }
 LATE = """
     import os, pytest
@@ -116,10 +124,10 @@ LATE = """
     def test_it():
         pass
 """
-# No leaks: garbage in cycles, what a fixture removes, a thread about to end, and warm workers
-# that the package ends on `shutdown`.
+# No leaks: garbage in cycles, what a fixture removes, a thread about to end, warm workers that
+# the package ends on `shutdown`, and a lock that numba keeps.
 CLEAN = """
-    import mmap, os, sys, threading, time, types
+    import mmap, multiprocessing, os, sys, threading, time, types
 
     package = types.ModuleType("taskcarrier")
     closed = threading.Event()
@@ -141,6 +149,12 @@ CLEAN = """
     def test_warm_workers():
         sys.modules["taskcarrier"] = package
         threading.Thread(target=closed.wait, daemon=True).start()
+
+    def test_lock_of_numba():
+        multiprocessing.current_process()._config["semprefix"] = f"/stray-{os.getpid()}"
+        parallel = types.ModuleType("numba.np.ufunc.parallel")
+        parallel._backend_init_process_lock = multiprocessing.get_context("forkserver").RLock()
+        sys.modules[parallel.__name__] = parallel
 """
 
 
@@ -233,7 +247,7 @@ def test_a_leak_after_the_last_test_fails_the_session(run):
 
 
 def test_nothing_is_reported_where_nothing_leaks(run):
-    run(CLEAN, grace=60).assert_outcomes(passed=4)
+    run(CLEAN, grace=60).assert_outcomes(passed=5)
 
 
 def test_shared_memory_of_other_programs_is_ignored(run):

@@ -7,6 +7,7 @@ import operator
 import os
 import pickle
 import re
+import sys
 import time
 
 import joblib
@@ -637,6 +638,24 @@ def test_functions_known_to_release_the_gil_run_in_threads():
     assert last_report().backend == "threading"
     map_array(lambda c: c, np.arange(8.0), n_jobs=2)
     assert last_report().backend == "loky"
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda mapper: mapper.map_array(lambda c: c, np.arange(8.0)),
+        lambda mapper: mapper.map_items(lambda x: x, np.arange(8.0)),
+        lambda mapper: mapper.map_chunks(lambda c: c, np.arange(8.0)),
+        lambda mapper: mapper.map(lambda x: x, range(8)),
+        lambda mapper: list(mapper.imap(lambda x: x, range(8))),
+        lambda mapper: mapper.map_array(np.isnan, np.arange(8.0)),
+    ],
+    ids=["map_array", "map_items", "map_chunks", "map", "imap", "ufunc"],
+)
+def test_every_function_runs_in_threads_where_there_is_no_gil(run, monkeypatch):
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    run(DynamicParallelMapper(2))
+    assert last_report().backend == "threading"
 
 
 def test_a_map_may_follow_two_shutdowns():

@@ -13,8 +13,13 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def project():
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+def pyproject():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def project(pyproject):
+    return pyproject["project"]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +44,16 @@ def test_the_oldest_versions_are_the_lower_bounds(project):
         assert pins[name] in (bound, f"{bound}.0")
 
 
+def test_dependency_groups_are_the_extras_of_the_same_names(pyproject, project):
+    groups = pyproject["dependency-groups"]
+    extras = project["optional-dependencies"]
+    assert {name: extras[name] for name in groups if name != "dev"} == {
+        name: group for name, group in groups.items() if name != "dev"
+    }
+    included = [entry["include-group"] for entry in groups["dev"] if isinstance(entry, dict)]
+    assert included == [name for name in groups if name != "dev"]
+
+
 def test_the_version_equals_that_of_the_project(project):
     assert taskcarrier.__version__ == project["version"]
 
@@ -51,7 +66,15 @@ def test_the_supported_python_versions_are_named(project):
     assert project["requires-python"] == ">=3.11"
     prefix = "Programming Language :: Python :: 3."
     named = [c.removeprefix(prefix) for c in project["classifiers"] if c.startswith(prefix)]
-    assert named == ["11", "12", "13"]
+    assert named == ["11", "12", "13", "14"]
+
+
+@pytest.mark.parametrize("file", [".ci/run", ".github/workflows/ci.yml", "noxfile.py"])
+def test_the_supported_python_versions_are_tested(file, project):
+    prefix = "Programming Language :: Python :: "
+    named = [c.removeprefix(prefix) for c in project["classifiers"] if c.startswith(f"{prefix}3.")]
+    text = (ROOT / file).read_text(encoding="utf-8").replace('"', "").replace(",", "")
+    assert " ".join(named) in text
 
 
 def test_setup_py_leaves_the_metadata_to_pyproject():

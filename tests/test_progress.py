@@ -1,12 +1,14 @@
 """The bar, and the report in the log."""
 
 import logging
+from unittest.mock import MagicMock
 
 import pytest
 
 from taskcarrier.progress import log_report, progress_bar
 from taskcarrier.report import Report
 from taskcarrier.scheduling.ledger import Ledger
+from tests.strategies import run_script
 
 REPORT = Report("sequential", "asked for", "serial", 1, 1, 3, 3, 0, 0.5, ())
 
@@ -68,6 +70,27 @@ class TestBar:
         with progress_bar(1, 0, 1) as tick:
             tick(Ledger.local(1))
         assert "0item" in capsys.readouterr().err
+
+
+def test_a_bar_makes_no_lock_that_processes_share(tmp_path):
+    code = """
+from tqdm.std import TqdmDefaultWriteLock
+from taskcarrier.progress import progress_bar
+
+with progress_bar(1, 3, 1):
+    pass
+print(hasattr(TqdmDefaultWriteLock, "mp_lock"))
+"""
+    assert run_script(tmp_path, code) == "False\n"
+
+
+@pytest.mark.usefixtures("no_monitor")
+def test_a_bar_uses_the_lock_that_the_program_has_set(monkeypatch):
+    lock = MagicMock()
+    monkeypatch.setattr("tqdm.std.tqdm._lock", lock, raising=False)
+    with progress_bar(1, 3, 1):
+        pass
+    assert lock.__enter__.called
 
 
 def shown_last(capsys):

@@ -481,6 +481,7 @@ _STANDARD_CLASS_MEMBERS = {
     "__annotate_func__",
     "__annotations__",
     "__annotations_cache__",
+    "__classdictcell__",
     "__dict__",
     "__doc__",
     "__firstlineno__",
