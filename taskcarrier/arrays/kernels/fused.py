@@ -24,7 +24,7 @@ from taskcarrier.workers.records import PartialResult
 from taskcarrier.workers.task import IN_PLACE, Deliver, Job, Propose
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class FusedTask:
     """A compiled loop over the items of arrays of this process.
 

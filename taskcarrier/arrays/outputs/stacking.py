@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from taskcarrier.arrays.inputs.check import holds_mask, normalize_axis
+from taskcarrier.arrays.outputs.specs import shorten_repr
 
 _PYTHON_NUMBERS = {bool: np.bool_, float: np.float64, complex: np.complex128}
 
@@ -109,8 +110,8 @@ def _check_tuples(values: Sequence[Any], start: int, n_results: int) -> None:
     for number, value in enumerate(values):
         if not isinstance(value, tuple) or len(value) != n_results:
             raise ValueError(
-                f"func returned a tuple of {n_results} for item {start}, but {_shorten(value)} for "
-                f"item {start + number}; every item must give as many results"
+                f"func returned a tuple of {n_results} for item {start}, but {shorten_repr(value)} "
+                f"for item {start + number}; every item must give as many results"
             )
 
 
@@ -169,17 +170,18 @@ def _to_arrays(
     for number, (array, value) in enumerate(zip(arrays, values, strict=True)):
         if isinstance(values[0], tuple):
             raise ValueError(  # noqa: TRY004  # as for tuples of different lengths
-                f"func returned a tuple within a tuple, {_shorten(values[0])}, for item {start}; "
-                "return one tuple of numbers and arrays, or use a mapper for a list of the results"
+                f"func returned a tuple within a tuple, {shorten_repr(values[0])}, for item "
+                f"{start}; return one tuple of numbers and arrays, or use a mapper for a list of "
+                "the results"
             )
         if isinstance(value, tuple):
             raise ValueError(  # noqa: TRY004  # as for tuples of different lengths
-                f"func returned {_shorten(values[0])} for item {start}, but a tuple for item "
+                f"func returned {shorten_repr(values[0])} for item {start}, but a tuple for item "
                 f"{start + number}; every item must give as many results"
             )
         if array.dtype.hasobject and not can_give_objects:
             raise TypeError(
-                f"func returned {_shorten(value)} ({type(value).__name__}) for item "
+                f"func returned {shorten_repr(value)} ({type(value).__name__}) for item "
                 f"{start + number}; map_items stacks numbers and arrays: pass dtype=object to "
                 "collect them, or use a mapper for a list of them"
             )
@@ -189,8 +191,3 @@ def _to_arrays(
                 f"shape {shape} for item {start}; all items must give the same shape"
             )
     return arrays
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."  # noqa: PLR2004  # fits a line
