@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from taskcarrier.arguments import check_on_error
 from taskcarrier.arrays.call import ArrayCall
-from taskcarrier.arrays.casting import Fill
+from taskcarrier.arrays.casting import (
+    MakeFill,
+    cast_scalar,
+    find_missing_value,
+    require_missing_value,
+)
 from taskcarrier.arrays.kernels.prepare import check_row
-from taskcarrier.arrays.outputs.request import OutputRequest, check_output_request
-from taskcarrier.arrays.outputs.writer import check_out_axis
+from taskcarrier.arrays.outputs.request import (
+    OutputRequest,
+    check_out_axis,
+    check_output_request,
+)
 from taskcarrier.arrays.resume.ledger_file import LedgerFile
 from taskcarrier.notes import add_note
 from taskcarrier.options import fill_docstring
@@ -156,11 +166,15 @@ def map_array(
         cval=cval,
         collect_errors=rule != "raise",
     )
-    checked_axis = check_out_axis(out_axis, axis)
-    request = check_output_request(out, dtype, checked_axis, call.inputs, call.extras)
-    return _run_in_place(
-        call, checked_axis, request, rule, fill_value, promote_dtypes=False, resume=resume
+    request = check_output_request(
+        out,
+        dtype,
+        check_out_axis(out_axis, axis),
+        call.inputs,
+        call.extras,
+        make_fill=choose_fill(fill_value, rule),
     )
+    return _run_in_place(call, request, rule, resume=resume)
 
 
 @fill_docstring
@@ -275,16 +289,23 @@ def map_items(
         collect_errors=rule != "raise",
         row=row,
     )
-    checked_axis = check_out_axis(out_axis, 0)
-    request = check_output_request(out, dtype, checked_axis, call.inputs, call.extras)
-    if call.inputs.n_items == 0:
-        empty_result = request.make_empty_result() if row is None else row.none(checked_axis)
-        call = call.with_function(lambda *_: empty_result)
-        checked_axis = checked_axis if request.entries or row else 0
-    promote_dtypes = not request.knows_dtypes and not resume
-    return _run_in_place(
-        call, checked_axis, request, rule, fill_value, promote_dtypes=promote_dtypes, resume=resume
+    request = check_output_request(
+        out,
+        dtype,
+        check_out_axis(out_axis, 0),
+        call.inputs,
+        call.extras,
+        promote_dtypes=not resume,
+        make_fill=choose_fill(fill_value, rule),
     )
+    if call.inputs.n_items == 0:
+        if row is not None:
+            empty_result = row.make_empty_result(request.out_axis)
+        else:
+            empty_result = request.make_empty_result()
+            request = request if out is not None else replace(request, out_axis=0)
+        call = call.with_function(lambda *_: empty_result)
+    return _run_in_place(call, request, rule, resume=resume)
 
 
 @fill_docstring
@@ -386,26 +407,19 @@ def map_chunks(
     return (ordered, list_failed_ranges(faults)) if rule == "collect" else ordered
 
 
-def _run_in_place(
-    call: ArrayCall,
-    out_axis: int | tuple[int, ...],
-    request: OutputRequest,
-    rule: str,
-    fill_value: object,
-    *,
-    promote_dtypes: bool,
-    resume: bool,
-) -> Any:
-    fill = Fill(fill_value is not UNSET, fill_value, rule == "fill")
-    if fill.is_given and rule == "raise":
+def choose_fill(fill_value: object, rule: str) -> MakeFill:
+    """Return what makes the values that stand for missing results."""
+    if fill_value is UNSET:
+        return require_missing_value if rule == "fill" else find_missing_value
+    if rule == "raise":
         raise ValueError("fill_value has no meaning unless on_error is 'fill' or 'collect'")
-    for dtype in request.known_dtypes:
-        fill.of(dtype)
-    ledger_file = _open_ledger_file(call, out_axis, request) if resume else None
+    return partial(cast_scalar, fill_value, name="fill_value")
+
+
+def _run_in_place(call: ArrayCall, request: OutputRequest, rule: str, *, resume: bool) -> Any:
+    ledger_file = _open_ledger_file(call, request) if resume else None
     try:
-        result, faults = call.run_in_place(
-            out_axis, request, promote_dtypes=promote_dtypes, fill=fill, resumed=ledger_file
-        )
+        result, faults = call.run_in_place(request, resumed=ledger_file)
         if ledger_file is not None and result is not None:
             ledger_file.remove()
     finally:
@@ -425,17 +439,13 @@ def _run_in_place(
     return result
 
 
-def _open_ledger_file(
-    call: ArrayCall, out_axis: int | tuple[int, ...], request: OutputRequest
-) -> LedgerFile:
-    """Open the ledger file beside the first output; tell `request` whether a run is continued."""
-    if not request.paths or len(request.paths) != len(request.entries or ()):
+def _open_ledger_file(call: ArrayCall, request: OutputRequest) -> LedgerFile:
+    """Open the ledger file beside the first output."""
+    if not request.paths or len(request.paths) != len(request.entries):
         raise ValueError("resume=True needs out= as a path that ends in .npy (or several of them)")
     options = {
-        "out_axis": out_axis,
-        "outputs": (len(request.paths), request.is_several),
+        "out_axis": request.out_axis,
+        "outputs": (len(request.paths), request.is_tuple),
         "dtype": request.dtypes,
     }
-    ledger_file = call.open_ledger_file(request.paths[0], options)
-    request.keeps, request.is_running = True, not ledger_file.is_new
-    return ledger_file
+    return call.open_ledger_file(request.paths[0], options)
