@@ -22,7 +22,7 @@ from taskcarrier.memory.strides import has_internal_overlap
 _MAX_WORK: Any = 10_000
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class OutputRequest:
     """What the user said about outputs, checked.
 
@@ -150,26 +150,24 @@ def check_output_request(
     with them or with an input. With `promote_dtypes`, results promote unless each has its dtype.
     """
     entries: tuple[Any, ...] = out if isinstance(out, tuple) else (out,)
-    dtypes: tuple[Any, ...] = dtype if isinstance(dtype, tuple) else (dtype,)
-    dtypes = tuple(check_dtype(one) for one in dtypes)
+    dtypes = [check_dtype(one) for one in (dtype if isinstance(dtype, tuple) else (dtype,))]
     if out is None:
         entries *= len(dtypes)
     else:
-        entries = tuple(_check_entry(entry) for entry in entries)
+        entries = tuple(map(_check_entry, entries))
         if not isinstance(dtype, tuple):
             dtypes *= len(entries)
         _check_outputs(entries, dtypes, out_axis, inputs, others)
-    dtypes = tuple(
-        entry.dtype if isinstance(entry, np.ndarray) else one
-        for entry, one in zip(entries, dtypes, strict=True)
-    )
+        for number, entry in enumerate(entries):
+            if isinstance(entry, np.ndarray):
+                dtypes[number] = entry.dtype
     # Not `None in`: comparing with a dtype takes None for float64.
     known_dtypes = [one for one in dtypes if one is not None]
     for one in known_dtypes:
         make_fill(one)
     return OutputRequest(
         entries=entries,
-        dtypes=dtypes,
+        dtypes=tuple(dtypes),
         is_tuple=isinstance(out, tuple) or isinstance(dtype, tuple),
         out_axis=out_axis,
         promote_dtypes=promote_dtypes and len(known_dtypes) < len(dtypes),
