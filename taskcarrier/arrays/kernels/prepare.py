@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from time import monotonic_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from taskcarrier.system.locks import ModuleLock
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.introspect import has_own_threads, is_jitted, is_numba_ufunc
 from taskcarrier.workers.records import Fault
+
+if TYPE_CHECKING:
+    from taskcarrier.arrays.kernels.compiler import KernelResult
 
 _COPIES_NOTE = "the kernel takes arrays or records that it may write to: it gets private copies"
 _NO_LOOP_NOTE = (
@@ -260,23 +263,9 @@ def fuse_loop(
     result = compiler.infer_result(call.func, layouts, extras, row_layout, writable=writable)
     if result is None:
         return None
-    shape = () if row is None else row.shape
-    out_axes = buffer.get_axes(len(result.dtypes))
-    axes = tuple(normalize_axis(axis, len(shape) + 1, "out_axis") for axis in out_axes)
-    kernel_spec = Spec(tuple((dtype, shape) for dtype in result.dtypes), axes, result.is_tuple)
-    outputs = buffer.get_outputs(len(result.dtypes))
-    dtypes = tuple(
-        output.dtype or dtype for output, dtype in zip(outputs, result.dtypes, strict=True)
-    )
-    casts = dtypes != result.dtypes
-    spec = kernel_spec.with_dtypes(dtypes) if casts else kernel_spec
-    buffer.check(spec, promote_dtypes=False)  # the dtypes are known
-    if casts:
-        shapes = kernel_spec.shapes(inputs.n_items)
-        results = [np.empty(*pair) for pair in zip(shapes, result.dtypes, strict=True)]
-    else:
-        results = [open_place(place) for place in buffer.make_places(spec)]
-    outs = [move_items_first(*pair) for pair in zip(results, axes, strict=True)]
+    kernel_spec, spec = _find_specs(result, row, buffer)
+    results = _make_results(kernel_spec, spec, buffer)
+    outs = [move_items_first(*pair) for pair in zip(results, spec.axes, strict=True)]
     out_layouts = [compiler.ArrayLayout.of(array, 0) for array in outs]
     loop = compiler.compile_loop(
         call.func, layouts, extras, out_layouts, result, rows_out=row is not None
@@ -300,8 +289,36 @@ def fuse_loop(
         spec=spec,
         notes=[_COPIES_NOTE] if result.writable_args.items and not writable else [],
         runs_all=not result.writable_args.items or not any(layout.ndim for layout in layouts),
-        uncast_results=results if casts else [],
+        uncast_results=results if spec != kernel_spec else [],
     )
+
+
+def _find_specs(
+    result: KernelResult, row: RowOutput | None, buffer: LocalBuffer
+) -> tuple[Spec, Spec]:
+    """Return the spec of what a kernel gives, and that of what is asked for."""
+    n_results = len(result.dtypes)
+    shape = () if row is None else row.shape
+    axes = tuple(
+        normalize_axis(axis, len(shape) + 1, "out_axis") for axis in buffer.get_axes(n_results)
+    )
+    kernel_spec = Spec(tuple((dtype, shape) for dtype in result.dtypes), axes, result.is_tuple)
+    outputs = buffer.get_outputs(n_results)
+    spec = kernel_spec.with_dtypes(
+        [output.dtype or dtype for output, dtype in zip(outputs, result.dtypes, strict=True)]
+    )
+    buffer.check(spec, promote_dtypes=False)  # the dtypes are known
+    return kernel_spec, spec
+
+
+def _make_results(kernel_spec: Spec, spec: Spec, buffer: LocalBuffer) -> list[np.ndarray]:
+    """Return where the loop writes: in the outputs, if what the kernel gives need not be cast."""
+    if spec == kernel_spec:
+        return [open_place(place) for place in buffer.make_places(spec)]
+    shapes = kernel_spec.shapes(buffer.n_items)
+    return [
+        np.empty(shape, dtype) for shape, (dtype, _) in zip(shapes, kernel_spec.parts, strict=True)
+    ]
 
 
 def check_row(out_shape: object, dtype: Any, out: Any) -> RowOutput | None:

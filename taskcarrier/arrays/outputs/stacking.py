@@ -85,25 +85,24 @@ def stack_values(
     ]
     if all(isinstance(column, np.ndarray) for column in columns):
         return _pack([_move_axis(*pair) for pair in zip(columns, axes, strict=True)], is_tuple)
-    dtypes = [[column[row].dtype for column in columns] for row in range(len(values))]
+    return _group_by_dtypes(columns, axes, is_tuple)
+
+
+def _group_by_dtypes(
+    columns: Sequence[_Column], axes: Sequence[int], is_tuple: bool
+) -> MixedDtypes:
+    """Stack the values apart whose results have the same dtypes."""
     rows: dict[tuple[np.dtype[Any], ...], list[int]] = {}
-    for row, key in enumerate(dtypes):
-        rows.setdefault(tuple(key), []).append(row)
-    return MixedDtypes(
-        [
-            (
-                np.array(group),
-                _pack(
-                    [
-                        _move_axis(np.stack([column[row] for row in group]), axis)
-                        for column, axis in zip(columns, axes, strict=True)
-                    ],
-                    is_tuple,
-                ),
-            )
-            for group in rows.values()
+    for row, values in enumerate(zip(*columns, strict=True)):
+        rows.setdefault(tuple(value.dtype for value in values), []).append(row)
+    groups = []
+    for group in rows.values():
+        arrays = [
+            _move_axis(np.stack([column[row] for row in group]), axis)
+            for column, axis in zip(columns, axes, strict=True)
         ]
-    )
+        groups.append((np.array(group), _pack(arrays, is_tuple)))
+    return MixedDtypes(groups)
 
 
 def _check_tuples(values: Sequence[Any], start: int, n_results: int) -> None:
