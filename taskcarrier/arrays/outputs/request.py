@@ -71,7 +71,6 @@ class OutputRequest:
         With `keep_files`, unfinished files stay when the run fails. With `is_resumed`, the run goes
         on with those that an earlier run has left.
         """
-        in_processes = isinstance(buffer, SharedBuffer)
         outputs = []
         for entry, dtype in zip(self.entries, self.dtypes, strict=True):
             if isinstance(entry, str):
@@ -82,7 +81,8 @@ class OutputRequest:
                 outputs.append(Output(dtype))
             else:
                 # What processes do not share is filled at the end.
-                place = find_shared(entry, writable=True) if in_processes else entry
+                is_shared = isinstance(buffer, SharedBuffer)
+                place = find_shared(entry, writable=True) if is_shared else entry
                 outputs.append(Output(dtype, entry.shape, place))
         # Without out= and a tuple, what is asked for holds for any number of results.
         is_for_all = not self.is_tuple and self.entries[0] is None
