@@ -446,6 +446,6 @@ def _open_ledger_file(call: ArrayCall, request: OutputRequest) -> LedgerFile:
     options = {
         "out_axis": request.out_axis,
         "outputs": (len(request.paths), request.is_tuple),
-        "dtype": request.dtypes,
+        "dtype": request.dtypes if any(one is not None for one in request.dtypes) else None,
     }
     return call.open_ledger_file(request.paths[0], options)
