@@ -322,10 +322,13 @@ def make_range_writer(place: Place, axis: int) -> WriteRange:
     array = open_place(place)
     leading_index = (slice(None),) * axis
 
+    def write_rows(start: int, stop: int, result: np.ndarray) -> None:
+        array[start:stop] = result
+
     def write_range(start: int, stop: int, result: np.ndarray) -> None:
         array[(*leading_index, slice(start, stop))] = result
 
-    return write_range
+    return write_range if axis else write_rows
 
 
 def _make_piece_writer(segment: Segment, offset: int, stride: int, order: str) -> WriteRange:
