@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from time import monotonic_ns
 from typing import Any
 
+import numpy as np
+
 from taskcarrier.arguments import check_callable, check_chunksize, check_extras
-from taskcarrier.arrays.casting import Fill
 from taskcarrier.arrays.inputs.check import Inputs, check_inputs
 from taskcarrier.arrays.inputs.halos import Halo, check_halo
 from taskcarrier.arrays.inputs.sources import local_sources, sources_for_processes
-from taskcarrier.arrays.kernels.prepare import FusedLoop, Row, fuse_loop, prepare_call
-from taskcarrier.arrays.outputs.buffers import LocalBuffer, Output, SharedBuffer
+from taskcarrier.arrays.kernels.prepare import FusedLoop, RowOutput, fuse_loop, prepare_call
+from taskcarrier.arrays.outputs.buffers import LocalBuffer, OutputBuffer, SharedBuffer
 from taskcarrier.arrays.outputs.request import OutputRequest
 from taskcarrier.arrays.outputs.specs import DisagreementError, Spec
-from taskcarrier.arrays.outputs.writer import Plan
 from taskcarrier.arrays.resume.computation import Computation
 from taskcarrier.arrays.resume.ledger_file import LedgerFile
 from taskcarrier.arrays.task import ArrayTask
@@ -75,7 +75,7 @@ class ArrayCall:
     by_item: bool
     collect_errors: bool
     started_ns: int
-    row: Row | None = None
+    row: RowOutput | None = None
     streams: RandomStreams | None = None
 
     @classmethod
@@ -88,7 +88,7 @@ class ArrayCall:
         *,
         by_item: bool = False,
         collect_errors: bool = False,
-        row: Row | None = None,
+        row: RowOutput | None = None,
     ) -> ArrayCall:
         """Check the arguments of a verb and make a call of them; an error says what is wrong."""
         started_ns = monotonic_ns()
@@ -144,36 +144,25 @@ class ArrayCall:
         return LedgerFile(path, len(self.grid), computation)
 
     def run_in_place(
-        self,
-        out_axis: int | tuple[int, ...],
-        request: OutputRequest,
-        *,
-        promote_dtypes: bool,
-        fill: Fill,
-        resumed: LedgerFile | None = None,
+        self, request: OutputRequest, resumed: LedgerFile | None = None
     ) -> tuple[Any, list[Fault]]:
         """Run with results put in place; return the result of the verb, and the faults.
 
         With `resumed`, chunks that an earlier run has finished are left as they are.
         """
         executor = self._decide()
-        is_shared = executor.staging is not None
-        n_items, order = self.inputs.n_items, self.inputs.order
-        allocation: LocalBuffer | SharedBuffer
-        if is_shared:
-            segment = self.settings.segment(self.inputs.nbytes)
-            allocation = SharedBuffer(segment, n_items, order)
-        else:
-            allocation = LocalBuffer(n_items, order)
+        buffer = self._make_buffer(executor)
         fusion: FusedLoop | None = None
         try:
-            outputs = request.outputs(shared=is_shared)
-            earlier_spec = request.read_spec(out_axis, n_items) if request.is_running else None
-            n_done = 0 if resumed is None else resumed.begin(start_over=earlier_spec is None)
-            plan = Plan(allocation, n_items, out_axis, outputs, promote_dtypes, fill, earlier_spec)
-            fusion, fusing_ns = self._fuse(executor, plan, run_in_place=resumed is not None)
+            request.apply_to(
+                buffer,
+                keep_files=resumed is not None,
+                is_resumed=resumed is not None and not resumed.is_new,
+            )
+            marks = None if resumed is None else _reset_marks(resumed, buffer)
+            fusion, fusing_ns = self._fuse(executor, buffer, run_in_place=resumed is not None)
             if fusion is None:
-                work = self._make_work(executor, plan, fusing_ns)
+                work = self._make_work(executor, buffer, fusing_ns)
             else:
                 work = _Work(fusion.task, fusion.notes, fusing_ns)
             outcome = execute(
@@ -186,37 +175,47 @@ class ArrayCall:
                 compiling=work.compiling_ns / 1e9,
                 collect_errors=self.collect_errors,
                 can_split=work.can_split,
-                resumed=None
-                if resumed is None
-                else ResumedMarks(resumed.marks, n_done, resumed.notes),
+                resumed=marks,
             )
-            if fusion is None:
-                spec = check_agreement(outcome, self, promote_dtypes=promote_dtypes) or earlier_spec
-            else:
-                spec = fusion.spec
-            self._explain_ufunc_errors(outcome)
-            raise_first_failure(outcome, self.inputs.describe)
-            delivered = [parts for _, parts in outcome.delivered]
-            faults = self._collect_faults(delivered)
-            deferred = [result for parts in delivered for result in parts.results]
-            if fusion is not None:
-                deferred += fusion.deferred(faults)
-                if sum(stop - start for start, stop, _ in faults) == n_items:
-                    spec = None  # every item failed: unknown, as it would be without a loop
-            arrays = None
-            if spec is not None:
-                arrays = request.fill_outputs(plan, spec, deferred, [fault[:2] for fault in faults])
-            if arrays is None or spec is None:
-                raise_if_missing(outcome, self.inputs.describe, outcome.missing, lambda: None)
-                return None, faults
-            partial = tuple(arrays) if spec.is_tuple else arrays[0]
-            raise_if_missing(outcome, self.inputs.describe, outcome.missing, lambda: partial)
-            return request.finish(plan, spec, arrays), faults
+            spec, arrays, faults = self._complete(buffer, fusion, outcome)
+            return None if spec is None else request.finish(buffer, spec, arrays), faults
         finally:
             if fusion is not None:
                 fusion.task.halt()
-            allocation.close()
+            buffer.close()
             request.discard()
+
+    def _complete(
+        self,
+        buffer: OutputBuffer,
+        fusion: FusedLoop | None,
+        outcome: RunOutcome,
+    ) -> tuple[Spec | None, list[np.ndarray], list[Fault]]:
+        """Return spec and outputs of a run, if there are any, and the faults.
+
+        Raises what went wrong in the run.
+        """
+        if fusion is None:
+            spec = check_agreement(outcome, self, promote_dtypes=buffer.promote_dtypes)
+            spec = spec or buffer.earlier_spec
+        else:
+            spec = fusion.spec
+        self._explain_ufunc_errors(outcome)
+        raise_first_failure(outcome, self.inputs.describe)
+        delivered = [parts for _, parts in outcome.delivered]
+        faults = self._collect_faults(delivered)
+        deferred = [result for parts in delivered for result in parts.results]
+        if fusion is not None:
+            deferred += fusion.cast_deferred(faults)
+            if sum(stop - start for start, stop, _ in faults) == self.inputs.n_items:
+                spec = None  # every item failed: unknown, as it would be without a loop
+        if spec is None:
+            raise_if_missing(outcome, self.inputs.describe, outcome.missing, lambda: None)
+            return None, [], faults
+        arrays = buffer.complete(spec, deferred, [slice(start, stop) for start, stop, _ in faults])
+        partial = tuple(arrays) if spec.is_tuple else arrays[0]
+        raise_if_missing(outcome, self.inputs.describe, outcome.missing, lambda: partial)
+        return spec, arrays, faults
 
     def run_collect(self) -> tuple[dict[int, Any], list[Fault]]:
         """Run the call; return results by the start of their range, and the faults."""
@@ -266,14 +265,22 @@ class ArrayCall:
             return run_nothing()
         return decide(self.settings, self.call.func, self.extras)
 
+    def _make_buffer(self, executor: Executor) -> OutputBuffer:
+        """Make memory for outputs where the workers will write."""
+        n_items, order = self.inputs.n_items, self.inputs.order
+        if executor.staging is None:
+            return LocalBuffer(n_items=n_items, order=order)
+        segment = self.settings.segment(self.inputs.nbytes)
+        return SharedBuffer(n_items=n_items, order=order, segment=segment)
+
     def _fuse(
-        self, executor: Executor, plan: Plan, *, run_in_place: bool
+        self, executor: Executor, buffer: OutputBuffer, *, run_in_place: bool
     ) -> tuple[FusedLoop | None, int]:
         """Return a compiled loop over the items, if one is possible, and the nanoseconds it took.
 
         With `run_in_place`, a loop whose results are cast at the end is not used.
         """
-        if not self.by_item or executor.staging is not None or self.inputs.n_items == 0:
+        if not self.by_item or not isinstance(buffer, LocalBuffer) or self.inputs.n_items == 0:
             return None, 0
         if not is_jitted(self.call.func):
             return None, 0
@@ -283,7 +290,7 @@ class ArrayCall:
         fusion = fuse_loop(
             self.call,
             self.inputs,
-            plan,
+            buffer,
             self.row,
             writable=self.writable,
             collect_errors=self.collect_errors,
@@ -293,16 +300,17 @@ class ArrayCall:
             and not run_in_place,
         )
         if fusion is not None and run_in_place:
-            if fusion.casts:
+            earlier = buffer.earlier_spec
+            if fusion.uncast_results:
                 fusion = None
-            elif plan.settled is not None and plan.settled.parts != fusion.spec.parts:
+            elif earlier is not None and earlier.parts != fusion.spec.parts:
                 raise ValueError(
-                    f"func gives {fusion.spec.describe(plan.n_items)}, but the earlier run gave "
-                    f"{plan.settled}; remove its .ledger to start over, or choose another out="
+                    f"func gives {fusion.spec.describe(buffer.n_items)}, but the earlier run gave "
+                    f"{earlier}; remove its .ledger to start over, or choose another out="
                 )
         return fusion, monotonic_ns() - begin
 
-    def _make_work(self, executor: Executor, plan: Plan | None, fusing_ns: int) -> _Work:
+    def _make_work(self, executor: Executor, buffer: OutputBuffer | None, fusing_ns: int) -> _Work:
         """Return the function as a task over the arrays: compiled, with its inputs in place."""
         staging = executor.staging
         func = self.call.func if self.row is None else self.row.wrap_function(self.call.func)
@@ -338,10 +346,10 @@ class ArrayCall:
             writable=prepared.writable,
             copies_args=prepared.copies_args,
             halo=self.halo,
-            plan=plan,
+            buffer=buffer,
             collect_errors=self.collect_errors,
-            can_give_objects=self._takes_objects(plan),
-            drop_file_pages=staging is not None,
+            can_give_objects=self._can_give_objects(buffer),
+            in_processes=staging is not None,
             passes_index=self.streams is not None,
             chunksize=self.grid.chunksize,
         )
@@ -350,17 +358,15 @@ class ArrayCall:
             notes + prepared.notes,
             fusing_ns + prepared.compiling_ns,
             # If a range has one random stream, a part of it would draw other numbers.
-            can_split=plan is not None
+            can_split=buffer is not None
             and self.halo is None
             and (self.by_item or self.streams is None),
         )
 
-    def _takes_objects(self, plan: Plan | None) -> bool:
+    def _can_give_objects(self, buffer: OutputBuffer | None) -> bool:
         """Return whether items may give any object: if an input or an output has such a dtype."""
-        outputs = () if plan is None else plan.outputs
-        requested = (outputs,) if isinstance(outputs, Output) else outputs
-        dtypes = [*self.inputs.dtypes, *(output.dtype for output in requested)]
-        return any(dtype is not None and dtype.hasobject for dtype in dtypes)
+        takes_objects = any(dtype.hasobject for dtype in self.inputs.dtypes)
+        return takes_objects or (buffer is not None and buffer.asks_for_objects)
 
     def _collect_faults(self, delivered: list[PartialResult]) -> list[Fault]:
         # Keyed by range: the fault of a range whose worker died may have come before that, and
@@ -372,6 +378,12 @@ class ArrayCall:
         for start, stop, error in faults:
             add_note(error, f"while mapping {self.inputs.describe(start, stop)}")
         return faults
+
+
+def _reset_marks(resumed: LedgerFile, buffer: OutputBuffer) -> ResumedMarks:
+    """Return the marks of an earlier run, or none of them if its results are of no use."""
+    n_done = resumed.begin(start_over=buffer.earlier_spec is None)
+    return ResumedMarks(resumed.marks, n_done, resumed.notes)
 
 
 def check_agreement(outcome: RunOutcome, call: ArrayCall, *, promote_dtypes: bool) -> Spec | None:

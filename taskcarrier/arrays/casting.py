@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -102,35 +102,23 @@ def _is_preserved(original: np.ndarray, result: np.ndarray) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class Fill:
-    """The value that stands where there is no result.
+MakeFill = Callable[[np.dtype[Any]], object]
+"""A function that returns what stands for missing results of a dtype, or raises a `TypeError`."""
 
-    Attributes
-    ----------
-    is_given : bool
-        Whether the caller has passed a value.
-    value : object
-        That value.
-    is_needed : bool
-        Whether the caller must pass a value for dtypes that have no missing value of their own;
-        else these get zero.
-    """
 
-    is_given: bool = False
-    value: object = None
-    is_needed: bool = False
+def find_missing_value(dtype: np.dtype[Any]) -> object:
+    """Return the missing value of a dtype: NaN, NaT or None, and zero if it has none."""
+    if dtype.kind in "fc":
+        return np.nan
+    if dtype.kind in "mM":
+        return np.array("NaT", dtype)
+    if dtype.hasobject:
+        return None
+    return np.zeros((), dtype)
 
-    def of(self, dtype: np.dtype[Any]) -> object:
-        """Return the value for results of a dtype; raise a `TypeError` if there is none."""
-        if self.is_given:
-            return cast_scalar(self.value, dtype, "fill_value")
-        if dtype.kind in "fc":
-            return np.nan
-        if dtype.kind in "mM":
-            return np.array("NaT", dtype)
-        if dtype.hasobject:
-            return None
-        if self.is_needed:
-            raise TypeError(f"results of dtype {dtype} have no NaN: pass fill_value=")
-        return np.zeros((), dtype)
+
+def require_missing_value(dtype: np.dtype[Any]) -> object:
+    """Return the missing value of a dtype; raise a `TypeError` if it has none."""
+    if not dtype.hasobject and dtype.kind not in "fcmM":
+        raise TypeError(f"results of dtype {dtype} have no NaN: pass fill_value=")
+    return find_missing_value(dtype)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Unpack, overload
 
 from taskcarrier.arguments import check_on_error
 from taskcarrier.arrays.call import ArrayCall
-from taskcarrier.arrays.casting import Fill
+from taskcarrier.arrays.casting import (
+    MakeFill,
+    cast_scalar,
+    find_missing_value,
+    require_missing_value,
+)
 from taskcarrier.arrays.kernels.prepare import check_row
-from taskcarrier.arrays.outputs.request import OutputRequest, check_output_request
-from taskcarrier.arrays.outputs.writer import check_out_axis
+from taskcarrier.arrays.outputs.request import (
+    OutputRequest,
+    check_out_axis,
+    check_output_request,
+)
 from taskcarrier.arrays.resume.ledger_file import LedgerFile
 from taskcarrier.notes import add_note
 from taskcarrier.options import (
@@ -295,7 +304,7 @@ def map_chunks(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     return list_results(call, *call.run_collect())
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False)
 class PlacedMap:
     """A checked map whose results are put in place.
 
@@ -305,43 +314,28 @@ class PlacedMap:
         The function and the arrays.
     request : OutputRequest
         Where results go.
-    out_axis : int or tuple of int
-        The mapped axis of results.
-    promote_dtypes : bool
-        Whether results of several dtypes get the one that they promote to.
-    fill : Fill
-        What stands for results that failed.
-    returns_failures : bool
-        Whether failures are returned beside the result.
+    on_error : str
+        What becomes of failures.
     resume : bool
         Whether the map goes on where an earlier one ended.
     """
 
     call: ArrayCall
     request: OutputRequest
-    out_axis: int | tuple[int, ...]
-    promote_dtypes: bool
-    fill: Fill
-    returns_failures: bool
+    on_error: str
     resume: bool
 
     def run(self) -> Any:
         """Run the map; return what the verb returns."""
         ledger_file = self._open_ledger_file() if self.resume else None
         try:
-            result, faults = self.call.run_in_place(
-                self.out_axis,
-                self.request,
-                promote_dtypes=self.promote_dtypes,
-                fill=self.fill,
-                resumed=ledger_file,
-            )
+            result, faults = self.call.run_in_place(self.request, resumed=ledger_file)
             if ledger_file is not None and result is not None:
                 ledger_file.remove()
         finally:
             if ledger_file is not None:
                 ledger_file.close()
-        if self.returns_failures:
+        if self.on_error == "collect":
             return result, list_failed_ranges(faults)
         if result is None:
             error = faults[0][2]
@@ -355,20 +349,18 @@ class PlacedMap:
         return result
 
     def _open_ledger_file(self) -> LedgerFile:
-        """Open the ledger file beside the first output; tell `request` whether it is continued."""
+        """Open the ledger file beside the first output."""
         request = self.request
-        if not request.paths or len(request.paths) != len(request.entries or ()):
+        if not request.paths or len(request.paths) != len(request.entries):
             raise ValueError(
                 "resume=True needs out= as a path that ends in .npy (or several of them)"
             )
         options = {
-            "out_axis": self.out_axis,
-            "outputs": (len(request.paths), request.is_several),
-            "dtype": request.dtypes,
+            "out_axis": request.out_axis,
+            "outputs": (len(request.paths), request.is_tuple),
+            "dtype": request.dtypes if any(one is not None for one in request.dtypes) else None,
         }
-        ledger_file = self.call.open_ledger_file(request.paths[0], options)
-        request.keeps, request.is_running = True, not ledger_file.is_new
-        return ledger_file
+        return self.call.open_ledger_file(request.paths[0], options)
 
 
 def prepare_chunks(
@@ -378,13 +370,19 @@ def prepare_chunks(
     options: Mapping[str, Any],
 ) -> PlacedMap:
     """Check the arguments of `map_array`, and return what it is to run."""
-    collect_errors = check_on_error(options["on_error"]) != "raise"
-    call = ArrayCall.from_options(settings, func, arrays, options, collect_errors=collect_errors)
-    out_axis = check_out_axis(options["out_axis"], options["axis"])
-    request = check_output_request(
-        options["out"], options["dtype"], out_axis, call.inputs, call.extras
+    on_error = check_on_error(options["on_error"])
+    call = ArrayCall.from_options(
+        settings, func, arrays, options, collect_errors=on_error != "raise"
     )
-    return _make_placed_map(call, request, out_axis, options, promote_dtypes=False)
+    request = check_output_request(
+        options["out"],
+        options["dtype"],
+        check_out_axis(options["out_axis"], options["axis"]),
+        call.inputs,
+        call.extras,
+        make_fill=choose_fill(options["fill_value"], on_error),
+    )
+    return PlacedMap(call, request, on_error, options["resume"])
 
 
 def prepare_items(
@@ -394,45 +392,38 @@ def prepare_items(
     options: Mapping[str, Any],
 ) -> PlacedMap:
     """Check the arguments of `map_items`, and return what it is to run."""
-    out, dtype = options["out"], options["dtype"]
-    collect_errors = check_on_error(options["on_error"]) != "raise"
+    out, dtype, resume = options["out"], options["dtype"], options["resume"]
+    on_error = check_on_error(options["on_error"])
     row = check_row(options["out_shape"], dtype, out)
     call = ArrayCall.from_options(
-        settings, func, arrays, options, by_item=True, collect_errors=collect_errors, row=row
+        settings, func, arrays, options, by_item=True, collect_errors=on_error != "raise", row=row
     )
-    out_axis = check_out_axis(options["out_axis"], 0)
-    request = check_output_request(out, dtype, out_axis, call.inputs, call.extras)
+    request = check_output_request(
+        out,
+        dtype,
+        check_out_axis(options["out_axis"], 0),
+        call.inputs,
+        call.extras,
+        promote_dtypes=not resume,
+        make_fill=choose_fill(options["fill_value"], on_error),
+    )
     if call.inputs.n_items == 0:
-        empty_result = request.make_empty_result() if row is None else row.none(out_axis)
+        if row is not None:
+            empty_result = row.make_empty_result(request.out_axis)
+        else:
+            empty_result = request.make_empty_result()
+            request = request if out is not None else replace(request, out_axis=0)
         call = call.with_function(lambda *_: empty_result)
-        out_axis = out_axis if request.entries or row else 0
-    promote_dtypes = not request.knows_dtypes and not options["resume"]
-    return _make_placed_map(call, request, out_axis, options, promote_dtypes=promote_dtypes)
+    return PlacedMap(call, request, on_error, resume)
 
 
-def _make_placed_map(
-    call: ArrayCall,
-    request: OutputRequest,
-    out_axis: int | tuple[int, ...],
-    options: Mapping[str, Any],
-    *,
-    promote_dtypes: bool,
-) -> PlacedMap:
-    on_error, fill_value = options["on_error"], options["fill_value"]
-    fill = Fill(fill_value is not UNSET, fill_value, on_error == "fill")
-    if fill.is_given and on_error == "raise":
+def choose_fill(fill_value: object, on_error: str) -> MakeFill:
+    """Return what makes the values that stand for missing results."""
+    if fill_value is UNSET:
+        return require_missing_value if on_error == "fill" else find_missing_value
+    if on_error == "raise":
         raise ValueError("fill_value has no meaning unless on_error is 'fill' or 'collect'")
-    for dtype in request.known_dtypes:
-        fill.of(dtype)
-    return PlacedMap(
-        call=call,
-        request=request,
-        out_axis=out_axis,
-        promote_dtypes=promote_dtypes,
-        fill=fill,
-        returns_failures=on_error == "collect",
-        resume=options["resume"],
-    )
+    return partial(cast_scalar, fill_value, name="fill_value")
 
 
 def prepare_collecting(

@@ -19,9 +19,10 @@ import numpy as np
 from taskcarrier.arguments import copy_or_make_read_only, iterate_arrays
 from taskcarrier.arrays.inputs.halos import Halo
 from taskcarrier.arrays.inputs.sources import Source
+from taskcarrier.arrays.outputs.buffers import OutputBuffer
 from taskcarrier.arrays.outputs.ownership import own_memory, own_objects
-from taskcarrier.arrays.outputs.stacking import MixedDtypes, stack_values
-from taskcarrier.arrays.outputs.writer import OutputWriter, Plan
+from taskcarrier.arrays.outputs.stacking import stack_values
+from taskcarrier.arrays.outputs.writer import OutputWriter
 from taskcarrier.memory.segments import trim_files
 from taskcarrier.notes import READ_ONLY_ADVICE, add_note, is_read_only_error
 from taskcarrier.system.interrupts import is_raised_by_handler
@@ -53,13 +54,13 @@ class ArrayTask:
         Whether every worker gets its own copies of arrays in `call`, which it may write to.
     halo : Halo or None
         The neighbours that are read with a chunk, and cut off its result.
-    plan : Plan or None
-        Where results go; None if they are for the caller.
+    buffer : OutputBuffer or None
+        Where results go; None if they are for the caller, which those of items never are.
     collect_errors : bool
         Whether errors are collected; else the first error ends the run.
     can_give_objects : bool
         Whether items may give any Python object.
-    drop_file_pages : bool
+    in_processes : bool
         Whether workers are processes, which drop the pages of files that they have read.
     passes_index : bool
         Whether the first argument of the function is the number of its item or chunk.
@@ -74,16 +75,20 @@ class ArrayTask:
     writable: bool
     copies_args: bool
     halo: Halo | None
-    plan: Plan | None
+    buffer: OutputBuffer | None
     collect_errors: bool
     can_give_objects: bool
-    drop_file_pages: bool
+    in_processes: bool
     passes_index: bool = False
     chunksize: int = 1
 
     def start(self, worker: WorkerContext) -> RunRange:
         """Start the function in a worker: open its inputs and outputs."""
-        runner = (_ItemRunner if self.by_item else _ChunkRunner)(self, worker)
+        runner: _RangeRunner
+        if self.by_item and self.buffer is not None:
+            runner = _ItemRunner(self, self.buffer, worker)
+        else:
+            runner = _ChunkRunner(self, worker)
         return runner.collect if self.collect_errors else runner.run
 
 
@@ -99,17 +104,17 @@ class _RangeRunner(ABC):
             name: copy_or_make_read_only(value, own=copies) for name, value in call.kwargs.items()
         }
         self._readers = [source.open() for source in task.sources]
-        self._writer = None if task.plan is None else OutputWriter(task.plan, worker)
+        self._writer = None if task.buffer is None else OutputWriter(task.buffer, worker)
         self._writable = task.writable
         self._halo = task.halo
-        self._drops_file_pages = task.drop_file_pages
+        self._in_processes = task.in_processes
         self._seen_nbytes = 0
         self._current_chunks: list[np.ndarray] = []
 
     def run(self, start: int, stop: int) -> Any:
         """Run a range; the first error ends it."""
-        unplaced = self._put_in_place(start, stop, self._compute(start, stop))
-        return PartialResult(list(unplaced), []) if unplaced else IN_PLACE
+        deferred = self._put_in_place(start, stop, self._compute(start, stop))
+        return PartialResult(list(deferred), []) if deferred else IN_PLACE
 
     def collect(self, start: int, stop: int) -> Any:
         """Run a range and collect the errors of its items."""
@@ -130,19 +135,16 @@ class _RangeRunner(ABC):
         if self._writer is None:
             return ((slice(start, stop), own_memory(result, self._input_arrays)),)
         # Results of processes are copies, and so are numbers that are put in place.
-        if not self._drops_file_pages and (
-            type(result) is not np.ndarray or result.dtype.hasobject
-        ):
+        if not self._in_processes and (type(result) is not np.ndarray or result.dtype.hasobject):
             result = own_objects(result, self._input_arrays)
         margins = (0, 0) if self._halo is None else self._halo.margins(start, stop)
-        unplaced = self._writer.place(start, stop, result, margins)
-        return () if unplaced is None else ((slice(start, stop), unplaced),)
+        return self._writer.write(start, stop, result, margins)
 
     def _read_chunks(self, start: int, stop: int) -> list[np.ndarray]:
         chunks = [read(start, stop) for read in self._readers]
         if self._writable:
             chunks = [chunk.copy(order="K") for chunk in chunks]
-        if self._drops_file_pages:
+        if self._in_processes:
             self._seen_nbytes += sum(chunk.nbytes for chunk in chunks)
             if self._seen_nbytes > _TRIM_NBYTES:
                 self._seen_nbytes = 0
@@ -198,8 +200,9 @@ class _ChunkRunner(_RangeRunner):
 class _ItemRunner(_RangeRunner):
     """A runner that calls the function with items and stacks the values."""
 
-    def __init__(self, task: ArrayTask, worker: WorkerContext) -> None:
+    def __init__(self, task: ArrayTask, buffer: OutputBuffer, worker: WorkerContext) -> None:
         super().__init__(task, worker)
+        self._buffer = buffer
         if self._kwargs:
             func, kwargs = self._func, self._kwargs
             self._func = lambda *args: func(*args, **kwargs)
@@ -254,24 +257,13 @@ class _ItemRunner(_RangeRunner):
             start += len(values) + len(fault)
 
     def _stack(self, values: list[Any], start: int) -> Any:
-        plan = self._task.plan
-        assert plan is not None  # for the type checker: items are always put in place
         return stack_values(
             values,
             start,
-            plan.out_axis,
+            self._buffer.out_axis,
             can_give_objects=self._task.can_give_objects,
-            as_objects=plan.asks_for_objects,
+            as_objects=self._buffer.asks_for_objects,
         )
-
-    def _put_in_place(self, start: int, stop: int, result: Any) -> Sequence[tuple[Where, Any]]:
-        if not isinstance(result, MixedDtypes):
-            return super()._put_in_place(start, stop, result)
-        assert self._writer is not None  # for the type checker: as above
-        return [
-            (start + positions, self._writer.check_result(start, len(positions), group))
-            for positions, group in result.groups
-        ]
 
 
 def _check_complete(values: list[Any], n_items: int) -> None:

@@ -9,6 +9,7 @@ import io
 import math
 import os
 import stat
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -117,6 +118,11 @@ def _read_header(file: Any, version: tuple[int, int]) -> Any:
     return mapped.shape, mapped.flags.f_contiguous and not mapped.flags.c_contiguous, mapped.dtype
 
 
+def find_order(array: np.ndarray) -> str:
+    """Return the order in which a file holds an array: "F" only if it has no other."""
+    return "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
+
+
 def make_header(dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> bytes:
     """Return the bytes before the data of a ``.npy`` file; all workers compute the same."""
     file = io.BytesIO()
@@ -149,21 +155,41 @@ def _make_header_3(fields: str) -> bytes:
     return magic + len(text).to_bytes(4, "little") + text
 
 
-def open_own_file(path: str) -> Descriptor:
-    """Open an ordinary file of this user for reading and writing.
+def open_own_file(path: str, create: Callable[[str], Descriptor]) -> tuple[Descriptor, bool]:
+    """Open and lock an ordinary file of this user for reading and writing.
+
+    If there is none, `create` makes it. Returns the file, and whether it is new.
 
     Raises
     ------
-    FileNotFoundError
-        If there is no file.
     FileExistsError
-        If it is a link, not an ordinary file, or another user's.
+        If there is a link, no ordinary file, or another user's file.
+    BlockingIOError
+        If another run has locked the file, or has made it a moment ago.
+    """
+    file = _open_ordinary_file(path)
+    is_new = file is None
+    try:
+        if file is None:
+            file = create(path)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (FileExistsError, BlockingIOError):
+        raise BlockingIOError(errno.EAGAIN, "another run is at work on this output", path) from None
+    return file, is_new
+
+
+def _open_ordinary_file(path: str) -> Descriptor | None:
+    """Open a file, or return None if there is none.
+
+    A link or a device is refused: it is not ours to write to or to remove.
     """
     refusal = FileExistsError(
         errno.EEXIST, "there is no ordinary file of this user's; remove it first", path
     )
     try:
         file = open_owned(os.open, path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
     except OSError as error:
         if error.errno not in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
             raise
@@ -185,33 +211,47 @@ class NpyWriter:
     ----------
     path : str
         The final path of the file.
-    keeps : bool
+    keep : bool
         Whether the incomplete file stays when the writer is discarded.
-    is_running : bool
-        Whether to continue the file that an earlier writer has left, if there is one.
+    is_resumed : bool
+        Whether to go on with the file that an earlier writer has left, if there is one.
     """
 
-    def __init__(self, path: str, *, keeps: bool = False, is_running: bool = False) -> None:
+    def __init__(self, path: str, *, keep: bool = False, is_resumed: bool = False) -> None:
         self.path = os.path.realpath(path)  # the target of a link, not the link
         self.part = self.path + ".part"
-        self._keeps = keeps
+        self._keep = keep
         if os.path.isdir(path):
             raise IsADirectoryError(f"out={path!r} is a folder")
-        file = _open_leftover(self.part)
-        if file is not None and not is_running:
+        file, is_new = open_own_file(self.part, self._create)
+        while not (is_new or is_resumed):
             # What an earlier run has left is of no use, and neither is its ledger file.
-            for leftover in (self.part, *([] if keeps else [ledger_path(self.path)])):
+            for leftover in (self.part, *([] if keep else [ledger_path(self.path)])):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(leftover)
-            file = None
-        if file is None:
-            # A file that replaces another is private until it has the permissions of that one.
-            file = _create_file(self.part, 0o600 if os.path.exists(self.path) else 0o666)
+            file, is_new = open_own_file(self.part, self._create)
         self.segment = Segment(file, on_disk=True)
         # Its owner may write to it for now, even if the finished file will be read-only.
         _copy_permissions(self.segment.fd, self.path, stat.S_IRUSR | stat.S_IWUSR)
 
-    def header(self) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
+    def _create(self, path: str) -> Descriptor:
+        # A file that replaces another is private until it has the permissions of that one.
+        mode = 0o600 if os.path.exists(self.path) else 0o666
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        return open_owned(os.open, path, flags, mode)
+
+    def make_view(self, dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> SharedView:
+        """Make room for an array in the file, write its header, and return where its data lie."""
+        header = make_header(dtype, shape, order)
+        offset = len(header)
+        nbytes = math.prod(shape) * dtype.itemsize
+        self.segment.reserve(offset + nbytes)
+        # Before the first result, so that a later run can read what results are like.
+        self.segment.write(0, memoryview(header))
+        strides = contiguous_strides(shape, dtype.itemsize, order)
+        return SharedView(self.segment if nbytes else None, offset, shape, strides, dtype)
+
+    def read_header(self) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
         """Return dtype and shape of what an earlier writer has left; None if it is of no use."""
         try:
             with open(self.part, "rb") as file:
@@ -222,8 +262,9 @@ class NpyWriter:
             return None
         return (dtype, shape) if is_whole and not dtype.hasobject else None
 
-    def finish(self, array: np.ndarray, header: bytes) -> np.ndarray:
-        """Write the header, rename the file to its final path, and return the file mapped."""
+    def finish(self, array: np.ndarray) -> np.ndarray:
+        """Write the header of `array`, give the file its final path, and return it mapped."""
+        header = make_header(array.dtype, array.shape, find_order(array))
         self.segment.write(0, memoryview(header))
         os.truncate(self.segment.fd, len(header) + array.nbytes)
         file = _map_file(self.part, "r+")
@@ -235,7 +276,7 @@ class NpyWriter:
     def discard(self) -> None:
         """Remove the incomplete file, unless it was finished or is to be kept."""
         if self.part:
-            if not self._keeps:
+            if not self._keep:
                 with contextlib.suppress(FileNotFoundError):  # something else has removed it
                     os.unlink(self.part)
             self._unlock()
@@ -276,38 +317,3 @@ def _copy_permissions(fd: int, path: str, extra_mode: int | None = None) -> None
 def ledger_path(path: str) -> str:
     """Return the path of the ledger file of a run that can be resumed, by that of its output."""
     return f"{path}.ledger"
-
-
-def _open_leftover(path: str) -> Descriptor | None:
-    """Open and lock the file that an earlier run has left; return None if there is none.
-
-    A link or a device is refused: it is not ours to write to or to remove.
-    """
-    try:
-        file = open_own_file(path)
-    except FileNotFoundError:
-        return None
-    return lock_file(file, path)
-
-
-def _create_file(path: str, mode: int) -> Descriptor:
-    """Create an empty file, locked for this run."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    try:
-        return lock_file(open_owned(os.open, path, flags, mode), path)
-    except FileExistsError:  # it was not there a moment ago
-        raise busy(path) from None
-
-
-def lock_file(file: Descriptor, path: str) -> Descriptor:
-    """Lock a file for this run and return it, or raise an error if another run has locked it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise busy(path) from None
-    return file
-
-
-def busy(path: str) -> BlockingIOError:
-    """Return the error for a second run that wants the same output."""
-    return BlockingIOError(errno.EAGAIN, "another run is at work on this output", path)

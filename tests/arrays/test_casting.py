@@ -5,7 +5,13 @@ import warnings
 import numpy as np
 import pytest
 
-from taskcarrier.arrays.casting import Fill, cast_checked, cast_scalar, check_dtype
+from taskcarrier.arrays.casting import (
+    cast_checked,
+    cast_scalar,
+    check_dtype,
+    find_missing_value,
+    require_missing_value,
+)
 from tests.strategies import same_bits
 
 PAYLOAD = np.uint64(0x7FF8_DEAD_BEEF_0001).view("f8")
@@ -182,35 +188,27 @@ def test_a_record_is_a_value_of_its_own_dtype():
 MISSING = [("f4", np.nan), ("f8", np.nan), ("c8", np.nan), ("g", np.nan), (object, None)]
 
 
-@pytest.mark.parametrize("is_needed", [False, True])
+@pytest.mark.parametrize("make_fill", [find_missing_value, require_missing_value])
 @pytest.mark.parametrize(("dtype", "value"), MISSING)
-def test_holes_are_filled_with_the_missing_value_of_the_dtype(dtype, value, is_needed):
-    found = Fill(is_needed=is_needed).of(np.dtype(dtype))
+def test_holes_are_filled_with_the_missing_value_of_the_dtype(dtype, value, make_fill):
+    found = make_fill(np.dtype(dtype))
     assert found is value or np.isnan(found)
 
 
-@pytest.mark.parametrize("is_needed", [False, True])
+@pytest.mark.parametrize("make_fill", [find_missing_value, require_missing_value])
 @pytest.mark.parametrize("dtype", ["M8[s]", "m8[ns]", ">M8[D]"])
-def test_holes_among_dates_are_filled_with_nat(dtype, is_needed):
-    found = Fill(is_needed=is_needed).of(np.dtype(dtype))
+def test_holes_among_dates_are_filled_with_nat(dtype, make_fill):
+    found = make_fill(np.dtype(dtype))
     assert np.isnat(found)
     assert found.dtype == np.dtype(dtype)
 
 
 @pytest.mark.parametrize("dtype", ["i4", "?", "U3", "S2", "V5", "i4,f8"])
 def test_dtypes_without_a_missing_value_get_zero_or_an_error(dtype):
-    found = Fill().of(np.dtype(dtype))
+    found = find_missing_value(np.dtype(dtype))
     assert found.tobytes() == bytes(np.dtype(dtype).itemsize)
     with pytest.raises(TypeError, match="have no NaN: pass fill_value="):
-        Fill(is_needed=True).of(np.dtype(dtype))
-
-
-def test_a_given_fill_value_takes_precedence_and_must_fit():
-    assert Fill(True, 7, True).of(np.dtype("i4")) == 7
-    assert Fill(True, None).of(np.dtype(object))[()] is None
-    assert Fill(True, 0).of(np.dtype("f8")) == 0
-    with pytest.raises(TypeError, match=r"fill_value=1\.5 is no value of dtype int32"):
-        Fill(True, 1.5).of(np.dtype("i4"))
+        require_missing_value(np.dtype(dtype))
 
 
 @pytest.mark.parametrize("dtype", ["f4", ">i2", float, np.int8, "U3", [("a", "f4")]])

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 import taskcarrier
 from taskcarrier import map_array
+from taskcarrier.arrays.casting import find_missing_value, require_missing_value
+from taskcarrier.arrays.mapping import UNSET, choose_fill
 from tests.strategies import (
     BACKENDS,
     DTYPES,
@@ -693,3 +695,13 @@ def test_four_threads_can_map_at_once():
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_given_fill_value_takes_precedence_and_must_fit():
+    assert choose_fill(7, "fill")(np.dtype("i4")) == 7
+    assert choose_fill(None, "collect")(np.dtype(object))[()] is None
+    assert choose_fill(0, "collect")(np.dtype("f8")) == 0
+    with pytest.raises(TypeError, match=r"fill_value=1\.5 is no value of dtype int32"):
+        choose_fill(1.5, "fill")(np.dtype("i4"))
+    assert choose_fill(UNSET, "collect") is find_missing_value
+    assert choose_fill(UNSET, "fill") is require_missing_value

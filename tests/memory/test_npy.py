@@ -1,11 +1,14 @@
 """Arrays in files: mapped where possible, else read; files of other formats are refused."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from taskcarrier import last_report, load, map_array, map_items, reduce_array
+from taskcarrier.memory.npy import NpyWriter, find_order, open_own_file
+from taskcarrier.system.descriptors import open_owned
 from tests.strategies import PARALLEL, assert_same, keep_pools_warm, same_bits
 
 RUNS = [("sequential", "static"), *PARALLEL]
@@ -326,3 +329,54 @@ class TestRefusals:
             with pytest.raises(ValueError, match="cut off"):
                 load(path)
         assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+class TestOwnFiles:
+    """Files that a run makes: one run at a time has each, and a stranger's is left alone."""
+
+    @staticmethod
+    def create(path):
+        return open_owned(os.open, path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def test_a_file_is_new_once(self, tmp_path):
+        path = str(tmp_path / "own")
+        first, is_new = open_own_file(path, self.create)
+        assert is_new
+        first.close()
+        again, is_new = open_own_file(path, self.create)
+        assert not is_new
+        with pytest.raises(BlockingIOError, match="another run is at work on this output"):
+            open_own_file(path, self.create)
+        again.close()
+
+    def test_a_file_that_another_run_makes_at_that_moment_is_its_own(self, tmp_path):
+        path = str(tmp_path / "own")
+
+        def come_late(name):
+            self.create(name).close()
+            return self.create(name)
+
+        with pytest.raises(BlockingIOError, match="another run is at work on this output"):
+            open_own_file(path, come_late)
+
+    def test_links_and_folders_are_refused(self, tmp_path):
+        (tmp_path / "link").symlink_to(tmp_path / "target")
+        for path in (tmp_path / "link", tmp_path):
+            with pytest.raises(FileExistsError, match="no ordinary file of this user's"):
+                open_own_file(str(path), self.create)
+        assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_what_is_written_through_a_view_of_a_new_file_is_the_finished_array(order, tmp_path):
+    writer = NpyWriter(str(tmp_path / "Y.npy"))
+    assert writer.read_header() is None
+    array = writer.make_view(np.dtype(">i2"), (3, 4), order).open("write")
+    assert writer.read_header() == (np.dtype(">i2"), (3, 4))
+    assert find_order(array) == order
+    array[...] = np.arange(12).reshape(3, 4)
+    finished = writer.finish(array)
+    writer.discard()  # removes nothing any more
+    assert_same(np.load(tmp_path / "Y.npy"), np.arange(12, dtype=">i2").reshape(3, 4))
+    assert_same(finished, np.arange(12, dtype=">i2").reshape(3, 4))
+    assert [path.name for path in tmp_path.iterdir()] == ["Y.npy"]

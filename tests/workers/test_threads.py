@@ -383,27 +383,27 @@ class TestAfterInterruptedCall:
 
 class TestOutputLock:
     def test_outputs_are_closed_once_the_call_is_over(self):
-        allocation = LocalBuffer(4, "C")
-        allocation.check_open()
-        allocation.close()
+        buffer = LocalBuffer(n_items=4, order="C")
+        buffer.check_open()
+        buffer.close()
         with pytest.raises(CallIsOverError):
-            allocation.check_open()
+            buffer.check_open()
 
     def test_closing_waits_for_a_thread_that_is_writing(self):
-        allocation = LocalBuffer(4, "C")
+        buffer = LocalBuffer(n_items=4, order="C")
         events = []
 
         def write():
-            while is_open(allocation):  # closing has begun
+            while is_open(buffer):  # closing has begun
                 time.sleep(0.001)
             events.append("written")
             write_lock.release()
 
-        write_lock = allocation.write_lock()
+        write_lock = buffer.make_write_lock()
         write_lock.acquire()
         thread = threading.Thread(target=write)
         thread.start()
-        allocation.close()
+        buffer.close()
         events.append("closed")
         thread.join(LONG)
         assert events == ["written", "closed"]
@@ -416,9 +416,9 @@ class TestOutputLock:
         assert n_steps > 10
 
 
-def is_open(allocation):
+def is_open(buffer):
     with suppress(CallIsOverError):
-        allocation.check_open()
+        buffer.check_open()
         return True
     return False
 

@@ -30,7 +30,7 @@ from taskcarrier.workers.task import (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class FusedTask:
     """A compiled loop over the items of arrays of this process.
 

@@ -7,9 +7,9 @@ functions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,15 +18,16 @@ from taskcarrier.arrays.inputs.check import Inputs, normalize_axis
 from taskcarrier.arrays.inputs.halos import Halo
 from taskcarrier.arrays.inputs.sources import local_sources
 from taskcarrier.arrays.kernels.fused import ClaimingTask, FusedTask
-from taskcarrier.arrays.outputs.buffers import open_place
-from taskcarrier.arrays.outputs.request import DeferredResult
-from taskcarrier.arrays.outputs.specs import Spec
-from taskcarrier.arrays.outputs.writer import Plan
+from taskcarrier.arrays.outputs.buffers import LocalBuffer, open_place
+from taskcarrier.arrays.outputs.specs import DeferredResult, Spec
 from taskcarrier.memory.strides import move_items_first
 from taskcarrier.system.locks import ModuleLock
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.introspect import has_own_threads, is_jitted, is_numba_ufunc
 from taskcarrier.workers.records import Fault
+
+if TYPE_CHECKING:
+    from taskcarrier.arrays.kernels.signatures import KernelResult
 
 _COPIES_NOTE = "the kernel takes arrays or records that it may write to: it gets private copies"
 _NO_LOOP_NOTE = (
@@ -36,7 +37,7 @@ _NO_LOOP_NOTE = (
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class RowOutput:
     """The row of the output to which a function of items writes its result, passed after `args`.
 
     Attributes
@@ -50,7 +51,7 @@ class Row:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
-    def none(self, out_axis: int | tuple[int, ...]) -> np.ndarray:
+    def make_empty_result(self, out_axis: int | tuple[int, ...]) -> np.ndarray:
         """Return the result for no items."""
         axis = out_axis[0] if isinstance(out_axis, tuple) else out_axis
         axis = normalize_axis(axis, len(self.shape) + 1, "out_axis")
@@ -64,7 +65,7 @@ class Row:
 @dataclass(frozen=True, eq=False)
 class _RowReturner:
     func: Any
-    row: Row
+    row: RowOutput
 
     def __call__(self, *args: Any, **kwargs: Any) -> np.ndarray:
         # Compiled functions take only this machine's byte order; the output is cast.
@@ -73,7 +74,7 @@ class _RowReturner:
         return row
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PreparedCall:
     """A function as it will be called, compiled beforehand if it is a kernel.
 
@@ -93,9 +94,9 @@ class PreparedCall:
 
     call: Call
     writable: bool
-    copies_args: bool
-    notes: list[str]
-    compiling_ns: int
+    copies_args: bool = False
+    notes: list[str] = field(default_factory=list)
+    compiling_ns: int = 0
 
 
 def prepare_call(
@@ -111,13 +112,13 @@ def prepare_call(
     """Compile a function for chunks (or items) like those of the range `first`."""
     func = call.func
     if not (is_jitted(func) or is_numba_ufunc(func)) or inputs.n_items == 0:
-        return PreparedCall(call, writable, False, [], 0)
+        return PreparedCall(call=call, writable=writable)
     begin = monotonic_ns()
     chunks = [source.open()(*first) for source in local_sources(inputs, halo)]
     if is_numba_ufunc(func):
         if not in_processes:
             _compile_ufunc(func, [*chunks, *call.args])
-        return PreparedCall(call, writable, False, [], monotonic_ns() - begin)
+        return PreparedCall(call=call, writable=writable, compiling_ns=monotonic_ns() - begin)
     from taskcarrier.arrays.kernels.compiler import compile_kernel  # noqa: PLC0415  # loads numba
     from taskcarrier.arrays.kernels.signatures import bind_arguments  # noqa: PLC0415  # likewise
 
@@ -134,12 +135,17 @@ def prepare_call(
     # Later objects may have other types than the first; the kernel is then compiled again.
     if by_item and compiled.scalars is not None and not any(d.hasobject for d in inputs.dtypes):
         target = _TypedKernel(target, *compiled.scalars)
-    copies_items, copies_args = compiled.writable_args.items, compiled.writable_args.args
+    copies_items = compiled.writable_args.items
     notes = [_COPIES_NOTE] if copies_items and not writable else []
     if not in_processes and (by_item or compiled.note):
         notes.append(compiled.note or _NO_LOOP_NOTE)
-    prepared = Call(target, extras.all)
-    return PreparedCall(prepared, copies_items, copies_args, notes, monotonic_ns() - begin)
+    return PreparedCall(
+        call=Call(target, extras.all),
+        writable=copies_items,
+        copies_args=compiled.writable_args.args,
+        notes=notes,
+        compiling_ns=monotonic_ns() - begin,
+    )
 
 
 _ufunc_lock = ModuleLock()
@@ -190,7 +196,7 @@ class _OneAtATime:
             return self.func(*args)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class FusedLoop:
     """A call whose items are run by a compiled loop.
 
@@ -202,26 +208,25 @@ class FusedLoop:
         The spec of the results.
     notes : list of str
         The notes for the report.
-    casts : bool
-        Whether results are cast at the end, and are not in place before.
+    uncast_results : list of ndarray
+        The results that must be cast at the end; none if they are in place already.
     """
 
     task: FusedTask
     spec: Spec
     notes: list[str]
-    casts: bool
-    _results: list[np.ndarray]
+    uncast_results: list[np.ndarray]
 
-    def deferred(self, faults: list[Fault]) -> list[DeferredResult]:
+    def cast_deferred(self, faults: list[Fault]) -> list[DeferredResult]:
         """Return the results that are not in place yet because they must be cast."""
-        if not self.casts:
+        if not self.uncast_results:
             return []
         for start, stop, _ in faults:  # values that were never written might not survive a cast
             for out in self.task.outs:
                 out[start:stop] = np.zeros((), out.dtype)
         cast_results = [
             cast_checked(result, dtype)
-            for result, (dtype, _) in zip(self._results, self.spec.parts, strict=True)
+            for result, (dtype, _) in zip(self.uncast_results, self.spec.parts, strict=True)
         ]
         return [(slice(0, self.task.n_items), cast_results)]
 
@@ -229,8 +234,8 @@ class FusedLoop:
 def fuse_loop(
     call: Call,
     inputs: Inputs,
-    plan: Plan,
-    row: Row | None,
+    buffer: LocalBuffer,
+    row: RowOutput | None,
     *,
     writable: bool,
     collect_errors: bool,
@@ -257,25 +262,9 @@ def fuse_loop(
     result = compiler.infer_result(call.func, layouts, extras, row_layout, writable=writable)
     if result is None:
         return None
-    shape = () if row is None else row.shape
-    out_axes = plan.axes_for(len(result.dtypes))
-    axes = tuple(normalize_axis(axis, len(shape) + 1, "out_axis") for axis in out_axes)
-    kernel_spec = Spec(tuple((dtype, shape) for dtype in result.dtypes), axes, result.is_tuple)
-    outputs = plan.outputs_for(len(result.dtypes))
-    dtypes = tuple(
-        output.dtype or dtype for output, dtype in zip(outputs, result.dtypes, strict=True)
-    )
-    casts = dtypes != result.dtypes
-    spec = kernel_spec.with_dtypes(dtypes) if casts else kernel_spec
-    plan.check(spec, promote_dtypes=False)  # the dtypes are known
-    if casts:
-        shapes = kernel_spec.shapes(inputs.n_items)
-        results = [np.empty(*pair) for pair in zip(shapes, result.dtypes, strict=True)]
-    else:
-        places = plan.allocation.places(spec, outputs)
-        assert places is not None  # for the type checker: kernels return no objects
-        results = [open_place(place) for place in places]
-    outs = [move_items_first(*pair) for pair in zip(results, axes, strict=True)]
+    kernel_spec, spec = _find_specs(result, row, buffer)
+    results = _make_results(kernel_spec, spec, buffer)
+    outs = [move_items_first(*pair) for pair in zip(results, spec.axes, strict=True)]
     out_layouts = [signatures.ArrayLayout.of(array, 0) for array in outs]
     loop = compiler.compile_loop(
         call.func, layouts, extras, out_layouts, result, rows_out=row is not None
@@ -284,21 +273,53 @@ def fuse_loop(
         loop = _OneAtATime(loop)
     copies_rows = result.writable_args.items and any(layout.ndim for layout in layouts)
     task = (ClaimingTask if may_claim and not copies_rows else FusedTask)(
-        loop,
-        inputs.arrays,
-        inputs.axes,
-        outs,
-        extras.all,
-        inputs.n_items,
-        result.writable_args.items,
-        result.writable_args.args,
-        collect_errors,
+        loop=loop,
+        arrays=inputs.arrays,
+        axes=inputs.axes,
+        outs=outs,
+        extras=extras.all,
+        n_items=inputs.n_items,
+        takes_copies=result.writable_args.items,
+        copies_args=result.writable_args.args,
+        collect_errors=collect_errors,
     )
-    notes = [_COPIES_NOTE] if result.writable_args.items and not writable else []
-    return FusedLoop(task, spec, notes, casts, results)
+    return FusedLoop(
+        task=task,
+        spec=spec,
+        notes=[_COPIES_NOTE] if result.writable_args.items and not writable else [],
+        uncast_results=results if spec != kernel_spec else [],
+    )
 
 
-def check_row(out_shape: object, dtype: Any, out: Any) -> Row | None:
+def _find_specs(
+    result: KernelResult, row: RowOutput | None, buffer: LocalBuffer
+) -> tuple[Spec, Spec]:
+    """Return the spec of what a kernel gives, and that of what is asked for."""
+    n_results = len(result.dtypes)
+    shape = () if row is None else row.shape
+    axes = tuple(
+        normalize_axis(axis, len(shape) + 1, "out_axis") for axis in buffer.get_axes(n_results)
+    )
+    kernel_spec = Spec(tuple((dtype, shape) for dtype in result.dtypes), axes, result.is_tuple)
+    outputs = buffer.get_outputs(n_results)
+    spec = kernel_spec.with_dtypes(
+        [output.dtype or dtype for output, dtype in zip(outputs, result.dtypes, strict=True)]
+    )
+    buffer.check(spec, promote_dtypes=False)  # the dtypes are known
+    return kernel_spec, spec
+
+
+def _make_results(kernel_spec: Spec, spec: Spec, buffer: LocalBuffer) -> list[np.ndarray]:
+    """Return where the loop writes: in the outputs, if what the kernel gives need not be cast."""
+    if spec == kernel_spec:
+        return [open_place(place) for place in buffer.make_places(spec)]
+    shapes = kernel_spec.shapes(buffer.n_items)
+    return [
+        np.empty(shape, dtype) for shape, (dtype, _) in zip(shapes, kernel_spec.parts, strict=True)
+    ]
+
+
+def check_row(out_shape: object, dtype: Any, out: Any) -> RowOutput | None:
     """Check `out_shape` and return the row that it describes, with the dtype of results."""
     if out_shape is None:
         return None
@@ -308,7 +329,7 @@ def check_row(out_shape: object, dtype: Any, out: Any) -> Row | None:
         raise TypeError("with out_shape= there is one result; dtype= and out= must not be tuples")
     if dtype is None:
         dtype = out.dtype if isinstance(out, np.ndarray) else np.float64
-    return Row(shape, np.dtype(dtype))
+    return RowOutput(shape, np.dtype(dtype))
 
 
 def _check_length(value: Any, out_shape: object) -> int:

@@ -9,43 +9,32 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from taskcarrier.arrays.outputs.specs import Spec
+from taskcarrier.arrays.casting import MakeFill, find_missing_value
+from taskcarrier.arrays.outputs.specs import DeferredResult, Spec
 from taskcarrier.memory.available import check_memory
-from taskcarrier.memory.npy import make_header
+from taskcarrier.memory.npy import NpyWriter, find_order
 from taskcarrier.memory.segments import Segment, SharedView, descriptors_are_scarce
 from taskcarrier.memory.strides import ALIGNMENT, contiguous_strides
+from taskcarrier.notes import add_note
+from taskcarrier.workers.records import Where
 
 Place = np.ndarray | SharedView
 """Where one output lies: an array of this process, or a view that every process can open."""
 
-
-@dataclass(frozen=True, eq=False)
-class NpyPlace:
-    """The place of an output in a ``.npy`` file: its data begin where the header ends."""
-
-    segment: Segment
-
-    def view(self, dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> SharedView:
-        """Make room for the output in the file, write its header, and return where its data lie."""
-        header = make_header(dtype, shape, order)
-        offset = len(header)
-        nbytes = math.prod(shape) * dtype.itemsize
-        self.segment.reserve(offset + nbytes)
-        # Before the first result, so that a later run can read what results are like.
-        self.segment.write(0, memoryview(header))
-        strides = contiguous_strides(shape, dtype.itemsize, order)
-        return SharedView(self.segment if nbytes else None, offset, shape, strides, dtype)
+WriteRange = Callable[[int, int, np.ndarray], None]
+"""A function that writes a result to the items of one output from a start to a stop."""
 
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """What the user has asked of one output.
+    """What workers must know of one output.
 
     Attributes
     ----------
@@ -53,18 +42,18 @@ class Output:
         The dtype that results are cast to; None to keep theirs.
     shape : tuple of int or None
         The shape of ``out=``, if that is an array.
-    place : ndarray, SharedView, NpyPlace or None
+    place : ndarray, SharedView, NpyWriter or None
         Where workers write; None for fresh memory.
     """
 
     dtype: np.dtype[Any] | None = None
     shape: tuple[int, ...] | None = None
-    place: np.ndarray | SharedView | NpyPlace | None = None
+    place: Place | NpyWriter | None = None
 
-    def where(self, dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> Place | None:
+    def find_place(self, dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> Place | None:
         """Return where the output lies, or None if it is to lie in fresh memory."""
-        if isinstance(self.place, NpyPlace):
-            return self.place.view(dtype, shape, order)
+        if isinstance(self.place, NpyWriter):
+            return self.place.make_view(dtype, shape, order)
         return self.place
 
 
@@ -72,65 +61,175 @@ ANY = Output()
 """An output of which nothing is asked: any dtype and shape, in fresh memory."""
 
 
-class OutputBuffer(Protocol):
-    """The memory of all outputs of a run."""
+class CallIsOverError(Exception):
+    """A worker has a result after the call has returned; users never see this error."""
 
-    def places(self, spec: Spec, outputs: Sequence[Output]) -> list[Place] | None:
+
+@dataclass(eq=False, kw_only=True)
+class OutputBuffer(ABC):
+    """The memory of all outputs of a run, and what is asked of results, in a form that can travel.
+
+    Nothing is asked until a request is applied to it (`OutputRequest.apply_to`).
+
+    Attributes
+    ----------
+    n_items : int
+        The number of items along the mapped axis.
+    order : str
+        The order of outputs in fresh memory, "C" or "F".
+    out_axis : int or tuple of int
+        Where the mapped axis stands in results, as the user gave it.
+    outputs : Output or tuple of Output
+        What is asked of every output, or of each.
+    promote_dtypes : bool
+        Whether results of different dtypes promote; otherwise they disagree.
+    make_fill : callable
+        Returns the value that stands where the function failed, for a dtype.
+    earlier_spec : Spec or None
+        The spec that an earlier run has agreed on, if this run continues it.
+    """
+
+    n_items: int
+    order: Any
+    out_axis: int | tuple[int, ...] = 0
+    outputs: Output | tuple[Output, ...] = ANY
+    promote_dtypes: bool = False
+    make_fill: MakeFill = find_missing_value
+    earlier_spec: Spec | None = None
+
+    @abstractmethod
+    def make_places(self, spec: Spec) -> list[Place] | None:
         """Return where each whole output lies, or None if outputs cannot lie in this memory.
 
         Workers and the caller call this.
         """
 
-    def write_lock(self) -> threading.Lock | None:
+    @abstractmethod
+    def make_write_lock(self) -> threading.Lock | None:
         """Make the lock that one worker holds while it writes; None if it needs none."""
 
+    @abstractmethod
     def check_open(self) -> None:
         """Raise `CallIsOverError` if the call is over; call it with the write lock held."""
 
+    @abstractmethod
     def close(self) -> None:
         """Let no worker write any more: the call is over."""
+
+    def is_wasteful(self, spec: Spec) -> bool:  # noqa: ARG002  # shared memory may be
+        """Return whether results should be copied out of this memory."""
+        return False
+
+    @property
+    def asks_for_objects(self) -> bool:
+        """Whether results are to be Python objects."""
+        outputs = (self.outputs,) if isinstance(self.outputs, Output) else self.outputs
+        return any(output.dtype is not None and output.dtype.hasobject for output in outputs)
+
+    def get_outputs(self, n_results: int) -> tuple[Output, ...]:
+        """Return what is asked of each of `n_results` results; raise if their number is wrong."""
+        if isinstance(self.outputs, Output):
+            return (self.outputs,) * n_results
+        if len(self.outputs) != n_results:
+            raise ValueError(
+                f"out= or dtype= has {len(self.outputs)} entries, but func returned {n_results} "
+                "results"
+            )
+        return self.outputs
+
+    def get_axes(self, n_results: int) -> tuple[int, ...]:
+        """Return the mapped axis of each of `n_results` results; raise if their number is wrong."""
+        if not isinstance(self.out_axis, tuple):
+            return (self.out_axis,) * n_results
+        if len(self.out_axis) != n_results:
+            raise ValueError(
+                f"out_axis has {len(self.out_axis)} entries, func returned {n_results}; a tuple "
+                "is one axis for each result"
+            )
+        return self.out_axis
+
+    def check(self, spec: Spec, *, promote_dtypes: bool) -> None:
+        """Raise if results of this spec cannot satisfy what is asked for."""
+        outputs = self.get_outputs(len(spec.parts))
+        for output, shape in zip(outputs, spec.shapes(self.n_items), strict=True):
+            if output.shape is not None and output.shape != shape:
+                raise ValueError(f"out has shape {output.shape}, but the results need {shape}")
+            if isinstance(output.place, NpyWriter) and any(d.hasobject for d, _ in spec.parts):
+                raise TypeError("Python objects cannot be mapped in a .npy file; out= an array")
+        if not promote_dtypes:  # otherwise the dtype may still change
+            for dtype, _ in spec.parts:
+                self.make_fill(dtype)
+
+    def complete(
+        self, spec: Spec, deferred: Sequence[DeferredResult], holes: Sequence[slice]
+    ) -> list[np.ndarray]:
+        """Return the whole outputs, after writing deferred results and filling the holes."""
+        outputs = self.get_outputs(len(spec.parts))
+        arrays = [open_place(place) for place in self.make_places(spec) or self._make_local(spec)]
+        leading = [(slice(None),) * axis for axis in spec.axes]
+        missing: list[Where] = [*(where for where, _ in deferred), *holes]
+        for number, (dtype, _) in enumerate(spec.parts):
+            promoted = _promote_dtypes({dtype, *(results[number].dtype for _, results in deferred)})
+            if arrays[number].dtype != promoted:
+                for where in missing:  # values that were never written might not survive a cast
+                    arrays[number][(*leading[number], where)] = np.zeros((), arrays[number].dtype)
+                arrays[number] = _promote(arrays[number], promoted, outputs[number])
+        for where, results in deferred:
+            for array, index, result in zip(arrays, leading, results, strict=True):
+                array[(*index, where)] = result
+        values = [self.make_fill(array.dtype) for array in arrays]
+        for hole in holes:
+            for array, index, value in zip(arrays, leading, values, strict=True):
+                array[(*index, hole)] = value
+        return arrays
+
+    def _make_local(self, spec: Spec) -> list[Place]:
+        """Return places for Python objects, which the caller writes itself."""
+        outputs = tuple(replace(one, place=None) for one in self.get_outputs(len(spec.parts)))
+        return LocalBuffer(n_items=self.n_items, order="C", outputs=outputs).make_places(spec)
+
+    def _iterate_parts(
+        self, spec: Spec
+    ) -> Iterator[tuple[np.dtype[Any], tuple[int, ...], Place | None]]:
+        """Yield dtype, whole shape and place of each output; the place is None for fresh memory."""
+        outputs = self.get_outputs(len(spec.parts))
+        shapes = spec.shapes(self.n_items)
+        for (dtype, _), shape, output in zip(spec.parts, shapes, outputs, strict=True):
+            yield dtype, shape, output.find_place(dtype, shape, self.order)
 
 
 # Advice to the user when the memory of this process has no room.
 _ADVICE = "map over fewer items at once, or pass out= as a path that ends in .npy"
 
 
-class CallIsOverError(Exception):
-    """A worker has a result after the call has returned; users never see this error."""
-
-
-class LocalBuffer:
+@dataclass(eq=False, kw_only=True)
+class LocalBuffer(OutputBuffer):
     """Outputs in ordinary memory, shared by the threads of this process.
 
     A thread cannot be stopped. One whose call was interrupted goes on until its range is done, and
     may have its result long after the call is over. `check_open` then keeps it from writing.
     """
 
-    def __init__(self, n_items: int, order: str) -> None:
+    def __post_init__(self) -> None:
         self._is_closed = False
         self._write_locks: list[threading.Lock] = []
-        self._n_items = n_items
-        self._order: Any = order
         self._lock = threading.Lock()
         self._places: list[Place] | None = None
 
-    def places(self, spec: Spec, outputs: Sequence[Output]) -> list[Place]:
+    def make_places(self, spec: Spec) -> list[Place]:
         """Return the whole outputs, made by the first call and the same for every thread."""
         with self._lock:
             if self._places is None:
                 places = []
-                for (dtype, _), shape, output in zip(
-                    spec.parts, spec.shapes(self._n_items), outputs, strict=True
-                ):
-                    place = output.where(dtype, shape, self._order)
+                for dtype, shape, place in self._iterate_parts(spec):
                     if place is None:
                         check_memory(math.prod(shape) * dtype.itemsize, "the result", _ADVICE)
-                        place = np.empty(shape, dtype, self._order)
+                        place = np.empty(shape, dtype, self.order)  # noqa: PLW2901  # as said
                     places.append(place)
                 self._places = places
             return self._places
 
-    def write_lock(self) -> threading.Lock | None:  # noqa: D102  # as in OutputBuffer
+    def make_write_lock(self) -> threading.Lock | None:  # noqa: D102  # as in OutputBuffer
         write_lock = threading.Lock()
         self._write_locks.append(write_lock)
         return write_lock
@@ -147,26 +246,29 @@ class LocalBuffer:
                 pass
 
 
-class SharedBuffer:
-    """Outputs in one segment, one after the other, or at the places that the user asked for."""
+@dataclass(eq=False, kw_only=True)
+class SharedBuffer(OutputBuffer):
+    """Outputs in one segment, one after the other, or at the places that the user asked for.
 
-    def __init__(self, segment: Segment, n_items: int, order: str) -> None:
-        self._segment = segment
-        self._n_items = n_items
-        self._order = order
+    Attributes
+    ----------
+    segment : Segment
+        The memory of outputs that have no other place; it grows.
+    """
 
-    def places(self, spec: Spec, outputs: Sequence[Output]) -> list[Place] | None:
+    segment: Segment
+
+    def make_places(self, spec: Spec) -> list[Place] | None:
         """Make room for the outputs and return where they lie; None if dtypes hold objects."""
         if any(dtype.hasobject for dtype, _ in spec.parts):
             return None
-        places, end = self._layout(spec, outputs)
+        places, end = self._lay_out(spec)
         if end:
-            self._segment.reserve(end)
+            self.segment.reserve(end)
         return places
 
-    def write_lock(self) -> threading.Lock | None:
+    def make_write_lock(self) -> None:
         """Return None: no lock is needed, as no process outlives the call with a range in hand."""
-        return None
 
     def check_open(self) -> None:
         """Do nothing: no process outlives the call with a range in hand."""
@@ -174,25 +276,24 @@ class SharedBuffer:
     def close(self) -> None:
         """Do nothing: there are no write locks to wait for."""
 
-    def is_wasteful(self, spec: Spec, outputs: Sequence[Output]) -> bool:
+    def is_wasteful(self, spec: Spec) -> bool:
         """Return whether results should be copied out of the segment.
 
         They should if the segment is much too large for them, or descriptors are scarce.
         """
-        _, end = self._layout(spec, outputs)
-        return descriptors_are_scarce() or self._segment.nbytes > 2 * end + _SLACK_NBYTES
+        _, end = self._lay_out(spec)
+        return descriptors_are_scarce() or self.segment.nbytes > 2 * end + _SLACK_NBYTES
 
-    def _layout(self, spec: Spec, outputs: Sequence[Output]) -> tuple[list[Place], int]:
+    def _lay_out(self, spec: Spec) -> tuple[list[Place], int]:
+        """Return the place of each output, and where the last one in the segment ends."""
         places: list[Place] = []
         end = 0
-        for (dtype, _), shape, output in zip(
-            spec.parts, spec.shapes(self._n_items), outputs, strict=True
-        ):
-            place = output.where(dtype, shape, self._order)
+        for dtype, shape, place in self._iterate_parts(spec):
             if place is None:
                 nbytes = math.prod(shape) * dtype.itemsize
-                strides = contiguous_strides(shape, dtype.itemsize, self._order)
-                place = SharedView(self._segment if nbytes else None, end, shape, strides, dtype)
+                strides = contiguous_strides(shape, dtype.itemsize, self.order)
+                segment = self.segment if nbytes else None
+                place = SharedView(segment, end, shape, strides, dtype)  # noqa: PLW2901
                 end += -(-nbytes // ALIGNMENT) * ALIGNMENT
             places.append(place)
         return places, end
@@ -207,50 +308,64 @@ def open_place(place: Place) -> np.ndarray:
     return place.open("write") if isinstance(place, SharedView) else place
 
 
-class Writer:
-    """Writes one worker's parts of one output.
+def make_range_writer(place: Place, axis: int) -> WriteRange:
+    """Return a function that writes to ranges of the output at `place`, along its mapped axis.
 
-    Parameters
-    ----------
-    place : ndarray or SharedView
-        Where the output lies.
-    axis : int
-        The mapped axis of the output.
-
-    Notes
-    -----
     A range of the output that is one piece of memory is written by `pwrite`: over 256 MB two
     workers took 0.6 (0.3 to 0.9) of the time of writing through mappings, which pay for each page
     when it is first touched (`python -m bench sqrt_sin chain`).
     """
+    if isinstance(place, SharedView) and place.segment is not None:
+        order = _find_piece_order(place, axis)
+        if order is not None:
+            return _make_piece_writer(place.segment, place.offset, place.strides[axis], order)
+    array = open_place(place)
+    leading_index = (slice(None),) * axis
 
-    def __init__(self, place: Place, axis: int) -> None:
-        self._place = place
-        self._leading_index = (slice(None),) * axis
-        self._array: np.ndarray | None = place if isinstance(place, np.ndarray) else None
-        self._order = None if self._array is not None else _find_piece_order(place, axis)
-        self._stride = place.strides[axis]
+    def write_rows(start: int, stop: int, result: np.ndarray) -> None:
+        array[start:stop] = result
 
-    def put(self, start: int, stop: int, result: np.ndarray) -> None:
-        """Write `result` to the items from `start` to `stop`."""
-        if self._order is not None and isinstance(self._place, SharedView):
-            segment, offset = self._place.segment, self._place.offset
-            assert segment is not None  # for the type checker
-            piece = result if self._order == "C" else result.T
-            flat = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-            segment.write(offset + start * self._stride, flat.data)
-            return
-        if self._array is None:
-            self._array = open_place(self._place)
-        self._array[(*self._leading_index, slice(start, stop))] = result
+    def write_range(start: int, stop: int, result: np.ndarray) -> None:
+        array[(*leading_index, slice(start, stop))] = result
+
+    return write_range if axis else write_rows
 
 
-def _find_piece_order(place: Place, axis: int) -> str | None:
+def _make_piece_writer(segment: Segment, offset: int, stride: int, order: str) -> WriteRange:
+    def write_piece(start: int, stop: int, result: np.ndarray) -> None:  # noqa: ARG001
+        piece = result if order == "C" else result.T
+        flat = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+        segment.write(offset + start * stride, flat.data)
+
+    return write_piece
+
+
+def _find_piece_order(place: SharedView, axis: int) -> str | None:
     """Return the order in which a range of items is one piece of memory; None if it is several."""
-    if isinstance(place, np.ndarray) or place.segment is None:
-        return None
     for order, outer in (("C", place.shape[:axis]), ("F", place.shape[axis + 1 :])):
         dense = contiguous_strides(place.shape, place.dtype.itemsize, order)
         if place.strides == dense and math.prod(outer) == 1:
             return order
     return None
+
+
+def _promote(array: np.ndarray, dtype: np.dtype[Any], output: Output) -> np.ndarray:
+    """Return an output with another dtype; in a file it stays in the file."""
+    promoted = array.astype(dtype)
+    if not isinstance(output.place, NpyWriter):
+        return promoted
+    file = open_place(output.place.make_view(dtype, array.shape, find_order(array)))
+    file[...] = promoted
+    return file
+
+
+def _promote_dtypes(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:
+    """Return the dtype that `numpy.stack` makes of several; one alone keeps its byte order."""
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    try:
+        return np.result_type(*dtypes)
+    except TypeError as error:
+        names = ", ".join(sorted(map(str, dtypes)))
+        add_note(error, f"func returned values of dtypes {names}, which have none in common")
+        raise

@@ -4,131 +4,101 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from taskcarrier.arguments import iterate_arrays
-from taskcarrier.arrays.casting import check_dtype
+from taskcarrier.arrays.casting import MakeFill, check_dtype, find_missing_value
 from taskcarrier.arrays.inputs.check import Inputs, normalize_axis
-from taskcarrier.arrays.outputs.buffers import (
-    ANY,
-    LocalBuffer,
-    NpyPlace,
-    Output,
-    SharedBuffer,
-    open_place,
-)
+from taskcarrier.arrays.outputs.buffers import Output, OutputBuffer, SharedBuffer
 from taskcarrier.arrays.outputs.specs import Spec
-from taskcarrier.arrays.outputs.writer import Plan
 from taskcarrier.memory.memmaps import check_not_cut_off, find_region, find_shared, identify_file
-from taskcarrier.memory.npy import NpyWriter, check_path, make_header
+from taskcarrier.memory.npy import NpyWriter, check_path
 from taskcarrier.memory.strides import has_internal_overlap
-from taskcarrier.notes import add_note
-from taskcarrier.workers.records import Where
 
 # How much work to spend on whether two interleaved views share an item; arbitrary.
 _MAX_WORK: Any = 10_000
 
-DeferredResult = tuple[Where, list[np.ndarray]]
-"""A result that the worker could not put in place, and its position along the mapped axis."""
 
-
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class OutputRequest:
-    """What a call asks of its results, from the check of its arguments to the end of the run.
+    """What the user said about outputs, checked.
 
     Attributes
     ----------
-    entries : tuple of (ndarray or str), or None
-        The arrays and paths that ``out=`` names, one for each result.
-    dtypes : tuple of (dtype or None), or None
-        The dtypes that ``dtype=`` asks for.
-    has_several_dtypes : bool
-        Whether there is one dtype for each result; otherwise one dtype holds for all results.
-    is_several : bool
-        Whether ``out=`` or ``dtype=`` is a tuple.
-    keeps : bool
-        Whether unfinished files stay when the run fails.
-    is_running : bool
-        Whether the unfinished files are those that an earlier run has left.
+    entries : tuple of (ndarray, str or None)
+        For each output, the array or path that ``out=`` names; None for a new array.
+    dtypes : tuple of (dtype or None)
+        For each output, the dtype that is asked for; None for that of the results.
+    is_tuple : bool
+        Whether ``out=`` or ``dtype=`` is a tuple, of one entry for each result.
+    out_axis : int or tuple of int
+        Where the mapped axis stands in results.
+    promote_dtypes : bool
+        Whether results of different dtypes promote; otherwise they disagree.
+    make_fill : callable
+        Returns the value that stands where the function failed, for a dtype.
     """
 
-    entries: tuple[np.ndarray | str, ...] | None = None
-    dtypes: tuple[np.dtype[Any] | None, ...] | None = None
-    has_several_dtypes: bool = False
-    is_several: bool = False
-    keeps: bool = False
-    is_running: bool = False
-    _writers: dict[int, NpyWriter] = field(default_factory=dict)
-
-    @property
-    def known_dtypes(self) -> list[np.dtype[Any]]:
-        """The dtypes that are asked for: those of arrays in ``out=``, else those of ``dtype=``."""
-        arrays = [entry for entry in self.entries or () if isinstance(entry, np.ndarray)]
-        return [array.dtype for array in arrays] or [
-            dtype for dtype in self.dtypes or () if dtype is not None
-        ]
-
-    @property
-    def knows_dtypes(self) -> bool:
-        """Whether a dtype is asked for every result."""
-        arrays = [entry for entry in self.entries or () if isinstance(entry, np.ndarray)]
-        if self.entries and len(arrays) == len(self.entries):
-            return True
-        # Not `None in`: comparing with a dtype takes None for float64.
-        return self.dtypes is not None and all(dtype is not None for dtype in self.dtypes)
-
-    def make_empty_result(self) -> Any:
-        """Return what a function of no items would return to satisfy this request."""
-        dtypes = self.dtypes or (None,)
-        entries: tuple[Any, ...] = self.entries or (None,) * len(dtypes)
-        dtypes = dtypes if self.has_several_dtypes else dtypes * len(entries)
-        results = tuple(
-            np.empty_like(entry) if isinstance(entry, np.ndarray) else np.empty(0, dtype)
-            for entry, dtype in zip(entries, dtypes, strict=True)
-        )
-        return results if self.is_several else results[0]
-
-    def outputs(self, *, shared: bool) -> Output | tuple[Output, ...]:
-        """Return what is asked of every output, or of each, and make the files.
-
-        `shared` says whether workers are processes, which write to shared memory alone.
-        """
-        if self.entries is None:
-            if self.dtypes is None:
-                return ANY
-            outputs = tuple(Output(dtype) for dtype in self.dtypes)
-            return outputs if self.has_several_dtypes else outputs[0]
-        dtypes = self.dtypes or (None,)
-        if not self.has_several_dtypes:
-            dtypes *= len(self.entries)
-        return tuple(
-            self._make_output(number, entry, dtype, shared=shared)
-            for number, (entry, dtype) in enumerate(zip(self.entries, dtypes, strict=True))
-        )
-
-    def _make_output(
-        self, number: int, entry: np.ndarray | str, dtype: np.dtype[Any] | None, *, shared: bool
-    ) -> Output:
-        if isinstance(entry, str):
-            writer = NpyWriter(entry, keeps=self.keeps, is_running=self.is_running)
-            self._writers[number] = writer
-            return Output(dtype, None, NpyPlace(writer.segment))
-        # An array in ordinary memory is filled at the end, from the memory that workers share.
-        place = find_shared(entry, writable=True) if shared else entry
-        return Output(entry.dtype, entry.shape, place)
+    entries: tuple[np.ndarray | str | None, ...] = (None,)
+    dtypes: tuple[np.dtype[Any] | None, ...] = (None,)
+    is_tuple: bool = False
+    out_axis: int | tuple[int, ...] = 0
+    promote_dtypes: bool = False
+    make_fill: MakeFill = find_missing_value
+    _files: list[NpyWriter] = field(default_factory=list)
 
     @property
     def paths(self) -> list[str]:
         """The paths of the files that are asked for."""
-        return [os.path.realpath(entry) for entry in self.entries or () if isinstance(entry, str)]
+        return [os.path.realpath(entry) for entry in self.entries if isinstance(entry, str)]
 
-    def read_spec(self, out_axis: int | tuple[int, ...], n_items: int) -> Spec | None:
+    def make_empty_result(self) -> Any:
+        """Return what a function of no items would return to satisfy this request."""
+        results = tuple(
+            np.empty_like(entry) if isinstance(entry, np.ndarray) else np.empty(0, dtype)
+            for entry, dtype in zip(self.entries, self.dtypes, strict=True)
+        )
+        return results if self.is_tuple else results[0]
+
+    def apply_to(
+        self, buffer: OutputBuffer, *, keep_files: bool = False, is_resumed: bool = False
+    ) -> None:
+        """Make the files that are asked for, and set what is asked of results in `buffer`.
+
+        With `keep_files`, unfinished files stay when the run fails. With `is_resumed`, the run goes
+        on with those that an earlier run has left.
+        """
+        outputs = []
+        for entry, dtype in zip(self.entries, self.dtypes, strict=True):
+            if isinstance(entry, str):
+                file = NpyWriter(entry, keep=keep_files, is_resumed=is_resumed)
+                self._files.append(file)
+                outputs.append(Output(dtype, place=file))
+            elif entry is None:
+                outputs.append(Output(dtype))
+            else:
+                # What processes do not share is filled at the end.
+                is_shared = isinstance(buffer, SharedBuffer)
+                place = find_shared(entry, writable=True) if is_shared else entry
+                outputs.append(Output(dtype, entry.shape, place))
+        # Without out= and a tuple, what is asked for holds for any number of results.
+        is_for_all = not self.is_tuple and self.entries[0] is None
+        buffer.outputs = outputs[0] if is_for_all else tuple(outputs)
+        buffer.out_axis = self.out_axis
+        buffer.promote_dtypes = self.promote_dtypes
+        buffer.make_fill = self.make_fill
+        if is_resumed:
+            buffer.earlier_spec = self._read_spec(buffer.n_items)
+
+    def _read_spec(self, n_items: int) -> Spec | None:
         """Return the spec of the results that an earlier run has left in its files, or None."""
-        headers = [writer.header() for writer in self._writers.values()]
-        axes = out_axis if isinstance(out_axis, tuple) else (out_axis,) * len(headers)
+        headers = [file.read_header() for file in self._files]
+        axes = (
+            self.out_axis if isinstance(self.out_axis, tuple) else (self.out_axis,) * len(headers)
+        )
         parts = []
         mapped_axes = []
         for header, signed_axis in zip(headers, axes, strict=True):
@@ -140,91 +110,28 @@ class OutputRequest:
                 return None
             parts.append((dtype, shape[:axis] + shape[axis + 1 :]))
             mapped_axes.append(axis)
-        return Spec(tuple(parts), tuple(mapped_axes), self.is_several)
+        return Spec(tuple(parts), tuple(mapped_axes), self.is_tuple)
 
-    def fill_outputs(
-        self,
-        plan: Plan,
-        spec: Spec,
-        deferred: Sequence[DeferredResult],
-        holes: Sequence[tuple[int, int]],
-    ) -> list[np.ndarray]:
-        """Return the whole outputs, after writing deferred results and filling the holes."""
-        outputs = plan.outputs_for(len(spec.parts))
-        places = plan.allocation.places(spec, outputs)
-        if places is None:  # Python objects: all results are in `deferred`
-            local_outputs = [replace(output, place=None) for output in outputs]
-            places = LocalBuffer(plan.n_items, "C").places(spec, local_outputs)
-        arrays = list(map(open_place, places))
-        dtypes = [
-            _promote_dtypes({dtype, *(results[number].dtype for _, results in deferred)})
-            for number, (dtype, _) in enumerate(spec.parts)
-        ]
-        leading = [(slice(None),) * axis for axis in spec.axes]
-        missing: list[Where] = [where for where, _ in deferred]
-        missing += [slice(*hole) for hole in holes]
-        for number, (dtype, index) in enumerate(zip(dtypes, leading, strict=True)):
-            if arrays[number].dtype != dtype:
-                for where in missing:  # values that were never written might not survive a cast
-                    arrays[number][(*index, where)] = np.zeros((), arrays[number].dtype)
-                arrays[number] = self._promote(arrays[number], dtype, outputs[number])
-        for where, results in deferred:
-            for array, index, result in zip(arrays, leading, results, strict=True):
-                array[(*index, where)] = result
-        values = [plan.fill.of(array.dtype) for array in arrays]
-        for hole in holes:
-            for array, index, value in zip(arrays, leading, values, strict=True):
-                array[(*index, slice(*hole))] = value
-        return arrays
-
-    @staticmethod
-    def _promote(array: np.ndarray, dtype: np.dtype[Any], output: Output) -> np.ndarray:
-        promoted = array.astype(dtype)
-        if not isinstance(output.place, NpyPlace):
-            return promoted
-        order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-        file = open_place(output.place.view(dtype, array.shape, order))
-        file[...] = promoted
-        return file
-
-    def finish(self, plan: Plan, spec: Spec, arrays: list[np.ndarray]) -> Any:
+    def finish(self, buffer: OutputBuffer, spec: Spec, arrays: list[np.ndarray]) -> Any:
         """Return what the call returns, and give files their names."""
         results = []
-        outputs = plan.outputs_for(len(arrays))
-        for number, (array, output) in enumerate(zip(arrays, outputs, strict=True)):
-            entry = None if self.entries is None else self.entries[number]
-            if isinstance(entry, str):
-                order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-                header = make_header(array.dtype, array.shape, order)
-                results.append(self._writers[number].finish(array, header))
-            elif entry is not None:
+        outputs = buffer.get_outputs(len(arrays))
+        entries = self.entries if isinstance(buffer.outputs, tuple) else self.entries * len(arrays)
+        for array, output, entry in zip(arrays, outputs, entries, strict=True):
+            if isinstance(output.place, NpyWriter):
+                results.append(output.place.finish(array))
+            elif isinstance(entry, np.ndarray):
                 if output.place is None:
                     entry[...] = array
                 results.append(entry)
-            elif isinstance(plan.allocation, SharedBuffer) and plan.allocation.is_wasteful(
-                spec, outputs
-            ):
-                results.append(array.copy(order="K"))
             else:
-                results.append(array)
+                results.append(array.copy(order="K") if buffer.is_wasteful(spec) else array)
         return tuple(results) if spec.is_tuple else results[0]
 
     def discard(self) -> None:
         """Remove the unfinished files."""
-        for writer in self._writers.values():
-            writer.discard()
-
-
-def _promote_dtypes(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:
-    """Return the dtype that `numpy.stack` makes of several; one alone keeps its byte order."""
-    if len(dtypes) == 1:
-        return dtypes.pop()
-    try:
-        return np.result_type(*dtypes)
-    except TypeError as error:
-        names = ", ".join(sorted(map(str, dtypes)))
-        add_note(error, f"func returned values of dtypes {names}, which have none in common")
-        raise
+        for file in self._files:
+            file.discard()
 
 
 def check_output_request(
@@ -233,31 +140,69 @@ def check_output_request(
     out_axis: int | tuple[int, ...],
     inputs: Inputs,
     others: Iterable[object],
+    *,
+    promote_dtypes: bool = False,
+    make_fill: MakeFill = find_missing_value,
 ) -> OutputRequest:
     """Check ``out=`` and ``dtype=`` and return what they ask for.
 
     `others` are further objects that `func` will see, arrays among them: no output may overlap
-    with them or with an input.
+    with them or with an input. With `promote_dtypes`, results promote unless each has its dtype.
     """
-    is_tuple = isinstance(dtype, tuple)
-    dtypes: tuple[np.dtype[Any] | None, ...] | None = None
-    if dtype is not None:
-        dtypes = tuple(
-            check_dtype(value) for value in (dtype if isinstance(dtype, tuple) else (dtype,))
-        )
+    entries: tuple[Any, ...] = out if isinstance(out, tuple) else (out,)
+    dtypes = [check_dtype(one) for one in (dtype if isinstance(dtype, tuple) else (dtype,))]
     if out is None:
-        return OutputRequest(None, dtypes, is_tuple, is_tuple)
-    entries = tuple(_check_entry(value) for value in (out if isinstance(out, tuple) else (out,)))
-    if is_tuple and dtypes is not None and len(dtypes) != len(entries):
+        entries *= len(dtypes)
+    else:
+        entries = tuple(map(_check_entry, entries))
+        if not isinstance(dtype, tuple):
+            dtypes *= len(entries)
+        _check_outputs(entries, dtypes, out_axis, inputs, others)
+        for number, entry in enumerate(entries):
+            if isinstance(entry, np.ndarray):
+                dtypes[number] = entry.dtype
+    # Not `None in`: comparing with a dtype takes None for float64.
+    known_dtypes = [one for one in dtypes if one is not None]
+    for one in known_dtypes:
+        make_fill(one)
+    return OutputRequest(
+        entries=entries,
+        dtypes=tuple(dtypes),
+        is_tuple=isinstance(out, tuple) or isinstance(dtype, tuple),
+        out_axis=out_axis,
+        promote_dtypes=promote_dtypes and len(known_dtypes) < len(dtypes),
+        make_fill=make_fill,
+    )
+
+
+def check_out_axis(out_axis: object, axis: object) -> int | tuple[int, ...]:
+    """Check `out_axis` and return it; if it is None, return `axis` (of the first array)."""
+    if out_axis is None:
+        out_axis = axis[0] if isinstance(axis, tuple) else axis
+    entries: Sequence[object] = out_axis if isinstance(out_axis, tuple) else (out_axis,)
+    for entry in entries:
+        if not hasattr(entry, "__index__"):
+            raise TypeError(f"out_axis must be an integer or a tuple of them, got {out_axis!r}")
+    return out_axis  # type: ignore[return-value]  # each entry is checked
+
+
+def _check_outputs(
+    entries: Sequence[np.ndarray | str],
+    dtypes: Sequence[np.dtype[Any] | None],
+    out_axis: int | tuple[int, ...],
+    inputs: Inputs,
+    others: Iterable[object],
+) -> None:
+    """Raise if an output has another dtype or length than asked for, or overlaps with an array."""
+    if len(dtypes) != len(entries):
         raise ValueError(f"dtype has {len(dtypes)} entries, out has {len(entries)}")
     axes = out_axis if isinstance(out_axis, tuple) else (out_axis,) * len(entries)
     if len(axes) != len(entries):
         raise ValueError(f"out_axis has {len(axes)} entries, out has {len(entries)}")
-    wanted_dtypes = (dtypes or (None,)) * (1 if is_tuple else len(entries))
     other_arrays = list(iterate_arrays([*inputs.arrays, *others]))
-    for entry, axis, wanted_dtype in zip(entries, axes, wanted_dtypes, strict=True):
+    for entry, axis, dtype in zip(entries, axes, dtypes, strict=True):
         if isinstance(entry, np.ndarray):
-            _check_array(entry, axis, wanted_dtype, inputs.n_items)
+            _check_array(entry, axis, dtype, inputs.n_items)
             _check_no_overlap(entry, other_arrays)
             other_arrays.append(entry)
     paths = [os.path.realpath(entry) for entry in entries if isinstance(entry, str)]
@@ -265,7 +210,6 @@ def check_output_request(
         _check_file(path, other_arrays)
         if paths.count(path) > 1:
             raise ValueError(f"out names {path!r} twice")
-    return OutputRequest(entries, dtypes, is_tuple, is_tuple or isinstance(out, tuple))
 
 
 def _check_entry(value: object) -> np.ndarray | str:
@@ -299,7 +243,7 @@ def _check_array(out: np.ndarray, axis: int, dtype: np.dtype[Any] | None, n_item
 
 def _check_no_overlap(out: np.ndarray, others: Iterable[np.ndarray]) -> None:
     for other in others:
-        if overlap(out, other):
+        if do_overlap(out, other):
             raise ValueError(
                 f"out overlaps with an input of shape {other.shape} (or another out): workers "
                 "would read what others have written; pass other memory, or a copy of the input"
@@ -315,7 +259,7 @@ def _check_file(path: str, others: Iterable[np.ndarray]) -> None:
             )
 
 
-def overlap(one: np.ndarray, other: np.ndarray) -> bool:
+def do_overlap(one: np.ndarray, other: np.ndarray) -> bool:
     """Return whether two arrays share memory, also through different mappings of one file."""
     if one.nbytes == 0 or other.nbytes == 0:
         return False

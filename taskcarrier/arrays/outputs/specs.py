@@ -8,6 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from taskcarrier.workers.records import Where
+
+DeferredResult = tuple[Where, list[np.ndarray]]
+"""A result that the worker could not put in place, and its position along the mapped axis."""
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -59,6 +64,12 @@ class Spec:
         if not self.is_tuple:
             return f"an array {parts[0]}"
         return f"a tuple of {len(parts)} ({'; '.join(parts)})"
+
+
+def shorten_repr(value: object) -> str:
+    """Return the ``repr`` of what a function returned, cut so that it fits a line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."  # noqa: PLR2004  # fits a line
 
 
 class DisagreementError(Exception):

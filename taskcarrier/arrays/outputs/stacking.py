@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from taskcarrier.arrays.inputs.check import holds_mask, normalize_axis
+from taskcarrier.arrays.outputs.specs import shorten_repr
 
 _PYTHON_NUMBERS = {bool: np.bool_, float: np.float64, complex: np.complex128}
 
@@ -84,33 +85,32 @@ def stack_values(
     ]
     if all(isinstance(column, np.ndarray) for column in columns):
         return _pack([_move_axis(*pair) for pair in zip(columns, axes, strict=True)], is_tuple)
-    dtypes = [[column[row].dtype for column in columns] for row in range(len(values))]
+    return _group_by_dtypes(columns, axes, is_tuple)
+
+
+def _group_by_dtypes(
+    columns: Sequence[_Column], axes: Sequence[int], is_tuple: bool
+) -> MixedDtypes:
+    """Stack the values apart whose results have the same dtypes."""
     rows: dict[tuple[np.dtype[Any], ...], list[int]] = {}
-    for row, key in enumerate(dtypes):
-        rows.setdefault(tuple(key), []).append(row)
-    return MixedDtypes(
-        [
-            (
-                np.array(group),
-                _pack(
-                    [
-                        _move_axis(np.stack([column[row] for row in group]), axis)
-                        for column, axis in zip(columns, axes, strict=True)
-                    ],
-                    is_tuple,
-                ),
-            )
-            for group in rows.values()
+    for row, values in enumerate(zip(*columns, strict=True)):
+        rows.setdefault(tuple(value.dtype for value in values), []).append(row)
+    groups = []
+    for group in rows.values():
+        arrays = [
+            _move_axis(np.stack([column[row] for row in group]), axis)
+            for column, axis in zip(columns, axes, strict=True)
         ]
-    )
+        groups.append((np.array(group), _pack(arrays, is_tuple)))
+    return MixedDtypes(groups)
 
 
 def _check_tuples(values: Sequence[Any], start: int, n_results: int) -> None:
     for number, value in enumerate(values):
         if not isinstance(value, tuple) or len(value) != n_results:
             raise ValueError(
-                f"func returned a tuple of {n_results} for item {start}, but {_shorten(value)} for "
-                f"item {start + number}; every item must give as many results"
+                f"func returned a tuple of {n_results} for item {start}, but {shorten_repr(value)} "
+                f"for item {start + number}; every item must give as many results"
             )
 
 
@@ -169,17 +169,18 @@ def _to_arrays(
     for number, (array, value) in enumerate(zip(arrays, values, strict=True)):
         if isinstance(values[0], tuple):
             raise ValueError(  # noqa: TRY004  # as for tuples of different lengths
-                f"func returned a tuple within a tuple, {_shorten(values[0])}, for item {start}; "
-                "return one tuple of numbers and arrays, or use a mapper for a list of the results"
+                f"func returned a tuple within a tuple, {shorten_repr(values[0])}, for item "
+                f"{start}; return one tuple of numbers and arrays, or use a mapper for a list of "
+                "the results"
             )
         if isinstance(value, tuple):
             raise ValueError(  # noqa: TRY004  # as for tuples of different lengths
-                f"func returned {_shorten(values[0])} for item {start}, but a tuple for item "
+                f"func returned {shorten_repr(values[0])} for item {start}, but a tuple for item "
                 f"{start + number}; every item must give as many results"
             )
         if array.dtype.hasobject and not can_give_objects:
             raise TypeError(
-                f"func returned {_shorten(value)} ({type(value).__name__}) for item "
+                f"func returned {shorten_repr(value)} ({type(value).__name__}) for item "
                 f"{start + number}; map_items stacks numbers and arrays: pass dtype=object to "
                 "collect them, or use a mapper for a list of them"
             )
@@ -189,8 +190,3 @@ def _to_arrays(
                 f"shape {shape} for item {start}; all items must give the same shape"
             )
     return arrays
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."  # noqa: PLR2004  # fits a line

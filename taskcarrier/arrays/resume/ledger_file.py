@@ -36,7 +36,7 @@ import numpy as np
 
 from taskcarrier.arrays.resume.computation import Computation
 from taskcarrier.memory.available import explain_no_room
-from taskcarrier.memory.npy import busy, ledger_path, lock_file, open_own_file
+from taskcarrier.memory.npy import ledger_path, open_own_file
 from taskcarrier.memory.segments import Segment, SharedView
 from taskcarrier.scheduling.ledger import DONE, PENDING
 from taskcarrier.system.descriptors import Descriptor, make_owner, open_owned
@@ -84,14 +84,7 @@ class LedgerFile:
         self.notes = computation.notes()
         self._n_chunks = n_chunks
         self._computation = computation
-        try:
-            self._file = open_own_file(self.path)
-        except FileNotFoundError:
-            self.is_new = True
-            self._file = self._create()
-        else:
-            self.is_new = False
-            lock_file(self._file, self.path)
+        self._file, self.is_new = open_own_file(self.path, self._create)
         try:
             self._segment = self._check()
         except BaseException:
@@ -123,13 +116,16 @@ class LedgerFile:
         fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
-    def _create(self) -> Descriptor:
-        """Create a file with a complete header and no marks, and give it its name in one step."""
+    def _create(self, path: str) -> Descriptor:
+        """Create a file with a complete header and no marks, and give it its name in one step.
+
+        That step raises a `FileExistsError` if another run has made such a file meanwhile.
+        """
         header = {"chunks": self._n_chunks, "computes": self._computation.to_json()}
         marks_at = _round_to_pages(len(_FIRST_LINE) + len(json.dumps(header)) + _PLACE_NBYTES)
         text = json.dumps({"marks_at": marks_at, **header}).encode("ascii") + b"\n"
         content = (_FIRST_LINE + text).ljust(marks_at, b"\0")
-        folder, file_name = os.path.split(self.path)
+        folder, file_name = os.path.split(path)
         folder_descriptor = open_owned(os.open, folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         file, name = _create_nameless_file(folder)
         try:
@@ -138,11 +134,9 @@ class LedgerFile:
                 os.posix_fallocate(file.fileno(), 0, end)
             os.pwrite(file.fileno(), content, 0)
             fcntl.flock(file, fcntl.LOCK_EX)
-            # A link does not replace a file that another run has made meanwhile. With a folder's
-            # descriptor given, Python follows the link in /proc to the file.
+            # A link replaces no file. With a folder's descriptor given, Python follows the link in
+            # /proc to the file.
             os.link(name, file_name, dst_dir_fd=folder_descriptor.fileno())
-        except FileExistsError:
-            raise busy(self.path) from None
         finally:
             if not name.startswith(_DESCRIPTORS):
                 os.unlink(name)

@@ -11,8 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskcarrier import empty, last_report, load, map_array, map_items, share
+from taskcarrier.arrays.casting import require_missing_value
 from taskcarrier.arrays.inputs.check import check_inputs
-from taskcarrier.arrays.outputs.request import check_output_request, overlap
+from taskcarrier.arrays.outputs.buffers import LocalBuffer
+from taskcarrier.arrays.outputs.request import (
+    check_out_axis,
+    check_output_request,
+    do_overlap,
+)
 from tests.strategies import (
     PARALLEL,
     assert_same,
@@ -480,7 +486,7 @@ def test_overlap_equals_what_numpy_says(data):
         return made[:: data.draw(st.sampled_from([1, -1]))]
 
     one, other = view(), view()
-    assert overlap(one, other) is np.shares_memory(one, other)
+    assert do_overlap(one, other) is np.shares_memory(one, other)
 
 
 class TestFiles:
@@ -745,3 +751,62 @@ def test_several_dtypes_need_as_many_outputs():
         check_output_request(np.zeros(4), ("f4", "f8"), 0, inputs, ())
     with pytest.raises(ValueError, match="out_axis has 2 entries, out has 1"):
         check_output_request(np.zeros(4), None, (0, 0), inputs, ())
+
+
+def test_a_request_has_one_entry_for_each_output():
+    inputs = check_inputs((np.zeros(4),), 0)
+
+    def request_of(out=None, dtype=None, **options):
+        return check_output_request(out, dtype, 0, inputs, (), **options)
+
+    f4, i8 = np.dtype("f4"), np.dtype("i8")
+    mine = np.zeros(4, "i8")
+    for request, entries, dtypes, is_tuple in (
+        (request_of(), (None,), (None,), False),
+        (request_of(dtype="f4"), (None,), (f4,), False),
+        (request_of(dtype=("f4", None)), (None, None), (f4, None), True),
+        (request_of(mine), (mine,), (i8,), False),
+        (request_of((mine, "Y.npy")), (mine, "Y.npy"), (i8, None), True),
+        (request_of(("Y.npy", "Z.npy"), "f4"), ("Y.npy", "Z.npy"), (f4, f4), True),
+    ):
+        assert request.entries[0] is entries[0] or request.entries == entries
+        assert request.dtypes == dtypes
+        assert request.is_tuple is is_tuple
+        assert len(request.paths) == sum(isinstance(entry, str) for entry in entries)
+    assert request_of((mine, "Y.npy"), promote_dtypes=True).promote_dtypes
+    assert not request_of((mine, "Y.npy")).promote_dtypes
+    assert not request_of((mine, "Y.npy"), ("i8", "f4"), promote_dtypes=True).promote_dtypes
+
+
+def test_what_is_asked_for_without_a_tuple_holds_for_any_number_of_results():
+    inputs = check_inputs((np.zeros(4),), 0)
+
+    def buffer_for(out, dtype):
+        buffer = LocalBuffer(n_items=4, order="C")
+        check_output_request(out, dtype, 0, inputs, ()).apply_to(buffer)
+        return buffer
+
+    outputs = buffer_for(None, "f4").get_outputs(3)
+    assert [output.dtype for output in outputs] == [np.dtype("f4")] * 3
+    for out, dtype in ((np.zeros(4), None), (None, ("f4",))):
+        buffer = buffer_for(out, dtype)
+        assert len(buffer.get_outputs(1)) == 1
+        with pytest.raises(ValueError, match="has 1 entries, but func returned 3 results"):
+            buffer.get_outputs(3)
+
+
+def test_a_value_for_missing_results_is_needed_at_once_where_a_dtype_is_known():
+    inputs = check_inputs((np.zeros(4),), 0)
+    options = {"make_fill": require_missing_value}
+    check_output_request(None, "f4", 0, inputs, (), **options)
+    for out, dtype in ((np.zeros(4, int), None), (None, (None, "i8"))):
+        with pytest.raises(TypeError, match="int64 have no NaN"):
+            check_output_request(out, dtype, 0, inputs, (), **options)
+
+
+def test_out_axis_is_the_axis_of_the_first_array_unless_given():
+    assert check_out_axis(None, -1) == -1
+    assert check_out_axis(None, (1, 0)) == 1
+    assert check_out_axis((0, 2), 1) == (0, 2)
+    with pytest.raises(TypeError, match="out_axis"):
+        check_out_axis((0, 1.5), 0)

@@ -1,25 +1,16 @@
 """Results that do not fit are errors with both values and the range, never truncated."""
 
-import math
 import re
-import threading
 
 import numpy as np
 import pytest
 
 from taskcarrier import map_array
-from taskcarrier.arrays.casting import Fill
-from taskcarrier.arrays.outputs.buffers import (
-    ANY,
-    LocalBuffer,
-    Output,
-    SharedBuffer,
-    Writer,
-    open_place,
-)
+from taskcarrier.arrays.casting import require_missing_value
+from taskcarrier.arrays.outputs.buffers import ANY, LocalBuffer, Output, open_place
 from taskcarrier.arrays.outputs.specs import DisagreementError, Spec
-from taskcarrier.arrays.outputs.writer import OutputWriter, Plan, check_out_axis
-from taskcarrier.memory.segments import Segment
+from taskcarrier.arrays.outputs.stacking import MixedDtypes
+from taskcarrier.arrays.outputs.writer import OutputWriter
 from taskcarrier.workers.task import WorkerContext
 from tests.strategies import PARALLEL, assert_same, keep_pools_warm
 
@@ -212,139 +203,27 @@ def test_lists_become_arrays():
 # The parts
 
 FLAT = Spec(((np.dtype("f8"), ()),), (0,), is_tuple=False)
-PAIR = Spec(((np.dtype("i2"), (3,)), (np.dtype("M8[s]"), (2, 5))), (1, 0), is_tuple=True)
-
-
-def test_a_spec_gives_shapes_and_a_description():
-    assert FLAT.shapes(7) == [(7,)]
-    assert PAIR.shapes(7) == [(3, 7), (7, 2, 5)]
-    assert FLAT.describe(4) == "an array float64 (4,)"
-    assert PAIR.describe(4) == "a tuple of 2 (int16 (3, 4); datetime64[s] (4, 2, 5))"
-
-
-def arrays_of(allocation, spec, outputs=(ANY,)):
-    return [open_place(place) for place in allocation.places(spec, outputs)]
-
-
-@pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("shape", [(12,), (12, 3), (1, 12, 3), (3, 12), (2, 3, 12), (12, 0)])
-def test_writers_put_ranges_in_their_places(shape, axis, order):
-    if axis >= len(shape):
-        axis = len(shape) - 1
-    n_items = shape[axis]
-    values = np.arange(math.prod(shape), dtype=">i4").reshape(shape)
-    spec = Spec(((values.dtype, shape[:axis] + shape[axis + 1 :]),), (axis,), is_tuple=False)
-    for allocation in (
-        LocalBuffer(n_items, order),
-        SharedBuffer(Segment.create(), n_items, order),
-    ):
-        (place,) = allocation.places(spec, [ANY])
-        writer = Writer(place, axis)
-        for start in reversed(range(0, n_items, 5)):
-            stop = min(start + 5, n_items)
-            part = values[(slice(None),) * axis + (slice(start, stop),)]
-            writer.put(start, stop, part if start else np.asfortranarray(part))
-        assert_same(open_place(place), values)
-
-
-def test_specs_agree_if_all_is_equal_or_only_dtypes_differ_that_promote():
-    single = FLAT.with_dtypes([np.dtype("f4")])
-    assert single.parts == ((np.dtype("f4"), ()),)
-    assert FLAT.agrees(FLAT, promote_dtypes=False)
-    assert not FLAT.agrees(single, promote_dtypes=False)
-    assert FLAT.agrees(single, promote_dtypes=True)
-    for other in (
-        Spec(((np.dtype("f8"), (1,)),), (0,), is_tuple=False),
-        Spec(((np.dtype("f8"), ()),), (0,), is_tuple=True),
-        Spec(((np.dtype("f8"), ()),) * 2, (0, 0), is_tuple=False),
-    ):
-        assert not FLAT.agrees(other, promote_dtypes=True)
-
-
-@pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("spec", [FLAT, PAIR], ids=["flat", "pair"])
-def test_shared_and_local_buffers_have_the_same_layout(order, spec):
-    segment = Segment.create()
-    shared, local = SharedBuffer(segment, 7, order), LocalBuffer(7, order)
-    outputs = (ANY,) * len(spec.parts)
-    for number, (one, other) in enumerate(
-        zip(arrays_of(shared, spec, outputs), arrays_of(local, spec, outputs), strict=True)
-    ):
-        assert (one.shape, one.dtype, one.strides) == (other.shape, other.dtype, other.strides)
-        one[...] = number
-        assert one.flags.aligned
-    assert segment.nbytes >= sum(
-        math.prod(shape) * dtype.itemsize
-        for (dtype, _), shape in zip(spec.parts, spec.shapes(7), strict=True)
-    )
-    # A later request gets the array that the first one has written to.
-    for number, again in enumerate(arrays_of(SharedBuffer(segment, 7, order), spec, outputs)):
-        assert (again == np.array(number).astype(again.dtype)).all()
-
-
-@pytest.mark.parametrize("kind", ["local", "shared"])
-def test_a_given_output_is_used_in_place_and_takes_no_other_memory(kind):
-    segment = Segment.create()
-    allocation = SharedBuffer(segment, 5, "C") if kind == "shared" else LocalBuffer(5, "C")
-    mine = np.zeros(10)[::2]
-    (array,) = arrays_of(allocation, FLAT, [Output(mine.dtype, mine.shape, mine)])
-    assert array is mine
-    assert segment.nbytes == 0
-
-
-def test_results_stay_shared_unless_their_segment_is_much_too_large():
-    segment = Segment.create()
-    shared = SharedBuffer(segment, 1000, "C")
-    shared.places(FLAT, [ANY])
-    assert not shared.is_wasteful(FLAT, [ANY])
-    segment.reserve(1 << 20)
-    assert shared.is_wasteful(FLAT, [ANY])
-
-
-def test_results_without_bytes_need_no_segment():
-    segment = Segment.create()
-    (array,) = arrays_of(SharedBuffer(segment, 0, "C"), FLAT)
-    assert array.shape == (0,)
-    assert segment.nbytes == 0
-
-
-def test_objects_cannot_be_placed_in_a_segment():
-    segment = Segment.create()
-    spec = FLAT.with_dtypes([np.dtype(object)])
-    assert SharedBuffer(segment, 3, "C").places(spec, [ANY]) is None
-    assert segment.nbytes == 0
-
-
-def test_threads_get_the_same_output_arrays():
-    local = LocalBuffer(5, "C")
-    found = []
-    threads = [
-        threading.Thread(target=lambda: found.append(local.places(FLAT, [ANY])[0]))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4
-    assert len({id(array) for array in found}) == 1
 
 
 def writer_of(n_items=6, propose=lambda proposal: proposal, **options):
-    plan = Plan(LocalBuffer(n_items, "C"), n_items, 0, **options)
-    return OutputWriter(plan, WorkerContext(0, propose)), plan
+    buffer = LocalBuffer(n_items=n_items, order="C", **options)
+    return OutputWriter(buffer, WorkerContext(0, propose)), buffer
+
+
+def array_in(buffer):
+    (place,) = buffer.make_places(FLAT)
+    return open_place(place)
 
 
 def test_a_writer_remembers_its_first_result_and_refuses_others():
-    writer, plan = writer_of()
-    assert writer.place(2, 4, np.array([2.0, 3.0])) is None
+    writer, buffer = writer_of()
+    assert not writer.write(2, 4, np.array([2.0, 3.0]))
     assert writer._worker.facts == (2, FLAT)
     with pytest.raises(DisagreementError) as caught:
-        writer.place(4, 6, np.array([4, 5]))
+        writer.write(4, 6, np.array([4, 5]))
     assert caught.value.spec.parts == ((np.dtype(int), ()),)
-    assert writer.place(0, 2, [0.0, 1.0]) is None
-    assert arrays_of(plan.allocation, FLAT)[0][:4].tolist() == [0, 1, 2, 3]
+    assert not writer.write(0, 2, [0.0, 1.0])
+    assert array_in(buffer)[:4].tolist() == [0, 1, 2, 3]
 
 
 def test_a_writer_keeps_to_the_spec_that_was_set_first():
@@ -356,61 +235,45 @@ def test_a_writer_keeps_to_the_spec_that_was_set_first():
 
     writer, _ = writer_of(propose=decided)
     with pytest.raises(DisagreementError):
-        writer.place(0, 2, np.array([4, 5]))
-    assert writer.place(2, 4, np.array([4.0, 5.0])) is None
+        writer.write(0, 2, np.array([4, 5]))
+    assert not writer.write(2, 4, np.array([4.0, 5.0]))
     assert proposals == [FLAT.with_dtypes([np.dtype(int)])]
 
 
 def test_a_writer_whose_results_promote_defers_other_dtypes():
-    writer, plan = writer_of(promote_dtypes=True, propose=lambda proposal: FLAT)
-    (left,) = writer.place(0, 2, np.array([4, 5]))
+    writer, buffer = writer_of(promote_dtypes=True, propose=lambda proposal: FLAT)
+    ((where, (left,)),) = writer.write(0, 2, np.array([4, 5]))
+    assert where == slice(0, 2)
     assert_same(left, np.array([4, 5]))
-    assert writer.place(2, 4, np.array([4.0, 5.0])) is None
+    assert not writer.write(2, 4, np.array([4.0, 5.0]))
     with pytest.raises(DisagreementError):  # shapes do not promote
-        writer.place(4, 6, np.ones((2, 1)))
-    assert arrays_of(plan.allocation, FLAT)[0][2:4].tolist() == [4, 5]
+        writer.write(4, 6, np.ones((2, 1)))
+    assert array_in(buffer)[2:4].tolist() == [4, 5]
 
 
 def test_a_writer_trims_margins_and_casts():
-    writer, plan = writer_of(outputs=Output(np.dtype("f4")))
-    writer.place(0, 2, np.arange(3.0), (0, 1))
-    writer.place(2, 6, np.arange(1.0, 7.0), (1, 1))
-    assert arrays_of(plan.allocation, FLAT)[0].tolist() == [0, 1, 2, 3, 4, 5]
+    writer, buffer = writer_of(outputs=Output(np.dtype("f4")))
+    writer.write(0, 2, np.arange(3.0), (0, 1))
+    writer.write(2, 6, np.arange(1.0, 7.0), (1, 1))
+    assert array_in(buffer).tolist() == [0, 1, 2, 3, 4, 5]
     assert writer._worker.facts == (0, FLAT.with_dtypes([np.dtype("f4")]))
     with pytest.raises(TypeError, match="complex128 cannot become float32"):
-        writer.place(0, 2, np.ones(2, complex))
+        writer.write(0, 2, np.ones(2, complex))
 
 
 def test_a_requested_output_is_checked_against_the_first_result():
     asked = Output(np.dtype("f8"), (6, 1))
     with pytest.raises(ValueError, match=r"out has shape \(6, 1\), but the results need \(6,\)"):
-        writer_of(outputs=asked)[0].place(0, 2, np.ones(2))
+        writer_of(outputs=asked)[0].write(0, 2, np.ones(2))
     with pytest.raises(ValueError, match="has 2 entries, but func returned 1"):
-        writer_of(outputs=(ANY, ANY))[0].place(0, 2, np.ones(2))
+        writer_of(outputs=(ANY, ANY))[0].write(0, 2, np.ones(2))
     with pytest.raises(TypeError, match="int64 have no NaN: pass fill_value="):
-        writer_of(fill=Fill(is_needed=True))[0].place(0, 2, np.ones(2, "i8"))
+        writer_of(make_fill=require_missing_value)[0].write(0, 2, np.ones(2, "i8"))
 
 
-def test_out_axis_is_the_axis_of_the_first_array_unless_given():
-    assert check_out_axis(None, -1) == -1
-    assert check_out_axis(None, (1, 0)) == 1
-    assert check_out_axis((0, 2), 1) == (0, 2)
-    with pytest.raises(TypeError, match="out_axis"):
-        check_out_axis((0, 1.5), 0)
-
-
-@pytest.mark.fault(26)
-def test_results_are_copied_out_when_descriptors_are_scarce():
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    kept = []
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (160, hard))
-        for number in range(60):
-            kept.append(map_array(lambda c: c, np.full(300, number), n_jobs=2, backend="loky"))  # noqa: PERF401  # each is made after the last
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert [result[0] for result in kept] == list(range(60))
-    assert kept[-1].flags.owndata
-    assert not kept[0].flags.owndata
+def test_values_of_mixed_dtypes_are_deferred_by_their_positions():
+    writer, _ = writer_of(promote_dtypes=True, propose=lambda proposal: FLAT)
+    groups = [(np.array([0, 2]), np.array([1, 3])), (np.array([1]), np.array([2.5]))]
+    found = writer.write(3, 6, MixedDtypes(groups))
+    assert [where.tolist() for where, _ in found] == [[3, 5], [4]]
+    assert [[array.tolist() for array in arrays] for _, arrays in found] == [[[1, 3]], [[2.5]]]
