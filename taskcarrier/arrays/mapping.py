@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Unpack, overload
 
@@ -16,13 +16,8 @@ from taskcarrier.arrays.casting import (
     require_missing_value,
 )
 from taskcarrier.arrays.kernels.prepare import check_row
-from taskcarrier.arrays.outputs.request import (
-    OutputRequest,
-    check_out_axis,
-    check_output_request,
-)
-from taskcarrier.arrays.resume.ledger_file import LedgerFile
-from taskcarrier.notes import add_note
+from taskcarrier.arrays.outputs.request import check_out_axis, check_output_request
+from taskcarrier.arrays.placed import PlacedMap
 from taskcarrier.options import (
     UNSET,
     ChunksOptions,
@@ -302,65 +297,6 @@ def map_chunks(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     filled = MAP_CHUNKS.fill(options)
     call = prepare_collecting(Settings.from_options(filled), func, arrays, filled)
     return list_results(call, *call.run_collect())
-
-
-@dataclass(eq=False)
-class PlacedMap:
-    """A checked map whose results are put in place.
-
-    Attributes
-    ----------
-    call : ArrayCall
-        The function and the arrays.
-    request : OutputRequest
-        Where results go.
-    on_error : str
-        What becomes of failures.
-    resume : bool
-        Whether the map goes on where an earlier one ended.
-    """
-
-    call: ArrayCall
-    request: OutputRequest
-    on_error: str
-    resume: bool
-
-    def run(self) -> Any:
-        """Run the map; return what the verb returns."""
-        ledger_file = self._open_ledger_file() if self.resume else None
-        try:
-            result, faults = self.call.run_in_place(self.request, resumed=ledger_file)
-            if ledger_file is not None and result is not None:
-                ledger_file.remove()
-        finally:
-            if ledger_file is not None:
-                ledger_file.close()
-        if self.on_error == "collect":
-            return result, list_failed_ranges(faults)
-        if result is None:
-            error = faults[0][2]
-            faults.clear()
-            add_note(error, "every item failed, so the shape of the result is not known")
-            try:
-                raise error
-            finally:
-                del error  # its traceback refers to this frame
-        faults.clear()  # their tracebacks refer to it too
-        return result
-
-    def _open_ledger_file(self) -> LedgerFile:
-        """Open the ledger file beside the first output."""
-        request = self.request
-        if not request.paths or len(request.paths) != len(request.entries):
-            raise ValueError(
-                "resume=True needs out= as a path that ends in .npy (or several of them)"
-            )
-        options = {
-            "out_axis": request.out_axis,
-            "outputs": (len(request.paths), request.is_tuple),
-            "dtype": request.dtypes if any(one is not None for one in request.dtypes) else None,
-        }
-        return self.call.open_ledger_file(request.paths[0], options)
 
 
 def prepare_chunks(
