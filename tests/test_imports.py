@@ -15,10 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "taskcarrier"
 # `arrays`) modules also import from each other, but never in a circle. A folder stands for all of
 # its modules.
 LAYERS = [
-    ["errors", "system"],
+    ["arguments", "errors", "random_streams", "system"],
     ["memory", "notes"],
-    ["arguments", "random_streams", "report"],
-    ["scheduling"],
+    ["report", "scheduling"],
     ["options", "progress", "workers"],
     ["run", "verbs"],
     ["arrays", "lists"],

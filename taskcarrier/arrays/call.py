@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from time import monotonic_ns
 from typing import Any
 
-from taskcarrier.arguments import check_callable, check_chunksize, check_extras
+from taskcarrier.arguments import check_callable, check_chunksize
 from taskcarrier.arrays.inputs.check import Inputs, check_inputs
 from taskcarrier.arrays.inputs.halos import Halo, check_halo
 from taskcarrier.arrays.inputs.sources import local_sources, sources_for_processes
@@ -29,7 +29,7 @@ from taskcarrier.run import (
 )
 from taskcarrier.scheduling.grid import ChunkGrid, chunk_grid, item_grid
 from taskcarrier.scheduling.retries import WithRetries
-from taskcarrier.workers.call import Call
+from taskcarrier.workers.call import Call, check_extras
 from taskcarrier.workers.choose import check_for_arrays
 from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.records import Fault, PartialResult

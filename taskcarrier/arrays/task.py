@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.arguments import copy_or_make_read_only, iterate_arrays
 from taskcarrier.arrays.inputs.halos import Halo
 from taskcarrier.arrays.inputs.sources import Source
 from taskcarrier.arrays.outputs.buffers import OutputBuffer
@@ -24,6 +23,7 @@ from taskcarrier.arrays.outputs.ownership import own_memory, own_objects
 from taskcarrier.arrays.outputs.stacking import stack_values
 from taskcarrier.arrays.outputs.writer import OutputWriter
 from taskcarrier.memory.segments import trim_files
+from taskcarrier.memory.views import copy_or_make_read_only, iterate_arrays
 from taskcarrier.notes import READ_ONLY_ADVICE, add_note, is_read_only_error
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.call import Call

@@ -13,7 +13,8 @@ from itertools import starmap
 from time import monotonic_ns
 from typing import Any
 
-from taskcarrier.arguments import check_callable, check_extras, check_on_error, make_read_only
+from taskcarrier.arguments import check_callable, check_on_error
+from taskcarrier.memory.views import make_read_only
 from taskcarrier.notes import READ_ONLY_ADVICE, add_note, describe_items, is_read_only_error
 from taskcarrier.random_streams import WithRandomStream, random_streams_for
 from taskcarrier.run import (
@@ -27,7 +28,7 @@ from taskcarrier.run import (
 from taskcarrier.scheduling.grid import ChunkGrid, list_grid
 from taskcarrier.scheduling.retries import RetryPolicy, WithRetries
 from taskcarrier.system.interrupts import is_raised_by_handler
-from taskcarrier.workers.call import Call
+from taskcarrier.workers.call import Call, check_extras
 from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.processes.packed_chunks import PackedChunks
 from taskcarrier.workers.records import Fault, PartialResult, list_failed_ranges

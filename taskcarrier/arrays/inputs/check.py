@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.arguments import check_integer, drop_wide_gaps
+from taskcarrier.arguments import check_integer
 from taskcarrier.memory.memmaps import check_not_cut_off
 from taskcarrier.memory.npy import load
+from taskcarrier.memory.views import drop_wide_gaps
 from taskcarrier.notes import add_note
 from taskcarrier.system.interrupts import is_raised_by_handler
 

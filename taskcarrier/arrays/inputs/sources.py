@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from taskcarrier.arguments import make_read_only
 from taskcarrier.arrays.inputs.check import Inputs, to_plain_range
 from taskcarrier.arrays.inputs.halos import Halo
 from taskcarrier.memory import parent_memory
@@ -22,6 +21,7 @@ from taskcarrier.memory.memmaps import find_shared
 from taskcarrier.memory.segments import SharedView
 from taskcarrier.memory.staging import Staging
 from taskcarrier.memory.strides import address_of, byte_bounds
+from taskcarrier.memory.views import make_read_only
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.processes.packed_chunks import PackedChunks

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.arguments import copy_or_make_read_only
 from taskcarrier.memory.strides import address_of, move_items_first
+from taskcarrier.memory.views import copy_or_make_read_only
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.ledger import Ledger
 from taskcarrier.system.interrupts import is_raised_by_handler

@@ -15,8 +15,8 @@ from numba.core.errors import ForceLiteralArg, TypingError
 from numba.core.registry import cpu_target
 from numba.np import numpy_support
 
-from taskcarrier.arguments import make_read_only
 from taskcarrier.memory.strides import move_items_first
+from taskcarrier.memory.views import make_read_only
 from taskcarrier.notes import add_note, count_noun
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.arguments import iterate_arrays
 from taskcarrier.arrays.casting import MakeFill, check_dtype, find_missing_value
 from taskcarrier.arrays.inputs.check import Inputs, normalize_axis
 from taskcarrier.arrays.outputs.buffers import Output, OutputBuffer, SharedBuffer
@@ -17,6 +16,7 @@ from taskcarrier.arrays.outputs.specs import Spec
 from taskcarrier.memory.memmaps import check_not_cut_off, find_region, find_shared, identify_file
 from taskcarrier.memory.npy import NpyWriter, check_path
 from taskcarrier.memory.strides import has_internal_overlap
+from taskcarrier.memory.views import iterate_arrays
 
 # How much work to spend on whether two interleaved views share an item; arbitrary.
 _MAX_WORK: Any = 10_000

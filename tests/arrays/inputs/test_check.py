@@ -17,8 +17,9 @@ from taskcarrier import (
     map_items,
     reduce_array,
 )
-from taskcarrier.arguments import check_extras, make_read_only
 from taskcarrier.arrays.inputs.check import check_inputs
+from taskcarrier.memory.views import make_read_only
+from taskcarrier.workers.call import check_extras
 from tests.strategies import BACKENDS, assert_same
 
 X = np.arange(12.0).reshape(4, 3)
