@@ -46,6 +46,23 @@ def test_the_examples_run(tmp_path, monkeypatch):
     run(text, str(README))
 
 
+def test_the_call_that_is_followed_step_by_step_runs():
+    page = README.parent / "docs" / "how-it-works.md"
+    text = page.read_text(encoding="utf-8")
+    assert len(blocks(text)) == 1
+    run(text, str(page))
+
+
+def test_the_glossary_names_what_there_is():
+    text = (README.parent / "docs" / "glossary.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`([A-Za-z_]+)`", text))
+    package = Path(taskcarrier.__file__).parent
+    source = "\n".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py"))
+    words = set(re.findall(r"\w+", source))
+    assert "ChunkGrid" in names
+    assert names <= words
+
+
 def test_the_examples_about_filters_run():
     pytest.importorskip("scipy", reason="the page is about filters of SciPy")
     page = README.parent / "docs" / "filters.md"
