@@ -9,6 +9,8 @@ import psutil
 SHARED = Path("/dev/shm")
 # joblib, loky and others put the number of the process into a name, delimited by other characters.
 NUMBER = re.compile(r"(?<![0-9A-Za-z])\d+(?![0-9A-Za-z])")
+# Semaphores of multiprocessing have random names, in which a digit may stand alone.
+RANDOM = "sem.mp-"
 
 
 class SharedMemoryWatch:
@@ -50,6 +52,8 @@ def all_entries() -> set[Path]:
 
 def maker_of(path: Path) -> int | None:
     """Return the number of the process that made an entry, if its name has one."""
+    if path.name.startswith(RANDOM):
+        return None
     found = NUMBER.search(path.name)
     return int(found[0]) if found else None
 

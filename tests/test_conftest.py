@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.shared_memory import maker_of
+
 ROOT = Path(__file__).parents[1]
 
 # Each leaks one thing: the code of a test, and how the failure shows what it left.
@@ -263,6 +265,19 @@ def test_shared_memory_of_other_programs_is_ignored(run):
     for path in Path("/dev/shm").glob("stray[-_]*"):
         path.rmdir()
     result.assert_outcomes(passed=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "maker"),
+    [
+        ("sem.loky-4711-x2k", 4711),
+        ("joblib_memmapping_folder_4711_ab12", 4711),
+        ("sem.mp-9_byyxdh", None),  # random, though a digit stands alone
+        ("psm_1a2b3c", None),
+    ],
+)
+def test_the_maker_of_shared_memory_is_read_off_its_name(name, maker):
+    assert maker_of(Path("/dev/shm", name)) == maker
 
 
 def test_a_session_uses_a_folder_of_its_own(pytester, monkeypatch):
