@@ -27,7 +27,7 @@ def progress_bar(
         # `tick` refreshes the bar; tqdm's own thread would outlive it.
         monitor_interval = 0
 
-    if not hasattr(tqdm, "_lock"):  # nobody has set or used one yet
+    if not hasattr(tqdm, "_lock"):  # none was set or used yet
         # tqdm's own lock for threads. Its default has one for processes too; where multiprocessing
         # does not fork by default (Python 3.14), that is a named semaphore with a watching process.
         Bar.set_lock(TqdmDefaultWriteLock.th_lock)

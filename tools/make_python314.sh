@@ -7,11 +7,11 @@
 # Then the tests run inside, on a copy of what is committed. All mounts are gone afterwards; the root
 # is mounted on itself because some tests mount folders of their own.
 #
-#   git archive --prefix=taskcarrier/ HEAD | tar --extract --directory=ROOT/root
+#   git archive --prefix=taskcarrier/ HEAD | tar --extract --directory=ROOT/srv
 #   unshare --mount bash -euc '
 #       mount --bind ROOT ROOT
 #       for folder in proc sys dev dev/shm; do mount --bind /$folder ROOT/$folder; done
-#       chroot ROOT make --directory=/root/taskcarrier test PYTHON=python3.14'
+#       chroot ROOT make --directory=/srv/taskcarrier test PYTHON=python3.14'
 set -euo pipefail
 
 if [[ $# -lt 1 || $# -gt 2 ]]; then

@@ -7,7 +7,7 @@ results do not depend on how the backend pickles.
 
 What travels. Workers that share memory with the caller get the objects themselves. Other workers
 get everything as bytes: the function, the arguments of every call, and the memory of large arrays
-among these. Each of these is one plain array of bytes, the same object in every task, because
+among them. Each is one plain array of bytes, the same object in every task, because
 backends know to send such an array once (Dask scatters it, relatives of loky map it from a file).
 The rest of a task is its chunk.
 

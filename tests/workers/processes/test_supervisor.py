@@ -352,7 +352,7 @@ class TestInterrupts:
     def test_a_run_that_was_interrupted_can_be_ended(self, make_source, is_streamed):
         for step in itertools.count():
             source = make_source()
-            is_interrupted = interrupted_at(step, lambda: self.start_and_step(source))  # noqa: B023
+            is_interrupted = interrupted_at(step, lambda: self.start_and_step(source))  # noqa: B023  # called at once
             source.supervisor.end(0)
             for process in self.check_free(source, is_streamed):
                 assert process.n_kills or process.has_ended
@@ -365,7 +365,7 @@ class TestInterrupts:
         for step in itertools.count():
             source = make_source()
             self.start_and_step(source)
-            is_interrupted = interrupted_at(step, lambda: source.supervisor.end(0))  # noqa: B023
+            is_interrupted = interrupted_at(step, lambda: source.supervisor.end(0))  # noqa: B023  # called at once
             self.check_free(source, is_streamed)
             source.__exit__()
             if not is_interrupted:
