@@ -14,7 +14,7 @@ worker  (nothing, with 4 descriptors)             its start: the ledger's words,
                                                   set-once file, and the parent's memory
 worker  ``00``                                    an order (``<?I``): no batches follow, and
         ``00 00 00 00``                           pickled attempts take 0 bytes;
-        ``80 04 95 ...``                          the payload: the pickled job, 1,410 bytes
+        ``80 04 95 ...``                          the payload: the pickled job, some 1,400 bytes
 parent  ``R``                                     results:
         ``[(0, <pickle of [0, 2]>, []),``         the start of a chunk, its result, and where its
         ``(2, <pickle of [2, 4]>, [])]``          large arrays lie in the segment that comes along

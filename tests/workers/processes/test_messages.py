@@ -268,16 +268,10 @@ class TestMessageSocket:
 
 
 class StartAndStop:
-    """A task that returns the bounds of its ranges; open already."""
+    """A task that returns the bounds of its ranges."""
 
-    def open(self, propose):
-        return self
-
-    def __call__(self, start, stop):
-        return [start, stop]
-
-    def facts(self):
-        return None
+    def start(self, worker):
+        return lambda start, stop: [start, stop]
 
 
 def test_the_messages_of_a_run_are_those_of_the_documented_example(monkeypatch):
