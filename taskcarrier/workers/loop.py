@@ -17,7 +17,6 @@ from typing import Any
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.ledger import DONE, SENT, Ledger
 from taskcarrier.scheduling.retries import Attempt, RetryPolicy
-from taskcarrier.system.contexts import contextmanager
 from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats
 from taskcarrier.workers.task import (
     IN_PLACE,
@@ -73,7 +72,7 @@ def make_local_sink(deliver: Deliver) -> ResultSink:
     return deliver, lambda: None
 
 
-def run_worker(  # noqa: PLR0912, PLR0915  # what is done for each range, without further calls
+def run_worker(  # noqa: C901, PLR0912, PLR0915  # what is done for each range, without further calls
     job: Job,
     ledger: Ledger,
     number: int,
@@ -100,7 +99,9 @@ def run_worker(  # noqa: PLR0912, PLR0915  # what is done for each range, withou
         Where all other ranges come from, instead of the grid.
     """
     stats = WorkerStats(number)
-    with _as_worker(ledger, stats):
+    was_worker = this_thread.is_worker
+    try:
+        this_thread.is_worker = True
         if isinstance(job.task, CompiledTask):
             _run_compiled(job.task, job, ledger, stats, sink[0])
             return stats
@@ -159,21 +160,12 @@ def run_worker(  # noqa: PLR0912, PLR0915  # what is done for each range, withou
             stats.ranges, stats.items, stats.busy_ns = n_ranges, n_done, busy_ns
             stats.at, stats.attempt = None if start < 0 else (start, stop), attempt
             stats.facts = worker.facts
-    return stats
-
-
-@contextmanager
-def _as_worker(ledger: Ledger, stats: WorkerStats) -> Iterator[None]:
-    """Mark this thread as a worker meanwhile; an exception halts the run and is the failure."""
-    was_worker = this_thread.is_worker
-    try:
-        this_thread.is_worker = True
-        yield
     except BaseException as error:  # noqa: BLE001  # also exits and interrupts: the caller raises
         ledger.halt()
         stats.failure = RangeFailure(stats.at, error, attempt=stats.attempt)
     finally:
         this_thread.is_worker = was_worker
+    return stats
 
 
 def _run_compiled(
