@@ -124,7 +124,7 @@ def _set_num_threads(library: Any, n_threads: int) -> None:
 
 
 thread_limit = _CountedLimit()
-"""The guard of this process: ``with limited.open():``."""
+"""The guard of this process: ``with thread_limit.open():``."""
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=thread_limit.restart)

@@ -83,7 +83,7 @@ class FusedTask:
             ledger.halt()
 
     def start(self, worker: WorkerContext) -> RunRange:  # noqa: ARG002  # nothing to agree on
-        """Start the loop in a worker, where it is told which ranges to run."""
+        """Start the loop in a worker that passes it the ranges to run."""
         return FusedRunner(self).run
 
 
