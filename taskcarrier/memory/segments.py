@@ -27,7 +27,6 @@ import mmap
 import os
 import stat
 import sys
-import threading
 import weakref
 from dataclasses import dataclass
 from itertools import count
@@ -42,6 +41,7 @@ from taskcarrier.memory.strides import (
 )
 from taskcarrier.system.descriptors import Descriptor, keep_standard_free, make_owner, open_owned
 from taskcarrier.system.interrupts import run_sheltered
+from taskcarrier.system.locks import ReentrantLock
 
 Mode = Literal["read", "write", "private"]
 
@@ -381,7 +381,7 @@ class Recycler:
         self._free: list[_Memory] = []
         self._is_open = True
         # Reentrant: the garbage collector may free a segment while `segment` runs.
-        self._lock = threading.RLock()
+        self._lock = ReentrantLock()
         self._pid = os.getpid()
 
     def segment(self, nbytes: int, folder: str | None) -> Segment:

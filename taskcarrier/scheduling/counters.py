@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import struct
-import threading
 from typing import Any, Protocol
 
 from taskcarrier.system.descriptors import keep_standard_free
+from taskcarrier.system.locks import Lock
 
 _LENGTH = struct.Struct("<Q")
 
@@ -30,7 +30,7 @@ class ThreadCounter:
     """A counter for the threads of one process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._next = 0
 
     def advance(self) -> int:  # noqa: D102  # as in Counter
@@ -90,7 +90,7 @@ class ThreadSetOnce:
     """A set-once value for the threads of one process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._first: Any = None
 
     def propose(self, proposal: Any) -> Any:  # noqa: D102  # as in SetOnce

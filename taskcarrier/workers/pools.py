@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, cast
 from taskcarrier.memory import parent_memory
 from taskcarrier.system.contexts import contextmanager
 from taskcarrier.system.interrupts import Holder, Holders, run_sheltered
+from taskcarrier.system.locks import Lock
 from taskcarrier.workers.threads import ThreadPool
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class _Place:
         self.pool = pool
         self.lease = _FREE
         self.used = time.monotonic()
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def runs_as_another(self, user: tuple[int, ...]) -> bool:
         """Return whether the pool's workers run as a user other than `user`."""

@@ -25,6 +25,7 @@ from typing import Any
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.ledger import Ledger
 from taskcarrier.system.interrupts import run_sheltered
+from taskcarrier.system.locks import Lock
 from taskcarrier.workers.loop import BatchSource, make_local_sink, run_worker, this_thread
 from taskcarrier.workers.queues import ThreadQueue
 from taskcarrier.workers.records import RunResult, WorkerStats
@@ -112,7 +113,7 @@ class ThreadPool:
         # The last worker releases this, so that the caller is woken once.
         finished = threading.Lock()
         finished.acquire()
-        stats_lock = threading.Lock()
+        stats_lock = Lock()
 
         def record_end(stats: WorkerStats) -> None:
             with stats_lock:

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from taskcarrier.system import locks
-from taskcarrier.system.locks import ModuleLock
+from taskcarrier.system.locks import Lock, ModuleLock, ReentrantLock
+from tests.interrupted import interrupted_at
 from tests.strategies import run_script
 
 
@@ -66,6 +67,21 @@ def in_child(check):
 
 # Python 3.12 and later warn of forks beside threads, which is what these tests are about.
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@pytest.mark.parametrize("kind", [Lock, ReentrantLock])
+def test_an_exception_from_outside_leaves_no_lock_taken(kind):
+    lock = kind()
+
+    def use():
+        with lock:
+            pass
+
+    step = 0
+    while interrupted_at(step, use):
+        assert can_be_taken(lock)
+        step += 1
+    assert can_be_taken(lock)
 
 
 def test_a_thread_may_take_a_lock_twice(lock):

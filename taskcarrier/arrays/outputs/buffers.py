@@ -8,7 +8,6 @@ elected to allocate, none waits, and nothing needs repair when a worker dies.
 from __future__ import annotations
 
 import math
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from taskcarrier.memory.npy import NpyWriter, find_order
 from taskcarrier.memory.segments import Segment, SharedView, descriptors_are_scarce
 from taskcarrier.memory.strides import ALIGNMENT, contiguous_strides
 from taskcarrier.notes import add_note
+from taskcarrier.system.locks import Lock
 from taskcarrier.workers.records import Where
 
 Place = np.ndarray | SharedView
@@ -105,7 +105,7 @@ class OutputBuffer(ABC):
         """
 
     @abstractmethod
-    def make_write_lock(self) -> threading.Lock | None:
+    def make_write_lock(self) -> Lock | None:
         """Make the lock that one worker holds while it writes; None if it needs none."""
 
     @abstractmethod
@@ -212,8 +212,8 @@ class LocalBuffer(OutputBuffer):
 
     def __post_init__(self) -> None:
         self._is_closed = False
-        self._write_locks: list[threading.Lock] = []
-        self._lock = threading.Lock()
+        self._write_locks: list[Lock] = []
+        self._lock = Lock()
         self._places: list[Place] | None = None
 
     def make_places(self, spec: Spec) -> list[Place]:
@@ -229,8 +229,8 @@ class LocalBuffer(OutputBuffer):
                 self._places = places
             return self._places
 
-    def make_write_lock(self) -> threading.Lock | None:  # noqa: D102  # as in OutputBuffer
-        write_lock = threading.Lock()
+    def make_write_lock(self) -> Lock | None:  # noqa: D102  # as in OutputBuffer
+        write_lock = Lock()
         self._write_locks.append(write_lock)
         return write_lock
 
