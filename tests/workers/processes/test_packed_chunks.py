@@ -79,7 +79,7 @@ def test_an_item_that_cannot_be_pickled_names_its_chunk_and_the_remedy(bad):
             staging,
             describe,
         )
-    (note,) = caught.value.__notes__
+    note = caught.value.__notes__[-1]  # since 3.14 pickle adds notes of its own
     assert f"<{bad}:{bad + 1}>" in note
     assert "backend='threading'" in note
     assert read == list(range(bad + 1))
