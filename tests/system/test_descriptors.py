@@ -88,7 +88,9 @@ def run():
         if backend == "loky":
             found = {name for names in mapper.map(lambda _: named(), range(4)) for name in names}
             # Of the program's own; older lokys let workers have less of these, or nothing's place.
+            # (Newer versions of libffi keep their own file open, wherever that comes to be.)
             own = set() if who == "worker" else set(named())
+            found = {name for name in found if "/libffi.so" not in name}
             assert found <= {*own, "/dev/null"}, found
             shutdown()
 
@@ -131,6 +133,7 @@ X = np.arange(8.0)
 assert np.array_equal(map_array(lambda c: c * 2, X, n_jobs=2, backend="loky"), X * 2)
 assert sys.stdout is sys.stderr is before
 log.write("right")
+log.flush()  # at its end Python 3.14 does not, where there are daemon threads
 """
 
 
