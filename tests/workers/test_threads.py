@@ -392,17 +392,18 @@ class TestOutputLock:
     def test_closing_waits_for_a_thread_that_is_writing(self):
         buffer = LocalBuffer(n_items=4, order="C")
         events = []
+        is_writing = threading.Event()
 
         def write():
-            while is_open(buffer):  # closing has begun
-                time.sleep(0.001)
-            events.append("written")
-            write_lock.release()
+            with buffer.make_write_lock():
+                is_writing.set()
+                while is_open(buffer):  # until closing has begun
+                    time.sleep(0.001)
+                events.append("written")
 
-        write_lock = buffer.make_write_lock()
-        write_lock.acquire()
         thread = threading.Thread(target=write)
         thread.start()
+        assert is_writing.wait(LONG)
         buffer.close()
         events.append("closed")
         thread.join(LONG)
