@@ -18,13 +18,15 @@ is protected in one of four ways:
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import weakref
 from _signal import getsignal  # type: ignore[import-not-found]  # the C module behind `signal`
 from _thread import start_new_thread
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import CodeType
 from typing import Any, TypeVar
 
@@ -118,7 +120,7 @@ def run_sheltered(func: Callable[[], _T]) -> _T:
             except (RuntimeError, MemoryError):
                 _run_and_report(func, answers)
             del starter
-        answer = answers.get()
+        answer = _get(answers)
     del gone
     result, error = answer
     del answer
@@ -128,6 +130,18 @@ def run_sheltered(func: Callable[[], _T]) -> _T:
     finally:
         del error  # its traceback refers to this frame
     return result  # type: ignore[no-any-return]  # the result of `func`
+
+
+# Without a GIL, an object that another thread drops last is freed only when the thread that made it
+# runs Python again. The seconds are arbitrary.
+_LONGEST_WAIT = None if getattr(sys, "_is_gil_enabled", lambda: True)() else 0.1
+
+
+def _get(answers: SimpleQueue[Any]) -> Any:
+    """Wait for an answer, or for the end of whoever was to give it."""
+    while True:
+        with suppress(Empty):
+            return answers.get(timeout=_LONGEST_WAIT)
 
 
 def _start(
