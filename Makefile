@@ -21,10 +21,10 @@ stamp := $(VENV)/.stamp
 # How long `make stress` goes on.
 MINUTES ?= 10
 
-.PHONY: help demo test test-slow stress check format bench bench-quick clean
+.PHONY: help demo test test-all coverage stress check format bench bench-quick clean
 
 help:
-	@echo "make demo | test | test-slow | stress | check | format | bench | bench-quick | clean"
+	@echo "make demo | test | test-all | coverage | stress | check | format | bench | bench-quick | clean"
 
 $(stamp)-venv:
 	@echo "making $(VENV) with $$($(PYTHON) --version)"
@@ -45,11 +45,19 @@ demo: $(stamp)-demo
 	$(py) bench/demo.py
 
 test: $(stamp)-$(EXTRAS)
-	$(py) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(py) -m pytest -m "not thorough" $(PYTEST_ARGS)
 
-# Slow tests are given fifteen minutes each, and faulthandler one more.
-test-slow: $(stamp)-$(EXTRAS)
-	$(py) -m pytest -m slow --timeout=900 -o faulthandler_timeout=960 $(PYTEST_ARGS)
+# With every product of parameters, and five times as many generated examples.
+test-all: $(stamp)-$(EXTRAS)
+	$(py) -m pytest --hypothesis-profile=thorough $(PYTEST_ARGS)
+
+# The lines and branches that `make test` takes, worker processes included. Those that compiled code
+# takes, and those of a worker that is killed, are not seen.
+coverage: $(stamp)-$(EXTRAS),coverage
+	$(py) -m coverage erase
+	$(py) -m coverage run -m pytest -m "not thorough" $(PYTEST_ARGS)
+	$(py) -m coverage combine --quiet
+	$(py) -m coverage report
 
 # Random kills, interrupts, full disks and time-outs: make stress MINUTES=2
 stress: $(stamp)-$(EXTRAS)

@@ -37,6 +37,7 @@ import pytest
 
 from tests.shared_memory import SHARED, SharedMemoryWatch, all_entries
 
+pytest_plugins = ["tests.sampling"]
 collect_ignore = ["tests/typing"]  # what type checkers read; it is not run
 
 DESCRIPTORS = Path("/proc/self/fd")
@@ -53,10 +54,11 @@ GRACE = 5.0  # seconds for threads and processes that are already ending; arbitr
 Things = dict[str, dict[Any, str]]
 
 # A first call starts workers or compiles, later ones do not: no deadline tells the two apart.
-hypothesis.settings.register_profile("taskcarrier", deadline=None)
-hypothesis.settings.load_profile("taskcarrier")
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=20)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=100)
+hypothesis.settings.load_profile("quick")
 # CI uses the same examples every time; elsewhere, each run draws others.
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("quick"), derandomize=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -51,6 +51,23 @@ BACKENDS = ["sequential", "threading", "loky"]
 # One run of each sort, for what does not depend on the number of workers.
 EVERYWHERE = [("sequential", "static"), *PARALLEL]
 PAIRS = [(backend, balance, 2) for backend, balance in EVERYWHERE]
+# Those that raise the error of the lowest failing range, the same each time.
+ORDERED = [run for run in EVERYWHERE if run[0] == "sequential" or run[1] == "dynamic"]
+# `make test` has one of each backend, `make test-all` has every balance.
+ONE_OF_EACH = [("sequential", "static"), ("threading", "dynamic"), ("loky", "static")]
+LEFT_TO_ALL = [run for run in EVERYWHERE if run not in ONE_OF_EACH]
+
+
+def each_of(runs: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    """Give a test the parameters `backend` and `balance`."""
+    marks = {run: pytest.mark.thorough if run in LEFT_TO_ALL else () for run in runs}
+    values = [pytest.param(*run, marks=mark) for run, mark in marks.items()]
+    return pytest.mark.parametrize(("backend", "balance"), values)
+
+
+each_run = each_of(EVERYWHERE)
+each_parallel_run = each_of(PARALLEL)
+each_ordered_run = pytest.mark.parametrize(("backend", "balance"), ORDERED)
 
 
 def warm_pools(*n_jobs: int) -> None:

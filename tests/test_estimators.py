@@ -9,7 +9,7 @@ import pytest
 
 from taskcarrier import StaticParallelMapper, fit_many, last_report, predict_array, share
 from taskcarrier.random_streams import RandomStreams
-from tests.strategies import EVERYWHERE, ROOT, assert_same, run_script, shut_down_pools, warm_pools
+from tests.strategies import ROOT, assert_same, run_script, shut_down_pools, warm_pools
 
 sklearn = pytest.importorskip("sklearn", reason="scikit-learn is optional")
 from sklearn import datasets  # noqa: E402  # only where it is there
@@ -27,8 +27,6 @@ X, y = datasets.load_iris(return_X_y=True)
 order = np.random.default_rng(0).permutation(len(X))
 X, y = X[order], y[order]
 
-RUNS = [{"backend": backend, "balance": balance, "n_jobs": 2} for backend, balance in EVERYWHERE]
-
 
 @pytest.fixture(scope="module", autouse=True)
 def pools():
@@ -36,11 +34,6 @@ def pools():
     fit_many([Ridge()] * 2, X, y, n_jobs=2, backend="loky")  # workers have scikit-learn then
     yield
     shut_down_pools()
-
-
-@pytest.fixture(params=RUNS, ids=lambda run: "-".join(map(str, run.values())))
-def run(request):
-    return request.param
 
 
 class TestAgainstScikitLearn:

@@ -35,6 +35,8 @@ from tests.strategies import (
     assert_same,
     axes_of,
     chunksizes,
+    each_parallel_run,
+    each_run,
     keep_pools_warm,
     samples,
 )
@@ -313,7 +315,7 @@ def test_a_chunksize_of_the_call_overrides_that_of_the_mapper():
     assert mapper.report.ranges == 8
 
 
-@pytest.mark.parametrize(("backend", "balance"), PARALLEL)
+@each_parallel_run
 def test_a_block_keeps_workers_and_can_be_nested_and_used_again(backend, balance):
     mapper, X = OF_BALANCE[balance](n_jobs=2, backend=backend), np.arange(200_000.0)
     workers = set()
@@ -439,7 +441,7 @@ def test_there_is_no_report_before_the_first_run():
 # Reports
 
 
-@pytest.mark.parametrize(("backend", "balance"), [("sequential", "static"), *PARALLEL])
+@each_run
 def test_the_numbers_in_a_report_add_up(backend, balance):
     def func(chunk):
         time.sleep(0.005)
@@ -483,7 +485,7 @@ def test_a_failed_run_has_a_report():
 # Progress
 
 
-@pytest.mark.parametrize(("backend", "balance"), [("sequential", "static"), *PARALLEL])
+@each_run
 @pytest.mark.parametrize("verbosity", [0, 1, 2])
 def test_a_bar_counts_items(backend, balance, verbosity, capsys):
     mapper = OF_BALANCE[balance](n_jobs=2, backend=backend, verbosity=verbosity, chunksize=10)

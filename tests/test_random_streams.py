@@ -9,7 +9,7 @@ import pytest
 from taskcarrier import SerialMapper, map_array, map_chunks, map_items, reduce_array
 from taskcarrier.mappers import DynamicParallelMapper, StaticParallelMapper
 from taskcarrier.random_streams import RandomStreams
-from tests.strategies import EVERYWHERE, RUNS, assert_same, contract, keep_pools_warm
+from tests.strategies import EVERYWHERE, RUNS, assert_same, contract, each_run, keep_pools_warm
 
 X = np.arange(40.0)
 
@@ -206,7 +206,7 @@ def test_several_arrays_results_and_arguments_may_come_with_an_rng():
         )
 
 
-@pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
+@each_run
 class TestWithFailures:
     def test_an_item_that_is_called_again_draws_the_same_numbers(self, backend, balance):
         def moody(x, rng):

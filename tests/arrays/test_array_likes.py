@@ -6,18 +6,9 @@ import numpy as np
 import pytest
 
 from taskcarrier import last_report, map_array, map_chunks, map_items, reduce_array, share
-from tests.strategies import PARALLEL, assert_same, keep_pools_warm, run_script
-
-RUNS = [("sequential", "static"), *PARALLEL]
-
+from tests.strategies import assert_same, each_run, keep_pools_warm, run_script
 
 pools = keep_pools_warm(2)
-
-
-@pytest.fixture(params=RUNS, ids=" ".join)
-def run(request):
-    backend, balance = request.param
-    return {"backend": backend, "balance": balance, "n_jobs": 2}
 
 
 def never(*chunks):
@@ -107,7 +98,7 @@ class TestReadByRange:
         assert_same(share(Whole(X)), X)
 
 
-@pytest.mark.parametrize(("backend", "balance"), RUNS)
+@each_run
 def test_zarr_arrays_on_disk_are_mapped(backend, balance, tmp_path):
     pytest.importorskip("zarr", reason="zarr arrays are what this is about")
     # In a program of its own: zarr leaves threads behind.

@@ -10,19 +10,12 @@ from hypothesis import strategies as st
 
 from taskcarrier import FailedRange, TaskError, map_array, map_chunks, map_items, share
 from taskcarrier.memory.segments import locate
-from tests.strategies import PARALLEL, assert_same, keep_pools_warm, run_script
+from tests.strategies import EVERYWHERE, assert_same, keep_pools_warm, run_script
 
-RUNS = [("sequential", "static"), *PARALLEL]
 VERBS = [map_array, map_items]
 
 
 pools = keep_pools_warm(2)
-
-
-@pytest.fixture(params=RUNS, ids=" ".join)
-def run(request):
-    backend, balance = request.param
-    return {"backend": backend, "balance": balance, "n_jobs": 2}
 
 
 def root(values):
@@ -52,7 +45,7 @@ def one_by_one(items):
     st.lists(st.booleans(), min_size=1, max_size=40),
     st.none() | st.integers(1, 45),
     st.sampled_from(VERBS),
-    st.sampled_from(RUNS),
+    st.sampled_from(EVERYWHERE),
 )
 def test_failing_items_are_named_whatever_the_cut(bad, chunksize, verb, run):
     backend, balance = run

@@ -23,7 +23,7 @@ from taskcarrier import (
 from taskcarrier.memory import (
     memmaps,
 )
-from tests.strategies import EVERYWHERE, assert_same, keep_pools_warm, run_script
+from tests.strategies import assert_same, each_run, keep_pools_warm, run_script
 
 pools = keep_pools_warm(2)
 
@@ -107,7 +107,7 @@ def in_a_container(array):
 
 @pytest.mark.fault(40)
 class TestWrites:
-    @pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
+    @each_run
     @pytest.mark.parametrize("kind", SEEN)
     def test_writes_to_carried_arrays_are_seen_by_the_caller(
         self, kind, backend, balance, tmp_path

@@ -12,12 +12,6 @@ from tests.strategies import EVERYWHERE, keep_pools_warm
 pools = keep_pools_warm(2)
 
 
-@pytest.fixture(params=EVERYWHERE, ids="-".join)
-def run(request):
-    backend, balance = request.param
-    return {"backend": backend, "balance": balance, "n_jobs": 2}
-
-
 @pytest.mark.parametrize("chunksize", [1, 3, 7, 20, 100])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_results_are_a_list_in_the_order_of_the_ranges(run, chunksize, axis):

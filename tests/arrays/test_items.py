@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from taskcarrier import last_report, map_items
 from tests.strategies import (
-    EVERYWHERE,
     PAIRS,
     REALS,
     assert_same,
@@ -23,12 +22,6 @@ from tests.strategies import (
 )
 
 pools = keep_pools_warm(2)
-
-
-@pytest.fixture(params=EVERYWHERE, ids="-".join)
-def run(request):
-    backend, balance = request.param
-    return {"backend": backend, "balance": balance, "n_jobs": 2}
 
 
 def mapped(func, *arrays, **options):

@@ -11,9 +11,15 @@ import pytest
 from numpy.lib.format import open_memmap
 
 from taskcarrier import last_report, load, map_array, map_chunks, map_items, reduce_array
-from tests.strategies import PARALLEL, assert_same, contract, keep_pools_warm
+from tests.strategies import (
+    EVERYWHERE,
+    assert_same,
+    contract,
+    each_parallel_run,
+    each_run,
+    keep_pools_warm,
+)
 
-RUNS = [("sequential", "static"), *PARALLEL]
 MAX_AXES = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
 GIB = 1 << 30
 
@@ -41,12 +47,12 @@ class TestManyAxes:
     @pytest.mark.parametrize("longest", [0, MAX_AXES - 1])
     def test_items_of_many_axes_lose_an_axis_and_get_it_back(self, longest):
         X = of_many_axes(longest)
-        for backend, balance in RUNS:
+        for backend, balance in EVERYWHERE:
             options = {"backend": backend, "balance": balance, "n_jobs": 2, "chunksize": 2}
             result = map_items(lambda x: x + 1, X, axis=longest, out_axis=longest, **options)
             assert_same(result, X + 1)
 
-    @pytest.mark.parametrize(("backend", "balance"), RUNS)
+    @each_run
     def test_many_reversed_axes_are_mapped_with_neighbours(self, backend, balance):
         X = of_many_axes(3).T[..., ::-1]
         axis = X.shape.index(5)
@@ -63,7 +69,7 @@ class TestManyAxes:
         )
         assert_same(result, X + np.roll(X, 1, axis) + np.roll(X, -1, axis))
 
-    @pytest.mark.parametrize(("backend", "balance"), RUNS)
+    @each_run
     def test_a_result_may_have_as_many_axes_as_numpy_allows(self, backend, balance, tmp_path):
         path = tmp_path / "Y.npy"
         shape = (1,) * (MAX_AXES - 1)
@@ -79,7 +85,7 @@ class TestManyAxes:
         assert_same(result, np.arange(6.0).reshape(6, *shape))
         assert np.array_equal(np.load(path), result)
 
-    @pytest.mark.parametrize(("backend", "balance"), RUNS)
+    @each_run
     def test_one_axis_too_many_is_an_error_of_numpy(self, backend, balance):
         with pytest.raises((ValueError, RuntimeError, IndexError), match=str(MAX_AXES)):
             map_items(
@@ -96,7 +102,7 @@ SOME = [("sequential", "static", 1), ("threading", "dynamic", 2), ("loky", "stat
 
 @pytest.mark.fault(32)
 class TestManyRanges:
-    @pytest.mark.parametrize(("backend", "balance"), RUNS)
+    @each_run
     def test_a_hundred_thousand_ranges_are_mapped(self, backend, balance):
         X = np.arange(100_000.0)
         result = map_array(np.negative, X, chunksize=1, backend=backend, balance=balance, n_jobs=2)
@@ -112,7 +118,7 @@ class TestManyRanges:
         assert map_chunks(_first, X, **options) == list(range(20_000))
         assert reduce_array(_first, X, combine=max, **options) == 19_999
 
-    @pytest.mark.parametrize(("backend", "balance"), PARALLEL)
+    @each_parallel_run
     def test_five_thousand_failures_are_each_named(self, backend, balance):
         result, failures = map_items(
             _odd_only,
@@ -127,7 +133,7 @@ class TestManyRanges:
         assert np.array_equal(result[1::2], np.arange(1, 10_000, 2))
         assert (result[::2] == -1).all()
 
-    @pytest.mark.parametrize(("backend", "balance"), PARALLEL)
+    @each_parallel_run
     def test_a_chunksize_may_exceed_every_length(self, backend, balance):
         X = np.arange(10.0)
         options = {"backend": backend, "balance": balance, "n_jobs": 2}
@@ -136,7 +142,7 @@ class TestManyRanges:
 
 
 @pytest.mark.fault(32)
-@pytest.mark.parametrize(("backend", "balance"), PARALLEL)
+@each_parallel_run
 def test_a_hundred_million_items_are_mapped(backend, balance):
     X = np.arange(10**8, dtype=np.uint8)  # begins again every 256
     result = map_array(np.invert, X, backend=backend, balance=balance, n_jobs=2)
@@ -154,7 +160,7 @@ def _odd_only(x):
     return x
 
 
-@pytest.mark.parametrize(("backend", "balance"), RUNS)
+@each_run
 def test_terabytes_that_repeat_one_item_are_not_expanded(backend, balance):
     X = np.broadcast_to(np.arange(3.0), (4, 1 << 36, 3))
     result = map_array(
@@ -207,7 +213,7 @@ def _twice_plus_one(chunk):
 
 
 @pytest.mark.fault(32)
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("balance", ["static", "dynamic"])
 def test_five_gibibytes_through_files_in_little_memory(balance, tmp_path):
     source, target = tmp_path / "X.npy", tmp_path / "Y.npy"

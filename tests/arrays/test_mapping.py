@@ -14,7 +14,6 @@ from taskcarrier.arrays.mapping import UNSET, choose_fill
 from tests.strategies import (
     BACKENDS,
     DTYPES,
-    EVERYWHERE,
     PAIRS,
     PARALLEL,
     REALS,
@@ -23,6 +22,8 @@ from tests.strategies import (
     axes_of,
     chunksizes,
     contract,
+    each_parallel_run,
+    each_run,
     filled,
     keep_pools_warm,
     same_bits,
@@ -260,7 +261,7 @@ def test_arguments_reach_the_function_and_arrays_in_them_are_read_only(n_extra):
 
 @pytest.mark.fault(6)
 @pytest.mark.parametrize("n_items", [4, 40_000])
-@pytest.mark.parametrize(("backend", "balance"), [("sequential", "static"), *PARALLEL])
+@each_run
 def test_a_function_that_writes_to_its_chunk_is_told_the_remedy(backend, balance, n_items):
     X = np.arange(float(n_items))
     before = X.copy()
@@ -463,7 +464,7 @@ def test_a_result_changed_in_place_is_mapped_as_it_is_now():
 
 
 @pytest.mark.fault(25)
-@pytest.mark.parametrize(("backend", "balance"), PARALLEL)
+@each_parallel_run
 @pytest.mark.parametrize("mapped", [False, True], ids=["ndarray", "memmap"])
 def test_an_array_changed_in_place_is_seen_by_the_next_call(backend, balance, mapped, tmp_path):
     X = np.memmap(tmp_path / "X", "f8", "w+", shape=(300, 40)) if mapped else np.zeros((300, 40))
@@ -552,7 +553,7 @@ def test_a_report_belongs_to_the_thread_that_ran():
 THINGS = np.array([1, "two", None, (4,), {5: 6}, 7.5, b"8"], object)
 
 
-@pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
+@each_run
 @pytest.mark.parametrize("axis", [0, 1])
 def test_arrays_of_objects_are_mapped_and_come_back_as_objects(backend, balance, axis):
     X = np.stack([THINGS, THINGS[::-1]], axis=1 - axis)
@@ -565,7 +566,7 @@ def test_arrays_of_objects_are_mapped_and_come_back_as_objects(backend, balance,
         assert result.flags.writeable
 
 
-@pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
+@each_run
 def test_the_report_says_that_objects_are_pickled_for_processes(backend, balance):
     numbers = np.arange(7)
     options = {"n_jobs": 2, "backend": backend, "balance": balance}
@@ -588,7 +589,7 @@ def test_arrays_of_objects_go_to_processes_by_default():
     assert taskcarrier.last_report().backend == "loky"
 
 
-@pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
+@each_run
 def test_numbers_can_be_mapped_to_objects(backend, balance):
     X = np.arange(9)
     objects, doubled = map_array(
@@ -629,7 +630,7 @@ def test_results_are_cast_to_the_dtype_that_is_asked_for(given, dtype):
 
 
 @pytest.mark.fault(5)
-@pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
+@each_run
 def test_a_value_that_does_not_fit_is_named_with_its_range(backend, balance):
     with pytest.raises(ValueError, match="the result 300 does not fit into uint8") as caught:
         map_array(

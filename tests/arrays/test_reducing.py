@@ -24,12 +24,6 @@ from tests.strategies import (
 pools = keep_pools_warm(2, 3, 8)
 
 
-@pytest.fixture(params=EVERYWHERE, ids="-".join)
-def run(request):
-    backend, balance = request.param
-    return {"backend": backend, "balance": balance, "n_jobs": 2}
-
-
 def on_every_run(func, *arrays, runs=RUNS, **options):
     found = [
         reduce_array(func, *arrays, backend=backend, balance=balance, n_jobs=n, **options)

@@ -21,7 +21,13 @@ from taskcarrier import (
 )
 from taskcarrier.memory.segments import locate
 from tests.layouts import EMPTY, GATHERED, KEPT
-from tests.strategies import PARALLEL, assert_same, keep_pools_warm, same_bits, warm_pools
+from tests.strategies import (
+    assert_same,
+    each_parallel_run,
+    keep_pools_warm,
+    same_bits,
+    warm_pools,
+)
 
 LAYOUTS = {**KEPT, **GATHERED, **EMPTY}
 LOKY = {"backend": "loky", "n_jobs": 2}
@@ -268,7 +274,7 @@ class TestChanges:
         assert not X.any()
 
 
-@pytest.mark.parametrize(("backend", "balance"), PARALLEL)
+@each_parallel_run
 def test_a_chain_of_maps_copies_nothing(backend, balance):
     run = {"backend": backend, "balance": balance, "n_jobs": 2}
     X = np.random.default_rng(0).normal(size=(200, 30))

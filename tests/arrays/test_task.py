@@ -8,18 +8,15 @@ import pytest
 
 import taskcarrier
 from taskcarrier import last_report, map_array, map_chunks, map_items, reduce_array
-from tests.strategies import PARALLEL, assert_same, keep_pools_warm, run_script, warm_pools
-
-RUNS = [("sequential", "static"), *PARALLEL]
-
+from tests.strategies import (
+    assert_same,
+    each_parallel_run,
+    keep_pools_warm,
+    run_script,
+    warm_pools,
+)
 
 pools = keep_pools_warm(2)
-
-
-@pytest.fixture(params=RUNS, ids=" ".join)
-def run(request):
-    backend, balance = request.param
-    return {"backend": backend, "balance": balance, "n_jobs": 2}
 
 
 # Results that are the chunk's own memory.
@@ -74,7 +71,7 @@ class TestResultsFromChunks:
         )
         assert run_script(tmp_path, code).strip() == "right"
 
-    @pytest.mark.parametrize(("backend", "balance"), PARALLEL)
+    @each_parallel_run
     def test_chunks_and_items_that_are_returned_outlive_the_call(self, backend, balance):
         options = {"backend": backend, "balance": balance, "n_jobs": 2, "chunksize": 6}
         X = np.arange(20.0).reshape(10, 2)

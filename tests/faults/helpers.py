@@ -13,10 +13,8 @@ import psutil
 import taskcarrier
 from taskcarrier import DynamicParallelMapper, StaticParallelMapper, map_array
 from tests.faults.functions import pid_chunk
-from tests.strategies import PARALLEL, ROOT, start_script
+from tests.strategies import ROOT, start_script
 
-RUNS = [("sequential", "static"), *PARALLEL]
-ORDERED = [run for run in RUNS if run[0] == "sequential" or run[1] == "dynamic"]
 BALANCES = ["static", "dynamic"]
 OF_BALANCE = {"static": StaticParallelMapper, "dynamic": DynamicParallelMapper}
 

@@ -29,11 +29,11 @@ from taskcarrier import (
 )
 from tests.clocks import LATE, stopped_clock
 from tests.faults.functions import note, noted, pid_chunk, span, times
-from tests.faults.helpers import BALANCES, OF_BALANCE, RUNS, all_gone, present, worker_pids
-from tests.strategies import assert_same, keep_pools_warm, run_script
+from tests.faults.helpers import BALANCES, OF_BALANCE, all_gone, present, worker_pids
+from tests.strategies import EVERYWHERE, assert_same, each_run, keep_pools_warm, run_script
 
 LOKY = {"n_jobs": 2, "backend": "loky"}
-HERE = [run for run in RUNS if run[0] != "loky"]
+HERE = [run for run in EVERYWHERE if run[0] != "loky"]
 LONG = 60  # seconds that no test waits for
 
 
@@ -673,7 +673,7 @@ def test_the_others_go_on_when_a_range_hangs(balance):
 
 
 @pytest.mark.fault(14)
-@pytest.mark.parametrize(("backend", "balance"), RUNS)
+@each_run
 def test_the_timeout_counts_for_a_range_and_not_for_the_run(backend, balance):
     run = {"n_jobs": 2, "backend": backend, "balance": balance}
     X = np.arange(16.0 if backend == "sequential" else 32.0)
@@ -707,7 +707,7 @@ def test_a_range_that_cannot_be_stopped_is_late_at_its_end(backend, balance, mon
 
 
 @pytest.mark.fault(14)
-@pytest.mark.parametrize(("backend", "balance"), RUNS)
+@each_run
 def test_nothing_is_written_after_a_call_that_took_too_long(backend, balance):
     def func(chunk):
         time.sleep(0.4 if chunk[0] < 8 else 0.0)
@@ -723,7 +723,7 @@ def test_nothing_is_written_after_a_call_that_took_too_long(backend, balance):
 
 
 @pytest.mark.fault(14)
-@pytest.mark.parametrize(("backend", "balance"), RUNS)
+@each_run
 def test_a_late_range_is_run_again_if_retry_on_says_so(backend, balance, tmp_path, monkeypatch):
     if backend == "loky":
         be_late, timeout = partial(time.sleep, LONG), LATE
@@ -765,7 +765,7 @@ SCRIPT = {0: 0, 8: 1, 16: 2, 24: 0}
 
 
 @pytest.mark.fault(15)
-@pytest.mark.parametrize(("backend", "balance"), RUNS)
+@each_run
 def test_chunks_are_called_again_as_often_as_they_fail(backend, balance, tmp_path):
     def func(chunk):
         at = int(chunk[0])
@@ -781,7 +781,7 @@ def test_chunks_are_called_again_as_often_as_they_fail(backend, balance, tmp_pat
 
 
 @pytest.mark.fault(15)
-@pytest.mark.parametrize(("backend", "balance"), RUNS)
+@each_run
 def test_only_items_that_fail_are_called_again(backend, balance, tmp_path):
     def func(x):
         at = int(x)
@@ -806,7 +806,7 @@ def test_only_items_that_fail_are_called_again(backend, balance, tmp_path):
 
 
 @pytest.mark.fault(15)
-@pytest.mark.parametrize(("backend", "balance"), RUNS)
+@each_run
 @pytest.mark.parametrize(("kind", "n_calls"), [(ConnectionError, 3), (LookupError, 1)])
 def test_an_item_that_fails_too_often_or_with_another_error_is_raised(
     kind, n_calls, backend, balance, tmp_path

@@ -26,7 +26,6 @@ from taskcarrier import (
 )
 from tests.faults.helpers import (
     OF_BALANCE,
-    RUNS,
     all_gone,
     gone,
     opened_up,
@@ -34,11 +33,7 @@ from tests.faults.helpers import (
     running,
     unshared,
 )
-from tests.strategies import (
-    assert_same,
-    keep_pools_warm,
-    run_script,
-)
+from tests.strategies import EVERYWHERE, assert_same, keep_pools_warm, run_script
 
 pools = keep_pools_warm(2)
 
@@ -359,7 +354,7 @@ def test_maps_inside_workers_of_other_libraries_are_right(where, tmp_path):
 @pytest.mark.fault(20)
 def test_many_small_calls_leave_descriptors_and_threads_constant():
     def round_of_calls():
-        for backend, balance in RUNS:
+        for backend, balance in EVERYWHERE:
             run = {"n_jobs": 2, "backend": backend, "balance": balance}
             assert map_array(np.negative, X, **run)[-1] == -9
             OF_BALANCE[balance](2, backend=backend)(abs, range(4))
@@ -392,7 +387,7 @@ def test_many_small_calls_leave_descriptors_and_threads_constant():
 @pytest.mark.fault(21)
 @pytest.mark.parametrize(
     ("backend", "balance", "ending"),
-    [(*run, ending) for run in RUNS for ending in ("well", "error")]
+    [(*run, ending) for run in EVERYWHERE for ending in ("well", "error")]
     + [("loky", "dynamic", "death")],
 )
 def test_a_run_leaves_the_state_of_the_program_as_before(backend, balance, ending):

@@ -25,10 +25,14 @@ from taskcarrier import (
     reduce_array,
 )
 from tests.faults.functions import note, noted
-from tests.faults.helpers import BALANCES, OF_BALANCE, ORDERED, RUNS
+from tests.faults.helpers import BALANCES, OF_BALANCE
 from tests.strategies import (
-    PARALLEL,
+    EVERYWHERE,
     assert_same,
+    each_of,
+    each_ordered_run,
+    each_parallel_run,
+    each_run,
     keep_pools_warm,
     start_script,
 )
@@ -73,7 +77,7 @@ def test_arrays_that_hold_no_numbers_are_named(backend, X, words):
 
 
 @pytest.mark.fault(1)
-@pytest.mark.parametrize(("backend", "balance"), RUNS)
+@each_run
 def test_an_error_keeps_its_type_and_arguments_and_names_axis_and_range(backend, balance):
     def func(chunk):
         if chunk[0, 0] == 6:
@@ -91,7 +95,7 @@ def test_an_error_keeps_its_type_and_arguments_and_names_axis_and_range(backend,
 
 
 @pytest.mark.fault(2)
-@pytest.mark.parametrize(("backend", "balance"), ORDERED)
+@each_ordered_run
 def test_of_several_errors_the_lowest_is_raised_on_every_run(backend, balance):
     def func(chunk):
         if chunk[0] in {9, 10, 25}:
@@ -105,7 +109,7 @@ def test_of_several_errors_the_lowest_is_raised_on_every_run(backend, balance):
 
 
 @pytest.mark.fault(2)
-@pytest.mark.parametrize(("backend", "balance"), PARALLEL)
+@each_parallel_run
 def test_the_second_of_two_simultaneous_errors_is_in_the_notes(backend, balance, tmp_path):
     def func(chunk):
         (tmp_path / str(chunk[0])).touch()
@@ -140,7 +144,7 @@ def test_workers_stop_at_their_next_range_after_an_error(balance, tmp_path):
 
 
 @pytest.mark.fault(3)
-@pytest.mark.parametrize(("backend", "balance"), RUNS)
+@each_run
 @pytest.mark.parametrize("kind", [TwoWordsError, HoldingError])
 def test_errors_that_are_hard_to_pickle_keep_their_type_or_become_task_errors(
     backend, balance, kind
@@ -187,7 +191,7 @@ def _raise(error):
 @pytest.mark.parametrize("case", sorted(ESCAPES))
 def test_exits_and_interrupts_of_the_task_arrive_as_themselves(case):
     func, kind, arguments = ESCAPES[case]
-    for backend, balance in RUNS:
+    for backend, balance in EVERYWHERE:
         with pytest.raises(kind) as caught:
             map_array(func, np.arange(4), n_jobs=2, backend=backend, balance=balance)
         assert arguments is None or caught.value.args == arguments
@@ -267,7 +271,7 @@ class Held:
     """What a function has in hand when it fails, and is gone when nobody refers to it."""
 
 
-@pytest.mark.parametrize(("backend", "balance"), [run for run in RUNS if run[0] != "loky"])
+@each_of([run for run in EVERYWHERE if run[0] != "loky"])
 @pytest.mark.parametrize("on_error", ["raise", "fill"])
 def test_objects_held_by_a_failed_function_are_freed_without_the_garbage_collector(
     on_error, backend, balance
@@ -501,7 +505,7 @@ def test_warnings_are_not_also_shown_by_workers(capfd):
 
 
 @pytest.mark.fault(10)
-@pytest.mark.parametrize(("backend", "balance"), RUNS)
+@each_run
 def test_a_filter_may_turn_warnings_into_errors(backend, balance):
     run = {"n_jobs": 2, "backend": backend, "balance": balance}
     with warnings.catch_warnings():

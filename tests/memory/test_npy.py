@@ -9,9 +9,8 @@ import pytest
 from taskcarrier import last_report, load, map_array, map_items, reduce_array
 from taskcarrier.memory.npy import NpyWriter, find_order, open_own_file
 from taskcarrier.system.descriptors import open_owned
-from tests.strategies import PARALLEL, assert_same, keep_pools_warm, same_bits
+from tests.strategies import EVERYWHERE, assert_same, keep_pools_warm, same_bits
 
-RUNS = [("sequential", "static"), *PARALLEL]
 LOKY = {"backend": "loky", "n_jobs": 2}
 VIEWS = {
     "whole": lambda m: m,
@@ -27,12 +26,6 @@ VIEWS = {
 
 
 pools = keep_pools_warm(2)
-
-
-@pytest.fixture(params=RUNS, ids=" ".join)
-def run(request):
-    backend, balance = request.param
-    return {"backend": backend, "balance": balance, "n_jobs": 2}
 
 
 def values(shape=(40, 12), dtype="f8"):
@@ -199,7 +192,7 @@ class TestLoad:
             assert same_bits(loaded, X)
             assert loaded.flags.writeable is (mode == "r+")
         assert_mapped(load(path), X)
-        for backend, balance in RUNS:
+        for backend, balance in EVERYWHERE:
             result = map_array(np.copy, path, backend=backend, balance=balance, n_jobs=2)
             assert_same(result, X)
 

@@ -11,7 +11,7 @@ import pytest
 
 from taskcarrier import StaticParallelMapper, map_array
 from taskcarrier.workers import parent_state
-from tests.strategies import BACKENDS, PARALLEL, keep_pools_warm
+from tests.strategies import BACKENDS, each_parallel_run, keep_pools_warm
 
 pools = keep_pools_warm(2)
 
@@ -106,7 +106,7 @@ def test_handlers_of_floating_point_errors_are_called(backend, mode, line, handl
     assert [text.partition(" encountered")[0] for text in handled()] == [line] * 6
 
 
-@pytest.mark.parametrize(("backend", "balance"), PARALLEL)
+@each_parallel_run
 def test_an_unused_error_handler_is_not_sent(backend, balance):
     class Unpicklable:
         def __reduce__(self):

@@ -7,15 +7,8 @@ from hypothesis import strategies as st
 
 from taskcarrier import last_report, map_array, map_chunks, map_items, reduce_array, share
 from taskcarrier.arrays.inputs.halos import Halo, positions_inside
-from tests.strategies import (
-    PARALLEL,
-    assert_same,
-    contract,
-    keep_pools_warm,
-    same_bits,
-)
+from tests.strategies import EVERYWHERE, assert_same, contract, keep_pools_warm, same_bits
 
-RUNS = [("sequential", "static"), *PARALLEL]
 # `numpy.pad` has the same rules under other names.
 PADS = {
     "reflect": "symmetric",
@@ -28,12 +21,6 @@ SOME = [("sequential", "static", 1), ("threading", "dynamic", 2), ("loky", "stat
 
 
 pools = keep_pools_warm(2)
-
-
-@pytest.fixture(params=RUNS, ids=" ".join)
-def run(request):
-    backend, balance = request.param
-    return {"backend": backend, "balance": balance, "n_jobs": 2}
 
 
 def ndimage():
@@ -231,7 +218,7 @@ class TestEveryCut:
         X = data.draw(st.sampled_from([X, X[::-1], X[:, ::-1], np.asfortranarray(X), share(X)]))
         whole = window_sums(padded(X, depth, boundary, axis, cval=-3), depth, axis)
         own = (slice(None),) * axis + (slice(depth, depth + n_items),)
-        backend, balance = data.draw(st.sampled_from(RUNS))
+        backend, balance = data.draw(st.sampled_from(EVERYWHERE))
         result = map_array(
             window_sums,
             X,

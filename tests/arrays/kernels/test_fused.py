@@ -34,7 +34,14 @@ RUNS = [
 pools = keep_pools_warm(2, 3)
 
 
-@pytest.fixture(params=RUNS, ids=lambda run: f"{run[0]}-{run[1]}-{run[2]}")
+# A kernel is compiled for each: `make test` has the two in which threads claim, and nothing is said.
+@pytest.fixture(
+    params=[
+        *[pytest.param(run, marks=pytest.mark.thorough) for run in RUNS[:2]],
+        *RUNS[2:],
+    ],
+    ids=lambda run: f"{run[0]}-{run[1]}-{run[2]}",
+)
 def run(request):
     backend, balance, n_jobs = request.param
     return {"backend": backend, "balance": balance, "n_jobs": n_jobs}
@@ -753,7 +760,14 @@ class TestByteOrder:
 
     DATES = np.array(["2020-01-01", "NaT", "2021-05-05T01:02:03"], ">M8[s]")
 
-    @pytest.fixture(params=[*RUNS, ("loky", "static", 2)], ids=lambda run: f"{run[0]}-{run[1]}")
+    @pytest.fixture(
+        params=[
+            *[pytest.param(run, marks=pytest.mark.thorough) for run in (*RUNS[:2], RUNS[3])],
+            RUNS[2],
+            ("loky", "static", 2),
+        ],
+        ids=lambda run: f"{run[0]}-{run[1]}",
+    )
     def run(self, request):
         backend, balance, n_jobs = request.param
         return {"backend": backend, "balance": balance, "n_jobs": n_jobs}

@@ -28,7 +28,10 @@ RUNS = [
 pools = keep_pools_warm(2, 3)
 
 
-@pytest.fixture(params=RUNS, ids=str)
+@pytest.fixture(
+    params=[*[pytest.param(run, marks=pytest.mark.thorough) for run in RUNS[:2]], *RUNS[2:]],
+    ids=str,
+)
 def run(request):
     return request.param
 

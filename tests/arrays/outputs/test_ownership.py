@@ -10,7 +10,7 @@ import pytest
 
 from taskcarrier import map_array, map_chunks, map_items, reduce_array
 from taskcarrier.arrays.outputs.ownership import own_memory
-from tests.strategies import EVERYWHERE, keep_pools_warm
+from tests.strategies import keep_pools_warm
 
 pools = keep_pools_warm(2)
 
@@ -80,12 +80,6 @@ HOLDERS = {
 
 # pandas shows its values so, and pickle keeps the arrays of functions as they were.
 STAY_READ_ONLY = {"data frame", "closure", "method of an array"}
-
-
-@pytest.fixture(params=EVERYWHERE, ids="-".join)
-def run(request):
-    backend, balance = request.param
-    return {"backend": backend, "balance": balance, "n_jobs": 2}
 
 
 @pytest.mark.fault(7)

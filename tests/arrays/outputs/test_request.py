@@ -20,7 +20,8 @@ from taskcarrier.arrays.outputs.request import (
     do_overlap,
 )
 from tests.strategies import (
-    PARALLEL,
+    EVERYWHERE,
+    ONE_OF_EACH,
     assert_same,
     keep_pools_warm,
     run_script,
@@ -30,18 +31,10 @@ from tests.strategies import (
     warm_pools,
 )
 
-RUNS = [("sequential", "static"), *PARALLEL]
-ONE_OF_EACH = [("sequential", "static"), ("threading", "dynamic"), ("loky", "static")]
 SHAPE = (30, 4)
 
 
 pools = keep_pools_warm(2)
-
-
-@pytest.fixture(params=RUNS, ids=" ".join)
-def run(request):
-    backend, balance = request.param
-    return {"backend": backend, "balance": balance, "n_jobs": 2}
 
 
 @pytest.fixture(params=ONE_OF_EACH, ids=" ".join)
@@ -116,7 +109,7 @@ def test_any_writable_array_can_be_the_output(sample, data):
         source = array.copy()
         # Written through a fresh base, with the strides of the sample where they do not overlap.
         out = np.empty_like(source, order=data.draw(st.sampled_from("CFK")))
-        backend, balance = data.draw(st.sampled_from(RUNS))
+        backend, balance = data.draw(st.sampled_from(EVERYWHERE))
         found = map_array(
             np.copy, source, axis=axis, out=out, backend=backend, balance=balance, n_jobs=2
         )

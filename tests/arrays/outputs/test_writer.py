@@ -12,12 +12,13 @@ from taskcarrier.arrays.outputs.specs import DisagreementError, Spec
 from taskcarrier.arrays.outputs.stacking import MixedDtypes
 from taskcarrier.arrays.outputs.writer import OutputWriter
 from taskcarrier.workers.task import WorkerContext
-from tests.strategies import PARALLEL, assert_same, keep_pools_warm
-
-RUNS = [("sequential", "static"), *PARALLEL]
-# Where the lowest failing range is raised, the same on every run.
-ORDERED = [run for run in RUNS if run[0] == "sequential" or run[1] == "dynamic"]
-
+from tests.strategies import (
+    EVERYWHERE,
+    ORDERED,
+    assert_same,
+    each_ordered_run,
+    keep_pools_warm,
+)
 
 pools = keep_pools_warm(2)
 
@@ -86,7 +87,7 @@ ODD = {
 @pytest.mark.parametrize("case", sorted(ODD))
 def test_results_that_differ_are_an_error_with_both_and_the_ranges(case):
     usual, odd, words = ODD[case]
-    for backend, balance in RUNS:
+    for backend, balance in EVERYWHERE:
         with pytest.raises(ValueError, match="must return the same dtype") as caught:
             mapped(lambda c: odd(c) if c[0] == 6 else usual(c), backend=backend, balance=balance)
         text = str(caught.value)
@@ -97,7 +98,7 @@ def test_results_that_differ_are_an_error_with_both_and_the_ranges(case):
         assert "items 0:2" in text or (backend, balance) not in ORDERED
 
 
-@pytest.mark.parametrize(("backend", "balance"), ORDERED)
+@each_ordered_run
 def test_the_lowest_range_that_differs_is_named_on_every_run(backend, balance):
     def func(chunk):
         return chunk.astype("f4") if chunk[0] in {14, 22, 30} else chunk
@@ -110,7 +111,7 @@ def test_the_lowest_range_that_differs_is_named_on_every_run(backend, balance):
     assert len(texts) == 1
 
 
-@pytest.mark.parametrize(("backend", "balance"), ORDERED)
+@each_ordered_run
 def test_the_second_range_differs_though_another_worker_begins_with_it(backend, balance):
     for _ in range(20):
         with pytest.raises(
@@ -149,14 +150,14 @@ WRONG = {
 @pytest.mark.parametrize("case", sorted(WRONG))
 def test_results_that_are_no_arrays_of_the_right_length_are_errors_that_name_the_range(case):
     func, kind, words = WRONG[case]
-    for backend, balance in RUNS:
+    for backend, balance in EVERYWHERE:
         with pytest.raises(kind) as caught:
             mapped(lambda c: func(c) if c[0] == 6 else c, backend=backend, balance=balance)
         text = said(caught.value)
         assert [word for word in [*words, "axis 0, items 6:8"] if word not in text] == []
 
 
-@pytest.mark.parametrize(("backend", "balance"), ORDERED)
+@each_ordered_run
 def test_the_lowest_range_of_a_wrong_length_is_named_on_every_run(backend, balance):
     for _ in range(20):
         with pytest.raises(ValueError, match="for a chunk of length 2") as caught:
@@ -167,7 +168,7 @@ def test_the_lowest_range_of_a_wrong_length_is_named_on_every_run(backend, balan
 
 
 def test_the_error_for_a_result_without_the_axis_mentions_out_axis():
-    for backend, balance in RUNS:
+    for backend, balance in EVERYWHERE:
         with pytest.raises(np.exceptions.AxisError) as caught:
             map_array(
                 lambda c: c.sum(axis=0),
@@ -182,20 +183,20 @@ def test_the_error_for_a_result_without_the_axis_mentions_out_axis():
 
 
 def test_out_axis_must_have_an_entry_for_each_result():
-    for backend, balance in RUNS:
+    for backend, balance in EVERYWHERE:
         with pytest.raises(ValueError, match="out_axis has 2 entries, func returned 1"):
             mapped(lambda c: c, backend=backend, balance=balance, out_axis=(0, 0))
 
 
 def test_workers_are_usable_after_wrong_results():
-    for backend, balance in RUNS:
+    for backend, balance in EVERYWHERE:
         with pytest.raises(TypeError):
             mapped(lambda c: None, backend=backend, balance=balance)
         assert_same(mapped(lambda c: c, backend=backend, balance=balance), np.arange(12))
 
 
 def test_lists_become_arrays():
-    for backend, balance in RUNS:
+    for backend, balance in EVERYWHERE:
         result = mapped(lambda c: [[int(x), 1] for x in c], backend=backend, balance=balance)
         assert_same(result, np.stack([np.arange(12), np.ones(12, int)], axis=1))
 

@@ -26,7 +26,7 @@ from taskcarrier.arrays.resume import computation
 from taskcarrier.arrays.resume.computation import Computation
 from taskcarrier.arrays.resume.ledger_file import LedgerFile
 from tests.faults.functions import note, noted
-from tests.strategies import EVERYWHERE, assert_same, keep_pools_warm, run_script
+from tests.strategies import assert_same, each_run, keep_pools_warm, run_script
 
 SERIAL = {"backend": "sequential", "n_jobs": 1}
 X = np.arange(80.0).reshape(40, 2)
@@ -130,7 +130,7 @@ LATER = [20, 24, 28, 32, 36]
 
 
 class TestContinuing:
-    @pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
+    @each_run
     def test_a_run_continues_on_any_backend_with_any_number_of_workers(
         self, backend, balance, halfway
     ):
@@ -143,7 +143,7 @@ class TestContinuing:
         assert "5 of 10 ranges were done by an earlier run" in last_report().notes
         assert_same(np.load(halfway.out), X * 2)
 
-    @pytest.mark.parametrize(("backend", "balance"), EVERYWHERE)
+    @each_run
     def test_a_run_on_any_backend_can_be_continued(self, backend, balance, halfway):
         func = doubling(halfway.check)
         halfway.stop.touch()
