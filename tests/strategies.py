@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 
 import taskcarrier
@@ -68,6 +69,15 @@ def each_of(runs: list[tuple[str, str]]) -> pytest.MarkDecorator:
 each_run = each_of(EVERYWHERE)
 each_parallel_run = each_of(PARALLEL)
 each_ordered_run = pytest.mark.parametrize(("backend", "balance"), ORDERED)
+each_balance = pytest.mark.parametrize(
+    "balance", [pytest.param("static", marks=pytest.mark.thorough), "dynamic"]
+)
+
+
+def examples(number: int) -> Any:
+    """Have Hypothesis try so many examples in `make test-all`, and fewer in `make test`."""
+    share = settings.default.max_examples / settings.get_profile("thorough").max_examples
+    return settings(max_examples=round(number * share))
 
 
 def warm_pools(*n_jobs: int) -> None:

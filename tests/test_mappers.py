@@ -13,7 +13,7 @@ import time
 import joblib
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import taskcarrier
@@ -37,6 +37,7 @@ from tests.strategies import (
     chunksizes,
     each_parallel_run,
     each_run,
+    examples,
     keep_pools_warm,
     samples,
 )
@@ -175,7 +176,7 @@ def test_the_serial_mapper_ignores_options_for_workers():
     )
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.data())
 def test_map_array_of_a_mapper_is_map_array(data):
     sample = data.draw(samples(REALS, min_dims=2))

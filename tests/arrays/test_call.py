@@ -5,12 +5,12 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from taskcarrier import FailedRange, TaskError, map_array, map_chunks, map_items, share
 from taskcarrier.memory.segments import locate
-from tests.strategies import EVERYWHERE, assert_same, keep_pools_warm, run_script
+from tests.strategies import EVERYWHERE, assert_same, examples, keep_pools_warm, run_script
 
 VERBS = [map_array, map_items]
 
@@ -40,7 +40,7 @@ def one_by_one(items):
     return [(int(item), int(item) + 1) for item in items]
 
 
-@settings(max_examples=120)
+@examples(120)
 @given(
     st.lists(st.booleans(), min_size=1, max_size=40),
     st.none() | st.integers(1, 45),

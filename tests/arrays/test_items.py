@@ -5,7 +5,7 @@ from concurrent.futures import Future
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from taskcarrier import last_report, map_items
@@ -16,6 +16,7 @@ from tests.strategies import (
     axes_of,
     chunksizes,
     contract,
+    examples,
     keep_pools_warm,
     same_bits,
     samples,
@@ -51,7 +52,7 @@ def said(error):
 
 
 @pytest.mark.fault(29)
-@settings(max_examples=120)
+@examples(120)
 @given(st.data())
 def test_any_layout_dtype_axis_and_out_axis_is_stacked_bit_for_bit(data):
     sample = data.draw(samples())
@@ -65,7 +66,7 @@ def test_any_layout_dtype_axis_and_out_axis_is_stacked_bit_for_bit(data):
         assert_same(result, plain(lambda x: x, X, axis=axis, out_axis=out_axis), sample)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(st.data())
 def test_several_arrays_and_tuples_of_results(data):
     first, second = data.draw(samples(REALS)), data.draw(samples(REALS))
@@ -144,7 +145,7 @@ VALUES = st.one_of(
 
 
 @pytest.mark.fault(5)
-@settings(max_examples=30)
+@examples(30)
 @given(st.lists(VALUES, min_size=1, max_size=9))
 def test_mixed_dtypes_promote_as_numpy_stack_promotes_them_whatever_the_cut(values):
     expected = np.stack([np.asarray(value) for value in values])

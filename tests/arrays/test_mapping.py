@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import taskcarrier
@@ -24,6 +24,7 @@ from tests.strategies import (
     contract,
     each_parallel_run,
     each_run,
+    examples,
     filled,
     keep_pools_warm,
     same_bits,
@@ -47,7 +48,7 @@ def quiet(func):
 
 
 @pytest.mark.fault(29, 30)
-@settings(max_examples=120)
+@examples(120)
 @given(st.data())
 def test_any_layout_dtype_axis_and_place_is_mapped_bit_for_bit(data):
     sample = data.draw(samples())
@@ -57,7 +58,7 @@ def test_any_layout_dtype_axis_and_place_is_mapped_bit_for_bit(data):
         assert_same(result, np.asarray(X), sample)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.data())
 def test_out_axis_says_where_the_mapped_axis_stands_in_the_result(data):
     sample = data.draw(samples())
@@ -85,7 +86,7 @@ ALONG = {
 }
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(st.data())
 def test_functions_along_another_axis_give_the_bits_of_the_plain_call(data):
     sample = data.draw(samples(REALS, min_dims=2))
@@ -107,7 +108,7 @@ ROUNDED = [np.exp, np.sin, np.log1p]
 
 
 @pytest.mark.fault(29)
-@settings(max_examples=60)
+@examples(60)
 @given(st.data())
 def test_ufuncs_give_the_bits_of_the_plain_call_on_any_layout(data):
     sample = data.draw(samples(REALS, max_side=9))
@@ -119,7 +120,7 @@ def test_ufuncs_give_the_bits_of_the_plain_call_on_any_layout(data):
         assert_same(result, func(np.asarray(X)), (ufunc, sample))
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.data())
 def test_rounded_ufuncs_differ_from_the_plain_call_in_the_last_bits_at_most(data):
     sample = data.draw(samples(REALS, max_side=9))
@@ -288,7 +289,7 @@ def test_a_function_that_writes_to_its_arguments_fails_everywhere():
             )
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(st.data())
 def test_writable_chunks_are_private_copies(data):
     sample = data.draw(samples(REALS))

@@ -7,7 +7,7 @@ from functools import reduce
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from taskcarrier import reduce_array
@@ -16,6 +16,7 @@ from tests.strategies import (
     REALS,
     RUNS,
     axes_of,
+    examples,
     keep_pools_warm,
     same_bits,
     samples,
@@ -48,7 +49,7 @@ def test_sums_have_the_same_bits_on_every_run(chunksize):
 
 
 @pytest.mark.fault(29)
-@settings(max_examples=30)
+@examples(30)
 @given(st.data())
 def test_any_layout_and_axis_is_folded_from_left_to_right(data):
     sample = data.draw(samples(REALS))

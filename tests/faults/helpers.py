@@ -15,7 +15,6 @@ from taskcarrier import DynamicParallelMapper, StaticParallelMapper, map_array
 from tests.faults.functions import pid_chunk
 from tests.strategies import ROOT, start_script
 
-BALANCES = ["static", "dynamic"]
 OF_BALANCE = {"static": StaticParallelMapper, "dynamic": DynamicParallelMapper}
 
 

@@ -29,8 +29,15 @@ from taskcarrier import (
 )
 from tests.clocks import LATE, stopped_clock
 from tests.faults.functions import note, noted, pid_chunk, span, times
-from tests.faults.helpers import BALANCES, OF_BALANCE, all_gone, present, worker_pids
-from tests.strategies import EVERYWHERE, assert_same, each_run, keep_pools_warm, run_script
+from tests.faults.helpers import OF_BALANCE, all_gone, present, worker_pids
+from tests.strategies import (
+    EVERYWHERE,
+    assert_same,
+    each_balance,
+    each_run,
+    keep_pools_warm,
+    run_script,
+)
 
 LOKY = {"n_jobs": 2, "backend": "loky"}
 HERE = [run for run in EVERYWHERE if run[0] != "loky"]
@@ -129,7 +136,7 @@ def test_a_death_costs_nothing_when_the_range_then_succeeds(way, balance, tmp_pa
 
 
 @pytest.mark.fault(11)
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 def test_deaths_do_not_show_in_results_of_other_verbs(balance, tmp_path):
     log = tmp_path / "log"
 
@@ -155,7 +162,7 @@ def test_deaths_do_not_show_in_results_of_other_verbs(balance, tmp_path):
 
 
 @pytest.mark.fault(11)
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 def test_results_lost_with_a_worker_are_computed_again(balance, tmp_path):
     def func(i):
         if i == 450 and times(tmp_path / "log", i) == 1:
@@ -184,7 +191,7 @@ def test_an_error_that_kills_while_it_is_pickled_is_a_death(verb, retries, kind,
 
 
 @pytest.mark.fault(11)
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_error_that_kills_while_it_is_pickled_once_costs_nothing(verb, balance, tmp_path):
     log = tmp_path / "log"
@@ -201,7 +208,7 @@ def test_an_error_that_kills_while_it_is_pickled_once_costs_nothing(verb, balanc
 
 
 @pytest.mark.fault(10, 11)
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_warning_that_kills_while_it_is_pickled_costs_nothing(verb, balance):
     def warns(x):
@@ -214,7 +221,7 @@ def test_a_warning_that_kills_while_it_is_pickled_costs_nothing(verb, balance):
 
 
 @pytest.mark.fault(11)
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 def test_an_error_that_kills_while_it_is_pickled_completes_no_file(balance, tmp_path):
     X, Y = np.arange(10.0), tmp_path / "Y.npy"
     switch = tmp_path / "switch"
@@ -243,7 +250,7 @@ def test_an_error_that_kills_while_it_is_pickled_can_be_collected():
 
 
 @pytest.mark.fault(2, 11)
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 def test_an_error_that_arrives_is_raised_though_another_kills_while_it_is_pickled(
     balance, tmp_path
 ):
@@ -327,7 +334,7 @@ def test_an_item_of_a_list_that_always_kills_is_named(balance, way):
 
 
 @pytest.mark.fault(11)
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 def test_without_retries_nothing_is_run_twice(balance, tmp_path):
     log = tmp_path / "log"
 
@@ -348,7 +355,7 @@ def test_without_retries_nothing_is_run_twice(balance, tmp_path):
     assert_same(caught.value.partial[there], (X * 2)[there])
 
 
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 def test_all_items_without_a_result_are_missing_when_every_worker_dies(balance):
     def func(chunk):
         time.sleep(0.002)
@@ -368,7 +375,7 @@ def test_all_items_without_a_result_are_missing_when_every_worker_dies(balance):
         assert_same(error.partial[there], (X * 2)[there])
 
 
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 @pytest.mark.parametrize("retries", [0, 2])
 def test_a_death_and_a_failure_at_once_are_both_told(retries, balance, tmp_path):
     def func(chunk):
@@ -407,7 +414,7 @@ def test_results_unlike_those_of_a_worker_that_died_are_refused(tmp_path):
     assert any("exited with code 3" in text for text in caught.value.__notes__)
 
 
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 @pytest.mark.parametrize("at_once", [False, True], ids=["long before", "just before"])
 def test_an_idle_worker_that_was_killed_is_replaced(balance, at_once):
     mapper, X = OF_BALANCE[balance](**LOKY), np.arange(8)
@@ -434,7 +441,7 @@ def test_a_worker_killed_at_any_moment_does_not_show_in_the_result():
         if number >= 6 and died:
             break
         assert time.monotonic() < deadline, "no kill has hit a worker at work"
-        balance = BALANCES[number % 2]
+        balance = ("static", "dynamic")[number % 2]
         victim = psutil.Process(worker_pids()[number // 2 % 2])
         timer = threading.Timer(rng.uniform(0.001, 0.02), victim.kill)
         timer.start()
@@ -461,7 +468,7 @@ def random_kills(stop, log, chance, killed):
 
 
 @pytest.mark.fault(12)
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 def test_many_kills_do_not_show_in_results(balance, tmp_path):
     log = tmp_path / "log"
 
@@ -539,7 +546,7 @@ def test_a_single_item_that_kills_is_named_in_every_verb(verb, balance, tmp_path
 
 
 @pytest.mark.fault(13)
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 def test_items_that_kill_are_filled_and_the_rest_is_kept(balance):
     def func(chunk):
         if not {5, 17}.isdisjoint(chunk.tolist()):
@@ -565,7 +572,7 @@ def test_items_that_kill_are_filled_and_the_rest_is_kept(balance):
 
 
 @pytest.mark.fault(13)
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 def test_items_that_kill_are_collected_by_items_and_lists(balance):
     def func(x):
         if x == 7:
@@ -587,7 +594,7 @@ def test_items_that_kill_are_collected_by_items_and_lists(balance):
 
 
 @pytest.mark.fault(13)
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 @pytest.mark.parametrize(
     "call",
     [
@@ -628,7 +635,7 @@ def test_chunks_that_kill_are_collected_whole():
 
 
 @pytest.mark.fault(14)
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 def test_a_range_that_hangs_is_killed_and_named(balance, tmp_path):
     log = tmp_path / "log"
 
@@ -650,7 +657,7 @@ def test_a_range_that_hangs_is_killed_and_named(balance, tmp_path):
 
 
 @pytest.mark.fault(14)
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 def test_the_others_go_on_when_a_range_hangs(balance):
     def func(x):
         if x in {5, 21}:

@@ -29,16 +29,11 @@ from taskcarrier.memory import (
 )
 from taskcarrier.workers.choose import count_cores
 from tests.faults.helpers import (
-    BALANCES,
     OF_BALANCE,
     output_of,
     unshared,
 )
-from tests.strategies import (
-    keep_pools_warm,
-    run_script,
-    start_script,
-)
+from tests.strategies import each_balance, keep_pools_warm, run_script, start_script
 
 pools = keep_pools_warm(2)
 
@@ -439,7 +434,7 @@ class TestTruncatedFiles:
         with pytest.raises(ValueError, match="was cut off"):
             map_array(lambda chunk: chunk + mapped.sum(), np.ones(3), backend="loky", n_jobs=2)
 
-    @pytest.mark.parametrize("balance", BALANCES)
+    @each_balance
     def test_a_file_truncated_while_processes_read_it_is_an_error(self, balance, path):
         mapped = np.load(path, mmap_mode="r")
 
@@ -454,7 +449,7 @@ class TestTruncatedFiles:
 
 
 @pytest.mark.fault(24)
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 def test_a_temporary_folder_with_spaces_shows_no_files(balance, tmp_path):
     folder = tmp_path / "a folder with spaces, ünd mehr"
     folder.mkdir()

@@ -25,10 +25,11 @@ from taskcarrier import (
     reduce_array,
 )
 from tests.faults.functions import note, noted
-from tests.faults.helpers import BALANCES, OF_BALANCE
+from tests.faults.helpers import OF_BALANCE
 from tests.strategies import (
     EVERYWHERE,
     assert_same,
+    each_balance,
     each_of,
     each_ordered_run,
     each_parallel_run,
@@ -124,7 +125,7 @@ def test_the_second_of_two_simultaneous_errors_is_in_the_notes(backend, balance,
 
 
 @pytest.mark.fault(2)
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 def test_workers_stop_at_their_next_range_after_an_error(balance, tmp_path):
     log = tmp_path / "log"
 
@@ -201,7 +202,7 @@ def test_exits_and_interrupts_of_the_task_arrive_as_themselves(case):
 
 
 @pytest.mark.fault(9)
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 def test_a_function_that_cannot_be_pickled_fails_before_anything_runs(balance, tmp_path):
     lock = threading.Lock()
 
@@ -220,7 +221,7 @@ def test_a_function_that_cannot_be_pickled_fails_before_anything_runs(balance, t
     assert psutil.Process().children(recursive=True) == before
 
 
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 def test_a_failed_call_keeps_no_shared_memory_in_the_workers(balance):
     def func(chunk):
         if chunk[0] < 0:
@@ -246,7 +247,7 @@ def test_a_failed_call_keeps_no_shared_memory_in_the_workers(balance):
     assert mapped() - before < 8_000
 
 
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 def test_a_failed_call_leaves_nothing_to_the_garbage_collector(balance):
     def failing(chunk):
         raise LookupError
@@ -481,7 +482,7 @@ def heard(call, *filters):
 
 
 @pytest.mark.fault(10)
-@pytest.mark.parametrize("balance", BALANCES)
+@each_balance
 def test_warnings_of_processes_reach_the_caller_once(balance):
     X, run = np.arange(40), {"n_jobs": 2, "backend": "loky"}
     in_one_call = heard(lambda: warning(1))

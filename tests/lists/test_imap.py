@@ -13,7 +13,7 @@ import warnings
 import joblib
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from joblib import parallel_config, register_parallel_backend
 from joblib.parallel import ThreadingBackend
@@ -34,7 +34,7 @@ from taskcarrier.workers import threads
 from taskcarrier.workers.processes import stream_run
 from taskcarrier.workers.processes.messages import MessageSocket
 from tests.clocks import LATE, stopped_clock
-from tests.strategies import keep_pools_warm, run_script
+from tests.strategies import examples, keep_pools_warm, run_script
 
 MAKERS = {
     "serial": lambda **options: SerialMapper(n_jobs=2, **options),
@@ -77,7 +77,7 @@ def quick_input(monkeypatch):
     monkeypatch.setattr(imap, "_BATCH_NS", LONG * 10**9)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     st.lists(st.none() | st.integers() | st.text() | st.binary(), max_size=40),
     st.none() | st.integers(1, 50),
@@ -90,7 +90,7 @@ def test_imap_equals_the_builtin_map(items, chunksize, buffersize):
         assert list(results) == [[item] for item in items]
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.lists(st.integers(), max_size=40), st.none() | st.integers(1, 50))
 def test_unordered_results_are_the_same_in_any_order(items, chunksize):
     for make in MAKERS.values():

@@ -9,12 +9,12 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import taskcarrier
 from taskcarrier import DynamicParallelMapper, SerialMapper, StaticParallelMapper
-from tests.strategies import keep_pools_warm, run_script, same_bits
+from tests.strategies import examples, keep_pools_warm, run_script, same_bits
 
 MAKERS = {
     "serial": lambda **options: SerialMapper(n_jobs=2, **options),
@@ -46,7 +46,7 @@ ITEMS = (
 )
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.lists(ITEMS | st.tuples(ITEMS), max_size=30), st.none() | st.integers(1, 40))
 def test_map_equals_the_builtin_map(items, chunksize):
     for make in MAKERS.values():
@@ -54,7 +54,7 @@ def test_map_equals_the_builtin_map(items, chunksize):
         assert mapper(lambda item: [item], items) == [[item] for item in items]
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(
     st.lists(st.integers(), max_size=12),
     st.lists(st.text(max_size=3), max_size=12),

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from taskcarrier import last_report, map_array, map_chunks, map_items, reduce_array, share
 from taskcarrier.arrays.inputs.halos import Halo, positions_inside
-from tests.strategies import EVERYWHERE, assert_same, contract, keep_pools_warm, same_bits
+from tests.strategies import EVERYWHERE, assert_same, contract, examples, keep_pools_warm, same_bits
 
 # `numpy.pad` has the same rules under other names.
 PADS = {
@@ -206,7 +206,7 @@ class TestEveryCut:
                 )
                 assert_same(result, expected)
 
-    @settings(max_examples=60)
+    @examples(60)
     @given(st.data())
     def test_any_depth_boundary_axis_and_chunksize_is_right(self, data):
         n_items = data.draw(st.integers(1, 20))

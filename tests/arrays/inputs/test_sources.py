@@ -4,7 +4,7 @@ import contextlib
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import sliding_window_view
 
@@ -39,7 +39,7 @@ from tests.layouts import (
     facts_of_slices,
     unaligned,
 )
-from tests.strategies import axes_of, filled, keep_pools_warm, run_script, samples
+from tests.strategies import axes_of, examples, filled, keep_pools_warm, run_script, samples
 
 LAYOUTS = {**KEPT, **GATHERED}
 CHUNKSIZES = [1, 2, 3, 1000]
@@ -369,7 +369,7 @@ class TestWorkers:
         for chunksize in (1000, 1001, 99_999):
             self.assert_seen(array, 0, chunksize)
 
-    @settings(max_examples=60)
+    @examples(60)
     @given(samples(), st.data(), st.none() | st.integers(1, 25))
     def test_workers_see_any_array_alike(self, sample, data, chunksize):
         with sample.array() as array:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from taskcarrier import DynamicParallelMapper, last_report, load, map_array, map_items
@@ -18,6 +18,7 @@ from tests.strategies import (
     assert_same,
     axes_of,
     chunksizes,
+    examples,
     keep_pools_warm,
     same_bits,
     samples,
@@ -122,7 +123,7 @@ class TestItems:
         assert_same(second, R[:, 1].copy())
         assert np.allclose(first, X[:300] * R[:, 1] + R.sum(axis=1))
 
-    @settings(max_examples=25)
+    @examples(25)
     @given(st.data())
     def test_arrays_of_any_layout_and_place_are_mapped(self, data):
         sample = data.draw(samples([np.dtype(d) for d in ("f8", "f4", "i2", "u8", "?", "c16")]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from taskcarrier import empty, last_report, load, map_array, map_items, share
@@ -23,6 +23,7 @@ from tests.strategies import (
     EVERYWHERE,
     ONE_OF_EACH,
     assert_same,
+    examples,
     keep_pools_warm,
     run_script,
     same_bits,
@@ -101,7 +102,7 @@ def test_out_axis_may_differ_from_the_mapped_axis(run, X):
     assert np.array_equal(out, X.T)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(samples(dtypes=[np.dtype("f8"), np.dtype(">i4")]), st.data())
 def test_any_writable_array_can_be_the_output(sample, data):
     with sample.array() as array:
@@ -467,7 +468,7 @@ class TestNeighbouringMemory:
 
 
 @given(st.data())
-@settings(max_examples=200)
+@examples(200)
 def test_overlap_equals_what_numpy_says(data):
     memory = np.zeros(100, np.uint8)
 
