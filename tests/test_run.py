@@ -495,7 +495,7 @@ class TestDeaths:
         assert (outcome.failures, outcome.deaths, outcome.missing) == ([], [], [])
         parts = delivered.pop(4)
         assert isinstance(parts, PartialResult)
-        ((start, stop, error),) = parts.faults
+        ((start, stop, error),) = parts.failures
         assert (start, stop, error.exitcode) == (4, 5, 7)
         expected = {**ALL, 5: (5, 6)}
         del expected[4]

@@ -27,7 +27,7 @@ from taskcarrier.memory.views import copy_or_make_read_only, iterate_arrays
 from taskcarrier.notes import READ_ONLY_ADVICE, add_note, is_read_only_error
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.call import Call
-from taskcarrier.workers.records import Fault, PartialResult, Where
+from taskcarrier.workers.records import DeliveredFailure, PartialResult, Where
 from taskcarrier.workers.task import IN_PLACE, RunRange, WorkerContext
 
 # After this many bytes of chunks a worker drops the pages of files it has mapped; arbitrary.
@@ -120,7 +120,7 @@ class _RangeRunner(ABC):
         """Run a range and collect the errors of its items."""
         parts = PartialResult([], [])
         self._collect(start, stop, parts)
-        return parts if parts.results or parts.faults else IN_PLACE
+        return parts if parts.results or parts.failures else IN_PLACE
 
     @abstractmethod
     def _compute(self, start: int, stop: int) -> Any:
@@ -188,7 +188,7 @@ class _ChunkRunner(_RangeRunner):
             if is_raised_by_handler(error):
                 raise
             if not can_split:
-                parts.faults.append((start, stop, error))
+                parts.failures.append(DeliveredFailure(start, stop, error))
         else:
             parts.results += self._put_in_place(start, stop, result)
             return
@@ -239,7 +239,7 @@ class _ItemRunner(_RangeRunner):
         calls = self._iterate_values(self._iterate_items(start, stop))
         while start < stop:
             values: list[Any] = []
-            fault: list[Fault] = []
+            failures: list[DeliveredFailure] = []
             try:
                 # After an error the values so far stay; their number gives the failed item.
                 values.extend(calls)
@@ -249,12 +249,12 @@ class _ItemRunner(_RangeRunner):
                     raise
                 self._explain(error)
                 failed = start + len(values)
-                fault.append((failed, failed + 1, error))
+                failures.append(DeliveredFailure(failed, failed + 1, error))
             if values:
                 end = start + len(values)
                 parts.results += self._put_in_place(start, end, self._stack(values, start))
-            parts.faults += fault
-            start += len(values) + len(fault)
+            parts.failures += failures
+            start += len(values) + len(failures)
 
     def _stack(self, values: list[Any], start: int) -> Any:
         return stack_values(

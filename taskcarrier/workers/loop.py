@@ -17,7 +17,7 @@ from typing import Any
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.ledger import DONE, SENT, Ledger
 from taskcarrier.scheduling.retries import Attempt, RetryPolicy
-from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats
+from taskcarrier.workers.records import DeliveredFailure, PartialResult, RangeFailure, WorkerStats
 from taskcarrier.workers.task import (
     IN_PLACE,
     CompiledTask,
@@ -213,7 +213,7 @@ def run_with_timeout(
         add_note(error, "only processes can be stopped within a range: it was run to its end")
     if not job.collect_errors:
         raise error
-    return PartialResult([], [(attempt.start, attempt.stop, error)])
+    return PartialResult([], [DeliveredFailure(attempt.start, attempt.stop, error)])
 
 
 def make_timeout_error(retry_policy: RetryPolicy, seconds: float | None = None) -> TimeoutError:

@@ -59,10 +59,10 @@ class BatchResult(NamedTuple):
 
 
 def to_batch_result(result: BatchResult | PartialResult) -> BatchResult:
-    """Return a result as a `BatchResult`; a range that took too long gives only a fault."""
+    """Return a result as a `BatchResult`; a range that took too long gives only a failure."""
     if isinstance(result, BatchResult):
         return result
-    start, stop, _ = result.faults[0]
+    start, stop, _ = result.failures[0]
     return BatchResult(start, stop, result)
 
 

@@ -326,7 +326,7 @@ class TestTimeout:
         assert [start for start, _ in delivered] == [0, 3, 6, 9]
         late = delivered[1][1]
         assert isinstance(late, PartialResult)
-        ((start, stop, error),) = late.faults
+        ((start, stop, error),) = late.failures
         assert (late.results, start, stop) == ([], 3, 6)
         assert isinstance(error, TimeoutError)
         assert list(ledger.marks) == [SENT] * 4

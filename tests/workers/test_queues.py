@@ -168,7 +168,7 @@ class TestThreadQueue:
             (came,) = all_of(queue, 1).values()
             queue.close()
         assert came[:2] == (3, 4)
-        ((start, stop, error),) = came.result.faults
+        ((start, stop, error),) = came.result.failures
         assert (start, stop, type(error)) == (3, 4, TimeoutError)
 
 

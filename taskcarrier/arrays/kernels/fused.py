@@ -19,7 +19,7 @@ from taskcarrier.memory.views import copy_or_make_read_only
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.ledger import Ledger
 from taskcarrier.system.interrupts import is_raised_by_handler
-from taskcarrier.workers.records import PartialResult
+from taskcarrier.workers.records import DeliveredFailure, PartialResult
 from taskcarrier.workers.task import (
     IN_PLACE,
     CompiledTask,
@@ -128,13 +128,13 @@ class FusedRunner:
                 if not self._task.collect_errors:
                     add_note(error, f"func failed on item {item}")
                     raise
-                partial.faults.append((item, item + 1, error))
+                partial.failures.append(DeliveredFailure(item, item + 1, error))
                 start = begin if begin < end and begin // chunksize == index else index * chunksize
                 begin, end = item + 1, job.grid.range_of(index)[1]
                 ledger.count(worker, begin - start, finished=begin == end)
                 next_own = max(next_own, index + 1)
-        if partial.faults:
-            deliver(partial.faults[0][0], partial)
+        if partial.failures:
+            deliver(partial.failures[0].start, partial)
 
     def run(self, start: int, stop: int) -> Any:
         """Run one range, with private copies if the kernel needs them."""
@@ -162,9 +162,9 @@ class FusedRunner:
                 if not self._task.collect_errors or is_raised_by_handler(error):
                     add_note(error, f"func failed on item {item}")
                     raise
-                partial.faults.append((item, item + 1, error))
+                partial.failures.append(DeliveredFailure(item, item + 1, error))
                 begin = item + 1
-        return partial if partial.faults else IN_PLACE
+        return partial if partial.failures else IN_PLACE
 
     @cached_property
     def _own_ledger(self) -> Ledger:

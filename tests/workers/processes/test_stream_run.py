@@ -224,8 +224,8 @@ def test_the_item_that_kills_is_found_in_a_batch(pool):
     queue.put(8, range(8, 12))
     came = results(queue, 12)
     deaths = queue.close().deaths
-    (fault,) = [result for _, _, result in came if not isinstance(result, list)]
-    ((start, stop, error),) = fault.faults
+    (failure,) = [result for _, _, result in came if not isinstance(result, list)]
+    ((start, stop, error),) = failure.failures
     assert (start, stop, error.exitcode) == (5, 6, 5)
     right = [item for _, _, result in came if isinstance(result, list) for item in result]
     assert sorted(right) == [n for n in range(12) if n != 5]
@@ -240,7 +240,7 @@ def test_batches_that_were_not_begun_are_not_to_blame(pool):
     came = results(queue, 2)
     queue.close()
     assert came[1] == (1, 2, [1])
-    assert came[0][2].faults[0][2].in_hand == (0, 1)
+    assert came[0][2].failures[0][2].in_hand == (0, 1)
 
 
 def test_a_worker_that_dies_while_idle_is_replaced(pool):
@@ -279,7 +279,7 @@ def test_a_range_that_takes_too_long_is_an_error(pool):
     came = results(queue, 2)
     ran = queue.close()
     assert came[1] == (1, 2, [None])
-    assert isinstance(came[0][2].faults[0][2], TimeoutError)
+    assert isinstance(came[0][2].failures[0][2], TimeoutError)
     assert [death.was_late for death in ran.deaths] == [True]
 
 
@@ -304,7 +304,7 @@ def test_a_range_is_late_though_earlier_results_are_not_taken(pool, tmp_path):
     queue.ledger.set_start_time(0, time.monotonic_ns() - LONG * 10**9)
     came = results(queue, 2)
     assert came[0] == (0, 1, [None])
-    assert isinstance(came[1][2].faults[0][2], TimeoutError)
+    assert isinstance(came[1][2].failures[0][2], TimeoutError)
     assert [(death.range, death.was_late) for death in queue.close().deaths] == [((1, 2), True)]
     assert log.read_text().split() == ["short", "long"]
 

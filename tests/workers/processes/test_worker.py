@@ -454,7 +454,7 @@ class TestFailures:
     def test_failures_are_collected(self, warm):
         _, delivered, failures = run(warm, parts_at_four, collect_errors=True)
         assert failures == []
-        ((start, stop, error),) = delivered.pop(4).faults
+        ((start, stop, error),) = delivered.pop(4).failures
         assert (start, stop, repr(error)) == (4, 6, "ValueError('no')")
         assert set(delivered.values()) == {"good"}
 
