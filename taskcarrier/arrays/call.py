@@ -13,6 +13,7 @@ from taskcarrier.arrays.inputs.halos import Halo, check_halo
 from taskcarrier.arrays.inputs.sources import local_sources, sources_for_processes
 from taskcarrier.arrays.kernels.prepare import RowOutput, prepare_call
 from taskcarrier.arrays.outputs.buffers import OutputBuffer
+from taskcarrier.arrays.outputs.stacking import ObjectRule
 from taskcarrier.arrays.resume.computation import Computation
 from taskcarrier.arrays.resume.ledger_file import LedgerFile
 from taskcarrier.arrays.task import ArrayTask
@@ -226,7 +227,7 @@ class ArrayCall:
             halo=self.halo,
             buffer=buffer,
             collect_errors=self.collect_errors,
-            can_give_objects=self._can_give_objects(buffer),
+            objects=self._find_object_rule(buffer),
             in_processes=staging is not None,
             passes_index=self.streams is not None,
             chunksize=self.grid.chunksize,
@@ -241,10 +242,11 @@ class ArrayCall:
             and (self.by_item or self.streams is None),
         )
 
-    def _can_give_objects(self, buffer: OutputBuffer | None) -> bool:
-        """Return whether items may give any object: if an input or an output has such a dtype."""
-        takes_objects = any(dtype.hasobject for dtype in self.inputs.dtypes)
-        return takes_objects or (buffer is not None and buffer.asks_for_objects)
+    def _find_object_rule(self, buffer: OutputBuffer | None) -> ObjectRule:
+        """Return what becomes of objects that items give, by the dtypes of outputs and inputs."""
+        if buffer is not None and buffer.asks_for_objects:
+            return "keep"
+        return "allow" if any(dtype.hasobject for dtype in self.inputs.dtypes) else "refuse"
 
     def collect_failures(self, delivered: list[PartialResult]) -> list[DeliveredFailure]:
         """Return the failures in what was delivered, in ascending order, with notes."""

@@ -20,7 +20,7 @@ from taskcarrier.arrays.inputs.halos import Halo
 from taskcarrier.arrays.inputs.sources import Source
 from taskcarrier.arrays.outputs.buffers import OutputBuffer
 from taskcarrier.arrays.outputs.ownership import own_memory, own_objects
-from taskcarrier.arrays.outputs.stacking import stack_values
+from taskcarrier.arrays.outputs.stacking import ObjectRule, stack_values
 from taskcarrier.arrays.outputs.writer import OutputWriter
 from taskcarrier.memory.segments import trim_files
 from taskcarrier.memory.views import copy_or_make_read_only, iterate_arrays
@@ -58,8 +58,8 @@ class ArrayTask:
         Where results go; None if they are for the caller, which those of items never are.
     collect_errors : bool
         Whether errors are collected; else the first error ends the run.
-    can_give_objects : bool
-        Whether items may give any Python object.
+    objects : str
+        What becomes of Python objects that items give (`ObjectRule`).
     in_processes : bool
         Whether workers are processes, which drop the pages of files that they have read.
     passes_index : bool
@@ -77,7 +77,7 @@ class ArrayTask:
     halo: Halo | None
     buffer: OutputBuffer | None
     collect_errors: bool
-    can_give_objects: bool
+    objects: ObjectRule
     in_processes: bool
     passes_index: bool = False
     chunksize: int = 1
@@ -261,8 +261,7 @@ class _ItemRunner(_RangeRunner):
             values,
             start,
             self._buffer.out_axis,
-            can_give_objects=self._task.can_give_objects,
-            as_objects=self._buffer.asks_for_objects,
+            objects=self._task.objects,
         )
 
 

@@ -479,7 +479,7 @@ class TestEnd:
     def test_a_forgotten_pool_closes_nothing(self):
         pool = started(ThreadPool(3))
         workers = list(pool._workers.values())
-        pool.forget()
+        pool.drop_after_fork()
         pool.close()
         assert all(worker.thread.is_alive() for worker in workers)
         for worker in workers:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from taskcarrier.workers.task import (
     RunRange,
     WorkerContext,
 )
+
+if TYPE_CHECKING:
+    from taskcarrier.arrays.kernels.signatures import WritableArgs  # loads numba
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,10 +51,8 @@ class FusedTask:
         The further arguments of the kernel.
     n_items : int
         The number of items along the mapped axis.
-    takes_copies : bool
-        Whether the kernel gets private, writable copies of its items.
-    copies_args : bool
-        Whether every worker gets such copies of arrays among the further arguments.
+    writable_args : WritableArgs
+        Of which arguments a worker gets private, writable copies.
     collect_errors : bool
         Whether errors are collected; otherwise the first one ends the run.
     """
@@ -62,8 +63,7 @@ class FusedTask:
     outs: list[np.ndarray]
     extras: tuple[Any, ...]
     n_items: int
-    takes_copies: bool
-    copies_args: bool
+    writable_args: WritableArgs
     collect_errors: bool
     _ledgers: list[Ledger] = field(default_factory=list)
 
@@ -102,7 +102,7 @@ class FusedRunner:
         self._task = task
         # Arrays that are passed by address must live as long as the runner.
         self._extras = [
-            copy_or_make_read_only(value, own=task.copies_args) for value in task.extras
+            copy_or_make_read_only(value, own=task.writable_args.args) for value in task.extras
         ]
         self._extra_arguments: list[Any] = []
         for value in self._extras:
@@ -141,7 +141,7 @@ class FusedRunner:
         ledger = self._own_ledger
         partial = PartialResult([], [])
         arrays = self._task.array_arguments
-        if self._task.takes_copies:
+        if self._task.writable_args.items:
             copies = [
                 _copy_items(move_items_first(array, axis)[start:stop])
                 for array, axis in zip(self._task.arrays, self._task.axes, strict=True)

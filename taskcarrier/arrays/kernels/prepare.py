@@ -279,8 +279,7 @@ def fuse_loop(
         outs=outs,
         extras=extras.all,
         n_items=inputs.n_items,
-        takes_copies=result.writable_args.items,
-        copies_args=result.writable_args.args,
+        writable_args=result.writable_args,
         collect_errors=collect_errors,
     )
     return FusedLoop(

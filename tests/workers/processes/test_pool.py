@@ -469,7 +469,7 @@ class TestEnd:
             os.dup(pool._workers[0].channel.fileno()),
             os.dup(pool._workers[0]._lifeline),
         )
-        pool.forget()
+        pool.drop_after_fork()
         time.sleep(0.2)
         assert running(pid)
         os.close(channel)
