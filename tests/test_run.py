@@ -781,5 +781,5 @@ def test_worker_stats_become_worker_reports():
     assert isinstance(stats, WorkerStats)
     (worker,) = kept[0].workers
     assert isinstance(kept[0], Report)
-    assert (worker.name, worker.ranges, worker.items) == ("caller", stats.ranges, stats.items)
+    assert (worker.name, worker.ranges, worker.items) == ("caller", stats.n_ranges, stats.n_items)
     assert worker.busy == stats.busy_ns / 1e9

@@ -135,7 +135,7 @@ class ArrayCall:
             "rng": self.streams,
             **options,
         }
-        computation = Computation.of(self.call, self.inputs, self.grid, self.halo, details)
+        computation = Computation.from_call(self.call, self.inputs, self.grid, self.halo, details)
         return LedgerFile(path, len(self.grid), computation)
 
     def run_collect(self) -> tuple[dict[int, Any], list[DeliveredFailure]]:

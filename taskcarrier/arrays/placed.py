@@ -241,12 +241,12 @@ def check_agreement(outcome: RunOutcome, call: ArrayCall, *, promote_dtypes: boo
     for failure in outcome.failures:
         if isinstance(failure.error, DisagreementError):
             if not reference.agrees(failure.error.spec, promote_dtypes=promote_dtypes):
-                failures.setdefault(failure.place // chunksize, failure)
+                failures.setdefault(failure.start // chunksize, failure)
         else:
             others.append(failure)
     for failure in failures.values():
         failure.error = _make_disagreement_error(failure, reference_start, reference, call)
-    outcome.failures = sorted([*failures.values(), *others], key=lambda failure: failure.place)
+    outcome.failures = sorted([*failures.values(), *others], key=lambda failure: failure.start)
     return first_proposal
 
 

@@ -161,8 +161,8 @@ def _make_report(
         executor,
         result,
         chunksize=chunksize,
-        ranges=sum(stats.ranges for stats in result.worker_stats),
-        items=sum(stats.items for stats in result.worker_stats),
+        ranges=sum(stats.n_ranges for stats in result.worker_stats),
+        items=sum(stats.n_items for stats in result.worker_stats),
         notes=[*executor.notes, *describe_deaths(result)],
         started_ns=started_ns,
     )

@@ -198,8 +198,8 @@ class ThreadQueue:
             self._drop_stuck_workers()
         # What the missing threads have finished counts.
         for number in set(range(self._n_started)) - set(worker_stats):
-            ranges, items = self.ledger.n_attempts_done(number), self.ledger.n_items_of(number)
-            worker_stats[number] = WorkerStats(number, ranges=ranges, items=items)
+            n_ranges, n_items = self.ledger.n_attempts_done(number), self.ledger.n_items_of(number)
+            worker_stats[number] = WorkerStats(number, n_ranges=n_ranges, n_items=n_items)
         for number, stats in worker_stats.items():
             stats.name = f"thread {number}"
         return RunResult.read(

@@ -35,8 +35,8 @@ class RangeFailure:
     attempt: int = 1
 
     @property
-    def place(self) -> int:
-        """The position among other failures: the first item, or -1 for a worker as a whole."""
+    def start(self) -> int:
+        """The first item of the range, or -1 for a worker as a whole."""
         return -1 if self.range is None else self.range[0]
 
 
@@ -65,12 +65,12 @@ class WorkerStats:
 
     worker: int
     name: str = ""
-    ranges: int = 0
-    items: int = 0
+    n_ranges: int = 0
+    n_items: int = 0
     busy_ns: int = 0
     facts: Any = None
     failure: RangeFailure | None = None
-    at: tuple[int, int] | None = None
+    last_range: tuple[int, int] | None = None
     attempt: int = 1
     warnings: list[WorkerWarning] = field(default_factory=list)
 
@@ -112,7 +112,7 @@ class WorkerDeath:
         """Return the death of a worker with `held` in hand; it was late if that is `overdue`."""
         if held is None:
             return cls(worker, name, exitcode, None)
-        return cls(worker, name, exitcode, held[:2], held.attempt, overdue == held[:2])
+        return cls(worker, name, exitcode, held[:2], held.number, overdue == held[:2])
 
 
 @dataclass

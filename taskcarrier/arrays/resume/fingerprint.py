@@ -136,21 +136,21 @@ class Fingerprint:
         self._kept: list[object] = []
         self._n_met = 0
 
-    def of(self, value: Any, name: str) -> str:
+    def digest(self, value: Any, name: str) -> str:
         """Return the digest of a value in hexadecimal; `name` stands for the value in messages."""
         return self._walk(value, name).hex()
 
-    def of_function(self, value: Any, name: str) -> dict[str, str]:
+    def digest_function(self, value: Any, name: str) -> dict[str, str]:
         """Return the digests of the parts of a function, by name; of other values, one digest."""
         self._is_at_function = True
         try:
             if type(value) is not FunctionType or is_installed(get_function_module(value)):
-                return {name: self.of(value, name)}
+                return {name: self.digest(value, name)}
             digests = {name: self._walk(value.__code__, name).hex()}
             for label, part in get_function_parts(value).items():
                 # Digest each part separately: a part that differs must not change the others.
                 self._n_met, self._numbers = 1, {id(value): 0}
-                digests[_name_member(name, label)] = self.of(part, _name_member(name, label))
+                digests[_name_member(name, label)] = self.digest(part, _name_member(name, label))
             return digests
         finally:
             self._is_at_function = False

@@ -395,7 +395,7 @@ def _pickle_stats(stats: WorkerStats) -> bytes:
     packed_failure = (
         None if failure is None else (failure.range, pickle_error(failure.error), failure.attempt)
     )
-    numbers = (stats.worker, stats.ranges, stats.items, stats.busy_ns)
+    numbers = (stats.worker, stats.n_ranges, stats.n_items, stats.busy_ns)
     packed_warnings = list(map(_pickle_warning, stats.warnings))
     return pickle.dumps((numbers, stats.facts, packed_failure, packed_warnings), protocol=5)
 
@@ -411,11 +411,12 @@ def _pickle_warning(warning: WorkerWarning) -> bytes:
 
 def unpickle_stats(packed: bytes) -> WorkerStats:
     """Return, in the parent, the stats that a worker has sent; the name is left to the caller."""
-    (worker, ranges, items, busy_ns), facts, packed_failure, packed_warnings = pickle.loads(packed)
+    numbers, facts, packed_failure, packed_warnings = pickle.loads(packed)
     failure = None
     if packed_failure is not None:
         failed_range, packed_error, attempt = packed_failure
         failure = RangeFailure(failed_range, unpickle_error(packed_error), attempt=attempt)
-    stats = WorkerStats(worker, "", ranges, items, busy_ns, facts, failure)
+    worker, n_ranges, n_items, busy_ns = numbers
+    stats = WorkerStats(worker, "", n_ranges, n_items, busy_ns, facts, failure)
     stats.warnings = list(map(unpickle_items, packed_warnings))
     return stats

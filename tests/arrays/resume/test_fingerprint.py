@@ -31,12 +31,12 @@ from tests.strategies import ROOT
 
 
 def digest(value):
-    return Fingerprint().of(value, "value")
+    return Fingerprint().digest(value, "value")
 
 
 def not_looked_into(value):
     found = Fingerprint()
-    found.of(value, "value")
+    found.digest(value, "value")
     return list(found.not_looked_into)
 
 
@@ -350,7 +350,7 @@ class TestFunctions:
             for n, m in ((1, 1), (2, 1), (1, 2))
         ]
         first, other_g, other_m = (
-            Fingerprint().of_function(defined(source, **names), "func") for names in globals_
+            Fingerprint().digest_function(defined(source, **names), "func") for names in globals_
         )
         assert set(first) == {
             "func",
@@ -363,7 +363,7 @@ class TestFunctions:
 
     def test_a_callable_that_is_no_function_is_one_part(self):
         value = functools.partial(len)
-        assert Fingerprint().of_function(value, "func") == {"func": digest(value)}
+        assert Fingerprint().digest_function(value, "func") == {"func": digest(value)}
 
     def test_an_enclosed_name_may_be_unbound(self):
         def outer():
@@ -1033,7 +1033,7 @@ class TestGlobals:
         if kind in OF_LIBRARIES:
             pytest.importorskip(OF_LIBRARIES[kind], reason="its objects are what this is about")
         found = Fingerprint()
-        one = found.of(program(kind, 1), "value")
+        one = found.digest(program(kind, 1), "value")
         assert not found.not_looked_into
         assert one == digest(program(kind, 1))
         assert one != digest(program(kind, 2))
@@ -1068,7 +1068,7 @@ class TestGlobals:
             before = digest(f)
             assert f(0) == number
             assert digest(f) == before
-            digests.add(Fingerprint().of_function(f, "f")[f"f: import {name}.rate"])
+            digests.add(Fingerprint().digest_function(f, "f")[f"f: import {name}.rate"])
         assert len(digests) == 2
 
     def test_an_installed_module_need_not_be_imported(self, monkeypatch):
@@ -1102,8 +1102,8 @@ class TestGlobals:
 
     def test_functions_of_installed_packages_are_not_followed(self):
         found = Fingerprint()
-        found.of(np.median, "value")
-        found.of(np.vectorize(len), "value")
+        found.digest(np.median, "value")
+        found.digest(np.vectorize(len), "value")
         assert not found.not_looked_into
 
     def test_proxies_are_named(self):
@@ -1287,13 +1287,14 @@ values = {
 }
 for name, value in values.items():
     found = Fingerprint()
-    print(name, found.of(value, name), found.not_looked_into)
+    print(name, found.digest(value, name), found.not_looked_into)
 """
 
 KERNEL = """
 import numba
 from taskcarrier.arrays.resume.fingerprint import Fingerprint
-print(Fingerprint().of(numba.njit(fastmath={"nnan", "nsz", "arcp", "contract"})(abs_), "kernel"))
+kernel = numba.njit(fastmath={"nnan", "nsz", "arcp", "contract"})(abs_)
+print(Fingerprint().digest(kernel, "kernel"))
 """
 
 

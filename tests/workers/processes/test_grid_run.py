@@ -396,7 +396,7 @@ class TestDeathAtAnyStep:
         for pool, ran in at_every_step([], balance=balance, **WAYS[way]):
             (last,) = [one for one in ran.worker_stats if one.name == pool.processes[-1].name]
             assert last.failure is None
-            done = sum(stats.items for stats in ran.worker_stats)
+            done = sum(stats.n_items for stats in ran.worker_stats)
             n_lost = sum(stop - start for start, stop in itertools.chain(*pool.lost))
             # A range that was finished and lost counts for both workers that finished it.
             assert 8 - 2 * len(ran.deaths) <= done <= 8 + n_lost
@@ -628,7 +628,7 @@ class TestIdleDeaths:
             assert not pool.run.is_running()
             ran = pool.run.make_result()
         assert ran.deaths == []
-        assert [stats.items for stats in ran.worker_stats] == [8]
+        assert [stats.n_items for stats in ran.worker_stats] == [8]
 
 
 def order_of(process):

@@ -111,7 +111,7 @@ def test_results_that_come_too_late_are_not_unpickled(warm, monkeypatch):
     while queue.ledger.n_items_done(2) == 0:  # then it has been sent
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert sum(stats.items for stats in queue.close().worker_stats) == 1
+    assert sum(stats.n_items for stats in queue.close().worker_stats) == 1
     assert read == []
 
 
@@ -124,7 +124,7 @@ def test_every_queued_batch_gives_its_result(warm):
     assert results(queue, 12) == [(n, n + 3, [2 * n, 2 * n + 2, 2 * n + 4]) for n in (0, 3, 6, 9)]
     assert queue.has_room
     ran = queue.close()
-    assert [stats.items for stats in ran.worker_stats] == [6, 6]
+    assert [stats.n_items for stats in ran.worker_stats] == [6, 6]
     assert not ran.is_halted
 
 
@@ -333,7 +333,7 @@ def test_workers_may_still_be_starting_when_all_is_done(pool, monkeypatch):
     while pool._workers[0].pid == dead:
         assert queue.get(0.1) == []
     ran = queue.close()  # another has taken its place
-    assert [(stats.worker, stats.items) for stats in ran.worker_stats] == [(0, 1), (0, 0)]
+    assert [(stats.worker, stats.n_items) for stats in ran.worker_stats] == [(0, 1), (0, 0)]
     assert pool._workers[0].is_alive
 
 

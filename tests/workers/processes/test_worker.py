@@ -90,7 +90,7 @@ class TestOrder:
     def test_attempts_arrive_with_their_numbers(self):
         ((attempt,), _, _) = module._unpack_order(pack_order([Attempt(3, 5, 2)], b"payload"))
         assert type(attempt) is Attempt
-        assert (attempt.start, attempt.stop, attempt.attempt) == (3, 5, 2)
+        assert (attempt.start, attempt.stop, attempt.number) == (3, 5, 2)
 
 
 class TestLedgerOver:
@@ -262,7 +262,8 @@ class TestWorkerStats:
         stats = WorkerStats(3, "", 4, 10, 99, facts=("some", 1))
         stats.warnings = [WorkerWarning(UserWarning("look"), UserWarning, "file.py", 7, "module")]
         arrived = self.packed(stats)
-        assert (arrived.worker, arrived.ranges, arrived.items, arrived.busy_ns) == (3, 4, 10, 99)
+        assert (arrived.worker, arrived.busy_ns) == (3, 99)
+        assert (arrived.n_ranges, arrived.n_items) == (4, 10)
         assert arrived.facts == ("some", 1)
         assert arrived.failure is None
         ((message, *where),) = arrived.warnings
@@ -508,7 +509,7 @@ class TestInside:
     def test_a_function_that_forks_continues_only_in_the_parent(self, warm):
         ran, delivered, failures = run(warm, fork_at_four)
         assert failures == []
-        assert sum(stats.items for stats in ran.worker_stats) == 20
+        assert sum(stats.n_items for stats in ran.worker_stats) == 20
         assert sorted(delivered) == list(range(0, 20, 2))
 
     def test_output_of_tasks_is_shown_at_once(self, capfd):
