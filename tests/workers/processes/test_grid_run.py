@@ -604,7 +604,7 @@ class TestIdleDeaths:
         runs = at_every_step([], balance=Static(), in_place=True)
         for n_steps, (pool, ran) in enumerate(runs):
             (dead,) = (one for one in ran.worker_stats if one.name == pool.processes[0].name)
-            if ran.deaths[0].range is None and dead.items == 2:
+            if ran.deaths[0].range is None and dead.n_items == 2:
                 return n_steps
         return pytest.fail("there is no such moment")
 

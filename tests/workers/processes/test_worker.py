@@ -386,7 +386,7 @@ class TestResults:
             job, pickle_task(job, Staging()), lambda start, _: delivered.append(start), tick
         )
         assert delivered == [0, 2, 4]
-        assert ran.worker_stats[0].items == 6
+        assert ran.worker_stats[0].n_items == 6
 
     def test_results_that_cannot_be_pickled_are_failures(self, warm):
         _, _, (failure, *_) = run(warm, lambda *_: (n for n in range(3)))
