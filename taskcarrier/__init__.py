@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from taskcarrier.arrays.shared import empty, share
     from taskcarrier.current import MapperInstance, current_mapper, use_mapper
     from taskcarrier.errors import FailedRange, TaskError, WorkerDiedError
-    from taskcarrier.estimators import fit_many, predict_array
+    from taskcarrier.estimators.verbs import fit_many, predict_array
     from taskcarrier.mappers import DynamicParallelMapper, SerialMapper, StaticParallelMapper
     from taskcarrier.memory.npy import load
     from taskcarrier.report import Report, last_report
@@ -62,13 +62,13 @@ _MODULES = {
     "WorkerDiedError": "errors",
     "current_mapper": "current",
     "empty": "arrays.shared",
-    "fit_many": "estimators",
+    "fit_many": "estimators.verbs",
     "last_report": "report",
     "load": "memory.npy",
     "map_array": "arrays.mapping",
     "map_chunks": "arrays.mapping",
     "map_items": "arrays.mapping",
-    "predict_array": "estimators",
+    "predict_array": "estimators.verbs",
     "reduce_array": "arrays.reducing",
     "share": "arrays.shared",
     "shutdown": "workers.pools",

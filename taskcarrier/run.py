@@ -243,7 +243,7 @@ def execute(
     settings.keep_report(report)
     progress.log_report(settings.verbosity, report)
     failures = _gather_failures(result)
-    n_done = sum(stats.items for stats in result.worker_stats)
+    n_done = sum(stats.n_items for stats in result.worker_stats)
     if n_done != grid.n_items and not failures and not result.deaths and resumed is None:
         raise _make_lost_error(f"only {n_done} of {grid.n_items} items were run")
     # A filter may turn a warning into an exception, which must not replace a real one.
@@ -267,7 +267,7 @@ def _gather_failures(result: RunResult) -> list[RangeFailure]:
         if stats.failure is not None:
             stats.failure.worker = stats.name
             failures.append(stats.failure)
-    return sorted(failures, key=lambda failure: failure.place)
+    return sorted(failures, key=lambda failure: failure.start)
 
 
 def show_worker_warnings(worker_stats: list[WorkerStats]) -> None:
@@ -416,8 +416,8 @@ def make_report(
     workers = tuple(
         WorkerReport(
             stats.name,
-            stats.ranges,
-            stats.items,
+            stats.n_ranges,
+            stats.n_items,
             stats.busy_ns / 1e9,
             max(0.0, wall - stats.busy_ns / 1e9),
         )

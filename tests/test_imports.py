@@ -21,8 +21,8 @@ LAYERS = [
     ["options", "progress", "workers"],
     ["run", "verbs"],
     ["arrays", "lists"],
-    ["fits", "mappers"],
-    ["current", "estimators"],
+    ["estimators", "mappers"],
+    ["current"],
     ["__init__"],
 ]
 

@@ -495,7 +495,7 @@ class TestDeaths:
         assert (outcome.failures, outcome.deaths, outcome.missing) == ([], [], [])
         parts = delivered.pop(4)
         assert isinstance(parts, PartialResult)
-        ((start, stop, error),) = parts.faults
+        ((start, stop, error),) = parts.failures
         assert (start, stop, error.exitcode) == (4, 5, 7)
         expected = {**ALL, 5: (5, 6)}
         del expected[4]
@@ -781,5 +781,5 @@ def test_worker_stats_become_worker_reports():
     assert isinstance(stats, WorkerStats)
     (worker,) = kept[0].workers
     assert isinstance(kept[0], Report)
-    assert (worker.name, worker.ranges, worker.items) == ("caller", stats.ranges, stats.items)
+    assert (worker.name, worker.ranges, worker.items) == ("caller", stats.n_ranges, stats.n_items)
     assert worker.busy == stats.busy_ns / 1e9

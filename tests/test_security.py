@@ -40,7 +40,7 @@ def test_no_code_unpickles_a_file():
     # What is unpickled from memory came over a worker's own socket, by the backend a user
     # has registered, or lies in nameless memory.
     assert {where for where, _, _ in calls("pickle.loads")} <= {
-        "fits.py",
+        "estimators/fits.py",
         "scheduling/counters.py",
         "workers/joblib_backends.py",
         "workers/pickled_errors.py",

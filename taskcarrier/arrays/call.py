@@ -13,6 +13,7 @@ from taskcarrier.arrays.inputs.halos import Halo, check_halo
 from taskcarrier.arrays.inputs.sources import local_sources, sources_for_processes
 from taskcarrier.arrays.kernels.prepare import RowOutput, prepare_call
 from taskcarrier.arrays.outputs.buffers import OutputBuffer
+from taskcarrier.arrays.outputs.stacking import ObjectRule
 from taskcarrier.arrays.resume.computation import Computation
 from taskcarrier.arrays.resume.ledger_file import LedgerFile
 from taskcarrier.arrays.task import ArrayTask
@@ -32,7 +33,7 @@ from taskcarrier.scheduling.retries import WithRetries
 from taskcarrier.workers.call import Call, check_extras
 from taskcarrier.workers.choose import check_for_arrays
 from taskcarrier.workers.executor import Executor
-from taskcarrier.workers.records import Fault, PartialResult
+from taskcarrier.workers.records import DeliveredFailure, PartialResult
 from taskcarrier.workers.task import Task
 
 # What to pass instead of an array that holds no numbers, by the kind of its dtype.
@@ -134,11 +135,11 @@ class ArrayCall:
             "rng": self.streams,
             **options,
         }
-        computation = Computation.of(self.call, self.inputs, self.grid, self.halo, details)
+        computation = Computation.from_call(self.call, self.inputs, self.grid, self.halo, details)
         return LedgerFile(path, len(self.grid), computation)
 
-    def run_collect(self) -> tuple[dict[int, Any], list[Fault]]:
-        """Run the call; return results by the start of their range, and the faults."""
+    def run_collect(self) -> tuple[dict[int, Any], list[DeliveredFailure]]:
+        """Run the call; return results by the start of their range, and the failures."""
         executor = self.decide()
         work = self.make_work(executor, None)
         outcome = execute(
@@ -160,8 +161,8 @@ class ArrayCall:
             for where, result in parts.results
             if isinstance(where, slice)
         }
-        faults = self.collect_faults(delivered)
-        done = results.keys() | {start for start, _, _ in faults}
+        failures = self.collect_failures(delivered)
+        done = results.keys() | {start for start, _, _ in failures}
         ranges = list(map(self.grid.range_of, range(len(self.grid))))
         missing = [bounds for bounds in ranges if bounds[0] not in done]
 
@@ -169,7 +170,7 @@ class ArrayCall:
             return [results.get(start) for start, _ in ranges]
 
         raise_if_missing(outcome, self.inputs.describe, missing, list_results)
-        return results, faults
+        return results, failures
 
     def explain_ufunc_errors(self, outcome: RunOutcome) -> None:
         """Add notes to errors of ufuncs that say which array holds no numbers."""
@@ -226,7 +227,7 @@ class ArrayCall:
             halo=self.halo,
             buffer=buffer,
             collect_errors=self.collect_errors,
-            can_give_objects=self._can_give_objects(buffer),
+            objects=self._find_object_rule(buffer),
             in_processes=staging is not None,
             passes_index=self.streams is not None,
             chunksize=self.grid.chunksize,
@@ -241,19 +242,20 @@ class ArrayCall:
             and (self.by_item or self.streams is None),
         )
 
-    def _can_give_objects(self, buffer: OutputBuffer | None) -> bool:
-        """Return whether items may give any object: if an input or an output has such a dtype."""
-        takes_objects = any(dtype.hasobject for dtype in self.inputs.dtypes)
-        return takes_objects or (buffer is not None and buffer.asks_for_objects)
+    def _find_object_rule(self, buffer: OutputBuffer | None) -> ObjectRule:
+        """Return what becomes of objects that items give, by the dtypes of outputs and inputs."""
+        if buffer is not None and buffer.asks_for_objects:
+            return "keep"
+        return "allow" if any(dtype.hasobject for dtype in self.inputs.dtypes) else "refuse"
 
-    def collect_faults(self, delivered: list[PartialResult]) -> list[Fault]:
-        """Return the faults in what was delivered, in ascending order, with notes."""
-        # Keyed by range: the fault of a range whose worker died may have come before that, and
+    def collect_failures(self, delivered: list[PartialResult]) -> list[DeliveredFailure]:
+        """Return the failures in what was delivered, in ascending order, with notes."""
+        # Keyed by range: the failure of a range whose worker died may have come before that, and
         # again from the worker that ran it next.
-        faults_by_range = {fault[:2]: fault for parts in delivered for fault in parts.faults}
+        failures_by_range = {failed[:2]: failed for parts in delivered for failed in parts.failures}
         for parts in delivered:  # else a cycle: errors refer to frames that refer to `delivered`
-            parts.faults.clear()
-        faults = [faults_by_range[bounds] for bounds in sorted(faults_by_range)]
-        for start, stop, error in faults:
+            parts.failures.clear()
+        failures = [failures_by_range[bounds] for bounds in sorted(failures_by_range)]
+        for start, stop, error in failures:
             add_note(error, f"while mapping {self.inputs.describe(start, stop)}")
-        return faults
+        return failures

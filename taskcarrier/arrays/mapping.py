@@ -28,7 +28,7 @@ from taskcarrier.options import (
 )
 from taskcarrier.run import Settings
 from taskcarrier.verbs import Verb
-from taskcarrier.workers.records import Fault, list_failed_ranges
+from taskcarrier.workers.records import DeliveredFailure, list_failed_ranges
 
 if TYPE_CHECKING:
     from datetime import date, timedelta
@@ -373,7 +373,7 @@ def prepare_collecting(
     return ArrayCall.from_options(settings, func, arrays, options, collect_errors=rule == "collect")
 
 
-def list_results(call: ArrayCall, results: dict[int, Any], faults: list[Fault]) -> Any:
+def list_results(call: ArrayCall, results: dict[int, Any], failures: list[DeliveredFailure]) -> Any:
     """Return what `map_chunks` returns: results in order, and failures if they are collected."""
     ordered = [results.get(call.grid.range_of(index)[0]) for index in range(len(call.grid))]
-    return (ordered, list_failed_ranges(faults)) if call.collect_errors else ordered
+    return (ordered, list_failed_ranges(failures)) if call.collect_errors else ordered

@@ -24,7 +24,7 @@ from taskcarrier.run import (
 )
 from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.introspect import is_jitted
-from taskcarrier.workers.records import Fault, RangeFailure, list_failed_ranges
+from taskcarrier.workers.records import DeliveredFailure, RangeFailure, list_failed_ranges
 
 
 @dataclass(eq=False)
@@ -81,7 +81,7 @@ class PlacedMap:
                 can_split=work.can_split,
                 resumed=marks,
             )
-            spec, arrays, faults = self._complete(buffer, fusion, outcome)
+            spec, arrays, failures = self._complete(buffer, fusion, outcome)
             result = None if spec is None else request.finish(buffer, spec, arrays)
             if ledger_file is not None and result is not None:
                 ledger_file.remove()
@@ -93,7 +93,7 @@ class PlacedMap:
             request.discard()
             if ledger_file is not None:
                 ledger_file.close()
-        return self._hand_out(result, faults)
+        return self._hand_out(result, failures)
 
     def _open_ledger_file(self) -> LedgerFile:
         """Open the ledger file beside the first output."""
@@ -156,8 +156,8 @@ class PlacedMap:
 
     def _complete(
         self, buffer: OutputBuffer, fusion: FusedLoop | None, outcome: RunOutcome
-    ) -> tuple[Spec | None, list[np.ndarray], list[Fault]]:
-        """Return spec and outputs of a run, if there are any, and the faults.
+    ) -> tuple[Spec | None, list[np.ndarray], list[DeliveredFailure]]:
+        """Return spec and outputs of a run, if there are any, and the failures.
 
         Raises what went wrong in the run.
         """
@@ -171,33 +171,35 @@ class PlacedMap:
         call.explain_ufunc_errors(outcome)
         raise_first_failure(outcome, describe)
         delivered = [parts for _, parts in outcome.delivered]
-        faults = call.collect_faults(delivered)
+        failures = call.collect_failures(delivered)
         deferred = [result for parts in delivered for result in parts.results]
         if fusion is not None:
-            deferred += fusion.cast_deferred(faults)
-            if sum(stop - start for start, stop, _ in faults) == call.inputs.n_items:
+            deferred += fusion.cast_deferred(failures)
+            if sum(stop - start for start, stop, _ in failures) == call.inputs.n_items:
                 spec = None  # every item failed: unknown, as it would be without a loop
         if spec is None:
             raise_if_missing(outcome, describe, outcome.missing, lambda: None)
-            return None, [], faults
-        arrays = buffer.complete(spec, deferred, [slice(start, stop) for start, stop, _ in faults])
+            return None, [], failures
+        arrays = buffer.complete(
+            spec, deferred, [slice(start, stop) for start, stop, _ in failures]
+        )
         partial = tuple(arrays) if spec.is_tuple else arrays[0]
         raise_if_missing(outcome, describe, outcome.missing, lambda: partial)
-        return spec, arrays, faults
+        return spec, arrays, failures
 
-    def _hand_out(self, result: Any, faults: list[Fault]) -> Any:
+    def _hand_out(self, result: Any, failures: list[DeliveredFailure]) -> Any:
         """Return what the verb returns; raise if all items failed and errors are not collected."""
         if self.on_error == "collect":
-            return result, list_failed_ranges(faults)
+            return result, list_failed_ranges(failures)
         if result is None:
-            error = faults[0][2]
-            faults.clear()
+            error = failures[0].error
+            failures.clear()
             add_note(error, "every item failed, so the shape of the result is not known")
             try:
                 raise error
             finally:
                 del error  # its traceback refers to this frame
-        faults.clear()  # their tracebacks refer to it too
+        failures.clear()  # their tracebacks refer to it too
         return result
 
 
@@ -239,12 +241,12 @@ def check_agreement(outcome: RunOutcome, call: ArrayCall, *, promote_dtypes: boo
     for failure in outcome.failures:
         if isinstance(failure.error, DisagreementError):
             if not reference.agrees(failure.error.spec, promote_dtypes=promote_dtypes):
-                failures.setdefault(failure.place // chunksize, failure)
+                failures.setdefault(failure.start // chunksize, failure)
         else:
             others.append(failure)
     for failure in failures.values():
         failure.error = _make_disagreement_error(failure, reference_start, reference, call)
-    outcome.failures = sorted([*failures.values(), *others], key=lambda failure: failure.place)
+    outcome.failures = sorted([*failures.values(), *others], key=lambda failure: failure.start)
     return first_proposal
 
 

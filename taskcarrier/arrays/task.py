@@ -20,14 +20,14 @@ from taskcarrier.arrays.inputs.halos import Halo
 from taskcarrier.arrays.inputs.sources import Source
 from taskcarrier.arrays.outputs.buffers import OutputBuffer
 from taskcarrier.arrays.outputs.ownership import own_memory, own_objects
-from taskcarrier.arrays.outputs.stacking import stack_values
+from taskcarrier.arrays.outputs.stacking import ObjectRule, stack_values
 from taskcarrier.arrays.outputs.writer import OutputWriter
 from taskcarrier.memory.segments import trim_files
 from taskcarrier.memory.views import copy_or_make_read_only, iterate_arrays
 from taskcarrier.notes import READ_ONLY_ADVICE, add_note, is_read_only_error
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.call import Call
-from taskcarrier.workers.records import Fault, PartialResult, Where
+from taskcarrier.workers.records import DeliveredFailure, PartialResult, Where
 from taskcarrier.workers.task import IN_PLACE, RunRange, WorkerContext
 
 # After this many bytes of chunks a worker drops the pages of files it has mapped; arbitrary.
@@ -58,8 +58,8 @@ class ArrayTask:
         Where results go; None if they are for the caller, which those of items never are.
     collect_errors : bool
         Whether errors are collected; else the first error ends the run.
-    can_give_objects : bool
-        Whether items may give any Python object.
+    objects : str
+        What becomes of Python objects that items give (`ObjectRule`).
     in_processes : bool
         Whether workers are processes, which drop the pages of files that they have read.
     passes_index : bool
@@ -77,7 +77,7 @@ class ArrayTask:
     halo: Halo | None
     buffer: OutputBuffer | None
     collect_errors: bool
-    can_give_objects: bool
+    objects: ObjectRule
     in_processes: bool
     passes_index: bool = False
     chunksize: int = 1
@@ -120,7 +120,7 @@ class _RangeRunner(ABC):
         """Run a range and collect the errors of its items."""
         parts = PartialResult([], [])
         self._collect(start, stop, parts)
-        return parts if parts.results or parts.faults else IN_PLACE
+        return parts if parts.results or parts.failures else IN_PLACE
 
     @abstractmethod
     def _compute(self, start: int, stop: int) -> Any:
@@ -188,7 +188,7 @@ class _ChunkRunner(_RangeRunner):
             if is_raised_by_handler(error):
                 raise
             if not can_split:
-                parts.faults.append((start, stop, error))
+                parts.failures.append(DeliveredFailure(start, stop, error))
         else:
             parts.results += self._put_in_place(start, stop, result)
             return
@@ -239,7 +239,7 @@ class _ItemRunner(_RangeRunner):
         calls = self._iterate_values(self._iterate_items(start, stop))
         while start < stop:
             values: list[Any] = []
-            fault: list[Fault] = []
+            failures: list[DeliveredFailure] = []
             try:
                 # After an error the values so far stay; their number gives the failed item.
                 values.extend(calls)
@@ -249,20 +249,19 @@ class _ItemRunner(_RangeRunner):
                     raise
                 self._explain(error)
                 failed = start + len(values)
-                fault.append((failed, failed + 1, error))
+                failures.append(DeliveredFailure(failed, failed + 1, error))
             if values:
                 end = start + len(values)
                 parts.results += self._put_in_place(start, end, self._stack(values, start))
-            parts.faults += fault
-            start += len(values) + len(fault)
+            parts.failures += failures
+            start += len(values) + len(failures)
 
     def _stack(self, values: list[Any], start: int) -> Any:
         return stack_values(
             values,
             start,
             self._buffer.out_axis,
-            can_give_objects=self._task.can_give_objects,
-            as_objects=self._buffer.asks_for_objects,
+            objects=self._task.objects,
         )
 
 

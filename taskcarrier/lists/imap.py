@@ -28,7 +28,7 @@ from taskcarrier.system.exceptions import raise_again
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.executor import Executor, Tick
 from taskcarrier.workers.queues import BatchResult, UnsendableError, WorkQueue
-from taskcarrier.workers.records import PartialResult, RunResult
+from taskcarrier.workers.records import DeliveredFailure, PartialResult, RunResult
 from taskcarrier.workers.task import Job, RunRange, WorkerContext
 
 # A batch should take this long: about fifty times what it costs to hand it out.
@@ -161,8 +161,8 @@ def _make_report(
         executor,
         result,
         chunksize=chunksize,
-        ranges=sum(stats.ranges for stats in result.worker_stats),
-        items=sum(stats.items for stats in result.worker_stats),
+        ranges=sum(stats.n_ranges for stats in result.worker_stats),
+        items=sum(stats.n_items for stats in result.worker_stats),
         notes=[*executor.notes, *describe_deaths(result)],
         started_ns=started_ns,
     )
@@ -351,13 +351,13 @@ class _Stream:
 
 
 def _yield_results(batch: BatchResult) -> Iterator[Any]:
-    """Yield the results of a batch up to the first fault, and raise that."""
+    """Yield the results of a batch up to the first failure, and raise that."""
     if isinstance(batch.result, list):
         yield from batch.result
         return
     parts: PartialResult = batch.result
-    start, stop, error = parts.faults[0]
-    parts.faults.clear()
+    start, stop, error = parts.failures[0]
+    parts.failures.clear()
     for _, results in parts.results:
         yield from results[: start - batch.start]
     if isinstance(error, StopIteration):  # it would end the iterator silently
@@ -391,7 +391,8 @@ class _StreamTask:
                 items = read_items()[start - first : stop - first]
             except Exception as error:  # noqa: BLE001  # unpickling objects may raise anything
                 add_note(error, "taskcarrier could not unpickle these items in a worker process")
-                return BatchResult(start, stop, PartialResult([], [(start, stop, error)]))
+                failure = DeliveredFailure(start, stop, error)
+                return BatchResult(start, stop, PartialResult([], [failure]))
             begin = monotonic_ns()
             result = calls.call_items(items, start)
             return BatchResult(start, stop, result, monotonic_ns() - begin)

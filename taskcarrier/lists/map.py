@@ -31,7 +31,7 @@ from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.call import Call, check_extras
 from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.processes.packed_chunks import PackedChunks
-from taskcarrier.workers.records import Fault, PartialResult, list_failed_ranges
+from taskcarrier.workers.records import DeliveredFailure, PartialResult, list_failed_ranges
 from taskcarrier.workers.task import RunRange, WorkerContext
 
 
@@ -75,13 +75,13 @@ def map_lists(
         can_split=True,
     )
     raise_first_failure(outcome, describe_items)
-    results, faults, missing = _join_results(dict(outcome.delivered), len(items))
+    results, failures, missing = _join_results(dict(outcome.delivered), len(items))
     raise_if_missing(outcome, describe_items, missing, lambda: results)
     if not collect_errors:
         return results
-    for start, stop, error in faults:
+    for start, stop, error in failures:
         add_note(error, f"while mapping {describe_items(start, stop)}")
-    return results, list_failed_ranges(faults)
+    return results, list_failed_ranges(failures)
 
 
 def _make_task(
@@ -126,10 +126,10 @@ def _gather_items(sequences: tuple[Iterable[Any], ...]) -> Sequence[Any]:
 
 def _join_results(
     results_by_start: dict[int, list[Any] | PartialResult], n_items: int
-) -> tuple[list[Any], list[Fault], list[tuple[int, int]]]:
-    """Return the results in order, None where there is none; the faults; the missing ranges."""
+) -> tuple[list[Any], list[DeliveredFailure], list[tuple[int, int]]]:
+    """Return the results in order, None where there is none; the failures; missing ranges."""
     results: list[Any] = []
-    faults: list[Fault] = []
+    failures: list[DeliveredFailure] = []
     missing: list[tuple[int, int]] = []
     for start in sorted(results_by_start):
         if start > len(results):
@@ -141,14 +141,14 @@ def _join_results(
             continue
         for _, values in part.results:
             results += values
-        faults += part.faults
+        failures += part.failures
         # A range that was given up has no results of its own.
-        end = max(stop for _, stop, _ in part.faults)
+        end = max(stop for _, stop, _ in part.failures)
         results += [None] * (end - len(results))
     if len(results) < n_items:
         missing.append((len(results), n_items))
         results += [None] * (n_items - len(results))
-    return results, faults, missing
+    return results, failures, missing
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,10 +202,10 @@ class Calls:
         return replace(self, call=replace(self.call, func=func))
 
     def call_items(self, items: Sequence[Any], start: int) -> list[Any] | PartialResult:
-        """Return the results of items from number `start` on, with the faults if there are any."""
+        """Return the results of items from number `start` on, and the failures if there are any."""
         func = self.call.func
         results: list[Any] = []
-        faults: list[Fault] = []
+        failures: list[DeliveredFailure] = []
         is_tuple = self.is_tuple
         arguments: Iterator[Any] = iter(items)
         if self.passes_index:
@@ -232,11 +232,11 @@ class Calls:
                 ):
                     add_note(error, f"func failed on item {failed}")
                     raise
-                faults.append((failed, failed + 1, error))
+                failures.append(DeliveredFailure(failed, failed + 1, error))
                 results.append(None)
         return (
-            PartialResult([(slice(start, start + len(items)), results)], faults)
-            if faults
+            PartialResult([(slice(start, start + len(items)), results)], failures)
+            if failures
             else results
         )
 

@@ -25,22 +25,23 @@ import contextlib
 import errno
 import mmap
 import os
-import stat
 import sys
 import weakref
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from taskcarrier.memory.available import check_memory, explain_no_room, find_path
-from taskcarrier.memory.strides import (
-    address_of,
-    byte_bounds,
+from taskcarrier.memory.memory_files import (
+    OwnedMemory,
+    create_memory_file,
+    create_nameless_file,
+    load_punch,
 )
-from taskcarrier.system.descriptors import Descriptor, keep_standard_free, make_owner, open_owned
-from taskcarrier.system.interrupts import run_sheltered
+from taskcarrier.memory.strides import address_of, byte_bounds
+from taskcarrier.system.descriptors import Descriptor, keep_standard_free
 from taskcarrier.system.locks import ReentrantLock
 
 Mode = Literal["read", "write", "private"]
@@ -128,39 +129,6 @@ def descriptors_are_scarce() -> bool:
 
 _labels = count(1)
 
-# The kernel's flags for taking pages out of a file.
-_KEEP_SIZE, _PUNCH_HOLE = 1, 2
-# `fallocate`, which needs no mapping and no further descriptor; loaded with the first label.
-_punch: Any = None
-
-
-def _load_punch() -> None:
-    """Load `fallocate` from the C library, if that is not done yet."""
-    global _punch  # noqa: PLW0603  # set once
-    if _punch is None:
-        import ctypes  # noqa: PLC0415  # takes 3 ms, and only runs need it
-
-        _punch = ctypes.CDLL(None).fallocate
-        _punch.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-
-
-class _Memory(NamedTuple):
-    """What a segment owns: a descriptor, and the facts that are needed to release it."""
-
-    descriptor: Descriptor
-    nbytes: int
-    on_disk: bool
-    label: int
-
-    # Functions needed when the interpreter ends are bound here: names of the module are gone then.
-    def release(self, _fstat: Any = os.fstat, _is_ending: Any = sys.is_finalizing) -> None:
-        """Close the descriptor; if others may have mapped the memory, take its pages out first."""
-        if self.label and _punch is not None and not _is_ending():
-            fd = self.descriptor.fileno()
-            whole_pages = -(-_fstat(fd).st_size // mmap.PAGESIZE) * mmap.PAGESIZE
-            _punch(fd, _KEEP_SIZE | _PUNCH_HOLE, 0, whole_pages)
-        self.descriptor.close()
-
 
 class Segment:
     """A piece of shared memory.
@@ -223,16 +191,12 @@ class Segment:
     def create(cls, folder: str | None = None, recycler: Recycler | None = None) -> Segment:
         """Create an empty segment, in memory or in a nameless file in `folder`."""
         if folder is not None:
-            return cls(_create_nameless_file(folder), on_disk=True, recycler=recycler)
-        import fcntl  # noqa: PLC0415  # POSIX only
-
-        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        descriptor = open_owned(os.memfd_create, "taskcarrier", flags)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        return cls._adopt(_Memory(descriptor, 0, on_disk=False, label=0), recycler)
+            return cls(create_nameless_file(folder), on_disk=True, recycler=recycler)
+        memory = OwnedMemory(create_memory_file(), 0, on_disk=False, label=0)
+        return cls._adopt(memory, recycler)
 
     @classmethod
-    def _adopt(cls, memory: _Memory, recycler: Recycler | None) -> Segment:
+    def _adopt(cls, memory: OwnedMemory, recycler: Recycler | None) -> Segment:
         """Make a segment of memory that belongs to this process."""
         descriptor, nbytes, on_disk, label = memory
         segment = cls(descriptor, on_disk, nbytes, recycler, label)
@@ -243,7 +207,7 @@ class Segment:
     def take_over(cls, descriptor: Descriptor, on_disk: bool) -> Segment:
         """Make a segment of what another process has filled for this one, and has released."""
         nbytes = os.fstat(descriptor.fileno()).st_size
-        return cls._adopt(_Memory(descriptor, nbytes, on_disk, label=0), None)
+        return cls._adopt(OwnedMemory(descriptor, nbytes, on_disk, label=0), None)
 
     def get_label(self) -> int:
         """Return a label by which workers may keep this segment mapped; 0 if they may not.
@@ -251,12 +215,15 @@ class Segment:
         They may only keep memory that this process can take back. Files are never kept.
         """
         if self._maker == os.getpid() and not self.on_disk and not self.label:
-            _load_punch()
+            load_punch()
             self.label = next(_labels)
         return self.label
 
     def __del__(
-        self, _getpid: Any = os.getpid, _memory: Any = _Memory, _is_ending: Any = sys.is_finalizing
+        self,
+        _getpid: Any = os.getpid,
+        _memory: Any = OwnedMemory,
+        _is_ending: Any = sys.is_finalizing,
     ) -> None:
         if not hasattr(self, "_maker"):  # `__init__` did not finish; the descriptor closes itself
             return
@@ -371,14 +338,14 @@ class Recycler:
         The maximum number of bytes in all segments.
     """
 
-    _free: list[_Memory] = []  # noqa: RUF012  # if `__init__` did not finish
+    _free: list[OwnedMemory] = []  # noqa: RUF012  # if `__init__` did not finish
     _is_open = False
     _pid = 0
 
     def __init__(self, max_segments: int = 4, max_nbytes: int = 4 << 30) -> None:
         self._max_segments = max_segments
         self._max_nbytes = max_nbytes
-        self._free: list[_Memory] = []
+        self._free: list[OwnedMemory] = []
         self._is_open = True
         # Reentrant: the garbage collector may free a segment while `segment` runs.
         self._lock = ReentrantLock()
@@ -402,7 +369,7 @@ class Recycler:
                     return Segment._adopt(chosen, recycler=self)
         return Segment.create(folder, recycler=self)
 
-    def take_back(self, memory: _Memory) -> bool:
+    def take_back(self, memory: OwnedMemory) -> bool:
         """Keep the memory of a segment that is no longer used; return False if there is no room."""
         if self._pid != os.getpid():  # a forked child must not even take the lock
             return False
@@ -500,26 +467,3 @@ def locate(array: np.ndarray) -> SharedView | None:
         return None
     offset = address_of(array) - origin
     return SharedView(owner.segment, offset, array.shape, array.strides, array.dtype)
-
-
-def _create_nameless_file(folder: str) -> Descriptor:
-    """Create a file that only its owner can read, and that has no name or loses it at once."""
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(
-            errno.ENOENT, "temp_folder must be an existing folder", os.fspath(folder)
-        )
-    flags = os.O_RDWR | os.O_CLOEXEC
-    try:
-        return open_owned(os.open, folder, flags | os.O_TMPFILE, stat.S_IRUSR | stat.S_IWUSR)
-    except OSError as error:
-        if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}:
-            raise
-    import tempfile  # noqa: PLC0415  # only on file systems without O_TMPFILE
-
-    def create_file() -> Descriptor:
-        with keep_standard_free():
-            fd, path = tempfile.mkstemp(prefix="taskcarrier-", dir=folder)
-        os.unlink(path)
-        return make_owner(fd)
-
-    return run_sheltered(create_file)

@@ -26,13 +26,13 @@ class Attempt(NamedTuple):
     ----------
     start, stop : int
         The bounds of the range.
-    attempt : int
+    number : int
         The attempt number, from 1.
     """
 
     start: int
     stop: int
-    attempt: int = 1
+    number: int = 1
 
 
 @dataclass(frozen=True)
@@ -92,21 +92,21 @@ class RetryPolicy:
 
         >>> policy = RetryPolicy(retries=1)
         >>> policy.next_after_death(Attempt(0, 8, 1), can_split=True)
-        [Attempt(start=0, stop=8, attempt=2)]
+        [Attempt(start=0, stop=8, number=2)]
         >>> [tuple(part) for part in policy.next_after_death(Attempt(0, 8, 2), can_split=True)]
         [(0, 4, 3), (4, 6, 3), (6, 7, 3), (7, 8, 3)]
         """
-        next_number = attempt.attempt + 1
-        if attempt.attempt <= self.retries:
-            return [attempt._replace(attempt=next_number)]
+        next_number = attempt.number + 1
+        if attempt.number <= self.retries:
+            return [attempt._replace(number=next_number)]
         if self.retries == 0 or not can_split or attempt.stop - attempt.start == 1:
             return []
         return [Attempt(*part, next_number) for part in halvings(attempt.start, attempt.stop)]
 
     def next_after_timeout(self, attempt: Attempt) -> list[Attempt]:
         """Return what to run after a range took too long; nothing if it is not retried."""
-        if attempt.attempt <= self.retries and issubclass(TimeoutError, self.retry_on):
-            return [attempt._replace(attempt=attempt.attempt + 1)]
+        if attempt.number <= self.retries and issubclass(TimeoutError, self.retry_on):
+            return [attempt._replace(number=attempt.number + 1)]
         return []
 
 

@@ -1,4 +1,4 @@
-"""What can be known of a user's function without calling it."""
+"""What can be known of a user's function or class without calling it."""
 
 from __future__ import annotations
 
@@ -78,3 +78,11 @@ def releases_gil(func: Callable[..., Any]) -> bool:
     if isinstance(func, numpy.ufunc):
         return any("O" not in loop for loop in func.types)
     return is_jitted(func) or is_numba_ufunc(func)
+
+
+def is_made_at_run_time(kind: type) -> bool:
+    """Return whether a class was made by a running program, and not in C with its module."""
+    return bool(kind.__flags__ & _HEAP_TYPE)
+
+
+_HEAP_TYPE = 1 << 9  # the interpreter's flag for such classes

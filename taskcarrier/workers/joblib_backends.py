@@ -116,8 +116,8 @@ class JoblibExecutor:
                         ledger.halt()
                         failures.append(failure)
                         continue
-                    stats.ranges += 1
-                    stats.items += result.n_items
+                    stats.n_ranges += 1
+                    stats.n_items += result.n_items
                     ledger.finish(0, result.n_items)
                     if tick is not None:
                         tick(ledger)

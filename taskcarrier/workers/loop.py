@@ -17,7 +17,7 @@ from typing import Any
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.ledger import DONE, SENT, Ledger
 from taskcarrier.scheduling.retries import Attempt, RetryPolicy
-from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats
+from taskcarrier.workers.records import DeliveredFailure, PartialResult, RangeFailure, WorkerStats
 from taskcarrier.workers.task import (
     IN_PLACE,
     CompiledTask,
@@ -157,12 +157,12 @@ def run_worker(  # noqa: C901, PLR0912, PLR0915  # what is done for each range, 
                 n_ranges += 1
                 n_done += stop - start
         finally:
-            stats.ranges, stats.items, stats.busy_ns = n_ranges, n_done, busy_ns
-            stats.at, stats.attempt = None if start < 0 else (start, stop), attempt
+            stats.n_ranges, stats.n_items, stats.busy_ns = n_ranges, n_done, busy_ns
+            stats.last_range, stats.attempt = None if start < 0 else (start, stop), attempt
             stats.facts = worker.facts
     except BaseException as error:  # noqa: BLE001  # also exits and interrupts: the caller raises
         ledger.halt()
-        stats.failure = RangeFailure(stats.at, error, attempt=stats.attempt)
+        stats.failure = RangeFailure(stats.last_range, error, attempt=stats.attempt)
     finally:
         this_thread.is_worker = was_worker
     return stats
@@ -177,10 +177,10 @@ def _run_compiled(
         task.run_all(job, ledger, stats.worker, deliver)
     finally:
         stats.busy_ns = monotonic_ns() - begin
-        stats.ranges = ledger.n_ranges_of(stats.worker)
-        stats.items = ledger.n_items_of(stats.worker)
+        stats.n_ranges = ledger.n_ranges_of(stats.worker)
+        stats.n_items = ledger.n_items_of(stats.worker)
         index, _ = ledger.loop_position(stats.worker)
-        stats.at = None if index < 0 else job.grid.range_of(index)
+        stats.last_range = None if index < 0 else job.grid.range_of(index)
 
 
 def _claim_attempts(ledger: Ledger, worker: int, attempts: Sequence[Attempt]) -> Iterator[_Claim]:
@@ -213,7 +213,7 @@ def run_with_timeout(
         add_note(error, "only processes can be stopped within a range: it was run to its end")
     if not job.collect_errors:
         raise error
-    return PartialResult([], [(attempt.start, attempt.stop, error)])
+    return PartialResult([], [DeliveredFailure(attempt.start, attempt.stop, error)])
 
 
 def make_timeout_error(retry_policy: RetryPolicy, seconds: float | None = None) -> TimeoutError:

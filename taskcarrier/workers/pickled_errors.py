@@ -24,6 +24,7 @@ from taskcarrier.errors import TaskError, WorkerTracebackError
 from taskcarrier.notes import get_text
 from taskcarrier.system.exceptions import collect_related, get_base_attribute, set_base_attribute
 from taskcarrier.system.interrupts import is_raised_by_handler
+from taskcarrier.workers.introspect import is_made_at_run_time
 from taskcarrier.workers.pickling import Pickler, dumps, unpickle_items
 
 _Link = tuple[int | None, int | None, bool]
@@ -196,13 +197,10 @@ def _reduce(error: BaseException) -> tuple[Any, ...] | None:
     return _recreate, (kind, args), attributes, None, None, _set_attributes
 
 
-_HEAP_TYPE = 1 << 9  # the interpreter's flag for classes that are made when a program runs
-
-
 def _find_builtin_base(kind: type) -> Any:
     """Return the built-in class that decides how instances of `kind` lie in memory."""
     # `__module__` is no proof: a class of the program may claim to be one of the builtins.
-    while kind.__flags__ & _HEAP_TYPE:
+    while is_made_at_run_time(kind):
         assert kind.__base__ is not None  # for the type checker: `object` is a builtin
         kind = kind.__base__
     return kind

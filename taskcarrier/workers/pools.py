@@ -179,9 +179,9 @@ class _Pools:
         if wait and keeper is not None and keeper.ident != caller:
             keeper.join()
 
-    def forget(self) -> None:
+    def drop_after_fork(self) -> None:
         for place in self._places:
-            place.pool.forget()
+            place.pool.drop_after_fork()
         self.__init__()  # type: ignore[misc]  # a forked child has its own, locks included
 
     def _lend_idle(self, since: float = math.inf) -> list[_Lease]:
@@ -298,4 +298,4 @@ def _shutdown_at_exit(owner: int = os.getpid()) -> None:
 
 atexit.register(_shutdown_at_exit)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pools.forget)
+    os.register_at_fork(after_in_child=_pools.drop_after_fork)

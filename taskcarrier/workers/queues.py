@@ -59,10 +59,10 @@ class BatchResult(NamedTuple):
 
 
 def to_batch_result(result: BatchResult | PartialResult) -> BatchResult:
-    """Return a result as a `BatchResult`; a range that took too long gives only a fault."""
+    """Return a result as a `BatchResult`; a range that took too long gives only a failure."""
     if isinstance(result, BatchResult):
         return result
-    start, stop, _ = result.faults[0]
+    start, stop, _ = result.failures[0]
     return BatchResult(start, stop, result)
 
 
@@ -198,8 +198,8 @@ class ThreadQueue:
             self._drop_stuck_workers()
         # What the missing threads have finished counts.
         for number in set(range(self._n_started)) - set(worker_stats):
-            ranges, items = self.ledger.n_attempts_done(number), self.ledger.n_items_of(number)
-            worker_stats[number] = WorkerStats(number, ranges=ranges, items=items)
+            n_ranges, n_items = self.ledger.n_attempts_done(number), self.ledger.n_items_of(number)
+            worker_stats[number] = WorkerStats(number, n_ranges=n_ranges, n_items=n_items)
         for number, stats in worker_stats.items():
             stats.name = f"thread {number}"
         return RunResult.read(

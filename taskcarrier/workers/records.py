@@ -35,8 +35,8 @@ class RangeFailure:
     attempt: int = 1
 
     @property
-    def place(self) -> int:
-        """The position among other failures: the first item, or -1 for a worker as a whole."""
+    def start(self) -> int:
+        """The first item of the range, or -1 for a worker as a whole."""
         return -1 if self.range is None else self.range[0]
 
 
@@ -65,12 +65,12 @@ class WorkerStats:
 
     worker: int
     name: str = ""
-    ranges: int = 0
-    items: int = 0
+    n_ranges: int = 0
+    n_items: int = 0
     busy_ns: int = 0
     facts: Any = None
     failure: RangeFailure | None = None
-    at: tuple[int, int] | None = None
+    last_range: tuple[int, int] | None = None
     attempt: int = 1
     warnings: list[WorkerWarning] = field(default_factory=list)
 
@@ -112,7 +112,7 @@ class WorkerDeath:
         """Return the death of a worker with `held` in hand; it was late if that is `overdue`."""
         if held is None:
             return cls(worker, name, exitcode, None)
-        return cls(worker, name, exitcode, held[:2], held.attempt, overdue == held[:2])
+        return cls(worker, name, exitcode, held[:2], held.number, overdue == held[:2])
 
 
 @dataclass
@@ -172,8 +172,12 @@ Where = slice | np.ndarray
 """Items along the mapped axis."""
 
 
-Fault = tuple[int, int, BaseException]
-"""``(start, stop, error)`` of a range that failed."""
+class DeliveredFailure(NamedTuple):
+    """A failure that goes to the caller among the results, while the run goes on."""
+
+    start: int
+    stop: int
+    error: BaseException
 
 
 @dataclass(eq=False)
@@ -184,27 +188,27 @@ class PartialResult:
     ----------
     results : list of (slice or ndarray of int, object)
         Items whose results were not put in place, and the results.
-    faults : list of (int, int, Exception)
-        ``(start, stop, error)`` of ranges that failed.
+    failures : list of DeliveredFailure
+        The ranges that failed, with their errors.
     """
 
     results: list[tuple[Where, Any]]
-    faults: list[Fault]
-    _pickled_faults: list[tuple[int, int, bytes]] | None = None
+    failures: list[DeliveredFailure]
+    _pickled_failures: list[tuple[int, int, bytes]] | None = None
 
     def __reduce__(self) -> Any:
         # Exceptions need special care on their way to the caller.
         from taskcarrier.workers.pickled_errors import pickle_error  # noqa: PLC0415  # loads joblib
 
-        if self._pickled_faults is None:  # pickling may be tried twice
-            self._pickled_faults = [
-                (start, stop, pickle_error(error)) for start, stop, error in self.faults
+        if self._pickled_failures is None:  # pickling may be tried twice
+            self._pickled_failures = [
+                (start, stop, pickle_error(error)) for start, stop, error in self.failures
             ]
             # Tracebacks refer to frames, frames to their callers, and these to the errors and to
             # chunks: the worker would keep shared memory until the next garbage collection.
-            for _, _, error in self.faults:
+            for _, _, error in self.failures:
                 _forget_tracebacks(error)
-        return _unpickle_parts, (self.results, self._pickled_faults)
+        return _unpickle_parts, (self.results, self._pickled_failures)
 
 
 def _forget_tracebacks(error: BaseException) -> None:
@@ -213,19 +217,21 @@ def _forget_tracebacks(error: BaseException) -> None:
 
 
 def _unpickle_parts(
-    results: list[tuple[Where, Any]], pickled_faults: list[tuple[int, int, bytes]]
+    results: list[tuple[Where, Any]], pickled_failures: list[tuple[int, int, bytes]]
 ) -> PartialResult:
     from taskcarrier.workers.pickled_errors import unpickle_error  # noqa: PLC0415  # loads joblib
 
-    return PartialResult(
-        results, [(start, stop, unpickle_error(error)) for start, stop, error in pickled_faults]
-    )
+    failures = [
+        DeliveredFailure(start, stop, unpickle_error(error))
+        for start, stop, error in pickled_failures
+    ]
+    return PartialResult(results, failures)
 
 
-def list_failed_ranges(faults: list[Fault]) -> list[Any]:
-    """Return the faults as the user gets them, and clear `faults`."""
+def list_failed_ranges(failures: list[DeliveredFailure]) -> list[Any]:
+    """Return the failures as the user gets them, and clear `failures`."""
     from taskcarrier.errors import FailedRange  # noqa: PLC0415  # slow, and rarely needed
 
-    failed_ranges = [FailedRange(*fault) for fault in faults]
-    faults.clear()  # errors refer to frames, and these to the faults
+    failed_ranges = [FailedRange(*failure) for failure in failures]
+    failures.clear()  # errors refer to frames, and these to the failures
     return failed_ranges

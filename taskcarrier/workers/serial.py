@@ -103,8 +103,8 @@ class SerialQueue:
             del handlers
         self._results.append(result)
         self.ledger.finish(0, len(items))
-        self._stats.ranges += 1
-        self._stats.items += len(items)
+        self._stats.n_ranges += 1
+        self._stats.n_items += len(items)
         self._stats.busy_ns += result.busy_ns
 
     def get(self, seconds: float) -> list[BatchResult]:  # noqa: ARG002  # there is nothing to wait for

@@ -208,7 +208,7 @@ class ThreadPool:
                 if worker.is_free:
                     worker.thread.join()
 
-    def forget(self) -> None:
+    def drop_after_fork(self) -> None:
         """Drop the threads in a forked child, where they do not exist."""
         self._workers = {}
 

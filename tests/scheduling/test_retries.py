@@ -69,7 +69,7 @@ class TestAfterDeath:
         assert len(whole) == retries + 1
         assert deaths[-1][:2] == (item, item + 1)
         assert len(deaths) <= retries + 1 + math.ceil(math.log2(span[1] - span[0]))
-        assert [one.attempt for one in deaths] == list(range(1, len(deaths) + 1))
+        assert [one.number for one in deaths] == list(range(1, len(deaths) + 1))
 
     @given(spans(), st.integers(1, 4), st.data())
     def test_ranges_that_do_not_kill_are_run_again_once(self, span, retries, data):
@@ -90,7 +90,7 @@ class TestAfterDeath:
         while nexts := RetryPolicy(retries=3).next_after_death(one, can_split=False):
             (one,) = nexts
             assert one[:2] == (3, 9)
-            attempts.append(one.attempt)
+            attempts.append(one.number)
         assert attempts == [1, 2, 3, 4]
 
 

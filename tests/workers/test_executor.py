@@ -43,7 +43,7 @@ class TestContract:
         job = Job(Calls(Call(both)), balance, ChunkGrid(20, 3), OURS[backend])
         result = executor.run(job, delivered.__setitem__, None)
         assert delivered == {start: (start, min(start + 3, 20)) for start in range(0, 20, 3)}
-        assert sum(stats.items for stats in result.worker_stats) == 20
+        assert sum(stats.n_items for stats in result.worker_stats) == 20
         assert not result.failures
         assert not result.missing
 
@@ -81,7 +81,7 @@ class TestContract:
             (2, [4, 6]),
             (4, [8, 10]),
         ]
-        assert sum(stats.items for stats in result.worker_stats) == 6
+        assert sum(stats.n_items for stats in result.worker_stats) == 6
 
     def test_workers_need_copies_only_where_they_share_no_memory(self, backend):
         executor = executor_of(backend)

@@ -1,4 +1,4 @@
-"""What can be known of functions without calling them."""
+"""What can be known of functions and classes without calling them."""
 
 import sys
 
@@ -9,6 +9,7 @@ import pytest
 from taskcarrier.workers.introspect import (
     has_own_threads,
     is_jitted,
+    is_made_at_run_time,
     is_numba_ufunc,
     releases_gil,
 )
@@ -98,3 +99,12 @@ def test_without_numba_nothing_is_jitted(monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert not is_jitted(plain)
     assert not is_numba_ufunc(plain)
+
+
+def test_classes_of_a_program_are_told_from_those_written_in_c():
+    class Claiming(int):
+        __module__ = "builtins"
+
+    assert is_made_at_run_time(Adder)
+    assert is_made_at_run_time(Claiming)
+    assert not any(map(is_made_at_run_time, (int, type, OSError, np.ndarray)))

@@ -102,11 +102,11 @@ class TestEveryBalance:
         assert task.started == 1
         assert task.calls == ALL_CHUNKS
         assert delivered == [(start, (start, stop)) for start, stop in ALL_CHUNKS]
-        assert (stats.worker, stats.ranges, stats.items) == (0, 4, 10)
+        assert (stats.worker, stats.n_ranges, stats.n_items) == (0, 4, 10)
         assert stats.failure is None
         assert stats.facts == ALL_CHUNKS
         assert stats.busy_ns > 0
-        assert (stats.at, stats.attempt) == ((9, 10), 1)
+        assert (stats.last_range, stats.attempt) == ((9, 10), 1)
         assert ledger.n_items_done(1) == 10
         assert ledger.chunk_in_hand(0, 4) is None
 
@@ -115,12 +115,12 @@ class TestEveryBalance:
         stats, _, delivered = run(task, balance=balance, grid=ChunkGrid(0, 5))
         assert task.calls == [(0, 0)]
         assert delivered == [(0, (0, 0))]
-        assert (stats.ranges, stats.items) == (1, 0)
+        assert (stats.n_ranges, stats.n_items) == (1, 0)
 
     def test_results_in_place_are_not_delivered(self, balance):
         stats, _, delivered = run(Script(result=lambda *_: IN_PLACE), balance=balance)
         assert delivered == []
-        assert stats.items == 10
+        assert stats.n_items == 10
 
     def test_none_is_delivered_as_a_result(self, balance):
         _, _, delivered = run(Script(result=lambda *_: None), balance=balance)
@@ -134,7 +134,7 @@ class TestEveryBalance:
         stats, ledger, delivered = run(task, balance=balance, ledger=find_marked())
         assert stats.failure.error is error
         assert (stats.failure.range, stats.failure.attempt) == ((6, 9), 1)
-        assert (stats.ranges, stats.items) == (2, 6)
+        assert (stats.n_ranges, stats.n_items) == (2, 6)
         assert stats.facts == task.calls == ALL_CHUNKS[:3]
         assert [start for start, _ in delivered] == [0, 3]
         assert ledger.is_halted
@@ -146,7 +146,7 @@ class TestEveryBalance:
         stats, _, delivered = run(Script({3: ledger.halt}), balance=balance, ledger=ledger)
         assert [start for start, _ in delivered] == [0, 3]
         assert stats.failure is None
-        assert (stats.ranges, stats.items) == (2, 6)
+        assert (stats.n_ranges, stats.n_items) == (2, 6)
 
     def test_nothing_is_run_after_a_halt(self, balance):
         ledger = Ledger.local(1)
@@ -155,8 +155,8 @@ class TestEveryBalance:
             Script(), balance=balance, ledger=ledger, attempts=[Attempt(0, 3)]
         )
         assert delivered == []
-        assert (stats.ranges, stats.items, stats.facts) == (0, 0, [])
-        assert stats.at is None
+        assert (stats.n_ranges, stats.n_items, stats.facts) == (0, 0, [])
+        assert stats.last_range is None
 
     def test_a_task_that_cannot_be_opened_is_a_failure(self, balance):
         error = OSError("no")
@@ -173,7 +173,7 @@ class TestEveryBalance:
         stats, ledger, _ = run(Script(), balance=balance, deliver=deliver, ledger=find_marked())
         assert str(stats.failure.error) == "no"
         assert stats.failure.range == (0, 3)
-        assert stats.items == ledger.n_items_done(1) == 0
+        assert stats.n_items == ledger.n_items_done(1) == 0
         assert ledger.marks[0] == PENDING
 
     def test_a_chunk_is_in_hand_until_it_is_delivered_and_marked(self, balance):
@@ -204,7 +204,7 @@ class TestEveryBalance:
         task = Script()
         stats, _, _ = run(task, balance=balance, ledger=ledger)
         assert task.calls == [(0, 3), (6, 9)]
-        assert (stats.ranges, stats.items) == (2, 6)
+        assert (stats.n_ranges, stats.n_items) == (2, 6)
         assert list(ledger.marks) == [SENT, DONE, SENT, RECLAIMED]
 
 
@@ -231,7 +231,7 @@ class TestAttempts:
         stats, _, delivered = run(task, balance=balance, ledger=ledger, attempts=attempts)
         assert task.calls == [(9, 10), (3, 6), (0, 3), (6, 9)]
         assert [start for start, _ in delivered] == [9, 3, 0, 6]
-        assert (stats.ranges, stats.items) == (4, 10)
+        assert (stats.n_ranges, stats.n_items) == (4, 10)
         assert ledger.n_attempts_done(0) == 2
         assert list(ledger.marks) == [SENT] * 4
 
@@ -326,7 +326,7 @@ class TestTimeout:
         assert [start for start, _ in delivered] == [0, 3, 6, 9]
         late = delivered[1][1]
         assert isinstance(late, PartialResult)
-        ((start, stop, error),) = late.faults
+        ((start, stop, error),) = late.failures
         assert (late.results, start, stop) == ([], 3, 6)
         assert isinstance(error, TimeoutError)
         assert list(ledger.marks) == [SENT] * 4
@@ -403,7 +403,7 @@ def test_failures_are_sorted_by_range():
         RangeFailure(None, OSError()),
         RangeFailure((0, 8), OSError()),
     ]
-    assert [failure.place for failure in failures] == [8, -1, 0]
+    assert [failure.start for failure in failures] == [8, -1, 0]
 
 
 def test_the_outlet_of_a_thread_delivers_directly():

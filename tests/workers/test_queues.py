@@ -67,7 +67,7 @@ class TestThreadQueue:
             start: [2 * item for item in range(start, start + 4)] for start in range(0, 40, 4)
         }
         assert [stats.name for stats in ran.worker_stats] == ["thread 0", "thread 1"]
-        assert sum(stats.items for stats in ran.worker_stats) == 40
+        assert sum(stats.n_items for stats in ran.worker_stats) == 40
         assert not ran.is_halted
 
     def test_a_queue_has_room_for_a_few_batches_per_worker(self):
@@ -120,7 +120,7 @@ class TestThreadQueue:
             queue.put(1, [1])
             assert [came.start for came in queue.get(LONG)] == [1]
             ran = queue.close()
-            assert sorted(stats.items for stats in ran.worker_stats) == [0, 1]
+            assert sorted(stats.n_items for stats in ran.worker_stats) == [0, 1]
             assert [worker.thread for worker in pool._workers.values()] != begun
             assert len(pool._workers) == 1
             queue = pool.stream(job_of(abs))
@@ -168,7 +168,7 @@ class TestThreadQueue:
             (came,) = all_of(queue, 1).values()
             queue.close()
         assert came[:2] == (3, 4)
-        ((start, stop, error),) = came.result.faults
+        ((start, stop, error),) = came.result.failures
         assert (start, stop, type(error)) == (3, 4, TimeoutError)
 
 

@@ -40,21 +40,22 @@ def test_results_and_failures_arrive():
     assert where == slice(0, 2)
     assert array.tolist() == [0.0, 1.0]
     assert (positions.tolist(), words) == ([3, 5], ["a", "b"])
-    assert [fault[:2] for fault in arrived.faults] == [(2, 3), (4, 5)]
-    assert [repr(fault[2]) for fault in arrived.faults] == ["ValueError('no', 3)", "KeyError('k')"]
+    assert [failure[:2] for failure in arrived.failures] == [(2, 3), (4, 5)]
+    errors = [repr(failure[2]) for failure in arrived.failures]
+    assert errors == ["ValueError('no', 3)", "KeyError('k')"]
 
 
 def test_failures_arrive_with_their_traceback():
     error = ValueError("no")
     raised(error)
-    ((_, _, arrived),) = pickle.loads(pickle.dumps(PartialResult([], [(0, 1, error)]))).faults
+    ((_, _, arrived),) = pickle.loads(pickle.dumps(PartialResult([], [(0, 1, error)]))).failures
     assert "in raised" in str(arrived.__cause__)
 
 
 def test_a_failure_that_cannot_be_pickled_is_replaced():
     ((_, _, arrived),) = pickle.loads(
         pickle.dumps(PartialResult([], [(0, 1, UnsendableError("no"))]))
-    ).faults
+    ).failures
     assert type(arrived) is TaskError
     assert arrived.type_name == f"{__name__}.UnsendableError"
 
@@ -66,8 +67,8 @@ def test_pickling_twice_gives_the_same():
     first, second = (pickle.loads(pickle.dumps(parts)) for _ in range(2))
     assert first.results == second.results
     # The traceback is gone after the first time, but not its text.
-    assert "in raised" in str(second.faults[0][2].__cause__)
-    assert str(first.faults[0][2].__cause__) == str(second.faults[0][2].__cause__)
+    assert "in raised" in str(second.failures[0][2].__cause__)
+    assert str(first.failures[0][2].__cause__) == str(second.failures[0][2].__cause__)
 
 
 def test_pickled_errors_keep_nothing_alive_in_the_worker():
@@ -81,5 +82,5 @@ def test_pickled_errors_keep_nothing_alive_in_the_worker():
         assert [thing() for thing in things] == [None, None]
     finally:
         gc.enable()
-    ((_, _, arrived),) = pickle.loads(packed).faults
+    ((_, _, arrived),) = pickle.loads(packed).failures
     assert repr(arrived) == "LookupError('outer')"

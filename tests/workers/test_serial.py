@@ -41,7 +41,7 @@ class TestSerialQueue:
             queue.put(start, [start, start + 1])
             queue.get(0)
         (stats,) = queue.close().worker_stats
-        assert (stats.name, stats.ranges, stats.items) == ("caller", 3, 6)
+        assert (stats.name, stats.n_ranges, stats.n_items) == ("caller", 3, 6)
         assert stats.busy_ns == 21
         assert queue.ledger.n_items_done(1) == 6
 

@@ -66,8 +66,8 @@ class TestRun:
     def test_every_chunk_is_delivered_once(self, pool, balance):
         worker_stats, delivered, _ = run(pool, both, balance=balance)
         assert delivered == [(start, (start, start + 2)) for start in range(0, 20, 2)]
-        assert sum(stats.items for stats in worker_stats) == 20
-        assert sum(stats.ranges for stats in worker_stats) == 10
+        assert sum(stats.n_items for stats in worker_stats) == 20
+        assert sum(stats.n_ranges for stats in worker_stats) == 10
         assert all(stats.failure is None for stats in worker_stats)
 
     def test_stats_are_in_order_of_the_workers(self, pool, balance):
@@ -138,7 +138,7 @@ class TestRun:
         marks[[0, 3, 9]] = DONE
         worker_stats, delivered, _ = run(pool, both, balance=balance, marks=view)
         assert [start // 2 for start, _ in delivered] == [1, 2, 4, 5, 6, 7, 8]
-        assert sum(stats.items for stats in worker_stats) == 14
+        assert sum(stats.n_items for stats in worker_stats) == 14
         assert marks.all()
 
     def test_a_range_that_takes_too_long_is_run_to_its_end(self, pool, balance, monkeypatch):
@@ -479,7 +479,7 @@ class TestEnd:
     def test_a_forgotten_pool_closes_nothing(self):
         pool = started(ThreadPool(3))
         workers = list(pool._workers.values())
-        pool.forget()
+        pool.drop_after_fork()
         pool.close()
         assert all(worker.thread.is_alive() for worker in workers)
         for worker in workers:

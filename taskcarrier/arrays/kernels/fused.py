@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from taskcarrier.memory.views import copy_or_make_read_only
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.ledger import Ledger
 from taskcarrier.system.interrupts import is_raised_by_handler
-from taskcarrier.workers.records import PartialResult
+from taskcarrier.workers.records import DeliveredFailure, PartialResult
 from taskcarrier.workers.task import (
     IN_PLACE,
     CompiledTask,
@@ -28,6 +28,9 @@ from taskcarrier.workers.task import (
     RunRange,
     WorkerContext,
 )
+
+if TYPE_CHECKING:
+    from taskcarrier.arrays.kernels.signatures import WritableArgs  # loads numba
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,10 +51,8 @@ class FusedTask:
         The further arguments of the kernel.
     n_items : int
         The number of items along the mapped axis.
-    takes_copies : bool
-        Whether the kernel gets private, writable copies of its items.
-    copies_args : bool
-        Whether every worker gets such copies of arrays among the further arguments.
+    writable_args : WritableArgs
+        Of which arguments a worker gets private, writable copies.
     collect_errors : bool
         Whether errors are collected; otherwise the first one ends the run.
     """
@@ -62,8 +63,7 @@ class FusedTask:
     outs: list[np.ndarray]
     extras: tuple[Any, ...]
     n_items: int
-    takes_copies: bool
-    copies_args: bool
+    writable_args: WritableArgs
     collect_errors: bool
     _ledgers: list[Ledger] = field(default_factory=list)
 
@@ -102,7 +102,7 @@ class FusedRunner:
         self._task = task
         # Arrays that are passed by address must live as long as the runner.
         self._extras = [
-            copy_or_make_read_only(value, own=task.copies_args) for value in task.extras
+            copy_or_make_read_only(value, own=task.writable_args.args) for value in task.extras
         ]
         self._extra_arguments: list[Any] = []
         for value in self._extras:
@@ -128,20 +128,20 @@ class FusedRunner:
                 if not self._task.collect_errors:
                     add_note(error, f"func failed on item {item}")
                     raise
-                partial.faults.append((item, item + 1, error))
+                partial.failures.append(DeliveredFailure(item, item + 1, error))
                 start = begin if begin < end and begin // chunksize == index else index * chunksize
                 begin, end = item + 1, job.grid.range_of(index)[1]
                 ledger.count(worker, begin - start, finished=begin == end)
                 next_own = max(next_own, index + 1)
-        if partial.faults:
-            deliver(partial.faults[0][0], partial)
+        if partial.failures:
+            deliver(partial.failures[0].start, partial)
 
     def run(self, start: int, stop: int) -> Any:
         """Run one range, with private copies if the kernel needs them."""
         ledger = self._own_ledger
         partial = PartialResult([], [])
         arrays = self._task.array_arguments
-        if self._task.takes_copies:
+        if self._task.writable_args.items:
             copies = [
                 _copy_items(move_items_first(array, axis)[start:stop])
                 for array, axis in zip(self._task.arrays, self._task.axes, strict=True)
@@ -162,9 +162,9 @@ class FusedRunner:
                 if not self._task.collect_errors or is_raised_by_handler(error):
                     add_note(error, f"func failed on item {item}")
                     raise
-                partial.faults.append((item, item + 1, error))
+                partial.failures.append(DeliveredFailure(item, item + 1, error))
                 begin = item + 1
-        return partial if partial.faults else IN_PLACE
+        return partial if partial.failures else IN_PLACE
 
     @cached_property
     def _own_ledger(self) -> Ledger:

@@ -24,7 +24,7 @@ from taskcarrier.memory.strides import move_items_first
 from taskcarrier.system.locks import ModuleLock
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.introspect import has_own_threads, is_jitted, is_numba_ufunc
-from taskcarrier.workers.records import Fault
+from taskcarrier.workers.records import DeliveredFailure
 
 if TYPE_CHECKING:
     from taskcarrier.arrays.kernels.signatures import KernelResult
@@ -217,11 +217,11 @@ class FusedLoop:
     notes: list[str]
     uncast_results: list[np.ndarray]
 
-    def cast_deferred(self, faults: list[Fault]) -> list[DeferredResult]:
+    def cast_deferred(self, failures: list[DeliveredFailure]) -> list[DeferredResult]:
         """Return the results that are not in place yet because they must be cast."""
         if not self.uncast_results:
             return []
-        for start, stop, _ in faults:  # values that were never written might not survive a cast
+        for start, stop, _ in failures:  # values that were never written might not survive a cast
             for out in self.task.outs:
                 out[start:stop] = np.zeros((), out.dtype)
         cast_results = [
@@ -279,8 +279,7 @@ def fuse_loop(
         outs=outs,
         extras=extras.all,
         n_items=inputs.n_items,
-        takes_copies=result.writable_args.items,
-        copies_args=result.writable_args.args,
+        writable_args=result.writable_args,
         collect_errors=collect_errors,
     )
     return FusedLoop(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,6 +34,9 @@ class MixedDtypes:
     groups: list[tuple[np.ndarray, Any]]
 
 
+ObjectRule = Literal["refuse", "allow", "keep"]
+"""What becomes of objects: refuse all but numbers, allow any, or keep numbers as objects too."""
+
 _Column = np.ndarray | list[np.ndarray]
 """The values of one result: one array of all, or, if dtypes differ, an array for each value."""
 
@@ -43,8 +46,7 @@ def stack_values(
     start: int,
     out_axis: int | tuple[int, ...],
     *,
-    can_give_objects: bool,
-    as_objects: bool = False,
+    objects: ObjectRule,
 ) -> Any:
     """Stack the values of consecutive items into an array, or a tuple of arrays for tuples.
 
@@ -56,10 +58,8 @@ def stack_values(
         The number of the first item, for messages.
     out_axis : int or tuple of int
         Where the mapped axis stands in results, in all or in each.
-    can_give_objects : bool
-        Whether values may be any object.
-    as_objects : bool
-        Whether numbers stay the Python objects that they are.
+    objects : str
+        What becomes of values that are Python objects (`ObjectRule`).
 
     Returns
     -------
@@ -68,7 +68,7 @@ def stack_values(
     Raises
     ------
     TypeError
-        If a value is not an array or a number, unless `can_give_objects`.
+        If objects are refused, and a value is neither an array nor a number.
     ValueError
         If values have different shapes, or tuples different lengths.
     """
@@ -80,7 +80,7 @@ def stack_values(
     if is_tuple:
         _check_tuples(values, start, n_results)
     columns = [
-        _stack_column(column, start, can_give_objects, as_objects)
+        _stack_column(column, start, objects)
         for column in (zip(*values, strict=True) if is_tuple else (values,))
     ]
     if all(isinstance(column, np.ndarray) for column in columns):
@@ -123,15 +123,13 @@ def _move_axis(array: Any, out_axis: int) -> np.ndarray:
     return np.moveaxis(array, 0, axis) if axis else array
 
 
-def _stack_column(
-    values: Sequence[Any], start: int, can_give_objects: bool, as_objects: bool
-) -> _Column:
-    if as_objects:
-        return np.stack(_to_arrays(values, start, can_give_objects=True, dtype=np.dtype(object)))
+def _stack_column(values: Sequence[Any], start: int, objects: ObjectRule) -> _Column:
+    if objects == "keep":
+        return np.stack(_to_arrays(values, start, objects))
     numbers = _stack_numbers(values)
     if numbers is not None:
         return numbers
-    arrays = _to_arrays(values, start, can_give_objects=can_give_objects, dtype=None)
+    arrays = _to_arrays(values, start, objects)
     if len({array.dtype for array in arrays}) > 1:
         return arrays
     return np.stack(arrays)
@@ -153,11 +151,10 @@ def _stack_numbers(values: Sequence[Any]) -> np.ndarray | None:
     return None
 
 
-def _to_arrays(
-    values: Sequence[Any], start: int, *, can_give_objects: bool, dtype: np.dtype[Any] | None
-) -> list[np.ndarray]:
+def _to_arrays(values: Sequence[Any], start: int, objects: ObjectRule) -> list[np.ndarray]:
     """Return each value as an array; raise unless all have one shape."""
     arrays = []
+    dtype = np.dtype(object) if objects == "keep" else None
     for number, value in enumerate(values):
         if holds_mask(value):
             raise TypeError(
@@ -178,7 +175,7 @@ def _to_arrays(
                 f"func returned {shorten_repr(values[0])} for item {start}, but a tuple for item "
                 f"{start + number}; every item must give as many results"
             )
-        if array.dtype.hasobject and not can_give_objects:
+        if array.dtype.hasobject and objects == "refuse":
             raise TypeError(
                 f"func returned {shorten_repr(value)} ({type(value).__name__}) for item "
                 f"{start + number}; map_items stacks numbers and arrays: pass dtype=object to "

@@ -79,7 +79,7 @@ class Computation:
     by_type: list[str]
 
     @classmethod
-    def of(
+    def from_call(
         cls,
         call: Call,
         inputs: Inputs,
@@ -108,7 +108,7 @@ class Computation:
             If the function may write to arrays of the caller.
         """
         fingerprint = Fingerprint()
-        digests = fingerprint.of_function(call.func, "func")
+        digests = fingerprint.digest_function(call.func, "func")
         if fingerprint.takes_writes:
             raise ValueError(
                 f"resume=True cannot go with a function that may write to arrays of the caller: "
@@ -118,10 +118,11 @@ class Computation:
                 "flags.writeable = False"
             )
         digests |= {
-            f"args[{n}]": fingerprint.of(value, f"args[{n}]") for n, value in enumerate(call.args)
+            f"args[{n}]": fingerprint.digest(value, f"args[{n}]")
+            for n, value in enumerate(call.args)
         }
         keywords = {f"kwargs[{name!r}]": value for name, value in call.kwargs.items()}
-        digests |= {name: fingerprint.of(value, name) for name, value in keywords.items()}
+        digests |= {name: fingerprint.digest(value, name) for name, value in keywords.items()}
         sampled = {}
         for number, (array, axis) in enumerate(zip(inputs.arrays, inputs.axes, strict=True)):
             name = f"array {number}"
@@ -190,20 +191,21 @@ def _digest_input(
     """Return the digest of a mapped array, and its samples (None if it is compared as a whole)."""
     if not isinstance(array, np.ndarray):
         kind = f"{type(array).__module__}.{type(array).__qualname__}"
-        samples = [fingerprint.of(item, name) for item in _sample_items(array, axis)]
-        digest = fingerprint.of((kind, array.shape, array.dtype), name)
-        return digest, SampledInput(f"{name} ({kind})", fingerprint.of(samples, name), [])
+        samples = [fingerprint.digest(item, name) for item in _sample_items(array, axis)]
+        digest = fingerprint.digest((kind, array.shape, array.dtype), name)
+        return digest, SampledInput(f"{name} ({kind})", fingerprint.digest(samples, name), [])
     view = find_shared(array)
     if view is None or view.segment is None or not view.segment.on_disk:
-        return fingerprint.of(array, name), None
+        return fingerprint.digest(array, name), None
     if not sync_times(view.segment.fd):
-        return fingerprint.of(array, name), None
+        return fingerprint.digest(array, name), None
     file = os.fstat(view.segment.fd)
     status = [file.st_dev, file.st_ino, file.st_ctime_ns, file.st_mtime_ns, file.st_size]
     layout = repr((view.offset, view.shape, view.strides, view.dtype, file.st_size))
-    samples = [fingerprint.of(page, name) for page in _sample_pages(array, view)]
+    samples = [fingerprint.digest(page, name) for page in _sample_pages(array, view)]
     label = f"{name} ({find_path(view.segment.fd) or 'a file'})"
-    return fingerprint.of(layout, name), SampledInput(label, fingerprint.of(samples, name), status)
+    sampled = SampledInput(label, fingerprint.digest(samples, name), status)
+    return fingerprint.digest(layout, name), sampled
 
 
 def _sample_pages(array: np.ndarray, view: SharedView) -> Iterator[bytes]:

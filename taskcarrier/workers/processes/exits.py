@@ -79,10 +79,17 @@ class ProcessExit:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
 
-    def close(self, *, forked: bool = False) -> None:
-        """Close the descriptor. The process must have been reaped, except in a forked child."""
-        if self._thread is not None and not forked:
+    def close(self) -> None:
+        """Close the descriptor of a process that has been reaped."""
+        if self._thread is not None:
             self._thread.join()
+        self._close_fd()
+
+    def drop_after_fork(self) -> None:
+        """Close the descriptor in a forked child, where the thread does not exist."""
+        self._close_fd()
+
+    def _close_fd(self) -> None:
         with contextlib.suppress(OSError):  # the program may have closed any descriptor
             os.close(self.fd)
         self.fd = -1

@@ -25,6 +25,7 @@ from taskcarrier.workers.processes.supervisor import (
     unpickle_result,
 )
 from taskcarrier.workers.records import (
+    DeliveredFailure,
     PartialResult,
     RangeFailure,
     RunResult,
@@ -157,8 +158,8 @@ class GridRun:
             from taskcarrier.errors import make_died_error  # noqa: PLC0415  # slow, and rarely needed
 
             start, stop = death.range
-            fault = (start, stop, error or make_died_error(death, f"items {start}:{stop}"))
-            self._deliver(start, PartialResult([], [fault]))
+            cause = error or make_died_error(death, f"items {start}:{stop}")
+            self._deliver(start, PartialResult([], [DeliveredFailure(start, stop, cause)]))
             return
         if death.range is not None:
             self._lost.append(Attempt(*death.range))

@@ -174,13 +174,15 @@ class WorkerProcess:
             if self.pidfd >= 0:
                 self.process.join()
                 self._exitcode = self.process.exitcode
-                self.forget(forked=False)
+                self.channel.close()
+                self._exit.close()
+                self._close_lifeline()
         return self._exitcode
 
-    def forget(self, *, forked: bool = True) -> None:
-        """Close the descriptors that this process has of the worker, without telling the worker."""
+    def drop_after_fork(self) -> None:
+        """Close, in a forked child, the descriptors that it has of its parent's worker."""
         self.channel.close()
-        self._exit.close(forked=forked)
+        self._exit.drop_after_fork()
         self._close_lifeline()
 
 
@@ -343,10 +345,10 @@ class ProcessPool:
             worker.wait_and_reap()
         self._close_files()
 
-    def forget(self) -> None:
+    def drop_after_fork(self) -> None:
         """Drop everything in a forked child: the workers belong to its parent."""
         for worker in self._workers.values():
-            worker.forget()
+            worker.drop_after_fork()
         self._workers = {}
         self._close_files()
 

@@ -38,7 +38,13 @@ from taskcarrier.workers.queues import (
     raise_and_forget,
     to_batch_result,
 )
-from taskcarrier.workers.records import PartialResult, RunResult, WorkerDeath, WorkerStats
+from taskcarrier.workers.records import (
+    DeliveredFailure,
+    PartialResult,
+    RunResult,
+    WorkerDeath,
+    WorkerStats,
+)
 from taskcarrier.workers.task import Job
 
 # A worker starts and imports what the function needs in less time; one that takes longer hangs.
@@ -190,8 +196,8 @@ class StreamRun:
         if death.range is None:
             raise _make_died_error(death)
         start, stop = death.range
-        fault = (start, stop, error or _make_died_error(death))
-        self._results.append(BatchResult(start, stop, PartialResult([], [fault])))
+        failure = DeliveredFailure(start, stop, error or _make_died_error(death))
+        self._results.append(BatchResult(start, stop, PartialResult([], [failure])))
 
     def replace_worker(self, number: int, in_hand: Attempt | None, nexts: list[Attempt]) -> None:
         """Start another worker; the dead one's batches are sent before all others that wait."""
@@ -214,5 +220,5 @@ def _unpickle_result(batch: _Batch, packed: bytes, large: list[memoryview]) -> B
     nbytes = batch.nbytes + len(packed) + sum(map(len, large))
     result, error = unpickle_result(packed, large)
     if error is not None:
-        result = PartialResult([], [(start, stop, error)])
+        result = PartialResult([], [DeliveredFailure(start, stop, error)])
     return to_batch_result(result)._replace(nbytes=nbytes)

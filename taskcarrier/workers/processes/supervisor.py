@@ -321,7 +321,7 @@ class Supervisor:
     def _count_idle_death(self, death: WorkerDeath, stats: WorkerStats) -> None:
         """Count a worker that was dying when it was started, or died between two ranges."""
         number, retries = death.worker, self._job.retry_policy.retries
-        self._idle_deaths[number] = 0 if stats.ranges else self._idle_deaths.get(number, 0) + 1
+        self._idle_deaths[number] = 0 if stats.n_ranges else self._idle_deaths.get(number, 0) + 1
         if self._idle_deaths[number] > max(1, retries):
             self._source.give_up(death, None)
 

@@ -35,7 +35,13 @@ from taskcarrier.workers.pickling import pickle_items, unpickle_items, unpickle_
 from taskcarrier.workers.processes.exits import is_readable
 from taskcarrier.workers.processes.messages import Message, MessageSocket
 from taskcarrier.workers.queues import BatchResult
-from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats, WorkerWarning
+from taskcarrier.workers.records import (
+    DeliveredFailure,
+    PartialResult,
+    RangeFailure,
+    WorkerStats,
+    WorkerWarning,
+)
 from taskcarrier.workers.task import Deliver, WorkerContext
 from taskcarrier.workers.thread_limits import make_joblib_serial
 
@@ -192,7 +198,7 @@ def _run_payload(
         outbox = _Outbox(channel, job.folder)
         deliver: Deliver = outbox.deliver
         if is_streamed:
-            deliver = outbox.deliver_or_fault
+            deliver = outbox.deliver_or_cut
         else:
             ledger.set_marks(job.open_marks(), len(job.grid))
         with _record_warnings() as recorded:
@@ -322,14 +328,14 @@ class _Outbox:
             self._seconds = min(2 * self._seconds, _BATCH_SECONDS)
             self.flush()
 
-    def deliver_or_fault(self, start: int, result: BatchResult | PartialResult) -> None:
+    def deliver_or_cut(self, start: int, result: BatchResult | PartialResult) -> None:
         """Deliver a result; cut one that cannot be sent at the item to blame, and add its error."""
         try:
             self.deliver(start, result)
         except Exception:
             if not isinstance(result, BatchResult):
                 raise
-            self.deliver(start, result._replace(result=_cut_at_fault(start, result.result)))
+            self.deliver(start, result._replace(result=_cut_at_failure(start, result.result)))
 
     def _put(self, raw: memoryview) -> tuple[int, int]:
         self._segment, offset = self._staging.add(raw)
@@ -343,22 +349,22 @@ class _Outbox:
             self._begin_batch()
 
 
-def _cut_at_fault(start: int, result: list[Any] | PartialResult) -> list[Any] | PartialResult:
+def _cut_at_failure(start: int, result: list[Any] | PartialResult) -> list[Any] | PartialResult:
     """Return results up to the first item that failed or whose result cannot be pickled."""
     values = result if isinstance(result, list) else result.results[0][1]
-    faults = [] if isinstance(result, list) else result.faults
-    end = start + len(values) if not faults else faults[0][0]
+    failures = [] if isinstance(result, list) else result.failures
+    end = start + len(values) if not failures else failures[0].start
     for n, value in enumerate(values[: end - start]):
         try:
             pickle_items(value)
         except Exception as error:  # noqa: BLE001  # a user's object may raise anything when it is pickled
             add_note(error, "taskcarrier could not pickle the result for the caller")
-            faults = [(start + n, start + n + 1, error)]
+            failures = [DeliveredFailure(start + n, start + n + 1, error)]
             values = values[:n]
             break
-    if not faults:
+    if not failures:
         return values
-    return PartialResult([(slice(start, start + len(values)), values)], faults[:1])
+    return PartialResult([(slice(start, start + len(values)), values)], failures[:1])
 
 
 def unpickle_results(message: Message, on_disk: bool) -> Iterator[tuple[int, bytes, list[Any]]]:
@@ -389,7 +395,7 @@ def _pickle_stats(stats: WorkerStats) -> bytes:
     packed_failure = (
         None if failure is None else (failure.range, pickle_error(failure.error), failure.attempt)
     )
-    numbers = (stats.worker, stats.ranges, stats.items, stats.busy_ns)
+    numbers = (stats.worker, stats.n_ranges, stats.n_items, stats.busy_ns)
     packed_warnings = list(map(_pickle_warning, stats.warnings))
     return pickle.dumps((numbers, stats.facts, packed_failure, packed_warnings), protocol=5)
 
@@ -405,11 +411,12 @@ def _pickle_warning(warning: WorkerWarning) -> bytes:
 
 def unpickle_stats(packed: bytes) -> WorkerStats:
     """Return, in the parent, the stats that a worker has sent; the name is left to the caller."""
-    (worker, ranges, items, busy_ns), facts, packed_failure, packed_warnings = pickle.loads(packed)
+    numbers, facts, packed_failure, packed_warnings = pickle.loads(packed)
     failure = None
     if packed_failure is not None:
         failed_range, packed_error, attempt = packed_failure
         failure = RangeFailure(failed_range, unpickle_error(packed_error), attempt=attempt)
-    stats = WorkerStats(worker, "", ranges, items, busy_ns, facts, failure)
+    worker, n_ranges, n_items, busy_ns = numbers
+    stats = WorkerStats(worker, "", n_ranges, n_items, busy_ns, facts, failure)
     stats.warnings = list(map(unpickle_items, packed_warnings))
     return stats

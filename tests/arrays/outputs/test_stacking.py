@@ -20,8 +20,8 @@ NUMBERS = (
 )
 
 
-def put(values, start=0, out_axis=0, *, can_give_objects=False):
-    made = stack_values(values, start, out_axis, can_give_objects=can_give_objects)
+def put(values, start=0, out_axis=0, *, objects="refuse"):
+    made = stack_values(values, start, out_axis, objects=objects)
     return joined(made, len(values), out_axis) if isinstance(made, MixedDtypes) else made
 
 
@@ -153,7 +153,7 @@ def test_a_value_that_is_no_number_or_array_is_named_with_the_remedy(value, plac
 
 def test_objects_are_stacked_where_they_are_asked_for():
     values = [None, {"a": 1}, "x"]
-    made = put(values, can_give_objects=True)
+    made = put(values, objects="allow")
     assert (made.dtype, made.tolist()) == (np.dtype(object), values)
 
 

@@ -79,7 +79,7 @@ class TestProcessExit:
         ending = ProcessExit(child.pid)
         pid = os.fork()
         if pid == 0:
-            ending.close(forked=True)
+            ending.drop_after_fork()
             os._exit(ending.fd == -1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
         assert not is_readable(ending.fd)

@@ -396,7 +396,7 @@ class TestDeathAtAnyStep:
         for pool, ran in at_every_step([], balance=balance, **WAYS[way]):
             (last,) = [one for one in ran.worker_stats if one.name == pool.processes[-1].name]
             assert last.failure is None
-            done = sum(stats.items for stats in ran.worker_stats)
+            done = sum(stats.n_items for stats in ran.worker_stats)
             n_lost = sum(stop - start for start, stop in itertools.chain(*pool.lost))
             # A range that was finished and lost counts for both workers that finished it.
             assert 8 - 2 * len(ran.deaths) <= done <= 8 + n_lost
@@ -444,13 +444,13 @@ class TestManyDeaths:
         ran = pool.to_the_end()
         assert ran.missing == sorted(ran.missing)
         assert bool(ran.missing) <= bool(ran.unrecovered_deaths)
-        faults = [
-            fault[:2]
+        failures = [
+            failure[:2]
             for parts in pool.delivered.values()
             if isinstance(parts, PartialResult)
-            for fault in parts.faults
+            for failure in parts.failures
         ]
-        said = {item for part in [*ran.missing, *faults] for item in range(*part)}
+        said = {item for part in [*ran.missing, *failures] for item in range(*part)}
         without = {i for i, result in enumerate(pool.results()) if result != 2 * i}
         kill = deadly & set(range(options["n_items"]))
         assert kill <= without <= said
@@ -483,8 +483,8 @@ class TestNarrowing:
                 assert last - first <= (stop - start + 1) // 2
             assert ranges[-1] == (deadly, deadly + 1)
             assert [death.attempt for death in ran.deaths] == list(range(1, len(ranges) + 1))
-            (fault,) = pool.delivered[deadly].faults
-            assert fault[:2] == (deadly, deadly + 1)
+            (failure,) = pool.delivered[deadly].failures
+            assert failure[:2] == (deadly, deadly + 1)
             expected = doubled(0, n_items)
             expected[deadly] = -1
             assert pool.results() == expected
@@ -508,7 +508,7 @@ class TestNarrowing:
         pool = scripted(deadly={3}, collect_errors=True, retry_policy=RetryPolicy(retries=1))
         ran = pool.to_the_end()
         assert [death.range for death in ran.deaths] == [(2, 4)] * 2
-        ((start, stop, error),) = pool.delivered[2].faults
+        ((start, stop, error),) = pool.delivered[2].failures
         assert (start, stop) == (2, 4)
         assert isinstance(error, WorkerDiedError)
         assert (error.exitcode, error.in_hand, error.attempt) == (SIGKILL, (2, 4), 2)
@@ -604,7 +604,7 @@ class TestIdleDeaths:
         runs = at_every_step([], balance=Static(), in_place=True)
         for n_steps, (pool, ran) in enumerate(runs):
             (dead,) = (one for one in ran.worker_stats if one.name == pool.processes[0].name)
-            if ran.deaths[0].range is None and dead.items == 2:
+            if ran.deaths[0].range is None and dead.n_items == 2:
                 return n_steps
         return pytest.fail("there is no such moment")
 
@@ -628,7 +628,7 @@ class TestIdleDeaths:
             assert not pool.run.is_running()
             ran = pool.run.make_result()
         assert ran.deaths == []
-        assert [stats.items for stats in ran.worker_stats] == [8]
+        assert [stats.n_items for stats in ran.worker_stats] == [8]
 
 
 def order_of(process):
@@ -714,7 +714,7 @@ class TestTimeout:
             pool.run.step(0)
             pool.processes[0].end()
             pool.run.step(0)
-            ((start, stop, error),) = pool.delivered[0].faults
+            ((start, stop, error),) = pool.delivered[0].failures
             assert (start, stop) == (0, 2)
             assert isinstance(error, TimeoutError)
             pool.live(pool.processes[1])
@@ -977,9 +977,9 @@ class TestRealDeaths:
         )
         assert [death.range for death in ran.deaths] == [(0, 8)] * 2 + [(4, 6), (5, 6)]
         assert [death.attempt for death in ran.deaths] == [1, 2, 3, 4]
-        (fault,) = delivered.pop(5).faults
-        assert fault[:2] == (5, 6)
-        assert isinstance(fault[2], WorkerDiedError)
+        (failure,) = delivered.pop(5).failures
+        assert failure[:2] == (5, 6)
+        assert isinstance(failure[2], WorkerDiedError)
         assert delivered.pop(8) == (8, 16)
         assert delivered.pop(16) == (16, 20)
         assert sorted(delivered.values()) == [(0, 4), (4, 5), (6, 7), (7, 8)]
@@ -1067,9 +1067,9 @@ class TestRealTimeouts:
             retry_policy=retry_policy,
             collect_errors=True,
         )
-        (fault,) = delivered.pop(4).faults
-        assert fault[:2] == (4, 6)
-        assert isinstance(fault[2], TimeoutError)
+        (failure,) = delivered.pop(4).failures
+        assert failure[:2] == (4, 6)
+        assert isinstance(failure[2], TimeoutError)
         expected = in_pieces(20)
         del expected[4]
         assert delivered == expected

@@ -103,8 +103,8 @@ class TestRun:
         ran, delivered = run(warm, both, balance=balance)
         assert sorted(delivered) == ALL
         assert (ran.deaths, ran.unrecovered_deaths, ran.missing, ran.failures) == ([], [], [], [])
-        assert sum(stats.items for stats in ran.worker_stats) == 20
-        assert sum(stats.ranges for stats in ran.worker_stats) == 10
+        assert sum(stats.n_items for stats in ran.worker_stats) == 20
+        assert sum(stats.n_ranges for stats in ran.worker_stats) == 10
         assert all(stats.failure is None for stats in ran.worker_stats)
 
     def test_stats_are_in_order_of_the_workers(self, warm, balance):
@@ -125,7 +125,7 @@ class TestRun:
     def test_marks_of_the_last_run_are_forgotten(self, warm, balance):
         for n_items in (20, 12, 40):
             ran, _ = run(warm, in_place, balance=balance, n_items=n_items)
-            assert sum(stats.items for stats in ran.worker_stats) == n_items
+            assert sum(stats.n_items for stats in ran.worker_stats) == n_items
 
     def test_a_run_may_use_fewer_workers_than_the_pool_has(self, warm, balance):
         ran, delivered = run(warm, both, balance=balance, n_workers=1)
@@ -135,12 +135,12 @@ class TestRun:
     def test_results_in_place_are_not_delivered(self, warm, balance):
         ran, delivered = run(warm, in_place, balance=balance)
         assert delivered == []
-        assert sum(stats.items for stats in ran.worker_stats) == 20
+        assert sum(stats.n_items for stats in ran.worker_stats) == 20
 
     def test_no_items_are_one_empty_chunk(self, warm, balance):
         ran, delivered = run(warm, both, balance=balance, n_items=0)
         assert delivered == [(0, (0, 0))]
-        assert sum(stats.ranges for stats in ran.worker_stats) == 1
+        assert sum(stats.n_ranges for stats in ran.worker_stats) == 1
 
 
 class TestDeadWorkers:
@@ -469,7 +469,7 @@ class TestEnd:
             os.dup(pool._workers[0].channel.fileno()),
             os.dup(pool._workers[0]._lifeline),
         )
-        pool.forget()
+        pool.drop_after_fork()
         time.sleep(0.2)
         assert running(pid)
         os.close(channel)

@@ -111,7 +111,7 @@ def test_results_that_come_too_late_are_not_unpickled(warm, monkeypatch):
     while queue.ledger.n_items_done(2) == 0:  # then it has been sent
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert sum(stats.items for stats in queue.close().worker_stats) == 1
+    assert sum(stats.n_items for stats in queue.close().worker_stats) == 1
     assert read == []
 
 
@@ -124,7 +124,7 @@ def test_every_queued_batch_gives_its_result(warm):
     assert results(queue, 12) == [(n, n + 3, [2 * n, 2 * n + 2, 2 * n + 4]) for n in (0, 3, 6, 9)]
     assert queue.has_room
     ran = queue.close()
-    assert [stats.items for stats in ran.worker_stats] == [6, 6]
+    assert [stats.n_items for stats in ran.worker_stats] == [6, 6]
     assert not ran.is_halted
 
 
@@ -224,8 +224,8 @@ def test_the_item_that_kills_is_found_in_a_batch(pool):
     queue.put(8, range(8, 12))
     came = results(queue, 12)
     deaths = queue.close().deaths
-    (fault,) = [result for _, _, result in came if not isinstance(result, list)]
-    ((start, stop, error),) = fault.faults
+    (failure,) = [result for _, _, result in came if not isinstance(result, list)]
+    ((start, stop, error),) = failure.failures
     assert (start, stop, error.exitcode) == (5, 6, 5)
     right = [item for _, _, result in came if isinstance(result, list) for item in result]
     assert sorted(right) == [n for n in range(12) if n != 5]
@@ -240,7 +240,7 @@ def test_batches_that_were_not_begun_are_not_to_blame(pool):
     came = results(queue, 2)
     queue.close()
     assert came[1] == (1, 2, [1])
-    assert came[0][2].faults[0][2].in_hand == (0, 1)
+    assert came[0][2].failures[0][2].in_hand == (0, 1)
 
 
 def test_a_worker_that_dies_while_idle_is_replaced(pool):
@@ -279,7 +279,7 @@ def test_a_range_that_takes_too_long_is_an_error(pool):
     came = results(queue, 2)
     ran = queue.close()
     assert came[1] == (1, 2, [None])
-    assert isinstance(came[0][2].faults[0][2], TimeoutError)
+    assert isinstance(came[0][2].failures[0][2], TimeoutError)
     assert [death.was_late for death in ran.deaths] == [True]
 
 
@@ -304,7 +304,7 @@ def test_a_range_is_late_though_earlier_results_are_not_taken(pool, tmp_path):
     queue.ledger.set_start_time(0, time.monotonic_ns() - LONG * 10**9)
     came = results(queue, 2)
     assert came[0] == (0, 1, [None])
-    assert isinstance(came[1][2].faults[0][2], TimeoutError)
+    assert isinstance(came[1][2].failures[0][2], TimeoutError)
     assert [(death.range, death.was_late) for death in queue.close().deaths] == [((1, 2), True)]
     assert log.read_text().split() == ["short", "long"]
 
@@ -333,7 +333,7 @@ def test_workers_may_still_be_starting_when_all_is_done(pool, monkeypatch):
     while pool._workers[0].pid == dead:
         assert queue.get(0.1) == []
     ran = queue.close()  # another has taken its place
-    assert [(stats.worker, stats.items) for stats in ran.worker_stats] == [(0, 1), (0, 0)]
+    assert [(stats.worker, stats.n_items) for stats in ran.worker_stats] == [(0, 1), (0, 0)]
     assert pool._workers[0].is_alive
 
 

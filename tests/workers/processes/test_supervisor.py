@@ -97,7 +97,7 @@ class Source:
 
 
 def report(process, *, memory=FREE, failure=None):
-    stats = WorkerStats(process.number, ranges=3, failure=failure)
+    stats = WorkerStats(process.number, n_ranges=3, failure=failure)
     process.inside.send(STATS + memory + _pickle_stats(stats))
 
 
@@ -129,7 +129,7 @@ class TestMessages:
             assert process.is_free
             assert source.supervisor.at_work == {}
             result = source.supervisor.make_result()
-        assert [(stats.name, stats.ranges) for stats in result.worker_stats] == [("process 0", 3)]
+        assert [(stats.name, stats.n_ranges) for stats in result.worker_stats] == [("process 0", 3)]
         assert result.deaths == []
         assert not source.supervisor.has_ended
 
@@ -207,7 +207,7 @@ class TestDeaths:
             report(source.processes[1])
             source.supervisor.step(0)
             result = source.supervisor.make_result()
-        assert [stats.ranges for stats in result.worker_stats] == [5, 3]
+        assert [stats.n_ranges for stats in result.worker_stats] == [5, 3]
 
 
 class TestDeadlines:
@@ -251,7 +251,7 @@ class TestEnd:
             source.supervisor.end(0)
             assert [process.n_kills for process in source.processes] == [0, 1]
             assert [process.is_free for process in source.processes] == [True, False]
-            assert [stats.ranges for stats in source.supervisor.make_result().worker_stats] == [
+            assert [stats.n_ranges for stats in source.supervisor.make_result().worker_stats] == [
                 3,
                 0,
             ]

@@ -90,7 +90,7 @@ class TestOrder:
     def test_attempts_arrive_with_their_numbers(self):
         ((attempt,), _, _) = module._unpack_order(pack_order([Attempt(3, 5, 2)], b"payload"))
         assert type(attempt) is Attempt
-        assert (attempt.start, attempt.stop, attempt.attempt) == (3, 5, 2)
+        assert (attempt.start, attempt.stop, attempt.number) == (3, 5, 2)
 
 
 class TestLedgerOver:
@@ -262,7 +262,8 @@ class TestWorkerStats:
         stats = WorkerStats(3, "", 4, 10, 99, facts=("some", 1))
         stats.warnings = [WorkerWarning(UserWarning("look"), UserWarning, "file.py", 7, "module")]
         arrived = self.packed(stats)
-        assert (arrived.worker, arrived.ranges, arrived.items, arrived.busy_ns) == (3, 4, 10, 99)
+        assert (arrived.worker, arrived.busy_ns) == (3, 99)
+        assert (arrived.n_ranges, arrived.n_items) == (4, 10)
         assert arrived.facts == ("some", 1)
         assert arrived.failure is None
         ((message, *where),) = arrived.warnings
@@ -385,7 +386,7 @@ class TestResults:
             job, pickle_task(job, Staging()), lambda start, _: delivered.append(start), tick
         )
         assert delivered == [0, 2, 4]
-        assert ran.worker_stats[0].items == 6
+        assert ran.worker_stats[0].n_items == 6
 
     def test_results_that_cannot_be_pickled_are_failures(self, warm):
         _, _, (failure, *_) = run(warm, lambda *_: (n for n in range(3)))
@@ -454,7 +455,7 @@ class TestFailures:
     def test_failures_are_collected(self, warm):
         _, delivered, failures = run(warm, parts_at_four, collect_errors=True)
         assert failures == []
-        ((start, stop, error),) = delivered.pop(4).faults
+        ((start, stop, error),) = delivered.pop(4).failures
         assert (start, stop, repr(error)) == (4, 6, "ValueError('no')")
         assert set(delivered.values()) == {"good"}
 
@@ -508,7 +509,7 @@ class TestInside:
     def test_a_function_that_forks_continues_only_in_the_parent(self, warm):
         ran, delivered, failures = run(warm, fork_at_four)
         assert failures == []
-        assert sum(stats.items for stats in ran.worker_stats) == 20
+        assert sum(stats.n_items for stats in ran.worker_stats) == 20
         assert sorted(delivered) == list(range(0, 20, 2))
 
     def test_output_of_tasks_is_shown_at_once(self, capfd):

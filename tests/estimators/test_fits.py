@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from taskcarrier.fits import CallerContext, Rows, Template, clone
+from taskcarrier.estimators.fits import CallerContext, Rows, Template, clone
 
 
 class Model:

@@ -1,7 +1,7 @@
 """Fits and predictions in the style of scikit-learn: many estimators on parts of the same data.
 
 Estimators are duck-typed: scikit-learn is not imported here. What a worker does for one fit stands
-in `taskcarrier.fits`.
+in `taskcarrier.estimators.fits`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from taskcarrier.arguments import check_integer
 from taskcarrier.arrays.inputs.check import check_inputs, refuse_masked
 from taskcarrier.arrays.mapping import MAP_ARRAY, prepare_chunks
-from taskcarrier.fits import CallerContext, Rows, Template, clone, fit_one
+from taskcarrier.estimators.fits import CallerContext, Rows, Template, clone, fit_one
 from taskcarrier.lists.map import map_lists
 from taskcarrier.options import CollectOption, FitOptions, PredictOptions
 from taskcarrier.run import Settings

@@ -1,0 +1,1 @@
+"""Fits and predictions in the style of scikit-learn."""
