@@ -58,7 +58,8 @@ hypothesis.settings.register_profile("quick", deadline=None, max_examples=20)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=100)
 hypothesis.settings.load_profile("quick")
 # CI uses the same examples every time; elsewhere, each run draws others.
-hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("quick"), derandomize=True)
+quick = hypothesis.settings.get_profile("quick")
+hypothesis.settings.register_profile("ci", quick, derandomize=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:

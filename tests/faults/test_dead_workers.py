@@ -107,6 +107,13 @@ VERBS = {
         list(OF_BALANCE[balance](**LOKY).imap(func, X.tolist(), **run))
     ),
 }
+each_verb = pytest.mark.parametrize(
+    "verb",
+    [
+        pytest.param(verb, marks=() if verb in {"map_array", "imap"} else pytest.mark.thorough)
+        for verb in VERBS
+    ],
+)
 
 
 # A worker dies, and its range is run again
@@ -178,7 +185,7 @@ def test_results_lost_with_a_worker_are_computed_again(balance, tmp_path):
     ("retries", "kind", "balance"),
     [(0, DeadlyError, "static"), (1, DeadlyError, "dynamic"), (0, DeadlyExit, "dynamic")],
 )
-@pytest.mark.parametrize("verb", VERBS)
+@each_verb
 def test_an_error_that_kills_while_it_is_pickled_is_a_death(verb, retries, kind, balance):
     X, func = np.arange(10.0), partial(fails_on_five, kind=kind)
     with pytest.raises(WorkerDiedError, match="exited with code 3 while mapping") as caught:
@@ -192,7 +199,7 @@ def test_an_error_that_kills_while_it_is_pickled_is_a_death(verb, retries, kind,
 
 @pytest.mark.fault(11)
 @each_balance
-@pytest.mark.parametrize("verb", VERBS)
+@each_verb
 def test_an_error_that_kills_while_it_is_pickled_once_costs_nothing(verb, balance, tmp_path):
     log = tmp_path / "log"
 
@@ -209,7 +216,7 @@ def test_an_error_that_kills_while_it_is_pickled_once_costs_nothing(verb, balanc
 
 @pytest.mark.fault(10, 11)
 @each_balance
-@pytest.mark.parametrize("verb", VERBS)
+@each_verb
 def test_a_warning_that_kills_while_it_is_pickled_costs_nothing(verb, balance):
     def warns(x):
         if np.any(np.asarray(x) == 5):
@@ -469,6 +476,7 @@ def random_kills(stop, log, chance, killed):
 
 @pytest.mark.fault(12)
 @each_balance
+@pytest.mark.thorough
 def test_many_kills_do_not_show_in_results(balance, tmp_path):
     log = tmp_path / "log"
 

@@ -628,8 +628,9 @@ def test_a_run_reads_its_own_ledger_though_its_pool_is_lent_again(monkeypatch):
 
 
 @pytest.mark.fault(19)
+@pytest.mark.parametrize("n_programs", [1, pytest.param(3, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("backend", ["loky", "threading"])
-def test_the_first_calls_may_come_from_several_threads(backend, tmp_path):
+def test_the_first_calls_may_come_from_several_threads(backend, n_programs, tmp_path):
     code = """
     import sys, threading
     import numpy as np
@@ -645,7 +646,7 @@ def test_the_first_calls_may_come_from_several_threads(backend, tmp_path):
         thread.join()
     print(right)
     """
-    for _ in range(3):
+    for _ in range(n_programs):
         assert run_script(tmp_path, textwrap.dedent(code), backend).strip() == "[True, True, True]"
 
 
@@ -678,13 +679,20 @@ assert pids() == before
 
 
 @pytest.mark.fault(35)
-@pytest.mark.parametrize(("timeout", "idle"), [("0.01", "0.1"), ("0", "0"), ("1", "1.5")])
+@pytest.mark.parametrize(
+    ("timeout", "idle"),
+    [
+        ("0.01", "0.1"),
+        pytest.param("0", "0", marks=pytest.mark.thorough),
+        pytest.param("1", "1.5", marks=pytest.mark.thorough),
+    ],
+)
 def test_default_socket_timeouts_of_the_program_do_not_apply_to_ours(timeout, idle, tmp_path):
     run_script(tmp_path, DEFAULTS, timeout, idle)
 
 
 PIPES = """
-import os, signal
+import os, signal, sys
 from taskcarrier import StaticParallelMapper, WorkerDiedError
 
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -693,7 +701,7 @@ mapper = StaticParallelMapper(2, backend="loky", chunksize=1)
 def dies(i):
     os._exit(3)
 
-for _ in range(5):
+for _ in range(int(sys.argv[1])):
     try:
         mapper.map(dies, range(4), retries=1)
     except WorkerDiedError:
@@ -710,8 +718,9 @@ print("alive")
 
 
 @pytest.mark.fault(35)
-def test_a_program_that_a_broken_pipe_would_kill_survives_dead_workers(tmp_path):
-    assert run_script(tmp_path, PIPES) == "alive\n"
+@pytest.mark.parametrize("n_rounds", [1, pytest.param(5, marks=pytest.mark.thorough)])
+def test_a_program_that_a_broken_pipe_would_kill_survives_dead_workers(n_rounds, tmp_path):
+    assert run_script(tmp_path, PIPES, str(n_rounds)) == "alive\n"
 
 
 HASHES = """
@@ -751,6 +760,11 @@ if __name__ == "__main__":
 def test_strings_have_the_same_hash_in_all_workers(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     run_script(tmp_path, HASHES, str(tmp_path / "mark"))
+
+
+@pytest.mark.thorough
+@pytest.mark.fault(37)
+def test_strings_have_the_hash_that_the_environment_asks_for(tmp_path, monkeypatch):
     for name, value in {"PYTHONHASHSEED": "7", "JOBLIB_MULTIPROCESSING": "1"}.items():
         monkeypatch.setenv(name, value)
     there, here = run_script(tmp_path, HASHES, str(tmp_path / "mark")).split()
@@ -820,7 +834,10 @@ if __name__ == "__main__":
 
 
 @pytest.mark.fault(48)
-@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+@pytest.mark.parametrize(
+    "method",
+    ["spawn", *[pytest.param(way, marks=pytest.mark.thorough) for way in ("forkserver", "fork")]],
+)
 def test_children_of_multiprocessing_map_functions_of_the_main_module(method, tmp_path):
     assert run_script(tmp_path, CHILD, method).splitlines() == ["[0, 1, 2, 3]"] * 2
 

@@ -35,7 +35,7 @@ RUNS = [
 pools = keep_pools_warm(2, 3)
 
 
-# A kernel is compiled for each: `make test` has the two in which threads claim, and nothing is said.
+# A kernel is compiled for each: `make test` has the run in which threads claim, and the default.
 @pytest.fixture(
     params=[
         *[pytest.param(run, marks=pytest.mark.thorough) for run in RUNS[:2]],

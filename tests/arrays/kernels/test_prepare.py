@@ -289,6 +289,7 @@ print("done")
 
 
 @pytest.mark.fault(33)
+@pytest.mark.thorough
 @pytest.mark.parametrize("layer", ["workqueue", "omp", "tbb"])
 def test_results_are_right_under_every_threading_layer(layer, tmp_path):
     library = Path(sys.prefix) / "lib"
@@ -320,7 +321,9 @@ print("done")
 
 
 @pytest.mark.fault(33)
-@pytest.mark.parametrize(("n_processes", "n_threads"), [(1, 8), (8, 1)])
+@pytest.mark.parametrize(
+    ("n_processes", "n_threads"), [(1, 8), pytest.param(8, 1, marks=pytest.mark.thorough)]
+)
 def test_many_processes_and_threads_may_compile_a_cached_kernel_at_once(
     n_processes, n_threads, tmp_path
 ):

@@ -1201,14 +1201,14 @@ class TestGlobals:
         assert len(digest(table["f0"])) == 32
 
     def test_values_may_be_nested_deeper_than_the_recursion_limit(self):
-        def nested(value, depth=100_000):
+        def nested(value, depth=10_000):
             for _ in range(depth):
                 value = [value]
             return value
 
         assert digest(nested(1)) == digest(nested(1))
         assert digest(nested(1)) != digest(nested(2))
-        assert digest(nested(1)) != digest(nested(1, 99_999))
+        assert digest(nested(1)) != digest(nested(1, 9_999))
 
     def test_an_exception_of_a_signal_handler_is_raised(self):
         class TimeIsUpError(Exception):
