@@ -21,9 +21,9 @@ def check(session: nox.Session) -> None:
 
 @nox.session(python=["3.11", "3.12", "3.13", "3.14"])
 def test(session: nox.Session) -> None:
-    """Run all tests but the slow ones; further words go to pytest."""
+    """Run what `make test` runs; further words go to pytest."""
     session.install("--editable", ".[test,optional]")
-    session.run("pytest", "-m", "not slow", *session.posargs)
+    session.run("pytest", "-m", "not thorough", *session.posargs)
 
 
 if __name__ == "__main__":
