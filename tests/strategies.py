@@ -76,8 +76,7 @@ each_balance = pytest.mark.parametrize(
 
 def examples(number: int) -> Any:
     """Have Hypothesis try so many examples in `make test-all`, and fewer in `make test`."""
-    share = settings.default.max_examples / settings.get_profile("thorough").max_examples
-    return settings(max_examples=round(number * share))
+    return settings(max_examples=round(number * settings.default.max_examples / 100))
 
 
 def warm_pools(*n_jobs: int) -> None:
