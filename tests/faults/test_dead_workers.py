@@ -39,6 +39,8 @@ from tests.strategies import (
     run_script,
 )
 
+pytestmark = pytest.mark.one_case  # workers die in each
+
 LOKY = {"n_jobs": 2, "backend": "loky"}
 HERE = [run for run in EVERYWHERE if run[0] != "loky"]
 LONG = 60  # seconds that no test waits for

@@ -35,6 +35,8 @@ from tests.faults.helpers import (
 )
 from tests.strategies import each_balance, keep_pools_warm, run_script, start_script
 
+pytestmark = pytest.mark.one_case  # each starts programs
+
 pools = keep_pools_warm(2)
 
 

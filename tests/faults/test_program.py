@@ -35,6 +35,8 @@ from tests.faults.helpers import (
 )
 from tests.strategies import EVERYWHERE, assert_same, keep_pools_warm, run_script
 
+pytestmark = pytest.mark.one_case  # each starts programs
+
 pools = keep_pools_warm(2)
 
 

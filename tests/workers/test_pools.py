@@ -33,6 +33,8 @@ from taskcarrier.workers.task import Job
 from taskcarrier.workers.threads import ThreadPool
 from tests.helpers import Calls
 
+pytestmark = pytest.mark.one_case  # each starts workers
+
 LONG = 60  # seconds that no test waits for
 LENDERS = {"threading": thread_pool, "loky": process_pool}
 

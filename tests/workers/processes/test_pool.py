@@ -25,6 +25,8 @@ from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.task import IN_PLACE, Job
 from tests.helpers import Calls
 
+pytestmark = pytest.mark.one_case  # each starts workers
+
 BALANCES = [Static(), Dynamic()]
 LONG = 60  # seconds that no test waits for
 
