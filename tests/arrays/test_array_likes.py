@@ -98,6 +98,7 @@ class TestReadByRange:
         assert_same(share(Whole(X)), X)
 
 
+@pytest.mark.one_case
 @each_run
 def test_zarr_arrays_on_disk_are_mapped(backend, balance, tmp_path):
     pytest.importorskip("zarr", reason="zarr arrays are what this is about")

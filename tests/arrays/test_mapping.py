@@ -358,6 +358,7 @@ NEIGHBOURS = {
 }
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("layout", sorted(strided_samples()))
 def test_functions_that_mix_neighbouring_items_give_the_same_bits_on_every_run(layout):
     X = strided_samples()[layout]

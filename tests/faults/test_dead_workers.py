@@ -229,6 +229,7 @@ def test_a_warning_that_kills_while_it_is_pickled_costs_nothing(verb, balance):
     assert_same(VERBS[verb](warns, X, balance=balance), X)
 
 
+@pytest.mark.thorough
 @pytest.mark.fault(11)
 @each_balance
 def test_an_error_that_kills_while_it_is_pickled_completes_no_file(balance, tmp_path):
@@ -249,6 +250,7 @@ def test_an_error_that_kills_while_it_is_pickled_completes_no_file(balance, tmp_
     assert np.array_equal(result, X * 2)
 
 
+@pytest.mark.thorough
 @pytest.mark.fault(11, 13)
 def test_an_error_that_kills_while_it_is_pickled_can_be_collected():
     X = np.arange(10.0)
@@ -258,6 +260,7 @@ def test_an_error_that_kills_while_it_is_pickled_can_be_collected():
     assert_same(np.delete(result, 5), np.delete(X, 5))
 
 
+@pytest.mark.thorough
 @pytest.mark.fault(2, 11)
 @each_balance
 def test_an_error_that_arrives_is_raised_though_another_kills_while_it_is_pickled(
@@ -440,6 +443,7 @@ def test_an_idle_worker_that_was_killed_is_replaced(balance, at_once):
 # Kills at random moments
 
 
+@pytest.mark.thorough
 @pytest.mark.fault(12)
 def test_a_worker_killed_at_any_moment_does_not_show_in_the_result():
     rng = np.random.default_rng(5)
@@ -628,6 +632,7 @@ def test_ranges_that_cannot_be_split_are_named_whole(call, balance, tmp_path):
     assert len(noted(tmp_path / "log")) == 3
 
 
+@pytest.mark.thorough
 @pytest.mark.fault(13)
 def test_chunks_that_kill_are_collected_whole():
     def func(chunk):
@@ -920,6 +925,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.fault(16)
 def test_a_memory_error_names_its_range(tmp_path):
     assert run_script(tmp_path, HUNGRY, OPENBLAS_NUM_THREADS="1") == "fine\n"

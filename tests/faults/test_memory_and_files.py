@@ -517,6 +517,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.fault(26)
 def test_two_programs_with_few_descriptors_share_a_temporary_folder(tmp_path):
     folder = tmp_path / "shared"

@@ -146,6 +146,7 @@ class TestItems:
         values = (X * 100).astype(dtype)
         assert_same(map_items(same, values, **run), values)
 
+    @pytest.mark.one_case
     @pytest.mark.parametrize("dtype", ["f4", "i2", "u8", "c8", "?"])
     def test_dtypes_are_the_same_in_processes_and_threads(self, dtype):
         values = np.arange(1, 6).astype(dtype)
@@ -518,6 +519,7 @@ class TestKernels:
             assert_same(map_items(kernel, X, **run), X * factor)
             assert_same(map_array(lambda c: c, map_items(kernel, X, **run)), X * factor)
 
+    @pytest.mark.thorough
     def test_kernels_compiled_for_literal_values_are_mapped(self, run):
         kernel = numba.njit(lambda x, n: numba.literally(n) * x)
         assert_same(map_items(kernel, X, args=(3,), **run), X * 3)
@@ -773,6 +775,7 @@ class TestByteOrder:
         backend, balance, n_jobs = request.param
         return {"backend": backend, "balance": balance, "n_jobs": n_jobs}
 
+    @pytest.mark.one_case
     @pytest.mark.parametrize("dtype", [">M8[s]", ">m8[us]", ">f8", ">i4"])
     def test_items_of_another_byte_order_are_converted(self, dtype, run):
         values = self.DATES.astype(dtype) if dtype[1] == "M" else np.arange(3).astype(dtype)

@@ -59,6 +59,7 @@ def names(chunk):
 class TestTexts:
     """Kernels that fill arrays of strings."""
 
+    @pytest.mark.thorough
     def test_kernels_that_return_strings_map_chunks(self, run):
         assert_same(map_array(names, np.arange(4.0), **run), np.array(["c", "c", "ab", "ab"]))
 
@@ -121,6 +122,7 @@ class TestChunks:
         assert np.array_equal(X, before)
         assert any("private copies" in note for note in last_report().notes)
 
+    @pytest.mark.thorough
     def test_kernels_whose_signatures_write_get_copies_of_arguments(self, run):
         kernel = numba.njit("float64[:](float64[:, :], float64[:])")(
             lambda c, w: (c * w).sum(axis=1)
