@@ -576,6 +576,7 @@ UNSAID = [
 ]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("call", UNSAID)
 def test_n_jobs_come_from_the_call_then_the_configuration_then_all_cores(call):
     # One more than there are cores, so that they are told apart.

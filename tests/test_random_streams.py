@@ -9,12 +9,20 @@ import pytest
 from taskcarrier import SerialMapper, map_array, map_chunks, map_items, reduce_array
 from taskcarrier.mappers import DynamicParallelMapper, StaticParallelMapper
 from taskcarrier.random_streams import RandomStreams
-from tests.strategies import EVERYWHERE, RUNS, assert_same, contract, each_run, keep_pools_warm
+from tests.strategies import (
+    EVERYWHERE,
+    N_PROCESSES,
+    RUNS,
+    assert_same,
+    contract,
+    each_run,
+    keep_pools_warm,
+)
 
 X = np.arange(40.0)
 
 
-pools = keep_pools_warm(2, 3, 8)
+pools = keep_pools_warm(*N_PROCESSES)
 
 
 def draw(item, rng):

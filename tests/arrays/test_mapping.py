@@ -14,6 +14,7 @@ from taskcarrier.arrays.mapping import UNSET, choose_fill
 from tests.strategies import (
     BACKENDS,
     DTYPES,
+    N_PROCESSES,
     PAIRS,
     PARALLEL,
     REALS,
@@ -31,7 +32,7 @@ from tests.strategies import (
     samples,
 )
 
-pools = keep_pools_warm(2, 3, 8)
+pools = keep_pools_warm(*N_PROCESSES)
 
 
 def quiet(func):

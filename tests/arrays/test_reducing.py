@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from taskcarrier import reduce_array
 from tests.strategies import (
     EVERYWHERE,
+    N_PROCESSES,
     REALS,
     RUNS,
     axes_of,
@@ -22,7 +23,7 @@ from tests.strategies import (
     samples,
 )
 
-pools = keep_pools_warm(2, 3, 8)
+pools = keep_pools_warm(*N_PROCESSES)
 
 
 def on_every_run(func, *arrays, runs=RUNS, **options):
