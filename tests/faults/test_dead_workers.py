@@ -27,7 +27,7 @@ from taskcarrier import (
     reduce_array,
     share,
 )
-from tests.clocks import LATE, stopped_clock
+from tests.clocks import LATE, LONG, stopped_clock
 from tests.faults.functions import note, noted, pid_chunk, span, times
 from tests.faults.helpers import OF_BALANCE, all_gone, present, worker_pids
 from tests.strategies import (
@@ -41,7 +41,6 @@ from tests.strategies import (
 
 LOKY = {"n_jobs": 2, "backend": "loky"}
 HERE = [run for run in EVERYWHERE if run[0] != "loky"]
-LONG = 60  # seconds that no test waits for
 
 
 pools = keep_pools_warm(2)

@@ -33,7 +33,7 @@ from taskcarrier.lists.imap import Pace, StreamInput
 from taskcarrier.workers import threads
 from taskcarrier.workers.processes import stream_run
 from taskcarrier.workers.processes.messages import MessageSocket
-from tests.clocks import LATE, stopped_clock
+from tests.clocks import LATE, LONG, stopped_clock
 from tests.strategies import examples, keep_pools_warm, run_script
 
 MAKERS = {
@@ -43,7 +43,6 @@ MAKERS = {
     "dynamic processes": lambda **o: DynamicParallelMapper(n_jobs=2, backend="loky", **o),
 }
 PARALLEL = ["dynamic threads", "dynamic processes"]
-LONG = 60  # seconds that no test waits for
 
 
 pools = keep_pools_warm(2)

@@ -31,9 +31,9 @@ from taskcarrier.workers.processes import pool
 from taskcarrier.workers.records import WorkerStats
 from taskcarrier.workers.task import Job
 from taskcarrier.workers.threads import ThreadPool
+from tests.clocks import LONG, wait_until
 from tests.helpers import Calls
 
-LONG = 60  # seconds that no test waits for
 LENDERS = {"threading": thread_pool, "loky": process_pool}
 
 
@@ -59,13 +59,6 @@ def workers(pool):
 def pools():
     """Return all pools."""
     return [place.pool for place in module._pools._places]
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + LONG
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def keepers():

@@ -19,10 +19,8 @@ from taskcarrier.workers.queues import (
 )
 from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats
 from taskcarrier.workers.task import Job
-from tests.clocks import LATE
+from tests.clocks import LATE, LONG
 from tests.helpers import StreamTask
-
-LONG = 60  # seconds that no test waits for
 
 
 def job_of(func, n_workers=2, **options):

@@ -25,11 +25,10 @@ from taskcarrier.workers.call import Call
 from taskcarrier.workers.loop import is_in_worker
 from taskcarrier.workers.task import IN_PLACE, Job
 from taskcarrier.workers.threads import ThreadPool
-from tests.clocks import stopped_clock
+from tests.clocks import LONG, stopped_clock
 from tests.helpers import Calls
 
 BALANCES = [Static(), Dynamic()]
-LONG = 60  # seconds that no test waits for
 
 
 @pytest.fixture

@@ -45,11 +45,10 @@ from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.processes.worker import RESULTS
 from taskcarrier.workers.records import PartialResult
 from taskcarrier.workers.task import IN_PLACE, Job
-from tests.clocks import LATE
+from tests.clocks import LATE, LONG
 from tests.helpers import Calls
 
 BALANCES = [Static(), Dynamic()]
-LONG = 60  # seconds that no test waits for
 SIGKILL = -signal.SIGKILL
 
 by_balance = pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.name)

@@ -23,10 +23,10 @@ from taskcarrier.workers.processes import grid_run
 from taskcarrier.workers.processes import pool as module
 from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.task import IN_PLACE, Job
+from tests.clocks import LONG, wait_until
 from tests.helpers import Calls
 
 BALANCES = [Static(), Dynamic()]
-LONG = 60  # seconds that no test waits for
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +65,6 @@ def running(pid):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + LONG
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def both(start, stop):
@@ -349,10 +342,7 @@ class TestWatching:
 
 
 def wait_for(start, stop, gate):
-    deadline = time.monotonic() + LONG
-    while not Path(gate).exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(Path(gate).exists)
     return IN_PLACE
 
 

@@ -21,10 +21,8 @@ from taskcarrier.workers.processes import supervisor, worker
 from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.queues import MAX_BATCHES_PER_WORKER, UnsendableError
 from taskcarrier.workers.task import Job
-from tests.clocks import LATE
+from tests.clocks import LATE, LONG, wait_until
 from tests.helpers import StreamTask
-
-LONG = 60  # seconds that no test waits for
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,10 +105,7 @@ def test_results_that_come_too_late_are_not_unpickled(warm, monkeypatch):
     monkeypatch.setattr(supervisor, "unpickle_items", lambda *packed: read.append(packed))
     queue = open_queue(warm, double)
     queue.put(0, [1])
-    deadline = time.monotonic() + LONG
-    while queue.ledger.n_items_done(2) == 0:  # then it has been sent
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: queue.ledger.n_items_done(2) > 0)  # then it has been sent
     assert sum(stats.n_items for stats in queue.close().worker_stats) == 1
     assert read == []
 
@@ -174,10 +169,7 @@ def test_items_that_cannot_be_pickled_are_an_error(warm):
 
 
 def wait_for(path):
-    deadline = time.monotonic() + LONG
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(path.exists)
 
 
 def test_get_returns_nothing_if_no_result_comes_in_time(warm, tmp_path):
@@ -297,10 +289,7 @@ def test_a_range_is_late_though_earlier_results_are_not_taken(pool, tmp_path):
     queue = open_queue(pool, lambda item: called_with(item, log), 1, retry_policy=retry_policy)
     queue.put(0, [("short", False)])
     queue.put(1, [("long", True)])
-    deadline = time.monotonic() + LONG
-    while not (log.exists() and "long" in log.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(lambda: log.exists() and "long" in log.read_text())
     queue.ledger.set_start_time(0, time.monotonic_ns() - LONG * 10**9)
     came = results(queue, 2)
     assert came[0] == (0, 1, [None])

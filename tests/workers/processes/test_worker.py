@@ -36,10 +36,10 @@ from taskcarrier.workers.processes.worker import (
 )
 from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats, WorkerWarning
 from taskcarrier.workers.task import Job
+from tests.clocks import LONG, wait_until
 from tests.helpers import Calls
 
 BALANCES = [Static(), Dynamic()]
-LONG = 60  # seconds that no test waits for
 
 
 class Unopenable(Calls):
@@ -412,10 +412,7 @@ def slow_then_wait(start, stop, gate):
     if start < 4:
         time.sleep(2 * module._BATCH_SECONDS)
     else:
-        deadline = time.monotonic() + LONG
-        while not Path(gate).exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until(Path(gate).exists)
     return start
 
 
@@ -516,10 +513,7 @@ class TestInside:
         pool = ProcessPool(1)
         try:
             run(pool, say, n_items=2, n_workers=1)
-            deadline = time.monotonic() + LONG
-            while "hello from a worker" not in capfd.readouterr().out:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            wait_until(lambda: "hello from a worker" in capfd.readouterr().out)
         finally:
             pool.close()
 
