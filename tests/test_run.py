@@ -38,6 +38,7 @@ from taskcarrier.workers.processes.grid_run import GridRun
 from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerDeath, WorkerStats
 from taskcarrier.workers.task import IN_PLACE
 from tests.clocks import LATE, stopped_clock
+from tests.errors import SpeechlessError
 from tests.helpers import Calls
 from tests.strategies import start_script
 
@@ -576,11 +577,6 @@ DEATH = (
     "worker 2 (process 7, attempt 3) killed by signal 9 (SIGKILL) while mapping <12:14>; "
     "the kernel kills so when memory runs out"
 )
-
-
-class SpeechlessError(Exception):
-    def __str__(self):
-        raise ZeroDivisionError
 
 
 class TestRaiseFailure:

@@ -24,6 +24,7 @@ from taskcarrier import (
     map_items,
     reduce_array,
 )
+from tests.errors import FrozenError, HoldingError
 from tests.faults.functions import note, noted
 from tests.faults.helpers import OF_BALANCE
 from tests.strategies import (
@@ -45,12 +46,6 @@ class TwoWordsError(Exception):
     def __init__(self, first, second):
         super().__init__(f"{first} and {second}")
         self.first, self.second = first, second
-
-
-class HoldingError(Exception):
-    def __init__(self, text):
-        super().__init__(text)
-        self.lock = threading.Lock()
 
 
 @pytest.mark.fault(34)
@@ -317,12 +312,6 @@ if __name__ == "__main__":
     assert "ValueError: as it was raised" in err
     assert "while mapping axis 0, items 2:3 of an array of shape (4,)" in err
     assert 'if chunk[0] == 2: raise ValueError("as it was raised")' in err
-
-
-@dataclasses.dataclass(frozen=True)
-class FrozenError(Exception):
-    code: int
-    text: str = dataclasses.field(kw_only=True)
 
 
 class LockedError(Exception):

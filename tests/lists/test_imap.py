@@ -34,6 +34,7 @@ from taskcarrier.workers import threads
 from taskcarrier.workers.processes import stream_run
 from taskcarrier.workers.processes.messages import MessageSocket
 from tests.clocks import LATE, LONG, stopped_clock
+from tests.errors import Unreadable
 from tests.strategies import examples, keep_pools_warm, run_script
 
 MAKERS = {
@@ -281,13 +282,8 @@ def test_an_item_that_cannot_be_sent_is_an_error(processes):
     assert any("could not pickle item 5 for" in note for note in caught.value.__notes__)
 
 
-class Unreadable:
-    def __reduce__(self):
-        return int, ("not a number",)
-
-
 def test_an_item_that_cannot_be_unpickled_is_an_error(processes):
-    results = processes.imap(lambda item: 1, [1, 2, Unreadable()], buffersize=1)
+    results = processes.imap(lambda item: 1, [1, 2, Unreadable(text="not a number")], buffersize=1)
     assert [next(results), next(results)] == [1, 1]
     with pytest.raises(ValueError, match="not a number") as caught:
         next(results)
@@ -305,7 +301,7 @@ def test_a_result_that_cannot_be_sent_is_an_error(processes, make_result):
 
 
 def test_a_function_that_cannot_be_unpickled_is_an_error(processes):
-    func = functools.partial(lambda _, n: n, Unreadable())
+    func = functools.partial(lambda _, n: n, Unreadable(text="not a number"))
     with pytest.raises(ValueError, match="not a number") as caught:
         list(processes.imap(func, range(50)))
     assert any("unpickled the function" in note for note in caught.value.__notes__)

@@ -1,6 +1,5 @@
 """Exceptions on their way from a worker to the caller."""
 
-import dataclasses
 import itertools
 import sys
 import threading
@@ -11,29 +10,7 @@ import pytest
 
 from taskcarrier.errors import TaskError, WorkerTracebackError
 from taskcarrier.workers.pickled_errors import pickle_error, unpickle_error
-
-
-@dataclasses.dataclass(frozen=True)
-class FrozenError(Exception):
-    code: int
-    text: str = dataclasses.field(kw_only=True)
-
-
-class SlottedError(Exception):
-    """Takes attributes at its making only, in slots and elsewhere."""
-
-    __slots__ = ("__code", "left_empty")
-
-    def __init__(self, code):
-        object.__setattr__(self, "_SlottedError__code", code)
-        object.__setattr__(self, "elsewhere", [code])
-
-    def __setattr__(self, name, value):
-        raise TypeError("no attributes")
-
-    @property
-    def code(self):
-        return self.__code
+from tests.errors import FrozenError, SlottedError, SpeechlessError, StubbornError, throw
 
 
 class WordyError(Exception):
@@ -66,18 +43,6 @@ class RestoredError(Exception):
         self.__dict__.update(state, restored=True)
 
 
-class StubbornError(Exception):
-    """Cannot be pickled."""
-
-    def __reduce__(self):
-        raise RuntimeError("I stay")
-
-
-class SpeechlessError(StubbornError):
-    def __str__(self):
-        raise ZeroDivisionError
-
-
 class UnprintableError(Exception):
     """Cannot be formatted by `traceback`."""
 
@@ -95,12 +60,6 @@ class DisguisedError(Exception):
 
 class LostError(Exception):
     pass
-
-
-def throw(error, *cause):
-    if cause:
-        raise error from cause[0]
-    raise error
 
 
 def raised(error, *cause, handling=None):

@@ -12,6 +12,7 @@ from taskcarrier.arrays.outputs.specs import DisagreementError, Spec
 from taskcarrier.arrays.outputs.stacking import MixedDtypes
 from taskcarrier.arrays.outputs.writer import OutputWriter
 from taskcarrier.workers.task import WorkerContext
+from tests.errors import said
 from tests.strategies import (
     EVERYWHERE,
     ORDERED,
@@ -21,10 +22,6 @@ from tests.strategies import (
 )
 
 pools = keep_pools_warm(2)
-
-
-def said(error):
-    return "\n".join([str(error), *getattr(error, "__notes__", [])])
 
 
 def mapped(func, n_items=12, *, backend, balance, **options):

@@ -46,16 +46,13 @@ from taskcarrier.workers.processes.worker import RESULTS
 from taskcarrier.workers.records import PartialResult
 from taskcarrier.workers.task import IN_PLACE, Job
 from tests.clocks import LATE, LONG
+from tests.errors import Killed
 from tests.helpers import Calls
 
 BALANCES = [Static(), Dynamic()]
 SIGKILL = -signal.SIGKILL
 
 by_balance = pytest.mark.parametrize("balance", BALANCES, ids=lambda rule: rule.name)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing runs after it."""
 
 
 class Fate:

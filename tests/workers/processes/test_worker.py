@@ -37,6 +37,7 @@ from taskcarrier.workers.processes.worker import (
 from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats, WorkerWarning
 from taskcarrier.workers.task import Job
 from tests.clocks import LONG, wait_until
+from tests.errors import Unreadable
 from tests.helpers import Calls
 
 BALANCES = [Static(), Dynamic()]
@@ -353,17 +354,6 @@ def warns_at_four(start, stop):
     return start
 
 
-class Unreadable:
-    """Arrives in the caller as an error."""
-
-    def __reduce__(self):
-        return refuse, ()
-
-
-def refuse():
-    raise EOFError("cannot be read")
-
-
 class TestResults:
     def test_results_of_many_megabytes_arrive(self, warm):
         _, delivered, _ = run(warm, large)
@@ -417,7 +407,7 @@ def slow_then_wait(start, stop, gate):
 
 
 def unreadable_at_four(start, stop):
-    return Unreadable() if start == 4 else "good"
+    return Unreadable(EOFError) if start == 4 else "good"
 
 
 def fail_first(start, stop, error):
@@ -463,7 +453,7 @@ class TestFailures:
         assert {failure.range for failure in failures} == {None}
 
     def test_a_task_that_cannot_be_unpickled_is_a_failure(self, warm):
-        _, _, failures = run(warm, both, Unreadable())
+        _, _, failures = run(warm, both, Unreadable(EOFError))
         assert failures
         for failure in failures:
             assert failure.range is None
