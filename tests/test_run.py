@@ -39,7 +39,7 @@ from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerDeath
 from taskcarrier.workers.task import IN_PLACE
 from tests.clocks import LATE, stopped_clock
 from tests.errors import SpeechlessError
-from tests.helpers import Calls
+from tests.helpers import Calls, both, describe, in_place
 from tests.strategies import start_script
 
 BACKENDS = {"sequential": 1, "threading": 2, "loky": 2}
@@ -58,14 +58,6 @@ class Proposes(Calls):
         run = super().start(worker)
         worker.facts = "facts"
         return run
-
-
-def both(start, stop):
-    return start, stop
-
-
-def in_place(start, stop):
-    return IN_PLACE
 
 
 def fail_everywhere(start, stop):
@@ -93,10 +85,6 @@ def die_once_at_four_in_place(start, stop, mark):
 def warn_at_even(start, stop):
     warnings.warn(f"at {start % 4}", UserWarning, stacklevel=1)
     return start, stop
-
-
-def describe(start, stop):
-    return f"<{start}:{stop}>"
 
 
 def run(

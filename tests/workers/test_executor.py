@@ -14,7 +14,7 @@ from taskcarrier.workers.queues import UnsendableError
 from taskcarrier.workers.serial import SerialExecutor
 from taskcarrier.workers.task import Job
 from tests.clocks import LONG
-from tests.helpers import Calls, StreamTask
+from tests.helpers import Calls, StreamTask, both, double
 from tests.strategies import keep_pools_warm
 
 pools = keep_pools_warm(2)
@@ -24,14 +24,6 @@ OURS = {"sequential": 1, "threading": 2, "loky": 2}
 
 def executor_of(backend, timeout=None):
     return make_executor(Choice(backend, OURS.get(backend, 2), "a test"), None, Staging, timeout)
-
-
-def both(start, stop):
-    return start, stop
-
-
-def double(item):
-    return 2 * item
 
 
 @pytest.mark.parametrize("backend", OURS)

@@ -22,7 +22,7 @@ from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.queues import MAX_BATCHES_PER_WORKER, UnsendableError
 from taskcarrier.workers.task import Job
 from tests.clocks import LATE, LONG, wait_until
-from tests.helpers import StreamTask
+from tests.helpers import StreamTask, double
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,29 +31,6 @@ def patience():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "GRACE_SECONDS", LONG)
         yield
-
-
-@pytest.fixture(scope="module")
-def warm():
-    """One pool for the tests that leave it whole, started before the watch for leaks begins."""
-    made = ProcessPool(2)
-    queue = open_queue(made, double)
-    for start in range(2):
-        queue.put(start, [0])
-    results(queue, 2)
-    queue.close()
-    yield made
-    made.close()
-    vars(made).clear()  # as below
-
-
-@pytest.fixture
-def pool():
-    made = ProcessPool(2)
-    yield made
-    made.close()
-    # pytest keeps it beyond the watch for leaks; its memory and processes go now.
-    vars(made).clear()
 
 
 def open_queue(pool, func, n_workers=2, **options):
@@ -75,10 +52,6 @@ def results(queue, n_items):
     while sum(one.stop - one.start for one in came) < n_items:
         came += queue.get(LONG)
     return sorted((one.start, one.stop, one.result) for one in came)
-
-
-def double(item):
-    return 2 * item
 
 
 def test_workers_that_have_left_get_no_batches(warm):

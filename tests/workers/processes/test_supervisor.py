@@ -30,7 +30,7 @@ from taskcarrier.workers.records import RangeFailure, WorkerStats
 from taskcarrier.workers.task import Job
 from tests.clocks import LONG
 from tests.interrupted import interrupted_at
-from tests.workers.processes.test_grid_run import SIGKILL, Fate, Process
+from tests.workers.processes.mortals import SIGKILL, Fate, Process
 from tests.workers.test_pickling import ready
 
 

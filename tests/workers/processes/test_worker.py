@@ -15,7 +15,7 @@ import pytest
 from taskcarrier.errors import TaskError
 from taskcarrier.memory.segments import locate
 from taskcarrier.memory.staging import Staging
-from taskcarrier.scheduling.balance import Dynamic, Static
+from taskcarrier.scheduling.balance import Dynamic
 from taskcarrier.scheduling.counters import FileCounter, FileSetOnce
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import OWN_MARKS, SENT, ledger_nbytes
@@ -38,9 +38,8 @@ from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats
 from taskcarrier.workers.task import Job
 from tests.clocks import LONG, wait_until
 from tests.errors import Unreadable
-from tests.helpers import Calls
-
-BALANCES = [Static(), Dynamic()]
+from tests.helpers import BALANCES, Calls, both
+from tests.workers.processes import helpers
 
 
 class Unopenable(Calls):
@@ -48,31 +47,15 @@ class Unopenable(Calls):
         raise OSError("cannot be opened")
 
 
-@pytest.fixture(scope="module")
-def warm():
-    """One pool, which no test of this module kills; there before the watch for leaks begins."""
-    made = ProcessPool(2)
-    run(made, both)
-    yield made
-    made.close()
-
-
-def run(pool, func, *args, kind=Calls, balance=None, n_items=20, n_workers=2, tick=None, **others):
-    delivered = {}
-    job = Job(
-        kind(Call(func, args)), balance or Dynamic(), ChunkGrid(n_items, 2), n_workers, **others
-    )
-    ran = pool.run(job, pickle_task(job, Staging()), delivered.__setitem__, tick)
+def run(pool, func, *args, **options):
+    """Run a function with workers that live; return its failures too."""
+    ran, delivered = helpers.run(pool, func, *args, **options)
     assert ran.deaths == []
     failures = [
         *ran.failures,
         *(one.failure for one in ran.worker_stats if one.failure is not None),
     ]
-    return ran, delivered, failures
-
-
-def both(start, stop):
-    return start, stop
+    return ran, dict(delivered), failures
 
 
 class TestOrder:
