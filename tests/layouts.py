@@ -80,6 +80,7 @@ GATHERED = {
     "windows over gaps": lambda: as_strided(np.arange(100.0), (5, 3), (80, 80)),
     "unaligned gaps": lambda: unaligned(np.arange(100.0))[::7],
 }
+LAYOUTS = {**KEPT, **GATHERED}
 EMPTY = {
     "no items": lambda: np.empty((0, 3)),
     "no bytes in an item": lambda: np.empty((4, 0, 2), "i2"),

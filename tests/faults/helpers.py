@@ -11,11 +11,9 @@ import numpy as np
 import psutil
 
 import taskcarrier
-from taskcarrier import DynamicParallelMapper, StaticParallelMapper, map_array
+from taskcarrier import map_array
 from tests.faults.functions import pid_chunk
 from tests.strategies import ROOT, start_script
-
-OF_BALANCE = {"static": StaticParallelMapper, "dynamic": DynamicParallelMapper}
 
 
 def gone(process):

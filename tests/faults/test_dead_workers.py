@@ -29,9 +29,11 @@ from taskcarrier import (
 )
 from tests.clocks import LATE, LONG, stopped_clock
 from tests.faults.functions import note, noted, pid_chunk, span, times
-from tests.faults.helpers import OF_BALANCE, all_gone, present, worker_pids
+from tests.faults.helpers import all_gone, present, worker_pids
 from tests.strategies import (
     EVERYWHERE,
+    LOKY,
+    OF_BALANCE,
     assert_same,
     each_balance,
     each_run,
@@ -39,7 +41,6 @@ from tests.strategies import (
     run_script,
 )
 
-LOKY = {"n_jobs": 2, "backend": "loky"}
 HERE = [run for run in EVERYWHERE if run[0] != "loky"]
 
 

@@ -25,16 +25,9 @@ from taskcarrier import (
     map_items,
 )
 from tests.clocks import LONG, wait_until
-from tests.faults.helpers import (
-    OF_BALANCE,
-    all_gone,
-    gone,
-    opened_up,
-    output_of,
-    running,
-    unshared,
-)
-from tests.strategies import EVERYWHERE, assert_same, keep_pools_warm, run_script
+from tests.descriptors import n_descriptors
+from tests.faults.helpers import all_gone, gone, opened_up, output_of, running, unshared
+from tests.strategies import EVERYWHERE, OF_BALANCE, assert_same, keep_pools_warm, run_script
 
 pools = keep_pools_warm(2)
 
@@ -356,7 +349,7 @@ def test_many_small_calls_leave_descriptors_and_threads_constant():
         gc.collect()
         children = psutil.Process().children()
         return (
-            len(list(Path("/proc/self/fd").iterdir())),
+            n_descriptors(),
             threading.active_count(),
             [(child.pid, child.num_fds(), child.num_threads()) for child in children],
         )

@@ -24,11 +24,12 @@ from taskcarrier import (
     map_items,
     reduce_array,
 )
+from tests.descriptors import n_descriptors
 from tests.errors import FrozenError, HoldingError
 from tests.faults.functions import note, noted
-from tests.faults.helpers import OF_BALANCE
 from tests.strategies import (
     EVERYWHERE,
+    OF_BALANCE,
     assert_same,
     each_balance,
     each_of,
@@ -252,7 +253,7 @@ def test_a_failed_call_leaves_nothing_to_the_garbage_collector(balance):
             map_array(failing, np.arange(9), n_jobs=2, backend="loky", balance=balance)
         with suppress(LookupError):
             OF_BALANCE[balance](2, backend="loky")(failing, range(9))
-        return len(list(Path("/proc/self/fd").iterdir()))
+        return n_descriptors()
 
     gc.collect()
     gc.disable()

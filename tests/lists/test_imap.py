@@ -21,7 +21,6 @@ from joblib.parallel import ThreadingBackend
 from taskcarrier import (
     DynamicParallelMapper,
     SerialMapper,
-    StaticParallelMapper,
     WorkerDiedError,
     share,
     shutdown,
@@ -35,14 +34,10 @@ from taskcarrier.workers.processes import stream_run
 from taskcarrier.workers.processes.messages import MessageSocket
 from tests.clocks import LATE, LONG, stopped_clock
 from tests.errors import Unreadable
+from tests.lists import makers
 from tests.strategies import examples, keep_pools_warm, run_script
 
-MAKERS = {
-    "serial": lambda **options: SerialMapper(n_jobs=2, **options),
-    "static threads": lambda **o: StaticParallelMapper(n_jobs=2, backend="threading", **o),
-    "dynamic threads": lambda **o: DynamicParallelMapper(n_jobs=2, backend="threading", **o),
-    "dynamic processes": lambda **o: DynamicParallelMapper(n_jobs=2, backend="loky", **o),
-}
+MAKERS = {name: make for name, make in makers.MAKERS.items() if name != "static processes"}
 PARALLEL = ["dynamic threads", "dynamic processes"]
 
 

@@ -13,17 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import taskcarrier
-from taskcarrier import DynamicParallelMapper, SerialMapper, StaticParallelMapper
 from tests.errors import Unreadable
+from tests.lists.makers import MAKERS
 from tests.strategies import examples, keep_pools_warm, run_script, same_bits
 
-MAKERS = {
-    "serial": lambda **options: SerialMapper(n_jobs=2, **options),
-    "static threads": lambda **o: StaticParallelMapper(n_jobs=2, backend="threading", **o),
-    "dynamic threads": lambda **o: DynamicParallelMapper(n_jobs=2, backend="threading", **o),
-    "static processes": lambda **o: StaticParallelMapper(n_jobs=2, backend="loky", **o),
-    "dynamic processes": lambda **o: DynamicParallelMapper(n_jobs=2, backend="loky", **o),
-}
 ORDERED = ["serial", "dynamic threads", "dynamic processes"]
 
 

@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,15 +30,8 @@ from taskcarrier.memory.segments import (
 )
 from taskcarrier.memory.staging import Staging
 from taskcarrier.system.descriptors import make_owner
-from tests.layouts import CACHE_LINE, EMPTY, GATHERED, KEPT, address, extent
-
-DESCRIPTORS = Path("/proc/self/fd")
-LAYOUTS = {**KEPT, **GATHERED}
-
-
-def n_descriptors():
-    gc.collect()
-    return len(list(DESCRIPTORS.iterdir()))
+from tests.descriptors import n_descriptors_in_use
+from tests.layouts import CACHE_LINE, EMPTY, GATHERED, KEPT, LAYOUTS, address, extent
 
 
 def same_bits(one, other):
@@ -364,29 +356,29 @@ class TestSegment:
 
 class TestOwnership:
     def test_descriptors_are_closed_with_the_last_view(self):
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         view = shared(np.arange(1000.0))
         opened = [view.open(mode) for mode in ("read", "write", "private")]
         last = opened[1][5:].T
-        assert n_descriptors() > before
+        assert n_descriptors_in_use() > before
         del view, opened
-        assert n_descriptors() > before
+        assert n_descriptors_in_use() > before
         assert last[0] == 5
         del last
-        assert n_descriptors() == before
+        assert n_descriptors_in_use() == before
 
     def test_descriptors_of_arrays_with_gaps_are_closed(self):
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         view = shared(np.arange(1000.0)[::10])
-        assert n_descriptors() > before
+        assert n_descriptors_in_use() > before
         del view
-        assert n_descriptors() == before
+        assert n_descriptors_in_use() == before
 
     def test_descriptors_are_closed_after_a_refusal(self, tmp_path):
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         with pytest.raises(FileNotFoundError):
             Segment.create(str(tmp_path / "missing"))
-        assert n_descriptors() == before
+        assert n_descriptors_in_use() == before
 
     def test_descriptors_are_not_inherited(self, folder):
         assert not os.get_inheritable(Segment.create(folder).fd)
@@ -574,57 +566,57 @@ class TestRecycler:
         assert os.fstat(recycler.segment(1000, str(tmp_path)).fd).st_ino != inode
 
     def test_the_number_of_kept_segments_is_limited(self, recycler):
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         held = [recycler.segment(1000, None) for _ in range(5)]
         for segment in held:
             segment.reserve(1000)
         del held, segment
-        assert n_descriptors() == before + 2
+        assert n_descriptors_in_use() == before + 2
 
     def test_the_bytes_of_kept_segments_are_limited(self, recycler):
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         held = [recycler.segment(700_000, None) for _ in range(2)]
         for segment in held:
             segment.reserve(700_000)
         del held, segment
-        assert n_descriptors() == before + 1
+        assert n_descriptors_in_use() == before + 1
 
     def test_empty_segments_are_not_kept(self, recycler):
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         recycler.segment(1000, None)
-        assert n_descriptors() == before
+        assert n_descriptors_in_use() == before
 
     def test_closing_frees_the_kept_segments(self, recycler):
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         self.used(recycler, 1000)
         lent = recycler.segment(5000, None)
         lent.reserve(5000)
-        assert n_descriptors() == before + 2
+        assert n_descriptors_in_use() == before + 2
         recycler.close()
         recycler.close()
-        assert n_descriptors() == before + 1
+        assert n_descriptors_in_use() == before + 1
         del lent
-        assert n_descriptors() == before
+        assert n_descriptors_in_use() == before
         self.used(recycler, 1000)
-        assert n_descriptors() == before
+        assert n_descriptors_in_use() == before
 
     def test_kept_segments_are_freed_with_the_recycler(self):
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         made = Recycler()
         self.used(made, 1000)
-        assert n_descriptors() == before + 1
+        assert n_descriptors_in_use() == before + 1
         del made
-        assert n_descriptors() == before
+        assert n_descriptors_in_use() == before
 
     def test_segments_are_recycled_only_in_the_process_that_made_them(self, recycler, monkeypatch):
         inode = self.used(recycler, 1000)
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a forked child
         segment = recycler.segment(1000, None)
         assert os.fstat(segment.fd).st_ino != inode
         segment.reserve(1000)
         del segment
-        assert n_descriptors() == before
+        assert n_descriptors_in_use() == before
 
 
 class TestPages:

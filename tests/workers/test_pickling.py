@@ -4,7 +4,6 @@ import os
 import pickle
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,10 +250,6 @@ class TestItems:
     def test_items_that_cannot_be_pickled_are_an_error(self):
         with pytest.raises(TypeError, match="lock"):
             pickle_items([threading.Lock()])
-
-
-def n_open():
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def ready(channel):

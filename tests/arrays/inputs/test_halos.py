@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from taskcarrier import last_report, map_array, map_chunks, map_items, reduce_array, share
 from taskcarrier.arrays.inputs.halos import Halo, positions_inside
 from tests.helpers import never
-from tests.strategies import EVERYWHERE, assert_same, contract, examples, keep_pools_warm, same_bits
+from tests.strategies import (
+    EVERYWHERE,
+    SMALL_RUNS,
+    assert_same,
+    contract,
+    examples,
+    keep_pools_warm,
+    same_bits,
+)
 
 # `numpy.pad` has the same rules under other names.
 PADS = {
@@ -18,7 +26,6 @@ PADS = {
     "wrap": "wrap",
     "constant": "constant",
 }
-SOME = [("sequential", "static", 1), ("threading", "dynamic", 2), ("loky", "static", 2)]
 
 
 pools = keep_pools_warm(2)
@@ -61,7 +68,7 @@ class TestFilters:
                 cval=0.5,
                 kwargs=options,
                 chunksize=chunksize,
-                runs=SOME,
+                runs=SMALL_RUNS,
             )
             assert_same(result, expected)
 
@@ -81,7 +88,7 @@ class TestFilters:
                     cval=-1.0,
                     kwargs=options,
                     chunksize=chunksize,
-                    runs=SOME,
+                    runs=SMALL_RUNS,
                 )
                 assert_same(result, expected)
 
@@ -184,7 +191,7 @@ class TestEveryCut:
                     cval=5,
                     args=(depth, 0),
                     chunksize=chunksize,
-                    runs=SOME if chunksize in {1, 4} else SOME[:1],
+                    runs=SMALL_RUNS if chunksize in {1, 4} else SMALL_RUNS[:1],
                 )
                 assert_same(result, expected, (depth, chunksize))
 

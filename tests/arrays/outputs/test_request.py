@@ -19,6 +19,7 @@ from taskcarrier.arrays.outputs.request import (
     check_output_request,
     do_overlap,
 )
+from tests.descriptors import n_descriptors
 from tests.helpers import double, never
 from tests.strategies import (
     EVERYWHERE,
@@ -723,7 +724,7 @@ class TestFiles:
         def held():
             warm_pools(2)  # their descriptors count, so they must be there
             maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-            return maps.count(str(tmp_path)), len(list(Path("/proc/self/fd").iterdir()))
+            return maps.count(str(tmp_path)), n_descriptors()
 
         before = held()
         for _ in range(5):

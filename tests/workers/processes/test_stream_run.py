@@ -4,7 +4,6 @@ import functools
 import os
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.queues import MAX_BATCHES_PER_WORKER, UnsendableError
 from taskcarrier.workers.task import Job
 from tests.clocks import LATE, LONG, wait_until
+from tests.descriptors import n_descriptors
 from tests.helpers import StreamTask, double
 
 
@@ -325,9 +325,6 @@ def waits_for(path):
 
 
 def test_the_number_of_descriptors_stays_constant(warm):
-    def n_open():
-        return len(list(Path("/proc/self/fd").iterdir()))
-
     counts = []
     for _ in range(3):
         queue = open_queue(warm, lambda item: item)
@@ -335,5 +332,5 @@ def test_the_number_of_descriptors_stays_constant(warm):
             queue.put(start, [np.zeros(100_000)])
         results(queue, 4)
         queue.close()
-        counts.append(n_open())
+        counts.append(n_descriptors())
     assert counts[0] == counts[1] == counts[2]
