@@ -23,6 +23,7 @@ import taskcarrier
 from taskcarrier import DynamicParallelMapper, StaticParallelMapper, map_array
 
 ROOT = Path(__file__).parents[1]
+GIB = 1 << 30
 
 DTYPES = [
     np.dtype(dtype)

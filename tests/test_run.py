@@ -33,14 +33,15 @@ from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.executor import make_executor
-from taskcarrier.workers.pools import shutdown
 from taskcarrier.workers.processes.grid_run import GridRun
 from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerDeath, WorkerStats
 from taskcarrier.workers.task import IN_PLACE
 from tests.clocks import LATE, stopped_clock
 from tests.errors import SpeechlessError
 from tests.helpers import Calls, both, describe, in_place
-from tests.strategies import start_script
+from tests.strategies import keep_pools_warm, start_script
+
+pools = keep_pools_warm(2)
 
 BACKENDS = {"sequential": 1, "threading": 2, "loky": 2}
 
@@ -115,14 +116,6 @@ def run(
         resumed=resumed,
     )
     return outcome, dict(outcome.delivered)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def warm():
-    """Start workers before the watch for leaks begins, so that they stay for all tests."""
-    run(both, "loky")
-    yield
-    shutdown()
 
 
 ALL = {start: (start, start + 2) for start in range(0, 20, 2)}

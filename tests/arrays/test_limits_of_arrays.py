@@ -13,6 +13,7 @@ from numpy.lib.format import open_memmap
 from taskcarrier import last_report, load, map_array, map_chunks, map_items, reduce_array
 from tests.strategies import (
     EVERYWHERE,
+    GIB,
     SMALL_RUNS,
     assert_same,
     contract,
@@ -22,7 +23,6 @@ from tests.strategies import (
 )
 
 MAX_AXES = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
-GIB = 1 << 30
 
 
 pools = keep_pools_warm(2)

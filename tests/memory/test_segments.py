@@ -34,7 +34,7 @@ from tests.descriptors import n_descriptors_in_use
 from tests.layouts import CACHE_LINE, EMPTY, GATHERED, KEPT, LAYOUTS, address, extent
 
 
-def same_bits(one, other):
+def assert_same_bytes(one, other):
     assert one.dtype == other.dtype
     assert one.shape == other.shape
     assert one.tobytes() == other.tobytes()
@@ -57,7 +57,7 @@ class TestRoundTrip:
         before = array.tobytes()
         view = shared(array, folder=folder)
         for mode in ("read", "write", "private"):
-            same_bits(view.open(mode), array)
+            assert_same_bytes(view.open(mode), array)
         assert array.tobytes() == before
 
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -101,14 +101,14 @@ class TestRoundTrip:
         for view in views:
             view.open("read")
         for array, view in zip(arrays, views, strict=True):
-            same_bits(view.open("read"), array)
+            assert_same_bytes(view.open("read"), array)
 
     def test_one_staging_may_share_twice(self):
         staging = Staging()
         (one,) = staging.share([np.arange(10.0)])
         (two,) = staging.share([np.arange(100_000.0)])
-        same_bits(one.open("read"), np.arange(10.0))
-        same_bits(two.open("read"), np.arange(100_000.0))
+        assert_same_bytes(one.open("read"), np.arange(10.0))
+        assert_same_bytes(two.open("read"), np.arange(100_000.0))
 
     def test_staged_bytes_are_read_back_by_range(self, folder):
         content = os.urandom(100_000)
@@ -130,7 +130,7 @@ class TestRoundTrip:
         axes = data.draw(st.permutations(range(array.ndim)))
         array = array.transpose(axes)
         opened = shared(array).open("read")
-        same_bits(opened, array)
+        assert_same_bytes(opened, array)
         if array.nbytes:
             assert opened.strides == array.strides
 
@@ -201,7 +201,7 @@ class TestLocate:
         assert staging.nbytes == 0
         assert view.segment is array.base.segment
         opened = view.open("write")
-        same_bits(opened, found)
+        assert_same_bytes(opened, found)
         assert opened.strides == found.strides
         array[...] = -array  # the very same memory
         assert np.array_equal(opened, found, equal_nan=opened.dtype.kind == "f")
@@ -338,13 +338,13 @@ class TestSegment:
     def test_large_arrays_are_written_in_pieces(self, monkeypatch):
         monkeypatch.setattr(segments, "_PWRITE_NBYTES", 1000)
         array = np.arange(5001, dtype=np.uint16)
-        same_bits(shared(array).open("read"), array)
+        assert_same_bytes(shared(array).open("read"), array)
 
     def test_writing_continues_after_a_short_write(self, monkeypatch):
         pwrite = os.pwrite
         monkeypatch.setattr(os, "pwrite", lambda fd, block, at: pwrite(fd, block[:777], at))
         array = np.arange(5001, dtype=np.uint16)
-        same_bits(shared(array).open("read"), array)
+        assert_same_bytes(shared(array).open("read"), array)
 
     def test_a_mapping_keeps_its_segment(self):
         segment = Segment.create()
@@ -538,7 +538,7 @@ class TestRecycler:
         del view
         view = shared(np.arange(999.0), recycler=recycler)
         assert os.fstat(view.segment.fd).st_ino == inode
-        same_bits(view.open("read"), np.arange(999.0))
+        assert_same_bytes(view.open("read"), np.arange(999.0))
 
     @pytest.mark.parametrize("nbytes", [(1 << 20) - 1, (2 << 20) + 1])
     def test_a_large_segment_is_used_only_for_a_similar_size(self, nbytes):

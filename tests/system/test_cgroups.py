@@ -10,9 +10,8 @@ import pytest
 
 from taskcarrier.system import cgroups
 from tests.clocks import wait_until
-from tests.strategies import ROOT
+from tests.strategies import GIB, ROOT
 
-GIB = 1 << 30
 V2 = "31 23 0:28 {root} {at} rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate"
 V1 = "35 31 0:32 {root} {at}/{name} rw,relatime - cgroup cgroup rw,{name}"
 

@@ -424,7 +424,7 @@ class TestShutdown:
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 class TestFork:
     @staticmethod
-    def in_child(check):
+    def answer_in_child(check):
         """Return what a check says in a forked child."""
         reading, writing = os.pipe()
         pid = os.fork()
@@ -447,7 +447,7 @@ class TestFork:
         def check():
             return len(pools()), len(pool._workers)
 
-        assert self.in_child(check) == "(0, 0)"
+        assert self.answer_in_child(check) == "(0, 0)"
         assert len(workers(pool)) == 2
         with lend(2) as again:
             assert again is pool
@@ -459,7 +459,7 @@ class TestFork:
 
         with keep_warm(), lend(2) as pool:
             run(pool)
-            assert self.in_child(check) == "(0, False)"
+            assert self.answer_in_child(check) == "(0, False)"
             assert len(run(pool)) == 2
 
     def test_a_forked_child_has_its_own_pools(self):
@@ -470,7 +470,7 @@ class TestFork:
             with thread_pool(2) as own:
                 return own is pool, {pid for pid, _ in run(own)} == {os.getpid()}
 
-        assert self.in_child(check) == "(False, True)"
+        assert self.answer_in_child(check) == "(False, True)"
 
     def test_the_exit_of_a_forked_child_ends_no_worker(self, lend):
         with lend(2) as pool:
@@ -481,6 +481,6 @@ class TestFork:
             shutdown()
             return "done"
 
-        assert self.in_child(check) == "'done'"
+        assert self.answer_in_child(check) == "'done'"
         assert len(workers(pool)) == 2
         assert len(run(pool)) == 2

@@ -20,7 +20,7 @@ from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.task import Job
 from tests.descriptors import n_descriptors
 from tests.interrupted import interrupted_at
-from tests.workers.test_pickling import ready
+from tests.workers.helpers import ready
 
 
 class TestMessageSocket:

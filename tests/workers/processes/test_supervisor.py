@@ -30,8 +30,8 @@ from taskcarrier.workers.records import RangeFailure, WorkerStats
 from taskcarrier.workers.task import Job
 from tests.clocks import LONG
 from tests.interrupted import interrupted_at
+from tests.workers.helpers import ready
 from tests.workers.processes.mortals import SIGKILL, Fate, Process
-from tests.workers.test_pickling import ready
 
 
 class Source:
