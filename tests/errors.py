@@ -66,6 +66,7 @@ class Unreadable:
 
 
 def _fail(kind, text):
+    """Raise an error of a kind."""
     raise kind(text)
 
 
