@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,8 +82,7 @@ each_balance = pytest.mark.parametrize(
 
 def examples(number: int) -> Any:
     """Have Hypothesis try so many examples in `make test-all`, and fewer in `make test`."""
-    share = settings.default.max_examples / settings.get_profile("thorough").max_examples
-    return settings(max_examples=round(number * share))
+    return settings(max_examples=round(number * settings.default.max_examples / 100))
 
 
 def warm_pools(*n_jobs: int) -> None:
@@ -97,13 +97,15 @@ def shut_down_pools() -> None:
 
 
 def keep_pools_warm(*n_jobs: int) -> Any:
-    """Return a fixture that keeps pools warm throughout a module."""
+    """Return the fixture `pools` of a module, which has warm pools before each test.
 
-    @pytest.fixture(scope="module", autouse=True)
-    def pools() -> Iterator[None]:
-        warm_pools(*n_jobs)
-        yield
-        shut_down_pools()
+    They are started again if there are none, after a test that ended them or left something behind.
+    """
+
+    @pytest.fixture
+    def pools() -> None:
+        if not any(thread.name == "taskcarrier-keeper" for thread in threading.enumerate()):
+            warm_pools(*n_jobs)
 
     return pools
 

@@ -566,7 +566,11 @@ class TestOtherSources:
 
 
 class TestUnreadableParentMemory:
-    """These end the warm workers, so they stand last."""
+    """The workers of other tests read memory, so these have workers of their own."""
+
+    @pytest.fixture
+    def pools(self):
+        """Start none."""
 
     @pytest.fixture(autouse=True)
     def no_memory(self, monkeypatch, tmp_path):
