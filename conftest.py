@@ -47,6 +47,7 @@ TMP_PATHS = FOLDER / "pytest"  # not watched: pytest keeps what is in it until t
 SHARED_MEMORY = SharedMemoryWatch()
 # These are not ours, so they are left out of checks of all processes, which run very often.
 THERE_BEFORE = set(psutil.pids())
+MANY_OBJECTS = 30_000  # a collection takes some 30 ms then
 GRACE = 5.0  # seconds for threads and processes that are already ending; arbitrary
 
 # The name of each sort of leak, and what identifies one: an object, a pid, a number and its
@@ -129,6 +130,8 @@ def old_objects_are_not_looked_at(leak_baseline: Things) -> None:  # noqa: ARG00
 
     They took 0.2 s each, several thousand times.
     """
+    if len(gc.get_objects()) < MANY_OBJECTS:  # of those that are looked at
+        return
     package = sys.modules.get("taskcarrier")
     if package is not None:  # workers may become garbage, so they are started again
         package.shutdown()
@@ -213,16 +216,27 @@ def threads() -> dict[object, str]:
 
 def processes() -> dict[tuple[int, float], str]:
     """Return all children, grandchildren and orphans, including zombies."""
-    trackers = resource_trackers()
-    pids = {child.pid for child in psutil.Process().children(recursive=True)}
-    pids.update(pid for pid in psutil.pids() if pid not in THERE_BEFORE and is_marked(pid))
+    parents = {pid: parent_of(pid) for pid in psutil.pids() if pid not in THERE_BEFORE}
+    pids = {pid for pid in parents if is_marked(pid)}
+    above = {os.getpid()}
+    while above:
+        above = {pid for pid, parent in parents.items() if parent in above}
+        pids |= above
     found = {}
-    for pid in pids - trackers:
+    for pid in pids - resource_trackers():
         with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
             child = psutil.Process(pid)
             # Pids are reused; the time tells such processes apart.
             found[pid, child.create_time()] = f"{pid} {child.status()} {' '.join(cmdline(child))}"
     return found
+
+
+def parent_of(pid: int) -> int | None:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:  # noqa: PTH123 - read hundreds of times a test
+            return int(stat.read().rpartition(b")")[2].split()[1])
+    except OSError:  # gone
+        return None
 
 
 def is_marked(pid: int) -> bool:

@@ -6,7 +6,9 @@ the literature this is each-choice coverage (Grindal, Offutt and Andler, Combina
 strategies: a survey, Software Testing, Verification and Reliability 15(3), 2005).
 
 A combination that `make test` must run stands in a test of its own, or in a list of cases that is
-one parameter. A test or a value is left to `make test-all` by the mark `thorough`.
+one parameter. The mark `thorough` leaves a test or a value to `make test-all`. The mark `one_case`
+leaves all but the last of a test's combinations to it: it is for tests that start programs, kill
+workers or compile.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,6 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for _, group in groupby(open_items, key=lambda item: item.nodeid.partition("[")[0]):
         combinations = list(group)
         kept = sample([choices_of(item) for item in combinations])
+        if combinations[0].get_closest_marker("one_case") is not None:
+            kept = {len(combinations) - 1}
         for index, item in enumerate(combinations):
             if index not in kept:
                 item.add_marker(pytest.mark.thorough)

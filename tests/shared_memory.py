@@ -75,7 +75,7 @@ def files_of(pid: int) -> Iterable[str]:
         links = list((folder / "fd").iterdir())
     except OSError:  # the process has ended
         return
-    for line in maps.splitlines():
+    for line in maps.splitlines() if f" {SHARED}/" in maps else ():
         _, slash, rest = line.partition(" /")
         if slash:
             yield f"/{rest.strip()}"

@@ -96,7 +96,7 @@ def shut_down_pools() -> None:
     taskcarrier.shutdown()
 
 
-def keep_pools_warm(*n_jobs: int) -> Any:
+def keep_pools_warm(*n_jobs: int, warm_up: Callable[[], object] = lambda: None) -> Any:
     """Return the fixture `pools` of a module, which has warm pools before each test.
 
     They are started again if there are none, after a test that ended them or left something behind.
@@ -106,6 +106,7 @@ def keep_pools_warm(*n_jobs: int) -> Any:
     def pools() -> None:
         if not any(thread.name == "taskcarrier-keeper" for thread in threading.enumerate()):
             warm_pools(*n_jobs)
+            warm_up()
 
     return pools
 

@@ -241,6 +241,7 @@ def test_each_leak_fails_its_test_and_no_other(run):
     result.assert_outcomes(passed=len(LEAKS) + 1, errors=len(LEAKS) + 1)
 
 
+@pytest.mark.thorough
 def test_a_leak_after_the_last_test_fails_the_session(run):
     result = run(LATE)
     result.stdout.fnmatch_lines(["*the session left behind*"])
@@ -279,6 +280,7 @@ def test_the_maker_of_shared_memory_is_read_off_its_name(name, maker):
     assert maker_of(Path("/dev/shm", name)) == maker
 
 
+@pytest.mark.thorough
 def test_a_session_uses_a_folder_of_its_own(pytester, monkeypatch):
     set_environment(pytester, monkeypatch)
     pytester.makeconftest((ROOT / "conftest.py").read_text())
@@ -296,6 +298,7 @@ def test_a_session_uses_a_folder_of_its_own(pytester, monkeypatch):
     assert not Path(Path("where").read_text()).exists()
 
 
+@pytest.mark.thorough
 def test_a_failed_test_may_hold_descriptors_but_nothing_else(run):
     result = run(leaky("descriptor", "assert False\n"))
     result.assert_outcomes(failed=1)
@@ -303,6 +306,7 @@ def test_a_failed_test_may_hold_descriptors_but_nothing_else(run):
     result.assert_outcomes(failed=1, errors=1)
 
 
+@pytest.mark.thorough
 def test_a_deadlock_prints_all_stacks_and_fails(run, pytester):
     stuck = """
         import threading

@@ -144,6 +144,7 @@ class TestMapperInstance:
 
 
 class TestOtherLibraries:
+    @pytest.mark.thorough
     def test_differential_evolution_of_scipy_takes_a_mapper(self):
         optimize = pytest.importorskip("scipy.optimize", reason="SciPy is optional")
         options = {"seed": 1, "updating": "deferred", "maxiter": 5}
@@ -157,6 +158,7 @@ class TestOtherLibraries:
             assert np.array_equal(ours.x, serial.x)
             assert ours.fun == serial.fun
 
+    @pytest.mark.thorough
     def test_brute_of_scipy_takes_a_mapper(self):
         optimize = pytest.importorskip("scipy.optimize", reason="SciPy is optional")
         options = {"ranges": [(-2, 2)] * 2, "Ns": 8, "finish": None}

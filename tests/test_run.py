@@ -408,6 +408,7 @@ def ledger_workers(ledger):
     return (8 * len(ledger._words) - of_none) // (of_one - of_none)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("balance", [Static(), Dynamic()], ids=lambda rule: rule.name)
 class TestDeaths:
     def test_a_range_whose_worker_died_is_run_again(self, balance, tmp_path):

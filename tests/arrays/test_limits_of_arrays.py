@@ -100,6 +100,7 @@ class TestManyAxes:
 
 @pytest.mark.fault(32)
 class TestManyRanges:
+    @pytest.mark.thorough
     @each_run
     def test_a_hundred_thousand_ranges_are_mapped(self, backend, balance):
         X = np.arange(100_000.0)
@@ -107,6 +108,7 @@ class TestManyRanges:
         assert last_report().ranges == len(X)
         assert_same(result, -X)
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize(
         ("backend", "balance"), [("threading", "dynamic"), ("loky", "dynamic")]
     )

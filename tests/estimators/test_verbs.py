@@ -9,7 +9,12 @@ import pytest
 
 from taskcarrier import StaticParallelMapper, fit_many, last_report, predict_array, share
 from taskcarrier.random_streams import RandomStreams
-from tests.strategies import ROOT, assert_same, run_script, shut_down_pools, warm_pools
+from tests.strategies import (
+    ROOT,
+    assert_same,
+    keep_pools_warm,
+    run_script,
+)
 
 sklearn = pytest.importorskip("sklearn", reason="scikit-learn is optional")
 from sklearn import datasets  # noqa: E402  # only where it is there
@@ -28,12 +33,8 @@ order = np.random.default_rng(0).permutation(len(X))
 X, y = X[order], y[order]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def pools():
-    warm_pools(2)
-    fit_many([Ridge()] * 2, X, y, n_jobs=2, backend="loky")  # workers have scikit-learn then
-    yield
-    shut_down_pools()
+# Workers have scikit-learn after a fit.
+pools = keep_pools_warm(2, warm_up=lambda: fit_many([Ridge()] * 2, X, y, n_jobs=2, backend="loky"))
 
 
 class TestAgainstScikitLearn:

@@ -41,6 +41,8 @@ from tests.strategies import (
     run_script,
 )
 
+pytestmark = pytest.mark.one_case  # workers die in each
+
 HERE = [run for run in EVERYWHERE if run[0] != "loky"]
 
 

@@ -31,6 +31,8 @@ from taskcarrier.workers.choose import count_cores
 from tests.faults.helpers import output_of, unshared
 from tests.strategies import OF_BALANCE, each_balance, keep_pools_warm, run_script, start_script
 
+pytestmark = pytest.mark.one_case  # each starts programs
+
 pools = keep_pools_warm(2)
 
 

@@ -29,6 +29,8 @@ from tests.descriptors import n_descriptors
 from tests.faults.helpers import all_gone, gone, opened_up, output_of, running, unshared
 from tests.strategies import EVERYWHERE, OF_BALANCE, assert_same, keep_pools_warm, run_script
 
+pytestmark = pytest.mark.one_case  # each starts programs
+
 pools = keep_pools_warm(2)
 
 

@@ -23,6 +23,8 @@ import os, random, signal, sys, time
 import numpy as np
 from taskcarrier import map_array
 
+pytestmark = pytest.mark.one_case  # each starts programs
+
 folder, backend, balance, who, seed = sys.argv[1:]
 OUT, OTHER, LOG, MOST = (f"{folder}/{name}" for name in ("Y.npy", "Z.npy", "log", "most"))
 X = np.arange(1200.0).reshape(400, 3)

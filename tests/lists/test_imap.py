@@ -453,6 +453,7 @@ assert list(results) == list(range(1, 10**5))
 """
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("backend", ["threading", "loky"])
 def test_a_forked_child_cannot_continue_a_stream(tmp_path, backend):
     run_script(tmp_path, FORKED_AND_GONE_ON, backend)
@@ -474,6 +475,7 @@ assert first + list(results) == list(range(1000))
 """
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("backend", ["threading", "loky"])
 def test_a_forked_child_leaves_a_stream_alone(tmp_path, backend):
     run_script(tmp_path, FORKED, backend)
@@ -488,6 +490,7 @@ print(next(results))
 """
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
 def test_a_stream_may_be_open_at_the_end_of_the_program(tmp_path, backend):
     assert run_script(tmp_path, OPEN_AT_EXIT, backend) == "0\n"
@@ -585,6 +588,7 @@ def warn_of(n):
     return n
 
 
+@pytest.mark.one_case
 @pytest.mark.fault(10)
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("stop", [6, None])
@@ -742,6 +746,7 @@ def test_finished_results_do_not_wait_for_an_input_that_has_become_slow(parallel
     results.close()
 
 
+@pytest.mark.thorough
 def test_batches_of_very_many_arrays_are_sent(processes):
     # Their places alone need more bytes than a socket holds.
     a = np.zeros(2048)
@@ -755,6 +760,7 @@ def test_batches_of_very_many_arrays_are_sent(processes):
 # Workers that die
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("chunksize", [None, 1, 16])
 def test_an_item_that_kills_is_named(ordered, chunksize):
@@ -825,6 +831,7 @@ def test_workers_that_die_whenever_they_begin_are_an_error(processes):
     assert list(processes.imap(str, range(10))) == [str(n) for n in range(10)]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("chunksize", [1, 5])
 def test_an_item_that_takes_too_long_is_named(processes, chunksize):
     mapper = MAKERS["dynamic processes"](chunksize=chunksize)

@@ -8,6 +8,8 @@ import pytest
 
 from tests.strategies import ROOT
 
+pytestmark = pytest.mark.one_case  # each starts programs
+
 
 def run(command):
     return subprocess.run(

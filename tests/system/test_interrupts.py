@@ -289,6 +289,7 @@ def within(mapper):
         in_arrays(mapper)
 
 
+@pytest.mark.thorough
 @pytest.mark.fault(44)
 @pytest.mark.parametrize("seed", [4, 5])  # threads, processes
 def test_exceptions_at_random_moments_leave_nothing_behind(seed):
@@ -391,6 +392,7 @@ def n_threads_and_descriptors():
     return [len(list(Path(f"/proc/self/{name}").iterdir())) for name in ("task", "fd")]
 
 
+@pytest.mark.one_case
 @pytest.mark.fault(44)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -240,6 +240,7 @@ assert inside[1] > 1
 """
 
 
+@pytest.mark.one_case
 @pytest.mark.fault(19)
 @pytest.mark.parametrize("way", ["signal", "finalizer"])
 def test_a_map_may_begin_at_any_moment_of_another_in_the_same_thread(way, tmp_path):

@@ -430,6 +430,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.one_case
 @pytest.mark.fault(47)
 @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ from taskcarrier.workers.threads import ThreadPool
 from tests.clocks import LONG, wait_until
 from tests.helpers import Calls
 
+pytestmark = pytest.mark.one_case  # each starts workers
+
 LENDERS = {"threading": thread_pool, "loky": process_pool}
 
 

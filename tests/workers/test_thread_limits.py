@@ -238,6 +238,7 @@ assert of_blas() == n_blas
 """
 
 
+@pytest.mark.thorough
 def test_matrix_products_keep_one_thread_busy_for_each_worker(tmp_path):
     n_blas, plain, mapped = map(int, run_script(tmp_path, BUSY).split())
     if n_blas == 1:

@@ -16,6 +16,8 @@ from taskcarrier.arrays.kernels import compiler
 from taskcarrier.arrays.kernels.intrinsics import load
 from tests.strategies import assert_same, keep_pools_warm, run_script, start_script
 
+pytestmark = pytest.mark.one_case  # each compiles
+
 X = np.random.default_rng(0).random((1000, 3))
 RUNS = [
     {"backend": "sequential", "n_jobs": 1},

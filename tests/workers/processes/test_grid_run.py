@@ -802,6 +802,7 @@ def no_core_files():
     resource.setrlimit(resource.RLIMIT_CORE, before)
 
 
+@pytest.mark.one_case
 @by_balance
 class TestRealDeaths:
     @pytest.mark.usefixtures("no_core_files")
@@ -927,6 +928,7 @@ class InPlace:
         return run
 
 
+@pytest.mark.one_case
 @by_balance
 class TestRealTimeouts:
     def test_a_worker_whose_range_is_late_is_killed(self, pool, balance, tmp_path):

@@ -27,6 +27,8 @@ from tests.clocks import LONG, wait_until
 from tests.helpers import BALANCES, Calls, both, in_place
 from tests.workers.processes.helpers import run
 
+pytestmark = pytest.mark.one_case  # each starts workers
+
 
 def pids(pool):
     return {worker.pid for worker in pool._workers.values() if worker.pidfd >= 0}
