@@ -1,11 +1,14 @@
 """Time in tests: workers may pause now and then, because other programs use the machine too."""
 
 import threading
+import time
 
 from taskcarrier.workers import loop
 
 LATE = 2.5
 """Seconds, longer than any pause of a busy worker; pauses of two seconds have been seen."""
+LONG = 60
+"""Seconds that no test waits for, unless something hangs."""
 
 
 class Clock(threading.local):
@@ -25,3 +28,11 @@ def stopped_clock(monkeypatch):
     made = Clock()
     monkeypatch.setattr(loop, "monotonic_ns", made)
     return made
+
+
+def wait_until(condition):
+    """Wait until a condition holds, and fail after `LONG` seconds."""
+    deadline = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -12,21 +12,25 @@ CACHE_LINE = 64
 
 
 def address(array):
+    """Return where the first item lies."""
     return array.ctypes.data
 
 
 def extent(array):
+    """Return the bytes from the lowest to the highest that belong to the array."""
     low, high = byte_bounds(array)
     return high - low
 
 
 def unaligned(array):
+    """Return a copy whose items lie one byte beside where they should."""
     raw = bytearray(array.nbytes + 1)
     raw[1:] = array.tobytes()
     return np.frombuffer(raw, array.dtype, offset=1).reshape(array.shape)
 
 
 def cube():
+    """Return an array of three axes of different lengths."""
     return np.arange(2 * 3 * 4, dtype=np.float64).reshape(2, 3, 4)
 
 
@@ -34,6 +38,7 @@ STRUCT = np.dtype([("a", "i1"), ("b", "<f8"), ("c", "S3")])
 
 
 def struct():
+    """Return an array of structures with a small and a large field."""
     made = np.zeros(10, STRUCT)
     made["a"] = np.arange(10)
     made["b"] = np.arange(10) / 7
@@ -80,6 +85,7 @@ GATHERED = {
     "windows over gaps": lambda: as_strided(np.arange(100.0), (5, 3), (80, 80)),
     "unaligned gaps": lambda: unaligned(np.arange(100.0))[::7],
 }
+LAYOUTS = {**KEPT, **GATHERED}
 EMPTY = {
     "no items": lambda: np.empty((0, 3)),
     "no bytes in an item": lambda: np.empty((4, 0, 2), "i2"),

@@ -21,9 +21,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import taskcarrier
-from taskcarrier import map_array
+from taskcarrier import DynamicParallelMapper, StaticParallelMapper, map_array
 
 ROOT = Path(__file__).parents[1]
+GIB = 1 << 30
 
 DTYPES = [
     np.dtype(dtype)
@@ -47,6 +48,8 @@ RUNS = [
     ("loky", "static", 1),
     *[("loky", balance, n) for balance in ("static", "dynamic") for n in N_PROCESSES],
 ]
+# One run of each backend, for many small cases.
+SMALL_RUNS = [("sequential", "static", 1), ("threading", "dynamic", 2), ("loky", "static", 2)]
 PARALLEL = [
     (backend, balance) for backend in ("threading", "loky") for balance in ("static", "dynamic")
 ]
@@ -56,6 +59,8 @@ EVERYWHERE = [("sequential", "static"), *PARALLEL]
 PAIRS = [(backend, balance, 2) for backend, balance in EVERYWHERE]
 # Those that raise the error of the lowest failing range, the same each time.
 ORDERED = [run for run in EVERYWHERE if run[0] == "sequential" or run[1] == "dynamic"]
+LOKY = {"backend": "loky", "n_jobs": 2}
+OF_BALANCE = {"static": StaticParallelMapper, "dynamic": DynamicParallelMapper}
 # `make test` has one of each backend, `make test-all` has every balance.
 ONE_OF_EACH = [("sequential", "static"), ("threading", "dynamic"), ("loky", "static")]
 LEFT_TO_ALL = [run for run in EVERYWHERE if run not in ONE_OF_EACH]

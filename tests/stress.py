@@ -46,6 +46,7 @@ from taskcarrier import (
     map_items,
     reduce_array,
 )
+from tests.clocks import LATE
 from tests.shared_memory import SharedMemoryWatch, all_entries
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +54,6 @@ BALANCES = ("static", "dynamic")
 HANGS_AFTER = 180.0  # seconds
 MOST_FOUND = 5  # then it is enough
 ENDS_WITHIN = 30.0  # seconds, for processes whose parent is gone
-LATE = 2.5  # seconds that a worker with something to do does not stand still
 
 Done = Counter[str]
 

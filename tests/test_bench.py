@@ -28,8 +28,8 @@ from bench.timing import (
     same,
     timed,
 )
+from tests.strategies import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMISES = {
     "sqrt_sin": 8,
     "chain": 4,

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.shared_memory import maker_of
-
-ROOT = Path(__file__).parents[1]
+from tests.strategies import ROOT
 
 # Each leaks one thing: the code of a test, and how the failure shows what it left.
 LEAKS = {

@@ -30,6 +30,7 @@ from taskcarrier import (
     reduce_array,
 )
 from tests.strategies import (
+    OF_BALANCE,
     PARALLEL,
     REALS,
     assert_same,
@@ -43,7 +44,6 @@ from tests.strategies import (
 )
 
 KINDS = [SerialMapper, StaticParallelMapper, DynamicParallelMapper]
-OF_BALANCE = {"static": StaticParallelMapper, "dynamic": DynamicParallelMapper}
 
 
 pools = keep_pools_warm(2)

@@ -4,7 +4,7 @@ import pytest
 
 from taskcarrier.notes import add_note, get_text
 from taskcarrier.system.exceptions import collect_related, raise_again
-from tests.workers.test_pickled_errors import FrozenError, SlottedError
+from tests.errors import FrozenError, SlottedError, SpeechlessError
 
 
 class NotelessError(Exception):
@@ -32,10 +32,6 @@ def test_exceptions_that_refuse_notes_get_none(error):
 
 
 def test_an_exception_without_a_text_is_described():
-    class SpeechlessError(Exception):
-        def __str__(self):
-            raise ZeroDivisionError
-
     assert get_text(SpeechlessError()) == "<str() raised ZeroDivisionError>"
 
 

@@ -2,14 +2,12 @@
 
 import ast
 import tomllib
-from pathlib import Path
 
 import pytest
 import yaml
 
 import taskcarrier
-
-ROOT = Path(__file__).parents[1]
+from tests.strategies import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -33,13 +33,15 @@ from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.executor import make_executor
-from taskcarrier.workers.pools import shutdown
 from taskcarrier.workers.processes.grid_run import GridRun
 from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerDeath, WorkerStats
 from taskcarrier.workers.task import IN_PLACE
 from tests.clocks import LATE, stopped_clock
-from tests.helpers import Calls
-from tests.strategies import start_script
+from tests.errors import SpeechlessError
+from tests.helpers import Calls, both, describe, in_place
+from tests.strategies import keep_pools_warm, start_script
+
+pools = keep_pools_warm(2)
 
 BACKENDS = {"sequential": 1, "threading": 2, "loky": 2}
 
@@ -57,14 +59,6 @@ class Proposes(Calls):
         run = super().start(worker)
         worker.facts = "facts"
         return run
-
-
-def both(start, stop):
-    return start, stop
-
-
-def in_place(start, stop):
-    return IN_PLACE
 
 
 def fail_everywhere(start, stop):
@@ -92,10 +86,6 @@ def die_once_at_four_in_place(start, stop, mark):
 def warn_at_even(start, stop):
     warnings.warn(f"at {start % 4}", UserWarning, stacklevel=1)
     return start, stop
-
-
-def describe(start, stop):
-    return f"<{start}:{stop}>"
 
 
 def run(
@@ -126,14 +116,6 @@ def run(
         resumed=resumed,
     )
     return outcome, dict(outcome.delivered)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def warm():
-    """Start workers before the watch for leaks begins, so that they stay for all tests."""
-    run(both, "loky")
-    yield
-    shutdown()
 
 
 ALL = {start: (start, start + 2) for start in range(0, 20, 2)}
@@ -577,11 +559,6 @@ DEATH = (
     "worker 2 (process 7, attempt 3) killed by signal 9 (SIGKILL) while mapping <12:14>; "
     "the kernel kills so when memory runs out"
 )
-
-
-class SpeechlessError(Exception):
-    def __str__(self):
-        raise ZeroDivisionError
 
 
 class TestRaiseFailure:

@@ -6,13 +6,10 @@ import numpy as np
 import pytest
 
 from taskcarrier import last_report, map_array, map_chunks, map_items, reduce_array, share
+from tests.helpers import never
 from tests.strategies import assert_same, each_run, keep_pools_warm, run_script
 
 pools = keep_pools_warm(2)
-
-
-def never(*chunks):
-    raise AssertionError("called")
 
 
 class OnDisk:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from taskcarrier import FailedRange, TaskError, map_array, map_chunks, map_items, share
 from taskcarrier.memory.segments import locate
+from tests.helpers import never
 from tests.strategies import EVERYWHERE, assert_same, examples, keep_pools_warm, run_script
 
 VERBS = [map_array, map_items]
@@ -250,7 +251,7 @@ class TestFill:
         with pytest.raises(TypeError, match="pass fill_value="):
             verb(func, np.arange(4.0), on_error="fill", **run)
         with pytest.raises(TypeError, match="pass fill_value="):
-            verb(_never, np.arange(4.0), on_error="fill", dtype=dtype, **run)
+            verb(never, np.arange(4.0), on_error="fill", dtype=dtype, **run)
 
     @pytest.mark.parametrize("chunksize", [1, 2, 100])
     def test_items_that_promote_to_floats_are_filled_with_nan(self, chunksize, run):
@@ -290,9 +291,9 @@ class TestFill:
         options = {"on_error": "fill", "fill_value": value, **run}
         out = np.zeros(4, dtype)
         with pytest.raises(TypeError, match="fill_value="):
-            verb(_never, np.arange(4.0), dtype=dtype, **options)
+            verb(never, np.arange(4.0), dtype=dtype, **options)
         with pytest.raises(TypeError, match="fill_value="):
-            verb(_never, np.arange(4.0), out=out, **options)
+            verb(never, np.arange(4.0), out=out, **options)
 
         def func(values):
             return np.zeros(np.shape(values), dtype)
@@ -309,11 +310,7 @@ class TestFill:
 
     def test_a_fill_value_without_collecting_is_refused(self):
         with pytest.raises(ValueError, match="fill_value has no meaning"):
-            map_array(_never, np.arange(4.0), fill_value=0)
-
-
-def _never(*values):
-    raise AssertionError("called")
+            map_array(never, np.arange(4.0), fill_value=0)
 
 
 class TestNotCollected:
@@ -354,11 +351,11 @@ class TestNotCollected:
     def test_unknown_values_of_on_error_are_refused(self, rule):
         for verb in (*VERBS, map_chunks):
             with pytest.raises(ValueError, match="on_error must be one of 'raise', 'collect'"):
-                verb(_never, np.arange(3), on_error=rule)
+                verb(never, np.arange(3), on_error=rule)
 
     def test_map_chunks_has_nothing_to_fill(self):
         with pytest.raises(ValueError, match="one of 'raise', 'collect', got 'fill'"):
-            map_chunks(_never, np.arange(3), on_error="fill")
+            map_chunks(never, np.arange(3), on_error="fill")
 
 
 class StuckError(Exception):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from taskcarrier import (
-    DynamicParallelMapper,
     StaticParallelMapper,
     empty,
     load,
@@ -23,11 +22,10 @@ from taskcarrier import (
 from taskcarrier.memory import (
     memmaps,
 )
-from tests.strategies import assert_same, each_run, keep_pools_warm, run_script
+from tests.strategies import OF_BALANCE, assert_same, each_run, keep_pools_warm, run_script
 
 pools = keep_pools_warm(2)
 
-MAPPERS = {"static": StaticParallelMapper, "dynamic": DynamicParallelMapper}
 N = 9
 
 
@@ -113,7 +111,7 @@ class TestWrites:
         self, kind, backend, balance, tmp_path
     ):
         array = SEEN[kind](tmp_path)
-        MAPPERS[balance](n_jobs=2, backend=backend).map(by_closure(array), range(N))
+        OF_BALANCE[balance](n_jobs=2, backend=backend).map(by_closure(array), range(N))
         assert_same(np.array(array), np.arange(1.0, N + 1))
 
     @pytest.mark.parametrize("carried", [by_bound_object, in_a_container])

@@ -9,6 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from taskcarrier import last_report, map_items
+from tests.errors import said
 from tests.strategies import (
     PAIRS,
     REALS,
@@ -42,10 +43,6 @@ def plain(func, *arrays, axis=0, out_axis=0, args=(), kwargs=None):
     axes = out_axis if isinstance(out_axis, tuple) else (out_axis,) * len(values[0])
     columns = zip(*values, strict=True)
     return tuple(np.stack(column, at) for column, at in zip(columns, axes, strict=True))
-
-
-def said(error):
-    return "\n".join([str(error), *getattr(error, "__notes__", [])])
 
 
 # Layouts, dtypes and axes

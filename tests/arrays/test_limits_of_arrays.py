@@ -13,6 +13,8 @@ from numpy.lib.format import open_memmap
 from taskcarrier import last_report, load, map_array, map_chunks, map_items, reduce_array
 from tests.strategies import (
     EVERYWHERE,
+    GIB,
+    SMALL_RUNS,
     assert_same,
     contract,
     each_parallel_run,
@@ -21,7 +23,6 @@ from tests.strategies import (
 )
 
 MAX_AXES = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
-GIB = 1 << 30
 
 
 pools = keep_pools_warm(2)
@@ -41,7 +42,7 @@ class TestManyAxes:
     def test_every_one_of_many_axes_can_be_mapped(self, longest):
         X = of_many_axes(longest)
         for axis in (longest, longest - MAX_AXES, (longest + 7) % MAX_AXES, (longest + 1) % 3):
-            result = contract(np.sqrt, np.abs(X), axis=axis, chunksize=2, runs=SOME)
+            result = contract(np.sqrt, np.abs(X), axis=axis, chunksize=2, runs=SMALL_RUNS)
             assert_same(result, np.sqrt(np.abs(X)))
 
     @pytest.mark.parametrize("longest", [0, MAX_AXES - 1])
@@ -95,9 +96,6 @@ class TestManyAxes:
                 balance=balance,
                 n_jobs=2,
             )
-
-
-SOME = [("sequential", "static", 1), ("threading", "dynamic", 2), ("loky", "static", 2)]
 
 
 @pytest.mark.fault(32)

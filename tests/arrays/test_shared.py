@@ -20,8 +20,10 @@ from taskcarrier import (
     share,
 )
 from taskcarrier.memory.segments import locate
+from tests.descriptors import n_descriptors
 from tests.layouts import EMPTY, GATHERED, KEPT
 from tests.strategies import (
+    LOKY,
     assert_same,
     each_parallel_run,
     keep_pools_warm,
@@ -30,7 +32,6 @@ from tests.strategies import (
 )
 
 LAYOUTS = {**KEPT, **GATHERED, **EMPTY}
-LOKY = {"backend": "loky", "n_jobs": 2}
 
 
 pools = keep_pools_warm(2)
@@ -41,7 +42,7 @@ def held():
     warm_pools(2)  # their descriptors count, so they must be there
     gc.collect()
     maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-    return len(list(Path("/proc/self/fd").iterdir())), maps.count("memfd:taskcarrier ")
+    return n_descriptors(), maps.count("memfd:taskcarrier ")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ class Model:
         return vars(self).copy()
 
 
-def travelled(value):
+def repickled(value):
     return pickle.loads(pickle.dumps(value))
 
 
@@ -34,7 +34,7 @@ def travelled(value):
 def test_rows_take_the_same_samples_in_a_worker(entries):
     samples = np.arange(6) * 10
     rows = Rows.from_arguments(entries, 6)
-    sent = travelled(rows)
+    sent = repickled(rows)
     for number, entry in enumerate(entries):
         expected = samples[np.asarray(entry, None if len(entry) else int)]
         assert np.array_equal(samples[rows.get_rows(number)], expected)
@@ -49,7 +49,7 @@ def test_rows_of_no_sample_are_an_error(entry):
 
 def test_a_template_makes_a_new_estimator_for_each_fit():
     template = Template(Model(inner=[1]))
-    for made in (template, travelled(template)):
+    for made in (template, repickled(template)):
         one, other = made.make_estimator(), made.make_estimator()
         assert one.inner == other.inner == [1]
         assert one.inner is not other.inner

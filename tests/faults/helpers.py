@@ -11,11 +11,9 @@ import numpy as np
 import psutil
 
 import taskcarrier
-from taskcarrier import DynamicParallelMapper, StaticParallelMapper, map_array
+from taskcarrier import map_array
 from tests.faults.functions import pid_chunk
 from tests.strategies import ROOT, start_script
-
-OF_BALANCE = {"static": StaticParallelMapper, "dynamic": DynamicParallelMapper}
 
 
 def gone(process):
@@ -27,6 +25,7 @@ def gone(process):
 
 
 def all_gone(processes, seconds):
+    """Wait for the end of processes, and tell whether it came in time."""
     deadline = time.monotonic() + seconds
     while not all(gone(process) for process in processes):
         if time.monotonic() > deadline:
@@ -62,11 +61,13 @@ def present(missing, n_items):
 
 
 def worker_pids():
+    """Return the pids of the two warm workers."""
     map_array(pid_chunk, np.arange(2), n_jobs=2, backend="loky", balance="static")
     return [int(worker.name.split()[1]) for worker in taskcarrier.last_report().workers]
 
 
 def output_of(code, **environment):
+    """Run code in a new interpreter, where warnings are errors, and return its output."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", code],
         capture_output=True,

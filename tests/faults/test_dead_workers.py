@@ -27,11 +27,13 @@ from taskcarrier import (
     reduce_array,
     share,
 )
-from tests.clocks import LATE, stopped_clock
+from tests.clocks import LATE, LONG, stopped_clock
 from tests.faults.functions import note, noted, pid_chunk, span, times
-from tests.faults.helpers import OF_BALANCE, all_gone, present, worker_pids
+from tests.faults.helpers import all_gone, present, worker_pids
 from tests.strategies import (
     EVERYWHERE,
+    LOKY,
+    OF_BALANCE,
     assert_same,
     each_balance,
     each_run,
@@ -41,9 +43,7 @@ from tests.strategies import (
 
 pytestmark = pytest.mark.one_case  # workers die in each
 
-LOKY = {"n_jobs": 2, "backend": "loky"}
 HERE = [run for run in EVERYWHERE if run[0] != "loky"]
-LONG = 60  # seconds that no test waits for
 
 
 pools = keep_pools_warm(2)

@@ -28,12 +28,8 @@ from taskcarrier.memory import (
     segments,
 )
 from taskcarrier.workers.choose import count_cores
-from tests.faults.helpers import (
-    OF_BALANCE,
-    output_of,
-    unshared,
-)
-from tests.strategies import each_balance, keep_pools_warm, run_script, start_script
+from tests.faults.helpers import output_of, unshared
+from tests.strategies import OF_BALANCE, each_balance, keep_pools_warm, run_script, start_script
 
 pytestmark = pytest.mark.one_case  # each starts programs
 

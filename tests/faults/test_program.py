@@ -24,30 +24,14 @@ from taskcarrier import (
     map_array,
     map_items,
 )
-from tests.faults.helpers import (
-    OF_BALANCE,
-    all_gone,
-    gone,
-    opened_up,
-    output_of,
-    running,
-    unshared,
-)
-from tests.strategies import EVERYWHERE, assert_same, keep_pools_warm, run_script
+from tests.clocks import LONG, wait_until
+from tests.descriptors import n_descriptors
+from tests.faults.helpers import all_gone, gone, opened_up, output_of, running, unshared
+from tests.strategies import EVERYWHERE, OF_BALANCE, assert_same, keep_pools_warm, run_script
 
 pytestmark = pytest.mark.one_case  # each starts programs
 
 pools = keep_pools_warm(2)
-
-
-LONG = 60  # seconds that no test waits for
-
-
-def wait_for(path):
-    deadline = time.monotonic() + LONG
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 PROGRAM = """
@@ -105,7 +89,7 @@ def test_ctrl_c_ends_the_map_soon_and_leaves_nothing(where, what, whole_group, t
     words = (where, what, str(mark))
     with running(tmp_path, PROGRAM, *words, JOBLIB_TEMP_FOLDER=str(folder)) as (process, below):
         assert len([b for b in below if b.is_running()]) >= (2 if where == "loky" else 0)
-        wait_for(mark)
+        wait_until(mark.exists)
         time.sleep(0.1)
         began = time.monotonic()
         if whole_group:
@@ -223,7 +207,7 @@ def test_workers_end_when_their_parent_is_killed(how, what, tmp_path):
     words = ("loky", what, str(mark))
     with running(tmp_path, PROGRAM, *words, JOBLIB_TEMP_FOLDER=str(folder)) as (process, below):
         if what != "idle":
-            wait_for(mark)
+            wait_until(mark.exists)
         assert len(below) >= 2
         assert not any(gone(worker) for worker in below)
         process.send_signal(getattr(signal, how))
@@ -367,7 +351,7 @@ def test_many_small_calls_leave_descriptors_and_threads_constant():
         gc.collect()
         children = psutil.Process().children()
         return (
-            len(list(Path("/proc/self/fd").iterdir())),
+            n_descriptors(),
             threading.active_count(),
             [(child.pid, child.num_fds(), child.num_threads()) for child in children],
         )

@@ -24,10 +24,12 @@ from taskcarrier import (
     map_items,
     reduce_array,
 )
+from tests.descriptors import n_descriptors
+from tests.errors import FrozenError, HoldingError
 from tests.faults.functions import note, noted
-from tests.faults.helpers import OF_BALANCE
 from tests.strategies import (
     EVERYWHERE,
+    OF_BALANCE,
     assert_same,
     each_balance,
     each_of,
@@ -45,12 +47,6 @@ class TwoWordsError(Exception):
     def __init__(self, first, second):
         super().__init__(f"{first} and {second}")
         self.first, self.second = first, second
-
-
-class HoldingError(Exception):
-    def __init__(self, text):
-        super().__init__(text)
-        self.lock = threading.Lock()
 
 
 @pytest.mark.fault(34)
@@ -257,7 +253,7 @@ def test_a_failed_call_leaves_nothing_to_the_garbage_collector(balance):
             map_array(failing, np.arange(9), n_jobs=2, backend="loky", balance=balance)
         with suppress(LookupError):
             OF_BALANCE[balance](2, backend="loky")(failing, range(9))
-        return len(list(Path("/proc/self/fd").iterdir()))
+        return n_descriptors()
 
     gc.collect()
     gc.disable()
@@ -317,12 +313,6 @@ if __name__ == "__main__":
     assert "ValueError: as it was raised" in err
     assert "while mapping axis 0, items 2:3 of an array of shape (4,)" in err
     assert 'if chunk[0] == 2: raise ValueError("as it was raised")' in err
-
-
-@dataclasses.dataclass(frozen=True)
-class FrozenError(Exception):
-    code: int
-    text: str = dataclasses.field(kw_only=True)
 
 
 class LockedError(Exception):

@@ -21,7 +21,6 @@ from joblib.parallel import ThreadingBackend
 from taskcarrier import (
     DynamicParallelMapper,
     SerialMapper,
-    StaticParallelMapper,
     WorkerDiedError,
     share,
     shutdown,
@@ -33,17 +32,13 @@ from taskcarrier.lists.imap import Pace, StreamInput
 from taskcarrier.workers import threads
 from taskcarrier.workers.processes import stream_run
 from taskcarrier.workers.processes.messages import MessageSocket
-from tests.clocks import LATE, stopped_clock
+from tests.clocks import LATE, LONG, stopped_clock
+from tests.errors import Unreadable
+from tests.lists import makers
 from tests.strategies import examples, keep_pools_warm, run_script
 
-MAKERS = {
-    "serial": lambda **options: SerialMapper(n_jobs=2, **options),
-    "static threads": lambda **o: StaticParallelMapper(n_jobs=2, backend="threading", **o),
-    "dynamic threads": lambda **o: DynamicParallelMapper(n_jobs=2, backend="threading", **o),
-    "dynamic processes": lambda **o: DynamicParallelMapper(n_jobs=2, backend="loky", **o),
-}
+MAKERS = {name: make for name, make in makers.MAKERS.items() if name != "static processes"}
 PARALLEL = ["dynamic threads", "dynamic processes"]
-LONG = 60  # seconds that no test waits for
 
 
 pools = keep_pools_warm(2)
@@ -282,13 +277,8 @@ def test_an_item_that_cannot_be_sent_is_an_error(processes):
     assert any("could not pickle item 5 for" in note for note in caught.value.__notes__)
 
 
-class Unreadable:
-    def __reduce__(self):
-        return int, ("not a number",)
-
-
 def test_an_item_that_cannot_be_unpickled_is_an_error(processes):
-    results = processes.imap(lambda item: 1, [1, 2, Unreadable()], buffersize=1)
+    results = processes.imap(lambda item: 1, [1, 2, Unreadable(text="not a number")], buffersize=1)
     assert [next(results), next(results)] == [1, 1]
     with pytest.raises(ValueError, match="not a number") as caught:
         next(results)
@@ -306,7 +296,7 @@ def test_a_result_that_cannot_be_sent_is_an_error(processes, make_result):
 
 
 def test_a_function_that_cannot_be_unpickled_is_an_error(processes):
-    func = functools.partial(lambda _, n: n, Unreadable())
+    func = functools.partial(lambda _, n: n, Unreadable(text="not a number"))
     with pytest.raises(ValueError, match="not a number") as caught:
         list(processes.imap(func, range(50)))
     assert any("unpickled the function" in note for note in caught.value.__notes__)

@@ -13,16 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import taskcarrier
-from taskcarrier import DynamicParallelMapper, SerialMapper, StaticParallelMapper
+from tests.errors import Unreadable
+from tests.lists.makers import MAKERS
 from tests.strategies import examples, keep_pools_warm, run_script, same_bits
 
-MAKERS = {
-    "serial": lambda **options: SerialMapper(n_jobs=2, **options),
-    "static threads": lambda **o: StaticParallelMapper(n_jobs=2, backend="threading", **o),
-    "dynamic threads": lambda **o: DynamicParallelMapper(n_jobs=2, backend="threading", **o),
-    "static processes": lambda **o: StaticParallelMapper(n_jobs=2, backend="loky", **o),
-    "dynamic processes": lambda **o: DynamicParallelMapper(n_jobs=2, backend="loky", **o),
-}
 ORDERED = ["serial", "dynamic threads", "dynamic processes"]
 
 
@@ -330,23 +324,13 @@ def test_stop_iteration_can_be_collected(make):
     assert [(one.start, one.stop, type(one.error)) for one in failed] == [(5, 6, StopIteration)]
 
 
-class Unreadable:
-    def __init__(self, text="broken on purpose"):
-        self.text = text
-
-    def __reduce__(self):
-        return _fail, (self.text,)
-
-
-def _fail(text):
-    raise ArithmeticError(text)
-
-
 @pytest.mark.parametrize("kind", ["static processes", "dynamic processes"])
 def test_a_value_that_cannot_be_unpickled_raises_its_own_error(kind):
-    mapper, bad = MAKERS[kind](chunksize=1), Unreadable()
+    mapper, bad = MAKERS[kind](chunksize=1), Unreadable(ArithmeticError, "broken on purpose")
     with pytest.raises(ArithmeticError, match="broken on purpose") as caught:
-        mapper(lambda i: Unreadable() if i == 2 else i, range(9))
+        mapper(
+            lambda i: Unreadable(ArithmeticError, "broken on purpose") if i == 2 else i, range(9)
+        )
     assert any("unpickle this result" in note for note in caught.value.__notes__)
     with pytest.raises(ArithmeticError, match="broken on purpose") as caught:
         mapper(lambda i: bad, range(9))

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from taskcarrier.memory import available
 from taskcarrier.memory.available import _available_memory, check_memory, explain_no_room
 from taskcarrier.system import cgroups
+from tests.strategies import GIB
 
 MEMINFO = "/proc/meminfo"
 SOURCE = "MemAvailable and SwapFree in /proc/meminfo"
-GIB = 1 << 30
 KERNEL = {MEMINFO: "MemTotal: 16777216 kB\nMemAvailable:    8388608 kB\nBuffers: 5 kB\n"}
 
 

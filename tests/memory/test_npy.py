@@ -9,9 +9,9 @@ import pytest
 from taskcarrier import last_report, load, map_array, map_items, reduce_array
 from taskcarrier.memory.npy import NpyWriter, find_order, open_own_file
 from taskcarrier.system.descriptors import open_owned
-from tests.strategies import EVERYWHERE, assert_same, keep_pools_warm, same_bits
+from tests.descriptors import n_descriptors
+from tests.strategies import EVERYWHERE, LOKY, assert_same, keep_pools_warm, same_bits
 
-LOKY = {"backend": "loky", "n_jobs": 2}
 VIEWS = {
     "whole": lambda m: m,
     "transposed": lambda m: m.T,
@@ -237,7 +237,7 @@ class TestLoad:
 
         def held():
             maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-            return maps.count(str(path)), len(list(Path("/proc/self/fd").iterdir()))
+            return maps.count(str(path)), n_descriptors()
 
         before = held()
         loaded = load(path)
@@ -317,11 +317,11 @@ class TestRefusals:
     def test_refusals_leave_no_descriptor(self, tmp_path):
         path = saved(tmp_path / "X.npy", values())
         path.write_bytes(path.read_bytes()[:-1])
-        before = len(list(Path("/proc/self/fd").iterdir()))
+        before = n_descriptors()
         for _ in range(3):
             with pytest.raises(ValueError, match="cut off"):
                 load(path)
-        assert len(list(Path("/proc/self/fd").iterdir())) == before
+        assert n_descriptors() == before
 
 
 class TestOwnFiles:

@@ -2,14 +2,12 @@
 
 import contextlib
 import fcntl
-import gc
 import mmap
 import os
 import pickle
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +18,9 @@ from taskcarrier.memory import parent_memory
 from taskcarrier.memory.parent_memory import attach, is_readable, open_own_memory, read
 from taskcarrier.memory.segments import Segment
 from taskcarrier.system.descriptors import make_owner
+from tests.descriptors import n_descriptors_in_use
 from tests.layouts import CACHE_LINE, address, byte_bounds
 
-DESCRIPTORS = Path("/proc/self/fd")
 PAGE = mmap.PAGESIZE
 
 READER = """
@@ -54,11 +52,6 @@ memory = parent_memory.open_own_memory()
 socket.send_fds(channel, [low.to_bytes(8, "little")], [memory.fileno()])
 sys.stdin.read()
 """
-
-
-def n_descriptors():
-    gc.collect()
-    return len(list(DESCRIPTORS.iterdir()))
 
 
 def read_in_a_child(*requests):
@@ -162,11 +155,11 @@ class TestReadable:
 
     def test_checking_readability_leaves_no_descriptor(self, monkeypatch):
         low, high = byte_bounds(np.zeros(10))
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         assert is_readable(low, high)
         assert not is_readable(0, high)
         assert not is_readable(low, (1 << 63) - PAGE)
-        assert n_descriptors() == before
+        assert n_descriptors_in_use() == before
 
 
 class TestReadInAChild:

@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,18 +30,11 @@ from taskcarrier.memory.segments import (
 )
 from taskcarrier.memory.staging import Staging
 from taskcarrier.system.descriptors import make_owner
-from tests.layouts import CACHE_LINE, EMPTY, GATHERED, KEPT, address, extent
-
-DESCRIPTORS = Path("/proc/self/fd")
-LAYOUTS = {**KEPT, **GATHERED}
+from tests.descriptors import n_descriptors_in_use
+from tests.layouts import CACHE_LINE, EMPTY, GATHERED, KEPT, LAYOUTS, address, extent
 
 
-def n_descriptors():
-    gc.collect()
-    return len(list(DESCRIPTORS.iterdir()))
-
-
-def same_bits(one, other):
+def assert_same_bytes(one, other):
     assert one.dtype == other.dtype
     assert one.shape == other.shape
     assert one.tobytes() == other.tobytes()
@@ -65,7 +57,7 @@ class TestRoundTrip:
         before = array.tobytes()
         view = shared(array, folder=folder)
         for mode in ("read", "write", "private"):
-            same_bits(view.open(mode), array)
+            assert_same_bytes(view.open(mode), array)
         assert array.tobytes() == before
 
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -109,14 +101,14 @@ class TestRoundTrip:
         for view in views:
             view.open("read")
         for array, view in zip(arrays, views, strict=True):
-            same_bits(view.open("read"), array)
+            assert_same_bytes(view.open("read"), array)
 
     def test_one_staging_may_share_twice(self):
         staging = Staging()
         (one,) = staging.share([np.arange(10.0)])
         (two,) = staging.share([np.arange(100_000.0)])
-        same_bits(one.open("read"), np.arange(10.0))
-        same_bits(two.open("read"), np.arange(100_000.0))
+        assert_same_bytes(one.open("read"), np.arange(10.0))
+        assert_same_bytes(two.open("read"), np.arange(100_000.0))
 
     def test_staged_bytes_are_read_back_by_range(self, folder):
         content = os.urandom(100_000)
@@ -138,7 +130,7 @@ class TestRoundTrip:
         axes = data.draw(st.permutations(range(array.ndim)))
         array = array.transpose(axes)
         opened = shared(array).open("read")
-        same_bits(opened, array)
+        assert_same_bytes(opened, array)
         if array.nbytes:
             assert opened.strides == array.strides
 
@@ -209,7 +201,7 @@ class TestLocate:
         assert staging.nbytes == 0
         assert view.segment is array.base.segment
         opened = view.open("write")
-        same_bits(opened, found)
+        assert_same_bytes(opened, found)
         assert opened.strides == found.strides
         array[...] = -array  # the very same memory
         assert np.array_equal(opened, found, equal_nan=opened.dtype.kind == "f")
@@ -346,13 +338,13 @@ class TestSegment:
     def test_large_arrays_are_written_in_pieces(self, monkeypatch):
         monkeypatch.setattr(segments, "_PWRITE_NBYTES", 1000)
         array = np.arange(5001, dtype=np.uint16)
-        same_bits(shared(array).open("read"), array)
+        assert_same_bytes(shared(array).open("read"), array)
 
     def test_writing_continues_after_a_short_write(self, monkeypatch):
         pwrite = os.pwrite
         monkeypatch.setattr(os, "pwrite", lambda fd, block, at: pwrite(fd, block[:777], at))
         array = np.arange(5001, dtype=np.uint16)
-        same_bits(shared(array).open("read"), array)
+        assert_same_bytes(shared(array).open("read"), array)
 
     def test_a_mapping_keeps_its_segment(self):
         segment = Segment.create()
@@ -364,29 +356,29 @@ class TestSegment:
 
 class TestOwnership:
     def test_descriptors_are_closed_with_the_last_view(self):
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         view = shared(np.arange(1000.0))
         opened = [view.open(mode) for mode in ("read", "write", "private")]
         last = opened[1][5:].T
-        assert n_descriptors() > before
+        assert n_descriptors_in_use() > before
         del view, opened
-        assert n_descriptors() > before
+        assert n_descriptors_in_use() > before
         assert last[0] == 5
         del last
-        assert n_descriptors() == before
+        assert n_descriptors_in_use() == before
 
     def test_descriptors_of_arrays_with_gaps_are_closed(self):
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         view = shared(np.arange(1000.0)[::10])
-        assert n_descriptors() > before
+        assert n_descriptors_in_use() > before
         del view
-        assert n_descriptors() == before
+        assert n_descriptors_in_use() == before
 
     def test_descriptors_are_closed_after_a_refusal(self, tmp_path):
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         with pytest.raises(FileNotFoundError):
             Segment.create(str(tmp_path / "missing"))
-        assert n_descriptors() == before
+        assert n_descriptors_in_use() == before
 
     def test_descriptors_are_not_inherited(self, folder):
         assert not os.get_inheritable(Segment.create(folder).fd)
@@ -546,7 +538,7 @@ class TestRecycler:
         del view
         view = shared(np.arange(999.0), recycler=recycler)
         assert os.fstat(view.segment.fd).st_ino == inode
-        same_bits(view.open("read"), np.arange(999.0))
+        assert_same_bytes(view.open("read"), np.arange(999.0))
 
     @pytest.mark.parametrize("nbytes", [(1 << 20) - 1, (2 << 20) + 1])
     def test_a_large_segment_is_used_only_for_a_similar_size(self, nbytes):
@@ -574,57 +566,57 @@ class TestRecycler:
         assert os.fstat(recycler.segment(1000, str(tmp_path)).fd).st_ino != inode
 
     def test_the_number_of_kept_segments_is_limited(self, recycler):
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         held = [recycler.segment(1000, None) for _ in range(5)]
         for segment in held:
             segment.reserve(1000)
         del held, segment
-        assert n_descriptors() == before + 2
+        assert n_descriptors_in_use() == before + 2
 
     def test_the_bytes_of_kept_segments_are_limited(self, recycler):
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         held = [recycler.segment(700_000, None) for _ in range(2)]
         for segment in held:
             segment.reserve(700_000)
         del held, segment
-        assert n_descriptors() == before + 1
+        assert n_descriptors_in_use() == before + 1
 
     def test_empty_segments_are_not_kept(self, recycler):
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         recycler.segment(1000, None)
-        assert n_descriptors() == before
+        assert n_descriptors_in_use() == before
 
     def test_closing_frees_the_kept_segments(self, recycler):
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         self.used(recycler, 1000)
         lent = recycler.segment(5000, None)
         lent.reserve(5000)
-        assert n_descriptors() == before + 2
+        assert n_descriptors_in_use() == before + 2
         recycler.close()
         recycler.close()
-        assert n_descriptors() == before + 1
+        assert n_descriptors_in_use() == before + 1
         del lent
-        assert n_descriptors() == before
+        assert n_descriptors_in_use() == before
         self.used(recycler, 1000)
-        assert n_descriptors() == before
+        assert n_descriptors_in_use() == before
 
     def test_kept_segments_are_freed_with_the_recycler(self):
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         made = Recycler()
         self.used(made, 1000)
-        assert n_descriptors() == before + 1
+        assert n_descriptors_in_use() == before + 1
         del made
-        assert n_descriptors() == before
+        assert n_descriptors_in_use() == before
 
     def test_segments_are_recycled_only_in_the_process_that_made_them(self, recycler, monkeypatch):
         inode = self.used(recycler, 1000)
-        before = n_descriptors()
+        before = n_descriptors_in_use()
         monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a forked child
         segment = recycler.segment(1000, None)
         assert os.fstat(segment.fd).st_ino != inode
         segment.reserve(1000)
         del segment
-        assert n_descriptors() == before
+        assert n_descriptors_in_use() == before
 
 
 class TestPages:

@@ -22,10 +22,8 @@ from taskcarrier.memory.strides import (
     view_bytes,
 )
 from tests import layouts
-from tests.layouts import CACHE_LINE, EMPTY, GATHERED, KEPT, address, extent
+from tests.layouts import CACHE_LINE, EMPTY, GATHERED, KEPT, LAYOUTS, address, extent
 from tests.strategies import same_bits, samples
-
-LAYOUTS = {**KEPT, **GATHERED}
 
 
 def assert_gathered(copy, array):

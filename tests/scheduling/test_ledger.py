@@ -23,6 +23,7 @@ from taskcarrier.scheduling.ledger import (
     Ledger,
     ledger_nbytes,
 )
+from tests.errors import Killed
 
 N_WORKERS = 3
 N_CHUNKS = 100
@@ -446,10 +447,6 @@ class TestMarks:
         ledger.marks[OWN_MARKS] = DONE
         assert given[OWN_MARKS] == DONE
         assert not any(own)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing runs after it."""
 
 
 class DeadlyWords:

@@ -4,15 +4,14 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from taskcarrier.system import cgroups
-from tests.strategies import ROOT
+from tests.clocks import wait_until
+from tests.strategies import GIB, ROOT
 
-GIB = 1 << 30
 V2 = "31 23 0:28 {root} {at} rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate"
 V1 = "35 31 0:32 {root} {at}/{name} rw,relatime - cgroup cgroup rw,{name}"
 
@@ -152,10 +151,8 @@ def group(request):
         pytest.skip("making control groups needs root, and the first version of them")
     folder.mkdir()
     yield request.param, folder
-    deadline = time.monotonic() + 60
-    while (folder / "cgroup.procs").read_text():  # workers of a program that has ended end too
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    # Workers of a program that has ended end too.
+    wait_until(lambda: not (folder / "cgroup.procs").read_text())
     folder.rmdir()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import taskcarrier
 from taskcarrier.system.contexts import contextmanager
-from tests.workers.test_pickled_errors import FrozenError, throw
+from tests.errors import FrozenError, throw
 
 
 def passing(log):

@@ -13,25 +13,17 @@ from taskcarrier.workers.joblib_backends import JoblibExecutor
 from taskcarrier.workers.queues import UnsendableError
 from taskcarrier.workers.serial import SerialExecutor
 from taskcarrier.workers.task import Job
-from tests.helpers import Calls, StreamTask
+from tests.clocks import LONG
+from tests.helpers import Calls, StreamTask, both, double
 from tests.strategies import keep_pools_warm
 
 pools = keep_pools_warm(2)
 
 OURS = {"sequential": 1, "threading": 2, "loky": 2}
-LONG = 60  # seconds that no test waits for
 
 
 def executor_of(backend, timeout=None):
     return make_executor(Choice(backend, OURS.get(backend, 2), "a test"), None, Staging, timeout)
-
-
-def both(start, stop):
-    return start, stop
-
-
-def double(item):
-    return 2 * item
 
 
 @pytest.mark.parametrize("backend", OURS)

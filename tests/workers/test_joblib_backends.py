@@ -1,6 +1,5 @@
 """Lists on backends that others have registered with joblib."""
 
-import dataclasses
 import decimal
 import operator
 import pickle
@@ -34,6 +33,7 @@ from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.executor import make_executor
 from taskcarrier.workers.pickling import pickle_items
 from taskcarrier.workers.serial import SerialExecutor
+from tests.errors import FrozenError, HoldingError, Unreadable
 from tests.strategies import run_script, same_bits
 
 
@@ -338,12 +338,6 @@ def test_exceptions_in_retry_on_are_tried_again(mapper):
     assert "func was called 2 times" in caught.value.__notes__
 
 
-class LockedError(Exception):
-    def __init__(self, text):
-        super().__init__(text)
-        self.lock = threading.Lock()
-
-
 @pytest.mark.fault(3, 8, 9)
 @pytest.mark.parametrize("backend", ["test-elsewhere"])
 def test_an_item_that_cannot_be_pickled_is_named(mapper):
@@ -362,43 +356,33 @@ def test_an_item_that_cannot_be_pickled_is_named(mapper):
     assert any("pickle the result" in note for note in caught.value.__notes__)
 
     def held(i):
-        raise LockedError("held")
+        raise HoldingError("held")
 
-    with pytest.raises(taskcarrier.TaskError, match="LockedError: held"):
+    with pytest.raises(taskcarrier.TaskError, match="HoldingError: held"):
         mapper(held, range(4))
-
-
-@dataclasses.dataclass(frozen=True)
-class FrozenError(Exception):
-    code: int
 
 
 @pytest.mark.fault(45)
 def test_errors_that_refuse_attributes_arrive_unchanged(mapper):
     def func(i):
-        raise FrozenError(i) from KeyError("why")
+        raise FrozenError(i, text="x") from KeyError("why")
 
     with pytest.raises(FrozenError) as caught:
         mapper(func, range(4))
-    assert caught.value == FrozenError(0)
+    assert caught.value == FrozenError(0, text="x")
     assert type(caught.value.__cause__) is KeyError
     assert any("item 0" in note for note in caught.value.__notes__)
 
 
-class Unreadable:
-    def __reduce__(self):
-        return _fail, ()
-
-
-def _fail():
-    raise ArithmeticError("broken on purpose")
-
-
 @pytest.mark.parametrize("backend", ["test-elsewhere"])
 def test_a_value_that_cannot_be_unpickled_raises_its_own_error(mapper):
-    bad = Unreadable()
+    bad = Unreadable(ArithmeticError, "broken on purpose")
     for func, items, where in (
-        (lambda i: Unreadable() if i == 5 else i, range(9), "unpickle this result"),
+        (
+            lambda i: Unreadable(ArithmeticError, "broken on purpose") if i == 5 else i,
+            range(9),
+            "unpickle this result",
+        ),
         (str, [0, 1, 2, 3, bad], "unpickled these items"),
         (lambda i: bad, range(9), "unpickled the function"),
     ):

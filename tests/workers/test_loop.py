@@ -22,8 +22,7 @@ from taskcarrier.workers.loop import (
 from taskcarrier.workers.records import PartialResult, RangeFailure, RunResult
 from taskcarrier.workers.task import IN_PLACE, Job
 from tests.clocks import stopped_clock
-
-BALANCES = [Static(), Dynamic()]
+from tests.helpers import BALANCES
 
 
 class Script:

@@ -1,6 +1,5 @@
 """Exceptions on their way from a worker to the caller."""
 
-import dataclasses
 import itertools
 import sys
 import threading
@@ -11,29 +10,7 @@ import pytest
 
 from taskcarrier.errors import TaskError, WorkerTracebackError
 from taskcarrier.workers.pickled_errors import pickle_error, unpickle_error
-
-
-@dataclasses.dataclass(frozen=True)
-class FrozenError(Exception):
-    code: int
-    text: str = dataclasses.field(kw_only=True)
-
-
-class SlottedError(Exception):
-    """Takes attributes at its making only, in slots and elsewhere."""
-
-    __slots__ = ("__code", "left_empty")
-
-    def __init__(self, code):
-        object.__setattr__(self, "_SlottedError__code", code)
-        object.__setattr__(self, "elsewhere", [code])
-
-    def __setattr__(self, name, value):
-        raise TypeError("no attributes")
-
-    @property
-    def code(self):
-        return self.__code
+from tests.errors import FrozenError, SlottedError, SpeechlessError, StubbornError, throw
 
 
 class WordyError(Exception):
@@ -66,18 +43,6 @@ class RestoredError(Exception):
         self.__dict__.update(state, restored=True)
 
 
-class StubbornError(Exception):
-    """Cannot be pickled."""
-
-    def __reduce__(self):
-        raise RuntimeError("I stay")
-
-
-class SpeechlessError(StubbornError):
-    def __str__(self):
-        raise ZeroDivisionError
-
-
 class UnprintableError(Exception):
     """Cannot be formatted by `traceback`."""
 
@@ -97,12 +62,6 @@ class LostError(Exception):
     pass
 
 
-def throw(error, *cause):
-    if cause:
-        raise error from cause[0]
-    raise error
-
-
 def raised(error, *cause, handling=None):
     """The exception, raised, maybe while another is handled."""
     try:
@@ -116,7 +75,7 @@ def raised(error, *cause, handling=None):
         return caught
 
 
-def travelled(error):
+def travelled_error(error):
     return unpickle_error(pickle_error(error))
 
 
@@ -153,7 +112,7 @@ class TestSingleErrors:
         ids=lambda error: type(error).__name__,
     )
     def test_an_error_arrives_unchanged(self, error):
-        arrived = travelled(raised(error))
+        arrived = travelled_error(raised(error))
         assert type(arrived) is type(error)
         assert repr(arrived) == repr(error)
         assert str(arrived) == str(error)
@@ -166,41 +125,41 @@ class TestSingleErrors:
         error.add_note("on item 3")
         error.extra = [1, 2]
         error.itself = error
-        arrived = travelled(error)
+        arrived = travelled_error(error)
         assert arrived.__notes__ == ["on item 3"]
         assert arrived.extra == [1, 2]
         assert arrived.itself is arrived
 
     def test_slots_arrive(self):
-        arrived = travelled(SlottedError(3))
+        arrived = travelled_error(SlottedError(3))
         assert arrived.code == 3
         assert arrived.elsewhere == [3]
         assert not hasattr(arrived, "left_empty")
 
     def test_errors_are_rebuilt_as_their_class_says(self):
-        assert str(travelled(RebuiltError("here"))) == "no here, sent"
+        assert str(travelled_error(RebuiltError("here"))) == "no here, sent"
         error = RestoredError("no")
         error.extra = 3
-        arrived = travelled(error)
+        arrived = travelled_error(error)
         assert (arrived.restored, arrived.extra, arrived.args) == (True, 3, ("no",))
 
     def test_an_error_of_a_local_class_arrives(self):
         class LocalError(Exception):
             pass
 
-        arrived = travelled(LocalError("no"))
+        arrived = travelled_error(LocalError("no"))
         assert type(arrived) is LocalError
         assert arrived.args == ("no",)
 
     def test_the_text_of_the_traceback_is_the_cause(self):
-        arrived = travelled(raised(ValueError("no")))
+        arrived = travelled_error(raised(ValueError("no")))
         assert isinstance(arrived.__cause__, WorkerTracebackError)
         text = str(arrived.__cause__)
         assert "in throw" in text
         assert text.endswith("ValueError: no")
 
     def test_an_error_that_cannot_be_printed_arrives(self):
-        arrived = travelled(raised(UnprintableError("no")))
+        arrived = travelled_error(raised(UnprintableError("no")))
         assert type(arrived) is UnprintableError
         assert "in throw" in told(arrived)
         assert "UnprintableError: no" in told(arrived)
@@ -240,17 +199,17 @@ class MoodyError(Exception):
 
 class TestReplacedErrors:
     def test_an_error_that_can_be_pickled_only_sometimes_is_replaced(self):
-        arrived = travelled(raised(MoodyError()))
+        arrived = travelled_error(raised(MoodyError()))
         assert type(arrived) is TaskError
         assert "could not be sent from the worker: ValueError: not now" in str(arrived)
 
     def test_an_error_whose_class_claims_to_be_a_builtin_arrives(self, monkeypatch):
         monkeypatch.setattr(PosingError, "__module__", "builtins")
-        arrived = travelled(raised(PosingError(3)))
+        arrived = travelled_error(raised(PosingError(3)))
         assert (type(arrived).__name__, arrived.args, arrived.number) == ("PosingError", ("3",), 3)
 
     def test_an_error_without_attributes_arrives_or_is_replaced(self):
-        arrived = travelled(raised(WithheldError("no")))
+        arrived = travelled_error(raised(WithheldError("no")))
         assert issubclass(type(arrived), (TaskError, WithheldError))
         assert "in throw" in told(arrived)
 
@@ -263,7 +222,7 @@ class TestReplacedErrors:
         ],
     )
     def test_errors_that_do_not_survive_pickling_are_replaced(self, error, text):
-        arrived = travelled(raised(error))
+        arrived = travelled_error(raised(error))
         assert type(arrived) is TaskError
         assert str(arrived).startswith(text)
         assert "could not be sent from the worker" in str(arrived)
@@ -271,7 +230,7 @@ class TestReplacedErrors:
         assert "in throw" in str(arrived.__cause__)
 
     def test_errors_that_arrive_as_something_else_are_replaced(self):
-        arrived = travelled(raised(DisguisedError("no")))
+        arrived = travelled_error(raised(DisguisedError("no")))
         assert type(arrived) is TaskError
         assert arrived.type_name.endswith("DisguisedError")
 
@@ -300,7 +259,7 @@ def kinds(errors):
 
 class TestChains:
     def test_a_cause_arrives(self):
-        arrived = travelled(raised(ValueError("no"), raised(KeyError("why"))))
+        arrived = travelled_error(raised(ValueError("no"), raised(KeyError("why"))))
         assert kinds(chain(arrived)) == [ValueError, KeyError, WorkerTracebackError]
         assert arrived.__cause__.args == ("why",)
         text = told(arrived)
@@ -308,21 +267,21 @@ class TestChains:
 
     def test_a_context_arrives_and_is_no_cause(self):
         error = raised(FrozenError(3, text="second"), handling=KeyError("first"))
-        arrived = travelled(error)
+        arrived = travelled_error(error)
         assert arrived.__cause__ is None
         assert not arrived.__suppress_context__
         assert type(arrived.__context__) is KeyError
         assert "KeyError: 'first'" in told(arrived)
 
     def test_a_suppressed_context_arrives(self):
-        arrived = travelled(raised(ValueError("second"), None, handling=KeyError("first")))
+        arrived = travelled_error(raised(ValueError("second"), None, handling=KeyError("first")))
         assert arrived.__suppress_context__
         assert type(arrived.__context__) is KeyError
         assert kinds(chain(arrived)) == [ValueError, WorkerTracebackError]
 
     def test_cause_and_context_both_arrive(self):
         error = raised(ValueError("no"), LookupError("cause"), handling=KeyError("context"))
-        arrived = travelled(error)
+        arrived = travelled_error(error)
         assert type(arrived.__context__) is KeyError
         assert kinds(chain(arrived)) == [ValueError, LookupError, WorkerTracebackError]
 
@@ -330,25 +289,25 @@ class TestChains:
         cause = KeyError("why")
         error = ValueError("no")
         error.original = cause
-        arrived = travelled(raised(error, cause))
+        arrived = travelled_error(raised(error, cause))
         assert arrived.original is arrived.__cause__
 
     def test_a_cause_that_cannot_be_sent_is_replaced_alone(self):
         first = raised(KeyError("first"))
-        arrived = travelled(raised(ValueError("no"), raised(StubbornError("stays"), first)))
+        arrived = travelled_error(raised(ValueError("no"), raised(StubbornError("stays"), first)))
         assert kinds(chain(arrived)) == [ValueError, TaskError, KeyError, WorkerTracebackError]
 
     def test_very_long_chains_arrive_whole(self):
         errors = [ValueError(n) for n in range(3000)]
         for one, following in itertools.pairwise(errors):
             one.__context__ = following
-        arrived = chain(travelled(errors[0]))
+        arrived = chain(travelled_error(errors[0]))
         assert [error.args[0] for error in arrived[:-1]] == list(range(3000))
 
     def test_cyclic_chains_arrive(self):
         one, two = ValueError("one"), ValueError("two")
         one.__cause__, two.__cause__ = two, one
-        arrived = travelled(one)
+        arrived = travelled_error(one)
         assert kinds(chain(arrived)) == [ValueError, ValueError, WorkerTracebackError]
         "".join(traceback.format_exception(arrived))
 
@@ -356,7 +315,9 @@ class TestChains:
 class TestGroups:
     def test_members_of_a_group_arrive_with_their_causes(self):
         inner = ExceptionGroup("inner", [raised(FrozenError(1, text="x"), KeyError("why"))])
-        arrived = travelled(raised(ExceptionGroup("outer", [raised(ValueError("no")), inner])))
+        arrived = travelled_error(
+            raised(ExceptionGroup("outer", [raised(ValueError("no")), inner]))
+        )
         first, (second,) = arrived.exceptions[0], arrived.exceptions[1].exceptions
         assert (type(first), first.args) == (ValueError, ("no",))
         assert second == FrozenError(1, text="x")
@@ -364,14 +325,14 @@ class TestGroups:
         assert "ValueError: no" in told(arrived)
 
     def test_members_of_a_group_are_not_compared(self):
-        arrived = travelled(raised(ExceptionGroup("some", [QuarrelsomeError("no")])))
+        arrived = travelled_error(raised(ExceptionGroup("some", [QuarrelsomeError("no")])))
         assert kinds([arrived, *arrived.exceptions]) == [ExceptionGroup, TaskError]
 
     def test_deeply_nested_groups_arrive(self):
         error = ValueError("inmost")
         for _ in range(400):
             error = ExceptionGroup("group", [error])
-        arrived = travelled(raised(error))
+        arrived = travelled_error(raised(error))
         depth = 0
         while type(arrived) is ExceptionGroup:
             (arrived,) = arrived.exceptions
@@ -387,7 +348,7 @@ class TestGroups:
             "some", [StubbornError("stays"), raised(ValueError("no"), KeyError(1))]
         )
         group.add_note("a note")
-        arrived = travelled(raised(group))
+        arrived = travelled_error(raised(group))
         assert type(arrived) is ExceptionGroup
         assert arrived.__notes__ == ["a note"]
         assert kinds(arrived.exceptions) == [TaskError, ValueError]

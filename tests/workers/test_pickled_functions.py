@@ -8,7 +8,7 @@ import pytest
 from taskcarrier import DynamicParallelMapper
 from taskcarrier.workers.call import Call
 from tests.strategies import keep_pools_warm, run_script
-from tests.workers.test_pickling import travelled
+from tests.workers.helpers import travelled_task
 
 pools = keep_pools_warm(2)
 
@@ -24,7 +24,7 @@ def generic(x):
 
 
 def sent(func):
-    (call, _) = travelled(Call(func))
+    (call, _) = travelled_task(Call(func))
     return call.func
 
 

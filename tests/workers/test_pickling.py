@@ -4,7 +4,6 @@ import os
 import pickle
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,28 +14,16 @@ from taskcarrier.system.descriptors import make_owner
 from taskcarrier.workers import pickling
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.pickling import pickle_apart, pickle_items, pickle_task, unpickle_task
+from tests.workers.helpers import sent, travelled_task
 
 SMALL = pickling._SHARED_NBYTES // 8 - 1
 LARGE = pickling._SHARED_NBYTES // 8
-
-
-sent = []
 
 
 @pytest.fixture(autouse=True)
 def _payloads_live_as_long_as_the_run():
     yield
     sent.clear()
-
-
-def travelled(task):
-    """Return a task as it arrives, and the number of bytes copied beside the pickle."""
-    staging = Staging()
-    payload = pickle_task(task, staging)
-    sent.append(payload)
-    return unpickle_task(
-        payload.data, [make_owner(os.dup(fd)) for fd in payload.fds]
-    ), staging.nbytes
 
 
 def module_level(x):
@@ -54,7 +41,7 @@ class Scale:
 class TestFunctions:
     @pytest.mark.parametrize("func", [module_level, np.sqrt, len, Scale, np.linalg.norm])
     def test_importable_functions_arrive_as_themselves(self, func):
-        arrived, nbytes = travelled(Call(func))
+        arrived, nbytes = travelled_task(Call(func))
         assert arrived == Call(func, (), {})
         assert nbytes == 0
 
@@ -64,7 +51,7 @@ class TestFunctions:
         def closure(x):
             return x * factor
 
-        arrived = travelled((Call(lambda x: x - 1), Call(closure)))[0]
+        arrived = travelled_task((Call(lambda x: x - 1), Call(closure)))[0]
         factor = 100
         assert [call.func(7) for call in arrived] == [6, 21]
 
@@ -73,11 +60,11 @@ class TestFunctions:
             def method(self, x):
                 return x + 2
 
-        assert travelled(Call(Local().method))[0].func(7) == 9
-        assert travelled(Call(Scale(4)))[0].func(7) == 28
+        assert travelled_task(Call(Local().method))[0].func(7) == 9
+        assert travelled_task(Call(Scale(4)))[0].func(7) == 28
 
     def test_arguments_arrive(self):
-        arrived, _ = travelled(Call(module_level, (1, "a"), {"key": [2.5]}))
+        arrived, _ = travelled_task(Call(module_level, (1, "a"), {"key": [2.5]}))
         assert (arrived.args, arrived.kwargs) == ((1, "a"), {"key": [2.5]})
 
     def test_an_argument_that_cannot_be_pickled_is_an_error_with_the_remedy(self):
@@ -120,7 +107,7 @@ class TestArrays:
 
     def test_arrays_in_closures_travel_beside_the_pickle(self):
         array = np.arange(float(LARGE))
-        arrived, nbytes = travelled(Call(lambda: array))
+        arrived, nbytes = travelled_task(Call(lambda: array))
         assert nbytes == array.nbytes
         assert np.array_equal(arrived.func(), array)
         arrived.func()[0] = 5
@@ -142,14 +129,14 @@ class TestArrays:
         ids=range(9),
     )
     def test_arrays_of_any_layout_and_dtype_arrive(self, array):
-        arrived = travelled(Call(module_level, (array,)))[0].args[0]
+        arrived = travelled_task(Call(module_level, (array,)))[0].args[0]
         assert arrived.dtype == array.dtype
         assert arrived.shape == array.shape
         assert np.array_equal(arrived, array)
 
     def test_several_arrays_are_kept_apart(self):
         arrays = {n: np.arange(float(n)) for n in (LARGE, SMALL, 3 * LARGE, 5, 2 * LARGE)}
-        arrived = travelled(Call(module_level, tuple(arrays.values()), {"more": arrays}))[0]
+        arrived = travelled_task(Call(module_level, tuple(arrays.values()), {"more": arrays}))[0]
         for array, one in zip(arrays.values(), arrived.args, strict=True):
             assert np.array_equal(one, array)
             assert arrived.kwargs["more"][len(array)] is one
@@ -157,11 +144,11 @@ class TestArrays:
     def test_read_only_arrays_stay_read_only(self):
         array = np.arange(float(LARGE))
         array.flags.writeable = False
-        assert not travelled(Call(module_level, (array,)))[0].args[0].flags.writeable
+        assert not travelled_task(Call(module_level, (array,)))[0].args[0].flags.writeable
 
     def test_other_large_buffers_travel_beside_the_pickle(self):
         block = bytearray(os.urandom(8 * LARGE))
-        arrived, nbytes = travelled(Call(module_level, (pickle.PickleBuffer(block),)))
+        arrived, nbytes = travelled_task(Call(module_level, (pickle.PickleBuffer(block),)))
         assert nbytes == len(block)
         assert bytes(arrived.args[0]) == block
 
@@ -251,13 +238,3 @@ class TestItems:
     def test_items_that_cannot_be_pickled_are_an_error(self):
         with pytest.raises(TypeError, match="lock"):
             pickle_items([threading.Lock()])
-
-
-def n_open():
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def ready(channel):
-    """Return the bytes of all whole messages that have come, and whether more may come."""
-    open_ = channel.read()
-    return [data for data, _ in channel.messages()], open_

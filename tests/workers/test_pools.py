@@ -31,11 +31,11 @@ from taskcarrier.workers.processes import pool
 from taskcarrier.workers.records import WorkerStats
 from taskcarrier.workers.task import Job
 from taskcarrier.workers.threads import ThreadPool
+from tests.clocks import LONG, wait_until
 from tests.helpers import Calls
 
 pytestmark = pytest.mark.one_case  # each starts workers
 
-LONG = 60  # seconds that no test waits for
 LENDERS = {"threading": thread_pool, "loky": process_pool}
 
 
@@ -61,13 +61,6 @@ def workers(pool):
 def pools():
     """Return all pools."""
     return [place.pool for place in module._pools._places]
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + LONG
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def keepers():
@@ -433,7 +426,7 @@ class TestShutdown:
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 class TestFork:
     @staticmethod
-    def in_child(check):
+    def answer_in_child(check):
         """Return what a check says in a forked child."""
         reading, writing = os.pipe()
         pid = os.fork()
@@ -456,7 +449,7 @@ class TestFork:
         def check():
             return len(pools()), len(pool._workers)
 
-        assert self.in_child(check) == "(0, 0)"
+        assert self.answer_in_child(check) == "(0, 0)"
         assert len(workers(pool)) == 2
         with lend(2) as again:
             assert again is pool
@@ -468,7 +461,7 @@ class TestFork:
 
         with keep_warm(), lend(2) as pool:
             run(pool)
-            assert self.in_child(check) == "(0, False)"
+            assert self.answer_in_child(check) == "(0, False)"
             assert len(run(pool)) == 2
 
     def test_a_forked_child_has_its_own_pools(self):
@@ -479,7 +472,7 @@ class TestFork:
             with thread_pool(2) as own:
                 return own is pool, {pid for pid, _ in run(own)} == {os.getpid()}
 
-        assert self.in_child(check) == "(False, True)"
+        assert self.answer_in_child(check) == "(False, True)"
 
     def test_the_exit_of_a_forked_child_ends_no_worker(self, lend):
         with lend(2) as pool:
@@ -490,6 +483,6 @@ class TestFork:
             shutdown()
             return "done"
 
-        assert self.in_child(check) == "'done'"
+        assert self.answer_in_child(check) == "'done'"
         assert len(workers(pool)) == 2
         assert len(run(pool)) == 2

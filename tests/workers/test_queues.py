@@ -5,11 +5,8 @@ import time
 
 import pytest
 
-from taskcarrier.scheduling.balance import Dynamic
-from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.retries import RetryPolicy
 from taskcarrier.workers import threads
-from taskcarrier.workers.call import Call
 from taskcarrier.workers.pools import thread_pool
 from taskcarrier.workers.queues import (
     MAX_BATCHES_PER_WORKER,
@@ -18,22 +15,8 @@ from taskcarrier.workers.queues import (
     to_batch_result,
 )
 from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats
-from taskcarrier.workers.task import Job
-from tests.clocks import LATE
-from tests.helpers import StreamTask
-
-LONG = 60  # seconds that no test waits for
-
-
-def job_of(func, n_workers=2, **options):
-    return Job(
-        StreamTask(Call(func)),
-        Dynamic(),
-        ChunkGrid(0, 1),
-        n_workers,
-        collect_errors=True,
-        **options,
-    )
+from tests.clocks import LATE, LONG
+from tests.helpers import stream_job
 
 
 def all_of(queue, n_items):
@@ -54,7 +37,7 @@ class TestThreadQueue:
 
     def test_every_queued_batch_gives_its_result(self):
         with thread_pool(2) as pool:
-            queue = pool.stream(job_of(lambda item: item * 2))
+            queue = pool.stream(stream_job(lambda item: item * 2))
             assert not queue.runs_in_caller
             came = {}
             for start in range(0, 40, 4):
@@ -73,7 +56,7 @@ class TestThreadQueue:
     def test_a_queue_has_room_for_a_few_batches_per_worker(self):
         gate = threading.Event()
         with thread_pool(2) as pool:
-            queue = pool.stream(job_of(gate.wait))
+            queue = pool.stream(stream_job(gate.wait))
             for start in range(2 * MAX_BATCHES_PER_WORKER):
                 assert queue.has_room
                 queue.put(start, [LONG])
@@ -93,7 +76,7 @@ class TestThreadQueue:
             first.wait(LONG)
 
         with thread_pool(1) as pool:
-            queue = pool.stream(job_of(func, 1))
+            queue = pool.stream(stream_job(func, 1))
             queue.put(0, [0])
             queue.put(1, [1])
             while not ran_items:
@@ -115,7 +98,7 @@ class TestThreadQueue:
                 stuck.wait(LONG)
 
         with thread_pool(2) as pool:
-            queue = pool.stream(job_of(func))
+            queue = pool.stream(stream_job(func))
             queue.put(0, [0])
             queue.put(1, [1])
             assert [came.start for came in queue.get(LONG)] == [1]
@@ -123,7 +106,7 @@ class TestThreadQueue:
             assert sorted(stats.n_items for stats in ran.worker_stats) == [0, 1]
             assert [worker.thread for worker in pool._workers.values()] != begun
             assert len(pool._workers) == 1
-            queue = pool.stream(job_of(abs))
+            queue = pool.stream(stream_job(abs))
             queue.put(0, [0])
             queue.put(1, [-1])
             assert len(all_of(queue, 2)) == 2
@@ -135,7 +118,7 @@ class TestThreadQueue:
     def test_another_thread_starts_when_all_have_a_batch(self):
         gate = threading.Event()
         with thread_pool(500) as pool:
-            queue = pool.stream(job_of(gate.wait, 500))
+            queue = pool.stream(stream_job(gate.wait, 500))
             for start in range(3):
                 assert len(pool._workers) == start
                 queue.put(start, [LONG])
@@ -153,7 +136,7 @@ class TestThreadQueue:
             raise SystemExit(item)
 
         with thread_pool(2) as pool:
-            queue = pool.stream(job_of(leave))
+            queue = pool.stream(stream_job(leave))
             queue.put(0, [3])
             with pytest.raises(SystemExit) as caught:
                 queue.get(LONG)
@@ -163,7 +146,7 @@ class TestThreadQueue:
     def test_a_range_that_took_too_long_is_an_error(self):
         retry_policy = RetryPolicy(timeout=0.01)
         with thread_pool(1) as pool:
-            queue = pool.stream(job_of(time.sleep, 1, retry_policy=retry_policy))
+            queue = pool.stream(stream_job(time.sleep, 1, retry_policy=retry_policy))
             queue.put(3, [0.05])
             (came,) = all_of(queue, 1).values()
             queue.close()

@@ -2,30 +2,15 @@
 
 import pytest
 
-from taskcarrier.scheduling.balance import Dynamic
-from taskcarrier.scheduling.grid import ChunkGrid
-from taskcarrier.workers.call import Call
 from taskcarrier.workers.loop import is_in_worker
 from taskcarrier.workers.queues import BatchResult
 from taskcarrier.workers.serial import SerialQueue
-from taskcarrier.workers.task import Job
-from tests.helpers import StreamTask
-
-
-def job_of(func, n_workers=2, **options):
-    return Job(
-        StreamTask(Call(func)),
-        Dynamic(),
-        ChunkGrid(0, 1),
-        n_workers,
-        collect_errors=True,
-        **options,
-    )
+from tests.helpers import stream_job
 
 
 class TestSerialQueue:
     def test_a_serial_queue_runs_a_batch_in_the_caller(self):
-        queue = SerialQueue(job_of(lambda item: (item, is_in_worker()), 1))
+        queue = SerialQueue(stream_job(lambda item: (item, is_in_worker()), 1))
         assert queue.runs_in_caller
         assert queue.has_room
         queue.put(5, ["a", "b"])
@@ -36,7 +21,7 @@ class TestSerialQueue:
         assert not is_in_worker()
 
     def test_a_serial_queue_has_stats(self):
-        queue = SerialQueue(job_of(abs, 1))
+        queue = SerialQueue(stream_job(abs, 1))
         for start in range(0, 6, 2):
             queue.put(start, [start, start + 1])
             queue.get(0)
@@ -49,7 +34,7 @@ class TestSerialQueue:
         def leave(item):
             raise SystemExit(item)
 
-        queue = SerialQueue(job_of(leave, 1))
+        queue = SerialQueue(stream_job(leave, 1))
         with pytest.raises(SystemExit):
             queue.put(0, [3])
         assert not is_in_worker()

@@ -25,11 +25,8 @@ from taskcarrier.workers.call import Call
 from taskcarrier.workers.loop import is_in_worker
 from taskcarrier.workers.task import IN_PLACE, Job
 from taskcarrier.workers.threads import ThreadPool
-from tests.clocks import stopped_clock
-from tests.helpers import Calls
-
-BALANCES = [Static(), Dynamic()]
-LONG = 60  # seconds that no test waits for
+from tests.clocks import LONG, stopped_clock
+from tests.helpers import BALANCES, Calls, both
 
 
 @pytest.fixture
@@ -45,10 +42,6 @@ def run(pool, func, *, balance=None, n_items=20, n_workers=3, tick=None, **other
     ran = pool.run(job, lambda *one: delivered.append(one), tick)
     assert ran.deaths == []
     return ran.worker_stats, sorted(delivered), ran
-
-
-def both(start, stop):
-    return start, stop
 
 
 def started(pool):

@@ -20,6 +20,7 @@ from taskcarrier import (
 from taskcarrier.arrays.inputs.check import check_inputs
 from taskcarrier.memory.views import make_read_only
 from taskcarrier.workers.call import check_extras
+from tests.errors import said
 from tests.strategies import BACKENDS, assert_same
 
 X = np.arange(12.0).reshape(4, 3)
@@ -206,7 +207,7 @@ def test_inputs_that_would_lose_something_are_refused_by_name(case, place, nothi
     arrays[place] = value
     with pytest.raises(kind) as caught:
         map_array(lambda a, b: a, *arrays, n_jobs=2)
-    text = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    text = said(caught.value)
     assert [word for word in words if word not in text] == []
     if kind is TypeError:
         assert f"array {place}" in text

@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 
 from taskcarrier import last_report, map_array, map_chunks, map_items, reduce_array, share
 from taskcarrier.arrays.inputs.halos import Halo, positions_inside
-from tests.strategies import EVERYWHERE, assert_same, contract, examples, keep_pools_warm, same_bits
+from tests.helpers import never
+from tests.strategies import (
+    EVERYWHERE,
+    SMALL_RUNS,
+    assert_same,
+    contract,
+    examples,
+    keep_pools_warm,
+    same_bits,
+)
 
 # `numpy.pad` has the same rules under other names.
 PADS = {
@@ -17,7 +26,6 @@ PADS = {
     "wrap": "wrap",
     "constant": "constant",
 }
-SOME = [("sequential", "static", 1), ("threading", "dynamic", 2), ("loky", "static", 2)]
 
 
 pools = keep_pools_warm(2)
@@ -60,7 +68,7 @@ class TestFilters:
                 cval=0.5,
                 kwargs=options,
                 chunksize=chunksize,
-                runs=SOME,
+                runs=SMALL_RUNS,
             )
             assert_same(result, expected)
 
@@ -80,7 +88,7 @@ class TestFilters:
                     cval=-1.0,
                     kwargs=options,
                     chunksize=chunksize,
-                    runs=SOME,
+                    runs=SMALL_RUNS,
                 )
                 assert_same(result, expected)
 
@@ -183,7 +191,7 @@ class TestEveryCut:
                     cval=5,
                     args=(depth, 0),
                     chunksize=chunksize,
-                    runs=SOME if chunksize in {1, 4} else SOME[:1],
+                    runs=SMALL_RUNS if chunksize in {1, 4} else SMALL_RUNS[:1],
                 )
                 assert_same(result, expected, (depth, chunksize))
 
@@ -378,24 +386,24 @@ class TestArguments:
     def test_a_depth_beyond_the_number_of_items_is_refused(self, boundary):
         for verb in (map_array, map_chunks):
             with pytest.raises(ValueError, match=r"depth=6 is more than the 5 items"):
-                verb(_never, np.arange(5), depth=6, boundary=boundary)
+                verb(never, np.arange(5), depth=6, boundary=boundary)
 
     @pytest.mark.parametrize("depth", [-1, -100])
     def test_a_negative_depth_is_refused(self, depth):
         with pytest.raises(ValueError, match=f"got {depth}"):
-            map_array(_never, np.arange(5), depth=depth)
+            map_array(never, np.arange(5), depth=depth)
 
     @pytest.mark.parametrize("depth", [1.0, "2", None, (1,)])
     def test_a_depth_that_is_no_integer_is_refused(self, depth):
         with pytest.raises(TypeError, match="depth must be"):
-            map_array(_never, np.arange(5), depth=depth)
+            map_array(never, np.arange(5), depth=depth)
 
     @pytest.mark.parametrize("boundary", ["edge", "grid-wrap", None, 3, ["wrap"]])
     def test_an_unknown_boundary_is_refused(self, boundary):
         with pytest.raises(ValueError, match="'reflect', 'nearest', 'mirror'"):
-            map_array(_never, np.arange(5), depth=1, boundary=boundary)
+            map_array(never, np.arange(5), depth=1, boundary=boundary)
         with pytest.raises(ValueError, match="boundary must be one of"):
-            map_array(_never, np.arange(5), boundary=boundary)
+            map_array(never, np.arange(5), boundary=boundary)
 
     @pytest.mark.parametrize(
         ("dtype", "cval"),
@@ -404,7 +412,7 @@ class TestArguments:
     )  # fmt: skip
     def test_a_cval_that_is_no_value_of_the_dtype_is_refused(self, dtype, cval):
         with pytest.raises(TypeError, match="cval="):
-            map_array(_never, np.zeros(5, dtype), depth=1, boundary="constant", cval=cval)
+            map_array(never, np.zeros(5, dtype), depth=1, boundary="constant", cval=cval)
 
     def test_cval_is_checked_only_where_it_is_used(self):
         X = np.arange(5)
@@ -429,10 +437,6 @@ class TestArguments:
     def test_map_items_has_no_depth(self):
         with pytest.raises(TypeError, match="depth"):
             map_items(abs, np.arange(3), depth=1)
-
-
-def _never(chunk):
-    raise AssertionError("called")
 
 
 @given(st.integers(1, 12), st.sampled_from(sorted(PADS.keys() - {"constant"})), st.data())

@@ -30,7 +30,7 @@ from taskcarrier.scheduling.grid import ChunkGrid, chunk_grid
 from tests.layouts import (
     EMPTY,
     GATHERED,
-    KEPT,
+    LAYOUTS,
     STRUCT,
     address,
     byte_bounds,
@@ -39,11 +39,9 @@ from tests.layouts import (
     facts_of_slices,
     unaligned,
 )
-from tests.strategies import axes_of, examples, filled, keep_pools_warm, run_script, samples
+from tests.strategies import LOKY, axes_of, examples, filled, keep_pools_warm, run_script, samples
 
-LAYOUTS = {**KEPT, **GATHERED}
 CHUNKSIZES = [1, 2, 3, 1000]
-LOKY = {"backend": "loky", "n_jobs": 2}
 
 
 pools = keep_pools_warm(2)

@@ -17,12 +17,10 @@ from taskcarrier.arrays.outputs.buffers import (
 )
 from taskcarrier.arrays.outputs.specs import Spec
 from taskcarrier.memory.segments import Segment
+from tests.arrays.outputs.examples import FLAT, PAIR
 from tests.strategies import assert_same, keep_pools_warm
 
 pools = keep_pools_warm(2)
-
-FLAT = Spec(((np.dtype("f8"), ()),), (0,), is_tuple=False)
-PAIR = Spec(((np.dtype("i2"), (3,)), (np.dtype("M8[s]"), (2, 5))), (1, 0), is_tuple=True)
 
 
 def arrays_of(buffer, spec):

@@ -19,6 +19,8 @@ from taskcarrier.arrays.outputs.request import (
     check_output_request,
     do_overlap,
 )
+from tests.descriptors import n_descriptors
+from tests.helpers import double, never
 from tests.strategies import (
     EVERYWHERE,
     ONE_OF_EACH,
@@ -47,10 +49,6 @@ def some_run(request):
 @pytest.fixture
 def X():  # noqa: N802  # what the field calls its arrays
     return np.random.default_rng(0).normal(size=SHAPE)
-
-
-def double(chunk):
-    return chunk * 2
 
 
 def failing(chunk):
@@ -247,11 +245,7 @@ class TestItems:
     @pytest.mark.parametrize("length", [0, 3])
     def test_no_items_leave_the_output_as_it_is(self, length, some_run):
         out = np.empty((0, length))
-        assert map_items(_never, np.empty((0, 5)), out=out, **some_run) is out
-
-
-def _never(x):
-    raise AssertionError("called")
+        assert map_items(never, np.empty((0, 5)), out=out, **some_run) is out
 
 
 @pytest.mark.fault(5)
@@ -314,7 +308,7 @@ class TestRefusals:
                 )
             assert not calls
             with pytest.raises(error, match=match):
-                map_array(_never, *arrays, out=out, backend=backend, n_jobs=2, **options)
+                map_array(never, *arrays, out=out, backend=backend, n_jobs=2, **options)
 
     def test_a_read_only_output_is_refused(self):
         out = np.empty(SHAPE)
@@ -341,7 +335,7 @@ class TestRefusals:
     @pytest.mark.parametrize("out", [3, [np.empty(SHAPE)], b"Y.npy", (np.empty(SHAPE), 3)])
     def test_an_output_that_is_no_array_or_path_is_refused(self, out):
         with pytest.raises((TypeError, ValueError), match=r"out must be|expected a path"):
-            map_array(_never, np.zeros(SHAPE), out=out)
+            map_array(never, np.zeros(SHAPE), out=out)
 
     def test_a_path_of_another_format_is_refused(self, tmp_path):
         self.refused(tmp_path / "Y.dat", "ends in .npy")
@@ -704,33 +698,33 @@ class TestFiles:
         part = tmp_path / "Y.npy.part"
         part.symlink_to(victim)
         with pytest.raises(FileExistsError, match="no ordinary file"):
-            map_array(_never, X, out=tmp_path / "Y.npy", **some_run)
+            map_array(never, X, out=tmp_path / "Y.npy", **some_run)
         assert part.is_symlink()
         assert victim.exists() is there
         assert not there or victim.read_bytes() == b"mine"
 
     def test_a_missing_folder_is_an_error_at_once(self, some_run, X, tmp_path):
         with pytest.raises(OSError, match="missing"):
-            map_array(_never, X, out=tmp_path / "missing" / "Y.npy", **some_run)
+            map_array(never, X, out=tmp_path / "missing" / "Y.npy", **some_run)
 
     def test_a_file_that_cannot_be_made_leaves_no_other_file(self, some_run, X, tmp_path):
         with pytest.raises(OSError, match="missing"):
             map_array(
-                _never, X, out=(tmp_path / "Y.npy", tmp_path / "missing" / "Z.npy"), **some_run
+                never, X, out=(tmp_path / "Y.npy", tmp_path / "missing" / "Z.npy"), **some_run
             )
         assert list(tmp_path.iterdir()) == []
 
     def test_a_folder_of_that_name_is_an_error_at_once(self, some_run, X, tmp_path):
         (tmp_path / "Y.npy").mkdir()
         with pytest.raises(IsADirectoryError, match="is a folder"):
-            map_array(_never, X, out=tmp_path / "Y.npy", **some_run)
+            map_array(never, X, out=tmp_path / "Y.npy", **some_run)
         assert list(tmp_path.iterdir()) == [tmp_path / "Y.npy"]
 
     def test_files_leave_no_descriptors_or_maps(self, some_run, X, tmp_path):
         def held():
             warm_pools(2)  # their descriptors count, so they must be there
             maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-            return maps.count(str(tmp_path)), len(list(Path("/proc/self/fd").iterdir()))
+            return maps.count(str(tmp_path)), n_descriptors()
 
         before = held()
         for _ in range(5):

@@ -3,9 +3,7 @@
 import numpy as np
 
 from taskcarrier.arrays.outputs.specs import Spec, shorten_repr
-
-FLAT = Spec(((np.dtype("f8"), ()),), (0,), is_tuple=False)
-PAIR = Spec(((np.dtype("i2"), (3,)), (np.dtype("M8[s]"), (2, 5))), (1, 0), is_tuple=True)
+from tests.arrays.outputs.examples import FLAT, PAIR
 
 
 def test_a_spec_gives_shapes_and_a_description():

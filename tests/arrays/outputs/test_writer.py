@@ -8,10 +8,12 @@ import pytest
 from taskcarrier import map_array
 from taskcarrier.arrays.casting import require_missing_value
 from taskcarrier.arrays.outputs.buffers import ANY, LocalBuffer, Output, open_place
-from taskcarrier.arrays.outputs.specs import DisagreementError, Spec
+from taskcarrier.arrays.outputs.specs import DisagreementError
 from taskcarrier.arrays.outputs.stacking import MixedDtypes
 from taskcarrier.arrays.outputs.writer import OutputWriter
 from taskcarrier.workers.task import WorkerContext
+from tests.arrays.outputs.examples import FLAT
+from tests.errors import said
 from tests.strategies import (
     EVERYWHERE,
     ORDERED,
@@ -21,10 +23,6 @@ from tests.strategies import (
 )
 
 pools = keep_pools_warm(2)
-
-
-def said(error):
-    return "\n".join([str(error), *getattr(error, "__notes__", [])])
 
 
 def mapped(func, n_items=12, *, backend, balance, **options):
@@ -202,8 +200,6 @@ def test_lists_become_arrays():
 
 
 # The parts
-
-FLAT = Spec(((np.dtype("f8"), ()),), (0,), is_tuple=False)
 
 
 def writer_of(n_items=6, propose=lambda proposal: proposal, **options):

@@ -11,8 +11,7 @@ import threading
 import pytest
 
 from taskcarrier.workers.processes.exits import ProcessExit, is_readable
-
-LONG = 60  # seconds that no test waits for
+from tests.clocks import LONG
 
 
 def refuse(number):

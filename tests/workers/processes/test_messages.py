@@ -18,8 +18,9 @@ from taskcarrier.workers.processes import messages as module
 from taskcarrier.workers.processes.messages import MessageSocket
 from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.task import Job
+from tests.descriptors import n_descriptors
 from tests.interrupted import interrupted_at
-from tests.workers.test_pickling import n_open, ready
+from tests.workers.helpers import ready
 
 
 class TestMessageSocket:
@@ -161,12 +162,12 @@ class TestMessageSocket:
 
     def test_unclaimed_descriptors_are_closed_with_the_channel(self, pair):
         file = os.memfd_create("file")
-        before = n_open()
+        before = n_descriptors()
         pair[0].send(b"one", [file])
         assert pair[1].read()
-        assert n_open() == before + 1
+        assert n_descriptors() == before + 1
         pair[1].close()
-        assert n_open() == before - 1
+        assert n_descriptors() == before - 1
         os.close(file)
 
     def test_too_many_descriptors_are_refused(self):
@@ -221,7 +222,7 @@ class TestMessageSocket:
     def test_an_exception_at_any_step_of_reading_loses_no_message(self, pair):
         # Neither bytes nor descriptors, which would come with the next message.
         files = [os.memfd_create(f"file{n}") for n in range(2)]
-        before = n_open()
+        before = n_descriptors()
         step = 0
         messages = []
 
@@ -241,7 +242,7 @@ class TestMessageSocket:
             assert [data for data, _ in messages] == [b"0", b"1"]
             assert inodes == [os.fstat(fd).st_ino for fd in files]
             messages.clear()
-            assert n_open() == before
+            assert n_descriptors() == before
             step += 1
         assert step > 10
         for fd in files:

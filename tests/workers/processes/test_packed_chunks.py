@@ -10,16 +10,13 @@ from taskcarrier.run import Settings
 from taskcarrier.scheduling.balance import Static
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.workers.processes.packed_chunks import PackedChunks
+from tests.helpers import describe
 
 ITEMS = [1, "two", None, (4,), {5: 6}, [7.5], b"8"]
 
 
 def new_staging():
     return Settings(balance=Static()).new_staging()
-
-
-def describe(start, stop):
-    return f"<{start}:{stop}>"
 
 
 @pytest.mark.parametrize("chunksize", [1, 2, 3, 7, 100])

@@ -14,7 +14,7 @@ import pytest
 from joblib.externals.loky.backend import fork_exec
 
 from taskcarrier.memory.staging import Staging
-from taskcarrier.scheduling.balance import Dynamic, Static
+from taskcarrier.scheduling.balance import Dynamic
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.retries import RetryPolicy
 from taskcarrier.workers.call import Call
@@ -23,39 +23,11 @@ from taskcarrier.workers.processes import grid_run
 from taskcarrier.workers.processes import pool as module
 from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.task import IN_PLACE, Job
-from tests.helpers import Calls
+from tests.clocks import LONG, wait_until
+from tests.helpers import BALANCES, Calls, both, in_place
+from tests.workers.processes.helpers import run
 
 pytestmark = pytest.mark.one_case  # each starts workers
-
-BALANCES = [Static(), Dynamic()]
-LONG = 60  # seconds that no test waits for
-
-
-@pytest.fixture(scope="module")
-def warm():
-    """One pool for the tests that leave it whole, started before the watch for leaks begins."""
-    made = ProcessPool(2)
-    run(made, both)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def pool():
-    made = ProcessPool(2)
-    yield made
-    made.close()
-    # pytest keeps it beyond the watch for leaks; its memory and processes go now.
-    vars(made).clear()
-
-
-def run(pool, func, *args, balance=None, n_items=20, n_workers=2, tick=None, **others):
-    delivered = []
-    job = Job(
-        Calls(Call(func, args)), balance or Dynamic(), ChunkGrid(n_items, 2), n_workers, **others
-    )
-    ran = pool.run(job, pickle_task(job, Staging()), lambda *one: delivered.append(one), tick)
-    return ran, delivered
 
 
 def pids(pool):
@@ -67,21 +39,6 @@ def running(pid):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + LONG
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def both(start, stop):
-    return start, stop
-
-
-def in_place(start, stop):
-    return IN_PLACE
 
 
 def die(start, stop, at):
@@ -351,10 +308,7 @@ class TestWatching:
 
 
 def wait_for(start, stop, gate):
-    deadline = time.monotonic() + LONG
-    while not Path(gate).exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(Path(gate).exists)
     return IN_PLACE
 
 

@@ -4,7 +4,6 @@ import functools
 import os
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,10 +20,9 @@ from taskcarrier.workers.processes import supervisor, worker
 from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.queues import MAX_BATCHES_PER_WORKER, UnsendableError
 from taskcarrier.workers.task import Job
-from tests.clocks import LATE
-from tests.helpers import StreamTask
-
-LONG = 60  # seconds that no test waits for
+from tests.clocks import LATE, LONG, wait_until
+from tests.descriptors import n_descriptors
+from tests.helpers import StreamTask, double
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,29 +31,6 @@ def patience():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "GRACE_SECONDS", LONG)
         yield
-
-
-@pytest.fixture(scope="module")
-def warm():
-    """One pool for the tests that leave it whole, started before the watch for leaks begins."""
-    made = ProcessPool(2)
-    queue = open_queue(made, double)
-    for start in range(2):
-        queue.put(start, [0])
-    results(queue, 2)
-    queue.close()
-    yield made
-    made.close()
-    vars(made).clear()  # as below
-
-
-@pytest.fixture
-def pool():
-    made = ProcessPool(2)
-    yield made
-    made.close()
-    # pytest keeps it beyond the watch for leaks; its memory and processes go now.
-    vars(made).clear()
 
 
 def open_queue(pool, func, n_workers=2, **options):
@@ -77,10 +52,6 @@ def results(queue, n_items):
     while sum(one.stop - one.start for one in came) < n_items:
         came += queue.get(LONG)
     return sorted((one.start, one.stop, one.result) for one in came)
-
-
-def double(item):
-    return 2 * item
 
 
 def test_workers_that_have_left_get_no_batches(warm):
@@ -107,10 +78,7 @@ def test_results_that_come_too_late_are_not_unpickled(warm, monkeypatch):
     monkeypatch.setattr(supervisor, "unpickle_items", lambda *packed: read.append(packed))
     queue = open_queue(warm, double)
     queue.put(0, [1])
-    deadline = time.monotonic() + LONG
-    while queue.ledger.n_items_done(2) == 0:  # then it has been sent
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: queue.ledger.n_items_done(2) > 0)  # then it has been sent
     assert sum(stats.n_items for stats in queue.close().worker_stats) == 1
     assert read == []
 
@@ -174,10 +142,7 @@ def test_items_that_cannot_be_pickled_are_an_error(warm):
 
 
 def wait_for(path):
-    deadline = time.monotonic() + LONG
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(path.exists)
 
 
 def test_get_returns_nothing_if_no_result_comes_in_time(warm, tmp_path):
@@ -297,10 +262,7 @@ def test_a_range_is_late_though_earlier_results_are_not_taken(pool, tmp_path):
     queue = open_queue(pool, lambda item: called_with(item, log), 1, retry_policy=retry_policy)
     queue.put(0, [("short", False)])
     queue.put(1, [("long", True)])
-    deadline = time.monotonic() + LONG
-    while not (log.exists() and "long" in log.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(lambda: log.exists() and "long" in log.read_text())
     queue.ledger.set_start_time(0, time.monotonic_ns() - LONG * 10**9)
     came = results(queue, 2)
     assert came[0] == (0, 1, [None])
@@ -363,9 +325,6 @@ def waits_for(path):
 
 
 def test_the_number_of_descriptors_stays_constant(warm):
-    def n_open():
-        return len(list(Path("/proc/self/fd").iterdir()))
-
     counts = []
     for _ in range(3):
         queue = open_queue(warm, lambda item: item)
@@ -373,5 +332,5 @@ def test_the_number_of_descriptors_stays_constant(warm):
             queue.put(start, [np.zeros(100_000)])
         results(queue, 4)
         queue.close()
-        counts.append(n_open())
+        counts.append(n_descriptors())
     assert counts[0] == counts[1] == counts[2]

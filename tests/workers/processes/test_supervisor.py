@@ -28,11 +28,10 @@ from taskcarrier.workers.processes.worker import (
 )
 from taskcarrier.workers.records import RangeFailure, WorkerStats
 from taskcarrier.workers.task import Job
+from tests.clocks import LONG
 from tests.interrupted import interrupted_at
-from tests.workers.processes.test_grid_run import SIGKILL, Fate, Process
-from tests.workers.test_pickling import ready
-
-LONG = 60  # seconds that no test waits for
+from tests.workers.helpers import ready
+from tests.workers.processes.mortals import SIGKILL, Fate, Process
 
 
 class Source:

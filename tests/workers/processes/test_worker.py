@@ -15,7 +15,7 @@ import pytest
 from taskcarrier.errors import TaskError
 from taskcarrier.memory.segments import locate
 from taskcarrier.memory.staging import Staging
-from taskcarrier.scheduling.balance import Dynamic, Static
+from taskcarrier.scheduling.balance import Dynamic
 from taskcarrier.scheduling.counters import FileCounter, FileSetOnce
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import OWN_MARKS, SENT, ledger_nbytes
@@ -36,10 +36,10 @@ from taskcarrier.workers.processes.worker import (
 )
 from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerStats, WorkerWarning
 from taskcarrier.workers.task import Job
-from tests.helpers import Calls
-
-BALANCES = [Static(), Dynamic()]
-LONG = 60  # seconds that no test waits for
+from tests.clocks import LONG, wait_until
+from tests.errors import Unreadable
+from tests.helpers import BALANCES, Calls, both
+from tests.workers.processes import helpers
 
 
 class Unopenable(Calls):
@@ -47,31 +47,15 @@ class Unopenable(Calls):
         raise OSError("cannot be opened")
 
 
-@pytest.fixture(scope="module")
-def warm():
-    """One pool, which no test of this module kills; there before the watch for leaks begins."""
-    made = ProcessPool(2)
-    run(made, both)
-    yield made
-    made.close()
-
-
-def run(pool, func, *args, kind=Calls, balance=None, n_items=20, n_workers=2, tick=None, **others):
-    delivered = {}
-    job = Job(
-        kind(Call(func, args)), balance or Dynamic(), ChunkGrid(n_items, 2), n_workers, **others
-    )
-    ran = pool.run(job, pickle_task(job, Staging()), delivered.__setitem__, tick)
+def run(pool, func, *args, **options):
+    """Run a function with workers that live; return its failures too."""
+    ran, delivered = helpers.run(pool, func, *args, **options)
     assert ran.deaths == []
     failures = [
         *ran.failures,
         *(one.failure for one in ran.worker_stats if one.failure is not None),
     ]
-    return ran, delivered, failures
-
-
-def both(start, stop):
-    return start, stop
+    return ran, dict(delivered), failures
 
 
 class TestOrder:
@@ -353,17 +337,6 @@ def warns_at_four(start, stop):
     return start
 
 
-class Unreadable:
-    """Arrives in the caller as an error."""
-
-    def __reduce__(self):
-        return refuse, ()
-
-
-def refuse():
-    raise EOFError("cannot be read")
-
-
 class TestResults:
     def test_results_of_many_megabytes_arrive(self, warm):
         _, delivered, _ = run(warm, large)
@@ -412,15 +385,12 @@ def slow_then_wait(start, stop, gate):
     if start < 4:
         time.sleep(2 * module._BATCH_SECONDS)
     else:
-        deadline = time.monotonic() + LONG
-        while not Path(gate).exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until(Path(gate).exists)
     return start
 
 
 def unreadable_at_four(start, stop):
-    return Unreadable() if start == 4 else "good"
+    return Unreadable(EOFError) if start == 4 else "good"
 
 
 def fail_first(start, stop, error):
@@ -466,7 +436,7 @@ class TestFailures:
         assert {failure.range for failure in failures} == {None}
 
     def test_a_task_that_cannot_be_unpickled_is_a_failure(self, warm):
-        _, _, failures = run(warm, both, Unreadable())
+        _, _, failures = run(warm, both, Unreadable(EOFError))
         assert failures
         for failure in failures:
             assert failure.range is None
@@ -516,10 +486,7 @@ class TestInside:
         pool = ProcessPool(1)
         try:
             run(pool, say, n_items=2, n_workers=1)
-            deadline = time.monotonic() + LONG
-            while "hello from a worker" not in capfd.readouterr().out:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            wait_until(lambda: "hello from a worker" in capfd.readouterr().out)
         finally:
             pool.close()
 

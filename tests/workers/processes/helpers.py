@@ -1,0 +1,29 @@
+"""Runs with pools of worker processes."""
+
+from taskcarrier.memory.staging import Staging
+from taskcarrier.scheduling.balance import Dynamic
+from taskcarrier.scheduling.grid import ChunkGrid
+from taskcarrier.workers.call import Call
+from taskcarrier.workers.pickling import pickle_task
+from taskcarrier.workers.task import Job
+from tests.helpers import Calls
+
+
+def run(
+    pool,
+    func,
+    *args,
+    kind=Calls,
+    balance=None,
+    n_items=20,
+    chunksize=2,
+    n_workers=2,
+    tick=None,
+    **others,
+):
+    """Run a function on each range; return the run, and pairs of a start and a result."""
+    delivered = []
+    grid = ChunkGrid(n_items, chunksize)
+    job = Job(kind(Call(func, args)), balance or Dynamic(), grid, n_workers, **others)
+    ran = pool.run(job, pickle_task(job, Staging()), lambda *one: delivered.append(one), tick)
+    return ran, delivered
