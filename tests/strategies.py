@@ -39,8 +39,8 @@ DTYPES = [
 ]  # fmt: skip
 REALS = [np.dtype(dtype) for dtype in ("<f8", ">f8", "<f4", "i1", ">i4", "<i8", "u2")]
 
-# Every backend, balance and number of workers. Many processes take long to start, so they are left to
-# `make test-all`, which has the profile of Hypothesis with the most examples.
+# Every backend, balance and number of workers. Many processes take long to start, so they are left
+# to `make test-all`, which has the profile of Hypothesis with the most examples.
 N_PROCESSES = (2, 3, 8) if settings.default.max_examples >= 100 else (2, 3)
 RUNS = [
     ("sequential", "static", 1),
