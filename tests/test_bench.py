@@ -111,6 +111,7 @@ def test_balancing_writes_data_and_figure(tmp_path):
         assert (tmp_path / "load_balancing.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_demo_runs_tiny():
     printed = python("bench.demo", "--tiny")
     assert "equal to the last bit" in printed

@@ -166,6 +166,7 @@ class TestOtherLibraries:
         ours = optimize.brute(optimize.rosen, workers=DynamicParallelMapper(2), **options)
         assert np.array_equal(ours, serial)
 
+    @pytest.mark.one_case
     @pytest.mark.parametrize("backend", ["threading", "loky"])
     def test_emcee_takes_a_mapper_as_its_pool(self, backend):
         def log_density(point):

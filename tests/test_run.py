@@ -355,6 +355,7 @@ class TestWatching:
         if backend == "sequential":
             assert seen == list(range(2, 22, 2))
 
+    @pytest.mark.thorough
     def test_progress_ends_with_all_items_though_a_worker_died(self, monkeypatch, tmp_path):
         seen = []
         monkeypatch.setattr(progress, "progress_bar", lambda *_: Watch(seen))
@@ -418,6 +419,7 @@ class TestDeaths:
         assert [note for note in outcome.report.notes if "exited with code 7" in note]
         assert "while mapping items 4:6" in " ".join(outcome.report.notes)
 
+    @pytest.mark.thorough
     def test_deaths_are_repaired_with_more_chunks_than_marks_in_the_ledger(self, balance, tmp_path):
         n_items = OWN_MARKS + 100
         outcome, delivered = run(
@@ -431,6 +433,7 @@ class TestDeaths:
         assert (tmp_path / "mark").exists()
         assert delivered == {item: (item, item + 1) for item in range(n_items)}
 
+    @pytest.mark.thorough
     def test_every_item_in_place_counts_once_despite_deaths(self, balance, tmp_path):
         outcome, _ = run(die_once_at_four_in_place, "loky", str(tmp_path / "mark"), balance=balance)
         assert sum(worker.items for worker in outcome.report.workers) == 20
@@ -451,6 +454,7 @@ class TestDeaths:
         (death,) = outcome.deaths
         assert (death.range, death.attempt) == ((4, 6), 1)
 
+    @pytest.mark.thorough
     def test_a_range_that_kills_is_narrowed_down(self, balance):
         outcome, delivered = run(
             die_at_four,

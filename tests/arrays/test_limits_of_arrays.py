@@ -118,6 +118,7 @@ class TestManyRanges:
         assert map_chunks(_first, X, **options) == list(range(20_000))
         assert reduce_array(_first, X, combine=max, **options) == 19_999
 
+    @pytest.mark.thorough
     @each_parallel_run
     def test_five_thousand_failures_are_each_named(self, backend, balance):
         result, failures = map_items(

@@ -679,6 +679,7 @@ def test_results_are_right_after_the_workers_are_gone():
         assert_same(second, -X[::-1], backend)
 
 
+@pytest.mark.thorough
 @pytest.mark.fault(19)
 def test_four_threads_can_map_at_once():
     X = np.arange(3000.0).reshape(1000, 3)

@@ -367,6 +367,7 @@ def test_without_retries_nothing_is_run_twice(balance, tmp_path):
     assert_same(caught.value.partial[there], (X * 2)[there])
 
 
+@pytest.mark.thorough
 @each_balance
 def test_all_items_without_a_result_are_missing_when_every_worker_dies(balance):
     def func(chunk):
@@ -443,7 +444,6 @@ def test_an_idle_worker_that_was_killed_is_replaced(balance, at_once):
 # Kills at random moments
 
 
-@pytest.mark.thorough
 @pytest.mark.fault(12)
 def test_a_worker_killed_at_any_moment_does_not_show_in_the_result():
     rng = np.random.default_rng(5)
@@ -544,6 +544,7 @@ def test_an_item_that_kills_is_found_by_one_death_for_each_halving(item, halves,
     assert_same(error.partial[there], (X * 2)[there])
 
 
+@pytest.mark.thorough
 @pytest.mark.fault(13)
 @pytest.mark.parametrize(("verb", "balance"), [(mapped_items, "static"), (mapped_list, "dynamic")])
 def test_a_single_item_that_kills_is_named_in_every_verb(verb, balance, tmp_path):
@@ -559,6 +560,7 @@ def test_a_single_item_that_kills_is_named_in_every_verb(verb, balance, tmp_path
     assert len(noted(tmp_path / "log")) == 5  # three times the range, two halvings
 
 
+@pytest.mark.thorough
 @pytest.mark.fault(13)
 @each_balance
 def test_items_that_kill_are_filled_and_the_rest_is_kept(balance):

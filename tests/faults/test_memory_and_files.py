@@ -36,6 +36,7 @@ pytestmark = pytest.mark.one_case  # each starts programs
 pools = keep_pools_warm(2)
 
 
+@pytest.mark.thorough
 @pytest.mark.fault(23)
 def test_a_small_shared_memory_file_system_is_no_limit(tmp_path):
     prefix = unshared("mount -t tmpfs -o size=64m tmpfs /dev/shm")

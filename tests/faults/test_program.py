@@ -429,6 +429,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.fault(22)
 def test_an_importable_module_is_seen_as_it_was_imported_until_shutdown(tmp_path):
     out = run_script(tmp_path, MODULE, str(tmp_path), PYTHONDONTWRITEBYTECODE="1")
@@ -461,6 +462,7 @@ def test_a_run_leaves_limits_on_the_threads_of_libraries_as_before():
 class TestForks:
     """Forks by the caller and by the function: nobody's data change under anybody's eyes."""
 
+    @pytest.mark.thorough
     def test_a_forked_child_keeps_its_values_when_memory_is_recycled(self):
         code = """
 import multiprocessing as mp
@@ -664,6 +666,7 @@ assert pids() == before
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.fault(35)
 @pytest.mark.parametrize(
     ("timeout", "idle"),
@@ -894,6 +897,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.fault(50)
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS])
 def test_a_sandbox_may_refuse_pidfds(number, tmp_path):

@@ -799,6 +799,7 @@ def test_an_item_that_kills_is_not_run_again_without_retries(processes, tmp_path
     assert (tmp_path / "calls").read_text().split().count("5") == 1
 
 
+@pytest.mark.thorough
 def test_workers_killed_while_the_caller_is_busy_are_replaced(processes):
     pids = set()
     results = processes.imap(lambda n: (n, os.getpid()), range(300), buffersize=8)
@@ -824,6 +825,7 @@ class MadeThere:
         return made_in_no_worker, ()
 
 
+@pytest.mark.thorough
 def test_workers_that_die_whenever_they_begin_are_an_error(processes):
     with pytest.raises(WorkerDiedError, match="exited with code 3 between two ranges"):
         list(processes.imap(MadeThere(), range(10)))

@@ -102,6 +102,7 @@ CALLS = {
 @pytest.mark.fault(43)
 @pytest.mark.parametrize("call", CALLS)
 class TestTooManyWorkers:
+    @pytest.mark.thorough
     @pytest.mark.parametrize("backend", LENDERS)
     def test_too_many_workers_are_one_error_and_none_stay(self, call, backend, monkeypatch):
         before = set(threading.enumerate()), set(psutil.Process().children(recursive=True))
@@ -218,6 +219,7 @@ class TestLending:
         with process_pool(2) as pool:
             assert pool is not threads
 
+    @pytest.mark.thorough
     def test_overlapping_runs_get_different_pools(self, lend):
         with lend(2) as one, lend(2) as other:
             assert one is not other
@@ -319,6 +321,7 @@ class TestIdle:
             assert another is not pool
             assert len(run(another)) == 2
 
+    @pytest.mark.thorough
     @pytest.mark.usefixtures("impatient")
     def test_lent_pools_do_not_end(self, lend):
         with lend(2) as pool:
@@ -327,6 +330,7 @@ class TestIdle:
             wait_until(lambda: pools() == [pool])
             assert len(run(pool)) == 2
 
+    @pytest.mark.thorough
     def test_idle_pools_end_only_after_their_time(self, lend):
         assert module.IDLE_SECONDS == 300
         with lend(2) as pool:
@@ -363,6 +367,7 @@ class TestShutdown:
         assert workers(pool) == []
         assert keepers() == []
 
+    @pytest.mark.thorough
     def test_a_keeper_that_cannot_start_is_tried_again(self, monkeypatch):
         def refuse(thread):
             raise RuntimeError("can't start new thread")
@@ -455,6 +460,7 @@ class TestFork:
             assert again is pool
             assert len(run(again)) == 2
 
+    @pytest.mark.thorough
     def test_a_forked_child_of_a_busy_parent_starts_without_pools(self, lend):
         def check():
             return len(pools()), bool(module._pools._warm_holders)
@@ -474,6 +480,7 @@ class TestFork:
 
         assert self.answer_in_child(check) == "(False, True)"
 
+    @pytest.mark.thorough
     def test_the_exit_of_a_forked_child_ends_no_worker(self, lend):
         with lend(2) as pool:
             run(pool)

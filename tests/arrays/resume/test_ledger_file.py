@@ -214,6 +214,7 @@ class TestContinuing:
         with DynamicParallelMapper(2, backend="threading") as mapper:
             mapper.map_array(func, X, out=halfway.out, resume=True, chunksize=4)
 
+    @pytest.mark.thorough
     def test_workers_that_die_do_not_prevent_continuing(self, halfway):
         def func(chunk):
             halfway.check(chunk[0, 0])

@@ -820,6 +820,7 @@ class TestRealDeaths:
         assert set(counts) == set(range(0, 20, 2))
         assert counts[6] == 2
 
+    @pytest.mark.thorough
     def test_all_workers_may_die_at_once(self, pool, balance, tmp_path):
         ran, delivered = run(pool, dies_once_each, str(tmp_path), balance=balance, n_items=8)
         assert len(ran.deaths) == 4
@@ -879,6 +880,7 @@ class TestRealDeaths:
         # Each range has its result or is missing.
         assert sorted([*delivered.values(), *ran.missing]) == sorted(in_pieces(20).values())
 
+    @pytest.mark.thorough
     def test_the_pool_is_whole_after_a_death(self, pool, balance):
         run(pool, dies_always, 0, balance=balance)
         ran, delivered = run(pool, dies_always, -1, balance=balance)
@@ -886,6 +888,7 @@ class TestRealDeaths:
         assert len(ran.worker_stats) == 2
         assert delivered == in_pieces(20)
 
+    @pytest.mark.thorough
     def test_a_death_is_seen_though_a_grandchild_holds_the_socket(self, pool, balance, tmp_path):
         ran, delivered = run(pool, fork_and_die, str(tmp_path), balance=balance)
         assert [(death.exitcode, death.range) for death in ran.deaths] == [(7, (0, 2))]

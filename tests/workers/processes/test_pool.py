@@ -113,6 +113,7 @@ class TestDeadWorkers:
             f"process {pid}" for pid in pids(pool)
         )
 
+    @pytest.mark.thorough
     def test_a_worker_that_was_given_up_is_replaced_by_the_next_run(self, pool):
         run(pool, both)
         before = pids(pool)
@@ -133,6 +134,7 @@ class TestDeadWorkers:
         assert victim not in pids(pool)
         assert other in pids(pool)
 
+    @pytest.mark.thorough
     def test_a_worker_killed_while_the_run_begins_is_replaced(self, pool):
         for _ in range(5):
             run(pool, both)
@@ -198,6 +200,7 @@ class TestDeadWorkers:
             worker.kill()
             assert worker.reap() == -signal.SIGKILL
 
+    @pytest.mark.thorough
     def test_dead_workers_leave_no_descriptor(self, way, pool):
         run(pool, both)
         run(pool, both)
@@ -316,6 +319,7 @@ def nap(start, stop):
     time.sleep(0.01)
 
 
+@pytest.mark.thorough
 @pytest.mark.fault(44)
 def test_stuck_workers_that_end_late_take_no_others_with_them(pool, monkeypatch):
     def at_work(yes):
