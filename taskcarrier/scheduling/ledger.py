@@ -48,7 +48,7 @@ has marked the chunk                  7   1578     0       0          0         
 has finished it                      -1   2104     0       0          0              0  DONE
 ==============================  =======  =====  ====  ======  =========  =============  =======
 
-A worker that dies at any of these steps leaves chunk 7 with the mark that says what is to be done:
+A worker that dies at any of these steps leaves chunk 7 with the mark that says what to do:
 run it again while it is ``PENDING``, nothing once it is ``DONE``. ``IN_HAND`` says who had it.
 """
 

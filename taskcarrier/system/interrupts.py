@@ -138,7 +138,7 @@ _LONGEST_WAIT = None if getattr(sys, "_is_gil_enabled", lambda: True)() else 0.1
 
 
 def _get(answers: SimpleQueue[Any]) -> Any:
-    """Wait for an answer, or for the end of whoever was to give it."""
+    """Wait for an answer, or for the end of the thread that should give it."""
     while True:
         with suppress(Empty):
             return answers.get(timeout=_LONGEST_WAIT)

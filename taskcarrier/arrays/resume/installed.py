@@ -1,4 +1,4 @@
-"""What belongs to Python and installed packages, which is told by name and version.
+"""What belongs to Python and installed packages, which is identified by name and version.
 
 All other modules belong to the program, and are looked into.
 """
