@@ -86,10 +86,10 @@ def examples(number: int) -> Any:
     return settings(max_examples=round(number * settings.default.max_examples / 100))
 
 
-def warm_pools(*n_jobs: int) -> None:
+def warm_pools(*n_jobs: int, backends: tuple[str, ...] = ("threading", "loky")) -> None:
     """Start the pools before a test, so that its leak check does not count them."""
     for n in n_jobs:
-        for backend in ("threading", "loky"):
+        for backend in backends:
             map_array(np.copy, np.zeros(n), n_jobs=n, backend=backend)
 
 
@@ -110,6 +110,11 @@ def keep_pools_warm(*n_jobs: int, warm_up: Callable[[], object] = lambda: None) 
             warm_up()
 
     return pools
+
+
+def keep_runs_warm() -> Any:
+    """Return the fixture `pools` of a module that has the pools of all `RUNS`."""
+    return keep_pools_warm(*N_PROCESSES, warm_up=lambda: warm_pools(8, backends=("threading",)))
 
 
 def same_bits(result: np.ndarray, expected: np.ndarray) -> bool:

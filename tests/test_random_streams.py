@@ -11,18 +11,17 @@ from taskcarrier.mappers import DynamicParallelMapper, StaticParallelMapper
 from taskcarrier.random_streams import RandomStreams
 from tests.strategies import (
     EVERYWHERE,
-    N_PROCESSES,
     RUNS,
     assert_same,
     contract,
     each_run,
-    keep_pools_warm,
+    keep_runs_warm,
 )
 
 X = np.arange(40.0)
 
 
-pools = keep_pools_warm(*N_PROCESSES)
+pools = keep_runs_warm()
 
 
 def draw(item, rng):

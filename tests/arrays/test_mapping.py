@@ -14,7 +14,6 @@ from taskcarrier.arrays.mapping import UNSET, choose_fill
 from tests.strategies import (
     BACKENDS,
     DTYPES,
-    N_PROCESSES,
     PAIRS,
     PARALLEL,
     REALS,
@@ -27,12 +26,12 @@ from tests.strategies import (
     each_run,
     examples,
     filled,
-    keep_pools_warm,
+    keep_runs_warm,
     same_bits,
     samples,
 )
 
-pools = keep_pools_warm(*N_PROCESSES)
+pools = keep_runs_warm()
 
 
 def quiet(func):

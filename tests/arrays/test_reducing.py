@@ -13,17 +13,16 @@ from hypothesis import strategies as st
 from taskcarrier import reduce_array
 from tests.strategies import (
     EVERYWHERE,
-    N_PROCESSES,
     REALS,
     RUNS,
     axes_of,
     examples,
-    keep_pools_warm,
+    keep_runs_warm,
     same_bits,
     samples,
 )
 
-pools = keep_pools_warm(*N_PROCESSES)
+pools = keep_runs_warm()
 
 
 def on_every_run(func, *arrays, runs=RUNS, **options):
