@@ -12,6 +12,8 @@ from tests.faults.functions import note, noted
 from tests.faults.helpers import running
 from tests.strategies import assert_same, keep_pools_warm, run_script
 
+pytestmark = pytest.mark.one_case  # each starts programs
+
 SERIAL = {"backend": "sequential", "chunksize": 4}
 
 
@@ -22,8 +24,6 @@ KILLED = """
 import os, random, signal, sys, time
 import numpy as np
 from taskcarrier import map_array
-
-pytestmark = pytest.mark.one_case  # each starts programs
 
 folder, backend, balance, who, seed = sys.argv[1:]
 OUT, OTHER, LOG, MOST = (f"{folder}/{name}" for name in ("Y.npy", "Z.npy", "log", "most"))
