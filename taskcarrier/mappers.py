@@ -59,12 +59,12 @@ class Mapper(ArrayMethods):
         An existing folder whose file system holds the data that are shared with worker processes
         (in files without a name). Default: the environment variable ``JOBLIB_TEMP_FOLDER`` if set,
         else memory.
-    backend : {"sequential", "threading", "loky", "threads", "processes"} or str, optional
-        Where workers run, see `map_array`. For sequences also the name of any other backend that is
-        registered with joblib, such as ``"dask"``, see `map`. Default: decided for each call.
+    backend : {"sequential", "threading", "loky", "threads", "processes", "multiprocessing"} or str
+        Where workers run, see `map_array`. For lists also the name of any other backend that is
+        registered with joblib, such as ``"dask"``, see `map`. Default None: decided for each call.
     chunksize : int, optional
         The number of items in each range. Default: decided for each call, see `map_array`; for
-        sequences about a hundred ranges in all.
+        lists about a hundred ranges in all.
     """
 
     _balance: Balance
@@ -395,7 +395,9 @@ class SerialMapper(Mapper):
 class StaticParallelMapper(Mapper):
     """A mapper that gives each worker one contiguous run of ranges beforehand.
 
-    Use it when all items take about the same time.
+    Use it when all items take about the same time. ``mapper(func, items)`` maps lists, as `map`
+    does; `imap` takes a stream; `map_array`, `map_items`, `map_chunks` and `reduce_array` take
+    arrays. In a ``with`` block workers and their memory are kept between calls.
 
     Examples
     --------
@@ -411,7 +413,7 @@ class StaticParallelMapper(Mapper):
 class DynamicParallelMapper(Mapper):
     """A mapper that gives each free worker the next range.
 
-    Use it when items take different or unknown times.
+    Use it when items take different or unknown times. It is called as a `StaticParallelMapper`.
 
     Examples
     --------

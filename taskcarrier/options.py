@@ -148,9 +148,10 @@ class _ChunkOptions(_InputOptions, total=False):
         None,
         """int
         The number of items in each range; the last may be shorter. It affects results where an
-        item's arithmetic depends on its neighbours in the call. Default: about 1 MiB of input, but
-        at least 16 to 128 items (by size) and at most 4096 ranges; with `depth` eight times that,
-        if it leaves eight ranges. The default depends on shape, dtype and `depth` only.""",
+        item's arithmetic depends on its neighbours in the call. Default: ranges of about 1 MiB, but
+        at least 16 (small arrays) to 128 and at most 4096 of them; with `depth`, at least
+        ``8 * depth`` items each, as long as eight ranges remain. The default depends on shape,
+        dtype and `depth` only.""",
     ]
     depth: Annotated[
         int,
@@ -411,7 +412,8 @@ class _DataOptions(TypedDict, total=False):
         """sequence, callable
         The rows of each fit: an array of indices or a boolean mask for each fit, or a callable that
         takes the fit's random stream and returns one of these (drawn in the worker, for example
-        ``lambda rng: rng.integers(n, size=n)`` for a bootstrap). Default: all rows.""",
+        ``lambda rng: rng.integers(n, size=n)`` for a bootstrap; it needs `rng`). Default: all
+        rows.""",
     ]
     columns: Annotated[
         Sequence[int] | None,

@@ -115,6 +115,7 @@ def map_array(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     ndarray or tuple of ndarray
         `out` if it was given (for a path: the file, mapped), else ordinary writable arrays.
         After a map in processes these lie in shared memory: another map over them copies nothing.
+        With ``on_error="collect"`` a tuple of this and a list of `FailedRange`.
 
     Raises
     ------
@@ -212,6 +213,7 @@ def map_items(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     ndarray or tuple of ndarray
         `out` if it was given (for a path: the file, mapped), else ordinary writable arrays.
         Without items `func` is not called, and the result has shape ``(0,)``.
+        With ``on_error="collect"`` a tuple of this and a list of `FailedRange`.
 
     Raises
     ------
@@ -273,7 +275,7 @@ def map_chunks(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     -------
     list
         What `func` returned, in the order of the ranges. An array without items has one range,
-        which is empty.
+        which is empty. With ``on_error="collect"`` a tuple of this and a list of `FailedRange`.
 
     Raises
     ------

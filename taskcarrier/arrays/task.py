@@ -1,7 +1,7 @@
 """The work on one chunk of an array run: read it, call the function, put the result in place.
 
 The function is called with chunks or with items; its results are put in place or handed to the
-caller. This makes the four verbs. Where errors are collected, a range that fails is narrowed down
+caller. Where errors are collected, a range that fails is narrowed down
 to the items that fail, so what is missing at the end does not depend on how the array was cut.
 """
 

@@ -1,4 +1,4 @@
-"""The worker's loop: the only code that is ever sent to workers.
+"""The loop that every worker runs.
 
 All parts of the library meet here. On one side a `Task` becomes, in each worker, a callable of
 ``(start, stop)``; on the other side balance, ledger and executors know only chunks. Arrays and

@@ -81,7 +81,7 @@ class ParentMemorySource:
 
     @property
     def item_nbytes(self) -> int:
-        """The bytes from the first to the last one of an item."""
+        """The span of one item in bytes, gaps included."""
         spans = [
             (n - 1) * abs(stride)
             for axis, (n, stride) in enumerate(zip(self.shape, self.strides, strict=True))

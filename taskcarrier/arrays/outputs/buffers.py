@@ -114,7 +114,7 @@ class OutputBuffer(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let no worker write any more: the call is over."""
+        """Stop workers from writing: the call is over."""
 
     def is_wasteful(self, spec: Spec) -> bool:  # noqa: ARG002  # shared memory may be
         """Return whether results should be copied out of this memory."""
