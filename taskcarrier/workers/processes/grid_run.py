@@ -56,6 +56,7 @@ class GridRun:
         self._received: set[int] = set()  # the starts of ranges whose results have come
         self._lost: list[Attempt] = []  # ranges given out again that were not run
         self._failures: list[RangeFailure] = []  # those that no worker reports
+        self._is_closed = False
 
     def start(self, number: int, worker: Worker, attempts: Sequence[Attempt] = ()) -> None:
         """Start a worker on these attempts, and then on chunks."""
@@ -96,6 +97,7 @@ class GridRun:
 
     def close(self) -> None:
         """End the run: workers stop at their next chunk, or are killed after `GRACE_SECONDS`."""
+        self._is_closed = True
         if self._supervisor.at_work:
             self._supervisor.halt()
         self._supervisor.end(GRACE_SECONDS)
@@ -136,7 +138,12 @@ class GridRun:
         return WorkerStats(number, name, n_ranges, n_items, busy_ns)
 
     def take_result(self, number: int, start: int, packed: bytes, large: list[Any]) -> None:
-        """Deliver a result; one that cannot be unpickled ends the run."""
+        """Deliver a result; one that cannot be unpickled ends the run.
+
+        Once the run is closed, no result is wanted, and unpickling may be slow.
+        """
+        if self._is_closed:
+            return
         result, error = unpickle_result(packed, large)
         if error is None:
             self._received.add(start)

@@ -733,6 +733,16 @@ class TestAbort:
             assert [process.n_kills for process in pool.processes] == [0, 0]
             assert pool.job.task.calls == []
 
+    def test_results_that_came_are_not_unpickled_after_an_abort(self, monkeypatch):
+        monkeypatch.setattr(module, "GRACE_SECONDS", LONG)
+        pool = scripted(n_workers=2)
+        with pool:
+            for process in pool.processes:
+                pool.live(process)
+            pool.run.close()
+            assert pool.job.task.calls
+            assert pool.delivered == {}
+
     def test_dead_workers_are_not_replaced_after_an_abort(self, monkeypatch):
         monkeypatch.setattr(module, "GRACE_SECONDS", LONG)
         pool = scripted(n_workers=2)
