@@ -47,9 +47,10 @@ demo: $(stamp)-demo
 test: $(stamp)-$(EXTRAS)
 	$(py) -m pytest -m "not thorough" $(PYTEST_ARGS)
 
-# With every product of parameters, and five times as many generated examples.
+# With every product of parameters, and five times as many generated examples. Some tests may take
+# fifteen minutes, and faulthandler waits one more.
 test-all: $(stamp)-$(EXTRAS)
-	$(py) -m pytest --hypothesis-profile=thorough $(PYTEST_ARGS)
+	$(py) -m pytest --hypothesis-profile=thorough -o faulthandler_timeout=960 $(PYTEST_ARGS)
 
 # The lines and branches that `make test` takes, worker processes included. Those that compiled code
 # takes, and those of a worker that is killed, are not seen.

@@ -215,6 +215,7 @@ def _twice_plus_one(chunk):
 
 @pytest.mark.fault(32)
 @pytest.mark.thorough
+@pytest.mark.timeout(900)  # disks differ
 @pytest.mark.parametrize("balance", ["static", "dynamic"])
 def test_five_gibibytes_through_files_in_little_memory(balance, tmp_path):
     source, target = tmp_path / "X.npy", tmp_path / "Y.npy"
