@@ -203,6 +203,17 @@ def test_dtypes_that_promote_differently_in_steps_promote_at_once(values, chunks
     assert_same(mapped(lambda i: values[i], np.arange(3), chunksize=chunksize), expected)
 
 
+@pytest.mark.fault(5)
+@pytest.mark.parametrize("chunksize", [1, 3])
+def test_dates_and_durations_are_refused_as_numpy_stack_refuses_them(run, chunksize):
+    values = [np.datetime64("2020-01-01"), np.timedelta64(5, "D"), np.datetime64("2020-01-02")]
+    with pytest.raises(TypeError, match="Cannot cast"):
+        np.stack(values)
+    with pytest.raises(TypeError, match="Cannot cast") as caught:
+        map_items(lambda i: values[i], np.arange(3), chunksize=chunksize, **run)
+    assert "dtypes datetime64[D], timedelta64[D], which have none in common" in said(caught.value)
+
+
 @pytest.mark.parametrize(("given_", "dtype"), [("f8", "f4"), ("i8", "u1"), ("f4", ">c16")])
 def test_results_are_cast_to_the_dtype_that_is_asked_for(given_, dtype):
     X = np.arange(20).astype(given_)

@@ -363,9 +363,11 @@ def _promote_dtypes(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:
     """Return the dtype that `numpy.stack` makes of several; one alone keeps its byte order."""
     if len(dtypes) == 1:
         return dtypes.pop()
+    ordered = sorted(dtypes, key=str)
     try:
-        return np.result_type(*dtypes)
+        # Not `result_type`: that has a dtype for dates and durations, which NumPy does not stack.
+        return np.concatenate([np.empty(0, dtype) for dtype in ordered]).dtype
     except TypeError as error:
-        names = ", ".join(sorted(map(str, dtypes)))
+        names = ", ".join(map(str, ordered))
         add_note(error, f"func returned values of dtypes {names}, which have none in common")
         raise
