@@ -66,6 +66,16 @@ def cast_scalar(value: object, dtype: np.dtype[Any], name: str) -> np.ndarray:
     TypeError
         If it is not; the message has the argument's `name`, the value and the dtype.
     """
+    result = _cast_if_preserved(value, dtype)
+    if result is None:
+        raise TypeError(f"{name}={value!r} is no value of dtype {dtype}")
+    return result
+
+
+def _cast_if_preserved(value: object, dtype: np.dtype[Any]) -> np.ndarray | None:
+    """Return one value as a 0-d array of `dtype`; None if it is not the same value any more."""
+    if dtype.kind == "T" and not isinstance(value, str) and value is not _get_na_object(dtype):
+        return None  # NumPy would make text of it
     if dtype.hasobject:
         result = np.empty((), dtype)
         result[()] = value
@@ -73,15 +83,13 @@ def cast_scalar(value: object, dtype: np.dtype[Any], name: str) -> np.ndarray:
     try:
         original = np.asarray(value)
         if original.dtype.kind == "c" and dtype.kind != "c":
-            raise TypeError("a complex value")  # noqa: TRY301  # the message is made below
+            return None
         with np.errstate(all="ignore"):  # the result is checked below
             result = original.astype(dtype)
         is_preserved = original.ndim == 0 and _is_preserved(original, result)
     except (TypeError, ValueError, OverflowError):
-        is_preserved = False
-    if not is_preserved:
-        raise TypeError(f"{name}={value!r} is no value of dtype {dtype}")
-    return result
+        return None
+    return result if is_preserved else None
 
 
 def _is_preserved(original: np.ndarray, result: np.ndarray) -> bool:
@@ -107,11 +115,13 @@ MakeFill = Callable[[np.dtype[Any]], object]
 
 
 def find_missing_value(dtype: np.dtype[Any]) -> object:
-    """Return the missing value of a dtype: NaN, NaT or None, and zero if it has none."""
+    """Return the missing value of a dtype: NaN, NaT or None, and zero or no text if it has none."""
     if dtype.kind in "fc":
         return np.nan
     if dtype.kind in "mM":
         return np.array("NaT", dtype)
+    if dtype.kind == "T":
+        return _get_na_object(dtype)
     if dtype.hasobject:
         return None
     return np.zeros((), dtype)
@@ -119,6 +129,12 @@ def find_missing_value(dtype: np.dtype[Any]) -> object:
 
 def require_missing_value(dtype: np.dtype[Any]) -> object:
     """Return the missing value of a dtype; raise a `TypeError` if it has none."""
-    if not dtype.hasobject and dtype.kind not in "fcmM":
+    has_none = dtype.kind not in "fcmM" and not dtype.hasobject
+    if has_none or (dtype.kind == "T" and not hasattr(dtype, "na_object")):
         raise TypeError(f"results of dtype {dtype} have no NaN: pass fill_value=")
     return find_missing_value(dtype)
+
+
+def _get_na_object(dtype: np.dtype[Any]) -> object:
+    """Return the missing value with which a `StringDType` was made; no text if it has none."""
+    return getattr(dtype, "na_object", "")

@@ -389,3 +389,10 @@ class TestStringsOfAnyLength:
         assert [failure.start for failure in failures] == list(range(1, 24, 4))
         expected = ["none" if word == "a" else word for word in words.tolist()]
         assert result.tolist() == expected
+        options = {"chunksize": 5, **run}
+        result, _ = map_array(func, words, on_error="collect", **options)
+        assert result.tolist() == ["" if word == "a" else word for word in words.tolist()]
+        with pytest.raises(TypeError, match="have no NaN: pass fill_value="):
+            map_array(func, words, on_error="fill", **options)
+        with pytest.raises(TypeError, match="fill_value=3 is no value of dtype StringDType"):
+            map_array(func, words, on_error="fill", fill_value=3, **options)

@@ -211,6 +211,42 @@ def test_dtypes_without_a_missing_value_get_zero_or_an_error(dtype):
         require_missing_value(np.dtype(dtype))
 
 
+# Strings of any length, which NumPy 1 does not have, and their missing values.
+TEXTS = (
+    [
+        (np.dtypes.StringDType(), ""),
+        (np.dtypes.StringDType(na_object=None), None),
+        (np.dtypes.StringDType(na_object=np.nan), np.nan),
+        (np.dtypes.StringDType(na_object="gone"), "gone"),
+    ]
+    if hasattr(np.dtypes, "StringDType")
+    else [(np.dtype("U3"), "")]
+)
+
+
+@pytest.mark.parametrize(("dtype", "missing"), TEXTS, ids=str)
+def test_strings_of_any_length_are_filled_with_their_missing_value(dtype, missing):
+    found = np.array(["word"], dtype)
+    found[0] = find_missing_value(dtype)
+    assert found[0] is missing or found[0] == missing
+    if hasattr(dtype, "na_object"):
+        assert require_missing_value(dtype) is missing
+        assert cast_scalar(missing, dtype, "cval")[()] is missing
+    else:
+        with pytest.raises(TypeError, match="have no NaN: pass fill_value="):
+            require_missing_value(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "missing"), TEXTS, ids=str)
+def test_only_text_is_a_value_of_strings_of_any_length(dtype, missing):
+    for text in ("", "abc", np.str_("abc")):
+        assert cast_scalar(text, dtype, "cval")[()] == text
+    for bad in (3, 1.5, b"abc", ["abc"], ..., *{None} - {missing}):
+        with pytest.raises(TypeError, match="is no value of dtype") as caught:
+            cast_scalar(bad, dtype, "cval")
+        assert str(caught.value) == f"cval={bad!r} is no value of dtype {dtype}"
+
+
 @pytest.mark.parametrize("dtype", ["f4", ">i2", float, np.int8, "U3", [("a", "f4")]])
 def test_check_dtype_takes_dtypes_in_any_form(dtype):
     assert check_dtype(dtype) == np.dtype(dtype)
