@@ -76,11 +76,12 @@ def _cast_if_preserved(value: object, dtype: np.dtype[Any]) -> np.ndarray | None
     """Return one value as a 0-d array of `dtype`; None if it is not the same value any more."""
     if dtype.kind == "T" and not isinstance(value, str) and value is not _get_na_object(dtype):
         return None  # NumPy would make text of it
-    if dtype.hasobject:
-        result = np.empty((), dtype)
-        result[()] = value
-        return result
+    result: np.ndarray
     try:
+        if dtype.hasobject:
+            result = np.empty((), dtype)
+            result[()] = value
+            return result
         original = np.asarray(value)
         if original.dtype.kind == "c" and dtype.kind != "c":
             return None
@@ -115,22 +116,26 @@ MakeFill = Callable[[np.dtype[Any]], object]
 
 
 def find_missing_value(dtype: np.dtype[Any]) -> object:
-    """Return the missing value of a dtype: NaN, NaT or None, and zero or no text if it has none."""
+    """Return the missing value of a dtype: NaN, NaT or None; for others what stands for it.
+
+    That is zero, empty text, and for records that of numbers and text, with None for objects.
+    """
     if dtype.kind in "fc":
         return np.nan
     if dtype.kind in "mM":
         return np.array("NaT", dtype)
     if dtype.kind == "T":
         return _get_na_object(dtype)
-    if dtype.hasobject:
+    if dtype.kind == "O":
         return None
-    return np.zeros((), dtype)
+    zeros = np.zeros((), dtype)
+    _set_objects_to_none(zeros)
+    return zeros
 
 
 def require_missing_value(dtype: np.dtype[Any]) -> object:
     """Return the missing value of a dtype; raise a `TypeError` if it has none."""
-    has_none = dtype.kind not in "fcmM" and not dtype.hasobject
-    if has_none or (dtype.kind == "T" and not hasattr(dtype, "na_object")):
+    if dtype.kind not in "fcmMO" and not hasattr(dtype, "na_object"):
         raise TypeError(f"results of dtype {dtype} have no NaN: pass fill_value=")
     return find_missing_value(dtype)
 
@@ -138,3 +143,11 @@ def require_missing_value(dtype: np.dtype[Any]) -> object:
 def _get_na_object(dtype: np.dtype[Any]) -> object:
     """Return the missing value with which a `StringDType` was made; no text if it has none."""
     return getattr(dtype, "na_object", "")
+
+
+def _set_objects_to_none(array: np.ndarray) -> None:
+    """Set all objects in fields of records to None."""
+    for name in array.dtype.names or ():
+        _set_objects_to_none(array[name])
+    if array.dtype.kind == "O":
+        array[...] = None

@@ -211,6 +211,30 @@ def test_dtypes_without_a_missing_value_get_zero_or_an_error(dtype):
         require_missing_value(np.dtype(dtype))
 
 
+INNER = [("text", "U3"), ("any", "O", (2,)), ("time", "M8[s]")]
+RECORD = np.dtype([("number", "f8"), ("any", "O"), ("inner", INNER, (2,)), ("rows", "i4", (2, 3))])
+
+
+def test_records_with_objects_are_filled_with_zeros_and_none():
+    found = find_missing_value(RECORD)
+    assert (found.shape, found.dtype) == ((), RECORD)
+    assert found["number"] == 0
+    assert found["any"][()] is None
+    assert found["inner"]["text"].tolist() == ["", ""]
+    assert found["inner"]["any"].tolist() == [[None, None]] * 2
+    assert found["inner"]["time"].tolist() == np.zeros(2, "M8[s]").tolist()
+    assert found["rows"].tolist() == [[0, 0, 0]] * 2
+    with pytest.raises(TypeError, match="have no NaN: pass fill_value="):
+        require_missing_value(RECORD)
+
+
+def test_a_value_that_fields_refuse_is_no_value_of_a_record():
+    assert cast_scalar((1, len), np.dtype("i4,O"), "cval").tolist() == (1, len)
+    for bad in (("x", len), (1, len, 3), None):
+        with pytest.raises(TypeError, match="is no value of dtype"):
+            cast_scalar(bad, np.dtype("i4,O"), "cval")
+
+
 # Strings of any length, which NumPy 1 does not have, and their missing values.
 TEXTS = (
     [

@@ -373,3 +373,22 @@ def test_collected_errors_are_those_of_the_items_whatever_the_cut(run, chunksize
         func, np.arange(20), on_error="fill", fill_value=-1, chunksize=chunksize, **run
     )
     assert_same(filled, np.where(np.arange(20) % 5 == 3, -1, np.arange(20.0)))
+
+
+@pytest.mark.fault(30)
+def test_failed_records_with_objects_are_filled_with_zeros_and_none(run):
+    X = np.array([(n, {n}) for n in range(8)], [("number", "i4"), ("any", "O")])
+
+    def func(record):
+        if record["number"] % 4 == 1:
+            raise ValueError(record["number"])
+        return record
+
+    expected = [(0, None) if n % 4 == 1 else (n, {n}) for n in range(8)]
+    result, failures = map_items(func, X, on_error="collect", chunksize=3, **run)
+    assert (result.dtype, result.tolist()) == (X.dtype, expected)
+    assert [failure.start for failure in failures] == [1, 5]
+    with pytest.raises(TypeError, match="have no NaN: pass fill_value="):
+        map_items(func, X, on_error="fill", **run)
+    result = map_items(func, X, on_error="fill", fill_value=(-1, "none"), chunksize=3, **run)
+    assert result.tolist() == [(-1, "none") if n % 4 == 1 else (n, {n}) for n in range(8)]
