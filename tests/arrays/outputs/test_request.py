@@ -720,6 +720,24 @@ class TestFiles:
             map_array(never, X, out=tmp_path / "Y.npy", **some_run)
         assert list(tmp_path.iterdir()) == [tmp_path / "Y.npy"]
 
+    @pytest.mark.fault(42)
+    @pytest.mark.parametrize("resume", [False, True])
+    def test_a_pipe_of_that_name_is_replaced(self, resume, some_run, X, tmp_path):
+        path = tmp_path / "Y.npy"
+        os.mkfifo(path)
+        mapped = map_array(double, X, out=path, resume=resume, **some_run)
+        assert_same(mapped, X * 2)
+        assert path.is_file()
+
+    @pytest.mark.fault(29)
+    def test_a_memmap_whose_file_a_pipe_has_replaced_is_mapped(self, some_run, X, tmp_path):
+        path = tmp_path / "X.npy"
+        np.save(path, X)
+        memmap = np.load(path, mmap_mode="r")
+        path.unlink()
+        os.mkfifo(path)
+        assert_same(map_array(double, memmap, **some_run), X * 2)
+
     def test_files_leave_no_descriptors_or_maps(self, some_run, X, tmp_path):
         def held():
             warm_pools(2)  # their descriptors count, so they must be there
