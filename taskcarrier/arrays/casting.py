@@ -40,7 +40,9 @@ def cast_checked(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     if dtype.kind in "iu" and source.kind in "iu":
         _check_limits(values, dtype)
     else:
-        rule: Any = "same_kind" if dtype.kind in "fcO" and source.kind in "biufc" else "safe"
+        stays_number = source.kind in "biufc" and dtype.kind in "fcO"
+        stays_text = source.kind == "U" and dtype.kind == "T"  # which loses nothing
+        rule: Any = "same_kind" if stays_number or stays_text else "safe"
         if not np.can_cast(source, dtype, rule):
             raise TypeError(f"results of dtype {source} cannot become {dtype} ({_REMEDY})")
     return values.astype(dtype)

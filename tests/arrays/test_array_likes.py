@@ -377,6 +377,22 @@ class TestStringsOfAnyLength:
         assert result.dtype == kind
         assert result.tolist() == [str(i) for i in range(20)]
 
+    def test_items_give_strings_of_any_length(self, words, run):
+        kind, options = words.dtype, {"chunksize": 5, **run}
+        X = np.arange(20)
+        result = map_items(lambda i: np.array(["a", "b" * int(i)], kind), X, **options)
+        assert result.dtype == kind
+        assert result.tolist() == [["a", "b" * i] for i in range(20)]
+        for func in (lambda word: word, lambda word: np.array(word, kind)):
+            result = map_items(func, words, dtype=kind, **options)
+            assert result.dtype == kind
+            assert result.tolist() == words.tolist()
+        mixed = map_items(lambda i: np.array("b" * i, kind) if i % 2 else "a" * i, X, **options)
+        assert mixed.dtype == kind
+        assert mixed.tolist() == ["ab"[i % 2] * i for i in range(20)]
+        with pytest.raises(TypeError, match=r"None \(NoneType\) for item 7"):
+            map_items(lambda i: None if i == 7 else "a", X, dtype=kind, **options)
+
     def test_failed_strings_of_any_length_are_filled(self, words, run):
         def func(chunk):
             if (chunk == "a").any():

@@ -261,6 +261,15 @@ def test_strings_of_any_length_are_filled_with_their_missing_value(dtype, missin
             require_missing_value(dtype)
 
 
+@pytest.mark.parametrize("dtype", [dtype for dtype, _ in TEXTS], ids=str)
+def test_text_becomes_text_of_any_length_and_objects_do_not(dtype):
+    assert cast_checked(np.array(["a", "bcd"]), dtype).tolist() == ["a", "bcd"]
+    refused = [np.array(["a"], object), np.array([b"a"] if dtype.kind == "T" else ["long"])]
+    for values in refused:
+        with pytest.raises(TypeError, match="cannot become"):
+            cast_checked(values, dtype)
+
+
 @pytest.mark.parametrize(("dtype", "missing"), TEXTS, ids=str)
 def test_only_text_is_a_value_of_strings_of_any_length(dtype, missing):
     for text in ("", "abc", np.str_("abc")):

@@ -336,6 +336,16 @@ def test_items_of_object_arrays_are_mapped(run):
     assert (result.dtype, result.tolist()) == (np.dtype(object), [[1], ["two"], [None]])
 
 
+@pytest.mark.fault(30)
+def test_records_with_objects_are_stacked_where_they_are_asked_for(run):
+    X = np.array([(n, {n}) for n in range(8)], [("number", "i4"), ("any", "O")])
+    for func, items in [(lambda record: record, X), (lambda n: X[n], np.arange(8))]:
+        result = map_items(func, items, dtype=X.dtype, chunksize=3, **run)
+        assert (result.dtype, result.tolist()) == (X.dtype, X.tolist())
+    with pytest.raises(TypeError, match="pass dtype=object to collect them"):
+        map_items(lambda n: X[n], np.arange(8), **run)
+
+
 @pytest.mark.parametrize("kind", [ZeroDivisionError, KeyError, StopIteration])
 @pytest.mark.parametrize("chunksize", [1, 3, 20])
 def test_an_error_of_the_function_names_the_item(run, kind, chunksize):

@@ -121,10 +121,10 @@ class OutputBuffer(ABC):
         return False
 
     @property
-    def asks_for_objects(self) -> bool:
-        """Whether results are to be Python objects."""
+    def asked_dtypes(self) -> list[np.dtype[Any]]:
+        """The dtypes that results are to have, as far as they are asked for."""
         outputs = (self.outputs,) if isinstance(self.outputs, Output) else self.outputs
-        return any(output.dtype is not None and output.dtype.hasobject for output in outputs)
+        return [output.dtype for output in outputs if output.dtype is not None]
 
     def get_outputs(self, n_results: int) -> tuple[Output, ...]:
         """Return what is asked of each of `n_results` results; raise if their number is wrong."""

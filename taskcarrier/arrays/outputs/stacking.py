@@ -41,6 +41,11 @@ _Column = np.ndarray | list[np.ndarray]
 """The values of one result: one array of all, or, if dtypes differ, an array for each value."""
 
 
+def holds_objects(dtype: np.dtype[Any]) -> bool:
+    """Return whether values are Python objects, or records that have some."""
+    return dtype.hasobject and dtype.kind != "T"  # of a StringDType NumPy says that it has them
+
+
 def stack_values(
     values: Sequence[Any],
     start: int,
@@ -175,7 +180,7 @@ def _to_arrays(values: Sequence[Any], start: int, objects: ObjectRule) -> list[n
                 f"func returned {shorten_repr(values[0])} for item {start}, but a tuple for item "
                 f"{start + number}; every item must give as many results"
             )
-        if array.dtype.hasobject and objects == "refuse":
+        if objects == "refuse" and holds_objects(array.dtype):
             raise TypeError(
                 f"func returned {shorten_repr(value)} ({type(value).__name__}) for item "
                 f"{start + number}; map_items stacks numbers and arrays: pass dtype=object to "
