@@ -277,7 +277,7 @@ class Mapper(ArrayMethods):
             Whatever `func` or the input raises, with a note that names the item or the input. It is
             raised when it is the item's turn, with ``ordered=True`` after the results of all items
             before it, and ends the iterator; to go on after errors of `func`, catch them in `func`.
-            (A `StopIteration` of `func` is raised as a `RuntimeError`, as in generators.)
+            (A `StopIteration` of `func` is the cause of a `RuntimeError`, as in generators.)
             An item or a result that cannot be unpickled makes its whole batch fail.
 
         Examples

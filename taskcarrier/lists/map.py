@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import starmap
+from itertools import count
+from operator import length_hint
 from time import monotonic_ns
 from typing import Any
 
@@ -201,33 +202,43 @@ class Calls:
         func = partial(self.call.func, **shared)
         return replace(self, call=replace(self.call, func=func))
 
+    def _iterate_arguments(self, items_left: Iterator[Any], start: int) -> Iterator[Any]:
+        """Iterate over the items as the function gets them: after their numbers, if it gets any."""
+        if not self.passes_index:
+            return items_left
+        numbers = count(start)
+        if self.is_tuple:
+            return map(lambda number, item: (number, *item), numbers, items_left)
+        return zip(numbers, items_left, strict=False)
+
     def call_items(self, items: Sequence[Any], start: int) -> list[Any] | PartialResult:
         """Return the results of items from number `start` on, and the failures if there are any."""
         func = self.call.func
         results: list[Any] = []
         failures: list[DeliveredFailure] = []
-        is_tuple = self.is_tuple
-        arguments: Iterator[Any] = iter(items)
-        if self.passes_index:
-            numbered = enumerate(items, start)
-            arguments = ((n, *item) for n, item in numbered) if is_tuple else numbered
-            is_tuple = True
-        # After an error the results so far stay in the list; its length gives the failed item.
-        calls: Iterator[Any] = starmap(func, arguments) if is_tuple else map(func, arguments)
+        items_left = iter(items)
+        arguments = self._iterate_arguments(items_left, start)
         while True:
             try:
-                results.extend(calls)
-                if len(results) == len(items):
-                    break
-                # `extend` took a StopIteration of func for the end.
-                raise StopIteration("func raised StopIteration")  # noqa: TRY301  # handled below
+                # After an error the results so far stay in the list; its length gives the failed
+                # item. (`extend` and `map` would take a StopIteration of func for the end.)
+                if self.is_tuple or self.passes_index:
+                    for each in arguments:
+                        results.append(func(*each))  # noqa: PERF401  # as said
+                else:
+                    for item in arguments:
+                        results.append(func(item))  # noqa: PERF401  # as said
+                break
             except BaseException as error:
                 failed = start + len(results)
+                # Otherwise the exception came from outside, between two items.
+                is_raised_by_func = length_hint(items_left) < len(items) - len(results)
                 if self.call.kwargs and is_read_only_error(error):
                     add_note(error, f"arrays in shared= are read-only; {READ_ONLY_ADVICE}")
                 if (
                     not self.collect_errors
                     or not isinstance(error, Exception)
+                    or not is_raised_by_func
                     or is_raised_by_handler(error)
                 ):
                     add_note(error, f"func failed on item {failed}")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from taskcarrier import last_report, map_items
 from tests.errors import said
+from tests.interrupted import interrupted_between_items
 from tests.strategies import (
     PAIRS,
     REALS,
@@ -356,6 +357,9 @@ def test_an_error_of_the_function_names_the_item(run, kind, chunksize):
 
     with pytest.raises(kind) as caught:
         map_items(func, np.arange(11), chunksize=chunksize, **run)
+    assert caught.value.args == ("on purpose",)
+    with pytest.raises(kind, match="on purpose"):
+        map_items(lambda x, _: func(x), np.arange(11), args=(1,), chunksize=chunksize, **run)
     assert "func failed on item 7" in caught.value.__notes__
     assert any(note.startswith("while mapping axis 0, items") for note in caught.value.__notes__)
     assert_same(map_items(func, np.arange(7), **run), np.arange(7))
@@ -378,11 +382,23 @@ def test_collected_errors_are_those_of_the_items_whatever_the_cut(run, chunksize
     )
     assert [(start, stop) for start, stop, _ in failures] == [(n, n + 1) for n in (3, 8, 13, 18)]
     assert [type(error) for *_, error in failures][:2] == [ValueError, StopIteration]
+    assert [error.args for *_, error in failures] == [(3,), (8,), (13,), (18,)]
     assert_same(result, np.where(np.arange(20) % 5 == 3, np.nan, np.arange(20.0)))
     filled = map_items(
         func, np.arange(20), on_error="fill", fill_value=-1, chunksize=chunksize, **run
     )
     assert_same(filled, np.where(np.arange(20) % 5 == 3, -1, np.arange(20.0)))
+
+
+@pytest.mark.fault(44)
+@pytest.mark.parametrize("n_items", [2, 5])
+def test_an_exception_from_outside_between_two_items_is_not_collected(n_items):
+    with pytest.raises(ArithmeticError, match="outside"):
+        interrupted_between_items(
+            "_collect",
+            ArithmeticError("outside"),
+            lambda: map_items(np.copy, np.arange(n_items), on_error="collect", n_jobs=1),
+        )
 
 
 @pytest.mark.fault(30)
