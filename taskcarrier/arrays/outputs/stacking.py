@@ -73,12 +73,18 @@ def stack_values(
     Raises
     ------
     TypeError
-        If objects are refused, and a value is neither an array nor a number.
+        If objects are refused, and a value is neither an array nor a number; if it is an empty
+        tuple.
     ValueError
         If values have different shapes, or tuples different lengths.
     """
     is_tuple = isinstance(values[0], tuple)
     n_results = len(values[0]) if is_tuple else 1
+    if n_results == 0:
+        raise TypeError(
+            f"func returned an empty tuple for item {start}; map_items needs a number or an array "
+            "(or a tuple of these)"
+        )
     axes = out_axis if isinstance(out_axis, tuple) else (out_axis,) * n_results
     if len(axes) != n_results:
         raise ValueError(f"out_axis has {len(axes)} entries, func returned {n_results}")
