@@ -337,6 +337,8 @@ class TestBadArguments:
             ({"rows": lambda rng: [0]}, ValueError, "pass rng="),
             ({"sample_weight": np.ones(3)}, ValueError, r"shape \(150,\) or"),
             ({"columns": [5]}, IndexError, "column 5"),
+            ({"columns": 5}, TypeError, r"columns must be column numbers of y, .* got 5 \(int\)"),
+            ({"rows": 5}, TypeError, r"rows must be arrays of indices or masks, .* got 5 \(int\)"),
         ],
     )
     def test_bad_arguments_are_errors_before_anything_starts(self, options, error, words):
@@ -347,6 +349,17 @@ class TestBadArguments:
     def test_different_lengths_are_refused(self):
         with pytest.raises(ValueError, match="X has 150 samples, but y has 3"):
             fit_many(Ridge(), X, y[:3])
+
+    def test_data_are_called_by_their_names(self):
+        masked = np.ma.masked_array(y, y == 1)
+        with pytest.raises(TypeError, match=r"y is masked, .*: pass its \.filled\(value\)"):
+            fit_many(Ridge(), X, masked)
+        with pytest.raises(TypeError, match="X is masked"):
+            fit_many(Ridge(), np.ma.masked_array(X, X > 3), y)
+        with pytest.raises(TypeError, match="y has no axis to map over: int is 0-dimensional"):
+            fit_many(Ridge(), X, 3)
+        with pytest.raises(TypeError, match="X is a masked array"):
+            predict_array(Ridge().fit(X, y), np.ma.masked_array(X, X > 3))
 
     def test_missing_estimators_are_refused(self):
         with pytest.raises(TypeError, match="must have a method fit, got 3"):
@@ -378,6 +391,9 @@ class TestPredict:
     def test_missing_methods_are_refused(self):
         with pytest.raises(TypeError, match="LinearRegression has no method 'predict_proba'"):
             predict_array(LinearRegression().fit(X, y), X, "predict_proba")
+        for method in (None, 5, LinearRegression.predict):
+            with pytest.raises(TypeError, match="method must be the name of a method, such as"):
+                predict_array(LinearRegression().fit(X, y), X, method)
 
 
 def test_the_report_does_not_count_rows_as_carried_by_the_function():
