@@ -166,6 +166,7 @@ def fit_many(estimators: Any, X: Any, y: Any = None, **options: Any) -> Any:
         on_error=filled["on_error"],
         rng=rng,
         shared={**data, "rows": fits.rows},
+        noun="fit",
     )
 
 

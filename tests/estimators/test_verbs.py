@@ -1,5 +1,6 @@
 """Fit loops equal scikit-learn's own, given the estimators, rows and states that it draws."""
 
+import re
 import subprocess
 import sys
 import warnings
@@ -301,7 +302,7 @@ class TestSettings:
             warnings.simplefilter("error")
             with pytest.raises(UserWarning, match="careful") as caught:
                 fit_many([Moody()] * 3, X, n_jobs=2, backend=backend)
-        assert any("while mapping item 0" in note for note in caught.value.__notes__)
+        assert any("while mapping fit 0" in note for note in caught.value.__notes__)
 
     def test_an_error_names_its_fit(self, run):
         many = [Moody(), Moody(fails=True), Moody()]
@@ -309,8 +310,10 @@ class TestSettings:
             warnings.simplefilter("ignore")
             with pytest.raises(ZeroDivisionError, match="moody") as caught:
                 fit_many(many, X, **run)
-            assert "func failed on item 1" in caught.value.__notes__
+            assert "func failed on fit 1" in caught.value.__notes__
+            assert any(re.match("while mapping fits? 1", n) for n in caught.value.__notes__)
             fitted, failures = fit_many(many, X, on_error="collect", **run)
+        assert "while mapping fit 1" in failures[0].error.__notes__
         assert [one is None for one in fitted] == [False, True, False]
         assert [one[:2] for one in failures] == [(1, 2)]
 
