@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import operator
+import os
+from collections.abc import Iterator
+from typing import Any
 
 
 def check_chunksize(chunksize: object) -> int | None:
@@ -25,6 +28,25 @@ def check_integer(value: object, name: str, expected: str) -> int:
     except TypeError:
         kind = type(value).__name__
         raise TypeError(f"{name} must be {expected}, got {value!r} ({kind})") from None
+
+
+def check_iterable(value: Any, name: str, expected: str) -> Iterator[Any]:
+    """Return an iterator over `value`.
+
+    If there is none, a `TypeError` says what the argument `name` is expected to be.
+    """
+    try:
+        return iter(value)
+    except TypeError:
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be {expected}, got {value!r} ({kind})") from None
+
+
+def check_folder(folder: Any, name: str) -> None:
+    """Raise a `TypeError` that names the argument unless `folder` is a path or None."""
+    if folder is not None and not isinstance(folder, (str, bytes, os.PathLike)):
+        kind = type(folder).__name__
+        raise TypeError(f"{name} must be the path of a folder or None, got {folder!r} ({kind})")
 
 
 def check_callable(func: object, name: str = "func") -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, Never, Self, TypeVar, Unpack, overload
 
-from taskcarrier.arguments import check_chunksize, check_integer
+from taskcarrier.arguments import check_chunksize, check_folder, check_integer
 from taskcarrier.arrays.methods import ArrayMethods
 from taskcarrier.lists.imap import imap_lists
 from taskcarrier.lists.map import map_lists
@@ -89,6 +89,7 @@ class Mapper(ArrayMethods):
         self.verbosity = check_integer(
             verbosity, "verbosity", "0, 1 or 2 (the backend has its name)"
         )
+        check_folder(temp_folder, "temp_folder")
         self.temp_folder = temp_folder
         self.backend = backend
         self.chunksize = check_chunksize(chunksize)
@@ -277,7 +278,7 @@ class Mapper(ArrayMethods):
             Whatever `func` or the input raises, with a note that names the item or the input. It is
             raised when it is the item's turn, with ``ordered=True`` after the results of all items
             before it, and ends the iterator; to go on after errors of `func`, catch them in `func`.
-            (A `StopIteration` of `func` is raised as a `RuntimeError`, as in generators.)
+            (A `StopIteration` of `func` is the cause of a `RuntimeError`, as in generators.)
             An item or a result that cannot be unpickled makes its whole batch fail.
 
         Examples

@@ -61,13 +61,13 @@ def is_read_only_error(error: BaseException) -> bool:
     return any(words in text for words in _READ_ONLY_WORDS[isinstance(error, ValueError)])
 
 
-def describe_items(start: int, stop: int) -> str:
+def describe_items(start: int, stop: int, noun: str = "item") -> str:
     """Return a range of a list's items in words.
 
-    >>> describe_items(5, 6), describe_items(5, 9)
-    ('item 5', 'items 5:9')
+    >>> describe_items(5, 6), describe_items(5, 9), describe_items(5, 9, "fit")
+    ('item 5', 'items 5:9', 'fits 5:9')
     """
-    return f"item {start}" if stop == start + 1 else f"items {start}:{stop}"
+    return f"{noun} {start}" if stop == start + 1 else f"{noun}s {start}:{stop}"
 
 
 def count_noun(n: int, noun: str) -> str:

@@ -208,8 +208,10 @@ class _OutputOptions(TypedDict, total=False):
         """dtype or tuple
         The dtype that results are cast to. Floats are cast within their kind, integers when every
         value fits, strings and dates when it is safe; else an error names the value. Integers
-        become floats as NumPy rounds them: 2**53 + 1 loses a unit in double precision. A tuple has
-        one for each result. Default: what the function returns.""",
+        become floats as NumPy rounds them: 2**53 + 1 loses a unit in double precision. Of text
+        without a length (``str``, ``"S"``) the longest decides, as in `numpy.stack`; with `resume`
+        all must have one length. A tuple has one for each result. Default: what the function
+        returns.""",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 
 from taskcarrier.report import Report
@@ -15,10 +16,10 @@ def progress_bar(
 ) -> Iterator[Callable[[Ledger], None] | None]:
     """Show a progress bar; yield a function to call now and then with the run's ledger.
 
-    Yields None if nothing is shown. `n_items` is None where the number of items is not known;
-    `n_before` items were done before the run.
+    Yields None if nothing is shown, as where there is no standard error. `n_items` is None where
+    the number of items is not known; `n_before` items were done before the run.
     """
-    if verbosity < 1:
+    if verbosity < 1 or sys.stderr is None or getattr(sys.stderr, "closed", False):
         yield None
         return
     from tqdm.std import TqdmDefaultWriteLock, tqdm  # noqa: PLC0415  # only when progress is shown

@@ -68,6 +68,9 @@ def test_arguments_are_the_same_for_all(kind):
         kind(colour="red")
     with pytest.raises(ValueError, match="chunksize"):
         kind(chunksize=0)
+    for folder in (5, True, ["/tmp"]):
+        with pytest.raises(TypeError, match="temp_folder must be the path of a folder or None"):
+            kind(temp_folder=folder)
 
 
 STARMAP_KINDS = [

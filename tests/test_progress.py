@@ -1,10 +1,12 @@
 """The bar, and the report in the log."""
 
+import io
 import logging
 from unittest.mock import MagicMock
 
 import pytest
 
+from taskcarrier import SerialMapper
 from taskcarrier.progress import log_report, progress_bar
 from taskcarrier.report import Report
 from taskcarrier.scheduling.ledger import Ledger
@@ -25,6 +27,18 @@ def test_nothing_is_shown_without_verbosity(verbosity, capsys):
     with progress_bar(verbosity, 10, 1) as tick:
         assert tick is None
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.fault(38)
+@pytest.mark.parametrize("kind", ["None", "closed"])
+def test_without_standard_error_there_is_no_bar(kind, monkeypatch):
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr("sys.stderr", None if kind == "None" else closed)
+    with progress_bar(1, 10, 1) as tick:
+        assert tick is None
+    mapper = SerialMapper(verbosity=1)
+    assert mapper.map(abs, [1, -2]) == list(mapper.imap(abs, [1, -2])) == [1, 2]
 
 
 @pytest.mark.usefixtures("no_monitor")

@@ -13,7 +13,7 @@ from taskcarrier.arrays.inputs.halos import Halo, check_halo
 from taskcarrier.arrays.inputs.sources import local_sources, sources_for_processes
 from taskcarrier.arrays.kernels.prepare import RowOutput, prepare_call
 from taskcarrier.arrays.outputs.buffers import OutputBuffer
-from taskcarrier.arrays.outputs.stacking import ObjectRule
+from taskcarrier.arrays.outputs.stacking import ObjectRule, holds_objects
 from taskcarrier.arrays.resume.computation import Computation
 from taskcarrier.arrays.resume.ledger_file import LedgerFile
 from taskcarrier.arrays.task import ArrayTask
@@ -244,9 +244,11 @@ class ArrayCall:
 
     def _find_object_rule(self, buffer: OutputBuffer | None) -> ObjectRule:
         """Return what becomes of objects that items give, by the dtypes of outputs and inputs."""
-        if buffer is not None and buffer.asks_for_objects:
+        asked = [] if buffer is None else buffer.asked_dtypes
+        if any(dtype.kind == "O" for dtype in asked):
             return "keep"
-        return "allow" if any(dtype.hasobject for dtype in self.inputs.dtypes) else "refuse"
+        has_objects = any(map(holds_objects, asked)) or any(d.hasobject for d in self.inputs.dtypes)
+        return "allow" if has_objects else "refuse"
 
     def collect_failures(self, delivered: list[PartialResult]) -> list[DeliveredFailure]:
         """Return the failures in what was delivered, in ascending order, with notes."""

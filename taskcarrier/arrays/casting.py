@@ -40,7 +40,9 @@ def cast_checked(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     if dtype.kind in "iu" and source.kind in "iu":
         _check_limits(values, dtype)
     else:
-        rule: Any = "same_kind" if dtype.kind in "fcO" and source.kind in "biufc" else "safe"
+        stays_number = source.kind in "biufc" and dtype.kind in "fcO"
+        stays_text = source.kind == "U" and dtype.kind == "T"  # which loses nothing
+        rule: Any = "same_kind" if stays_number or stays_text else "safe"
         if not np.can_cast(source, dtype, rule):
             raise TypeError(f"results of dtype {source} cannot become {dtype} ({_REMEDY})")
     return values.astype(dtype)
@@ -66,22 +68,31 @@ def cast_scalar(value: object, dtype: np.dtype[Any], name: str) -> np.ndarray:
     TypeError
         If it is not; the message has the argument's `name`, the value and the dtype.
     """
-    if dtype.hasobject:
-        result = np.empty((), dtype)
-        result[()] = value
-        return result
+    result = _cast_if_preserved(value, dtype)
+    if result is None:
+        raise TypeError(f"{name}={value!r} is no value of dtype {dtype}")
+    return result
+
+
+def _cast_if_preserved(value: object, dtype: np.dtype[Any]) -> np.ndarray | None:
+    """Return one value as a 0-d array of `dtype`; None if it is not the same value any more."""
+    if dtype.kind == "T" and not isinstance(value, str) and value is not _get_na_object(dtype):
+        return None  # NumPy would make text of it
+    result: np.ndarray
     try:
+        if dtype.hasobject:
+            result = np.empty((), dtype)
+            result[()] = value
+            return result
         original = np.asarray(value)
         if original.dtype.kind == "c" and dtype.kind != "c":
-            raise TypeError("a complex value")  # noqa: TRY301  # the message is made below
+            return None
         with np.errstate(all="ignore"):  # the result is checked below
             result = original.astype(dtype)
         is_preserved = original.ndim == 0 and _is_preserved(original, result)
     except (TypeError, ValueError, OverflowError):
-        is_preserved = False
-    if not is_preserved:
-        raise TypeError(f"{name}={value!r} is no value of dtype {dtype}")
-    return result
+        return None
+    return result if is_preserved else None
 
 
 def _is_preserved(original: np.ndarray, result: np.ndarray) -> bool:
@@ -107,18 +118,38 @@ MakeFill = Callable[[np.dtype[Any]], object]
 
 
 def find_missing_value(dtype: np.dtype[Any]) -> object:
-    """Return the missing value of a dtype: NaN, NaT or None, and zero if it has none."""
+    """Return the missing value of a dtype: NaN, NaT or None; for others what stands for it.
+
+    That is zero, empty text, and for records that of numbers and text, with None for objects.
+    """
     if dtype.kind in "fc":
         return np.nan
     if dtype.kind in "mM":
         return np.array("NaT", dtype)
-    if dtype.hasobject:
+    if dtype.kind == "T":
+        return _get_na_object(dtype)
+    if dtype.kind == "O":
         return None
-    return np.zeros((), dtype)
+    zeros = np.zeros((), dtype)
+    _set_objects_to_none(zeros)
+    return zeros
 
 
 def require_missing_value(dtype: np.dtype[Any]) -> object:
     """Return the missing value of a dtype; raise a `TypeError` if it has none."""
-    if not dtype.hasobject and dtype.kind not in "fcmM":
+    if dtype.kind not in "fcmMO" and not hasattr(dtype, "na_object"):
         raise TypeError(f"results of dtype {dtype} have no NaN: pass fill_value=")
     return find_missing_value(dtype)
+
+
+def _get_na_object(dtype: np.dtype[Any]) -> object:
+    """Return the missing value with which a `StringDType` was made; no text if it has none."""
+    return getattr(dtype, "na_object", "")
+
+
+def _set_objects_to_none(array: np.ndarray) -> None:
+    """Set all objects in fields of records to None."""
+    for name in array.dtype.names or ():
+        _set_objects_to_none(array[name])
+    if array.dtype.kind == "O":
+        array[...] = None

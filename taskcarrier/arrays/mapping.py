@@ -318,6 +318,7 @@ def prepare_chunks(
         check_out_axis(options["out_axis"], options["axis"]),
         call.inputs,
         call.extras,
+        resume=options["resume"],
         make_fill=choose_fill(options["fill_value"], on_error),
     )
     return PlacedMap(call, request, on_error, options["resume"])
@@ -342,7 +343,8 @@ def prepare_items(
         check_out_axis(options["out_axis"], 0),
         call.inputs,
         call.extras,
-        promote_dtypes=not resume,
+        promote_dtypes=True,
+        resume=resume,
         make_fill=choose_fill(options["fill_value"], on_error),
     )
     if call.inputs.n_items == 0:

@@ -265,15 +265,17 @@ def _make_disagreement_error(
     else:
         first, last = call.grid.range_of(reference_start // call.grid.chunksize)
         expected = f"{describe(reference, last - first)} for items {first}:{last}"
+    has_text = any(dtype.kind in "SU" for dtype, _ in reference.parts)
+    remedy = "pass dtype=" + ", of text with a length, as 'U20'" * has_text
     if call.by_item:
         return ValueError(
             f"func returned {describe(failure.error.spec, 1)} for each of the items "
             f"{start}:{stop}, but {expected}; every item must give results of the same shape and "
-            "dtype (pass dtype=); a mapper returns a list of results of any shape"
+            f"dtype ({remedy}); a mapper returns a list of results of any shape"
         )
     return ValueError(
         f"func returned {failure.error.spec.describe(stop - start)} for axis "
         f"{call.inputs.axes[0]}, items {start}:{stop}, but {expected}; it must return the same "
         "dtype and the same shape but for the mapped axis for every chunk (for example with "
-        ".astype, or pass dtype=); results of any shape go to map_chunks, or to a mapper"
+        f".astype, or {remedy}); results of any shape go to map_chunks, or to a mapper"
     )

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from taskcarrier.arguments import check_iterable
 from taskcarrier.arrays.inputs.check import refuse_masked
 from taskcarrier.notes import add_note
 from taskcarrier.workers.loop import is_worker_process
@@ -63,7 +64,8 @@ class Rows:
     @classmethod
     def from_arguments(cls, rows: Any, n_samples: int) -> Rows:
         """Check the rows of every fit, which may be indices or masks."""
-        return cls([_to_rows(entry, n_samples) for entry in rows], n_samples)
+        entries = check_iterable(rows, "rows", "arrays of indices or masks, one for each fit")
+        return cls([_to_rows(entry, n_samples) for entry in entries], n_samples)
 
     def get_rows(self, number: int) -> np.ndarray:
         """Return the rows of one fit."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
 import numpy as np
 
-from taskcarrier.arguments import check_integer
+from taskcarrier.arguments import check_integer, check_iterable
 from taskcarrier.arrays.inputs.check import check_inputs, refuse_masked
 from taskcarrier.arrays.mapping import MAP_ARRAY, prepare_chunks
 from taskcarrier.estimators.fits import CallerContext, Rows, Template, clone, fit_one
@@ -146,7 +146,7 @@ def fit_many(estimators: Any, X: Any, y: Any = None, **options: Any) -> Any:
     fits = _plan_fits(
         _to_list(estimators),
         None if rows is None or callable(rows) else Rows.from_arguments(rows, n_samples),
-        None if columns is None else [_to_column(column, data.get("y")) for column in columns],
+        None if columns is None else _to_columns(columns, data.get("y")),
         weights.n_fits,
     )
     fit = partial(
@@ -166,6 +166,7 @@ def fit_many(estimators: Any, X: Any, y: Any = None, **options: Any) -> Any:
         on_error=filled["on_error"],
         rng=rng,
         shared={**data, "rows": fits.rows},
+        noun="fit",
     )
 
 
@@ -217,9 +218,11 @@ def predict_array(
     array([0, 2, 4, 6])
     """
     filled = _PREDICT_ARRAY.fill(options)
+    if not isinstance(method, str):
+        raise TypeError(f"method must be the name of a method, such as 'predict', got {method!r}")
     if not callable(getattr(estimator, method, None)):
         raise TypeError(f"{type(estimator).__name__} has no method {method!r}")
-    inputs = check_inputs((X,), 0)
+    inputs = check_inputs((X,), 0, ["X"])
     if filled["chunksize"] is None:
         filled["chunksize"] = max(_MIN_ROWS, -(-inputs.n_items // _N_RANGES))
     settings = replace(Settings.from_options(filled), gil_reason=_explain_threads([estimator]))
@@ -324,18 +327,24 @@ def _to_list(estimators: Any) -> list[Any]:
 
 def _to_data(value: Any, name: str, n_samples: int | None = None) -> Any:
     """Return data from which rows can be taken; `name` is for errors."""
+    refuse_masked(value, name, "pass its .filled(value)")
     # CSR is the only kind of sparse matrix from which rows can be taken.
     is_sparse = hasattr(value, "tocsr")
-    data = value.tocsr() if is_sparse else check_inputs((value,), 0).arrays[0]
+    data = value.tocsr() if is_sparse else check_inputs((value,), 0, [name]).arrays[0]
     if n_samples is not None and data.shape[0] != n_samples:
         raise ValueError(f"X has {n_samples} samples, but {name} has {data.shape[0]}")
     return data
 
 
-def _to_column(column: Any, y: Any) -> int:
+def _to_columns(columns: Any, y: Any) -> list[int]:
     if y is None or y.ndim != 2:  # noqa: PLR2004  # a column has no other shape
         raise ValueError("columns= needs y with one column for each target")
+    entries = check_iterable(columns, "columns", "column numbers of y, one for each fit")
+    return [_to_column(column, y.shape[1]) for column in entries]
+
+
+def _to_column(column: Any, n_columns: int) -> int:
     index = check_integer(column, "columns", "column numbers of y")
-    if not -y.shape[1] <= index < y.shape[1]:
-        raise IndexError(f"column {index} of y is asked for, which has {y.shape[1]}")
+    if not -n_columns <= index < n_columns:
+        raise IndexError(f"column {index} of y is asked for, which has {n_columns}")
     return index

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import starmap
+from itertools import count
+from operator import length_hint
 from time import monotonic_ns
 from typing import Any
 
@@ -45,11 +46,12 @@ def map_lists(
     rng: object = None,
     shared: object = None,
     are_arguments: bool = False,
+    noun: str = "item",
 ) -> Any:
     """Return ``list(map(func, *sequences))``, run on the workers that `settings` ask for.
 
     With `are_arguments`, return ``list(starmap(func, *sequences))`` for one sequence of arguments.
-    If errors are collected, return the failures too.
+    If errors are collected, return the failures too. Errors call an item by `noun`.
     """
     started_ns = monotonic_ns()
     check_callable(func)
@@ -62,6 +64,7 @@ def map_lists(
         collect_errors=collect_errors,
         rng=rng,
         shared=shared,
+        noun=noun,
     )
     executor = decide(settings, func, over_lists=True) if items else run_nothing()
     grid, task = _make_task(calls, items, chunksize, executor, settings)
@@ -74,13 +77,13 @@ def map_lists(
         collect_errors=collect_errors,
         can_split=True,
     )
-    raise_first_failure(outcome, describe_items)
+    raise_first_failure(outcome, calls.describe)
     results, failures, missing = _join_results(dict(outcome.delivered), len(items))
-    raise_if_missing(outcome, describe_items, missing, lambda: results)
+    raise_if_missing(outcome, calls.describe, missing, lambda: results)
     if not collect_errors:
         return results
     for start, stop, error in failures:
-        add_note(error, f"while mapping {describe_items(start, stop)}")
+        add_note(error, f"while mapping {calls.describe(start, stop)}")
     return results, list_failed_ranges(failures)
 
 
@@ -98,7 +101,10 @@ def _make_task(
     n_workers = executor.choice.n_jobs if settings.retry_policy.timeout is None else None
     grid = list_grid(len(items), chunksize, n_workers)
     packed_chunks = PackedChunks.pack(
-        lambda start, stop: items[start:stop], grid, executor.staging, describe_items
+        lambda start, stop: items[start:stop],
+        grid,
+        executor.staging,
+        partial(describe_items, noun=calls.noun),
     )
     return grid, _PackedTask(calls, packed_chunks, grid.chunksize)
 
@@ -151,7 +157,7 @@ def _join_results(
     return results, failures, missing
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Calls:
     """A function, and how it is called with items.
 
@@ -165,12 +171,15 @@ class Calls:
         Whether errors are collected; else the first error ends the run.
     passes_index : bool
         Whether the first argument of the function is the number of the item.
+    noun : str
+        What errors call an item.
     """
 
     call: Call
     is_tuple: bool
     collect_errors: bool
     passes_index: bool
+    noun: str
 
     @classmethod
     def from_arguments(
@@ -182,6 +191,7 @@ class Calls:
         collect_errors: bool,
         rng: object,
         shared: object,
+        noun: str = "item",
     ) -> Calls:
         """Make calls from the options of a map."""
         _, kwargs = check_extras((), shared, "shared")
@@ -191,7 +201,17 @@ class Calls:
             func = WithRandomStream(func, random_streams_for(func, rng))
         if retry_policy.retry_on:
             func = WithRetries(func, retry_policy.retry_on, retry_policy.retries)
-        return cls(Call(func, (), kwargs), is_tuple, collect_errors, rng is not None)
+        return cls(
+            call=Call(func, (), kwargs),
+            is_tuple=is_tuple,
+            collect_errors=collect_errors,
+            passes_index=rng is not None,
+            noun=noun,
+        )
+
+    def describe(self, start: int, stop: int) -> str:
+        """Return a range of items in words."""
+        return describe_items(start, stop, self.noun)
 
     def bind_shared(self) -> Calls:
         """Return the same for a worker: shared arguments are bound, and their arrays read-only."""
@@ -201,36 +221,46 @@ class Calls:
         func = partial(self.call.func, **shared)
         return replace(self, call=replace(self.call, func=func))
 
+    def _iterate_arguments(self, items_left: Iterator[Any], start: int) -> Iterator[Any]:
+        """Iterate over the items as the function gets them: after their numbers, if it gets any."""
+        if not self.passes_index:
+            return items_left
+        numbers = count(start)
+        if self.is_tuple:
+            return map(lambda number, item: (number, *item), numbers, items_left)
+        return zip(numbers, items_left, strict=False)
+
     def call_items(self, items: Sequence[Any], start: int) -> list[Any] | PartialResult:
         """Return the results of items from number `start` on, and the failures if there are any."""
         func = self.call.func
         results: list[Any] = []
         failures: list[DeliveredFailure] = []
-        is_tuple = self.is_tuple
-        arguments: Iterator[Any] = iter(items)
-        if self.passes_index:
-            numbered = enumerate(items, start)
-            arguments = ((n, *item) for n, item in numbered) if is_tuple else numbered
-            is_tuple = True
-        # After an error the results so far stay in the list; its length gives the failed item.
-        calls: Iterator[Any] = starmap(func, arguments) if is_tuple else map(func, arguments)
+        items_left = iter(items)
+        arguments = self._iterate_arguments(items_left, start)
         while True:
             try:
-                results.extend(calls)
-                if len(results) == len(items):
-                    break
-                # `extend` took a StopIteration of func for the end.
-                raise StopIteration("func raised StopIteration")  # noqa: TRY301  # handled below
+                # After an error the results so far stay in the list; its length gives the failed
+                # item. (`extend` and `map` would take a StopIteration of func for the end.)
+                if self.is_tuple or self.passes_index:
+                    for each in arguments:
+                        results.append(func(*each))  # noqa: PERF401  # as said
+                else:
+                    for item in arguments:
+                        results.append(func(item))  # noqa: PERF401  # as said
+                break
             except BaseException as error:
                 failed = start + len(results)
+                # Otherwise the exception came from outside, between two items.
+                is_raised_by_func = length_hint(items_left) < len(items) - len(results)
                 if self.call.kwargs and is_read_only_error(error):
                     add_note(error, f"arrays in shared= are read-only; {READ_ONLY_ADVICE}")
                 if (
                     not self.collect_errors
                     or not isinstance(error, Exception)
+                    or not is_raised_by_func
                     or is_raised_by_handler(error)
                 ):
-                    add_note(error, f"func failed on item {failed}")
+                    add_note(error, f"func failed on {self.describe(failed, failed + 1)}")
                     raise
                 failures.append(DeliveredFailure(failed, failed + 1, error))
                 results.append(None)

@@ -27,6 +27,8 @@ from taskcarrier.memory.strides import address_of, byte_bounds
 from taskcarrier.system.descriptors import Descriptor, keep_standard_free, open_owned
 
 _MAPS = "/proc/self/maps"
+# Where a pipe has the name of a file, opening it would wait for a writer.
+_OPEN_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 
 
 def find_shared(array: np.ndarray, *, writable: bool = False) -> SharedView | None:
@@ -157,10 +159,8 @@ def find_region(array: np.ndarray) -> tuple[object, int, int]:
 def identify_file(path: str) -> tuple[str, str] | None:
     """Return device and inode of a file as its mappings show them; None if it cannot be mapped."""
     try:
-        with (
-            open(path, "rb") as file,
-            mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ) as probe,
-        ):
+        file = open_owned(os.open, path, os.O_RDONLY | _OPEN_FLAGS)
+        with mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ) as probe:
             return _identify_file(probe)
     except (OSError, ValueError):
         return None
@@ -239,7 +239,7 @@ def _open_by_name(line: _MapsLine, access: int) -> Descriptor | None:
     if line.path.endswith(" (deleted)") or not line.path.startswith("/"):
         return None
     try:
-        descriptor = open_owned(os.open, line.path, access | os.O_CLOEXEC)
+        descriptor = open_owned(os.open, line.path, access | _OPEN_FLAGS)
     except OSError:
         return None
     return descriptor if _is_same_file(descriptor.fileno(), line) else None

@@ -10,6 +10,7 @@ import math
 import os
 import stat
 from collections.abc import Callable
+from tokenize import TokenError
 from typing import Any, Literal
 
 import numpy as np
@@ -80,7 +81,13 @@ def _map_file(text: str, mode: str, *, takes_writes: bool = False) -> np.ndarray
             version = np.lib.format.read_magic(file)
         except ValueError as error:
             raise ValueError(f"{text} is no .npy file: {error}") from None
-        shape, fortran_order, dtype = _read_header(file, version)
+        try:
+            shape, fortran_order, dtype = _read_header(file, version)
+        except (ValueError, TokenError) as error:
+            raise ValueError(
+                f"{text} has a header that cannot be read: {error}. The file is cut off, damaged "
+                "or of a newer NumPy; write it again with numpy.save"
+            ) from None
         offset = file.tell()
     if dtype.hasobject:
         raise ValueError(
@@ -258,7 +265,7 @@ class NpyWriter:
                 shape, _, dtype = _read_header(file, np.lib.format.read_magic(file))
                 end = file.tell() + math.prod(shape) * dtype.itemsize
                 is_whole = os.fstat(file.fileno()).st_size >= end
-        except (OSError, ValueError):
+        except (OSError, ValueError, TokenError):
             return None
         return (dtype, shape) if is_whole and not dtype.hasobject else None
 

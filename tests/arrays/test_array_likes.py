@@ -358,8 +358,6 @@ class TestStringsOfAnyLength:
     @pytest.fixture(scope="class")
     @staticmethod
     def words():
-        if not hasattr(np.dtypes, "StringDType"):
-            pytest.skip("NumPy 1 has no StringDType")  # its oldest version runs in CI
         words = ["", "a", "λ" * 40, "word " * 300] * 6
         return np.array(words, np.dtypes.StringDType())
 
@@ -377,6 +375,22 @@ class TestStringsOfAnyLength:
         assert result.dtype == kind
         assert result.tolist() == [str(i) for i in range(20)]
 
+    def test_items_give_strings_of_any_length(self, words, run):
+        kind, options = words.dtype, {"chunksize": 5, **run}
+        X = np.arange(20)
+        result = map_items(lambda i: np.array(["a", "b" * int(i)], kind), X, **options)
+        assert result.dtype == kind
+        assert result.tolist() == [["a", "b" * i] for i in range(20)]
+        for func in (lambda word: word, lambda word: np.array(word, kind)):
+            result = map_items(func, words, dtype=kind, **options)
+            assert result.dtype == kind
+            assert result.tolist() == words.tolist()
+        mixed = map_items(lambda i: np.array("b" * i, kind) if i % 2 else "a" * i, X, **options)
+        assert mixed.dtype == kind
+        assert mixed.tolist() == ["ab"[i % 2] * i for i in range(20)]
+        with pytest.raises(TypeError, match=r"None \(NoneType\) for item 7"):
+            map_items(lambda i: None if i == 7 else "a", X, dtype=kind, **options)
+
     def test_failed_strings_of_any_length_are_filled(self, words, run):
         def func(chunk):
             if (chunk == "a").any():
@@ -389,3 +403,14 @@ class TestStringsOfAnyLength:
         assert [failure.start for failure in failures] == list(range(1, 24, 4))
         expected = ["none" if word == "a" else word for word in words.tolist()]
         assert result.tolist() == expected
+        options = {"chunksize": 5, **run}
+        result, _ = map_array(func, words, on_error="collect", **options)
+        assert result.tolist() == ["" if word == "a" else word for word in words.tolist()]
+        with pytest.raises(TypeError, match="have no NaN: pass fill_value="):
+            map_array(func, words, on_error="fill", **options)
+        with pytest.raises(TypeError, match="fill_value=3 is no value of dtype StringDType"):
+            map_array(func, words, on_error="fill", fill_value=3, **options)
+
+
+if not hasattr(np.dtypes, "StringDType"):  # NumPy 1 has none
+    del TestStringsOfAnyLength

@@ -211,6 +211,75 @@ def test_dtypes_without_a_missing_value_get_zero_or_an_error(dtype):
         require_missing_value(np.dtype(dtype))
 
 
+INNER = [("text", "U3"), ("any", "O", (2,)), ("time", "M8[s]")]
+RECORD = np.dtype([("number", "f8"), ("any", "O"), ("inner", INNER, (2,)), ("rows", "i4", (2, 3))])
+
+
+def test_records_with_objects_are_filled_with_zeros_and_none():
+    found = find_missing_value(RECORD)
+    assert (found.shape, found.dtype) == ((), RECORD)
+    assert found["number"] == 0
+    assert found["any"][()] is None
+    assert found["inner"]["text"].tolist() == ["", ""]
+    assert found["inner"]["any"].tolist() == [[None, None]] * 2
+    assert found["inner"]["time"].tolist() == np.zeros(2, "M8[s]").tolist()
+    assert found["rows"].tolist() == [[0, 0, 0]] * 2
+    with pytest.raises(TypeError, match="have no NaN: pass fill_value="):
+        require_missing_value(RECORD)
+
+
+def test_a_value_that_fields_refuse_is_no_value_of_a_record():
+    assert cast_scalar((1, len), np.dtype("i4,O"), "cval").tolist() == (1, len)
+    for bad in (("x", len), (1, len, 3), None):
+        with pytest.raises(TypeError, match="is no value of dtype"):
+            cast_scalar(bad, np.dtype("i4,O"), "cval")
+
+
+# Strings of any length, which NumPy 1 does not have, and their missing values.
+TEXTS = (
+    [
+        (np.dtypes.StringDType(), ""),
+        (np.dtypes.StringDType(na_object=None), None),
+        (np.dtypes.StringDType(na_object=np.nan), np.nan),
+        (np.dtypes.StringDType(na_object="gone"), "gone"),
+    ]
+    if hasattr(np.dtypes, "StringDType")
+    else [(np.dtype("U3"), "")]
+)
+
+
+@pytest.mark.parametrize(("dtype", "missing"), TEXTS, ids=str)
+def test_strings_of_any_length_are_filled_with_their_missing_value(dtype, missing):
+    found = np.array(["word"], dtype)
+    found[0] = find_missing_value(dtype)
+    assert found[0] is missing or found[0] == missing
+    if hasattr(dtype, "na_object"):
+        assert require_missing_value(dtype) is missing
+        assert cast_scalar(missing, dtype, "cval")[()] is missing
+    else:
+        with pytest.raises(TypeError, match="have no NaN: pass fill_value="):
+            require_missing_value(dtype)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype, _ in TEXTS], ids=str)
+def test_text_becomes_text_of_any_length_and_objects_do_not(dtype):
+    assert cast_checked(np.array(["a", "bcd"]), dtype).tolist() == ["a", "bcd"]
+    refused = [np.array(["a"], object), np.array([b"a"] if dtype.kind == "T" else ["long"])]
+    for values in refused:
+        with pytest.raises(TypeError, match="cannot become"):
+            cast_checked(values, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "missing"), TEXTS, ids=str)
+def test_only_text_is_a_value_of_strings_of_any_length(dtype, missing):
+    for text in ("", "abc", np.str_("abc")):
+        assert cast_scalar(text, dtype, "cval")[()] == text
+    for bad in (3, 1.5, b"abc", ["abc"], ..., *{None} - {missing}):
+        with pytest.raises(TypeError, match="is no value of dtype") as caught:
+            cast_scalar(bad, dtype, "cval")
+        assert str(caught.value) == f"cval={bad!r} is no value of dtype {dtype}"
+
+
 @pytest.mark.parametrize("dtype", ["f4", ">i2", float, np.int8, "U3", [("a", "f4")]])
 def test_check_dtype_takes_dtypes_in_any_form(dtype):
     assert check_dtype(dtype) == np.dtype(dtype)

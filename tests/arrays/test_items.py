@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from taskcarrier import last_report, map_items
 from tests.errors import said
+from tests.interrupted import interrupted_between_items
 from tests.strategies import (
     PAIRS,
     REALS,
@@ -203,6 +204,17 @@ def test_dtypes_that_promote_differently_in_steps_promote_at_once(values, chunks
     assert_same(mapped(lambda i: values[i], np.arange(3), chunksize=chunksize), expected)
 
 
+@pytest.mark.fault(5)
+@pytest.mark.parametrize("chunksize", [1, 3])
+def test_dates_and_durations_are_refused_as_numpy_stack_refuses_them(run, chunksize):
+    values = [np.datetime64("2020-01-01"), np.timedelta64(5, "D"), np.datetime64("2020-01-02")]
+    with pytest.raises(TypeError, match="Cannot cast"):
+        np.stack(values)
+    with pytest.raises(TypeError, match="Cannot cast") as caught:
+        map_items(lambda i: values[i], np.arange(3), chunksize=chunksize, **run)
+    assert "dtypes datetime64[D], timedelta64[D], which have none in common" in said(caught.value)
+
+
 @pytest.mark.parametrize(("given_", "dtype"), [("f8", "f4"), ("i8", "u1"), ("f4", ">c16")])
 def test_results_are_cast_to_the_dtype_that_is_asked_for(given_, dtype):
     X = np.arange(20).astype(given_)
@@ -325,6 +337,16 @@ def test_items_of_object_arrays_are_mapped(run):
     assert (result.dtype, result.tolist()) == (np.dtype(object), [[1], ["two"], [None]])
 
 
+@pytest.mark.fault(30)
+def test_records_with_objects_are_stacked_where_they_are_asked_for(run):
+    X = np.array([(n, {n}) for n in range(8)], [("number", "i4"), ("any", "O")])
+    for func, items in [(lambda record: record, X), (lambda n: X[n], np.arange(8))]:
+        result = map_items(func, items, dtype=X.dtype, chunksize=3, **run)
+        assert (result.dtype, result.tolist()) == (X.dtype, X.tolist())
+    with pytest.raises(TypeError, match="pass dtype=object to collect them"):
+        map_items(lambda n: X[n], np.arange(8), **run)
+
+
 @pytest.mark.parametrize("kind", [ZeroDivisionError, KeyError, StopIteration])
 @pytest.mark.parametrize("chunksize", [1, 3, 20])
 def test_an_error_of_the_function_names_the_item(run, kind, chunksize):
@@ -335,6 +357,9 @@ def test_an_error_of_the_function_names_the_item(run, kind, chunksize):
 
     with pytest.raises(kind) as caught:
         map_items(func, np.arange(11), chunksize=chunksize, **run)
+    assert caught.value.args == ("on purpose",)
+    with pytest.raises(kind, match="on purpose"):
+        map_items(lambda x, _: func(x), np.arange(11), args=(1,), chunksize=chunksize, **run)
     assert "func failed on item 7" in caught.value.__notes__
     assert any(note.startswith("while mapping axis 0, items") for note in caught.value.__notes__)
     assert_same(map_items(func, np.arange(7), **run), np.arange(7))
@@ -357,8 +382,39 @@ def test_collected_errors_are_those_of_the_items_whatever_the_cut(run, chunksize
     )
     assert [(start, stop) for start, stop, _ in failures] == [(n, n + 1) for n in (3, 8, 13, 18)]
     assert [type(error) for *_, error in failures][:2] == [ValueError, StopIteration]
+    assert [error.args for *_, error in failures] == [(3,), (8,), (13,), (18,)]
     assert_same(result, np.where(np.arange(20) % 5 == 3, np.nan, np.arange(20.0)))
     filled = map_items(
         func, np.arange(20), on_error="fill", fill_value=-1, chunksize=chunksize, **run
     )
     assert_same(filled, np.where(np.arange(20) % 5 == 3, -1, np.arange(20.0)))
+
+
+@pytest.mark.fault(44)
+@pytest.mark.parametrize("n_items", [2, 5])
+def test_an_exception_from_outside_between_two_items_is_not_collected(n_items):
+    with pytest.raises(ArithmeticError, match="outside"):
+        interrupted_between_items(
+            "_collect",
+            ArithmeticError("outside"),
+            lambda: map_items(np.copy, np.arange(n_items), on_error="collect", n_jobs=1),
+        )
+
+
+@pytest.mark.fault(30)
+def test_failed_records_with_objects_are_filled_with_zeros_and_none(run):
+    X = np.array([(n, {n}) for n in range(8)], [("number", "i4"), ("any", "O")])
+
+    def func(record):
+        if record["number"] % 4 == 1:
+            raise ValueError(record["number"])
+        return record
+
+    expected = [(0, None) if n % 4 == 1 else (n, {n}) for n in range(8)]
+    result, failures = map_items(func, X, on_error="collect", chunksize=3, **run)
+    assert (result.dtype, result.tolist()) == (X.dtype, expected)
+    assert [failure.start for failure in failures] == [1, 5]
+    with pytest.raises(TypeError, match="have no NaN: pass fill_value="):
+        map_items(func, X, on_error="fill", **run)
+    result = map_items(func, X, on_error="fill", fill_value=(-1, "none"), chunksize=3, **run)
+    assert result.tolist() == [(-1, "none") if n % 4 == 1 else (n, {n}) for n in range(8)]

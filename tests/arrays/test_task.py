@@ -105,6 +105,7 @@ class TestUnusableResults:
             (lambda c: "abc", "str"),
             (lambda c: c.sum(), "float64"),
             (lambda c: threading.Lock(), "lock"),
+            (lambda c: (), r"() (tuple)"),
         ],
     )
     def test_results_that_are_no_arrays_are_named_with_their_type(self, func, said, run):

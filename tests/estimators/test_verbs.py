@@ -1,5 +1,6 @@
 """Fit loops equal scikit-learn's own, given the estimators, rows and states that it draws."""
 
+import re
 import subprocess
 import sys
 import warnings
@@ -301,7 +302,7 @@ class TestSettings:
             warnings.simplefilter("error")
             with pytest.raises(UserWarning, match="careful") as caught:
                 fit_many([Moody()] * 3, X, n_jobs=2, backend=backend)
-        assert any("while mapping item 0" in note for note in caught.value.__notes__)
+        assert any("while mapping fit 0" in note for note in caught.value.__notes__)
 
     def test_an_error_names_its_fit(self, run):
         many = [Moody(), Moody(fails=True), Moody()]
@@ -309,8 +310,10 @@ class TestSettings:
             warnings.simplefilter("ignore")
             with pytest.raises(ZeroDivisionError, match="moody") as caught:
                 fit_many(many, X, **run)
-            assert "func failed on item 1" in caught.value.__notes__
+            assert "func failed on fit 1" in caught.value.__notes__
+            assert any(re.match("while mapping fits? 1", n) for n in caught.value.__notes__)
             fitted, failures = fit_many(many, X, on_error="collect", **run)
+        assert "while mapping fit 1" in failures[0].error.__notes__
         assert [one is None for one in fitted] == [False, True, False]
         assert [one[:2] for one in failures] == [(1, 2)]
 
@@ -337,6 +340,8 @@ class TestBadArguments:
             ({"rows": lambda rng: [0]}, ValueError, "pass rng="),
             ({"sample_weight": np.ones(3)}, ValueError, r"shape \(150,\) or"),
             ({"columns": [5]}, IndexError, "column 5"),
+            ({"columns": 5}, TypeError, r"columns must be column numbers of y, .* got 5 \(int\)"),
+            ({"rows": 5}, TypeError, r"rows must be arrays of indices or masks, .* got 5 \(int\)"),
         ],
     )
     def test_bad_arguments_are_errors_before_anything_starts(self, options, error, words):
@@ -347,6 +352,17 @@ class TestBadArguments:
     def test_different_lengths_are_refused(self):
         with pytest.raises(ValueError, match="X has 150 samples, but y has 3"):
             fit_many(Ridge(), X, y[:3])
+
+    def test_data_are_called_by_their_names(self):
+        masked = np.ma.masked_array(y, y == 1)
+        with pytest.raises(TypeError, match=r"y is masked, .*: pass its \.filled\(value\)"):
+            fit_many(Ridge(), X, masked)
+        with pytest.raises(TypeError, match="X is masked"):
+            fit_many(Ridge(), np.ma.masked_array(X, X > 3), y)
+        with pytest.raises(TypeError, match="y has no axis to map over: int is 0-dimensional"):
+            fit_many(Ridge(), X, 3)
+        with pytest.raises(TypeError, match="X is a masked array"):
+            predict_array(Ridge().fit(X, y), np.ma.masked_array(X, X > 3))
 
     def test_missing_estimators_are_refused(self):
         with pytest.raises(TypeError, match="must have a method fit, got 3"):
@@ -378,6 +394,9 @@ class TestPredict:
     def test_missing_methods_are_refused(self):
         with pytest.raises(TypeError, match="LinearRegression has no method 'predict_proba'"):
             predict_array(LinearRegression().fit(X, y), X, "predict_proba")
+        for method in (None, 5, LinearRegression.predict):
+            with pytest.raises(TypeError, match="method must be the name of a method, such as"):
+                predict_array(LinearRegression().fit(X, y), X, method)
 
 
 def test_the_report_does_not_count_rows_as_carried_by_the_function():

@@ -661,13 +661,15 @@ def test_no_length_is_asked_for_where_no_bar_is_shown(make):
 def test_stop_iteration_of_the_function_is_an_error(make):
     def ends_early(n):
         if n == 5:
-            raise StopIteration
+            raise StopIteration(n, "early")
         return n
 
     came = []
     with pytest.raises(RuntimeError, match="func raised StopIteration") as caught:
         came.extend(make().imap(ends_early, range(10)))
     assert came == list(range(5))
+    assert type(caught.value.__cause__) is StopIteration
+    assert caught.value.__cause__.args == (5, "early")
     assert "while mapping item 5" in caught.value.__notes__
 
 

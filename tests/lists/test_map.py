@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import taskcarrier
 from tests.errors import Unreadable
+from tests.interrupted import interrupted_between_items
 from tests.lists.makers import MAKERS
 from tests.strategies import examples, keep_pools_warm, run_script, same_bits
 
@@ -305,23 +306,53 @@ def test_arrays_passed_as_shared_are_not_noted():
     assert mapper.report.notes == ()
 
 
-def ends_early(n):
-    if n == 5:
-        raise StopIteration
+def ends_early(n, *_, rng=None):
+    if n % 5 == 3:
+        raise StopIteration(n, "early")
     return n
 
 
-def test_stop_iteration_is_an_error(make):
+@pytest.mark.fault(1)
+@pytest.mark.parametrize("rng", [None, 0])
+@pytest.mark.parametrize("n_lists", [1, 2])
+def test_stop_iteration_is_an_error(n_lists, rng, make):
     # The built-in `map` would end there, and say nothing.
     with pytest.raises(StopIteration) as caught:
-        make(chunksize=4)(ends_early, range(10))
-    assert any("item 5" in note for note in caught.value.__notes__)
+        make(chunksize=10).map(ends_early, *[range(10)] * n_lists, rng=rng)
+    assert caught.value.args == (3, "early")
+    assert any("item 3" in note for note in caught.value.__notes__)
 
 
-def test_stop_iteration_can_be_collected(make):
-    results, failed = make(chunksize=4).map(ends_early, range(10), on_error="collect")
-    assert results == [n if n != 5 else None for n in range(10)]
-    assert [(one.start, one.stop, type(one.error)) for one in failed] == [(5, 6, StopIteration)]
+@pytest.mark.fault(1)
+@pytest.mark.parametrize("rng", [None, 0])
+@pytest.mark.parametrize("n_lists", [1, 2])
+def test_stop_iteration_can_be_collected(n_lists, rng, make):
+    results, failed = make(chunksize=4).map(
+        ends_early, *[range(10)] * n_lists, rng=rng, on_error="collect"
+    )
+    assert results == [n if n % 5 != 3 else None for n in range(10)]
+    assert [(one.start, one.stop) for one in failed] == [(3, 4), (8, 9)]
+    assert [(type(one.error), one.error.args) for one in failed] == [
+        (StopIteration, (3, "early")),
+        (StopIteration, (8, "early")),
+    ]
+
+
+@pytest.mark.fault(44)
+@pytest.mark.parametrize("n_items", [2, 5])
+@pytest.mark.parametrize("n_lists", [1, 2])
+def test_an_exception_from_outside_between_two_items_is_not_collected(n_lists, n_items):
+    mapper, lists = MAKERS["serial"](), [range(n_items)] * n_lists
+    with pytest.raises(ArithmeticError, match="outside"):
+        interrupted_between_items(
+            "call_items",
+            ArithmeticError("outside"),
+            lambda: (
+                mapper.map(max, [[0]] * n_items, on_error="collect")
+                if n_lists == 1
+                else mapper.map(pow, *lists, on_error="collect")
+            ),
+        )
 
 
 @pytest.mark.parametrize("kind", ["static processes", "dynamic processes"])

@@ -266,10 +266,11 @@ class TestRefusals:
                 load(path)
             for n_bytes in (0, 3, 6, 8, 9, 20):
                 path.write_bytes(whole[:n_bytes])
-                with pytest.raises(ValueError, match=r"npy|EOF|header|magic"):
-                    load(path)
-                with pytest.raises(ValueError, match=r"npy|EOF|header|magic"):
-                    map_array(np.copy, path)
+                words = "header that cannot be read: EOF" if n_bytes >= 8 else "no .npy file: EOF"
+                for action in (load, lambda path: map_array(np.copy, path)):
+                    with pytest.raises(ValueError, match=words) as caught:
+                        action(path)
+                    assert str(path) in str(caught.value)
 
     def test_truncated_files_of_the_third_version_are_refused(self, tmp_path):
         path = saved(tmp_path / "X.npy", np.ones(9, [("λ", "f8")]), (3, 0))
@@ -286,13 +287,22 @@ class TestRefusals:
             map_array(np.copy, path)
 
     @pytest.mark.parametrize(
-        "content", [b"", b"text", b"PK\x03\x04zip", b"\x93NUMPY", b"\x93NUMPY\x09\x00" + bytes(99)]
+        "content",
+        [
+            b"",
+            b"text",
+            b"PK\x03\x04zip",
+            b"\x93NUMPY",
+            b"\x93NUMPY\x09\x00" + bytes(99),
+            b"\x93NUMPY\x01\x00\x09\x00{'descr':",
+        ],
     )
     def test_files_that_are_no_npy_files_are_refused(self, content, tmp_path):
         path = tmp_path / "X.npy"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"npy|version|EOF|header|magic"):
+        with pytest.raises(ValueError, match=r"is no \.npy file|has a header that") as caught:
             load(path)
+        assert str(path) in str(caught.value)
 
     def test_missing_files_are_refused(self, tmp_path):
         for action in (load, lambda path: map_array(np.copy, path)):

@@ -78,11 +78,17 @@ class Inputs:
         return f"axis {self.axes[0]}, items {start}:{stop} of an array of shape {shape}"
 
 
-def check_inputs(arrays: Sequence[object], axis: object) -> Inputs:
-    """Check the arrays of a call; an error says which one is wrong and what to do."""
+def check_inputs(
+    arrays: Sequence[object], axis: object, names: Sequence[str] | None = None
+) -> Inputs:
+    """Check the arrays of a call; an error says which one is wrong and what to do.
+
+    In errors each array has its number, or its name among `names`.
+    """
     if not arrays:
         raise TypeError("expected at least one array to map over")
-    checked = [_convert_to_array(array, number) for number, array in enumerate(arrays)]
+    names = names or [f"array {number}" for number in range(len(arrays))]
+    checked = [_convert_to_array(*pair) for pair in zip(arrays, names, strict=True)]
     if axis is None or isinstance(axis, list):
         raise TypeError(
             "axis must be an integer, or a tuple that is one axis for each array, got "
@@ -147,8 +153,7 @@ def to_plain_range(items: object) -> np.ndarray:
     return np.asarray(items)
 
 
-def _convert_to_array(value: object, number: int) -> Any:
-    which = f"array {number}"
+def _convert_to_array(value: object, which: str) -> Any:
     if type(value) is np.ndarray and value.ndim:
         return value
     if isinstance(value, np.ma.MaskedArray):
@@ -172,10 +177,12 @@ def _convert_to_array(value: object, number: int) -> Any:
     else:
         array = _convert_in_memory(value, which)
     if array.ndim == 0:
+        what = type(value).__name__ + " is 0-dimensional as an array"
+        if isinstance(value, (str, os.PathLike)):
+            what = f"the file {os.fspath(value)} holds a 0-dimensional array"
         raise TypeError(
-            f"{which} has no axis to map over: {type(value).__name__} is 0-dimensional as an "
-            "array; pass an array with at least one axis, constants in args=, or use a mapper for "
-            "other sequences"
+            f"{which} has no axis to map over: {what}; pass an array with at least one axis, "
+            "constants in args=, or use a mapper for other sequences"
         )
     return array
 

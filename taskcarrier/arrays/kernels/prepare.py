@@ -328,7 +328,12 @@ def check_row(out_shape: object, dtype: Any, out: Any) -> RowOutput | None:
         raise TypeError("with out_shape= there is one result; dtype= and out= must not be tuples")
     if dtype is None:
         dtype = out.dtype if isinstance(out, np.ndarray) else np.float64
-    return RowOutput(shape, np.dtype(dtype))
+    row = RowOutput(shape, np.dtype(dtype))
+    if row.dtype.kind in "SU" and row.dtype.itemsize == 0:
+        raise ValueError(
+            f"with out_shape=, the dtype of text needs a length, as 'U20'; got {dtype!r}"
+        )
+    return row
 
 
 def _check_length(value: Any, out_shape: object) -> int:

@@ -121,10 +121,10 @@ class OutputBuffer(ABC):
         return False
 
     @property
-    def asks_for_objects(self) -> bool:
-        """Whether results are to be Python objects."""
+    def asked_dtypes(self) -> list[np.dtype[Any]]:
+        """The dtypes that results are to have, as far as they are asked for."""
         outputs = (self.outputs,) if isinstance(self.outputs, Output) else self.outputs
-        return any(output.dtype is not None and output.dtype.hasobject for output in outputs)
+        return [output.dtype for output in outputs if output.dtype is not None]
 
     def get_outputs(self, n_results: int) -> tuple[Output, ...]:
         """Return what is asked of each of `n_results` results; raise if their number is wrong."""
@@ -363,9 +363,11 @@ def _promote_dtypes(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:
     """Return the dtype that `numpy.stack` makes of several; one alone keeps its byte order."""
     if len(dtypes) == 1:
         return dtypes.pop()
+    ordered = sorted(dtypes, key=str)
     try:
-        return np.result_type(*dtypes)
+        # Not `result_type`: that has a dtype for dates and durations, which NumPy does not stack.
+        return np.concatenate([np.empty(0, dtype) for dtype in ordered]).dtype
     except TypeError as error:
-        names = ", ".join(sorted(map(str, dtypes)))
+        names = ", ".join(map(str, ordered))
         add_note(error, f"func returned values of dtypes {names}, which have none in common")
         raise

@@ -142,12 +142,14 @@ def check_output_request(
     others: Iterable[object],
     *,
     promote_dtypes: bool = False,
+    resume: bool = False,
     make_fill: MakeFill = find_missing_value,
 ) -> OutputRequest:
     """Check ``out=`` and ``dtype=`` and return what they ask for.
 
     `others` are further objects that `func` will see, arrays among them: no output may overlap
     with them or with an input. With `promote_dtypes`, results promote unless each has its dtype.
+    Text without a length always does: the longest decides. With `resume` nothing promotes.
     """
     entries: tuple[Any, ...] = out if isinstance(out, tuple) else (out,)
     dtypes = [check_dtype(one) for one in (dtype if isinstance(dtype, tuple) else (dtype,))]
@@ -165,12 +167,15 @@ def check_output_request(
     known_dtypes = [one for one in dtypes if one is not None]
     for one in known_dtypes:
         make_fill(one)
+    may_differ = (promote_dtypes and len(known_dtypes) < len(dtypes)) or any(
+        one.kind in "SU" and one.itemsize == 0 for one in known_dtypes
+    )
     return OutputRequest(
         entries=entries,
         dtypes=tuple(dtypes),
         is_tuple=isinstance(out, tuple) or isinstance(dtype, tuple),
         out_axis=out_axis,
-        promote_dtypes=promote_dtypes and len(known_dtypes) < len(dtypes),
+        promote_dtypes=may_differ and not resume,
         make_fill=make_fill,
     )
 

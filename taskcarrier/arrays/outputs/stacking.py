@@ -41,6 +41,11 @@ _Column = np.ndarray | list[np.ndarray]
 """The values of one result: one array of all, or, if dtypes differ, an array for each value."""
 
 
+def holds_objects(dtype: np.dtype[Any]) -> bool:
+    """Return whether values are Python objects, or records that have some."""
+    return dtype.hasobject and dtype.kind != "T"  # of a StringDType NumPy says that it has them
+
+
 def stack_values(
     values: Sequence[Any],
     start: int,
@@ -68,12 +73,18 @@ def stack_values(
     Raises
     ------
     TypeError
-        If objects are refused, and a value is neither an array nor a number.
+        If objects are refused, and a value is neither an array nor a number; if it is an empty
+        tuple.
     ValueError
         If values have different shapes, or tuples different lengths.
     """
     is_tuple = isinstance(values[0], tuple)
     n_results = len(values[0]) if is_tuple else 1
+    if n_results == 0:
+        raise TypeError(
+            f"func returned an empty tuple for item {start}; map_items needs a number or an array "
+            "(or a tuple of these)"
+        )
     axes = out_axis if isinstance(out_axis, tuple) else (out_axis,) * n_results
     if len(axes) != n_results:
         raise ValueError(f"out_axis has {len(axes)} entries, func returned {n_results}")
@@ -175,7 +186,7 @@ def _to_arrays(values: Sequence[Any], start: int, objects: ObjectRule) -> list[n
                 f"func returned {shorten_repr(values[0])} for item {start}, but a tuple for item "
                 f"{start + number}; every item must give as many results"
             )
-        if array.dtype.hasobject and objects == "refuse":
+        if objects == "refuse" and holds_objects(array.dtype):
             raise TypeError(
                 f"func returned {shorten_repr(value)} ({type(value).__name__}) for item "
                 f"{start + number}; map_items stacks numbers and arrays: pass dtype=object to "

@@ -102,6 +102,8 @@ class OutputWriter:
     ) -> list[np.ndarray]:
         """Return the results of `length` items, trimmed and cast; raise if they break the spec."""
         is_tuple = isinstance(result, tuple)
+        if is_tuple and not result:
+            raise _make_no_array_error(result)
         results = [_to_result(value) for value in (result if is_tuple else (result,))]
         axes = self._normalize_axes(results, length, margins)
         spec, results = self._prepare(results, axes, is_tuple, length, margins)
@@ -173,13 +175,17 @@ def _to_result(value: Any) -> np.ndarray:
         )
     array = np.asarray(value)
     if array.ndim == 0:
-        raise TypeError(
-            f"func returned {shorten_repr(value)} ({type(value).__name__}) for a chunk; map_array "
-            "needs an array with the chunk's length along the mapped axis (or a tuple of such "
-            "arrays). Functions of one item go to map_items; for one value from each chunk there "
-            "are map_chunks and reduce_array"
-        )
+        raise _make_no_array_error(value)
     return array
+
+
+def _make_no_array_error(value: object) -> TypeError:
+    return TypeError(
+        f"func returned {shorten_repr(value)} ({type(value).__name__}) for a chunk; map_array "
+        "needs an array with the chunk's length along the mapped axis (or a tuple of such "
+        "arrays). Functions of one item go to map_items; for one value from each chunk there "
+        "are map_chunks and reduce_array"
+    )
 
 
 def _check_axis(result: np.ndarray, wanted: int, length: int) -> int:

@@ -224,6 +224,15 @@ def test_paths_of_npy_files_are_arrays(tmp_path):
             assert last_report().bytes_copied == 0
 
 
+def test_a_file_of_one_number_is_named(tmp_path, nothing_starts):
+    path = tmp_path / "X.npy"
+    np.save(path, 3.5)
+    for name in (path, str(path)):
+        with pytest.raises(TypeError, match="array 0 has no axis to map over: the file") as caught:
+            map_array(np.sqrt, name, n_jobs=2)
+        assert f"the file {path} holds a 0-dimensional array" in str(caught.value)
+
+
 def test_a_path_without_a_file_is_its_own_error(tmp_path, nothing_starts):
     with pytest.raises(FileNotFoundError, match=r"X\.npy"):
         map_array(np.sqrt, tmp_path / "X.npy", n_jobs=2)

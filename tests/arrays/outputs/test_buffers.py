@@ -162,6 +162,35 @@ def test_dtypes_that_have_none_in_common_are_named():
     ]
 
 
+STACKED = [
+    np.dtype(dtype)
+    for dtype in (
+        *("?", "i1", "u1", ">i2", "u4", "i8", "u8", "f2", ">f4", "f8", "g", "F", "D", "O"),
+        *("S3", "U2", ">U5", "V5", "i1,f4", "i4,f8"),
+        *("M8", "M8[D]", ">M8[s]", "m8", "m8[D]", ">m8[ns]"),
+    )
+]
+
+
+@pytest.mark.parametrize("agreed", STACKED, ids=str)
+def test_any_two_dtypes_promote_or_fail_as_numpy_stack_has_it(agreed):
+    for other in STACKED:
+        zeros = [np.zeros((), agreed), np.zeros((), other)]
+        deferred = [(slice(1, 2), [zeros[1].reshape(1)])]
+        buffer = local_buffer(2)
+        try:
+            expected = np.stack(zeros).dtype if agreed != other else agreed
+        except TypeError:
+            with pytest.raises(TypeError) as caught:
+                buffer.complete(FLAT.with_dtypes([agreed]), deferred, [])
+            (note,) = caught.value.__notes__
+            assert str(agreed) in note, other
+            assert str(other) in note, agreed
+        else:
+            (made,) = buffer.complete(FLAT.with_dtypes([agreed]), deferred, [])
+            assert made.dtype == expected, other
+
+
 @pytest.mark.fault(26)
 def test_results_are_copied_out_when_descriptors_are_scarce():
     import resource

@@ -288,6 +288,46 @@ class TestCasts:
         assert_same(np.load(tmp_path / "Y.npy"), (X * 2).astype(">f4"))
 
 
+class TestText:
+    WORDS = ("ab", "abcde", "", "xyz", "q" * 12)
+
+    @pytest.mark.parametrize("chunksize", [1, 2, 5])
+    @pytest.mark.parametrize("kind", [str, "S", "U"])
+    def test_the_longest_decides_where_no_length_is_asked_for(self, kind, chunksize, run, tmp_path):
+        words = list(np.array(self.WORDS, kind))
+        options = {"dtype": kind, "chunksize": chunksize, **run}
+        expected = np.stack(words, dtype=kind)
+        X = np.arange(5)
+        # Each chunk has the length of its own longest word.
+        assert_same(map_array(lambda c: np.stack([words[i] for i in c]), X, **options), expected)
+        assert_same(map_items(lambda i: words[i], X, **options), expected)
+        assert_same(map_items(lambda i: words[0], X, **options), np.stack([words[0]] * 5))
+        assert_same(map_items(int, X, **options), X.astype(kind))
+        path = tmp_path / "Y.npy"
+        map_items(lambda i: words[i], X, out=path, **options)
+        assert same_bits(np.load(path), expected)
+        filled, _ = map_items(
+            lambda i: words[i] if i != 3 else 1 / 0, X, on_error="collect", **options
+        )
+        assert_same(filled, np.where(X != 3, expected, np.zeros((), kind)))
+
+    def test_runs_that_can_be_resumed_have_one_length(self, some_run, tmp_path):
+        X = np.arange(5)
+        options = {"resume": True, "dtype": str, "chunksize": 1, **some_run}
+        match = "pass dtype=, of text with a length, as 'U20'"
+        with pytest.raises(ValueError, match=match):
+            map_items(lambda i: self.WORDS[i], X, out=tmp_path / "items.npy", **options)
+        with pytest.raises(ValueError, match=match):
+            map_array(lambda c: np.array([self.WORDS[c[0]]]), X, out=tmp_path / "Y.npy", **options)
+        mapped = map_items(lambda i: "abc", X, out=tmp_path / "same.npy", **options)
+        assert same_bits(np.array(mapped), np.array(["abc"] * 5))
+
+    def test_rows_need_a_length(self):
+        for kind in (str, "S"):
+            with pytest.raises(ValueError, match="needs a length, as 'U20'; got"):
+                map_items(never, np.arange(3), out_shape=2, dtype=kind)
+
+
 class TestRefusals:
     """All refusals but those of the shape of results come before any call of the function."""
 
@@ -719,6 +759,24 @@ class TestFiles:
         with pytest.raises(IsADirectoryError, match="is a folder"):
             map_array(never, X, out=tmp_path / "Y.npy", **some_run)
         assert list(tmp_path.iterdir()) == [tmp_path / "Y.npy"]
+
+    @pytest.mark.fault(42)
+    @pytest.mark.parametrize("resume", [False, True])
+    def test_a_pipe_of_that_name_is_replaced(self, resume, some_run, X, tmp_path):
+        path = tmp_path / "Y.npy"
+        os.mkfifo(path)
+        mapped = map_array(double, X, out=path, resume=resume, **some_run)
+        assert_same(mapped, X * 2)
+        assert path.is_file()
+
+    @pytest.mark.fault(29)
+    def test_a_memmap_whose_file_a_pipe_has_replaced_is_mapped(self, some_run, X, tmp_path):
+        path = tmp_path / "X.npy"
+        np.save(path, X)
+        memmap = np.load(path, mmap_mode="r")
+        path.unlink()
+        os.mkfifo(path)
+        assert_same(map_array(double, memmap, **some_run), X * 2)
 
     def test_files_leave_no_descriptors_or_maps(self, some_run, X, tmp_path):
         def held():

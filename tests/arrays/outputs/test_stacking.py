@@ -112,6 +112,11 @@ def test_tuples_must_be_of_one_length_with_an_axis_for_each():
         put([(1, 2), (3, 4)], out_axis=(0, 0, 0))
 
 
+def test_an_empty_tuple_is_no_value():
+    with pytest.raises(TypeError, match="an empty tuple for item 7; map_items needs a number"):
+        put([(), ()], 7)
+
+
 def test_an_out_axis_that_does_not_exist_is_an_error():
     for axis in (2, -3):
         with pytest.raises(np.exceptions.AxisError, match="out_axis"):
