@@ -74,7 +74,10 @@ class GridRun:
                 # What was sent has been run, and may not be run again.
                 sent = [index for index in lost if self._marks[index] == SENT]
                 lost = [index for index in lost if self._marks[index] != SENT]
-                if sent:
+                if sent and self._job.collect_errors:
+                    for index in sent:
+                        self._collect_lost_result(*self._job.grid.range_of(index), deaths[-1])
+                elif sent:
                     self._supervisor.unrecovered_deaths.append(deaths[-1])
             self._share_out(lost)
         return bool(at_work)
@@ -165,8 +168,7 @@ class GridRun:
             from taskcarrier.errors import make_died_error  # noqa: PLC0415  # slow, and rarely needed
 
             start, stop = death.range
-            cause = error or make_died_error(death, f"items {start}:{stop}")
-            self._deliver(start, PartialResult([], [DeliveredFailure(start, stop, cause)]))
+            self._collect(start, stop, error or make_died_error(death, f"items {start}:{stop}"))
             return
         if death.range is not None:
             self._lost.append(Attempt(*death.range))
@@ -175,6 +177,19 @@ class GridRun:
         else:
             self._failures.append(RangeFailure(death.range, error, death.name, death.attempt))
             self._supervisor.halt()
+
+    def _collect_lost_result(self, start: int, stop: int, death: WorkerDeath) -> None:
+        """Deliver the error of a range that was run, but whose result a worker did not send."""
+        from taskcarrier.errors import make_died_error  # noqa: PLC0415  # slow, and rarely needed
+
+        where = None if death.range is None else "items {}:{}".format(*death.range)
+        more = f"; the result of items {start}:{stop} was lost with it"
+        self._collect(start, stop, make_died_error(death, where, more))
+
+    def _collect(self, start: int, stop: int, error: Exception) -> None:
+        """Deliver the error of a range that has no result."""
+        self._received.add(start)
+        self._deliver(start, PartialResult([], [DeliveredFailure(start, stop, error)]))
 
     def replace_worker(self, number: int, in_hand: Attempt | None, nexts: list[Attempt]) -> None:
         """Start another worker, which goes on with the chunks of this number after `nexts`."""

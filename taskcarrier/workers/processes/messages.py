@@ -35,6 +35,7 @@ import errno
 import socket
 import struct
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 from taskcarrier.system.descriptors import Descriptor, keep_standard_free, make_owner
@@ -64,9 +65,11 @@ _CTRUNC = int(socket.MSG_CTRUNC)
 _HEADER = struct.Struct("<QI")
 
 
-# The caller looks at its messages after this number of reads of up to a megabyte, so that a worker
-# that sends without end does not keep it from the others.
-_MAX_READS = 16
+MAX_READS = 16
+"""The number of reads, of up to a megabyte, after which the caller looks at its messages.
+
+So a worker that sends without end does not keep it from the others.
+"""
 
 
 Message = tuple[bytes, list[Descriptor]]
@@ -167,14 +170,17 @@ class MessageSocket:
             data += piece
         return bytes(data)
 
-    def read(self) -> bool:
-        """Receive what has come so far, without waiting; return whether more may come."""
+    def read(self, max_reads: int | None = MAX_READS) -> bool:
+        """Receive what has come so far, without waiting; return whether more may come.
+
+        With `max_reads` None this is all that has come, as long as that may take.
+        """
         if self._is_torn:
             return False
         try:
             if self._last:
                 self._keep()
-            for _ in range(_MAX_READS):
+            for _ in count() if max_reads is None else range(max_reads):
                 if not self._receive_piece(1 << 20, _DONTWAIT):
                     return False
         except BlockingIOError:

@@ -22,7 +22,7 @@ from taskcarrier.scheduling.retries import Attempt
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.loop import make_timeout_error
 from taskcarrier.workers.pickling import Payload, unpickle_items
-from taskcarrier.workers.processes.messages import MessageSocket
+from taskcarrier.workers.processes.messages import MAX_READS, MessageSocket
 from taskcarrier.workers.processes.worker import (
     KEPT,
     RESULTS,
@@ -192,7 +192,8 @@ class Supervisor:
         """Wait for messages and ends of workers, at most for `seconds`, and handle them."""
         seconds = min(seconds, LONGEST_WAIT, self._kill_overdue())
         for number, worker, has_ended in self._watch.wait(seconds):
-            is_open = self._read_messages(number, worker)  # also the last, from before its death
+            # Of a worker that has ended all: they are from before its death.
+            is_open = self._read_messages(number, worker, None if has_ended else MAX_READS)
             if number not in self.at_work:
                 continue
             if has_ended:
@@ -237,9 +238,11 @@ class Supervisor:
         result.deaths, result.unrecovered_deaths = self.deaths, self.unrecovered_deaths
         return result
 
-    def _read_messages(self, number: int, worker: Worker) -> bool:
+    def _read_messages(
+        self, number: int, worker: Worker, max_reads: int | None = MAX_READS
+    ) -> bool:
         """Handle what a worker has sent; return whether more messages may come."""
-        is_open = worker.channel.read()
+        is_open = worker.channel.read(max_reads)
         for message in worker.channel.messages():
             data, _ = message
             if data[:1] == RESULTS:

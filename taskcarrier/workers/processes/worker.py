@@ -195,7 +195,9 @@ def _run_payload(
         add_note(error, f"while a worker process {doing}")
         stats = WorkerStats(number, failure=RangeFailure(None, error))
     else:
-        outbox = _Outbox(channel, job.folder)
+        # Results that are lost with a worker can be had again only if ranges may be run again.
+        may_wait = job.retry_policy.retries > 0
+        outbox = _Outbox(channel, job.folder, _BATCH_SECONDS if may_wait else 0.0)
         deliver: Deliver = outbox.deliver
         if is_streamed:
             deliver = outbox.deliver_or_cut
@@ -295,12 +297,16 @@ def _find_module(filename: str) -> str | None:
 
 
 class _Outbox:
-    """Results to be sent to the parent in batches; large arrays of a batch lie in one segment."""
+    """Results to be sent to the parent in batches; large arrays of a batch lie in one segment.
 
-    def __init__(self, channel: MessageSocket, folder: str | None) -> None:
+    A batch is sent with the first result that comes `max_seconds` after its first one.
+    """
+
+    def __init__(self, channel: MessageSocket, folder: str | None, max_seconds: float) -> None:
         self._channel = channel
         self._folder = folder
-        self._seconds = _FIRST_BATCH_SECONDS
+        self._max_seconds = max_seconds
+        self._seconds = min(_FIRST_BATCH_SECONDS, max_seconds)
         self._begin_batch()
 
     def _begin_batch(self) -> None:
@@ -325,7 +331,7 @@ class _Outbox:
         self._batch.append((start, packed, places))
         self._nbytes += len(packed) + sum(len(raw) for raw in large)
         if self._nbytes >= _BATCH_NBYTES or now - self._start_time >= self._seconds:
-            self._seconds = min(2 * self._seconds, _BATCH_SECONDS)
+            self._seconds = min(2 * self._seconds, self._max_seconds)
             self.flush()
 
     def deliver_or_cut(self, start: int, result: BatchResult | PartialResult) -> None:

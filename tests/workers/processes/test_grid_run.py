@@ -308,6 +308,21 @@ class TestDeathAtAnyStep:
                 assert result == 2 * item or is_missing
             assert bool(ran.unrecovered_deaths) == bool(ran.missing)
 
+    def test_without_retries_every_lost_range_can_be_collected(self, balance, way):
+        options = {"retry_policy": RetryPolicy(retries=0), "collect_errors": True, **WAYS[way]}
+        for pool, ran in at_every_step([], balance=balance, **options):
+            assert (ran.unrecovered_deaths, ran.missing) == ([], [])
+            failures = [
+                failure
+                for result in pool.delivered.values()
+                if isinstance(result, PartialResult)
+                for failure in result.failures
+            ]
+            assert all(isinstance(failure.error, WorkerDiedError) for failure in failures)
+            failed = {item for start, stop, _ in failures for item in range(start, stop)}
+            for item, result in enumerate(pool.results()):
+                assert result == 2 * item or item in failed
+
 
 some_fates = st.lists(st.none() | st.integers(0, 40), max_size=8)
 some_options = st.builds(

@@ -64,17 +64,26 @@ class TestMessageSocket:
         sender.join()
         assert received == (data, [])
 
-    def test_a_large_message_is_read_in_several_steps(self, pair, monkeypatch):
-        monkeypatch.setattr(module, "_MAX_READS", 2)
+    def test_a_large_message_is_read_in_several_steps(self, pair):
         data = os.urandom(3 << 20)
         sender = threading.Thread(target=pair[0].send, args=(data,))
         sender.start()
         messages = []
         while not messages:
-            messages, open_ = ready(pair[1])
-            assert open_
+            assert pair[1].read(max_reads=2)
+            messages = [data for data, _ in pair[1].messages()]
         sender.join()
         assert messages == [data]
+
+    def test_all_messages_that_have_come_are_read_on_request(self, pair):
+        n = module.MAX_READS + 4
+        for number in range(n):  # a read ends where descriptors come
+            pair[0].send(bytes([number]), [0])
+        assert pair[1].read()
+        n_first = len(list(pair[1].messages()))
+        assert n_first < n
+        assert pair[1].read(max_reads=None)
+        assert len(list(pair[1].messages())) == n - n_first
 
     def test_many_messages_are_read_at_once(self, pair):
         sent = [b"%d" % n * n for n in range(50)]

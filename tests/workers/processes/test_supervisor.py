@@ -118,7 +118,7 @@ class TestMessages:
     def test_results_and_stats_of_a_worker_arrive(self):
         with Source() as source:
             (process,) = source.processes
-            outbox = _Outbox(process.inside, None)
+            outbox = _Outbox(process.inside, None, 0.02)
             outbox.deliver(0, "one")
             outbox.deliver(2, "two")
             outbox.flush()

@@ -123,7 +123,7 @@ class TestOutbox:
 
     @pytest.fixture
     def outbox(self, sent):
-        return module._Outbox(sent, None)
+        return module._Outbox(sent, None, module._BATCH_SECONDS)
 
     def test_results_are_sent_together(self, outbox, sent, monkeypatch):
         monkeypatch.setattr(outbox, "_seconds", LONG)
