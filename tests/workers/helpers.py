@@ -20,7 +20,7 @@ def travelled_task(task):
     ), staging.nbytes
 
 
-def ready(channel):
+def ready(channel, **options):
     """Return the bytes of all whole messages that have come, and whether more may come."""
-    open_ = channel.read()
+    open_ = channel.read(**options)
     return [data for data, _ in channel.messages()], open_

@@ -65,6 +65,9 @@ _CTRUNC = int(socket.MSG_CTRUNC)
 _HEADER = struct.Struct("<QI")
 
 
+# After a read of fewer bytes than this, another one would most probably find none.
+_SHORT_NBYTES = 1 << 16
+
 MAX_READS = 16
 """The number of reads, of up to a megabyte, after which the caller looks at its messages.
 
@@ -171,9 +174,10 @@ class MessageSocket:
         return bytes(data)
 
     def read(self, max_reads: int | None = MAX_READS) -> bool:
-        """Receive what has come so far, without waiting; return whether more may come.
+        """Receive what has come, without waiting; return whether more may come.
 
-        With `max_reads` None this is all that has come, as long as that may take.
+        It ends after a short read: what comes after it, the next call receives. With `max_reads`
+        None it receives all that has come, as long as that may take.
         """
         if self._is_torn:
             return False
@@ -181,8 +185,11 @@ class MessageSocket:
             if self._last:
                 self._keep()
             for _ in count() if max_reads is None else range(max_reads):
-                if not self._receive_piece(1 << 20, _DONTWAIT):
+                piece = self._receive_piece(1 << 20, _DONTWAIT)
+                if not piece:
                     return False
+                if len(piece) < _SHORT_NBYTES and max_reads is not None:
+                    break
         except BlockingIOError:
             pass  # nothing more for now
         except ConnectionResetError:

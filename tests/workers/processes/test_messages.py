@@ -197,10 +197,15 @@ class TestMessageSocket:
     def test_a_closed_channel_gives_its_last_message_and_ends(self, pair):
         pair[0].send(b"last")
         pair[0].close()
-        assert ready(pair[1]) == ([b"last"], False)
+        assert ready(pair[1]) == ([b"last"], True)  # after a short read it does not read again
         assert ready(pair[1]) == ([], False)
         with pytest.raises(EOFError):
             pair[1].receive()
+
+    def test_all_that_came_before_the_end_is_read_at_once(self, pair):
+        pair[0].send(b"last")
+        pair[0].close()
+        assert ready(pair[1], max_reads=None) == ([b"last"], False)
 
     @pytest.mark.parametrize("cut", [1, 11, 12, 13, 16])
     def test_a_message_cut_off_by_death_is_never_returned(self, raw, cut):
@@ -208,7 +213,7 @@ class TestMessageSocket:
         stream = self.framed(channel, theirs, b"hello")
         theirs.sendall(stream + stream[:cut])
         theirs.close()
-        messages, open_ = ready(channel)
+        messages, open_ = ready(channel, max_reads=None)
         assert (messages, open_) == ([b"hello"], False)
         assert ready(channel) == ([], False)
 
@@ -236,7 +241,7 @@ class TestMessageSocket:
         messages = []
 
         def read():
-            pair[1].read()
+            pair[1].read(max_reads=None)
             messages.extend(pair[1].messages())
 
         def in_between():
