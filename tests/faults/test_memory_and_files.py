@@ -560,7 +560,7 @@ taskcarrier.shutdown()
 count = lambda: len(os.listdir("/proc/self/fd"))
 before = count()
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-for room in range(1, 11):  # with more, loky itself leaves a pipe of its own open
+for room in range(1, 9):  # with more, loky itself leaves a pipe of its own open
     resource.setrlimit(resource.RLIMIT_NOFILE, (before + room, hard))
     try:
         taskcarrier.map_array(np.sqrt, X, backend="loky", n_jobs=2)
