@@ -13,10 +13,9 @@ from __future__ import annotations
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 
-from taskcarrier.system.contexts import contextmanager
 from taskcarrier.system.interrupts import Holder, Holders
 from taskcarrier.system.locks import ModuleLock
 
@@ -28,26 +27,46 @@ _openings = Holders()
 _plugs: list[int] = []  # standard descriptors that are blocked while something is opened
 
 
-@contextmanager
-def keep_standard_free() -> Iterator[None]:
-    """Keep what is opened meanwhile, in any thread, off the standard descriptors."""
-    opening = Holder()
-    try:
+class _KeepStandardFree:
+    """The context manager of `keep_standard_free`."""
+
+    __slots__ = ("_opening",)
+
+    def __init__(self) -> None:
+        self._opening: Holder | None = None
+
+    def __enter__(self) -> None:
         with _lock:
-            _openings.add(opening)
-            while not all(map(_is_open, STANDARD)):
-                # With O_PATH nothing can be read or written, as if it were closed. Older versions
-                # of loky let children inherit it, and Python does not start with a folder there.
-                _plugs.extend(map(os.open, (os.devnull,), (os.O_PATH | os.O_CLOEXEC,)))
-                if _plugs[-1] not in STANDARD:  # another thread has opened something
-                    _pull_plug()
-                    break
-        yield
-    finally:
-        with _lock:
-            _openings.discard(opening)
-            while _plugs and not _openings:
+            if _plugs or not _are_all_open():
+                self._opening = Holder()
+                _openings.add(self._opening)
+                try:
+                    self._plug_all()
+                except BaseException:
+                    self.__exit__()
+                    raise
+
+    @staticmethod
+    def _plug_all() -> None:
+        while not _are_all_open():
+            # With O_PATH nothing can be read or written, as if it were closed. Older versions
+            # of loky let children inherit it, and Python does not start with a folder there.
+            _plugs.extend(map(os.open, (os.devnull,), (os.O_PATH | os.O_CLOEXEC,)))
+            if _plugs[-1] not in STANDARD:  # another thread has opened something
                 _pull_plug()
+                break
+
+    def __exit__(self, *_: object) -> None:
+        if self._opening is not None:
+            with _lock:
+                _openings.discard(self._opening)
+                while _plugs and not _openings:
+                    _pull_plug()
+
+
+def keep_standard_free() -> AbstractContextManager[None]:
+    """Keep what is opened meanwhile, in any thread, off the standard descriptors."""
+    return _KeepStandardFree()
 
 
 def _pull_plug() -> None:
@@ -57,9 +76,11 @@ def _pull_plug() -> None:
     _plugs.pop()
 
 
-def _is_open(fd: int) -> bool:
+def _are_all_open() -> bool:
+    """Return whether all standard descriptors are open."""
     try:
-        os.get_inheritable(fd)
+        for fd in STANDARD:
+            os.get_inheritable(fd)
     except OSError:
         return False
     return True
