@@ -53,7 +53,9 @@ test-all: $(stamp)-$(EXTRAS)
 	$(py) -m pytest --hypothesis-profile=thorough -o faulthandler_timeout=960 $(PYTEST_ARGS)
 
 # The lines and branches that `make test` takes, worker processes included. Those that compiled code
-# takes, and those of a worker that is killed, are not seen.
+# takes, and those of a worker that is killed, are not seen. Programs that run in other folders write
+# to the same file.
+coverage: export COVERAGE_FILE := $(CURDIR)/.coverage/data
 coverage: $(stamp)-$(EXTRAS),coverage
 	$(py) -m coverage erase
 	$(py) -m coverage run -m pytest -m "not thorough" $(PYTEST_ARGS)
