@@ -106,7 +106,7 @@ log.close()
 
 
 @pytest.mark.fault(38)
-@pytest.mark.parametrize("who", ["caller", "worker", "start", "nobody"])
+@pytest.mark.parametrize("who", ["nobody", "worker", "start", "caller"])
 def test_writes_to_standard_descriptors_reach_no_descriptor_of_ours(who, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(MAPS)

@@ -431,7 +431,7 @@ class TestKernels:
         numpy_like = numba.njit(inline="always", error_model="numpy")(lambda a: 1 / a)
         assert_same(map_items(numpy_like, np.zeros(2), **run), np.full(2, np.inf))
 
-    def test_kernels_may_keep_their_rows_in_typed_lists(self, run):
+    def test_kernels_may_keep_their_rows_in_typed_lists(self):
         rows = numba.types.Array(numba.float64, 1, "C", readonly=True)
         kept = numba.typed.List.empty_list(rows)
 
@@ -447,9 +447,9 @@ class TestKernels:
                 total += row.sum()
             return total
 
-        if run["n_jobs"] == 1:  # numba's lists are not for several threads
-            map_items(keep, np.ones((3, 100_000)), args=(kept,), **run)
-            assert add_up(kept) == 300_000
+        # In the caller: numba's lists are not for several threads.
+        map_items(keep, np.ones((3, 100_000)), args=(kept,), n_jobs=1)
+        assert add_up(kept) == 300_000
 
     def test_kernels_that_run_python_code_may_keep_their_rows(self, run):
         kept = []
@@ -658,6 +658,10 @@ class TestErrors:
         assert_same(result, np.array([0, 1, 2, 3, 4, -1, -1, -1, -1, -1]))
         cast = map_items(small_only, values, on_error="fill", fill_value=-1, dtype="i1", **run)
         assert_same(cast, np.array([0, 1, 2, 3, 4, -1, -1, -1, -1, -1], "i1"))
+
+    def test_failed_items_are_filled_in_the_caller(self):
+        result = map_items(small_only, np.arange(10), on_error="fill", fill_value=-1, n_jobs=1)
+        assert_same(result, np.array([0, 1, 2, 3, 4, -1, -1, -1, -1, -1]))
 
     def test_errors_of_all_items_are_collected(self, run):
         X = np.full(9, 9.0)

@@ -222,6 +222,13 @@ class TestUfuncs:
         assert_same(map_items(func, X[:, 0], X[:, 1], **run), X[:, 0] + X[:, 1] + 1)
 
 
+def test_ufuncs_are_compiled_before_threads_call_them():
+    added = numba.vectorize(_add)
+    run = {"n_jobs": 2, "backend": "threading", "chunksize": 4}
+    assert_same(map_array(added, X, X, **run), X + X + 1)
+    assert_same(map_array(added, X[:, 0], args=(1.0,), **run), X[:, 0] + 2)
+
+
 def _add(x, y):
     return x + y + 1
 
