@@ -925,8 +925,8 @@ def exits(x):
     return x
 
 def workers(uid):
-    templates = psutil.Process().children()
-    found = [one for template in templates for one in template.children()]
+    servers = psutil.Process().children()
+    found = [one for server in servers for one in server.children()]
     return [one for one in found if one.uids().real == uid]
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Pools of worker processes.
 
-Who owns what. A `ProcessPool` owns its workers, the template from which they are forked, the memory
-of their ledger, the file whose position is the ledger's counter, and a descriptor of the parent's
+Who owns what. A `ProcessPool` owns its workers, the fork server that starts them, the memory of
+their ledger, the file whose position is the ledger's counter, and a descriptor of the parent's
 memory. A worker has one socket of its own. The parent sends runs and descriptors; the worker sends
 batches of results, and its stats. Workers share only the ledger, which has no lock; so the death of
 a worker harms no other.
@@ -26,9 +26,9 @@ from taskcarrier.workers.pickling import Payload
 from taskcarrier.workers.processes.exits import is_readable
 from taskcarrier.workers.processes.grid_run import GridRun
 from taskcarrier.workers.processes.stream_run import StreamRun
-from taskcarrier.workers.processes.template_process import WorkerStarter
 from taskcarrier.workers.processes.worker import open_ledger
 from taskcarrier.workers.processes.worker_process import WorkerProcess
+from taskcarrier.workers.processes.worker_starter import WorkerStarter
 from taskcarrier.workers.records import RunResult
 from taskcarrier.workers.task import Deliver, Job
 from taskcarrier.workers.thread_limits import make_worker_environment

@@ -21,7 +21,7 @@ from taskcarrier.system.descriptors import keep_standard_free
 from taskcarrier.system.interrupts import run_sheltered
 from taskcarrier.workers.processes.exits import is_readable
 from taskcarrier.workers.processes.messages import MessageSocket
-from taskcarrier.workers.processes.template_process import WorkerStarter
+from taskcarrier.workers.processes.worker_starter import WorkerStarter
 
 
 class WorkerProcess:

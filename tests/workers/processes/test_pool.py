@@ -18,10 +18,10 @@ from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.retries import RetryPolicy
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.pickling import pickle_task
-from taskcarrier.workers.processes import grid_run, template_process
+from taskcarrier.workers.processes import grid_run, worker_starter
 from taskcarrier.workers.processes import pool as module
 from taskcarrier.workers.processes.pool import ProcessPool
-from taskcarrier.workers.processes.template_process import WorkerStarter
+from taskcarrier.workers.processes.worker_starter import WorkerStarter
 from taskcarrier.workers.task import IN_PLACE, Job
 from tests.clocks import LONG, wait_until
 from tests.helpers import BALANCES, Calls, both, in_place
@@ -167,7 +167,7 @@ class TestDeadWorkers:
 
         started = []
         with monkeypatch.context() as patch:
-            patch.setattr(template_process, "ProcessExit", fails)
+            patch.setattr(worker_starter, "ProcessExit", fails)
             with pytest.raises(error, match="no"):
                 run(pool, both)
         (pid,) = started
@@ -430,9 +430,9 @@ class TestEnd:
             os.dup(pool._workers[0].channel.fileno()),
             os.dup(pool._workers[0]._lifeline),
         )
-        template = pool._starter._template._process.pid
+        server = pool._starter._server._process.pid
         pool.drop_after_fork()
-        os.waitpid(template, 0)  # it has no worker to reap any more: the system does so
+        os.waitpid(server, 0)  # it has no worker to reap any more: the system does so
         time.sleep(0.2)
         assert running(pid)
         os.close(channel)

@@ -1,12 +1,12 @@
-"""The template of worker processes, seen from the parent.
+"""Starts worker processes: the fork server, seen from the parent.
 
-A template keeps what it got when it was started: its user, its limits, the cores that it may use,
-and the variables that Python, the C library and BLAS read when they start. If one of these has
-changed in the parent since, the next worker gets a new template, so that it begins as any new
+A fork server keeps what it got when it was started: its user, its limits, the cores that it may
+use, and the variables that Python, the C library and BLAS read when they start. If one of these has
+changed in the parent since, the next worker gets a new fork server, so that it begins as any new
 process of the parent would.
 
-Where a sandbox gives no descriptors of processes, the end of a template's child cannot be seen.
-There each worker is a template of its own that becomes the worker.
+Where a sandbox gives no descriptors of processes, the end of a fork server's child cannot be seen.
+There each worker is a fork server of its own that becomes the worker.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from typing import Any, NamedTuple
 from taskcarrier.system.contexts import contextmanager
 from taskcarrier.system.descriptors import Descriptor, keep_standard_free, list_open_standard
 from taskcarrier.workers.processes.exits import ProcessExit, can_watch_any
-from taskcarrier.workers.processes.messages import MessageSocket
-from taskcarrier.workers.processes.template import (
+from taskcarrier.workers.processes.fork_server import (
     JOBLIB_SWITCH,
     Become,
     Fork,
     Reap,
     WorkerSetup,
 )
+from taskcarrier.workers.processes.messages import MessageSocket
 
 # glibc gives freed memory at the top of its heap back to the kernel as soon as it is twice the
 # largest freed block, so the temporaries of each chunk are faulted in again: over 256 MB,
@@ -59,11 +59,11 @@ _READ_AT_START = (
 
 _PROGRAM = (
     "import sys; sys.path[:] = sys.argv[2:]; "
-    "from taskcarrier.workers.processes.template import template_main; "
-    "template_main(int(sys.argv[1]))"
+    "from taskcarrier.workers.processes.fork_server import fork_server_main; "
+    "fork_server_main(int(sys.argv[1]))"
 )
 
-# The seconds that a template has to end before it is killed. It takes a millisecond.
+# The seconds that a fork server has to end before it is killed. It takes a millisecond.
 _END_SECONDS = 5.0
 
 
@@ -109,8 +109,8 @@ class StartedWorker(NamedTuple):
     """Reaps the process, which has ended; the result is its exit code, None if nobody knows it."""
 
 
-class _Template:
-    """A template process, which forks one worker after the other.
+class _ForkServer:
+    """A fork server process, which forks one worker after the other.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ class _Template:
                 after_failure.pop_all()
 
     def fork(self, setup: WorkerSetup, fds: list[int]) -> StartedWorker:
-        """Start a worker; raise `EOFError` if the template has died."""
+        """Start a worker; raise `EOFError` if the fork server has died."""
         with self._lock:
             pid, [pidfd] = self._ask(Fork(setup), fds)
             self._workers.add(pid)
@@ -158,16 +158,16 @@ class _Template:
             raise
 
     def become(self, setup: WorkerSetup, fds: list[int]) -> StartedWorker:
-        """Make the template itself a worker; it takes no more orders."""
+        """Make the fork server itself a worker; it takes no more requests."""
         self._channel.send(pickle.dumps(Become(setup)), fds)
         self._channel.close()
         pid = self._process.pid
         return StartedWorker(pid, ProcessExit(pid), self._process.wait)
 
-    def _ask(self, order: Fork | Reap, fds: list[int]) -> tuple[Any, list[Descriptor]]:
-        """Send an order and wait for the answer."""
+    def _ask(self, request: Fork | Reap, fds: list[int]) -> tuple[Any, list[Descriptor]]:
+        """Send a request and wait for the answer."""
         try:
-            self._channel.send(pickle.dumps(order), fds)
+            self._channel.send(pickle.dumps(request), fds)
             data, descriptors = self._channel.receive()
         except (BrokenPipeError, ConnectionResetError):
             raise EOFError from None
@@ -187,7 +187,7 @@ class _Template:
         return exitcode
 
     def retire(self) -> None:
-        """End the template as soon as all its workers are reaped."""
+        """End the fork server as soon as all its workers are reaped."""
         with self._lock:
             self._is_retired = True
             if not self._workers:
@@ -202,13 +202,13 @@ class _Template:
             self._process.wait()
 
     def drop_after_fork(self) -> None:
-        """Close the socket in a forked child; the template belongs to its parent."""
+        """Close the socket in a forked child; the fork server belongs to its parent."""
         self._channel.close()
         self._process.returncode = 0  # it is no child of this process
 
 
 class WorkerStarter:
-    """Starts the worker processes of a pool, and owns their template.
+    """Starts the worker processes of a pool, and owns their fork server.
 
     It is used only in threads that are not interrupted, by one at a time.
 
@@ -222,7 +222,7 @@ class WorkerStarter:
         # Variables that the user has set for the allocator stay.
         allocator = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
         self._environment = environment | allocator
-        self._template: _Template | None = None
+        self._server: _ForkServer | None = None
 
     def start(self, number: int, fds: list[int]) -> StartedWorker:
         """Start a worker with these descriptors: of its socket, and of its lifeline."""
@@ -230,12 +230,12 @@ class WorkerStarter:
         environment = os.environ | self._environment
         setup, fds = _make_setup(number, environment, fds)
         if not can_watch_any():
-            return _Template(environment, _Inheritance.read(environment)).become(setup, fds)
+            return _ForkServer(environment, _Inheritance.read(environment)).become(setup, fds)
         with contextlib.suppress(EOFError):  # it has died
-            return self._renew_template(environment).fork(setup, fds)
+            return self._renew_server(environment).fork(setup, fds)
         self.close()
         try:
-            return self._renew_template(environment).fork(setup, fds)
+            return self._renew_server(environment).fork(setup, fds)
         except EOFError:
             self.close()
             raise RuntimeError(
@@ -243,26 +243,26 @@ class WorkerStarter:
                 "reason; pass backend='threading' to do without processes"
             ) from None
 
-    def _renew_template(self, environment: dict[str, str]) -> _Template:
-        """Return a template that has what a new process would get: this one, or a new one."""
+    def _renew_server(self, environment: dict[str, str]) -> _ForkServer:
+        """Return a fork server that has what a new process would get: this one, or a new one."""
         inherited = _Inheritance.read(environment)
-        if self._template is not None and self._template.inherited != inherited:
+        if self._server is not None and self._server.inherited != inherited:
             self.close()
-        if self._template is None:
-            self._template = _Template(environment, inherited)
-        return self._template
+        if self._server is None:
+            self._server = _ForkServer(environment, inherited)
+        return self._server
 
     def close(self) -> None:
-        """End the template as soon as its workers are reaped."""
-        if self._template is not None:
-            self._template.retire()
-            self._template = None
+        """End the fork server as soon as its workers are reaped."""
+        if self._server is not None:
+            self._server.retire()
+            self._server = None
 
     def drop_after_fork(self) -> None:
-        """Drop the template in a forked child."""
-        if self._template is not None:
-            self._template.drop_after_fork()
-            self._template = None
+        """Drop the fork server in a forked child."""
+        if self._server is not None:
+            self._server.drop_after_fork()
+            self._server = None
 
 
 def check_python() -> None:

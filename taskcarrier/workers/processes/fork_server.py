@@ -1,8 +1,8 @@
-"""The template of worker processes: an interpreter that has imported all they need, and forks.
+"""The fork server, from within: an interpreter that has imported all workers need, and forks them.
 
 A fork takes a millisecond where a new interpreter takes some tenths of a second. It is safe here:
-the template has one thread, and runs no code but this. What a new interpreter would take over from
-the caller comes with each order: environment, ``sys.path``, folder, and standard descriptors.
+the server has one thread, and runs no code but this. What a new interpreter would take over from
+the caller comes with each request: environment, ``sys.path``, folder, and standard descriptors.
 
 What must not be imported here: numba, and whatever uses OpenMP, as their threads do not survive a
 fork; and modules of the program, which may change.
@@ -84,27 +84,27 @@ class WorkerSetup:
 
 @dataclass(frozen=True)
 class Fork:
-    """An order to start a worker; the answer is its number and its descriptor, or an `OSError`."""
+    """A request to start a worker; the answer is its number and its descriptor, or an `OSError`."""
 
     setup: WorkerSetup
 
 
 @dataclass(frozen=True)
 class Become:
-    """An order to become a worker, where the end of a grandchild cannot be seen; no answer."""
+    """A request to become a worker, where the end of a grandchild cannot be seen; no answer."""
 
     setup: WorkerSetup
 
 
 @dataclass(frozen=True)
 class Reap:
-    """An order to reap a worker that has ended; the answer is its exit code."""
+    """A request to reap a worker that has ended; the answer is its exit code."""
 
     pid: int
 
 
-def template_main(fd: int) -> None:
-    """Run the template, which takes its orders from this socket, until the socket's end.
+def fork_server_main(fd: int) -> None:
+    """Run the fork server, which takes its requests from this socket, until the socket's end.
 
     In a worker this raises `SystemExit`, as `multiprocessing` does at the end of a process.
     """
@@ -114,25 +114,25 @@ def template_main(fd: int) -> None:
         channel = MessageSocket(socket.socket(fileno=fd))
     for name in _OFTEN_NEEDED:
         while is_readable(fd):
-            _obey(channel)
+            _serve(channel)
         importlib.import_module(name)
     while True:
-        _obey(channel)
+        _serve(channel)
 
 
-def _obey(channel: MessageSocket) -> None:
-    """Wait for an order, and do it; in a worker, do its work and exit."""
+def _serve(channel: MessageSocket) -> None:
+    """Wait for a request, and answer it; in a worker, do its work and exit."""
     try:
         data, descriptors = channel.receive()
     except (EOFError, ConnectionResetError):
         os._exit(0)  # nothing here is worth a hook
-    order = pickle.loads(data)
-    if isinstance(order, Reap):
-        _, status = os.waitpid(order.pid, 0)
+    request = pickle.loads(data)
+    if isinstance(request, Reap):
+        _, status = os.waitpid(request.pid, 0)
         channel.send(pickle.dumps(os.waitstatus_to_exitcode(status)))
-    elif isinstance(order, Become) or _fork(channel):
+    elif isinstance(request, Become) or _fork(channel):
         channel.close()
-        sys.exit(_run_worker(order.setup, descriptors))
+        sys.exit(_run_worker(request.setup, descriptors))
 
 
 def _fork(channel: MessageSocket) -> bool:
@@ -175,6 +175,8 @@ def _run_worker(setup: WorkerSetup, descriptors: list[Descriptor]) -> int:
         target=worker_main, name=setup.name, args=(setup.number, channel, lifeline)
     )
     this._parent_name, this._parent_pid = setup.parent  # else it is this process
+    # Duplicates of the program's own descriptors would keep its files and pipes open.
+    del their_socket, tracker, standard
     descriptors.clear()
     exitcode: int = this._bootstrap(parent_sentinel=lifeline.fileno())  # as popen_fork does
     return exitcode
