@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 from taskcarrier.system.contexts import contextmanager
 from taskcarrier.system.descriptors import Descriptor, keep_standard_free, list_open_standard
-from taskcarrier.workers.processes.exits import ProcessExit, can_watch_any
+from taskcarrier.workers.processes.exits import ProcessExit, can_watch_any, is_readable
 from taskcarrier.workers.processes.fork_server import (
     JOBLIB_SWITCH,
     Become,
@@ -63,7 +63,8 @@ _PROGRAM = (
     "fork_server_main(int(sys.argv[1]))"
 )
 
-# The seconds that a fork server has to end before it is killed. It takes a millisecond.
+# The seconds that a fork server has to end, or to reap a worker, before it is killed. Either takes a
+# millisecond.
 _END_SECONDS = 5.0
 
 
@@ -164,10 +165,14 @@ class _ForkServer:
         pid = self._process.pid
         return StartedWorker(pid, ProcessExit(pid), self._process.wait)
 
-    def _ask(self, request: Fork | Reap, fds: list[int]) -> tuple[Any, list[Descriptor]]:
-        """Send a request and wait for the answer."""
+    def _ask(
+        self, request: Fork | Reap, fds: list[int], seconds: float | None = None
+    ) -> tuple[Any, list[Descriptor]]:
+        """Send a request and wait for the answer, at most for `seconds`; else it counts as dead."""
         try:
             self._channel.send(pickle.dumps(request), fds)
+            if seconds is not None and not is_readable(self._channel.fileno(), seconds):
+                self._process.kill()
             data, descriptors = self._channel.receive()
         except (BrokenPipeError, ConnectionResetError):
             raise EOFError from None
@@ -180,7 +185,7 @@ class _ForkServer:
         exitcode: int | None = None
         with self._lock:
             with contextlib.suppress(EOFError):  # then the system reaps its children
-                exitcode, _ = self._ask(Reap(pid), [])
+                exitcode, _ = self._ask(Reap(pid), [], _END_SECONDS)
             self._workers.discard(pid)
             if self._is_retired and not self._workers:
                 self._close()

@@ -277,6 +277,18 @@ def test_a_server_that_was_killed_is_replaced(one):
     assert not psutil.pid_exists(first)
 
 
+@pytest.mark.fault(52)
+def test_a_server_that_does_not_answer_holds_up_no_end(monkeypatch):
+    monkeypatch.setattr(worker_starter, "_END_SECONDS", 0.05)
+    pool = ProcessPool(1)
+    ask(pool, get_pid)
+    first = server_pid(pool)
+    os.kill(first, signal.SIGSTOP)
+    pool.close()
+    vars(pool).clear()
+    assert not psutil.pid_exists(first)
+
+
 def test_an_interrupt_from_the_terminal_does_not_end_the_server(one):
     ask(one, get_pid)
     os.kill(server_pid(one), signal.SIGINT)
