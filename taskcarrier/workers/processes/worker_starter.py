@@ -63,8 +63,7 @@ _PROGRAM = (
     "fork_server_main(int(sys.argv[1]))"
 )
 
-# The seconds that a fork server has to end, or to reap a worker, before it is killed. Either takes a
-# millisecond.
+# The seconds that a fork server has to end, or to reap a worker. Either takes a millisecond.
 _END_SECONDS = 5.0
 
 
@@ -172,7 +171,7 @@ class _ForkServer:
         try:
             self._channel.send(pickle.dumps(request), fds)
             if seconds is not None and not is_readable(self._channel.fileno(), seconds):
-                self._process.kill()
+                raise EOFError
             data, descriptors = self._channel.receive()
         except (BrokenPipeError, ConnectionResetError):
             raise EOFError from None
@@ -184,8 +183,10 @@ class _ForkServer:
     def _reap(self, pid: int) -> int | None:
         exitcode: int | None = None
         with self._lock:
-            with contextlib.suppress(EOFError):  # then the system reaps its children
+            try:
                 exitcode, _ = self._ask(Reap(pid), [], _END_SECONDS)
+            except EOFError:
+                self._kill()  # the system reaps its children
             self._workers.discard(pid)
             if self._is_retired and not self._workers:
                 self._close()
@@ -203,6 +204,10 @@ class _ForkServer:
         try:
             self._process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
+            self._kill()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(PermissionError):  # the program has changed its user since
             self._process.kill()
             self._process.wait()
 

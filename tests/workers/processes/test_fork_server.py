@@ -319,7 +319,7 @@ def test_a_python_that_cannot_import_the_package_is_an_error_that_says_so(one, m
 
 
 def test_a_server_that_can_start_no_process_says_why(one, monkeypatch):
-    def refuse(self, request, fds):
+    def refuse(*_):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     ask(one, get_pid)
