@@ -14,12 +14,13 @@ import contextlib
 import gc
 import importlib
 import importlib.abc
-import importlib.util
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class WorkerSetup:
         The worker's number in its pool.
     name : str
         The name of its `multiprocessing.Process`.
+    identity : tuple of int
+        The identity of that, by which programs tell their workers apart.
     parent : (str, int)
         The name and the number of the process that it works for.
     environment : dict
@@ -76,6 +79,7 @@ class WorkerSetup:
 
     number: int
     name: str
+    identity: tuple[int, ...]
     parent: tuple[str, int]
     environment: dict[str, str]
     preparation: dict[str, Any]
@@ -84,14 +88,18 @@ class WorkerSetup:
 
 @dataclass(frozen=True)
 class Fork:
-    """A request to start a worker; the answer is its number and its descriptor, or an `OSError`."""
+    """A request to start a worker.
+
+    The answer is its number and its descriptor; None if the server has several threads, so that a
+    fork is not safe; or an `OSError`.
+    """
 
     setup: WorkerSetup
 
 
 @dataclass(frozen=True)
 class Become:
-    """A request to become a worker, where the end of a grandchild cannot be seen; no answer."""
+    """A request to become a worker, where a fork is not safe or not seen to end; no answer."""
 
     setup: WorkerSetup
 
@@ -103,40 +111,55 @@ class Reap:
     pid: int
 
 
+@dataclass(frozen=True)
+class End:
+    """A request to end; no answer."""
+
+
 def fork_server_main(fd: int) -> None:
-    """Run the fork server, which takes its requests from this socket, until the socket's end.
+    """Run the server, which takes its requests from this socket, until the socket's end.
 
     In a worker this raises `SystemExit`, as `multiprocessing` does at the end of a process.
     """
+    child_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or nothing could be reaped
     for name in _NEEDED:
         importlib.import_module(name)
     with keep_standard_free():
         channel = MessageSocket(socket.socket(fileno=fd))
-    for name in _OFTEN_NEEDED:
-        while is_readable(fd):
-            _serve(channel)
-        importlib.import_module(name)
-    while True:
-        _serve(channel)
+    left = list(_OFTEN_NEEDED)
+    request: Any = None
+    while not isinstance(request, (Fork, Become)):
+        if left and not is_readable(fd):
+            importlib.import_module(left.pop(0))
+            continue
+        try:
+            data, descriptors = channel.receive()
+            request = _answer(channel, pickle.loads(data))
+        except (EOFError, ConnectionResetError, BrokenPipeError):  # the parent is gone
+            os._exit(0)
+    channel.close()
+    signal.signal(signal.SIGCHLD, child_handler)
+    sys.exit(_run_worker(request.setup, descriptors))
 
 
-def _serve(channel: MessageSocket) -> None:
-    """Wait for a request, and answer it; in a worker, do its work and exit."""
-    try:
-        data, descriptors = channel.receive()
-    except (EOFError, ConnectionResetError):
+def _answer(channel: MessageSocket, request: Any) -> Any:
+    """Do what is asked; return the request in the worker that it has made, else None."""
+    if isinstance(request, End):
         os._exit(0)  # nothing here is worth a hook
-    request = pickle.loads(data)
+    if isinstance(request, Become):
+        return request
     if isinstance(request, Reap):
         _, status = os.waitpid(request.pid, 0)
         channel.send(pickle.dumps(os.waitstatus_to_exitcode(status)))
-    elif isinstance(request, Become) or _fork(channel):
-        channel.close()
-        sys.exit(_run_worker(request.setup, descriptors))
+        return None
+    return request if _fork(channel) else None
 
 
 def _fork(channel: MessageSocket) -> bool:
     """Fork a worker and answer the parent; return whether this is the worker."""
+    if _has_other_threads():
+        channel.send(pickle.dumps(None))
+        return False
     gc.freeze()  # a garbage collection in a worker would copy the pages that it shares
     try:
         pid = os.fork()
@@ -145,7 +168,7 @@ def _fork(channel: MessageSocket) -> bool:
         try:
             pidfd = os.pidfd_open(pid)
         except OSError:
-            os.kill(pid, 9)
+            os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             raise
     except OSError as error:
@@ -154,6 +177,14 @@ def _fork(channel: MessageSocket) -> bool:
         channel.send(pickle.dumps(pid), [pidfd])
         os.close(pidfd)
     return False
+
+
+def _has_other_threads() -> bool:
+    """Return whether a module that was imported, or ``sitecustomize``, has started a thread."""
+    try:
+        return len(os.listdir("/proc/self/task")) > 1
+    except OSError:  # there is no /proc
+        return threading.active_count() > 1
 
 
 def _run_worker(setup: WorkerSetup, descriptors: list[Descriptor]) -> int:
@@ -166,7 +197,7 @@ def _run_worker(setup: WorkerSetup, descriptors: list[Descriptor]) -> int:
     spawn.prepare(setup.preparation)
     importlib.invalidate_caches()  # folders may have changed since they were read
     _seed_global_generators()
-    sys.meta_path.insert(0, _SerialJoblib())
+    sys.meta_path.insert(0, _JoblibFinder())
     with keep_standard_free():
         channel = MessageSocket(socket.socket(fileno=os.dup(their_socket.fileno())))
         own_tracker: Any = resource_tracker._resource_tracker  # as forkserver does
@@ -174,7 +205,9 @@ def _run_worker(setup: WorkerSetup, descriptors: list[Descriptor]) -> int:
     this: Any = multiprocessing.Process(
         target=worker_main, name=setup.name, args=(setup.number, channel, lifeline)
     )
-    this._parent_name, this._parent_pid = setup.parent  # else it is this process
+    # Otherwise these would be of this process, which has begun as another.
+    this._identity = setup.identity
+    this._parent_name, this._parent_pid = setup.parent
     # Duplicates of the program's own descriptors would keep its files and pipes open.
     del their_socket, tracker, standard
     descriptors.clear()
@@ -183,30 +216,39 @@ def _run_worker(setup: WorkerSetup, descriptors: list[Descriptor]) -> int:
 
 
 def _set_streams(fds: list[int], descriptors: Sequence[Descriptor]) -> None:
-    """Make the standard streams those of the parent."""
+    """Make the standard streams those of the parent.
+
+    Streams that ``sitecustomize`` has put in their place stay.
+    """
     for fd, descriptor in zip(fds, descriptors, strict=True):
         os.dup2(descriptor.fileno(), fd)
     for fd in STANDARD:
         if fd not in fds:
             with contextlib.suppress(OSError):
                 os.close(fd)
+    if 0 not in fds:
+        sys.stdin = None  # as in a new process
     for fd, name in ((1, "stdout"), (2, "stderr")):
         before: Any = getattr(sys, f"__{name}__")
-        stream = None
-        if fd in fds:
-            is_terminal = os.isatty(fd)
-            stream = open(  # noqa: SIM115  # for as long as the process lives
-                fd,
-                "w",
-                buffering=1 if is_terminal or fd == STANDARD[-1] else -1,
-                encoding=getattr(before, "encoding", None),
-                errors=getattr(before, "errors", None),
-                closefd=False,
-            )
-            if getattr(before, "write_through", False):  # Python was told not to buffer
-                stream.reconfigure(write_through=True)
-        setattr(sys, name, stream)
+        stream = _open_stream(fd, name, before) if fd in fds else None
+        if getattr(sys, name) is before:
+            setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+
+
+def _open_stream(fd: int, name: str, before: Any) -> Any:
+    """Return a stream as Python makes it for this descriptor when it starts."""
+    stream: Any = open(  # noqa: SIM115  # for as long as the process lives
+        fd,
+        "w",
+        buffering=1 if fd == STANDARD[-1] or os.isatty(fd) else -1,
+        encoding=getattr(before, "encoding", None),
+        errors=getattr(before, "errors", None),
+        closefd=False,
+    )
+    stream.buffer.raw.name = f"<{name}>"
+    stream.reconfigure(write_through=getattr(before, "write_through", False))  # after ``python -u``
+    return stream
 
 
 def _set_environment(environment: dict[str, str]) -> None:
@@ -225,33 +267,45 @@ def _seed_global_generators() -> None:
     np.random.seed()  # noqa: NPY002  # it is the one that functions may use
 
 
-class _SerialJoblib(importlib.abc.MetaPathFinder):
-    """Makes joblib serial, in this process, as soon as the function imports it."""
+class _JoblibFinder(importlib.abc.MetaPathFinder):
+    """Finds joblib with a loader that makes it serial."""
 
-    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
-        """Return the spec of joblib, with a loader that also makes it serial."""
+    def find_spec(self, name: str, *args: Any) -> ModuleSpec | None:
+        """Return the spec of joblib as the other finders know it, with another loader."""
         if name != "joblib":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return None
-        loader: Any = spec.loader
-        load = loader.exec_module
+        for finder in sys.meta_path:
+            if finder is not self and (spec := finder.find_spec(name, *args)) is not None:
+                spec.loader = _JoblibLoader(spec.loader)
+                return spec
+        return None
 
-        def load_serial(module: ModuleType) -> None:
-            from taskcarrier.workers.thread_limits import make_joblib_serial  # noqa: PLC0415  # preloaded
 
-            before = os.environ.get(JOBLIB_SWITCH)
-            os.environ[JOBLIB_SWITCH] = "0"
-            try:
-                load(module)
-            finally:
-                if before is None:
-                    del os.environ[JOBLIB_SWITCH]
-                else:
-                    os.environ[JOBLIB_SWITCH] = before
-            make_joblib_serial()
+class _JoblibLoader(importlib.abc.Loader):
+    """Loads joblib by its own loader, without a semaphore, and makes it serial in this thread."""
 
-        loader.exec_module = load_serial
-        return spec
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Return what the module's own loader makes."""
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the module."""
+        from taskcarrier.workers.thread_limits import make_joblib_serial  # noqa: PLC0415  # preloaded
+
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        before = os.environ.get(JOBLIB_SWITCH)
+        os.environ[JOBLIB_SWITCH] = "0"
+        try:
+            self._loader.exec_module(module)
+        finally:
+            if before is None:
+                del os.environ[JOBLIB_SWITCH]
+            else:
+                os.environ[JOBLIB_SWITCH] = before
+        make_joblib_serial()

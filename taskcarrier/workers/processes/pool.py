@@ -9,6 +9,7 @@ a worker harms no other.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -28,7 +29,7 @@ from taskcarrier.workers.processes.grid_run import GridRun
 from taskcarrier.workers.processes.stream_run import StreamRun
 from taskcarrier.workers.processes.worker import open_ledger
 from taskcarrier.workers.processes.worker_process import WorkerProcess
-from taskcarrier.workers.processes.worker_starter import WorkerStarter
+from taskcarrier.workers.processes.worker_starter import ServerDiedError, WorkerStarter
 from taskcarrier.workers.records import RunResult
 from taskcarrier.workers.task import Deliver, Job
 from taskcarrier.workers.thread_limits import make_worker_environment
@@ -101,6 +102,8 @@ class ProcessPool:
     def _start_worker(self, number: int) -> WorkerProcess:
         self.lacks_workers = False
         try:
+            with contextlib.suppress(ServerDiedError):
+                return WorkerProcess(number, self._starter, self._fds)
             return WorkerProcess(number, self._starter, self._fds)
         except (OSError, RuntimeError, MemoryError) as error:
             self.lacks_workers = True

@@ -172,6 +172,7 @@ def _run_payload(
     try:
         job = unpickle_task(payload, descriptors)
         descriptors.clear()
+        make_joblib_serial()  # a thread of the function may have imported it
         doing = "took on the caller's folder and settings"
         job.parent_state.apply(in_process=True)
     except BaseException as error:  # noqa: BLE001  # the parent raises it

@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import pickle
 import random
-import resource
 import signal
 import socket
 import subprocess
@@ -35,10 +34,12 @@ from taskcarrier.workers.processes.exits import ProcessExit, can_watch_any, is_r
 from taskcarrier.workers.processes.fork_server import (
     JOBLIB_SWITCH,
     Become,
+    End,
     Fork,
     Reap,
     WorkerSetup,
 )
+from taskcarrier.workers.processes.inheritance import Inheritance
 from taskcarrier.workers.processes.messages import MessageSocket
 
 # glibc gives freed memory at the top of its heap back to the kernel as soon as it is twice the
@@ -51,53 +52,19 @@ _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_":
 # of a function that uses it depend on which worker runs which chunk.
 _HASH_SEED = str(random.SystemRandom().randrange(1, 1 << 32))
 
-# The beginnings of variables that are read once, when a process starts or a library is loaded.
-_READ_AT_START = (
-    *("PYTHON", "LD_", "MALLOC_", "GLIBC_", "LANG", "LC_", "NPY_", "OMP_", "GOMP_", "KMP_"),
-    *("MKL_", "OPENBLAS_", "GOTO_", "BLIS_", "VECLIB_", "NUMEXPR_"),
-)
-
 _PROGRAM = (
     "import sys; sys.path[:] = sys.argv[2:]; "
     "from taskcarrier.workers.processes.fork_server import fork_server_main; "
     "fork_server_main(int(sys.argv[1]))"
 )
 
-# The seconds that a fork server has to end, or to reap a worker. Either takes a millisecond.
-_END_SECONDS = 5.0
+# The seconds that a fork server has to end, or to reap a worker. Either takes a millisecond, but
+# the machine may be swapping.
+_END_SECONDS = 20.0
 
 
-class _Inheritance(NamedTuple):
-    """What a process gets when it starts, and keeps."""
-
-    environment: dict[str, str]
-    ids: tuple[int, ...]
-    limits: tuple[tuple[int, int], ...]
-    cores: frozenset[int]
-    priority: int
-    groups: tuple[int, int]
-    umask: bytes | None
-
-    @classmethod
-    def read(cls, environment: dict[str, str]) -> _Inheritance:
-        """Return what a process would get now, with these variables."""
-        limits = (getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_"))
-        return cls(
-            {name: value for name, value in environment.items() if name.startswith(_READ_AT_START)},
-            (*os.getresuid(), *os.getresgid(), *os.getgroups()),
-            tuple(map(resource.getrlimit, limits)),
-            frozenset(os.sched_getaffinity(0)),
-            os.getpriority(os.PRIO_PROCESS, 0),
-            (os.getpgrp(), os.getsid(0)),
-            _read_umask(),
-        )
-
-
-def _read_umask() -> bytes | None:
-    """Return the mask of this process; None without /proc (`os.umask` reads it by changing it)."""
-    with contextlib.suppress(OSError), open("/proc/self/status", "rb") as file:
-        return next((line for line in file if line.startswith(b"Umask:")), None)
-    return None
+class ServerDiedError(RuntimeError):
+    """A fork server has ended before it has started a worker."""
 
 
 class StartedWorker(NamedTuple):
@@ -116,15 +83,21 @@ class _ForkServer:
     ----------
     environment : dict
         The environment variables of its workers.
-    inherited : _Inheritance
+    inherited : Inheritance
         What it gets when it starts.
+
+    Attributes
+    ----------
+    is_usable : bool
+        Whether it takes requests.
     """
 
-    def __init__(self, environment: dict[str, str], inherited: _Inheritance) -> None:
+    def __init__(self, environment: dict[str, str], inherited: Inheritance) -> None:
         own = {JOBLIB_SWITCH: "0"}
         if environment.get("PYTHONHASHSEED", "random") in {"random", ""}:
             own["PYTHONHASHSEED"] = _HASH_SEED
         self.inherited = inherited
+        self.is_usable = True
         self._lock = threading.Lock()  # only in threads that are not interrupted
         self._workers: set[int] = set()  # those that are not reaped
         self._is_retired = False
@@ -143,12 +116,15 @@ class _ForkServer:
                 )
                 after_failure.pop_all()
 
-    def fork(self, setup: WorkerSetup, fds: list[int]) -> StartedWorker:
-        """Start a worker; raise `EOFError` if the fork server has died."""
+    def start_worker(self, setup: WorkerSetup, fds: list[int]) -> StartedWorker:
+        """Start a worker; raise `EOFError` if the server has died, or must not be used again."""
         with self._lock:
-            pid, [pidfd] = self._ask(Fork(setup), fds)
+            pid, descriptors = self._ask(Fork(setup), fds)
+            if pid is None:
+                return self.become_worker(setup, fds)
             self._workers.add(pid)
         reap = functools.partial(self._reap, pid)
+        [pidfd] = descriptors
         try:
             with keep_standard_free():
                 return StartedWorker(pid, ProcessExit(pid, pidfd), reap)
@@ -157,56 +133,77 @@ class _ForkServer:
             reap()
             raise
 
-    def become(self, setup: WorkerSetup, fds: list[int]) -> StartedWorker:
-        """Make the fork server itself a worker; it takes no more requests."""
-        self._channel.send(pickle.dumps(Become(setup)), fds)
+    def become_worker(self, setup: WorkerSetup, fds: list[int]) -> StartedWorker:
+        """Make the server itself a worker."""
+        try:
+            self._channel.send(pickle.dumps(Become(setup)), fds)
+            pid = self._process.pid
+            started = StartedWorker(pid, ProcessExit(pid), self._process.wait)
+        except BaseException:
+            self._kill()
+            raise
+        self.is_usable = False
         self._channel.close()
-        pid = self._process.pid
-        return StartedWorker(pid, ProcessExit(pid), self._process.wait)
+        return started
 
     def _ask(
         self, request: Fork | Reap, fds: list[int], seconds: float | None = None
     ) -> tuple[Any, list[Descriptor]]:
-        """Send a request and wait for the answer, at most for `seconds`; else it counts as dead."""
+        """Send a request and wait for the answer, at most for `seconds`.
+
+        If none comes, or not all of it, the server is killed: the next answer would be a wrong one.
+        """
+        if not self.is_usable:
+            raise EOFError
         try:
             self._channel.send(pickle.dumps(request), fds)
             if seconds is not None and not is_readable(self._channel.fileno(), seconds):
-                raise EOFError
+                raise EOFError  # noqa: TRY301  # handled below
             data, descriptors = self._channel.receive()
         except (BrokenPipeError, ConnectionResetError):
+            self._kill()
             raise EOFError from None
+        except BaseException:
+            self._kill()
+            raise
         answer = pickle.loads(data)
         if isinstance(answer, OSError):
-            raise answer
+            raise answer  # it is the answer
         return answer, descriptors
 
     def _reap(self, pid: int) -> int | None:
-        exitcode: int | None = None
         with self._lock:
             try:
-                exitcode, _ = self._ask(Reap(pid), [], _END_SECONDS)
+                answer, _ = self._ask(Reap(pid), [], _END_SECONDS)
+                exitcode: int | None = answer
             except EOFError:
-                self._kill()  # the system reaps its children
+                exitcode = _reap_adopted(pid)
             self._workers.discard(pid)
             if self._is_retired and not self._workers:
                 self._close()
         return exitcode
 
     def retire(self) -> None:
-        """End the fork server as soon as all its workers are reaped."""
+        """End the server as soon as all its workers are reaped."""
         with self._lock:
             self._is_retired = True
             if not self._workers:
                 self._close()
 
     def _close(self) -> None:
-        self._channel.close()
-        try:
-            self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._kill()
+        if self.is_usable:
+            self.is_usable = False
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died
+                self._channel.send(pickle.dumps(End()))
+            self._channel.close()
+            try:
+                self._process.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._kill()
 
     def _kill(self) -> None:
+        self.is_usable = False
+        self._channel.close()
         with contextlib.suppress(PermissionError):  # the program has changed its user since
             self._process.kill()
             self._process.wait()
@@ -235,32 +232,29 @@ class WorkerStarter:
         self._server: _ForkServer | None = None
 
     def start(self, number: int, fds: list[int]) -> StartedWorker:
-        """Start a worker with these descriptors: of its socket, and of its lifeline."""
+        """Start a worker with these descriptors: of its socket, and of its lifeline.
+
+        Raises `ServerDiedError` if the server has died. Then another attempt needs other
+        descriptors: there may be a worker that has these.
+        """
         check_python()
         environment = os.environ | self._environment
         setup, fds = _make_setup(number, environment, fds)
+        inherited = Inheritance.read(environment)
         if not can_watch_any():
-            return _ForkServer(environment, _Inheritance.read(environment)).become(setup, fds)
-        with contextlib.suppress(EOFError):  # it has died
-            return self._renew_server(environment).fork(setup, fds)
-        self.close()
+            return _ForkServer(environment, inherited).become_worker(setup, fds)
+        server = self._server
+        if server is None or not server.is_usable or server.inherited != inherited:
+            self.close()
+            self._server = server = _ForkServer(environment, inherited)
         try:
-            return self._renew_server(environment).fork(setup, fds)
+            return server.start_worker(setup, fds)
         except EOFError:
-            self.close()
-            raise RuntimeError(
-                "a new Python process could not import taskcarrier: standard error has its "
-                "reason; pass backend='threading' to do without processes"
+            raise ServerDiedError(
+                "the Python process that starts worker processes has ended; if it could not import "
+                "taskcarrier, standard error has the reason; pass backend='threading' to do "
+                "without processes"
             ) from None
-
-    def _renew_server(self, environment: dict[str, str]) -> _ForkServer:
-        """Return a fork server that has what a new process would get: this one, or a new one."""
-        inherited = _Inheritance.read(environment)
-        if self._server is not None and self._server.inherited != inherited:
-            self.close()
-        if self._server is None:
-            self._server = _ForkServer(environment, inherited)
-        return self._server
 
     def close(self) -> None:
         """End the fork server as soon as its workers are reaped."""
@@ -273,6 +267,18 @@ class WorkerStarter:
         if self._server is not None:
             self._server.drop_after_fork()
             self._server = None
+
+
+def _reap_adopted(pid: int) -> int | None:
+    """Reap a worker whose server is gone, if that has made it a child of this process.
+
+    It does so if this process is the first one of a container, or a subreaper. Otherwise the
+    system reaps the worker, and the exit code is lost.
+    """
+    with contextlib.suppress(ChildProcessError):
+        found, status = os.waitpid(pid, os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if found else None
+    return None
 
 
 def check_python() -> None:
@@ -291,11 +297,12 @@ def _make_setup(
 ) -> tuple[WorkerSetup, list[int]]:
     """Return the setup of a worker, and all descriptors that it gets."""
     spawn._check_not_importing_main()  # type: ignore[attr-defined]  # for its error; no public way
-    this = process.current_process()
+    this: Any = process.current_process()
     standard = list_open_standard()
     setup = WorkerSetup(
         number=number,
         name=f"taskcarrier-{number}",
+        identity=(*this._identity, number + 1),
         parent=(this.name, os.getpid()),
         environment=environment,
         preparation=_make_preparation(),
@@ -328,7 +335,8 @@ def _make_preparation() -> dict[str, Any]:
 def _list_path() -> list[str]:
     """Return ``sys.path``, with the folder in which the program was started spelled out."""
     start: str = process.ORIGINAL_DIR or ""  # type: ignore[attr-defined]  # as above
-    return [path or start for path in sys.path]
+    entries: list[Any] = sys.path
+    return [path or start for path in entries if isinstance(path, str)]  # Python ignores others
 
 
 @contextmanager
