@@ -46,6 +46,8 @@ def test_no_code_unpickles_a_file():
         "workers/pickled_errors.py",
         "workers/pickling.py",
         "workers/processes/packed_chunks.py",
+        "workers/processes/fork_server.py",
+        "workers/processes/worker_starter.py",
         "workers/processes/worker.py",
     }
 

@@ -29,8 +29,9 @@ _n_forks = 0  # as last seen by this module
 
 def keep() -> None:
     """Keep the segments that are mapped for reading, from now on."""
-    global _mappings  # noqa: PLW0603  # a fact about the process, set once
+    global _mappings, _n_forks  # noqa: PLW0603  # facts about the process, set once
     _mappings = OrderedDict()
+    _n_forks = segments.n_forks  # this process may be a fork itself
 
 
 def open_for_reading(view: SharedView) -> np.ndarray:

@@ -69,6 +69,12 @@ def keep_standard_free() -> AbstractContextManager[None]:
     return _KeepStandardFree()
 
 
+def list_open_standard() -> list[int]:
+    """Return those of the standard descriptors that the program has open."""
+    with _lock:
+        return [fd for fd in STANDARD if _is_open(fd) and fd not in _plugs]
+
+
 def _pull_plug() -> None:
     """Close the last plug; to repeat an interrupted call does no harm."""
     if _is_plug(_plugs[-1]):  # the program may have put something else there
@@ -76,14 +82,17 @@ def _pull_plug() -> None:
     _plugs.pop()
 
 
-def _are_all_open() -> bool:
-    """Return whether all standard descriptors are open."""
+def _is_open(fd: int) -> bool:
     try:
-        for fd in STANDARD:
-            os.get_inheritable(fd)
+        os.get_inheritable(fd)
     except OSError:
         return False
     return True
+
+
+def _are_all_open() -> bool:
+    """Return whether all standard descriptors are open."""
+    return _is_open(0) and _is_open(1) and _is_open(2)
 
 
 def _is_plug(fd: int) -> bool:

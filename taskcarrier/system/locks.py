@@ -19,6 +19,7 @@ called (CPython's gh-148874, mended in 3.15). After a method in Python it does n
 
 from __future__ import annotations
 
+import logging  # noqa: F401  # before `register_at_fork` below: see `_before_fork`
 import os
 import sys
 from typing import Self
@@ -87,6 +88,12 @@ class ModuleLock(ReentrantLock):  # type: ignore[misc]  # as above
 
 
 def _before_fork() -> None:
+    """Take the locks that forks wait for.
+
+    Functions that are registered later are called earlier. `logging` registers one that takes its
+    own lock; a thread that holds one of ours while it imports modules may need that lock. So
+    `logging` must be imported before this function is registered.
+    """
     for lock in _locks:
         lock.before_fork()
 

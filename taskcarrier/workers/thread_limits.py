@@ -134,6 +134,7 @@ class _OwnLimits(threading.local):
     """The limits that a worker thread has set for itself."""
 
     n_modules = -1
+    is_joblib_serial = False
 
 
 _own = _OwnLimits()
@@ -158,8 +159,9 @@ def limit_this_thread() -> None:
 
 
 def make_joblib_serial() -> None:
-    """Make joblib serial in this thread, for as long as the thread lives."""
-    if "joblib" in sys.modules:
+    """Make joblib serial in this thread, for as long as the thread lives, if it is loaded."""
+    if "joblib" in sys.modules and not _own.is_joblib_serial:
         import joblib  # noqa: PLC0415  # loaded already
 
         joblib.parallel_config(backend="sequential", n_jobs=1)
+        _own.is_joblib_serial = True

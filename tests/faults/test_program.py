@@ -925,8 +925,9 @@ def exits(x):
     return x
 
 def workers(uid):
-    found = [one for one in psutil.Process().children() if one.uids().real == uid]
-    return [one for one in found if "popen_loky" in str(one.cmdline())]
+    servers = psutil.Process().children()
+    found = [one for server in servers for one in server.children()]
+    return [one for one in found if one.uids().real == uid]
 
 if __name__ == "__main__":
     X, shared = np.arange(300_000.0), share(np.arange(9.0))

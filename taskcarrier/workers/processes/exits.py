@@ -1,4 +1,4 @@
-"""A descriptor that becomes readable when a child process ends.
+"""A descriptor that becomes readable when a process ends.
 
 It is the descriptor of the process (`os.pidfd_open`). If there is none (a sandbox refuses the call,
 or Python was built without it), a thread waits for the process and then writes to an `eventfd`.
@@ -14,8 +14,14 @@ import select
 import signal
 import threading
 
+from taskcarrier.system.descriptors import Descriptor
+
 # The errors by which sandboxes refuse a call.
 _REFUSED = {errno.ENOSYS, errno.EPERM, errno.EACCES}
+
+
+# The seconds of one wait for the end of a process; arbitrary.
+_LONGEST_WAIT = 3600.0
 
 
 def is_readable(fd: int, seconds: float = 0) -> bool:
@@ -28,13 +34,26 @@ def is_readable(fd: int, seconds: float = 0) -> bool:
     return bool(poll.poll(seconds * 1e3))
 
 
+def can_watch_any() -> bool:
+    """Return whether the end of any process can be seen, and not only that of a child."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _REFUSED:
+            raise
+        return False
+    return True
+
+
 class ProcessExit:
-    """The end of a child process that is not reaped yet.
+    """The end of a process that is not reaped yet.
 
     Parameters
     ----------
     pid : int
         The process.
+    pidfd : Descriptor, optional
+        The descriptor of the process, if it is not a child of this one.
 
     Attributes
     ----------
@@ -42,9 +61,12 @@ class ProcessExit:
         A descriptor that is readable once the process has ended.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, pidfd: Descriptor | None = None) -> None:
         self._pid = pid
         self._thread: threading.Thread | None = None
+        if pidfd is not None:
+            self.fd = os.dup(pidfd.fileno())
+            return
         try:
             self.fd = os.pidfd_open(pid)
         except (AttributeError, OSError) as error:
@@ -78,6 +100,11 @@ class ProcessExit:
         if not is_readable(self.fd):  # else its number may be that of another process
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        """Wait for the end of the process."""
+        while not is_readable(self.fd, _LONGEST_WAIT):
+            pass
 
     def close(self) -> None:
         """Close the descriptor of a process that has been reaped."""

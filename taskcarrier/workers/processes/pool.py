@@ -1,57 +1,35 @@
 """Pools of worker processes.
 
-Who owns what. A `ProcessPool` owns its workers, the memory of their ledger, the file whose
-position is the ledger's counter, and a descriptor of the parent's memory. A worker is a process
-of joblib's loky context (started without fork) with one socket of its own. The parent sends runs
-and descriptors; the worker sends batches of results, and its stats. Workers share only the ledger,
-which has no lock; so the death of a worker harms no other.
-
-How workers end. An idle worker ends by itself when its socket is closed. A busy one ends when the
-parent is gone, however it went: each worker holds the reading end of a pipe whose only writer is
-the parent, and has asked the kernel to be killed when that pipe closes (``O_ASYNC`` with
-``F_SETSIG``; unlike ``PR_SET_PDEATHSIG`` this does not mistake the end of the thread that started
-the worker for the end of the process).
-
-How deaths are seen. By a descriptor of the process (`taskcarrier.workers.processes.exits`). The
-socket would not do: a process that the worker forked can hold it open.
+Who owns what. A `ProcessPool` owns its workers, the fork server that starts them, the memory of
+their ledger, the file whose position is the ledger's counter, and a descriptor of the parent's
+memory. A worker has one socket of its own. The parent sends runs and descriptors; the worker sends
+batches of results, and its stats. Workers share only the ledger, which has no lock; so the death of
+a worker harms no other.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
-import io
 import os
-import random
-import signal
-import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing import process as multiprocessing_process
-from multiprocessing.connection import Connection
-from typing import Any
-
-from joblib.externals.loky.backend import get_context
 
 from taskcarrier.memory import parent_memory
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.counters import FileCounter, FileSetOnce
 from taskcarrier.scheduling.ledger import OWN_MARKS, Ledger, ledger_nbytes
-from taskcarrier.system.contexts import contextmanager
 from taskcarrier.system.descriptors import Descriptor, keep_standard_free
-from taskcarrier.system.interrupts import is_raised_by_handler, run_sheltered
+from taskcarrier.system.interrupts import run_sheltered
 from taskcarrier.workers.pickling import Payload
-from taskcarrier.workers.processes.exits import ProcessExit, is_readable
+from taskcarrier.workers.processes.exits import is_readable
 from taskcarrier.workers.processes.grid_run import GridRun
-from taskcarrier.workers.processes.messages import MessageSocket
 from taskcarrier.workers.processes.stream_run import StreamRun
-from taskcarrier.workers.processes.worker import (
-    open_ledger,
-    worker_main,
-)
+from taskcarrier.workers.processes.worker import open_ledger
+from taskcarrier.workers.processes.worker_process import WorkerProcess
+from taskcarrier.workers.processes.worker_starter import ServerDiedError, WorkerStarter
 from taskcarrier.workers.records import RunResult
 from taskcarrier.workers.task import Deliver, Job
 from taskcarrier.workers.thread_limits import make_worker_environment
@@ -59,131 +37,6 @@ from taskcarrier.workers.threads import TICK
 
 # The seconds that an idle worker has for its exit hooks before it is killed.
 _EXIT_SECONDS = 5.0
-
-# glibc gives freed memory at the top of its heap back to the kernel as soon as it is twice the
-# largest freed block, so the temporaries of each chunk are faulted in again: over 256 MB,
-# sqrt(c) * sin(c) spent 0.18 s of system time on that, more than on everything else. With these
-# variables workers keep up to 32 MiB. Other allocators ignore them.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(32 << 20)}
-
-
-# One seed for all workers of this program: `hash` of a text must be the same in each, or results
-# of a function that uses it depend on which worker runs which chunk.
-_HASH_SEED = str(random.SystemRandom().randrange(1, 1 << 32))
-
-
-def _own_environment() -> dict[str, str]:
-    """Return variables for a worker alone, not for programs that the function starts.
-
-    joblib makes a semaphore when it is imported, to see whether that works. A worker that is killed
-    at that moment would leave it in /dev/shm, so the first variable turns this off.
-    """
-    environment = {"JOBLIB_MULTIPROCESSING": "0"}
-    if os.environ.get("PYTHONHASHSEED", "random") in {"random", ""}:
-        environment["PYTHONHASHSEED"] = _HASH_SEED
-    return environment
-
-
-class WorkerProcess:
-    """A worker process, seen from the parent.
-
-    It is made, and its descriptors are closed, only where no asynchronous exception can come.
-    """
-
-    is_free = True
-    """Whether the worker waits for a run: it has sent its stats of the last one."""
-
-    def __init__(self, number: int, environment: dict[str, str], fds: list[int]) -> None:
-        if not os.access(sys.executable, os.X_OK, effective_ids=True):
-            raise PermissionError(
-                errno.EACCES,
-                "worker processes cannot be started, for this user cannot run Python; pass "
-                "backend='threading'",
-                sys.executable,
-            )
-        own = _own_environment()
-        self._reap_lock = threading.Lock()
-        self._exitcode: int | None = None
-        with keep_standard_free(), contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
-            our_end, their_end = socket.socketpair()
-            self.channel = MessageSocket(our_end)
-            ours.callback(self.channel.close)
-            their_end.settimeout(None)  # as for the channel, or the worker's reads would not wait
-            connection = theirs.enter_context(Connection(their_end.detach()))
-            lifeline_end, self._lifeline = os.pipe()
-            ours.callback(os.close, self._lifeline)
-            lifeline = theirs.enter_context(Connection(lifeline_end, writable=False))
-            self.process = get_context("loky").Process(
-                target=worker_main,
-                name=f"taskcarrier-{number}",
-                args=(number, connection, lifeline, {name: os.environ.get(name) for name in own}),
-                env=environment | own,
-                daemon=False,
-            )
-            try:
-                with _make_streams_flushable(), _block_interrupts():
-                    self.process.start()
-            except UnboundLocalError as error:  # loky raises this when it cannot open a pipe
-                raise error.__context__ or error from None
-            # This class handles the end of the process; multiprocessing would join it at exit.
-            multiprocessing_process._children.discard(self.process)  # type: ignore[attr-defined]  # no public way
-            self.pid: int = self.process.pid
-            self.name = f"process {self.pid}"
-            # If anything fails from here on, the process is killed and its descriptors are closed.
-            after_join = ours.enter_context(contextlib.ExitStack())
-            ours.callback(self.process.join)
-            ours.callback(os.kill, self.pid, signal.SIGKILL)
-            self._exit = ProcessExit(self.pid)
-            after_join.callback(self._exit.close)
-            self.channel.send(b"", fds)
-            ours.pop_all()
-
-    @property
-    def pidfd(self) -> int:
-        """A descriptor that is readable once the process has ended; -1 if it was reaped."""
-        return self._exit.fd
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the process has not ended yet."""
-        return self.pidfd >= 0 and not is_readable(self.pidfd)
-
-    def kill(self) -> None:
-        """Kill the process."""
-        if self.pidfd < 0:
-            return
-        try:
-            self._exit.kill()
-        except PermissionError:
-            # The program has changed its user since. The worker itself has asked the kernel to be
-            # killed when this pipe is closed.
-            self._close_lifeline()
-
-    def _close_lifeline(self) -> None:
-        lifeline, self._lifeline = self._lifeline, -1
-        with contextlib.suppress(OSError):  # closed before, by this class or by the program
-            os.close(lifeline)
-
-    def reap(self) -> int | None:
-        """Close the descriptors of a process that has ended, and return its exit code."""
-        return run_sheltered(self.wait_and_reap)
-
-    def wait_and_reap(self) -> int | None:
-        """Wait for the end of the process and reap it, in a thread that is not interrupted."""
-        with self._reap_lock:
-            if self.pidfd >= 0:
-                self.process.join()
-                self._exitcode = self.process.exitcode
-                self.channel.close()
-                self._exit.close()
-                self._close_lifeline()
-        return self._exitcode
-
-    def drop_after_fork(self) -> None:
-        """Close, in a forked child, the descriptors that it has of its parent's worker."""
-        self.channel.close()
-        self._exit.drop_after_fork()
-        self._close_lifeline()
 
 
 class ProcessPool:
@@ -201,10 +54,8 @@ class ProcessPool:
     """
 
     def __init__(self, n: int) -> None:
-        # Variables that the user has set for the allocator stay.
-        allocator = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
-        self._environment = make_worker_environment() | allocator
         self._n = n
+        self._starter = WorkerStarter(make_worker_environment())
         self._workers: dict[int, WorkerProcess] = {}
         self.lacks_workers = False
         self._is_closed = False
@@ -251,7 +102,9 @@ class ProcessPool:
     def _start_worker(self, number: int) -> WorkerProcess:
         self.lacks_workers = False
         try:
-            return WorkerProcess(number, self._environment, self._fds)
+            with contextlib.suppress(ServerDiedError):
+                return WorkerProcess(number, self._starter, self._fds)
+            return WorkerProcess(number, self._starter, self._fds)
         except (OSError, RuntimeError, MemoryError) as error:
             self.lacks_workers = True
             # A child of multiprocessing that is still importing the main module may start no
@@ -343,6 +196,7 @@ class ProcessPool:
             if not is_readable(worker.pidfd, left):
                 worker.kill()
             worker.wait_and_reap()
+        self._starter.close()
         self._close_files()
 
     def drop_after_fork(self) -> None:
@@ -350,6 +204,7 @@ class ProcessPool:
         for worker in self._workers.values():
             worker.drop_after_fork()
         self._workers = {}
+        self._starter.drop_after_fork()
         self._close_files()
 
     def _close_files(self) -> None:
@@ -357,32 +212,3 @@ class ProcessPool:
             os.close(fd)
         if self._memory is not None:
             self._memory.close()
-
-
-@contextmanager
-def _make_streams_flushable() -> Iterator[None]:
-    """Replace stdout and stderr while they cannot be flushed, which loky does before each start.
-
-    The program may have set them to None, a closed file or any other object.
-    """
-    with contextlib.ExitStack() as stack:
-        for name in ("stdout", "stderr"):
-            stream: Any = getattr(sys, name)
-            try:
-                stream.flush()
-            except Exception as error:  # the program's object may raise anything
-                if is_raised_by_handler(error):
-                    raise
-                stack.callback(setattr, sys, name, stream)
-                setattr(sys, name, io.StringIO())
-        yield
-
-
-@contextmanager
-def _block_interrupts() -> Iterator[None]:
-    """Block SIGINT, so that a process started meanwhile ignores Ctrl-C until it unblocks it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -9,13 +9,11 @@ import mmap
 import os
 import pickle
 import signal
-import socket
 import struct
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
@@ -124,20 +122,9 @@ def open_ledger(words_fd: int, counter_fd: int, set_once_fd: int) -> Ledger:
     return Ledger(words, FileCounter(counter_fd), FileSetOnce(set_once_fd), marks)
 
 
-def worker_main(
-    number: int, connection: Connection, lifeline: Connection, environment: dict[str, str | None]
-) -> None:
-    """Run a worker process, from its start to the end of its socket.
-
-    `environment` has the values, for programs that the function starts, of variables that were set
-    for this process alone; None for variables that those programs must not find.
-    """
+def worker_main(number: int, channel: MessageSocket, lifeline: Descriptor) -> None:
+    """Run a worker process, from its start to the end of its socket."""
     mark_worker_process()
-    for name, value in environment.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
     _die_with(lifeline.fileno())
     # Ctrl-C reaches all processes of the terminal; the parent decides what becomes of the run. A
     # handler, not SIG_IGN, so that programs started by the user's function do not ignore Ctrl-C.
@@ -148,9 +135,6 @@ def worker_main(
     )  # all later handlers are set by functions, and stay until the process ends
     make_joblib_serial()
     mapping_cache.keep()
-    with keep_standard_free():
-        channel = MessageSocket(socket.socket(fileno=os.dup(connection.fileno())))
-    connection.close()
     with contextlib.suppress(EOFError, ConnectionResetError):
         _, files = channel.receive()
         words_fd, counter_fd, set_once_fd, *memory_fd = (file.fileno() for file in files)
@@ -188,6 +172,7 @@ def _run_payload(
     try:
         job = unpickle_task(payload, descriptors)
         descriptors.clear()
+        make_joblib_serial()  # a thread of the function may have imported it
         doing = "took on the caller's folder and settings"
         job.parent_state.apply(in_process=True)
     except BaseException as error:  # noqa: BLE001  # the parent raises it

@@ -11,7 +11,6 @@ from pathlib import Path
 import joblib
 import psutil
 import pytest
-from joblib.externals.loky.backend import fork_exec
 
 from taskcarrier.memory.staging import Staging
 from taskcarrier.scheduling.balance import Dynamic
@@ -19,9 +18,10 @@ from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.retries import RetryPolicy
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.pickling import pickle_task
-from taskcarrier.workers.processes import grid_run
+from taskcarrier.workers.processes import grid_run, worker_starter
 from taskcarrier.workers.processes import pool as module
 from taskcarrier.workers.processes.pool import ProcessPool
+from taskcarrier.workers.processes.worker_starter import WorkerStarter
 from taskcarrier.workers.task import IN_PLACE, Job
 from tests.clocks import LONG, wait_until
 from tests.helpers import BALANCES, Calls, both, in_place
@@ -161,13 +161,13 @@ class TestDeadWorkers:
     @pytest.mark.fault(50)
     @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
     def test_nothing_is_left_of_a_worker_that_could_not_be_started(self, pool, monkeypatch, error):
-        def fails(pid):
+        def fails(pid, pidfd):
             started.append(pid)
             raise error("no")
 
         started = []
         with monkeypatch.context() as patch:
-            patch.setattr(module, "ProcessExit", fails)
+            patch.setattr(worker_starter, "ProcessExit", fails)
             with pytest.raises(error, match="no"):
                 run(pool, both)
         (pid,) = started
@@ -266,16 +266,17 @@ class TestWatching:
         end = threading.Event()
         bystander = threading.Thread(target=end.wait)
         bystander.start()
-        start = fork_exec.fork_exec
+        start = WorkerStarter.start
         started = []
 
-        def interrupted_start(*args, **kwargs):
-            started.append(start(*args, **kwargs))
+        def interrupted_start(*args):
+            worker = start(*args)
+            started.append(worker.pid)
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.05)
-            return started[-1]
+            return worker
 
-        monkeypatch.setattr(fork_exec, "fork_exec", interrupted_start)
+        monkeypatch.setattr(WorkerStarter, "start", interrupted_start)
         try:
             with pytest.raises(KeyboardInterrupt):
                 run(pool, both)
@@ -429,13 +430,14 @@ class TestEnd:
             os.dup(pool._workers[0].channel.fileno()),
             os.dup(pool._workers[0]._lifeline),
         )
+        server = pool._starter._server._process.pid
         pool.drop_after_fork()
+        os.waitpid(server, 0)  # it has no worker to reap any more: the system does so
         time.sleep(0.2)
         assert running(pid)
         os.close(channel)
         wait_until(lambda: not running(pid))
         os.close(life)
-        os.waitpid(pid, 0)
 
     def test_workers_end_with_their_parent(self):
         pool = ProcessPool(1)
