@@ -135,7 +135,7 @@ def _list_plain_calls(workload: Workload, inputs: tuple[Any, ...]) -> dict[str, 
 
 
 def _chain(times: int, call: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
-    """Return the result of calls in a row; each intermediate result is dropped as soon as it can be."""
+    """Return the result of calls in a row, each over the result of the one before."""
     result = call(*arrays)
     for _ in range(times - 1):
         result = call(result)
@@ -161,7 +161,7 @@ def _fit_all(estimator: Any, rows: Sequence[np.ndarray], X: np.ndarray, y: np.nd
 
 
 def _our_call(workload: Workload, inputs: tuple[Any, ...], **given: str) -> Callable[[], Any]:
-    """Return the library's call: a function, or the method of a mapper, where there is no function."""
+    """Return the library's call: a function, or the method of a mapper where there is none."""
     if workload.verb in {"map", "imap"}:
         mapper = ours.MAPPERS[workload.balance](N_JOBS, **given)
         if workload.verb == "map":
