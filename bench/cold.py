@@ -35,7 +35,7 @@ LIST = "[work.{func}(x) for x in X]"
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A first call: its function, how ``X`` is made (for Python from ``STEPS``), how it is called."""
+    """A first call: its function, how ``X`` is made (from ``STEPS`` for Python), and the calls."""
 
     name: str
     func: str
