@@ -33,8 +33,9 @@ from bench.work import (
     transform_rows,
 )
 
-# The smaller sizes, as parts of the full one; never under a chunk for each of a small array's 16.
-QUICK_PART, TINY_PART, LEAST = 10, 10_000, 16
+# The smaller sizes, as parts of the full one, and the least number of items of each.
+QUICK_PART, QUICK_LEAST = 10, 16
+TINY_PART, TINY_LEAST = 10_000, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +85,9 @@ class Workload:
 
     def make_inputs(self, settings: Settings) -> tuple[Any, ...]:
         """Return the inputs at the size of ``settings``."""
-        quick, tiny = (max(LEAST, self.n_items // part) for part in (QUICK_PART, TINY_PART))
-        full = self.n_items
-        return self.make(settings.pick(full=full, quick=min(full, quick), tiny=min(full, tiny)))
+        quick = max(QUICK_LEAST, self.n_items // QUICK_PART)
+        tiny = max(TINY_LEAST, self.n_items // TINY_PART)
+        return self.make(settings.pick(full=self.n_items, quick=quick, tiny=tiny))
 
     def is_asked_for(self, word: str | None) -> bool:
         """Return whether the name or the group has this word; None asks for all."""
