@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from bench.timing import Comparison, Promise, Spread, table
@@ -98,8 +98,7 @@ class Bar:
         return [
             row
             for row in rows
-            if self.arm in row.comparison.amounts
-            and (row.seconds >= LONG_SECONDS or not self.only_long)
+            if (row.seconds >= LONG_SECONDS or not self.only_long)
             and self.one_pass in {None, row.workload.is_one_pass}
         ]
 
@@ -110,24 +109,33 @@ class Bar:
 
     def judge(self, rows: Sequence[Judged]) -> Verdict:
         """Say how the promise stands; the aim has a smaller offset than the promise."""
-        value = self.measure(rows, OFFSET)
+        chosen = self.choose(rows)
+        if not chosen:
+            return Verdict(promise=self.promise, verdict="no workload")
+        value = self.measure(chosen, OFFSET)
         verdict = self.promise.verdict(value)
-        if verdict == "aim reached" and self.measure(rows, AIM_OFFSET) > self.aim:
+        if verdict == "aim reached" and self.measure(chosen, AIM_OFFSET) > self.aim:
             verdict = "kept"
-        ratios = {row.workload.name: row.ratio(self.arm, self.bar).median for row in rows}
+        ratios = {row.workload.name: row.ratio(self.arm, self.bar).median for row in chosen}
         above = {name: ratio for name, ratio in ratios.items() if ratio > self.required}
-        return Verdict(self.promise, value, verdict, {} if self.is_mean else above, len(rows))
+        return Verdict(
+            promise=self.promise,
+            verdict=verdict,
+            value=value,
+            above={} if self.is_mean else above,
+            workloads=len(chosen),
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What was found about a promise; ``above`` has the workloads that miss it."""
 
     promise: Promise
-    value: float
     verdict: str
-    above: dict[str, float]
-    workloads: int
+    value: float | None = None
+    above: dict[str, float] = field(default_factory=dict)
+    workloads: int = 0
 
 
 BARS = [
@@ -150,7 +158,6 @@ class Overview:
     rows: list[Judged]
     is_part: bool = False
     binding: bool = True  # False at small sizes, about which nothing is promised
-    notes: list[str] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -164,16 +171,18 @@ class Overview:
         return [(arm, bar) for arm, bar in COLUMNS if arm in arms]
 
     def judged(self) -> list[Verdict]:
-        """Every promise that some workload is about; means of a part of the table are none."""
-        bars = [bar for bar in BARS if not (bar.is_mean and self.is_part)]
-        chosen = [(bar, bar.choose(self.rows)) for bar in bars]
-        return [bar.judge(rows) for bar, rows in chosen if rows]
+        """Every promise about an arm that was measured; a part of the table has no means."""
+        measured = {arm for arm, _ in self.columns}
+        found = [
+            bar.judge(self.rows)
+            for bar in BARS
+            if bar.arm in measured and not (bar.is_mean and self.is_part)
+        ]
+        return found if self.binding else [replace(one, verdict="not judged") for one in found]
 
     @property
     def missed(self) -> list[str]:
         """Names of the promises that were not kept."""
-        if not self.binding:
-            return []
         return [one.promise.name for one in self.judged() if one.verdict == "MISSED"]
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,12 +195,11 @@ class Overview:
                     **asdict(one.promise),
                     "name": one.promise.name,
                     "value": one.value,
-                    "verdict": one.verdict if self.binding else "not judged",
+                    "verdict": one.verdict,
                     "missed by": one.above,
                 }
                 for one in self.judged()
             ],
-            "notes": self.notes,
         }
 
     def _row_to_dict(self, row: Judged) -> dict[str, Any]:
@@ -208,8 +216,7 @@ class Overview:
         for words, is_held_out in (("in sight", False), ("held out", True)):
             rows = [row for row in self.rows if row.workload.is_held_out == is_held_out]
             parts += [self._ratio_table(words, rows)] if rows else []
-        parts += [self._mean_table(), self._promise_table(), *self._misses()]
-        return "\n\n".join([*parts, *(f"  {note}" for note in self.notes)])
+        return "\n\n".join([*parts, self._mean_table(), self._promise_table(), *self._misses()])
 
     def _turns(self) -> str:
         others = [row.comparison.others for row in self.rows if row.comparison.others is not None]
@@ -251,11 +258,11 @@ class Overview:
         rows = [
             (
                 one.promise.name,
-                f"{one.value:.2f}",
+                "" if one.value is None else f"{one.value:.2f}",
                 f"≤ {one.promise.required:g}",
                 f"{one.promise.aim:g}",
                 "" if not one.above else f"{len(one.above)} of {one.workloads}",
-                one.verdict if self.binding else "not judged",
+                one.verdict,
             )
             for one in self.judged()
         ]

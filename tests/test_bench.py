@@ -48,7 +48,7 @@ PROMISES = {
     "imports": 2,
     "cold": 3,  # tiny, it has three programs
     "claims": 0,
-    "defaults": 3,  # tiny, no call is long enough for the others, and there is no `auto`
+    "defaults": 5,  # seven, as soon as there is `auto`
     "long_tasks": 5,
 }
 
