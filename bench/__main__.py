@@ -31,9 +31,10 @@ USUAL = (
     "memory",
     "imports",
     "cold",
+    "long_tasks",
     "claims",
 )
-LONG = ("balancing", "defaults", "long_tasks")
+LONG = ("balancing", "defaults")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -59,7 +59,7 @@ def _study(settings: Settings, title: str, call: Call, *, threads: bool = False)
     found = compare(
         f"long_tasks: {title}, {N_JOBS} jobs",
         arms,
-        rounds=settings.turns(full=3, quick=3),
+        rounds=settings.turns(full=5, quick=3),
         reference="loky",
     )
     best = min(explicit, key=lambda name: found.ratio(name, None).median)
