@@ -41,15 +41,17 @@ SLOW = 0.15
 def run(settings: Settings) -> list[Overview]:
     """Measure every workload by itself, then put all together."""
     workloads = [w for w in list_workloads() if w.is_asked_for(settings.only)]
+    if not workloads:
+        raise SystemExit(f"defaults: no workload has {settings.only!r} in its name or group")
     with ExitStack() as stack:
         stack.enter_context(threadpool_limits(1))
         for backend in ("threading", "loky"):  # their idle workers are kept
             ours.warm_mapper(stack, "static", N_JOBS, backend)
-        rows = [_judged(settings, workload) for workload in workloads]
+        rows = [_judge(settings, workload) for workload in workloads]
         return [Overview(rows, is_part=settings.only is not None)]
 
 
-def _judged(settings: Settings, workload: Workload) -> Judged:
+def _judge(settings: Settings, workload: Workload) -> Judged:
     inputs = workload.make_inputs(settings)
     calls = list_calls(workload, inputs)
     for call in calls.values():
@@ -58,7 +60,7 @@ def _judged(settings: Settings, workload: Workload) -> Judged:
     seconds = _time(calls["plain"])
     most = settings.pick(full=MOST_CALLS, quick=10, tiny=1)
     repeats = min(most, math.ceil(SAMPLE_SECONDS / seconds))
-    arms = [Arm(name, _sampled(call, repeats)) for name, call in calls.items()]
+    arms = [Arm(name, _make_sample(call, repeats)) for name, call in calls.items()]
     rounds = settings.turns(full=5 if seconds >= SLOW else 11, quick=3)
     notes = [f"{repeats} calls a sample"] if repeats > 1 else []
     return Judged(workload, compare(workload.name, arms, rounds=rounds, notes=notes))
@@ -70,7 +72,7 @@ def _time(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def _sampled(call: Callable[[], Any], repeats: int) -> Callable[[], Measured]:
+def _make_sample(call: Callable[[], Any], repeats: int) -> Callable[[], Measured]:
     """Make an arm of some calls: seconds of one, and the last answer in a form to be compared."""
 
     def run_all() -> Any:
@@ -79,13 +81,13 @@ def _sampled(call: Callable[[], Any], repeats: int) -> Callable[[], Measured]:
         return call()
 
     def run() -> Measured:
-        sample = timed(run_all, _comparable)()
+        sample = timed(run_all, _to_comparable)()
         return Measured(sample.amount / repeats, sample.answer)
 
     return run
 
 
-def _comparable(answer: Any) -> Any:
+def _to_comparable(answer: Any) -> Any:
     """Return the numbers of fitted estimators, and any other answer as it is."""
     if isinstance(answer, list) and hasattr(answer[0], "coef_"):
         return np.array([[*one.coef_, one.intercept_] for one in answer])

@@ -317,6 +317,11 @@ def test_workloads_are_chosen_by_a_word():
     assert [workload.is_asked_for(word) for word in (None, "sort", "g", "fft")] == [1, 1, 1, 0]
 
 
+def test_a_word_that_no_workload_has_is_refused():
+    with pytest.raises(SystemExit, match="no workload has 'nothing' in its name or group"):
+        main(["defaults", "--tiny", "--only", "nothing"])
+
+
 @pytest.mark.parametrize(
     ("above", "below", "ratio"),
     [(180, 100, 1.2), (150, 100, 1.0), (100, 100, 1.0), (50, 100, 0.5), (200, 50, 2.8)],
