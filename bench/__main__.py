@@ -30,9 +30,11 @@ USUAL = (
     "empty",
     "memory",
     "imports",
+    "cold",
+    "long_tasks",
     "claims",
 )
-LONG = ("balancing",)
+LONG = ("balancing", "defaults")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"unknown: {', '.join(sorted(unknown))}; there are {', '.join((*USUAL, *LONG))}"
         )
     names = options.names or (*USUAL, *(LONG if options.all else ()))
-    settings = Settings(options.scale, options.rounds, options.out)
+    settings = Settings(options.scale, options.rounds, options.out, options.only)
     facts = machine()
     print(describe_machine(facts))
     if options.scale != "full":
@@ -91,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         "--json", type=Path, metavar="FILE", help="write everything measured to FILE"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where balancing writes its figure")
+    parser.add_argument(
+        "--only", metavar="WORD", help="of defaults, the workloads with WORD in name or group"
+    )
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a promise is missed")
     scale = parser.add_mutually_exclusive_group()
     for name, words in (

@@ -17,7 +17,7 @@ MAPPERS: dict[str, Any] = {
 }
 
 
-def function(balance: str, n_jobs: int, backend: str, **options: Any) -> Apply:
+def function(balance: str, n_jobs: int, backend: str | None, **options: Any) -> Apply:
     """Return a plain call of ``map_array``; its input is an ordinary array every time."""
 
     def apply(func: Func, X: np.ndarray) -> np.ndarray:

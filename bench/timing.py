@@ -34,12 +34,14 @@ class WrongResultError(Exception):
 class Settings:
     """The size of a bench: full, quick or tiny.
 
-    ``rounds`` and ``out`` overrule what the bench would choose.
+    ``rounds`` and ``out`` overrule what the bench would choose. With ``only``, `defaults` measures
+    the workloads whose name or group has that word.
     """
 
     scale: str = "full"
     rounds: int | None = None
     out: Path | None = None
+    only: str | None = None
 
     def pick(self, *, full: T, quick: T, tiny: T) -> T:
         """Choose by scale."""

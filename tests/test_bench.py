@@ -43,10 +43,13 @@ PROMISES = {
     "kernels": 28 if list((Path(sys.prefix) / "lib").glob("libtbb.so*")) else 25,
     "even": 1,
     "triangular": 1,
-    "empty": 4,
+    "empty": 7,
     "memory": 4,
     "imports": 2,
+    "cold": 3,  # tiny, it has three programs
     "claims": 0,
+    "defaults": 5,  # seven, as soon as there is `auto`
+    "long_tasks": 5,
 }
 
 
@@ -78,7 +81,8 @@ def test_every_bench_runs_tiny(name, tmp_path):
     tables = found["benches"][name]
     for table in tables:
         assert table["title"] in printed
-        assert {len(amounts) for amounts in table["amounts"].values()} == {table["rounds"]}
+        for part in table.get("workloads", [table]):
+            assert {len(amounts) for amounts in part["amounts"].values()} == {part["rounds"]}
     # The peers of an optional extra are measured, or named as missing.
     promises = sum(len(table["promises"]) for table in tables)
     if name == "sqrt_sin" and find_spec("dask") is None:
@@ -280,6 +284,112 @@ def test_cut_covers_everything_in_order(length, parts):
     slices = cut(length, parts)
     assert len(slices) == parts
     assert [i for s in slices for i in range(length)[s]] == list(range(length))
+
+
+def judged(workload=None, **amounts):
+    """Return a workload whose arms took these seconds; unless said otherwise, one hour."""
+    from bench.overview import SEQUENTIAL_OR_PROCESSES, Judged
+
+    rounds = len(next(iter(amounts.values())))
+    names = (*SEQUENTIAL_OR_PROCESSES, "threading", "default")
+    arms = {name: [3600.0] * rounds for name in names} | amounts
+    return Judged(workload or made("a"), Comparison("t", "plain", arms))
+
+
+def made(name, **fields):
+    from bench.workloads import Workload
+
+    return Workload(name=name, group="g", func=np.sqrt, make=np.ones, n_items=1, **fields)
+
+
+def test_a_third_of_the_workloads_is_held_out_in_each_kind():
+    from bench.workloads import list_workloads
+
+    workloads = list_workloads()
+    held_out = [one for one in workloads if one.is_held_out]
+    assert len({one.name for one in workloads}) == len(workloads) >= 36
+    assert len(workloads) / 3 <= len(held_out) <= len(workloads) / 2
+    assert {one.group for one in held_out} == {one.group for one in workloads}
+
+
+def test_workloads_are_chosen_by_a_word():
+    workload = made("sort 200")
+    assert [workload.is_asked_for(word) for word in (None, "sort", "g", "fft")] == [1, 1, 1, 0]
+
+
+def test_a_word_that_no_workload_has_is_refused():
+    with pytest.raises(SystemExit, match="no workload has 'nothing' in its name or group"):
+        main(["defaults", "--tiny", "--only", "nothing"])
+
+
+@pytest.mark.parametrize(
+    ("above", "below", "ratio"),
+    [(180, 100, 1.2), (150, 100, 1.0), (100, 100, 1.0), (50, 100, 0.5), (200, 50, 2.8)],
+)
+def test_an_offset_is_left_out_but_makes_no_ratio_better_than_one(above, below, ratio):
+    from bench.overview import lessened_ratio
+
+    assert lessened_ratio(above, below, 60) == pytest.approx(ratio)
+
+
+def test_offsets_count_in_short_calls_only_and_never_against_the_plain_call():
+    short = judged(plain=[1e-3], loop=[1e-3], default=[1.16e-3])
+    assert short.ratio("default", "loop").median == pytest.approx(1.1)
+    assert short.ratio("default", "plain").median == pytest.approx(1.16)
+    long = judged(plain=[1.0], loop=[1e-3], default=[1.16e-3])
+    assert long.ratio("default", "loop").median == pytest.approx(1.16)
+
+
+def test_the_best_is_one_arm_for_all_rounds():
+    row = judged(plain=[1, 9, 2], loop=[9, 1, 9], default=[2, 2, 2])
+    assert row.best("default") == "plain"
+    assert row.ratio("default", "best") == Spread(median=1, low=2 / 9, high=2)
+
+
+def test_threads_are_a_bar_for_the_default_only_if_the_function_is_known_to_be_free():
+    amounts = {"plain": [4.0], "threading": [2.0], "default": [4.0], "auto": [2.0]}
+    row = judged(**amounts)
+    assert (row.best("default"), row.best("auto")) == ("plain", "threading")
+    assert judged(made("a", is_known_free=True), **amounts).best("default") == "threading"
+
+
+def test_overview_names_the_workloads_that_miss_a_promise():
+    from bench.overview import Overview
+
+    good = judged(plain=[4.0], loop=[4.0], default=[4.0])
+    bad = judged(made("slow", is_held_out=True), plain=[1.0], loop=[4.0], default=[2.0])
+    found = Overview([good, bad])
+    assert found.missed == [
+        "default / plain, each of 20 ms or more",
+        "default / best, each workload",
+        "default / best, geometric mean",
+    ]
+    assert "default / best, each workload: missed by slow 2.00" in str(found)
+    assert json.loads(json.dumps(found.to_dict()))["promises"][1]["missed by"] == {"slow": 2.0}
+    assert "default / best, geometric mean" not in str(Overview([good, bad], is_part=True))
+    found.binding = False
+    assert not found.missed
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "verdict"), [(49, "aim reached"), (75, "kept"), (83, "MISSED")]
+)
+def test_an_aim_has_the_smaller_offset(microseconds, verdict):
+    from bench.overview import Overview
+
+    row = judged(plain=[20e-6], loop=[20e-6], default=[microseconds * 1e-6])
+    assert Overview([row]).judged()[0].verdict == verdict
+
+
+def test_plain_calls_and_loops_do_the_work_of_the_library():
+    from bench.defaults import list_calls
+    from bench.workloads import make_floats
+
+    workload = made("chain", chained=2)
+    calls = list_calls(workload, make_floats(64))
+    expected = calls["plain"]()
+    assert same(calls["loop"](), expected)
+    assert same(calls["sequential"](), expected)
 
 
 def test_settings_choose_by_scale():
