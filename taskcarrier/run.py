@@ -28,7 +28,8 @@ from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
 from taskcarrier.system.exceptions import raise_again
 from taskcarrier.workers import choose as choices
 from taskcarrier.workers.choose import Choice
-from taskcarrier.workers.executor import Executor, make_executor
+from taskcarrier.workers.executor import Executor
+from taskcarrier.workers.executors import make_executor
 from taskcarrier.workers.introspect import has_own_threads, releases_gil
 from taskcarrier.workers.records import RangeFailure, RunResult, WorkerDeath, WorkerStats
 from taskcarrier.workers.serial import SerialExecutor
@@ -154,6 +155,7 @@ def decide(
         releases_gil=gil_reason,
         own_threads=has_own_threads(func, extras),
         lists=over_lists,
+        can_begin=settings.retry_policy.timeout is None and not over_lists,
     )
     timeout = settings.retry_policy.timeout
     return make_executor(choice, settings.backend, settings.new_staging, timeout)
@@ -176,6 +178,7 @@ def execute(
     collect_errors: bool = False,
     can_split: bool = False,
     resumed: ResumedMarks | None = None,
+    move: Move | None = None,
 ) -> RunOutcome:
     """Run a task over all chunks of a grid.
 
@@ -201,6 +204,8 @@ def execute(
         Whether the task can run parts of a chunk.
     resumed : ResumedMarks, optional
         The chunks that an earlier run finished; they are left out.
+    move : Move, optional
+        How the work gets to worker processes, if the caller begins it.
     """
     job = Job(
         task,
@@ -212,6 +217,7 @@ def execute(
         can_split=can_split,
         marks=None if resumed is None else resumed.marks,
         folder=settings.folder,
+        move=move,
     )
     n_before = 0 if resumed is None else min(resumed.n_done * grid.chunksize, grid.n_items)
     make_run_report = partial(

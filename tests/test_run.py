@@ -32,7 +32,7 @@ from taskcarrier.scheduling.ledger import DONE, OWN_MARKS, PENDING, ledger_nbyte
 from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.choose import Choice
-from taskcarrier.workers.executor import make_executor
+from taskcarrier.workers.executors import make_executor
 from taskcarrier.workers.processes.grid_run import GridRun
 from taskcarrier.workers.records import PartialResult, RangeFailure, WorkerDeath, WorkerStats
 from taskcarrier.workers.task import IN_PLACE

@@ -12,11 +12,12 @@ from taskcarrier.arrays.inputs.check import Inputs, check_inputs
 from taskcarrier.arrays.inputs.halos import Halo, check_halo
 from taskcarrier.arrays.inputs.sources import local_sources, sources_for_processes
 from taskcarrier.arrays.kernels.prepare import RowOutput, prepare_call
-from taskcarrier.arrays.outputs.buffers import OutputBuffer
+from taskcarrier.arrays.outputs.buffers import OutputBuffer, SharedBuffer
 from taskcarrier.arrays.outputs.stacking import ObjectRule, holds_objects
 from taskcarrier.arrays.resume.computation import Computation
 from taskcarrier.arrays.resume.ledger_file import LedgerFile
 from taskcarrier.arrays.task import ArrayTask
+from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note, get_text
 from taskcarrier.random_streams import RandomStreams, WithRandomStream, random_streams_for
 from taskcarrier.run import (
@@ -141,7 +142,7 @@ class ArrayCall:
     def run_collect(self) -> tuple[dict[int, Any], list[DeliveredFailure]]:
         """Run the call; return results by the start of their range, and the failures."""
         executor = self.decide()
-        work = self.make_work(executor, None)
+        work = self.make_work(executor.staging, None)
         outcome = execute(
             work.task,
             self.grid,
@@ -151,6 +152,7 @@ class ArrayCall:
             notes=work.notes,
             compiling=work.compiling_ns / 1e9,
             collect_errors=self.collect_errors,
+            move=self._make_move(executor),
         )
         self.explain_ufunc_errors(outcome)
         raise_first_failure(outcome, self.inputs.describe)
@@ -188,10 +190,12 @@ class ArrayCall:
         return decide(self.settings, self.call.func, self.extras)
 
     def make_work(
-        self, executor: Executor, buffer: OutputBuffer | None, fusing_ns: int = 0
+        self, staging: Staging | None, buffer: OutputBuffer | None, fusing_ns: int = 0
     ) -> Work:
-        """Return the function as a task over the arrays: compiled, with its inputs in place."""
-        staging = executor.staging
+        """Return the function as a task over the arrays: compiled, with its inputs in place.
+
+        Copies for worker processes go to `staging`; None if workers share the caller's memory.
+        """
         func = self.call.func if self.row is None else self.row.wrap_function(self.call.func)
         if self.streams is not None:
             func = WithRandomStream(func, self.streams)
@@ -241,6 +245,12 @@ class ArrayCall:
             and self.halo is None
             and (self.by_item or self.streams is None),
         )
+
+    def make_shared_buffer(self) -> SharedBuffer:
+        """Make memory for outputs that worker processes share."""
+        inputs = self.inputs
+        segment = self.settings.segment(inputs.nbytes)
+        return SharedBuffer(n_items=inputs.n_items, order=inputs.order, segment=segment)
 
     def _find_object_rule(self, buffer: OutputBuffer | None) -> ObjectRule:
         """Return what becomes of objects that items give, by the dtypes of outputs and inputs."""

@@ -10,7 +10,8 @@ import numpy as np
 
 from taskcarrier.arrays.call import ArrayCall, Work
 from taskcarrier.arrays.kernels.prepare import FusedLoop, fuse_loop
-from taskcarrier.arrays.outputs.buffers import LocalBuffer, OutputBuffer, SharedBuffer
+from taskcarrier.arrays.move import ArrayMove
+from taskcarrier.arrays.outputs.buffers import LocalBuffer, OutputBuffer
 from taskcarrier.arrays.outputs.request import OutputRequest
 from taskcarrier.arrays.outputs.specs import DisagreementError, Spec
 from taskcarrier.arrays.resume.ledger_file import LedgerFile
@@ -25,6 +26,7 @@ from taskcarrier.run import (
 from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.introspect import is_jitted
 from taskcarrier.workers.records import DeliveredFailure, RangeFailure, list_failed_ranges
+from taskcarrier.workers.snapshots import Snapshot
 
 
 @dataclass(eq=False)
@@ -65,9 +67,14 @@ class PlacedMap:
             marks = None if ledger_file is None else _reset_marks(ledger_file, buffer)
             fusion, fusing_ns = self._fuse(executor, buffer)
             work = (
-                call.make_work(executor, buffer, fusing_ns)
+                call.make_work(executor.staging, buffer, fusing_ns)
                 if fusion is None
                 else Work(fusion.task, fusion.notes, fusing_ns)
+            )
+            move = (
+                ArrayMove(call, Snapshot(call.call), request, buffer)
+                if isinstance(buffer, LocalBuffer) and executor.may_move
+                else None
             )
             outcome = execute(
                 work.task,
@@ -80,7 +87,11 @@ class PlacedMap:
                 collect_errors=call.collect_errors,
                 can_split=work.can_split,
                 resumed=marks,
+                move=move,
             )
+            if move is not None and move.moved is not None:
+                buffer.close()
+                buffer = move.moved
             spec, arrays, failures = self._complete(buffer, fusion, outcome)
             result = None if spec is None else request.finish(buffer, spec, arrays)
             if ledger_file is not None and result is not None:
@@ -112,11 +123,9 @@ class PlacedMap:
     def _make_buffer(self, executor: Executor) -> OutputBuffer:
         """Make memory for outputs where the workers will write."""
         inputs = self.call.inputs
-        n_items, order = inputs.n_items, inputs.order
         if executor.staging is None:
-            return LocalBuffer(n_items=n_items, order=order)
-        segment = self.call.settings.segment(inputs.nbytes)
-        return SharedBuffer(n_items=n_items, order=order, segment=segment)
+            return LocalBuffer(n_items=inputs.n_items, order=inputs.order)
+        return self.call.make_shared_buffer()
 
     def _fuse(self, executor: Executor, buffer: OutputBuffer) -> tuple[FusedLoop | None, int]:
         """Return a compiled loop over the items, if one is possible, and the nanoseconds it took.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from taskcarrier.scheduling.ledger import PENDING, Ledger
 from taskcarrier.scheduling.partition import Partition
@@ -21,20 +22,24 @@ class Static:
 
     name = "static"
 
-    def chunks(self, ledger: Ledger, worker: int, n_workers: int, n_chunks: int) -> Iterator[int]:
-        """Yield the chunks of one worker, each in hand when it is yielded."""
+    def chunks(
+        self, ledger: Ledger, worker: int, n_workers: int, n_chunks: int, first: int = 0
+    ) -> Iterator[int]:
+        """Yield the chunks of one worker from `first` on, each in hand when it is yielded."""
         marks = ledger.marks
-        for index in self.plan(worker, n_workers, n_chunks):
+        for index in self.plan(worker, n_workers, n_chunks, first):
             if ledger.is_halted:
                 return
             if marks is None or marks[index] == PENDING:
                 ledger.hold(worker, index)
                 yield index
 
-    def plan(self, worker: int, n_workers: int, n_chunks: int) -> range:
-        """Return the chunks that only this worker will run."""
-        parts = Partition(n_workers, n_chunks)
-        return range(parts[worker].start, parts[worker].stop) if worker < len(parts) else range(0)
+    def plan(self, worker: int, n_workers: int, n_chunks: int, first: int = 0) -> range:
+        """Return the chunks from `first` on that only this worker will run."""
+        parts = Partition(n_workers, n_chunks - first)
+        if worker >= len(parts):
+            return range(0)
+        return range(first + parts[worker].start, first + parts[worker].stop)
 
 
 @dataclass(frozen=True)
@@ -50,19 +55,40 @@ class Dynamic:
 
     name = "dynamic"
 
-    def chunks(self, ledger: Ledger, worker: int, n_workers: int, n_chunks: int) -> Iterator[int]:  # noqa: ARG002  # the rules share one signature
+    def chunks(
+        self,
+        ledger: Ledger,
+        worker: int,
+        n_workers: int,  # noqa: ARG002  # the rules share one signature
+        n_chunks: int,
+        first: int = 0,  # noqa: ARG002  # the ledger gives out chunks from there on
+    ) -> Iterator[int]:
         """Yield the chunks of one worker, each in hand when it is yielded."""
         marks = ledger.marks
         while not ledger.is_halted and (index := ledger.claim(worker)) < n_chunks:
             if marks is None or marks[index] == PENDING:
                 yield index
 
-    def plan(self, worker: int, n_workers: int, n_chunks: int) -> range:  # noqa: ARG002  # the rules share one signature
+    def plan(self, worker: int, n_workers: int, n_chunks: int, first: int = 0) -> range:  # noqa: ARG002  # the rules share one signature
         """Return no chunks: none is reserved for one worker."""
         return range(0)
 
 
-Balance = Static | Dynamic
+class Balance(Protocol):
+    """A rule that assigns chunks to workers."""
+
+    @property
+    def name(self) -> str:
+        """The name of the rule."""
+
+    def chunks(
+        self, ledger: Ledger, worker: int, n_workers: int, n_chunks: int, first: int = 0
+    ) -> Iterator[int]:
+        """Yield the chunks of one worker from `first` on, each in hand when it is yielded."""
+
+    def plan(self, worker: int, n_workers: int, n_chunks: int, first: int = 0) -> range:
+        """Return the chunks from `first` on that only this worker will run."""
+
 
 _RULES: dict[str, Balance] = {rule.name: rule for rule in (Static(), Dynamic())}
 

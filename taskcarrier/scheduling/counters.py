@@ -17,13 +17,13 @@ class Counter(Protocol):
     """A number that several workers advance; each value goes to exactly one of them."""
 
     def advance(self) -> int:
-        """Take the next number; the first is 0."""
+        """Take the next number."""
 
     def position(self) -> int:
-        """Return how many numbers were given out."""
+        """Return the number that is given out next."""
 
-    def reset(self) -> None:
-        """Start from 0 again; no worker may be claiming."""
+    def reset(self, start: int = 0) -> None:
+        """Start from this number; no worker may be claiming."""
 
 
 class ThreadCounter:
@@ -42,8 +42,8 @@ class ThreadCounter:
     def position(self) -> int:  # noqa: D102  # as in Counter
         return self._next
 
-    def reset(self) -> None:  # noqa: D102  # as in Counter
-        self._next = 0
+    def reset(self, start: int = 0) -> None:  # noqa: D102  # as in Counter
+        self._next = start
 
 
 class FileCounter:
@@ -69,8 +69,8 @@ class FileCounter:
     def position(self) -> int:  # noqa: D102  # as in Counter
         return os.lseek(self.fd, 0, os.SEEK_CUR)
 
-    def reset(self) -> None:  # noqa: D102  # as in Counter
-        os.lseek(self.fd, 0, os.SEEK_SET)
+    def reset(self, start: int = 0) -> None:  # noqa: D102  # as in Counter
+        os.lseek(self.fd, start, os.SEEK_SET)
 
 
 class SetOnce(Protocol):

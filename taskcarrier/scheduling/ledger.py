@@ -54,7 +54,7 @@ run it again while it is ``PENDING``, nothing once it is ``DONE``. ``IN_HAND`` s
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -94,6 +94,27 @@ def ledger_nbytes(n_workers: int) -> int:
     return 8 * _ROW * (2 + n_workers)
 
 
+class Begun(NamedTuple):
+    """What was done of a run before its workers begin.
+
+    Attributes
+    ----------
+    first : int
+        The first chunk that is not finished.
+    n_items : int
+        The number of items that were finished.
+    proposal : object
+        What was agreed on; None if nothing.
+    """
+
+    first: int = 0
+    n_items: int = 0
+    proposal: Any = None
+
+
+NOT_BEGUN = Begun()
+
+
 class Ledger:
     """The shared record of a run, in words that all its workers can see.
 
@@ -129,14 +150,14 @@ class Ledger:
         self._items_before = 0  # of workers that were replaced
 
     @classmethod
-    def local(cls, n_workers: int) -> Self:
+    def local(cls, n_workers: int, begun: Begun = NOT_BEGUN) -> Self:
         """Return a new ledger for the threads of this process."""
         ledger = cls([0] * (ledger_nbytes(n_workers) // 8), ThreadCounter(), ThreadSetOnce())
-        ledger.reset(n_workers)
+        ledger.reset(n_workers, begun)
         return ledger
 
     @classmethod
-    def with_address(cls, n_workers: int) -> Self:
+    def with_address(cls, n_workers: int, begun: Begun = NOT_BEGUN) -> Self:
         """Return a new ledger for compiled loops in threads of this process, with its `address`."""
         buffer = np.zeros(ledger_nbytes(n_workers) + ALIGNMENT, np.uint8)
         address = address_of(buffer)
@@ -144,19 +165,22 @@ class Ledger:
         words = buffer[begin : begin + ledger_nbytes(n_workers)].data.cast("q")
         ledger = cls(words, ThreadCounter(), ThreadSetOnce())
         ledger.address = address + begin
-        ledger.reset(n_workers)
+        ledger.reset(n_workers, begun)
         return ledger
 
-    def reset(self, n_workers: int) -> None:
-        """Forget the last run. No worker may be running."""
+    def reset(self, n_workers: int, begun: Begun = NOT_BEGUN) -> None:
+        """Forget the last run, and go on from what was done of this one. No worker may be running.
+        """
         words = self._words
         words[_HALTED] = 0
         for worker in range(n_workers):
             self.clear_row(worker)
-        self._items_before = 0
-        words[_COUNTER] = 0
-        self._counter.reset()
+        self._items_before = begun.n_items
+        words[_COUNTER] = begun.first
+        self._counter.reset(begun.first)
         self._set_once.reset()
+        if begun.proposal is not None:
+            self._set_once.propose(begun.proposal)
 
     def clear_row(self, worker: int) -> None:
         """Clear the row of a worker that is about to begin, or to replace one that died."""

@@ -84,11 +84,14 @@ class Choice:
         negative numbers count from all of them.
     reason : str
         Why this backend was chosen.
+    begins_in_caller : bool
+        Whether the caller begins, and measures whether workers of this backend pay.
     """
 
     backend: str
     n_jobs: int
     reason: str
+    begins_in_caller: bool = False
 
 
 def check_backend(backend: object) -> str | None:
@@ -165,6 +168,7 @@ def choose(
     releases_gil: str = "",
     own_threads: bool = False,
     lists: bool = False,
+    can_begin: bool = False,
 ) -> Choice:
     """Decide where a run takes place.
 
@@ -180,6 +184,8 @@ def choose(
         Whether the function is known to start its own threads (numba's ``parallel=True``).
     lists : bool
         Whether the map is over a list, which any backend that joblib knows can run.
+    can_begin : bool
+        Whether the caller can begin the run itself.
 
     >>> choose(None, None, Facts(cores=4))
     Choice(backend='loky', n_jobs=4, reason='the default')
@@ -204,7 +210,12 @@ def choose(
             selected, reason = "sequential", "a daemonic process may not start worker processes"
     if selected == "threading" and not facts.has_threads:
         selected, reason = "sequential", "the program is ending, and Python starts no more threads"
-    return Choice(selected, 1 if selected == "sequential" else workers, reason)
+    return Choice(
+        selected,
+        1 if selected == "sequential" else workers,
+        reason,
+        begins_in_caller=can_begin and wanted is None and selected != "sequential",
+    )
 
 
 def _select_backend(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -24,9 +24,11 @@ from taskcarrier.workers.choose import Choice, load_processes
 from taskcarrier.workers.pools import process_pool, thread_pool
 from taskcarrier.workers.queues import WorkQueue
 from taskcarrier.workers.records import RunResult
-from taskcarrier.workers.serial import SerialExecutor
 from taskcarrier.workers.task import Deliver, Job
 from taskcarrier.workers.thread_limits import thread_limit
+
+if TYPE_CHECKING:
+    from taskcarrier.workers.pickling import Payload  # slow to import
 
 Tick = Callable[[Ledger], None]
 """A function that is called now and then with the ledger of a run that goes on."""
@@ -56,6 +58,10 @@ class Executor(Protocol):
         """Whether it runs a `CompiledTask`: in threads, which the caller can stop."""
 
     @property
+    def may_move(self) -> bool:
+        """Whether it may begin in the caller and go on in processes: it needs a `Move`."""
+
+    @property
     def runs_in_caller(self) -> bool:
         """Whether the calling thread does all the work."""
 
@@ -77,6 +83,7 @@ class ThreadExecutor:
     staging = None
     notes: Sequence[str] = ()
     can_run_compiled = True
+    may_move = False
     runs_in_caller = False
 
     def __init__(self, choice: Choice) -> None:
@@ -100,6 +107,7 @@ class ProcessExecutor:
     balance = None
     notes: Sequence[str] = ()
     can_run_compiled = False
+    may_move = False
     runs_in_caller = False
 
     def __init__(self, choice: Choice, staging: Staging) -> None:
@@ -108,13 +116,23 @@ class ProcessExecutor:
 
     def run(self, job: Job, deliver: Deliver, tick: Tick | None) -> RunResult:
         """Pickle a job once for all workers, and run it in processes."""
+        return self.run_packed(*self.pack(job), deliver, tick)
+
+    def pack(self, job: Job) -> tuple[Job, Payload]:
+        """Return a job that processes can mark, and the same pickled for them."""
         load_processes()
-        from taskcarrier.workers.pickling import pickle_task  # noqa: PLC0415  # loads joblib
+        from taskcarrier.workers.pickling import pickle_task  # noqa: PLC0415  # slow to import
 
         if job.marks is None and len(job.grid) > OWN_MARKS:
             job = replace(job, marks=_make_marks(job.grid))
         payload = pickle_task(job, self.staging)
         self.notes = payload.notes
+        return job, payload
+
+    def run_packed(
+        self, job: Job, payload: Payload, deliver: Deliver, tick: Tick | None
+    ) -> RunResult:
+        """Run a packed job in processes."""
         with process_pool(self.choice.n_jobs) as processes:
             return processes.run(job, payload, deliver, tick)
 
@@ -135,38 +153,3 @@ def _make_marks(grid: ChunkGrid) -> SharedView:
     segment = Segment.create()
     segment.reserve(len(grid))
     return SharedView(segment, 0, (len(grid),), (1,), np.dtype(np.uint8))
-
-
-def make_executor(
-    choice: Choice, backend: str | None, staging: Callable[[], Staging], timeout: float | None
-) -> Executor:
-    """Return the executor of a choice, or raise an error if it cannot keep the user's wishes.
-
-    Parameters
-    ----------
-    choice : Choice
-        Where to run.
-    backend : str or None
-        The user's own word for it; None if it follows from an active `joblib.parallel_config`.
-    staging : callable
-        Makes a place for copies, if workers need one.
-    timeout : float or None
-        Seconds that one range may take.
-    """
-    if choice.backend == "sequential":
-        return SerialExecutor(choice)
-    if choice.backend == "threading":
-        return ThreadExecutor(choice)
-    if choice.backend == "loky":
-        return ProcessExecutor(choice, staging())
-    if timeout is not None:
-        raise ValueError(
-            f"timeout= cannot be kept on backend={choice.backend!r}, whose workers are not ours to "
-            "stop; leave it out, or pass backend='loky'"
-        )
-    from taskcarrier.workers import joblib_backends  # noqa: PLC0415  # loads joblib
-
-    executor = joblib_backends.JoblibExecutor(choice, backend)
-    if executor.choice.n_jobs == 1:  # joblib would run it here too
-        return SerialExecutor(Choice("sequential", 1, f"backend {choice.backend!r} has one worker"))
-    return executor

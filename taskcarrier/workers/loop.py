@@ -108,7 +108,7 @@ def run_worker(  # noqa: C901, PLR0912, PLR0915  # what is done for each range, 
         worker = WorkerContext(number, ledger.propose)
         run_range = job.task.start(worker)
         claims = (
-            job.balance.chunks(ledger, number, job.n_workers, len(job.grid))
+            job.balance.chunks(ledger, number, job.n_workers, len(job.grid), job.begun.first)
             if batch_source is None
             else batch_source(worker)
         )

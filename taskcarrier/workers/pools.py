@@ -117,6 +117,10 @@ class _Pools:
                     return lease
             run_sheltered(partial(self._add_pool, key))
 
+    def has_warm(self, key: _Key) -> bool:
+        places = [place for place in self._places.copy() if place.key == key]
+        return any(place.lease() is None and place.pool.is_warm for place in places)
+
     def _add_pool(self, key: _Key) -> None:
         self._places.append(_Place(key, _new_pool(key)))
         self._ensure_keeper()
@@ -254,11 +258,20 @@ def thread_pool(n: int) -> AbstractContextManager[ThreadPool]:
 
 def process_pool(n: int) -> AbstractContextManager[ProcessPool]:
     """Lease a warm pool of `n` worker processes for the length of a ``with`` block."""
+    key = _process_key(n)
     # A function must not run as root once the program has given that up.
-    user = (*os.getresuid(), *os.getresgid(), *os.getgroups())
-    _pools.end_pools_of_others(user)
-    key = ("loky", n, parent_memory.available(), user)
+    _pools.end_pools_of_others(key[-1])
     return cast("AbstractContextManager[ProcessPool]", _pools.take(key))
+
+
+def _process_key(n: int) -> _Key:
+    user = (*os.getresuid(), *os.getresgid(), *os.getgroups())
+    return "loky", n, parent_memory.available(), user
+
+
+def has_warm_processes(n: int) -> bool:
+    """Return whether a pool of `n` worker processes is free whose workers have all started."""
+    return _pools.has_warm(_process_key(n))
 
 
 def keep_warm() -> AbstractContextManager[None]:

@@ -35,9 +35,9 @@ class SerialExecutor:
         """Run a job to its end."""
         ledger: Ledger
         if tick is None:
-            ledger = Ledger.local(1)
+            ledger = Ledger.local(1, job.begun)
         else:
-            ledger = watched = _WatchedLedger.local(1)
+            ledger = watched = _WatchedLedger.local(1, job.begun)
             watched.tick = tick
         ledger.marks = job.open_marks()
         # Noted before the run: exceptions of handlers that the function sets are its own errors.

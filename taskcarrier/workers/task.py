@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from taskcarrier.memory.segments import SharedView
 from taskcarrier.scheduling.balance import Balance
 from taskcarrier.scheduling.grid import ChunkGrid
-from taskcarrier.scheduling.ledger import Ledger
+from taskcarrier.memory.staging import Staging
+from taskcarrier.scheduling.ledger import NOT_BEGUN, Begun, Ledger
 from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
 from taskcarrier.workers.parent_state import ParentState
 
@@ -67,6 +68,19 @@ class CompiledTask(ABC):
         """Run chunks until none is left or the run is halted; the ledger records the progress."""
 
 
+class Move(Protocol):
+    """How the work of a run gets from the caller's memory to worker processes."""
+
+    def count_item_bytes(self) -> tuple[float, float]:
+        """Return the bytes of an item, and those of its result as far as they are known."""
+
+    def move(self, staging: Staging, begun: Begun, deliver: Deliver) -> Task:
+        """Return the task for processes, with the results of what was done before.
+
+        Results that processes cannot share are delivered.
+        """
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """All that a worker must know of a run.
@@ -93,6 +107,10 @@ class Job:
         Where the chunks are marked, if not in the ledger's own bytes.
     folder : str or None
         Where processes put large results that are not put in place; None for memory.
+    begun : Begun
+        What was done of the run before; the workers go on from there.
+    move : Move or None
+        How the work gets to worker processes, if it can be begun in the caller.
     """
 
     task: Task
@@ -106,6 +124,8 @@ class Job:
     can_split: bool = False
     marks: SharedView | None = None
     folder: str | None = None
+    begun: Begun = NOT_BEGUN
+    move: Move | None = None
 
     def open_marks(self) -> memoryview | None:
         """Return the job's own bytes for marks, mapped in this process; None if it has none."""

@@ -97,6 +97,11 @@ class ThreadPool:
         self._start_lock = threading.Lock()  # only in threads that are not interrupted
         self.lacks_workers = False
 
+    @property
+    def is_warm(self) -> bool:
+        """Whether all threads have been started."""
+        return len(self._workers) == self._n
+
     def run(self, job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None) -> RunResult:
         """Run a job to its end; the result has stats in the order of the workers.
 
@@ -107,7 +112,8 @@ class ThreadPool:
         self._drop_stuck_workers()  # in case that was cut short last time
         self._ensure_threads(n)
         is_compiled = isinstance(job.task, CompiledTask)
-        ledger = (Ledger.with_address if is_compiled else Ledger.local)(n)
+        make_ledger = Ledger.with_address if is_compiled else Ledger.local
+        ledger = make_ledger(n, job.begun)
         ledger.marks = job.open_marks()
         worker_stats: dict[int, WorkerStats] = {}
         # The last worker releases this, so that the caller is woken once.

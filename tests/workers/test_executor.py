@@ -8,7 +8,8 @@ from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import OWN_MARKS
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.choose import Choice
-from taskcarrier.workers.executor import ProcessExecutor, ThreadExecutor, make_executor
+from taskcarrier.workers.executor import ProcessExecutor, ThreadExecutor
+from taskcarrier.workers.executors import make_executor
 from taskcarrier.workers.joblib_backends import JoblibExecutor
 from taskcarrier.workers.queues import UnsendableError
 from taskcarrier.workers.serial import SerialExecutor

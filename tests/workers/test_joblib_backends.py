@@ -30,7 +30,7 @@ from taskcarrier import (
 from taskcarrier.memory.staging import Staging
 from taskcarrier.workers import joblib_backends
 from taskcarrier.workers.choose import Choice
-from taskcarrier.workers.executor import make_executor
+from taskcarrier.workers.executors import make_executor
 from taskcarrier.workers.pickling import pickle_items
 from taskcarrier.workers.serial import SerialExecutor
 from tests.errors import FrozenError, HoldingError, Unreadable

@@ -113,7 +113,7 @@ class FusedRunner:
 
     def run_all(self, job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> None:
         """Claim chunks and run them until none are left; the GIL is taken for errors only."""
-        plan = job.balance.plan(worker, job.n_workers, len(job.grid))
+        plan = job.balance.plan(worker, job.n_workers, len(job.grid), job.begun.first)
         next_own, stop_own = (plan.start, plan.stop) if job.balance.name == "static" else (0, -1)
         chunksize = min(job.grid.chunksize, job.grid.n_items)  # so that it fits into a word
         partial = PartialResult([], [])

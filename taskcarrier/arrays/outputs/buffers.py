@@ -229,6 +229,11 @@ class LocalBuffer(OutputBuffer):
                 self._places = places
             return self._places
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the outputs that were made so far."""
+        return sum(open_place(place).nbytes for place in self._places or ())
+
     def make_write_lock(self) -> Lock | None:  # noqa: D102  # as in OutputBuffer
         write_lock = Lock()
         self._write_locks.append(write_lock)

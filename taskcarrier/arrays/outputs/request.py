@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from taskcarrier.arrays.casting import MakeFill, check_dtype, find_missing_value
 from taskcarrier.arrays.inputs.check import Inputs, normalize_axis
-from taskcarrier.arrays.outputs.buffers import Output, OutputBuffer, SharedBuffer
+from taskcarrier.arrays.outputs.buffers import (
+    LocalBuffer,
+    Output,
+    OutputBuffer,
+    SharedBuffer,
+)
 from taskcarrier.arrays.outputs.specs import Spec
 from taskcarrier.memory.memmaps import check_not_cut_off, find_region, find_shared, identify_file
 from taskcarrier.memory.npy import NpyWriter, check_path
@@ -92,6 +97,21 @@ class OutputRequest:
         buffer.make_fill = self.make_fill
         if is_resumed:
             buffer.earlier_spec = self._read_spec(buffer.n_items)
+
+    def move(self, local: LocalBuffer, shared: SharedBuffer) -> None:
+        """Ask the same of results in `shared` as in `local`, whose files it takes over."""
+        outputs = (local.outputs,) if isinstance(local.outputs, Output) else local.outputs
+        moved = tuple(
+            replace(output, place=find_shared(output.place, writable=True))
+            if isinstance(output.place, np.ndarray)
+            else output
+            for output in outputs
+        )
+        shared.outputs = moved[0] if isinstance(local.outputs, Output) else moved
+        shared.out_axis = local.out_axis
+        shared.promote_dtypes = local.promote_dtypes
+        shared.make_fill = local.make_fill
+        shared.earlier_spec = local.earlier_spec
 
     def _read_spec(self, n_items: int) -> Spec | None:
         """Return the spec of the results that an earlier run has left in its files, or None."""

@@ -20,7 +20,7 @@ from multiprocessing import process as multiprocessing_process
 from taskcarrier.memory import parent_memory
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.counters import FileCounter, FileSetOnce
-from taskcarrier.scheduling.ledger import OWN_MARKS, Ledger, ledger_nbytes
+from taskcarrier.scheduling.ledger import DONE, OWN_MARKS, Ledger, ledger_nbytes
 from taskcarrier.system.descriptors import Descriptor, keep_standard_free
 from taskcarrier.system.interrupts import run_sheltered
 from taskcarrier.workers.pickling import Payload
@@ -76,6 +76,11 @@ class ProcessPool:
         self._memory = memory
         if memory is not None:
             self._fds.append(memory.fileno())
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether all workers have been started."""
+        return len(self._workers) == self._n
 
     def _get_worker(self, number: int) -> WorkerProcess:
         """Return a free worker: the one with this number, or a new one if that will not do."""
@@ -153,10 +158,12 @@ class ProcessPool:
         self._end_stuck_workers()
         workers = [self._get_worker(number) for number in range(job.n_workers)]
         ledger = self._ledger
-        ledger.reset(job.n_workers)
+        ledger.reset(job.n_workers, job.begun)
         ledger.set_marks(job.open_marks(), len(job.grid))
-        if job.marks is None and ledger.marks is not None:
-            ledger.marks[:] = bytes(len(job.grid))
+        if ledger.marks is not None:
+            if job.marks is None:
+                ledger.marks[:] = bytes(len(job.grid))
+            ledger.marks[: job.begun.first] = bytes([DONE]) * job.begun.first
         run = GridRun(job, ledger, deliver, payload, self._get_worker)
         # If the run is interrupted, a worker may write to the segments for a moment longer.
         for segment in payload.segments:
