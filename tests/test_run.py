@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import multiprocessing
 import os
 import signal
 import time
@@ -538,7 +539,7 @@ class TestTimeout:
 
 def interrupt_the_caller(chunk):
     if chunk[0] == 40:
-        os.kill(os.getppid(), signal.SIGINT)
+        os.kill(multiprocessing.parent_process().pid, signal.SIGINT)
     time.sleep(0.01)
     return chunk
 

@@ -145,6 +145,7 @@ def worker_main(number: int, channel: MessageSocket, lifeline: Descriptor) -> No
         files[0].close()
         while True:
             data, descriptors = channel.receive()
+            make_joblib_serial()  # a thread of the function may have imported it
             _run_payload(number, channel, ledger, data, descriptors)
             del descriptors
             del data
@@ -172,7 +173,6 @@ def _run_payload(
     try:
         job = unpickle_task(payload, descriptors)
         descriptors.clear()
-        make_joblib_serial()  # a thread of the function may have imported it
         doing = "took on the caller's folder and settings"
         job.parent_state.apply(in_process=True)
     except BaseException as error:  # noqa: BLE001  # the parent raises it
