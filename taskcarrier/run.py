@@ -33,7 +33,7 @@ from taskcarrier.workers.executors import make_executor
 from taskcarrier.workers.introspect import has_own_threads, releases_gil
 from taskcarrier.workers.records import RangeFailure, RunResult, WorkerDeath, WorkerStats
 from taskcarrier.workers.serial import SerialExecutor
-from taskcarrier.workers.task import Job, Task
+from taskcarrier.workers.task import Job, Move, Task
 
 if TYPE_CHECKING:
     from taskcarrier.errors import WorkerDiedError

@@ -24,9 +24,6 @@ from taskcarrier.run import (
     RunOutcome,
     Settings,
     decide,
-    execute,
-    raise_first_failure,
-    raise_if_missing,
     run_nothing,
 )
 from taskcarrier.scheduling.grid import ChunkGrid, chunk_grid, item_grid
@@ -138,41 +135,6 @@ class ArrayCall:
         }
         computation = Computation.from_call(self.call, self.inputs, self.grid, self.halo, details)
         return LedgerFile(path, len(self.grid), computation)
-
-    def run_collect(self) -> tuple[dict[int, Any], list[DeliveredFailure]]:
-        """Run the call; return results by the start of their range, and the failures."""
-        executor = self.decide()
-        work = self.make_work(executor.staging, None)
-        outcome = execute(
-            work.task,
-            self.grid,
-            executor,
-            self.settings,
-            started_ns=self.started_ns,
-            notes=work.notes,
-            compiling=work.compiling_ns / 1e9,
-            collect_errors=self.collect_errors,
-            move=self._make_move(executor),
-        )
-        self.explain_ufunc_errors(outcome)
-        raise_first_failure(outcome, self.inputs.describe)
-        delivered = [parts for _, parts in outcome.delivered]
-        results = {
-            where.start: result
-            for parts in delivered
-            for where, result in parts.results
-            if isinstance(where, slice)
-        }
-        failures = self.collect_failures(delivered)
-        done = results.keys() | {start for start, _, _ in failures}
-        ranges = list(map(self.grid.range_of, range(len(self.grid))))
-        missing = [bounds for bounds in ranges if bounds[0] not in done]
-
-        def list_results() -> list[Any]:
-            return [results.get(start) for start, _ in ranges]
-
-        raise_if_missing(outcome, self.inputs.describe, missing, list_results)
-        return results, failures
 
     def explain_ufunc_errors(self, outcome: RunOutcome) -> None:
         """Add notes to errors of ufuncs that say which array holds no numbers."""

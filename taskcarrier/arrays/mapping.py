@@ -15,6 +15,7 @@ from taskcarrier.arrays.casting import (
     find_missing_value,
     require_missing_value,
 )
+from taskcarrier.arrays.collected import run_collected
 from taskcarrier.arrays.kernels.prepare import check_row
 from taskcarrier.arrays.outputs.request import check_out_axis, check_output_request
 from taskcarrier.arrays.placed import PlacedMap
@@ -298,7 +299,7 @@ def map_chunks(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     """
     filled = MAP_CHUNKS.fill(options)
     call = prepare_collecting(Settings.from_options(filled), func, arrays, filled)
-    return list_results(call, *call.run_collect())
+    return list_results(call, *run_collected(call))
 
 
 def prepare_chunks(

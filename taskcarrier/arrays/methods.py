@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
+from taskcarrier.arrays.collected import run_collected
 from taskcarrier.arrays.mapping import (
     MAP_ARRAY,
     MAP_CHUNKS,
@@ -143,7 +144,7 @@ class ArrayMethods:
         """Call `taskcarrier.map_chunks` with the mapper's balance, workers and backend."""
         settings, filled = self._split_options(_MAP_CHUNKS, options)
         call = prepare_collecting(settings, func, arrays, filled)
-        return list_results(call, *call.run_collect())
+        return list_results(call, *run_collected(call))
 
     @overload
     def reduce_array(
@@ -167,4 +168,4 @@ class ArrayMethods:
         """Call `taskcarrier.reduce_array` with the mapper's balance, workers and backend."""
         settings, filled = self._split_options(_REDUCE_ARRAY, options)
         call = prepare_reduction(settings, func, arrays, filled)
-        return fold(call, call.run_collect()[0] if call.inputs.n_items else {}, filled)
+        return fold(call, run_collected(call)[0] if call.inputs.n_items else {}, filled)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, Unpack, overload
 
 from taskcarrier.arguments import check_callable
 from taskcarrier.arrays.call import ArrayCall
+from taskcarrier.arrays.collected import run_collected
 from taskcarrier.notes import add_note
 from taskcarrier.options import UNSET, ChunksOptions, ReductionOptions
 from taskcarrier.run import Settings
@@ -87,7 +88,7 @@ def reduce_array(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     """
     filled = REDUCE_ARRAY.fill(options)
     call = prepare_reduction(Settings.from_options(filled), func, arrays, filled)
-    return fold(call, call.run_collect()[0] if call.inputs.n_items else {}, filled)
+    return fold(call, run_collected(call)[0] if call.inputs.n_items else {}, filled)
 
 
 def prepare_reduction(

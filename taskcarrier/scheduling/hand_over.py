@@ -9,6 +9,10 @@ from dataclasses import dataclass
 MARGIN = 1.3
 
 
+# The chunks after which their costs are believed; before, a decision needs more time spent.
+_ENOUGH_CHUNKS = 3
+
+
 @dataclass(frozen=True, kw_only=True)
 class Offer:
     """What it takes to have the rest of a run done by workers.
@@ -20,7 +24,8 @@ class Offer:
     engage_seconds : float
         Seconds until they begin.
     item_seconds : float
-        Seconds that each item costs beside its work: to reach a worker, and its result to come back.
+        Seconds that each item costs beside its work: to reach a worker, and for its result to come
+        back.
     """
 
     n_workers: int
@@ -35,25 +40,34 @@ class ItemCost:
     """
 
     def __init__(self) -> None:
+        self.n_chunks = 0
+        self.total_seconds = 0.0
+        self._n_items = 0
         self._first = (0, 0.0)
-        self._others = (0, 0.0)
-        self._n_others = 0
 
     def add(self, n_items: int, seconds: float) -> None:
         """Add a chunk."""
-        if self._first[0] == 0:
+        self.n_chunks += 1
+        self.total_seconds += seconds
+        self._n_items += n_items
+        if self.n_chunks == 1:
             self._first = n_items, seconds
-        else:
-            self._others = self._others[0] + n_items, self._others[1] + seconds
-            self._n_others += 1
 
     @property
-    def seconds(self) -> float:
+    def item_seconds(self) -> float:
         """The seconds of one item; 0 if nothing is known."""
-        n_items, seconds = self._others
-        if self._n_others < 2:
-            n_items, seconds = n_items + self._first[0], seconds + self._first[1]
+        n_items, seconds = self._n_items, self.total_seconds
+        if self.n_chunks >= _ENOUGH_CHUNKS:
+            n_items, seconds = n_items - self._first[0], seconds - self._first[1]
         return seconds / n_items if n_items else 0.0
+
+    def is_believed(self, offer: Offer) -> bool:
+        """Return whether enough is known to decide on an offer.
+
+        It is after some chunks, or as soon as the caller has spent twice what it costs to engage
+        workers: then no estimate can be so wrong that waiting had been much better.
+        """
+        return self.n_chunks >= _ENOUGH_CHUNKS or self.total_seconds >= 2 * offer.engage_seconds
 
 
 def estimate_saving(n_items: int, n_chunks: int, seconds_per_item: float, offer: Offer) -> float:

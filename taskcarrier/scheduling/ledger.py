@@ -169,8 +169,7 @@ class Ledger:
         return ledger
 
     def reset(self, n_workers: int, begun: Begun = NOT_BEGUN) -> None:
-        """Forget the last run, and go on from what was done of this one. No worker may be running.
-        """
+        """Forget the last run, and go on from what was done of this one. No worker may be running."""
         words = self._words
         words[_HALTED] = 0
         for worker in range(n_workers):

@@ -21,7 +21,7 @@ from taskcarrier.scheduling.hand_over import ItemCost, Offer, estimate_saving
 from taskcarrier.scheduling.ledger import PENDING, Begun, Ledger
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.choose import Choice, load_processes
-from taskcarrier.workers.executor import ProcessExecutor, ThreadExecutor, Tick
+from taskcarrier.workers.executor import Executor, ProcessExecutor, ThreadExecutor, Tick
 from taskcarrier.workers.pools import has_warm_processes
 from taskcarrier.workers.queues import WorkQueue
 from taskcarrier.workers.records import RunResult
@@ -59,6 +59,7 @@ class CallerFirstExecutor:
         self.staging: Staging | None = None
         self.notes: Sequence[str] = ()
         self._make_staging = make_staging
+        self.may_move = choice.backend == "loky"
         self._others = choice
 
     def run(self, job: Job, deliver: Deliver, tick: Tick | None) -> RunResult:
@@ -69,13 +70,16 @@ class CallerFirstExecutor:
         result = SerialExecutor(self.choice).run(here, deliver, tick)
         (caller,) = result.worker_stats
         if caller.failure is not None or claims.next_chunk == len(job.grid):
-            self.choice = replace(self.choice, reason=claims.explain(self._others))
+            self.choice = replace(self.choice, reason=claims.explain())
             return result
         begun = Begun(claims.next_chunk, caller.n_items, result.first_proposal)
         rest = replace(job, begun=begun, move=None)
         rest_result = self._run_rest(rest, job.move, deliver, tick)
-        self.choice = replace(self.choice, reason=claims.explain(self.choice))
-        rest_result.worker_stats.insert(0, caller)
+        self.choice = replace(self.choice, reason=claims.explain())
+        if rest_result.worker_stats and rest_result.worker_stats[0].name == caller.name:
+            rest_result.worker_stats[0].add(caller)
+        else:
+            rest_result.worker_stats.insert(0, caller)
         return rest_result
 
     def _make_offer(self, move: Move | None) -> Offer:
@@ -108,7 +112,8 @@ class CallerFirstExecutor:
             if is_raised_by_handler(error):
                 raise
             self._warn_unpicklable(error)
-            return SerialExecutor(self.choice).run(job, deliver, tick)
+            here = replace(job, balance=SerialExecutor.balance, n_workers=1)
+            return SerialExecutor(self.choice).run(here, deliver, tick)
         self.choice, self.notes = self._others, executor.notes
         return executor.run_packed(moved, payload, deliver, tick)
 
@@ -122,7 +127,12 @@ class CallerFirstExecutor:
 
     def stream(self, job: Job) -> AbstractContextManager[WorkQueue]:
         """Open a work queue on the workers: a stream is not begun in the caller."""
-        return self._make_others().stream(job)
+        others: Executor
+        if self._others.backend == "threading":
+            others = ThreadExecutor(self._others)
+        else:
+            others = ProcessExecutor(self._others, self._make_staging())
+        return others.stream(job)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,9 +203,12 @@ class _Claims:
         self._items_left = n_items
         if n_chunks == 0:
             return False
-        self._saving = estimate_saving(n_items, n_chunks, self._cost.seconds, self._make_offer())
+        offer = self._make_offer()
+        if not self._cost.is_believed(offer):
+            return False
+        self._saving = estimate_saving(n_items, n_chunks, self._cost.item_seconds, offer)
         return self._saving > 0
 
-    def explain(self, choice: Choice) -> str:
+    def explain(self) -> str:
         """Return the reason for where the rest ran, in words."""
-        return f"an item takes {self._cost.seconds:.2g} s"
+        return f"an item takes {self._cost.item_seconds:.2g} s"

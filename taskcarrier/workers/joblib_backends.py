@@ -83,6 +83,7 @@ class JoblibExecutor:
     staging = None
     notes: Sequence[str] = ()
     can_run_compiled = False
+    may_move = False
     runs_in_caller = False
 
     def __init__(self, choice: Choice, backend: str | None) -> None:

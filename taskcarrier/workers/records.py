@@ -74,6 +74,13 @@ class WorkerStats:
     attempt: int = 1
     warnings: list[WorkerWarning] = field(default_factory=list)
 
+    def add(self, earlier: WorkerStats) -> None:
+        """Count what the same worker did before."""
+        self.n_ranges += earlier.n_ranges
+        self.n_items += earlier.n_items
+        self.busy_ns += earlier.busy_ns
+        self.facts = earlier.facts or self.facts
+
 
 @dataclass(eq=False)
 class WorkerDeath:

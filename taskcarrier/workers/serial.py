@@ -26,6 +26,7 @@ class SerialExecutor:
     staging = None
     notes: Sequence[str] = ()
     can_run_compiled = False
+    may_move = False
     runs_in_caller = True
 
     def __init__(self, choice: Choice) -> None:

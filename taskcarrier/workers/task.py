@@ -8,9 +8,9 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
 
 from taskcarrier.memory.segments import SharedView
+from taskcarrier.memory.staging import Staging
 from taskcarrier.scheduling.balance import Balance
 from taskcarrier.scheduling.grid import ChunkGrid
-from taskcarrier.memory.staging import Staging
 from taskcarrier.scheduling.ledger import NOT_BEGUN, Begun, Ledger
 from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
 from taskcarrier.workers.parent_state import ParentState
