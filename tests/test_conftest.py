@@ -1,5 +1,6 @@
 """The leak check of conftest.py finds each sort of leak, and nothing where nothing leaks."""
 
+import contextlib
 import os
 import re
 import signal
@@ -91,21 +92,21 @@ LEAKS = {
     "shared_and_open": (
         """
         import os
-        os.open("/dev/shm/stray-open", os.O_CREAT | os.O_RDONLY, 0o600)
+        os.open("/dev/shm/stray-open-UNIQUE", os.O_CREAT | os.O_RDONLY, 0o600)
         """,
-        "shared memory: /dev/shm/stray-open",
+        "shared memory: /dev/shm/stray-open-*",
     ),
     "shared_and_mapped": (
         """
         import builtins, mmap, os
         from multiprocessing import resource_tracker, shared_memory
         tracked, resource_tracker.register = resource_tracker.register, lambda *_: None
-        builtins.kept_segment = shared_memory.SharedMemory("stray-mapped", create=True, size=8)
+        builtins.kept_segment = shared_memory.SharedMemory("stray-mapped-UNIQUE", True, 8)
         resource_tracker.register = tracked
         os.close(builtins.kept_segment._fd)
         builtins.kept_segment._fd = -1
         """,
-        "shared memory: /dev/shm/stray-mapped",
+        "shared memory: /dev/shm/stray-mapped-*",
     ),
     "semaphore": (
         """
@@ -165,7 +166,7 @@ NEIGHBOUR = """
 import os, sys, time
 from pathlib import Path
 entries = [Path(f"/dev/shm/stray_{os.getpid()}_{i}") for i in range(3)]
-entries.append(Path("/dev/shm/stray-unnumbered"))
+entries.append(Path("/dev/shm/stray-" + sys.argv[2]))
 while os.getppid() == int(sys.argv[1]):
     for entry in entries:
         entry.mkdir()
@@ -225,7 +226,13 @@ def clean_up(output):
 
 def leaky(sort, end=""):
     code, _ = LEAKS[sort]
-    return f"def test_{sort}():\n" + textwrap.indent(textwrap.dedent(code) + end, "    ")
+    code = textwrap.dedent(code).replace("UNIQUE", unique_word())
+    return f"def test_{sort}():\n" + textwrap.indent(code + end, "    ")
+
+
+def unique_word():
+    """Return a word without digits that no other run of these tests has."""
+    return "".join(chr(ord("a") + int(digit)) for digit in str(os.getpid()))
 
 
 def test_each_leak_fails_its_test_and_no_other(run):
@@ -253,7 +260,8 @@ def test_nothing_is_reported_where_nothing_leaks(run):
 
 
 def test_shared_memory_of_other_programs_is_ignored(run):
-    command = [sys.executable, "-c", NEIGHBOUR, str(os.getpid())]
+    word = unique_word()
+    command = [sys.executable, "-c", NEIGHBOUR, str(os.getpid()), word]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as neighbour:
         assert neighbour.stdout.readline() == "ready\n"
         # So that it can go on printing, and leaves no zombie.
@@ -262,8 +270,10 @@ def test_shared_memory_of_other_programs_is_ignored(run):
             result = run(WITH_A_NEIGHBOUR.format(pid=neighbour.pid))
         finally:
             neighbour.kill()
-    for path in Path("/dev/shm").glob("stray[-_]*"):
-        path.rmdir()
+    left = [f"/dev/shm/stray_{neighbour.pid}_{i}" for i in range(3)]
+    for path in map(Path, (*left, f"/dev/shm/stray-{word}")):
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir()
     result.assert_outcomes(passed=3)
 
 

@@ -167,7 +167,7 @@ STACKED = [
     for dtype in (
         *("?", "i1", "u1", ">i2", "u4", "i8", "u8", "f2", ">f4", "f8", "g", "F", "D", "O"),
         *("S3", "U2", ">U5", "V5", "i1,f4", "i4,f8"),
-        *("M8", "M8[D]", ">M8[s]", "m8", "m8[D]", ">m8[ns]"),
+        *("M8[D]", ">M8[s]", "m8[D]", ">m8[ns]"),  # without a unit they are deprecated
     )
 ]
 
