@@ -211,4 +211,7 @@ class _Claims:
 
     def explain(self) -> str:
         """Return the reason for where the rest ran, in words."""
-        return f"an item takes {self._cost.item_seconds:.2g} s"
+        took = f"an item took {self._cost.item_seconds:.2g} s in the caller"
+        if self._saving > 0:
+            return f"{took}: to hand over {self._items_left:,} items saves {self._saving:.2g} s"
+        return f"{took}: workers would have saved nothing"
