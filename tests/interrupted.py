@@ -1,5 +1,6 @@
 """Exceptions from outside at a chosen step of a call, where Python could deliver one."""
 
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,8 @@ def interrupted_at(step: int, call: Callable[[], Any]) -> bool:
 
     Python delivers exceptions of signal handlers and other threads where a function begins, and
     where a C function has returned. (And where a loop jumps back, which is left out here.) Some
-    steps are in finalizers, whose exceptions are lost.
+    steps are in finalizers, whose exceptions are lost. The garbage collector, whose callbacks lose
+    them too, is off meanwhile.
     """
     steps = iter(range(step))
     reached = []  # and no frame, which would refer to this one
@@ -24,6 +26,7 @@ def interrupted_at(step: int, call: Callable[[], Any]) -> bool:
             reached.append(True)
             raise Stop
 
+    gc.disable()
     try:
         sys.setprofile(trace)
         call()
@@ -31,6 +34,7 @@ def interrupted_at(step: int, call: Callable[[], Any]) -> bool:
         pass
     finally:
         sys.setprofile(None)
+        gc.enable()
     return bool(reached)
 
 

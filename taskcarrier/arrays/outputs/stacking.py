@@ -83,7 +83,7 @@ def stack_values(
     if n_results == 0:
         raise TypeError(
             f"func returned an empty tuple for item {start}; map_items needs a number or an array "
-            "(or a tuple of these)"
+            "(or a tuple of them)"
         )
     axes = out_axis if isinstance(out_axis, tuple) else (out_axis,) * n_results
     if len(axes) != n_results:

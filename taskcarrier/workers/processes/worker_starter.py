@@ -1,7 +1,7 @@
 """Starts worker processes: the fork server, seen from the parent.
 
 A fork server keeps what it got when it was started: its user, its limits, the cores that it may
-use, and the variables that Python, the C library and BLAS read when they start. If one of these has
+use, and the variables that Python, the C library and BLAS read when they start. If any of this has
 changed in the parent since, the next worker gets a new fork server, so that it begins as any new
 process of the parent would.
 
@@ -73,7 +73,7 @@ class StartedWorker(NamedTuple):
     pid: int
     exit: ProcessExit
     reap: Callable[[], int | None]
-    """Reaps the process, which has ended; the result is its exit code, None if nobody knows it."""
+    """Reaps the process, which has ended; returns its exit code, or None if it is not known."""
 
 
 class _ForkServer:
@@ -106,7 +106,7 @@ class _ForkServer:
             stack.enter_context(their_end)
             self._channel = MessageSocket(our_end)
             their_end.settimeout(None)  # or its reads would not wait
-            with contextlib.ExitStack() as after_failure, block_interrupts():
+            with contextlib.ExitStack() as after_failure, _block_interrupts():
                 after_failure.callback(self._channel.close)
                 self._process = subprocess.Popen(  # this Python, and no shell
                     [sys.executable, "-c", _PROGRAM, str(their_end.fileno()), *_list_path()],
@@ -237,7 +237,7 @@ class WorkerStarter:
         Raises `ServerDiedError` if the server has died. Then another attempt needs other
         descriptors: there may be a worker that has these.
         """
-        check_python()
+        _check_python()
         environment = os.environ | self._environment
         setup, fds = _make_setup(number, environment, fds)
         inherited = Inheritance.read(environment)
@@ -281,7 +281,7 @@ def _reap_adopted(pid: int) -> int | None:
     return None
 
 
-def check_python() -> None:
+def _check_python() -> None:
     """Raise an error if this user cannot run Python."""
     if not os.access(sys.executable, os.X_OK, effective_ids=True):
         raise PermissionError(
@@ -340,7 +340,7 @@ def _list_path() -> list[str]:
 
 
 @contextmanager
-def block_interrupts() -> Iterator[None]:
+def _block_interrupts() -> Iterator[None]:
     """Block SIGINT, so that a process started meanwhile ignores Ctrl-C until it unblocks it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

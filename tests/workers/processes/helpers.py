@@ -1,12 +1,27 @@
 """Runs with pools of worker processes."""
 
+from contextlib import contextmanager
+
 from taskcarrier.memory.staging import Staging
 from taskcarrier.scheduling.balance import Dynamic
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.pickling import pickle_task
+from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.task import Job
 from tests.helpers import Calls
+
+
+@contextmanager
+def open_pool(n_workers):
+    """Make a pool, and end it."""
+    made = ProcessPool(n_workers)
+    try:
+        yield made
+    finally:
+        made.close()
+        # pytest keeps it beyond the watch for leaks; its memory and processes go now.
+        vars(made).clear()
 
 
 def run(

@@ -15,10 +15,9 @@ import pytest
 from taskcarrier.scheduling.balance import Static
 from taskcarrier.workers.processes import fork_server, worker_starter
 from taskcarrier.workers.processes.messages import MessageSocket
-from taskcarrier.workers.processes.pool import ProcessPool
 from tests.clocks import wait_until
 from tests.strategies import ROOT, run_script, start_script
-from tests.workers.processes.helpers import run
+from tests.workers.processes.helpers import open_pool, run
 
 pytestmark = pytest.mark.one_case  # each starts workers
 
@@ -51,10 +50,8 @@ def server_pid(pool):
 @pytest.fixture
 def one():
     """A pool of one worker."""
-    pool = ProcessPool(1)
-    yield pool
-    pool.close()
-    vars(pool).clear()
+    with open_pool(1) as pool:
+        yield pool
 
 
 # What it imports.
@@ -161,12 +158,8 @@ def test_a_worker_gets_what_the_caller_has_when_it_starts(one, monkeypatch, tmp_
 
 
 def test_a_worker_has_an_identity_of_its_own():
-    pool = ProcessPool(2)
-    try:
+    with open_pool(2) as pool:
         assert ask(pool, get_identity, n_workers=2) == [(1,), (2,)]
-    finally:
-        pool.close()
-        vars(pool).clear()
 
 
 def get_identity(start, stop):
@@ -224,18 +217,14 @@ def test_a_change_of_what_processes_keep_makes_a_new_server(one, change):
 
 
 def draw(start, stop):
-    return random.random(), np.random.random()  # noqa: NPY002  # the generators that all share
+    return random.random(), np.random.random()  # noqa: NPY002  # the global generator is under test
 
 
 def test_each_worker_has_global_generators_of_its_own():
-    pool = ProcessPool(2)
-    try:
+    with open_pool(2) as pool:
         drawn = ask(pool, draw, n_workers=2)
         renew(pool)
         drawn += ask(pool, draw, n_workers=2)
-    finally:
-        pool.close()
-        vars(pool).clear()
     assert len({value for pair in drawn for value in pair}) == 8
 
 
@@ -330,12 +319,10 @@ def test_a_server_that_was_killed_is_replaced(one):
 @pytest.mark.fault(52)
 def test_a_server_that_does_not_answer_holds_up_no_end(monkeypatch):
     monkeypatch.setattr(worker_starter, "_END_SECONDS", 0.05)
-    pool = ProcessPool(1)
-    ask(pool, get_pid)
-    first = server_pid(pool)
-    os.kill(first, signal.SIGSTOP)
-    pool.close()
-    vars(pool).clear()
+    with open_pool(1) as pool:
+        ask(pool, get_pid)
+        first = server_pid(pool)
+        os.kill(first, signal.SIGSTOP)
     assert not psutil.pid_exists(first)
 
 
@@ -349,11 +336,9 @@ def test_an_interrupt_from_the_terminal_does_not_end_the_server(one):
 
 
 def test_nothing_is_left_of_a_pool():
-    pool = ProcessPool(1)
-    [pid] = ask(pool, get_pid)
-    first = server_pid(pool)
-    pool.close()
-    vars(pool).clear()
+    with open_pool(1) as pool:
+        [pid] = ask(pool, get_pid)
+        first = server_pid(pool)
     assert not psutil.pid_exists(pid)
     assert not psutil.pid_exists(first)
 
