@@ -9,7 +9,6 @@ from taskcarrier.arrays.outputs.buffers import LocalBuffer, SharedBuffer, open_p
 from taskcarrier.arrays.outputs.request import OutputRequest
 from taskcarrier.arrays.outputs.specs import Spec
 from taskcarrier.memory.staging import Staging
-from taskcarrier.scheduling.ledger import Begun
 from taskcarrier.workers.records import PartialResult
 from taskcarrier.workers.snapshots import Snapshot
 from taskcarrier.workers.task import Deliver, Task
@@ -45,31 +44,31 @@ class ArrayMove:
         returned = 0 if self.buffer is None else self.buffer.nbytes
         return inputs.nbytes / inputs.n_items, returned / inputs.n_items
 
-    def move(self, staging: Staging, begun: Begun, deliver: Deliver) -> Task:
-        """Return the task for processes, with the results of what was done before."""
+    def prepare(self, staging: Staging) -> Task:
+        """Return the task for processes, which writes to shared memory."""
         if self.buffer is not None and self.request is not None:
-            shared = self.call.make_shared_buffer()
-            self.request.move(self.buffer, shared)
-            if begun.proposal is not None:
-                n_done = min(begun.first * self.call.grid.chunksize, self.call.inputs.n_items)
-                _move_results(self.buffer, shared, begun.proposal, n_done, deliver)
-            self.moved = shared
+            self.moved = self.call.make_shared_buffer()
+            self.request.move(self.buffer, self.moved)
         call = replace(self.call, call=self.snapshot.restore())
         return call.make_work(staging, self.moved).task
 
+    def carry(self, items: tuple[int, int], proposal: Spec, agreed: Spec, deliver: Deliver) -> None:
+        """Copy the caller's results of `items` to shared memory, or deliver them.
 
-def _move_results(
-    local: LocalBuffer, shared: SharedBuffer, spec: Spec, n_done: int, deliver: Deliver
-) -> None:
-    """Copy the results of the first `n_done` items to shared memory, or deliver them."""
-    done = [(slice(None),) * axis + (slice(0, n_done),) for axis in spec.axes]
-    arrays = [open_place(place) for place in local.make_places(spec)]
-    places = shared.make_places(spec)
-    if places is None:
-        results = [array[index] for array, index in zip(arrays, done, strict=True)]
-        deliver(0, PartialResult([(slice(0, n_done), results)], []))
-        return
-    outputs = shared.get_outputs(len(spec.parts))
-    for array, index, place, output in zip(arrays, done, places, outputs, strict=True):
-        if output.place is None:  # else it lies where the caller has written it
-            open_place(place)[index] = array[index]
+        They are delivered if they are Python objects, or if their spec is not the agreed one.
+        """
+        start, stop = items
+        if self.buffer is None or self.moved is None:
+            return
+        where = slice(start, stop)
+        indices = [(slice(None),) * axis + (where,) for axis in proposal.axes]
+        arrays = [open_place(place) for place in self.buffer.make_places(proposal)]
+        results = [array[index] for array, index in zip(arrays, indices, strict=True)]
+        places = self.moved.make_places(proposal)
+        if places is None or proposal != agreed:
+            deliver(start, PartialResult([(where, results)], []))
+            return
+        outputs = self.moved.get_outputs(len(proposal.parts))
+        for result, index, place, output in zip(results, indices, places, outputs, strict=True):
+            if output.place is None:  # else it lies where the caller has written it
+                open_place(place)[index] = result

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# A hand-over must promise to save more than its measured cost by this factor: what it costs varies
-# that much from one call to the next.
 MARGIN = 1.3
-
+"""A hand-over must promise to save its cost times this: that varies by as much between calls."""
 
 # The chunks after which their costs are believed; before, a decision needs more time spent.
 _ENOUGH_CHUNKS = 3
@@ -21,15 +19,18 @@ class Offer:
     ----------
     n_workers : int
         The number of workers that would share it.
-    engage_seconds : float
-        Seconds until they begin.
+    busy_seconds : float
+        Seconds that the caller spends on the hand-over instead of on chunks.
+    wait_seconds : float
+        Seconds until the workers begin, in which the caller goes on with chunks.
     item_seconds : float
         Seconds that each item costs beside its work: to reach a worker, and for its result to come
         back.
     """
 
     n_workers: int
-    engage_seconds: float
+    busy_seconds: float
+    wait_seconds: float = 0.0
     item_seconds: float = 0.0
 
 
@@ -64,10 +65,10 @@ class ItemCost:
     def is_believed(self, offer: Offer) -> bool:
         """Return whether enough is known to decide on an offer.
 
-        It is after some chunks, or as soon as the caller has spent twice what it costs to engage
-        workers: then no estimate can be so wrong that waiting had been much better.
+        It is after some chunks, or as soon as the caller has spent twice what the hand-over costs
+        it: then no estimate can be so wrong that waiting had been much better.
         """
-        return self.n_chunks >= _ENOUGH_CHUNKS or self.total_seconds >= 2 * offer.engage_seconds
+        return self.n_chunks >= _ENOUGH_CHUNKS or self.total_seconds >= 2 * offer.busy_seconds
 
 
 def estimate_saving(n_items: int, n_chunks: int, seconds_per_item: float, offer: Offer) -> float:
@@ -84,7 +85,7 @@ def estimate_saving(n_items: int, n_chunks: int, seconds_per_item: float, offer:
 
     Examples
     --------
-    >>> offer = Offer(n_workers=2, engage_seconds=0.001)
+    >>> offer = Offer(n_workers=2, busy_seconds=0.001)
     >>> round(estimate_saving(100, 10, 0.001, offer), 4)
     0.0487
     >>> estimate_saving(10, 1, 0.001, offer) < 0  # one chunk cannot be shared
@@ -92,7 +93,24 @@ def estimate_saving(n_items: int, n_chunks: int, seconds_per_item: float, offer:
     """
     if n_chunks == 0:
         return 0.0
-    alone = n_items * seconds_per_item
+    left = max(0.0, n_items * seconds_per_item - offer.wait_seconds)
     most_chunks = -(-n_chunks // offer.n_workers)  # of one worker
-    shared = alone * most_chunks / n_chunks + n_items * offer.item_seconds
-    return alone - shared - MARGIN * offer.engage_seconds
+    saved = left * (1 - most_chunks / n_chunks)
+    return saved - n_items * offer.item_seconds - MARGIN * offer.busy_seconds
+
+
+class MeasuredSeconds:
+    """Seconds that something takes on this machine: a first guess, corrected by what is measured.
+
+    One measurement counts for a quarter, and never leads further from the guess than fourfold: one
+    busy moment of the machine must not decide on all later calls.
+    """
+
+    def __init__(self, guess: float) -> None:
+        self._guess = guess
+        self.seconds = guess
+
+    def add(self, measured: float) -> None:
+        """Take a measurement into account."""
+        limited = min(max(measured, self._guess / 4), 4 * self._guess)
+        self.seconds += (limited - self.seconds) / 4

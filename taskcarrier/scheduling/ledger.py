@@ -169,17 +169,25 @@ class Ledger:
         return ledger
 
     def reset(self, n_workers: int, begun: Begun = NOT_BEGUN) -> None:
-        """Forget the last run, and go on from what was done of this one. No worker may be running."""
+        """Forget the last run, and go on from what was done of this one. No worker may run."""
         words = self._words
         words[_HALTED] = 0
         for worker in range(n_workers):
             self.clear_row(worker)
         self._items_before = begun.n_items
-        words[_COUNTER] = begun.first
-        self._counter.reset(begun.first)
+        self.go_on(begun.first)
         self._set_once.reset()
         if begun.proposal is not None:
             self._set_once.propose(begun.proposal)
+
+    def go_on(self, first: int) -> None:
+        """Give out chunks from `first` on: those before were taken in another way."""
+        self._words[_COUNTER] = first
+        self._counter.reset(first)
+
+    def count_before(self, n_items: int) -> None:
+        """Count items that were finished by others than the workers of this ledger."""
+        self._items_before += n_items
 
     def clear_row(self, worker: int) -> None:
         """Clear the row of a worker that is about to begin, or to replace one that died."""

@@ -1,9 +1,16 @@
 """The executor that begins in the caller, and hands over the rest if that pays.
 
 The caller runs the first chunks, in order, and measures what an item costs. After each chunk it
-compares what is left with what workers would cost (`taskcarrier.scheduling.hand_over`). So a short
-run never pays for workers, and nobody has to know beforehand which run is short. The chunks are
-those of the grid in either case, and so is every bit of the result.
+compares what is left with what workers would cost (`taskcarrier.scheduling.hand_over`). A watcher
+does the same while the caller is in a chunk that takes long. So a short run never pays for workers,
+nobody has to know beforehand which run is short, and help never waits for the end of a long chunk.
+The chunks are those of the grid in either case, and so is every bit of the result.
+
+Who may do what. The caller and its watcher share two tokens, each in a list of its own: whoever
+pops a token has it, and an exception from outside can lose one but never give it to both. With the
+turn, one prepares the hand-over and asks whether workers are ready. With the chunk that the caller
+is in, the watcher lets workers begin behind that chunk; if the caller takes it back first, workers
+begin only after the caller's next decision.
 """
 
 from __future__ import annotations
@@ -11,32 +18,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
+from queue import SimpleQueue
 from time import perf_counter
 
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import get_text, warn_user
-from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.hand_over import ItemCost, Offer, estimate_saving
 from taskcarrier.scheduling.ledger import PENDING, Begun, Ledger
-from taskcarrier.system.interrupts import is_raised_by_handler
-from taskcarrier.workers.choose import Choice, load_processes
+from taskcarrier.system.interrupts import Handlers, is_raised_by_handler
+from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.executor import Executor, ProcessExecutor, ThreadExecutor, Tick
-from taskcarrier.workers.pools import has_warm_processes
+from taskcarrier.workers.hand_overs import HandOver, ProcessHandOver, ThreadHandOver
+from taskcarrier.workers.loop import make_local_sink, run_worker
 from taskcarrier.workers.queues import WorkQueue
 from taskcarrier.workers.records import RunResult
-from taskcarrier.workers.serial import SerialExecutor
-from taskcarrier.workers.task import Deliver, Job, Move, RunRange, Task, WorkerContext
+from taskcarrier.workers.serial import make_caller_ledger
+from taskcarrier.workers.task import Deliver, Job, RunRange, Task, WorkerContext
+from taskcarrier.workers.thread_limits import thread_limit
+from taskcarrier.workers.watcher import Watcher
 
-# Seconds until workers begin, on the machine where this was written: two cores. Threads are woken
-# and take the lock of the interpreter in turns; processes unpickle the job and open its memory;
-# new processes come from an interpreter that has to start first.
-_THREADS_SECONDS = 0.0005
-_WARM_SECONDS = 0.003
-_COLD_SECONDS = 0.35
-# Seconds that a byte takes on its way to a worker process, and from there back to the caller.
-_SENT_SECONDS = 0.25e-9
-_RETURNED_SECONDS = 0.5e-9
+# The caller waits this long for workers that were told the job; for longer, it goes on with chunks.
+# Ten times what they take for a function that they know.
+_READY_SECONDS = 0.002
+# The watcher looks whether workers are ready in pieces of so many seconds.
+_LOOK_SECONDS = 0.01
 
 
 class CallerFirstExecutor:
@@ -56,74 +61,55 @@ class CallerFirstExecutor:
     def __init__(self, choice: Choice, make_staging: Callable[[], Staging]) -> None:
         self.choice = choice
         self.can_run_compiled = choice.backend == "threading"
+        self.may_move = choice.backend == "loky"
         self.staging: Staging | None = None
         self.notes: Sequence[str] = ()
         self._make_staging = make_staging
-        self.may_move = choice.backend == "loky"
         self._others = choice
 
     def run(self, job: Job, deliver: Deliver, tick: Tick | None) -> RunResult:
         """Run a job to its end."""
-        claims = _Claims(job.grid, partial(self._make_offer, job.move))
-        self.choice = Choice("sequential", 1, "")
-        here = replace(job, task=_Started(job.task), balance=claims)
-        result = SerialExecutor(self.choice).run(here, deliver, tick)
-        (caller,) = result.worker_stats
-        if caller.failure is not None or claims.next_chunk == len(job.grid):
-            self.choice = replace(self.choice, reason=claims.explain())
-            return result
-        begun = Begun(claims.next_chunk, caller.n_items, result.first_proposal)
-        rest = replace(job, begun=begun, move=None)
-        rest_result = self._run_rest(rest, job.move, deliver, tick)
-        self.choice = replace(self.choice, reason=claims.explain())
-        if rest_result.worker_stats and rest_result.worker_stats[0].name == caller.name:
-            rest_result.worker_stats[0].add(caller)
-        else:
-            rest_result.worker_stats.insert(0, caller)
-        return rest_result
-
-    def _make_offer(self, move: Move | None) -> Offer:
-        """Return what the workers would cost."""
-        n_workers = self._others.n_jobs
-        if self._others.backend == "threading":
-            return Offer(n_workers=n_workers, engage_seconds=_THREADS_SECONDS)
-        sent, returned = (0.0, 0.0) if move is None else move.count_item_bytes()
-        return Offer(
-            n_workers=n_workers,
-            engage_seconds=_WARM_SECONDS if has_warm_processes(n_workers) else _COLD_SECONDS,
-            item_seconds=sent * _SENT_SECONDS + returned * _RETURNED_SECONDS,
-        )
-
-    def _run_rest(
-        self, job: Job, move: Move | None, deliver: Deliver, tick: Tick | None
-    ) -> RunResult:
-        """Run what is left; in the caller, if it cannot be sent to worker processes."""
-        if self._others.backend == "threading":
-            self.choice = self._others
-            return ThreadExecutor(self.choice).run(job, deliver, tick)
-        assert move is not None  # for the type checker
-        self.staging = self._make_staging()
-        executor = ProcessExecutor(self._others, self.staging)
-        load_processes()
+        ledger = make_caller_ledger(job, tick)
+        hand_over = self._make_hand_over(job, deliver, ledger)
+        chunks = _CallerChunks(job, ledger, hand_over)
+        here = replace(job, task=_Started(job.task), balance=chunks, move=None)
+        # Noted before the run: exceptions of handlers that the function sets are its own errors.
+        handlers = Handlers() if job.collect_errors or job.retry_policy.retry_on else None
         try:
-            moved = replace(job, task=move.move(self.staging, job.begun, deliver))
-            moved, payload = executor.pack(moved)
-        except Exception as error:
-            if is_raised_by_handler(error):
-                raise
-            self._warn_unpicklable(error)
-            here = replace(job, balance=SerialExecutor.balance, n_workers=1)
-            return SerialExecutor(self.choice).run(here, deliver, tick)
-        self.choice, self.notes = self._others, executor.notes
-        return executor.run_packed(moved, payload, deliver, tick)
+            with thread_limit.open(), Watcher.take() as chunks.watcher:
+                caller = run_worker(here, ledger, 0, make_local_sink(deliver))
+                caller.name = "caller"
+                failure = None if caller.failure is None else caller.failure.error
+                is_handed_over = chunks.end(failure)
+                del failure, handlers
+                if is_handed_over:
+                    result = hand_over.finish(caller, ledger, tick)
+                    choice = hand_over.choice
+                else:
+                    result = RunResult.read([caller], ledger, job.grid)
+                    choice = Choice("sequential", 1, "")
+        finally:
+            chunks.close()
+        self.choice = replace(choice, reason=chunks.explain())
+        if isinstance(hand_over, ProcessHandOver):
+            self.staging, self.notes = hand_over.staging, hand_over.notes
+        if chunks.error is not None:
+            self._warn(chunks.error)
+        return result
 
-    def _warn_unpicklable(self, error: Exception) -> None:
+    def _warn(self, error: BaseException) -> None:
         text = (
-            "the function or its arguments cannot be pickled for worker processes "
+            "the function or its arguments could not be sent to worker processes "
             f"({type(error).__name__}: {get_text(error)}), so the caller has run all of it alone"
         )
-        self.notes = [text]
+        self.notes = [*self.notes, text]
         warn_user(f"{text}; make them picklable, or pass backend='threading'")
+
+    def _make_hand_over(self, job: Job, deliver: Deliver, ledger: Ledger) -> HandOver:
+        if self._others.backend == "threading":
+            return ThreadHandOver(self._others, job, deliver, ledger)
+        assert job.move is not None  # for the type checker
+        return ProcessHandOver(self._others, job, deliver, job.move, self._make_staging)
 
     def stream(self, job: Job) -> AbstractContextManager[WorkQueue]:
         """Open a work queue on the workers: a stream is not begun in the caller."""
@@ -145,73 +131,223 @@ class _Started:
         return self.task.start(worker)
 
 
-class _Claims:
-    """The chunks that the caller runs: all from the first on, until it pays to hand over the rest.
+class _CallerChunks:
+    """The chunks that the caller runs: all from the first on, until the rest is handed over.
 
     Parameters
     ----------
-    grid : ChunkGrid
-        The division of all items into chunks.
-    make_offer : callable
-        Returns what workers would cost now.
+    job : Job
+        The run.
+    ledger : Ledger
+        The record of what the caller does.
+    hand_over : HandOver
+        How workers come to the rest.
 
     Attributes
     ----------
-    next_chunk : int
-        The first chunk that the caller has not begun.
+    watcher : Watcher
+        The thread that looks after the chunk that the caller is in.
+    error : BaseException or None
+        Why the rest could not be handed over.
     """
 
     name = "caller first"
+    watcher: Watcher
 
-    def __init__(self, grid: ChunkGrid, make_offer: Callable[[], Offer]) -> None:
-        self.next_chunk = 0
-        self._grid = grid
-        self._make_offer = make_offer
+    def __init__(self, job: Job, ledger: Ledger, hand_over: HandOver) -> None:
+        self.error: BaseException | None = None
+        self._job = job
+        self._ledger = ledger
+        self._hand_over = hand_over
         self._cost = ItemCost()
+        self._begin_time = 0.0  # of the chunk that the caller is in
         self._saving = 0.0
         self._items_left = 0
+        self._turn: list[None] = [None]
+        self._chunk: list[int] = []
+        self._is_in_chunk = False
+        # What the watcher did with the chunk: True if workers go on behind it.
+        self._outcomes: SimpleQueue[bool] = SimpleQueue()
+        self._is_begun = False
+        self._is_wanted = False  # whether the watcher shall prepare the workers in any case
+        self._is_over = False
+
+    # In the calling thread
 
     def plan(self, worker: int, n_workers: int, n_chunks: int, first: int = 0) -> range:  # noqa: ARG002  # as the rules of `taskcarrier.scheduling.balance`
         """Return no chunks: they are claimed one by one."""
         return range(0)
 
     def chunks(
-        self,
-        ledger: Ledger,
-        worker: int,
-        n_workers: int,  # noqa: ARG002  # as above
-        n_chunks: int,
-        first: int = 0,
+        self, ledger: Ledger, worker: int, n_workers: int, n_chunks: int, first: int = 0
     ) -> Iterator[int]:
-        """Yield chunks in ascending order until the rest is to be handed over."""
-        marks, grid = ledger.marks, self._grid
+        """Yield chunks in ascending order; then the caller's part of the rest, if it has one."""
+        marks, grid = ledger.marks, self._job.grid
+        next_chunk = first
         for index in range(first, n_chunks):
             if ledger.is_halted:
                 return
-            self.next_chunk = index + 1
+            next_chunk = index + 1
             if marks is not None and marks[index] != PENDING:
                 continue
             ledger.hold(worker, index)
-            begin = perf_counter()
+            self._begin_time = begin = perf_counter()
+            self._is_in_chunk = True
+            self._chunk.append(index)
+            if index == first and next_chunk < n_chunks:
+                self.watcher.watch(self._look, 2 * self._hand_over.make_offer().busy_seconds)
             yield index
             start, stop = grid.range_of(index)
             self._cost.add(stop - start, perf_counter() - begin)
-            if self._pays_to_hand_over(grid.n_items - stop, n_chunks - index - 1):
-                return
+            if self._leave_chunk() or self._hand_over_rest(next_chunk, n_chunks):
+                break
+        if self._is_begun and self._hand_over.joins_caller:
+            balance = self._job.balance
+            yield from balance.chunks(ledger, worker, n_workers, n_chunks, next_chunk)
 
-    def _pays_to_hand_over(self, n_items: int, n_chunks: int) -> bool:
+    def _leave_chunk(self) -> bool:
+        """Take the chunk back from the watcher; return whether workers go on behind it."""
+        try:
+            self._chunk.pop()
+        except IndexError:
+            is_begun = self._outcomes.get()
+        else:
+            is_begun = False
+        self._is_in_chunk = False
+        return is_begun
+
+    def _hand_over_rest(self, next_chunk: int, n_chunks: int) -> bool:
+        """Hand over the rest if that pays and workers are ready; return whether it was."""
+        if self.error is not None or next_chunk == n_chunks or not self._pays(next_chunk):
+            return False
+        try:
+            self._turn.pop()
+        except IndexError:  # the watcher is preparing the workers
+            return False
+        hand_over = self._hand_over
+        try:
+            if not hand_over.is_prepared:
+                self._is_wanted = hand_over.is_slow
+                if self._is_wanted:
+                    self.watcher.watch(self._look, 0.0)
+                    return False
+                hand_over.prepare()
+            if hand_over.is_ready(_READY_SECONDS):
+                self._begin(next_chunk, is_caller_busy=False)
+        except Exception as error:
+            if is_raised_by_handler(error):
+                raise
+            self.error = error
+        finally:
+            self._turn.append(None)
+        return self._is_begun
+
+    def _pays(self, next_chunk: int) -> bool:
+        offer = self._hand_over.make_offer()
+        return self._cost.is_believed(offer) and self._saves(
+            next_chunk, self._cost.item_seconds, offer
+        )
+
+    def _saves(self, next_chunk: int, item_seconds: float, offer: Offer) -> bool:
+        grid = self._job.grid
+        n_items, n_chunks = grid.n_items - next_chunk * grid.chunksize, len(grid) - next_chunk
         self._items_left = n_items
-        if n_chunks == 0:
-            return False
-        offer = self._make_offer()
-        if not self._cost.is_believed(offer):
-            return False
-        self._saving = estimate_saving(n_items, n_chunks, self._cost.item_seconds, offer)
+        self._saving = estimate_saving(n_items, n_chunks, item_seconds, offer)
         return self._saving > 0
+
+    def _begin(self, next_chunk: int, *, is_caller_busy: bool) -> None:
+        """Let workers go on from `next_chunk`."""
+        begun = Begun(next_chunk, self._ledger.n_items_of(0), self._ledger.first_proposal())
+        self._hand_over.begin(begun, is_caller_busy=is_caller_busy)
+        self._is_begun = True
+
+    def end(self, failure: BaseException | None) -> bool:
+        """End the caller's part; return whether workers go on.
+
+        If the caller failed in a chunk, for `failure`, they stop at their next one.
+        """
+        if self._is_in_chunk and not (failure is not None and is_interrupt(failure)):
+            self._leave_chunk()
+        if self._is_begun and failure is not None:
+            self._hand_over.halt()
+        return self._is_begun and not self._is_in_chunk
+
+    def close(self) -> None:
+        """Give the workers back; if the watcher is just preparing them, it does so itself."""
+        self._is_over = True
+        self._close_if_idle()
+
+    def _close_if_idle(self) -> None:
+        try:
+            self._turn.pop()
+        except IndexError:
+            return
+        self._hand_over.close()
 
     def explain(self) -> str:
         """Return the reason for where the rest ran, in words."""
         took = f"an item took {self._cost.item_seconds:.2g} s in the caller"
-        if self._saving > 0:
+        if self._is_begun:
             return f"{took}: to hand over {self._items_left:,} items saves {self._saving:.2g} s"
+        if self.error is not None:
+            return f"{took}, but the rest could not be handed over"
         return f"{took}: workers would have saved nothing"
+
+    # In the watcher's thread
+
+    def _look(self) -> float | None:
+        """Hand over what comes after the caller's chunk if that pays; return when to look again."""
+        if self._is_over or self._is_begun or self.error is not None:
+            return None
+        if not self._is_wanted and (seconds := self._find_seconds_to_wait()) > 0:
+            return seconds
+        try:
+            self._turn.pop()
+        except IndexError:
+            return _LOOK_SECONDS
+        try:
+            return self._hand_over_behind_chunk()
+        except BaseException as error:  # noqa: BLE001  # the caller tells the user
+            self.error = error
+            return None
+        finally:
+            self._turn.append(None)
+            if self._is_over:
+                self._close_if_idle()
+
+    def _find_seconds_to_wait(self) -> float:
+        """Return the seconds after which it may pay to hand over the rest; 0 if it does now."""
+        try:
+            index = self._chunk[-1]
+        except IndexError:  # the caller is between two chunks
+            return _LOOK_SECONDS
+        offer = self._hand_over.make_offer()
+        spent = perf_counter() - self._begin_time
+        if spent < 2 * offer.busy_seconds:
+            return 2 * offer.busy_seconds - spent
+        start, stop = self._job.grid.range_of(index)
+        item_seconds = max(spent / (stop - start), self._cost.item_seconds)
+        if index + 1 < len(self._job.grid) and self._saves(index + 1, item_seconds, offer):
+            return 0.0
+        return max(spent / 2, offer.busy_seconds)
+
+    def _hand_over_behind_chunk(self) -> float | None:
+        if not self._hand_over.is_prepared:
+            self._hand_over.prepare()
+        if not self._hand_over.is_ready(_LOOK_SECONDS):
+            return 0.0
+        try:
+            index = self._chunk.pop()
+        except IndexError:  # the caller is between two chunks, and hands over the rest itself
+            return _LOOK_SECONDS
+        try:
+            if index + 1 < len(self._job.grid):
+                self._begin(index + 1, is_caller_busy=True)
+        finally:
+            self._outcomes.put(self._is_begun)
+        return None
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Return whether an exception comes from outside, or is meant to end the program."""
+    return not isinstance(error, Exception) or is_raised_by_handler(error)

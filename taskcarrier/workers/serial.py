@@ -34,13 +34,7 @@ class SerialExecutor:
 
     def run(self, job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None) -> RunResult:
         """Run a job to its end."""
-        ledger: Ledger
-        if tick is None:
-            ledger = Ledger.local(1, job.begun)
-        else:
-            ledger = watched = _WatchedLedger.local(1, job.begun)
-            watched.tick = tick
-        ledger.marks = job.open_marks()
+        ledger = make_caller_ledger(job, tick)
         # Noted before the run: exceptions of handlers that the function sets are its own errors.
         handlers = Handlers() if job.collect_errors or job.retry_policy.retry_on else None
         with thread_limit.open():
@@ -54,6 +48,18 @@ class SerialExecutor:
         """Open a queue whose batches are run when they are put."""
         with thread_limit.open():
             yield SerialQueue(job)
+
+
+def make_caller_ledger(job: Job, tick: Callable[[Ledger], None] | None) -> Ledger:
+    """Return the ledger of a run in the calling thread, which calls `tick` after each chunk."""
+    ledger: Ledger
+    if tick is None:
+        ledger = Ledger.local(job.n_workers, job.begun)
+    else:
+        ledger = watched = _WatchedLedger.local(job.n_workers, job.begun)
+        watched.tick = tick
+    ledger.marks = job.open_marks()
+    return ledger
 
 
 class _WatchedLedger(Ledger):

@@ -74,10 +74,13 @@ class Move(Protocol):
     def count_item_bytes(self) -> tuple[float, float]:
         """Return the bytes of an item, and those of its result as far as they are known."""
 
-    def move(self, staging: Staging, begun: Begun, deliver: Deliver) -> Task:
-        """Return the task for processes, with the results of what was done before.
+    def prepare(self, staging: Staging) -> Task:
+        """Return the task for processes; copies for them go to `staging`."""
 
-        Results that processes cannot share are delivered.
+    def carry(self, items: tuple[int, int], proposal: Any, agreed: Any, deliver: Deliver) -> None:
+        """Bring the caller's results of `items` where those of processes lie, or deliver them.
+
+        `proposal` is what the caller has proposed, and `agreed` what the workers agree on.
         """
 
 

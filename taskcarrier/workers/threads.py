@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Self
 
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.ledger import Ledger
@@ -77,6 +77,79 @@ def _worker_main(inbox: SimpleQueue[Any], worker: weakref.ref[_Worker]) -> None:
         del run  # keep nothing of a run while waiting for the next
 
 
+def make_ledger(job: Job) -> Ledger:
+    """Return the ledger of a run whose workers are threads of this process."""
+    is_compiled = isinstance(job.task, CompiledTask)
+    ledger = (Ledger.with_address if is_compiled else Ledger.local)(job.n_workers)
+    ledger.marks = job.open_marks()
+    return ledger
+
+
+class ThreadRun:
+    """One run on the threads of a pool: ``with run:``.
+
+    Parameters
+    ----------
+    pool : ThreadPool
+        The pool, which nothing else uses meanwhile.
+    job : Job
+        What to run.
+    ledger : Ledger
+        The record of the run.
+    deliver : callable
+        Takes results that are not in place.
+    n_threads : int
+        The number of threads that will be started.
+    """
+
+    def __init__(
+        self, pool: ThreadPool, job: Job, ledger: Ledger, deliver: Deliver, n_threads: int
+    ) -> None:
+        self._pool = pool
+        self._job = job
+        self._ledger = ledger
+        self._deliver = deliver
+        self._n_threads = n_threads
+        self._stats: dict[int, WorkerStats] = {}
+        self._stats_lock = Lock()
+        # The last worker releases this, so that the caller is woken once.
+        self._finished = threading.Lock()
+        self._finished.acquire()
+
+    def start(self, numbers: range) -> None:
+        """Start threads: those of these numbers."""
+        job, sink = self._job, make_local_sink(self._deliver)
+        for number in numbers:
+            work = partial(run_worker, job, self._ledger, number, sink)
+            self._pool.begin(number, job, work, self._record_end)
+
+    def _record_end(self, stats: WorkerStats) -> None:
+        stats.name = f"thread {stats.worker}"
+        with self._stats_lock:
+            self._stats[stats.worker] = stats
+            if len(self._stats) == self._n_threads:
+                self._finished.release()
+
+    def wait(self, tick: Callable[[Ledger], None] | None) -> list[WorkerStats]:
+        """Wait until all threads have ended; return their stats, in order.
+
+        When interrupted, threads stop at their next chunk. Those still in a chunk are left to
+        finish it on their own; they find the output closed and do not come back to the pool.
+        """
+        _wait_for_last(self._finished, self._ledger, tick)
+        return [self._stats[number] for number in sorted(self._stats)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if len(self._stats) < self._n_threads:
+            self._ledger.halt()
+            if isinstance(self._job.task, CompiledTask):
+                self._finished.acquire(timeout=_GRACE_SECONDS)
+            self._pool.drop_stuck_workers()
+
+
 class ThreadPool:
     """Up to `n` threads that run jobs together.
 
@@ -103,63 +176,36 @@ class ThreadPool:
         return len(self._workers) == self._n
 
     def run(self, job: Job, deliver: Deliver, tick: Callable[[Ledger], None] | None) -> RunResult:
-        """Run a job to its end; the result has stats in the order of the workers.
+        """Run a job to its end; the result has stats in the order of the workers."""
+        ledger = make_ledger(job)
+        run = self.prepare(job, ledger, deliver, range(job.n_workers))
+        with run, thread_limit.open():
+            run.start(range(job.n_workers))
+            return RunResult.read(run.wait(tick), ledger, job.grid)
 
-        When interrupted, workers stop at their next chunk. Those still in a chunk are left to
-        finish it on their own; they find the output closed and do not come back to the pool.
-        """
-        n = job.n_workers
-        self._drop_stuck_workers()  # in case that was cut short last time
-        self._ensure_threads(n)
-        is_compiled = isinstance(job.task, CompiledTask)
-        make_ledger = Ledger.with_address if is_compiled else Ledger.local
-        ledger = make_ledger(n, job.begun)
-        ledger.marks = job.open_marks()
-        worker_stats: dict[int, WorkerStats] = {}
-        # The last worker releases this, so that the caller is woken once.
-        finished = threading.Lock()
-        finished.acquire()
-        stats_lock = Lock()
-
-        def record_end(stats: WorkerStats) -> None:
-            with stats_lock:
-                worker_stats[stats.worker] = stats
-                if len(worker_stats) == n:
-                    finished.release()
-
-        try:
-            with thread_limit.open():
-                for number in range(n):
-                    work = partial(run_worker, job, ledger, number, make_local_sink(deliver))
-                    self._begin(number, job, work, record_end)
-                _wait_for_last(finished, ledger, tick)
-        finally:
-            if len(worker_stats) < n:
-                ledger.halt()
-                if is_compiled:
-                    finished.acquire(timeout=_GRACE_SECONDS)
-                self._drop_stuck_workers()
-        for number, stats in worker_stats.items():
-            stats.name = f"thread {number}"
-        return RunResult.read([worker_stats[number] for number in range(n)], ledger, job.grid)
+    def prepare(self, job: Job, ledger: Ledger, deliver: Deliver, numbers: range) -> ThreadRun:
+        """Return a run of a job by the threads of these numbers, none of which has begun."""
+        self.drop_stuck_workers()  # in case that was cut short last time
+        self._ensure_threads(numbers)
+        return ThreadRun(self, job, ledger, deliver, len(numbers))
 
     def stream(self, job: Job) -> ThreadQueue:
         """Return a queue of batches for threads; it has the pool to itself until it is closed."""
-        self._drop_stuck_workers()
+        self.drop_stuck_workers()
         ledger = Ledger.local(job.n_workers)
 
         def begin(
             number: int, batch_source: BatchSource, deliver: Deliver, record_end: RecordEnd
         ) -> None:
-            self._ensure_threads(number + 1)
+            self._ensure_threads(range(number + 1))
             work = partial(
                 run_worker, job, ledger, number, make_local_sink(deliver), batch_source=batch_source
             )
-            self._begin(number, job, work, record_end)
+            self.begin(number, job, work, record_end)
 
-        return ThreadQueue(job.n_workers, ledger, begin, self._drop_stuck_workers, _GRACE_SECONDS)
+        return ThreadQueue(job.n_workers, ledger, begin, self.drop_stuck_workers, _GRACE_SECONDS)
 
-    def _begin(
+    def begin(
         self, number: int, job: Job, work: Callable[[], WorkerStats], record_end: RecordEnd
     ) -> None:
         """Hand a thread its work in a run."""
@@ -176,22 +222,22 @@ class ThreadPool:
         worker.is_free = False
         worker.inbox.put(lambda: context.run(run))
 
-    def _drop_stuck_workers(self) -> None:
+    def drop_stuck_workers(self) -> None:
         """Drop threads that still have something of an earlier run in hand."""
         for number, worker in self._workers.copy().items():
             if not worker.is_free:  # if this is cut short, the next call repeats it
                 worker.end()
                 self._workers.pop(number, None)
 
-    def _ensure_threads(self, n: int) -> None:
-        """Start those of the first `n` threads that are missing: not needed so far, or dropped."""
-        if not all(map(self._workers.__contains__, range(n))):
-            run_sheltered(partial(self._start_threads, n))
+    def _ensure_threads(self, numbers: range) -> None:
+        """Start those of these threads that are missing: not needed so far, or dropped."""
+        if not all(map(self._workers.__contains__, numbers)):
+            run_sheltered(partial(self._start_threads, numbers))
 
-    def _start_threads(self, n: int) -> None:
+    def _start_threads(self, numbers: range) -> None:
         with self._start_lock:  # an earlier, interrupted call may still be doing this
             self.lacks_workers = False
-            for number in set(range(n)) - set(self._workers):
+            for number in set(numbers) - set(self._workers):
                 try:
                     self._workers[number] = _Worker(number)
                 except (RuntimeError, MemoryError) as error:

@@ -9,10 +9,18 @@ done, and are shared out again.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from taskcarrier.scheduling.ledger import DONE, PENDING, RECLAIMED, SENT, Ledger
+from taskcarrier.scheduling.ledger import (
+    DONE,
+    NOT_BEGUN,
+    PENDING,
+    RECLAIMED,
+    SENT,
+    Begun,
+    Ledger,
+)
 from taskcarrier.scheduling.partition import Partition
 from taskcarrier.scheduling.retries import Attempt
 from taskcarrier.workers.pickling import Payload
@@ -33,10 +41,15 @@ from taskcarrier.workers.records import (
     WorkerStats,
 )
 from taskcarrier.workers.task import Deliver, Job
+from taskcarrier.workers.threads import TICK
 
 
 class GridRun:
-    """One run over a grid, whose results that are not in place go to `deliver`."""
+    """One run over a grid, whose results that are not in place go to `deliver`.
+
+    If `first` is `LATER`, the caller still runs the first chunks itself. The workers unpickle the
+    job meanwhile (`prepare`), and run what is left from `begin` on.
+    """
 
     def __init__(
         self,
@@ -45,12 +58,17 @@ class GridRun:
         deliver: Deliver,
         payload: Payload,
         get_worker: GetWorker,
+        *,
+        first: int = 0,
     ) -> None:
+        self.ledger = ledger
         self._job = job
-        self._ledger = ledger
         self._deliver = deliver
+        self._payload = payload
         self._get_worker = get_worker
-        self._supervisor = Supervisor(self, job, ledger, payload)
+        self._supervisor = Supervisor(self, job, ledger, payload, first=first)
+        self._n_caller_chunks = 0
+        self._reset_ledger(NOT_BEGUN)
         self._start_times_ns: dict[int, int] = {}
         self._attempts: dict[int, list[Attempt]] = {}  # what each worker was told to run first
         self._received: set[int] = set()  # the starts of ranges whose results have come
@@ -58,12 +76,73 @@ class GridRun:
         self._failures: list[RangeFailure] = []  # those that no worker reports
         self._is_closed = False
 
+    def _reset_ledger(self, begun: Begun) -> None:
+        ledger, job = self.ledger, self._job
+        ledger.reset(job.n_workers, begun)
+        ledger.set_marks(job.open_marks(), len(job.grid))
+        if ledger.marks is not None and job.marks is None:
+            ledger.marks[:] = bytes(len(job.grid))
+
+    def start_all(self) -> None:
+        """Start all workers."""
+        # If the run is interrupted, a worker may write to the segments for a moment longer.
+        for segment in self._payload.segments:
+            segment.is_lent = True
+        for number in range(self._job.n_workers):
+            self.start(number, self._get_worker(number))
+
+    def is_ready(self, seconds: float) -> bool:
+        """Return whether all workers have unpickled the job; wait for that at most `seconds`.
+
+        Raises what went wrong with a worker; then the run cannot begin.
+        """
+        supervisor, deadline = self._supervisor, time.monotonic() + seconds
+        while len(supervisor.ready) < self._job.n_workers:
+            left = deadline - time.monotonic()
+            supervisor.step(max(0.0, left))
+            if supervisor.failed is not None and supervisor.failed.failure is not None:
+                raise supervisor.failed.failure.error
+            if supervisor.deaths:
+                raise RuntimeError(f"{supervisor.deaths[0].name} died before it could begin")
+            if left <= 0:
+                return len(supervisor.ready) == self._job.n_workers
+        return True
+
+    def begin(self, begun: Begun, n_workers: int) -> None:
+        """Let the first `n_workers` workers run chunks from ``begun.first`` on.
+
+        The caller has finished the chunks before, or still runs the last of them.
+        """
+        self._reset_ledger(begun)
+        self._n_caller_chunks = begun.first
+        self._supervisor.begin(begun.first, range(n_workers))
+
+    def run_to_end(self, tick: Callable[[Ledger], None] | None) -> RunResult:
+        """Run what is left to its end; return its result, with stats in the order of the workers.
+
+        From now on the caller does nothing else.
+        """
+        if self._n_caller_chunks:
+            self._marks[: self._n_caller_chunks] = bytes([DONE]) * self._n_caller_chunks
+            self._supervisor.begin(self._n_caller_chunks, range(self._job.n_workers))
+        while self.is_running():
+            self.step(None if tick is None else TICK)
+            if tick is not None:
+                tick(self.ledger)
+        for segment in self._payload.segments:
+            segment.is_lent = False
+        return self.make_result()
+
     def start(self, number: int, worker: Worker, attempts: Sequence[Attempt] = ()) -> None:
         """Start a worker on these attempts, and then on chunks."""
         self._lost += self._take_undone(number)
         self._start_times_ns[number] = time.monotonic_ns()
         self._attempts[number] = list(attempts)
         self._supervisor.start(number, worker, attempts)
+
+    def halt(self) -> None:
+        """Make the workers stop at their next chunk, and start nothing new."""
+        self._supervisor.halt()
 
     def is_running(self) -> bool:
         """Return whether a worker is at work; if none is, first share out again what got lost."""
@@ -104,17 +183,18 @@ class GridRun:
         if self._supervisor.at_work:
             self._supervisor.halt()
         self._supervisor.end(GRACE_SECONDS)
+        self.ledger.marks = None
 
     @property
     def _marks(self) -> memoryview:
         """A byte for each chunk: there are marks wherever workers can die."""
-        return cast("memoryview", self._ledger.marks)
+        return cast("memoryview", self.ledger.marks)
 
     # What the supervisor asks
 
     def range_in_hand(self, number: int) -> Attempt | None:
         """Return the range that a worker has in hand; None if it has none, or has finished it."""
-        ledger, grid = self._ledger, self._job.grid
+        ledger, grid = self.ledger, self._job.grid
         position = ledger.attempt_in_hand(number)
         if position is not None:
             attempt = self._attempts[number][position]
@@ -135,7 +215,7 @@ class GridRun:
 
     def count_done(self, number: int, name: str) -> WorkerStats:
         """Return the stats of a dead worker, as far as the ledger has them."""
-        n_items = self._ledger.n_items_of(number)
+        n_items = self.ledger.n_items_of(number)
         n_ranges = -(-n_items // self._job.grid.chunksize)
         busy_ns = time.monotonic_ns() - self._start_times_ns[number]
         return WorkerStats(number, name, n_ranges, n_items, busy_ns)
@@ -160,7 +240,7 @@ class GridRun:
     def check_halt(self, death: WorkerDeath) -> None:  # noqa: ARG002  # every death is alike
         """Take back a halt whose error did not arrive: this is a death like others."""
         if not self._supervisor.has_ended:
-            self._ledger.resume()
+            self.ledger.resume()
 
     def give_up(self, death: WorkerDeath, error: TimeoutError | None) -> None:
         """Collect the error of a range, or end the run: at once if the range took too long."""
@@ -209,15 +289,13 @@ class GridRun:
 
     def _take_undone(self, number: int) -> list[Attempt]:
         """Return the attempts that a worker was given and has not run, and forget them."""
-        return self._attempts.pop(number, [])[self._ledger.n_attempts_done(number) :]
+        return self._attempts.pop(number, [])[self.ledger.n_attempts_done(number) :]
 
     def _find_lost(self) -> list[int]:
         """Return the chunks whose results are missing, once no worker will run or send them."""
         size = self._job.grid.chunksize
-        unreceived = {index * size for index in self._ledger.find_marked(SENT)} - self._received
-        return sorted(
-            [*self._ledger.find_marked(PENDING), *(start // size for start in unreceived)]
-        )
+        unreceived = {index * size for index in self.ledger.find_marked(SENT)} - self._received
+        return sorted([*self.ledger.find_marked(PENDING), *(start // size for start in unreceived)])
 
     def _share_out(self, indices: list[int]) -> None:
         """Share out chunks that got lost among the workers."""

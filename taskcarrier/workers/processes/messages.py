@@ -12,8 +12,9 @@ to      content                                   meaning
 ======  ========================================  ================================================
 worker  (nothing, with 4 descriptors)             its start: the ledger's words, counter and
                                                   set-once file, and the parent's memory
-worker  ``00``                                    an order (``<?I``): no batches follow, and
-        ``00 00 00 00``                           pickled attempts take 0 bytes;
+worker  ``00``                                    an order (``<?qI``): no batches follow,
+        ``00 00 00 00 00 00 00 00``               it begins with chunk 0,
+        ``00 00 00 00``                           and pickled attempts take 0 bytes;
         ``80 04 95 ...``                          the payload: the pickled job, some 1,400 bytes
 parent  ``R``                                     results:
         ``[(0, <pickle of [0, 2]>, []),``         the start of a chunk, its result, and where its
@@ -25,7 +26,9 @@ parent  ``A F``                                   stats: the function holds on t
 
 The results are two messages if the first chunk took some time. The worker then waits for the next
 order, or for the end of the socket. In a stream the order begins with ``01``, batches follow it
-(`pack_batch_order`), and a message without content is the last of them.
+(`pack_batch_order`), and a message without content is the last of them. If the caller begins the
+run itself, an order names chunk -1: the worker answers ``Y`` when it has unpickled the payload, and
+waits for a message that names the first chunk (``<q``), or, without content, calls the run off.
 """
 
 from __future__ import annotations

@@ -20,20 +20,19 @@ from multiprocessing import process as multiprocessing_process
 from taskcarrier.memory import parent_memory
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.counters import FileCounter, FileSetOnce
-from taskcarrier.scheduling.ledger import DONE, OWN_MARKS, Ledger, ledger_nbytes
+from taskcarrier.scheduling.ledger import OWN_MARKS, Ledger, ledger_nbytes
 from taskcarrier.system.descriptors import Descriptor, keep_standard_free
 from taskcarrier.system.interrupts import run_sheltered
 from taskcarrier.workers.pickling import Payload
 from taskcarrier.workers.processes.exits import is_readable
 from taskcarrier.workers.processes.grid_run import GridRun
 from taskcarrier.workers.processes.stream_run import StreamRun
-from taskcarrier.workers.processes.worker import open_ledger
+from taskcarrier.workers.processes.worker import LATER, open_ledger
 from taskcarrier.workers.processes.worker_process import WorkerProcess
 from taskcarrier.workers.processes.worker_starter import ServerDiedError, WorkerStarter
 from taskcarrier.workers.records import RunResult
 from taskcarrier.workers.task import Deliver, Job
 from taskcarrier.workers.thread_limits import make_worker_environment
-from taskcarrier.workers.threads import TICK
 
 # The seconds that an idle worker has for its exit hooks before it is killed.
 _EXIT_SECONDS = 5.0
@@ -155,32 +154,32 @@ class ProcessPool:
         When interrupted, workers stop at their next chunk; those that do not reach it soon are
         killed.
         """
-        self._end_stuck_workers()
-        workers = [self._get_worker(number) for number in range(job.n_workers)]
-        ledger = self._ledger
-        ledger.reset(job.n_workers, job.begun)
-        ledger.set_marks(job.open_marks(), len(job.grid))
-        if ledger.marks is not None:
-            if job.marks is None:
-                ledger.marks[:] = bytes(len(job.grid))
-            ledger.marks[: job.begun.first] = bytes([DONE]) * job.begun.first
-        run = GridRun(job, ledger, deliver, payload, self._get_worker)
-        # If the run is interrupted, a worker may write to the segments for a moment longer.
-        for segment in payload.segments:
-            segment.is_lent = True
+        run = self._make_run(job, payload, deliver)
         try:
-            for number, worker in enumerate(workers):
-                run.start(number, worker)
-            while run.is_running():
-                run.step(None if tick is None else TICK)
-                if tick is not None:
-                    tick(ledger)
-            for segment in payload.segments:
-                segment.is_lent = False
-            return run.make_result()
+            run.start_all()
+            return run.run_to_end(tick)
         finally:
             run.close()
-            ledger.marks = None
+
+    def prepare(self, job: Job, payload: Payload, deliver: Deliver) -> GridRun:
+        """Let workers unpickle a job that the caller has begun itself; return the run.
+
+        Its user begins it, and closes it in either case.
+        """
+        run = self._make_run(job, payload, deliver, first=LATER)
+        try:
+            run.start_all()
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def _make_run(self, job: Job, payload: Payload, deliver: Deliver, first: int = 0) -> GridRun:
+        self._end_stuck_workers()
+        # Before anything of the run: a worker may be missing and not start.
+        for number in range(job.n_workers):
+            self._get_worker(number)
+        return GridRun(job, self._ledger, deliver, payload, self._get_worker, first=first)
 
     def stream(self, job: Job, payload: Payload) -> StreamRun:
         """Return a queue whose workers wait for batches; it owns the pool until it is closed."""

@@ -26,6 +26,7 @@ from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.pickling import Payload, pickle_items
 from taskcarrier.workers.processes.supervisor import (
     GRACE_SECONDS,
+    STARTING_SECONDS,
     GetWorker,
     Supervisor,
     unpickle_result,
@@ -46,9 +47,6 @@ from taskcarrier.workers.records import (
     WorkerStats,
 )
 from taskcarrier.workers.task import Job
-
-# A worker starts and imports what the function needs in less time; one that takes longer hangs.
-_STARTING_SECONDS = 60.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +133,7 @@ class StreamRun:
         is_done = not self._waiting and not any(self._sent.values())
         if not is_done:
             self._supervisor.halt()
-        self._supervisor.end(_STARTING_SECONDS if is_done else GRACE_SECONDS)
+        self._supervisor.end(STARTING_SECONDS if is_done else GRACE_SECONDS)
         result = self._supervisor.make_result()
         result.nbytes_sent = self._nbytes_sent
         return result

@@ -13,7 +13,7 @@ import contextlib
 import select
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from taskcarrier.notes import add_note
@@ -25,8 +25,11 @@ from taskcarrier.workers.pickling import Payload, unpickle_items
 from taskcarrier.workers.processes.messages import MAX_READS, MessageSocket
 from taskcarrier.workers.processes.worker import (
     KEPT,
+    LATER,
+    READY,
     RESULTS,
-    pack_order,
+    Order,
+    pack_first_chunk,
     unpickle_results,
     unpickle_stats,
 )
@@ -35,6 +38,8 @@ from taskcarrier.workers.task import Job
 
 GRACE_SECONDS = 0.5
 """The seconds that workers of an interrupted run get for their ranges before they are killed."""
+STARTING_SECONDS = 60.0
+"""The seconds in which a worker starts and imports what the function needs, or else it hangs."""
 LONGEST_WAIT = 1.0
 """The largest number of seconds in one wait: a signal that comes just before the caller begins to
 wait is not seen until the wait ends."""
@@ -127,7 +132,8 @@ class Supervisor:
     """The keeper of the workers of one run, which is the `source` of their ranges and owns this.
 
     With `is_streamed`, batches follow a worker's order until an empty message tells it that no more
-    will come.
+    will come. While `first` is `LATER`, workers that are started only unpickle the job; they run it
+    when `begin` has told them the first chunk.
     """
 
     def __init__(
@@ -138,6 +144,7 @@ class Supervisor:
         payload: Payload,
         *,
         is_streamed: bool = False,
+        first: int = 0,
     ) -> None:
         # Weak: in a circle, results would be kept until the next garbage collection.
         self._source: RangeSource = weakref.proxy(source)
@@ -145,6 +152,9 @@ class Supervisor:
         self._ledger = ledger
         self._payload = payload
         self._is_streamed = is_streamed
+        self._first = first
+        self._held: dict[int, Worker] = {}  # those that wait to be told the first chunk
+        self.ready: set[int] = set()  # those among them that have unpickled the job
         self._watch = Watch()
         self.at_work: dict[int, Worker] = {}  # those that have not reported
         self._started: dict[int, Worker] = {}  # those that got a whole order, without dead ones
@@ -178,10 +188,19 @@ class Supervisor:
         self._started.pop(number, None)
         self.at_work[number] = worker
         self._watch.add(number, worker)
-        order = pack_order(list(attempts), self._payload.data, is_streamed=self._is_streamed)
+        if self._first == LATER:
+            self._held[number] = worker
+        order = Order(self._payload.data, list(attempts), self._first, self._is_streamed)
         worker.is_free = False
-        self.send(worker, order, self._payload.fds)
+        self.send(worker, order.pack(), self._payload.fds)
         self._started[number] = worker  # at last: if this is cut short, the worker never reports
+
+    def begin(self, first: int, numbers: Iterable[int]) -> None:
+        """Tell these workers to run the job from chunk `first` on, if they wait for that."""
+        self._first = first
+        for number in numbers:
+            if (worker := self._held.pop(number, None)) is not None:
+                self.send(worker, pack_first_chunk(first), [])
 
     def send(self, worker: Worker, message: bytes, fds: list[int]) -> None:
         """Send a message to a worker. If it is just dying, its descriptor will show that."""
@@ -205,6 +224,11 @@ class Supervisor:
         """Wait for the workers to report, and kill those that do not within `seconds`."""
         deadline = time.monotonic() + seconds
         try:
+            for number, worker in list(self._held.items()):
+                self.send(worker, b"", [])
+                self._held.pop(number, None)
+            if self._first == LATER:  # they may be importing the function's modules
+                deadline += STARTING_SECONDS
             if self._is_streamed:
                 for number, worker in list(self._started.items()):
                     self.send(worker, b"", [])
@@ -245,7 +269,9 @@ class Supervisor:
         is_open = worker.channel.read(max_reads)
         for message in worker.channel.messages():
             data, _ = message
-            if data[:1] == RESULTS:
+            if data[:1] == READY:
+                self.ready.add(number)
+            elif data[:1] == RESULTS:
                 for result in unpickle_results(message, on_disk=self._job.folder is not None):
                     self._source.take_result(number, *result)
             else:
@@ -265,6 +291,7 @@ class Supervisor:
 
     def _stop_watching(self, number: int, worker: Worker) -> None:
         self._overdue.pop(number, None)
+        self._held.pop(number, None)
         self._watch.drop(worker)
 
     def _kill(self, number: int, worker: Worker) -> None:

@@ -14,15 +14,16 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from taskcarrier.memory import mapping_cache, parent_memory
 from taskcarrier.memory.segments import Segment, descriptors_are_scarce
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note
 from taskcarrier.scheduling.counters import FileCounter, FileSetOnce
-from taskcarrier.scheduling.ledger import OWN_MARKS, Ledger
+from taskcarrier.scheduling.ledger import OWN_MARKS, Begun, Ledger
 from taskcarrier.scheduling.retries import Attempt
 from taskcarrier.system.contexts import contextmanager
 from taskcarrier.system.descriptors import Descriptor, keep_standard_free
@@ -40,7 +41,7 @@ from taskcarrier.workers.records import (
     WorkerStats,
     WorkerWarning,
 )
-from taskcarrier.workers.task import Deliver, WorkerContext
+from taskcarrier.workers.task import Deliver, Job, WorkerContext
 from taskcarrier.workers.thread_limits import make_joblib_serial
 
 # Results that are not put in place are sent in batches: when they have this many bytes, or the
@@ -58,23 +59,66 @@ _SENT_NBYTES = 1 << 14
 # The number of different warnings that are sent; arbitrary.
 _MAX_WARNINGS = 100
 
-RESULTS, STATS = b"R", b"A"
-"""The first byte of a message to the parent: results of ranges, or a worker's stats at the end."""
+RESULTS, STATS, READY = b"R", b"A", b"Y"
+"""The first byte of a message to the parent: results of ranges, a worker's stats at the end, or
+that it has unpickled an order and waits for the chunk to begin with."""
 KEPT, FREE = b"K", b"F"
 """The byte after `STATS`: whether the function still holds on to shared memory."""
 
 PackedResult = tuple[int, bytes, list[tuple[int, int]]]
 """The start of a range, its pickled result, and offsets and lengths of its large arrays."""
 
-# The header of an order: whether batches will follow, and the length of the pickled attempts, which
-# stand between header and payload.
-_ORDER = struct.Struct("<?I")
+# The header of an order: whether batches will follow, the first chunk, and the length of the
+# pickled attempts, which stand between header and payload.
+_ORDER = struct.Struct("<?qI")
+_FIRST_CHUNK = struct.Struct("<q")
+
+LATER = -1
+"""The first chunk of an order that is to be unpickled now: a later message names the chunk."""
 
 
-def pack_order(attempts: list[Attempt], payload: bytes, *, is_streamed: bool = False) -> bytes:
-    """Return a message to a worker: what to run first, the payload, and whether batches follow."""
-    pickled = pickle.dumps([tuple(attempt) for attempt in attempts]) if attempts else b""
-    return _ORDER.pack(is_streamed, len(pickled)) + pickled + payload
+class Order(NamedTuple):
+    """What a worker is told at the beginning of a run.
+
+    Attributes
+    ----------
+    payload : bytes
+        The pickled job.
+    attempts : list of Attempt
+        What to run first.
+    first : int
+        The first chunk that was not run before; `LATER` if that is still to be said.
+    is_streamed : bool
+        Whether batches follow.
+    """
+
+    payload: bytes
+    attempts: list[Attempt]
+    first: int = 0
+    is_streamed: bool = False
+
+    def pack(self) -> bytes:
+        """Return the message."""
+        attempts = self.attempts
+        pickled = pickle.dumps([tuple(attempt) for attempt in attempts]) if attempts else b""
+        return _ORDER.pack(self.is_streamed, self.first, len(pickled)) + pickled + self.payload
+
+    @classmethod
+    def unpack(cls, message: bytes) -> Order:
+        """Return the order in a message."""
+        is_streamed, first, length = _ORDER.unpack_from(message)
+        begin = _ORDER.size + length
+        attempts = (
+            [Attempt(*fields) for fields in pickle.loads(message[_ORDER.size : begin])]
+            if length
+            else []
+        )
+        return cls(message[begin:], attempts, first, is_streamed)
+
+
+def pack_first_chunk(first: int) -> bytes:
+    """Return the message to a worker that waits for it: the chunk to begin with."""
+    return _FIRST_CHUNK.pack(first)
 
 
 PackedBatch = bytes | tuple[int, int]
@@ -102,17 +146,6 @@ def pack_batch(
 def pack_batch_order(attempt: Attempt, first: int, packed: PackedBatch) -> bytes:
     """Return a message to a worker of a stream: a range, and its batch, which begins at `first`."""
     return pickle.dumps((tuple(attempt), first, packed))
-
-
-def _unpack_order(message: bytes) -> tuple[list[Attempt], bytes, bool]:
-    is_streamed, length = _ORDER.unpack_from(message)
-    begin = _ORDER.size + length
-    attempts = (
-        [Attempt(*fields) for fields in pickle.loads(message[_ORDER.size : begin])]
-        if length
-        else []
-    )
-    return attempts, message[begin:], is_streamed
 
 
 def open_ledger(words_fd: int, counter_fd: int, set_once_fd: int) -> Ledger:
@@ -167,11 +200,11 @@ def _die_with(lifeline: int) -> None:
 def _run_payload(
     number: int, channel: MessageSocket, ledger: Ledger, data: bytes, descriptors: list[Descriptor]
 ) -> None:
-    attempts, payload, is_streamed = _unpack_order(data)
-    batches = _Batches(channel, ledger) if is_streamed else None
+    order = Order.unpack(data)
+    batches = _Batches(channel, ledger) if order.is_streamed else None
     doing = "unpickled the function or its arguments"
     try:
-        job = unpickle_task(payload, descriptors)
+        job = unpickle_task(order.payload, descriptors)
         descriptors.clear()
         doing = "took on the caller's folder and settings"
         job.parent_state.apply(in_process=True)
@@ -180,21 +213,12 @@ def _run_payload(
         add_note(error, f"while a worker process {doing}")
         stats = WorkerStats(number, failure=RangeFailure(None, error))
     else:
-        # Results that are lost with a worker can be had again only if ranges may be run again.
-        may_wait = job.retry_policy.retries > 0
-        outbox = _Outbox(channel, job.folder, _BATCH_SECONDS if may_wait else 0.0)
-        deliver: Deliver = outbox.deliver
-        if is_streamed:
-            deliver = outbox.deliver_or_cut
+        first = _wait_for_first_chunk(channel) if order.first == LATER else order.first
+        if first is None:
+            stats = WorkerStats(number)
         else:
-            ledger.set_marks(job.open_marks(), len(job.grid))
-        with _record_warnings() as recorded:
-            stats = run_worker(
-                job, ledger, number, (deliver, outbox.flush), attempts, batch_source=batches
-            )
-        outbox.flush()
-        stats.warnings = list(recorded.values())
-        ledger.marks = None
+            job = replace(job, begun=Begun(first)) if first else job
+            stats = _run_job(job, (number, channel, ledger), order.attempts, batches)
         del job
     packed = _pickle_stats(stats)
     # The traceback of an exception refers to chunks, and, by the loop's frame, to the stats.
@@ -204,6 +228,44 @@ def _run_payload(
     channel.send(STATS + (KEPT if mapping_cache.is_anything_in_use() else FREE) + packed)
     if batches is not None:
         batches.drain()
+
+
+def _run_job(
+    job: Job,
+    place: tuple[int, MessageSocket, Ledger],
+    attempts: list[Attempt],
+    batches: _Batches | None,
+) -> WorkerStats:
+    number, channel, ledger = place
+    # Results that are lost with a worker can be had again only if ranges may be run again.
+    may_wait = job.retry_policy.retries > 0
+    outbox = _Outbox(channel, job.folder, _BATCH_SECONDS if may_wait else 0.0)
+    deliver: Deliver = outbox.deliver
+    if batches is not None:
+        deliver = outbox.deliver_or_cut
+    else:
+        ledger.set_marks(job.open_marks(), len(job.grid))
+    with _record_warnings() as recorded:
+        stats = run_worker(
+            job, ledger, number, (deliver, outbox.flush), attempts, batch_source=batches
+        )
+    outbox.flush()
+    stats.warnings = list(recorded.values())
+    ledger.marks = None
+    return stats
+
+
+def _wait_for_first_chunk(channel: MessageSocket) -> int | None:
+    """Tell the parent that the job is unpickled; return the chunk to begin with.
+
+    It is None if the run is called off.
+    """
+    channel.send(READY)
+    message, _ = channel.receive()
+    if not message:
+        return None
+    (first,) = _FIRST_CHUNK.unpack(message)
+    return int(first)
 
 
 class _Batches:

@@ -547,7 +547,7 @@ class TestIdleDeaths:
 def order_of(process):
     """Return the attempts in the order of a process."""
     data, _ = process.inside.receive()
-    return worker._unpack_order(data)[0]
+    return worker.Order.unpack(data).attempts
 
 
 class TestTimeout:

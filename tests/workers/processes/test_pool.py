@@ -214,7 +214,7 @@ class TestDeadWorkers:
 
 class TestWatching:
     def test_the_tick_is_called_while_a_run_is_going_on(self, warm, monkeypatch, tmp_path):
-        monkeypatch.setattr(module, "TICK", 0.01)
+        monkeypatch.setattr(grid_run, "TICK", 0.01)
         gate = tmp_path / "gate"
         seen = []
 
@@ -229,7 +229,7 @@ class TestWatching:
         assert seen == sorted(seen)
 
     def test_an_interrupted_run_kills_stuck_workers(self, pool, monkeypatch, tmp_path):
-        monkeypatch.setattr(module, "TICK", 0.01)
+        monkeypatch.setattr(grid_run, "TICK", 0.01)
         monkeypatch.setattr(grid_run, "GRACE_SECONDS", 0.1)
         run(pool, both)
         before = pids(pool)
@@ -246,7 +246,7 @@ class TestWatching:
         assert pids(pool).isdisjoint(before)
 
     def test_an_interrupted_run_lets_other_workers_finish_their_chunk(self, pool, monkeypatch):
-        monkeypatch.setattr(module, "TICK", 0.01)
+        monkeypatch.setattr(grid_run, "TICK", 0.01)
         monkeypatch.setattr(grid_run, "GRACE_SECONDS", LONG)
         run(pool, both)
         before = pids(pool)
@@ -288,7 +288,7 @@ class TestWatching:
         assert started[0] in pids(pool)  # it was started to the end
 
     def test_an_interrupt_while_a_worker_dies_is_raised(self, pool, monkeypatch):
-        monkeypatch.setattr(module, "TICK", 0.01)
+        monkeypatch.setattr(grid_run, "TICK", 0.01)
         monkeypatch.setattr(grid_run, "GRACE_SECONDS", 0.1)
         run(pool, both)
 

@@ -22,9 +22,9 @@ from taskcarrier.workers.processes.worker import (
     FREE,
     KEPT,
     STATS,
+    Order,
     _Outbox,
     _pickle_stats,
-    _unpack_order,
 )
 from taskcarrier.workers.records import RangeFailure, WorkerStats
 from taskcarrier.workers.task import Job
@@ -111,7 +111,7 @@ class TestMessages:
         attempts = [Attempt(2, 4, 2), Attempt(0, 1, 3)]
         source.supervisor.start(0, source.processes[0], attempts)
         data, _ = source.processes[0].inside.receive()
-        assert _unpack_order(data) == (attempts, b"job", False)
+        assert Order.unpack(data) == Order(b"job", attempts)
         assert not source.processes[0].is_free
         source.__exit__()
 
@@ -266,7 +266,9 @@ class TestEnd:
             assert first.is_free
             assert second.is_free
             for process in source.processes:
-                assert _unpack_order(process.inside.receive()[0]) == ([], b"job", True)
+                assert Order.unpack(process.inside.receive()[0]) == Order(
+                    b"job", [], is_streamed=True
+                )
                 assert process.inside.receive() == (b"", [])
 
     @pytest.mark.usefixtures("no_waiting")

@@ -29,8 +29,8 @@ from taskcarrier.workers.processes import worker as module
 from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.processes.worker import (
     RESULTS,
+    Order,
     open_ledger,
-    pack_order,
     unpickle_results,
     unpickle_stats,
 )
@@ -65,14 +65,11 @@ class TestOrder:
     )
     @pytest.mark.parametrize("is_streamed", [True, False])
     def test_orders_arrive_with_attempts_and_payload(self, attempts, payload, is_streamed):
-        assert module._unpack_order(pack_order(attempts, payload, is_streamed=is_streamed)) == (
-            attempts,
-            payload,
-            is_streamed,
-        )
+        order = Order(payload, attempts, 7, is_streamed)
+        assert Order.unpack(order.pack()) == order
 
     def test_attempts_arrive_with_their_numbers(self):
-        ((attempt,), _, _) = module._unpack_order(pack_order([Attempt(3, 5, 2)], b"payload"))
+        (attempt,) = Order.unpack(Order(b"payload", [Attempt(3, 5, 2)]).pack()).attempts
         assert type(attempt) is Attempt
         assert (attempt.start, attempt.stop, attempt.number) == (3, 5, 2)
 

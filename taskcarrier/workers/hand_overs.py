@@ -1,0 +1,283 @@
+"""How workers come to the rest of a run that the caller has begun itself.
+
+The caller runs chunks, and its watcher waits (`taskcarrier.workers.caller_first`). One of the two
+prepares the workers, and lets them begin as soon as they are ready. A worker that the caller counts
+for begins only when the caller has left its chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Protocol
+
+from taskcarrier.memory.staging import Staging
+from taskcarrier.scheduling.hand_over import MeasuredSeconds, Offer
+from taskcarrier.scheduling.ledger import NOT_BEGUN, Begun, Ledger
+from taskcarrier.workers.choose import Choice, load_processes
+from taskcarrier.workers.executor import ProcessExecutor, Tick
+from taskcarrier.workers.pools import has_warm_processes, process_pool, thread_pool
+from taskcarrier.workers.records import RunResult, WorkerStats
+from taskcarrier.workers.task import CompiledTask, Deliver, Job, Move
+from taskcarrier.workers.threads import ThreadPool, ThreadRun
+
+if TYPE_CHECKING:
+    from taskcarrier.workers.processes.grid_run import GridRun  # slow to import
+    from taskcarrier.workers.processes.pool import ProcessPool  # likewise
+
+# Seconds of the caller's until workers begin, and seconds until they are ready meanwhile, on the
+# machine where this was written (two cores): first guesses. Threads are woken. Processes unpickle
+# the job and open its memory. New processes come from an interpreter that has to start first, and
+# the caller's process imports what it needs for them.
+_thread_seconds = MeasuredSeconds(0.0005)
+_warm_seconds = MeasuredSeconds(0.002)
+_cold_seconds = MeasuredSeconds(0.35)
+_COLD_BUSY_SECONDS = 0.1
+# What is left to do when the workers are ready.
+_BEGIN_SECONDS = 0.0003
+# Seconds that a byte takes on its way to a worker process, and from there back to the caller.
+_SENT_SECONDS = 0.25e-9
+_RETURNED_SECONDS = 0.5e-9
+
+
+class HandOver(Protocol):
+    """The hand-over of one run to workers.
+
+    Attributes
+    ----------
+    choice : Choice
+        Where the rest runs.
+    joins_caller : bool
+        Whether the caller goes on as worker 0 beside the others; else it stops.
+    is_prepared : bool
+        Whether the workers know the job.
+    """
+
+    choice: Choice
+    joins_caller: bool
+    is_prepared: bool
+
+    def make_offer(self) -> Offer:
+        """Return what it takes, as things are now."""
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether preparing the workers takes so long that the caller should not wait for it."""
+
+    def prepare(self) -> None:
+        """Make the job known to the workers; raise an error if it cannot be sent to them."""
+
+    def is_ready(self, seconds: float) -> bool:
+        """Return whether the workers can begin at once; wait for that at most `seconds`."""
+
+    def begin(self, begun: Begun, *, is_caller_busy: bool) -> None:
+        """Let workers go on from ``begun.first``; the caller may still be in the chunk before."""
+
+    def halt(self) -> None:
+        """Make the workers stop at their next chunk."""
+
+    def finish(self, caller: WorkerStats, own: Ledger, tick: Tick | None) -> RunResult:
+        """Run what is left to its end, when the caller has ended its part."""
+
+    def close(self) -> None:
+        """End the run if it goes on, and give the workers back."""
+
+
+class ThreadHandOver:
+    """The hand-over of a run to threads; the caller is one of them, unless loops are compiled."""
+
+    is_prepared = True
+    is_slow = False
+    _run: ThreadRun
+
+    def __init__(self, choice: Choice, job: Job, deliver: Deliver, ledger: Ledger) -> None:
+        self.choice = choice
+        # Nothing could stop a compiled loop in the caller, which handles signals.
+        self.joins_caller = not isinstance(job.task, CompiledTask)
+        self._job = job
+        self._deliver = deliver
+        self._own_ledger = ledger
+        self._ledger = ledger
+        self._lease: AbstractContextManager[ThreadPool]
+        self._is_begun = False
+        self._n_late = 0
+
+    def make_offer(self) -> Offer:
+        """Return what it takes to wake the threads."""
+        return Offer(n_workers=self._job.n_workers, busy_seconds=_thread_seconds.seconds)
+
+    def prepare(self) -> None:
+        """Do nothing: threads know the job."""
+
+    def is_ready(self, seconds: float) -> bool:  # noqa: ARG002  # there is nothing to wait for
+        """Return that they are."""
+        return True
+
+    def begin(self, begun: Begun, *, is_caller_busy: bool) -> None:
+        """Start the threads, but for one if the caller counts for it."""
+        job = replace(self._job, begun=begun)
+        numbers = range(int(self.joins_caller), job.n_workers)
+        if self.joins_caller:
+            self._ledger.go_on(begun.first)
+        else:
+            self._ledger = Ledger.with_address(job.n_workers, begun)
+            self._n_late = int(is_caller_busy)
+        self._lease = thread_pool(job.n_workers)
+        threads = self._lease.__enter__()
+        self._run = threads.prepare(job, self._ledger, self._deliver, numbers)
+        self._is_begun = True
+        self._run.start(range(numbers.start, numbers.stop - self._n_late))
+
+    def halt(self) -> None:
+        """Make the threads stop at their next chunk."""
+        self._ledger.halt()
+
+    def finish(self, caller: WorkerStats, own: Ledger, tick: Tick | None) -> RunResult:
+        """Start the thread that the caller counted for, and wait until all have ended."""
+        n_workers = self._job.n_workers
+        self._run.start(range(n_workers - self._n_late, n_workers))
+        stats = self._run.wait(tick)
+        result = RunResult.read([caller, *stats], self._ledger, self._job.grid)
+        result.first_proposal = result.first_proposal or own.first_proposal()
+        return result
+
+    def close(self) -> None:
+        """Halt the threads that have not ended, and give the others back."""
+        if self._is_begun:
+            self._run.__exit__()
+            self._lease.__exit__(None, None, None)
+
+
+class ProcessHandOver:
+    """The hand-over of a run to worker processes.
+
+    Parameters
+    ----------
+    choice : Choice
+        The number of workers.
+    job : Job
+        The run.
+    deliver : callable
+        Takes results that are not in place.
+    move : Move
+        How the work gets to processes.
+    make_staging : callable
+        Makes a place for copies.
+
+    Attributes
+    ----------
+    staging : Staging or None
+        The copies that were made.
+    notes : sequence of str
+        Notes for the report.
+    """
+
+    joins_caller = False
+    _run: GridRun
+
+    def __init__(
+        self,
+        choice: Choice,
+        job: Job,
+        deliver: Deliver,
+        move: Move,
+        make_staging: Callable[[], Staging],
+    ) -> None:
+        self.choice = choice
+        self.staging: Staging | None = None
+        self.notes: Sequence[str] = ()
+        self.is_prepared = False
+        self._job = job
+        self._deliver = deliver
+        self._move = move
+        self._make_staging = make_staging
+        self._lease: AbstractContextManager[ProcessPool]
+        self._start_time = 0.0  # when new processes were asked for; 0 if none were
+        self._begun = NOT_BEGUN
+        self._chunk_of_caller: tuple[int, int] | None = None  # that it was in at the hand-over
+
+    def make_offer(self) -> Offer:
+        """Return what it takes: less for processes that know the job, more for new ones."""
+        sent, returned = self._move.count_item_bytes()
+        busy, wait = _warm_seconds.seconds, 0.0
+        if self.is_prepared:
+            busy = _BEGIN_SECONDS
+        elif self.is_slow:
+            busy, wait = _COLD_BUSY_SECONDS, _cold_seconds.seconds
+        return Offer(
+            n_workers=self._job.n_workers,
+            busy_seconds=busy,
+            wait_seconds=wait,
+            item_seconds=sent * _SENT_SECONDS + returned * _RETURNED_SECONDS,
+        )
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether processes must be started first."""
+        return not has_warm_processes(self.choice.n_jobs)
+
+    def prepare(self) -> None:
+        """Pickle the job, and have processes unpickle it; new ones, if there are none."""
+        begin = perf_counter()
+        was_slow = self.is_slow
+        load_processes()
+        self.staging = self._make_staging()
+        executor = ProcessExecutor(self.choice, self.staging)
+        job = replace(self._job, task=self._move.prepare(self.staging), move=None)
+        job, payload = executor.pack(job)
+        self.notes = executor.notes
+        self._lease = process_pool(self.choice.n_jobs)
+        self._run = self._lease.__enter__().prepare(job, payload, self._deliver)
+        self.is_prepared = True
+        if was_slow:
+            self._start_time = begin
+        else:
+            _warm_seconds.add(perf_counter() - begin + _BEGIN_SECONDS)
+
+    def is_ready(self, seconds: float) -> bool:
+        """Return whether all workers have unpickled the job."""
+        is_ready = self._run.is_ready(seconds)
+        if is_ready and self._start_time:
+            _cold_seconds.add(perf_counter() - self._start_time)
+            self._start_time = 0.0
+        return is_ready
+
+    def begin(self, begun: Begun, *, is_caller_busy: bool) -> None:
+        """Move the results to shared memory, and let processes begin.
+
+        One waits if the caller counts for it.
+        """
+        self._begun = begun
+        first = begun.first - int(is_caller_busy)
+        grid = self._job.grid
+        if begun.proposal is not None:
+            items = 0, grid.range_of(first - 1)[1]
+            self._move.carry(items, begun.proposal, begun.proposal, self._deliver)
+        if is_caller_busy:
+            self._chunk_of_caller = grid.range_of(first)
+        self._run.begin(begun, self._job.n_workers - int(is_caller_busy))
+
+    def halt(self) -> None:
+        """Make the processes stop at their next chunk."""
+        self._run.halt()
+
+    def finish(self, caller: WorkerStats, own: Ledger, tick: Tick | None) -> RunResult:
+        """Move what the caller has done since, and run the rest to its end."""
+        if self._chunk_of_caller is not None and caller.failure is None:
+            proposal = own.first_proposal()
+            if proposal is not None:
+                agreed = self._run.ledger.propose(proposal)
+                self._move.carry(self._chunk_of_caller, proposal, agreed, self._deliver)
+        self._run.ledger.count_before(caller.n_items - self._begun.n_items)
+        result = self._run.run_to_end(tick)
+        result.worker_stats.insert(0, caller)
+        return result
+
+    def close(self) -> None:
+        """End the run if it goes on; give the processes back."""
+        if self.is_prepared:
+            self.is_prepared = False
+            self._run.close()
+            self._lease.__exit__(None, None, None)
