@@ -11,7 +11,7 @@ from taskcarrier.arguments import check_callable, check_chunksize
 from taskcarrier.arrays.inputs.check import Inputs, check_inputs
 from taskcarrier.arrays.inputs.halos import Halo, check_halo
 from taskcarrier.arrays.inputs.sources import local_sources, sources_for_processes
-from taskcarrier.arrays.kernels.prepare import RowOutput, prepare_call
+from taskcarrier.arrays.kernels.prepare import PreparedCall, RowOutput, prepare_call
 from taskcarrier.arrays.outputs.buffers import OutputBuffer, SharedBuffer
 from taskcarrier.arrays.outputs.stacking import ObjectRule, holds_objects
 from taskcarrier.arrays.resume.computation import Computation
@@ -151,13 +151,8 @@ class ArrayCall:
             return run_nothing()
         return decide(self.settings, self.call.func, self.extras)
 
-    def make_work(
-        self, staging: Staging | None, buffer: OutputBuffer | None, fusing_ns: int = 0
-    ) -> Work:
-        """Return the function as a task over the arrays: compiled, with its inputs in place.
-
-        Copies for worker processes go to `staging`; None if workers share the caller's memory.
-        """
+    def prepare(self, *, in_processes: bool) -> PreparedCall:
+        """Return the function as workers call it: compiled, with its random stream and retries."""
         func = self.call.func if self.row is None else self.row.wrap_function(self.call.func)
         if self.streams is not None:
             func = WithRandomStream(func, self.streams)
@@ -168,23 +163,36 @@ class ArrayCall:
             self.halo,
             by_item=self.by_item,
             writable=self.writable,
-            in_processes=staging is not None,
+            in_processes=in_processes,
         )
+        retry_policy = self.settings.retry_policy
+        if not retry_policy.retry_on:
+            return prepared
+        copies_inputs = prepared.writable or prepared.copies_args
+        retrying = WithRetries(
+            prepared.call.func, retry_policy.retry_on, retry_policy.retries, copies_inputs
+        )
+        return replace(prepared, call=replace(prepared.call, func=retrying))
+
+    def make_work(
+        self,
+        staging: Staging | None,
+        buffer: OutputBuffer | None,
+        fusing_ns: int = 0,
+        prepared: PreparedCall | None = None,
+    ) -> Work:
+        """Return the function as a task over the arrays: compiled, with its inputs in place.
+
+        Copies for worker processes go to `staging`; None if workers share the caller's memory.
+        """
+        prepared = prepared or self.prepare(in_processes=staging is not None)
         notes: list[str] = []
         if staging is None:
             sources = local_sources(self.inputs, self.halo)
         else:
             sources, notes = sources_for_processes(self.inputs, self.grid, self.halo, staging)
-        call = prepared.call
-        if self.settings.retry_policy.retry_on:
-            retry_policy = self.settings.retry_policy
-            copies_inputs = prepared.writable or prepared.copies_args
-            retrying = WithRetries(
-                call.func, retry_policy.retry_on, retry_policy.retries, copies_inputs
-            )
-            call = replace(call, func=retrying)
         task = ArrayTask(
-            call=call,
+            call=prepared.call,
             sources=sources,
             axes=self.inputs.axes,
             by_item=self.by_item,

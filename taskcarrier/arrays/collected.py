@@ -8,7 +8,6 @@ from taskcarrier.arrays.call import ArrayCall
 from taskcarrier.arrays.move import ArrayMove
 from taskcarrier.run import execute, raise_first_failure, raise_if_missing
 from taskcarrier.workers.records import DeliveredFailure
-from taskcarrier.workers.snapshots import Snapshot
 
 
 def run_collected(call: ArrayCall) -> tuple[dict[int, Any], list[DeliveredFailure]]:
@@ -24,7 +23,7 @@ def run_collected(call: ArrayCall) -> tuple[dict[int, Any], list[DeliveredFailur
         notes=work.notes,
         compiling=work.compiling_ns / 1e9,
         collect_errors=call.collect_errors,
-        move=ArrayMove(call, Snapshot(call.call)) if executor.may_move else None,
+        move=ArrayMove(call) if executor.may_move else None,
     )
     call.explain_ufunc_errors(outcome)
     raise_first_failure(outcome, call.inputs.describe)

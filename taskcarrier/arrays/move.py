@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from taskcarrier.arrays.call import ArrayCall
+from taskcarrier.arrays.kernels.prepare import PreparedCall
 from taskcarrier.arrays.outputs.buffers import LocalBuffer, SharedBuffer, open_place
 from taskcarrier.arrays.outputs.request import OutputRequest
 from taskcarrier.arrays.outputs.specs import Spec
 from taskcarrier.memory.staging import Staging
+from taskcarrier.workers.call import Call
 from taskcarrier.workers.records import PartialResult
 from taskcarrier.workers.snapshots import Snapshot
 from taskcarrier.workers.task import Deliver, Task
+
+if TYPE_CHECKING:
+    from taskcarrier.workers.pickling import TaskPickler  # slow to import
 
 
 @dataclass(eq=False)
 class ArrayMove:
     """The move of a call over arrays (`taskcarrier.workers.task.Move`).
 
+    It is made before the caller calls the function.
+
     Attributes
     ----------
     call : ArrayCall
         The call.
-    snapshot : Snapshot
-        Its function as it was before the caller called it.
     request : OutputRequest or None
         What the user said about outputs; None if results are for the caller.
     buffer : LocalBuffer or None
@@ -33,10 +39,20 @@ class ArrayMove:
     """
 
     call: ArrayCall
-    snapshot: Snapshot
     request: OutputRequest | None = None
     buffer: LocalBuffer | None = None
     moved: SharedBuffer | None = None
+    staging: Staging = field(init=False)
+    _snapshot: Snapshot = field(init=False)
+    _prepared: PreparedCall | None = None
+
+    def __post_init__(self) -> None:
+        self.staging = self.call.settings.new_staging()
+        self._snapshot = Snapshot(self.call.call, self._make_sent, self.staging)
+
+    def _make_sent(self) -> Call:
+        self._prepared = self.call.prepare(in_processes=True)
+        return self._prepared.call
 
     def count_item_bytes(self) -> tuple[float, float]:
         """Return the bytes of an item, and those of its result as far as they are known."""
@@ -44,13 +60,16 @@ class ArrayMove:
         returned = 0 if self.buffer is None else self.buffer.nbytes
         return inputs.nbytes / inputs.n_items, returned / inputs.n_items
 
-    def prepare(self, staging: Staging) -> Task:
+    def make_task(self) -> Task:
         """Return the task for processes, which writes to shared memory."""
         if self.buffer is not None and self.request is not None:
             self.moved = self.call.make_shared_buffer()
             self.request.move(self.buffer, self.moved)
-        call = replace(self.call, call=self.snapshot.restore())
-        return call.make_work(staging, self.moved).task
+        return self.call.make_work(self.staging, self.moved, prepared=self._prepared).task
+
+    def get_pickler(self) -> TaskPickler:
+        """Return a pickler for the task that pickles the function as it was."""
+        return self._snapshot.get_pickler()
 
     def carry(self, items: tuple[int, int], proposal: Spec, agreed: Spec, deliver: Deliver) -> None:
         """Copy the caller's results of `items` to shared memory, or deliver them.

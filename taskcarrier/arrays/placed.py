@@ -26,7 +26,6 @@ from taskcarrier.run import (
 from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.introspect import is_jitted
 from taskcarrier.workers.records import DeliveredFailure, RangeFailure, list_failed_ranges
-from taskcarrier.workers.snapshots import Snapshot
 
 
 @dataclass(eq=False)
@@ -72,7 +71,7 @@ class PlacedMap:
                 else Work(fusion.task, fusion.notes, fusing_ns)
             )
             move = (
-                ArrayMove(call, Snapshot(call.call), request, buffer)
+                ArrayMove(call, request, buffer)
                 if isinstance(buffer, LocalBuffer) and executor.may_move
                 else None
             )

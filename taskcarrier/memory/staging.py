@@ -16,6 +16,9 @@ from taskcarrier.memory.strides import (
     view_bytes,
 )
 
+SHARED_NBYTES = 1 << 14
+"""Arrays in arguments, closures and results go into shared memory from this size on; arbitrary."""
+
 
 class Staging:
     """Copies of arrays and bytes in one segment, one after the other.

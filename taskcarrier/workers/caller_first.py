@@ -109,7 +109,7 @@ class CallerFirstExecutor:
         if self._others.backend == "threading":
             return ThreadHandOver(self._others, job, deliver, ledger)
         assert job.move is not None  # for the type checker
-        return ProcessHandOver(self._others, job, deliver, job.move, self._make_staging)
+        return ProcessHandOver(self._others, job, deliver, job.move)
 
     def stream(self, job: Job) -> AbstractContextManager[WorkQueue]:
         """Open a work queue on the workers: a stream is not begun in the caller."""
@@ -297,7 +297,7 @@ class _CallerChunks:
 
     def _look(self) -> float | None:
         """Hand over what comes after the caller's chunk if that pays; return when to look again."""
-        if self._is_over or self._is_begun or self.error is not None:
+        if self._is_settled():
             return None
         if not self._is_wanted and (seconds := self._find_seconds_to_wait()) > 0:
             return seconds
@@ -314,6 +314,9 @@ class _CallerChunks:
             self._turn.append(None)
             if self._is_over:
                 self._close_if_idle()
+
+    def _is_settled(self) -> bool:
+        return self._is_over or self._is_begun or self.error is not None
 
     def _find_seconds_to_wait(self) -> float:
         """Return the seconds after which it may pay to hand over the rest; 0 if it does now."""

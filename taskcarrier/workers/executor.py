@@ -28,7 +28,7 @@ from taskcarrier.workers.task import Deliver, Job
 from taskcarrier.workers.thread_limits import thread_limit
 
 if TYPE_CHECKING:
-    from taskcarrier.workers.pickling import Payload  # slow to import
+    from taskcarrier.workers.pickling import Payload, TaskPickler  # slow to import
 
 Tick = Callable[[Ledger], None]
 """A function that is called now and then with the ledger of a run that goes on."""
@@ -118,14 +118,14 @@ class ProcessExecutor:
         """Pickle a job once for all workers, and run it in processes."""
         return self.run_packed(*self.pack(job), deliver, tick)
 
-    def pack(self, job: Job) -> tuple[Job, Payload]:
+    def pack(self, job: Job, pickler: TaskPickler | None = None) -> tuple[Job, Payload]:
         """Return a job that processes can mark, and the same pickled for them."""
         load_processes()
         from taskcarrier.workers.pickling import pickle_task  # noqa: PLC0415  # slow to import
 
         if job.marks is None and len(job.grid) > OWN_MARKS:
             job = replace(job, marks=_make_marks(job.grid))
-        payload = pickle_task(job, self.staging)
+        payload = pickle_task(job, self.staging, pickler)
         self.notes = payload.notes
         return job, payload
 

@@ -7,13 +7,12 @@ for begins only when the caller has left its chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
-from taskcarrier.memory.staging import Staging
 from taskcarrier.scheduling.hand_over import MeasuredSeconds, Offer
 from taskcarrier.scheduling.ledger import NOT_BEGUN, Begun, Ledger
 from taskcarrier.workers.choose import Choice, load_processes
@@ -124,7 +123,7 @@ class ThreadHandOver:
         else:
             self._ledger = Ledger.with_address(job.n_workers, begun)
             self._n_late = int(is_caller_busy)
-        self._lease = thread_pool(job.n_workers)
+        self._lease = thread_pool(self.choice.n_jobs)
         threads = self._lease.__enter__()
         self._run = threads.prepare(job, self._ledger, self._deliver, numbers)
         self._is_begun = True
@@ -163,12 +162,10 @@ class ProcessHandOver:
         Takes results that are not in place.
     move : Move
         How the work gets to processes.
-    make_staging : callable
-        Makes a place for copies.
 
     Attributes
     ----------
-    staging : Staging or None
+    staging : Staging
         The copies that were made.
     notes : sequence of str
         Notes for the report.
@@ -183,16 +180,14 @@ class ProcessHandOver:
         job: Job,
         deliver: Deliver,
         move: Move,
-        make_staging: Callable[[], Staging],
     ) -> None:
         self.choice = choice
-        self.staging: Staging | None = None
+        self.staging = move.staging
         self.notes: Sequence[str] = ()
         self.is_prepared = False
         self._job = job
         self._deliver = deliver
         self._move = move
-        self._make_staging = make_staging
         self._lease: AbstractContextManager[ProcessPool]
         self._start_time = 0.0  # when new processes were asked for; 0 if none were
         self._begun = NOT_BEGUN
@@ -223,10 +218,9 @@ class ProcessHandOver:
         begin = perf_counter()
         was_slow = self.is_slow
         load_processes()
-        self.staging = self._make_staging()
         executor = ProcessExecutor(self.choice, self.staging)
-        job = replace(self._job, task=self._move.prepare(self.staging), move=None)
-        job, payload = executor.pack(job)
+        job = replace(self._job, task=self._move.make_task(), move=None)
+        job, payload = executor.pack(job, self._move.get_pickler())
         self.notes = executor.notes
         self._lease = process_pool(self.choice.n_jobs)
         self._run = self._lease.__enter__().prepare(job, payload, self._deliver)

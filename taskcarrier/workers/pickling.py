@@ -27,7 +27,7 @@ import numpy as np
 from taskcarrier.memory.available import is_no_room
 from taskcarrier.memory.memmaps import find_shared, find_writable
 from taskcarrier.memory.segments import Mode, Segment, SharedView
-from taskcarrier.memory.staging import Staging
+from taskcarrier.memory.staging import SHARED_NBYTES, Staging
 from taskcarrier.memory.strides import is_mostly_gaps
 from taskcarrier.notes import add_note, count_noun, warn_user
 from taskcarrier.system.descriptors import Descriptor
@@ -42,9 +42,6 @@ except ImportError:  # joblib before 1.6 has its own copy
     from joblib.externals import cloudpickle
 
 _cloudpickle_impl = sys.modules[cloudpickle.Pickler.__module__]
-
-# Arrays in arguments, closures and results go into shared memory from this size on.
-_SHARED_NBYTES = 1 << 14
 
 _unpacking = threading.local()
 
@@ -67,14 +64,14 @@ class Payload:
         return [segment.fd for segment in self.segments]
 
 
-def pickle_task(task: object, staging: Staging) -> Payload:
-    """Pickle a task for the workers of one run.
+def pickle_task(task: object, staging: Staging, pickler: TaskPickler | None = None) -> Payload:
+    """Pickle a task for the workers of one run, with `pickler` if that has pickled its call before.
 
     What pickling raises is raised with a note; at that time nothing has been started yet.
     """
-    packer = _Packer(staging)
+    pickler = pickler or TaskPickler(staging)
     try:
-        pickled = packer.pickle(task)
+        pickled = pickler.pickle(task)
     except Exception as error:
         if not is_no_room(error):  # a lack of memory is no fault of the function
             add_note(
@@ -83,19 +80,16 @@ def pickle_task(task: object, staging: Staging) -> Payload:
                 "make them picklable, or use backend='threading'",
             )
         raise
-    if packer.buffers:
-        table = [
-            (packer.get_number(segment), offset, nbytes)
-            for segment, offset, nbytes in packer.buffers
-        ]
-    else:
-        table = []
-    if len(packer.segments) > MAX_DESCRIPTORS:
+    table = []
+    for raw in pickler.large:
+        segment, offset = staging.add(raw)
+        table.append((pickler.get_number(segment), offset, len(raw)))
+    if len(pickler.segments) > MAX_DESCRIPTORS:
         raise ValueError(
             f"one call can take at most {MAX_DESCRIPTORS} separate shared arrays, got "
-            f"{len(packer.segments)}; copy some of them, or put those that func writes to into one"
+            f"{len(pickler.segments)}; copy some of them, or put those that func writes to into one"
         )
-    return Payload(pickle.dumps((pickled, table)), packer.segments, packer.make_notes())
+    return Payload(pickle.dumps((pickled, table)), pickler.segments, pickler.make_notes())
 
 
 def unpickle_task(data: bytes, descriptors: list[Descriptor]) -> Any:
@@ -116,11 +110,30 @@ def unpickle_task(data: bytes, descriptors: list[Descriptor]) -> Any:
         del _unpacking.segments, _unpacking.buffers
 
 
-class _Packer:
-    def __init__(self, staging: Staging) -> None:
+class TaskPickler:
+    """A pickler for the task of one run.
+
+    Parameters
+    ----------
+    staging : Staging
+        Where copies for the workers go.
+    copies : dict of (int, ndarray), optional
+        What is pickled instead of arrays, by their `id`.
+
+    Attributes
+    ----------
+    segments : list of Segment
+        The segments that the pickle refers to by their position.
+    large : list of memoryview
+        The bytes of large arrays, which are not in the pickle.
+    """
+
+    def __init__(self, staging: Staging, copies: dict[int, np.ndarray] | None = None) -> None:
         self._staging = staging
+        self.copies = copies or {}
         self.segments: list[Segment] = []
-        self.buffers: list[tuple[Segment, int, int]] = []
+        self.large: list[memoryview] = []
+        self._early: dict[int, tuple[Call, bytes]] = {}
         self._large_nbytes: list[int] = []  # of all large arrays so far
         self._func_nbytes: list[int] = []  # of those among them that functions carry
 
@@ -133,6 +146,10 @@ class _Packer:
         pickler.dispatch_table = {**copyreg.dispatch_table, **reducers}
         pickler.dump(task)
         return file.getvalue()
+
+    def pickle_early(self, call: Call) -> None:
+        """Pickle a call as it is now; its large arrays are read when its task is pickled."""
+        self._early[id(call)] = call, self._pickle_call(call)
 
     def get_number(self, segment: Segment) -> int:
         for number, known in enumerate(self.segments):
@@ -148,6 +165,10 @@ class _Packer:
         return self.get_number(segment), segment.on_disk, segment.get_label()
 
     def _reduce_call(self, call: Call) -> tuple[Any, ...]:
+        early = self._early.get(id(call))
+        return _load_call, (self._pickle_call(call) if early is None else early[1],)
+
+    def _pickle_call(self, call: Call) -> bytes:
         # Only the user's own objects need cloudpickle, which takes about 10 µs for each class that
         # it meets; the rest of a task is the library's.
         file = io.BytesIO()
@@ -158,7 +179,7 @@ class _Packer:
         pickler.is_at_function = False
         self._func_nbytes += self._large_nbytes[n_before:]
         pickler.dump((call.args, call.kwargs))
-        return _load_call, (file.getvalue(),)
+        return file.getvalue()
 
     def make_notes(self) -> list[str]:
         """Return notes for the report on arrays in closures, partials and bound methods."""
@@ -182,7 +203,7 @@ class _Packer:
         view = find_shared(array)
         if view is None and not (array.flags.forc or is_mostly_gaps(array)):
             (view,) = self._staging.share([array])
-        if view is not None and array.nbytes >= _SHARED_NBYTES:
+        if view is not None and array.nbytes >= SHARED_NBYTES:
             self._large_nbytes.append(array.nbytes)
         return view
 
@@ -197,8 +218,7 @@ class _Packer:
         raw = _get_large_bytes(buffer)
         if raw is None:
             return True
-        segment, offset = self._staging.add(raw)
-        self.buffers.append((segment, offset, len(raw)))
+        self.large.append(raw)
         self._large_nbytes.append(len(raw))
         return False
 
@@ -209,7 +229,7 @@ def _get_large_bytes(buffer: Any) -> memoryview | None:
         raw: memoryview = buffer.raw()
     except BufferError:  # not contiguous: pickle copies it
         return None
-    return None if len(raw) < _SHARED_NBYTES else raw
+    return None if len(raw) < SHARED_NBYTES else raw
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
@@ -314,23 +334,25 @@ class _UserPickler(Pickler):
 
     is_at_function = False
 
-    def __init__(self, file: io.BytesIO, packer: _Packer) -> None:
-        super().__init__(file, protocol=5, buffer_callback=packer.keep_in_band)
-        self._packer = packer
+    def __init__(self, file: io.BytesIO, task_pickler: TaskPickler) -> None:
+        super().__init__(file, protocol=5, buffer_callback=task_pickler.keep_in_band)
+        self._task_pickler = task_pickler
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, np.ndarray):
+            if (copy := self._task_pickler.copies.get(id(obj))) is not None:
+                return copy.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
             view = find_writable(obj) if self.is_at_function else None
             if view is not None:
-                view_args = self._packer.describe(view, "write")
+                view_args = self._task_pickler.describe(view, "write")
                 if type(obj) is np.ndarray or isinstance(obj, np.memmap):
                     return _open_view, view_args
                 state = object.__getstate__(obj)
                 return _open_subclass, (view_args, type(obj)), state, None, None, _restore_state
             if type(obj) is np.ndarray or isinstance(obj, np.memmap):
-                view = self._packer.get_view(obj)
+                view = self._task_pickler.get_view(obj)
                 if view is not None:
-                    return _open_view, self._packer.describe(view, "private")
+                    return _open_view, self._task_pickler.describe(view, "private")
         return super().reducer_override(obj)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from taskcarrier.memory.segments import SharedView
 from taskcarrier.memory.staging import Staging
@@ -14,6 +14,9 @@ from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import NOT_BEGUN, Begun, Ledger
 from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
 from taskcarrier.workers.parent_state import ParentState
+
+if TYPE_CHECKING:
+    from taskcarrier.workers.pickling import TaskPickler  # slow to import
 
 IN_PLACE = object()
 """What a task returns for a range whose result is already in place."""
@@ -69,13 +72,24 @@ class CompiledTask(ABC):
 
 
 class Move(Protocol):
-    """How the work of a run gets from the caller's memory to worker processes."""
+    """How the work of a run gets from the caller's memory to worker processes.
+
+    Attributes
+    ----------
+    staging : Staging
+        Where copies for the workers go.
+    """
+
+    staging: Staging
 
     def count_item_bytes(self) -> tuple[float, float]:
         """Return the bytes of an item, and those of its result as far as they are known."""
 
-    def prepare(self, staging: Staging) -> Task:
-        """Return the task for processes; copies for them go to `staging`."""
+    def make_task(self) -> Task:
+        """Return the task for processes."""
+
+    def get_pickler(self) -> TaskPickler:
+        """Return a pickler for the task; raise an error if its function cannot be pickled."""
 
     def carry(self, items: tuple[int, int], proposal: Any, agreed: Any, deliver: Deliver) -> None:
         """Bring the caller's results of `items` where those of processes lie, or deliver them.

@@ -16,8 +16,8 @@ from taskcarrier.workers.call import Call
 from taskcarrier.workers.pickling import pickle_apart, pickle_items, pickle_task, unpickle_task
 from tests.workers.helpers import sent, travelled_task
 
-SMALL = pickling._SHARED_NBYTES // 8 - 1
-LARGE = pickling._SHARED_NBYTES // 8
+SMALL = pickling.SHARED_NBYTES // 8 - 1
+LARGE = pickling.SHARED_NBYTES // 8
 
 
 @pytest.fixture(autouse=True)
