@@ -35,7 +35,7 @@ class ArrayMove:
     buffer : LocalBuffer or None
         The outputs in the caller's memory, likewise.
     moved : SharedBuffer or None
-        The outputs in shared memory, after the move.
+        The outputs in shared memory, once processes have begun.
     """
 
     call: ArrayCall
@@ -45,6 +45,7 @@ class ArrayMove:
     staging: Staging = field(init=False)
     _snapshot: Snapshot = field(init=False)
     _prepared: PreparedCall | None = None
+    _shared: SharedBuffer | None = None
 
     def __post_init__(self) -> None:
         self.staging = self.call.settings.new_staging()
@@ -63,13 +64,17 @@ class ArrayMove:
     def make_task(self) -> Task:
         """Return the task for processes, which writes to shared memory."""
         if self.buffer is not None and self.request is not None:
-            self.moved = self.call.make_shared_buffer()
-            self.request.move(self.buffer, self.moved)
-        return self.call.make_work(self.staging, self.moved, prepared=self._prepared).task
+            self._shared = self.call.make_shared_buffer()
+            self.request.move(self.buffer, self._shared)
+        return self.call.make_work(self.staging, self._shared, prepared=self._prepared).task
 
     def get_pickler(self) -> TaskPickler:
         """Return a pickler for the task that pickles the function as it was."""
         return self._snapshot.get_pickler()
+
+    def begin(self) -> None:
+        """Let the outputs lie where processes write them."""
+        self.moved = self._shared
 
     def carry(self, items: tuple[int, int], proposal: Spec, agreed: Spec, deliver: Deliver) -> None:
         """Copy the caller's results of `items` to shared memory, or deliver them.

@@ -246,6 +246,7 @@ class ProcessHandOver:
         self._begun = begun
         first = begun.first - int(is_caller_busy)
         grid = self._job.grid
+        self._move.begin()
         if begun.proposal is not None:
             items = 0, grid.range_of(first - 1)[1]
             self._move.carry(items, begun.proposal, begun.proposal, self._deliver)

@@ -138,6 +138,7 @@ class TaskPickler:
         self._func_nbytes: list[int] = []  # of those among them that functions carry
 
     def pickle(self, task: object) -> bytes:
+        """Return the pickle of a task."""
         file = io.BytesIO()
         pickler = pickle.Pickler(file, protocol=5)
         # `Any`: typeshed has different return types for the reducers of the two tables.
@@ -152,6 +153,7 @@ class TaskPickler:
         self._early[id(call)] = call, self._pickle_call(call)
 
     def get_number(self, segment: Segment) -> int:
+        """Return the position of a segment among those that the pickle refers to."""
         for number, known in enumerate(self.segments):
             if known is segment:
                 return number
@@ -215,6 +217,7 @@ class TaskPickler:
         return self._describe_segment(segment), place, mode
 
     def keep_in_band(self, buffer: Any) -> bool:
+        """Return whether a buffer stays in the pickle; keep the bytes of others."""
         raw = _get_large_bytes(buffer)
         if raw is None:
             return True

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,34 +41,41 @@ def find_state(call: Call) -> list[np.ndarray] | None:
     A function carries no state if it is pickled by name, or if all values that it refers to are
     constants. Arrays among the arguments are not listed: functions cannot change them.
     """
+    arguments = (*call.args, *call.kwargs.values())
+    candidates = [call.func, *(value for value in arguments if not _is_plain_array(value))]
     seen: set[int] = set()
     arrays: list[np.ndarray] = []
-    candidates: list[Any] = [call.func]
-    for value in (*call.args, *call.kwargs.values()):
-        if type(value) is not np.ndarray or value.dtype.hasobject:
-            candidates.append(value)
     while candidates:
         value = candidates.pop()
-        if id(value) in seen or isinstance(value, _CONSTANTS) or is_jitted(value):
+        if id(value) in seen or isinstance(value, _CONSTANTS):
             continue
         seen.add(id(value))
-        if isinstance(value, _COLLECTIONS):
-            candidates += value
-        elif type(value) is np.ndarray and not value.dtype.hasobject:
+        if _is_plain_array(value):
             if value.nbytes < SHARED_NBYTES and find_writable(value) is None:
                 arrays.append(value)
-        elif isinstance(value, functools.partial):
-            candidates += [value.func, *value.args, *value.keywords.values()]
-            if vars(value):
-                return None
-        elif isinstance(value, types.FunctionType):
-            if not _is_pickled_by_name(value):
-                if vars(value):
-                    return None
-                candidates += _list_referents(value)
-        elif not is_numba_ufunc(value):
+            continue
+        referents = _list_referents(value)
+        if referents is None:
             return None
+        candidates += referents
     return arrays
+
+
+def _is_plain_array(value: Any) -> bool:
+    return type(value) is np.ndarray and not value.dtype.hasobject
+
+
+def _list_referents(value: Any) -> Iterable[Any] | None:
+    """Return what is pickled with a value; None if it can itself be changed."""
+    if isinstance(value, _COLLECTIONS):
+        return value
+    if isinstance(value, functools.partial) and not vars(value):
+        return value.func, *value.args, *value.keywords.values()
+    if isinstance(value, types.FunctionType):
+        if _is_pickled_by_name(value):
+            return ()
+        return None if vars(value) else _list_values_of(value)
+    return () if is_jitted(value) or is_numba_ufunc(value) else None
 
 
 def _is_pickled_by_name(func: types.FunctionType) -> bool:
@@ -82,7 +89,7 @@ def _is_pickled_by_name(func: types.FunctionType) -> bool:
     return found is func
 
 
-def _list_referents(func: types.FunctionType) -> list[Any]:
+def _list_values_of(func: types.FunctionType) -> list[Any]:
     """Return what is pickled with a function that is pickled by value."""
     values: list[Any] = [*(func.__defaults__ or ()), *(func.__kwdefaults__ or {}).values()]
     codes = [func.__code__]

@@ -91,6 +91,9 @@ class Move(Protocol):
     def get_pickler(self) -> TaskPickler:
         """Return a pickler for the task; raise an error if its function cannot be pickled."""
 
+    def begin(self) -> None:
+        """Let processes have the run: called before they begin, and before results are carried."""
+
     def carry(self, items: tuple[int, int], proposal: Any, agreed: Any, deliver: Deliver) -> None:
         """Bring the caller's results of `items` where those of processes lie, or deliver them.
 
