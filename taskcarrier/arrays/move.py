@@ -61,7 +61,12 @@ class ArrayMove:
         returned = 0 if self.buffer is None else self.buffer.nbytes
         return inputs.nbytes / inputs.n_items, returned / inputs.n_items
 
-    def make_task(self) -> Task:
+    @property
+    def runs_user_code(self) -> bool:
+        """Whether the arrays hold Python objects."""
+        return any(dtype.hasobject for dtype in self.call.inputs.dtypes)
+
+    def make_task(self, first: int) -> Task:  # noqa: ARG002  # arrays are sent as a whole
         """Return the task for processes, which writes to shared memory."""
         if self.buffer is not None and self.request is not None:
             self._shared = self.call.make_shared_buffer()

@@ -167,6 +167,7 @@ def fit_many(estimators: Any, X: Any, y: Any = None, **options: Any) -> Any:
         rng=rng,
         shared={**data, "rows": fits.rows},
         noun="fit",
+        are_long=True,
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from taskcarrier import progress
 from taskcarrier.arguments import check_callable, check_integer
-from taskcarrier.lists.map import Calls
+from taskcarrier.lists.calls import Calls
 from taskcarrier.notes import add_note, describe_items
 from taskcarrier.report import Report
 from taskcarrier.run import Settings, decide, describe_deaths, make_report, show_worker_warnings
@@ -81,7 +81,7 @@ def imap_lists(
         func, settings.retry_policy, is_tuple=is_tuple, collect_errors=True, rng=rng, shared=shared
     )
     items = zip(*iterables, strict=False) if is_tuple else iter(iterables[0])
-    executor = decide(settings, func, over_lists=True)
+    executor = decide(settings, func, over_lists=True, can_begin=False)
     job = Job(
         _StreamTask(calls),
         executor.balance or Dynamic(),

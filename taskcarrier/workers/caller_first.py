@@ -42,6 +42,8 @@ from taskcarrier.workers.watcher import Watcher
 _READY_SECONDS = 0.002
 # The watcher looks whether workers are ready in pieces of so many seconds.
 _LOOK_SECONDS = 0.01
+# ... and again after so many seconds if only the caller can prepare them.
+_PATIENCE_SECONDS = 0.1
 
 
 class CallerFirstExecutor:
@@ -161,11 +163,13 @@ class _CallerChunks:
         self._hand_over = hand_over
         self._cost = ItemCost()
         self._begin_time = 0.0  # of the chunk that the caller is in
+        self._next_chunk = 0  # the first that the caller has not begun
         self._saving = 0.0
         self._items_left = 0
         self._turn: list[None] = [None]
         self._chunk: list[int] = []
         self._is_in_chunk = False
+        self._is_watched = False
         # What the watcher did with the chunk: True if workers go on behind it.
         self._outcomes: SimpleQueue[bool] = SimpleQueue()
         self._is_begun = False
@@ -183,18 +187,19 @@ class _CallerChunks:
     ) -> Iterator[int]:
         """Yield chunks in ascending order; then the caller's part of the rest, if it has one."""
         marks, grid = ledger.marks, self._job.grid
-        next_chunk = first
+        self._next_chunk = first
         for index in range(first, n_chunks):
             if ledger.is_halted:
                 return
-            next_chunk = index + 1
+            self._next_chunk = next_chunk = index + 1
             if marks is not None and marks[index] != PENDING:
                 continue
             ledger.hold(worker, index)
             self._begin_time = begin = perf_counter()
             self._is_in_chunk = True
             self._chunk.append(index)
-            if index == first and next_chunk < n_chunks:
+            if not self._is_watched and next_chunk < n_chunks:
+                self._is_watched = True
                 self.watcher.watch(self._look, 2 * self._hand_over.make_offer().busy_seconds)
             yield index
             start, stop = grid.range_of(index)
@@ -203,7 +208,7 @@ class _CallerChunks:
                 break
         if self._is_begun and self._hand_over.joins_caller:
             balance = self._job.balance
-            yield from balance.chunks(ledger, worker, n_workers, n_chunks, next_chunk)
+            yield from balance.chunks(ledger, worker, n_workers, n_chunks, self._next_chunk)
 
     def _leave_chunk(self) -> bool:
         """Take the chunk back from the watcher; return whether workers go on behind it."""
@@ -227,11 +232,13 @@ class _CallerChunks:
         hand_over = self._hand_over
         try:
             if not hand_over.is_prepared:
-                self._is_wanted = hand_over.is_slow
-                if self._is_wanted:
+                if hand_over.is_slow:
+                    if hand_over.runs_user_code:
+                        hand_over.pack(next_chunk)
+                    self._is_wanted = True
                     self.watcher.watch(self._look, 0.0)
                     return False
-                hand_over.prepare()
+                hand_over.prepare(next_chunk)
             if hand_over.is_ready(_READY_SECONDS):
                 self._begin(next_chunk, is_caller_busy=False)
         except Exception as error:
@@ -336,7 +343,9 @@ class _CallerChunks:
 
     def _hand_over_behind_chunk(self) -> float | None:
         if not self._hand_over.is_prepared:
-            self._hand_over.prepare()
+            if self._hand_over.runs_user_code:
+                return _PATIENCE_SECONDS  # until the caller does it
+            self._hand_over.prepare(self._next_chunk)
         if not self._hand_over.is_ready(_LOOK_SECONDS):
             return 0.0
         try:

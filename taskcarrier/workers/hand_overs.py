@@ -23,6 +23,7 @@ from taskcarrier.workers.task import CompiledTask, Deliver, Job, Move
 from taskcarrier.workers.threads import ThreadPool, ThreadRun
 
 if TYPE_CHECKING:
+    from taskcarrier.workers.pickling import Payload  # slow to import
     from taskcarrier.workers.processes.grid_run import GridRun  # slow to import
     from taskcarrier.workers.processes.pool import ProcessPool  # likewise
 
@@ -65,8 +66,18 @@ class HandOver(Protocol):
     def is_slow(self) -> bool:
         """Whether preparing the workers takes so long that the caller should not wait for it."""
 
-    def prepare(self) -> None:
-        """Make the job known to the workers; raise an error if it cannot be sent to them."""
+    @property
+    def runs_user_code(self) -> bool:
+        """Whether preparing them may run code of the user's, because objects must be pickled."""
+
+    def pack(self, first: int) -> None:
+        """Pickle the job, if that is needed; raise an error if it cannot be sent to the workers.
+
+        They will run chunks from `first` on at the earliest.
+        """
+
+    def prepare(self, first: int) -> None:
+        """Make the job known to the workers, and pickle it first if that is still to be done."""
 
     def is_ready(self, seconds: float) -> bool:
         """Return whether the workers can begin at once; wait for that at most `seconds`."""
@@ -89,6 +100,7 @@ class ThreadHandOver:
 
     is_prepared = True
     is_slow = False
+    runs_user_code = False
     _run: ThreadRun
 
     def __init__(self, choice: Choice, job: Job, deliver: Deliver, ledger: Ledger) -> None:
@@ -107,8 +119,10 @@ class ThreadHandOver:
         """Return what it takes to wake the threads."""
         return Offer(n_workers=self._job.n_workers, busy_seconds=_thread_seconds.seconds)
 
-    def prepare(self) -> None:
+    def pack(self, first: int) -> None:
         """Do nothing: threads know the job."""
+
+    prepare = pack
 
     def is_ready(self, seconds: float) -> bool:  # noqa: ARG002  # there is nothing to wait for
         """Return that they are."""
@@ -190,6 +204,7 @@ class ProcessHandOver:
         self._move = move
         self._lease: AbstractContextManager[ProcessPool]
         self._start_time = 0.0  # when new processes were asked for; 0 if none were
+        self._packed: tuple[Job, Payload] | None = None
         self._begun = NOT_BEGUN
         self._chunk_of_caller: tuple[int, int] | None = None  # that it was in at the hand-over
 
@@ -213,17 +228,28 @@ class ProcessHandOver:
         """Whether processes must be started first."""
         return not has_warm_processes(self.choice.n_jobs)
 
-    def prepare(self) -> None:
-        """Pickle the job, and have processes unpickle it; new ones, if there are none."""
-        begin = perf_counter()
-        was_slow = self.is_slow
+    @property
+    def runs_user_code(self) -> bool:
+        """Whether there are objects that are still to be pickled."""
+        return self._packed is None and self._move.runs_user_code
+
+    def pack(self, first: int) -> None:
+        """Pickle the job."""
         load_processes()
         executor = ProcessExecutor(self.choice, self.staging)
-        job = replace(self._job, task=self._move.make_task(), move=None)
-        job, payload = executor.pack(job, self._move.get_pickler())
+        job = replace(self._job, task=self._move.make_task(first), move=None)
+        self._packed = executor.pack(job, self._move.get_pickler())
         self.notes = executor.notes
+
+    def prepare(self, first: int) -> None:
+        """Have processes unpickle the job; new ones, if there are none."""
+        begin = perf_counter()
+        was_slow = self.is_slow
+        if self._packed is None:
+            self.pack(first)
+        assert self._packed is not None  # for the type checker
         self._lease = process_pool(self.choice.n_jobs)
-        self._run = self._lease.__enter__().prepare(job, payload, self._deliver)
+        self._run = self._lease.__enter__().prepare(*self._packed, self._deliver)
         self.is_prepared = True
         if was_slow:
             self._start_time = begin

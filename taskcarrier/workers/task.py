@@ -82,11 +82,15 @@ class Move(Protocol):
 
     staging: Staging
 
+    @property
+    def runs_user_code(self) -> bool:
+        """Whether making the task may run code of the user's, which pickles objects."""
+
     def count_item_bytes(self) -> tuple[float, float]:
         """Return the bytes of an item, and those of its result as far as they are known."""
 
-    def make_task(self) -> Task:
-        """Return the task for processes."""
+    def make_task(self, first: int) -> Task:
+        """Return the task for processes, which will run chunks from `first` on at the earliest."""
 
     def get_pickler(self) -> TaskPickler:
         """Return a pickler for the task; raise an error if its function cannot be pickled."""

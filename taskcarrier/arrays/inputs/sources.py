@@ -24,7 +24,7 @@ from taskcarrier.memory.strides import address_of, byte_bounds
 from taskcarrier.memory.views import make_read_only
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.workers.call import Call
-from taskcarrier.workers.processes.packed_chunks import PackedChunks
+from taskcarrier.workers.processes.packed_chunks import PackedChunks, pickle_chunks
 
 Reader = Callable[[int, int], np.ndarray]
 """A function that takes ``(start, stop)`` and returns these items; the axis is kept."""
@@ -236,4 +236,8 @@ def _pickle_by_chunk(
     def describe(start: int, stop: int) -> str:
         return f"items {start}:{stop} of an array of dtype {array.dtype}"
 
-    return PickledSource(PackedChunks.pack(read, grid, staging, describe), grid.chunksize, axis)
+    return PickledSource(
+        PackedChunks.from_pickles(pickle_chunks(read, grid, describe), staging),
+        grid.chunksize,
+        axis,
+    )

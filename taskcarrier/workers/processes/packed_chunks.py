@@ -7,7 +7,7 @@ taking a chunk costs no message.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,31 @@ from taskcarrier.notes import add_note
 from taskcarrier.scheduling.grid import ChunkGrid
 
 
+def pickle_chunks(
+    read: Callable[[int, int], object],
+    grid: ChunkGrid,
+    describe: Callable[[int, int], str],
+    first: int = 0,
+) -> Iterator[bytes]:
+    """Yield a pickle of what `read` returns for each chunk; nothing for those before `first`.
+
+    Errors name the chunk as `describe` does.
+    """
+    from taskcarrier.workers.pickling import pickle_items  # noqa: PLC0415  # slow to import
+
+    for index in range(len(grid)):
+        start, stop = grid.range_of(index)
+        try:
+            yield b"" if index < first else pickle_items(read(start, stop))
+        except Exception as error:
+            add_note(
+                error,
+                f"taskcarrier could not pickle {describe(start, stop)} for worker processes; "
+                "use backend='threading' if they cannot be pickled",
+            )
+            raise
+
+
 @dataclass(frozen=True, eq=False)
 class PackedChunks:
     """One pickle for each chunk of a grid, one after the other, and a table of their bounds.
@@ -30,29 +55,12 @@ class PackedChunks:
     bounds: SharedView
 
     @classmethod
-    def pack(
-        cls,
-        read: Callable[[int, int], object],
-        grid: ChunkGrid,
-        staging: Staging,
-        describe: Callable[[int, int], str],
-    ) -> PackedChunks:
-        """Pickle what `read` returns for each chunk; errors name the chunk as `describe` does."""
-        from taskcarrier.workers.pickling import pickle_items  # noqa: PLC0415  # loads joblib
-
+    def from_pickles(cls, pickles: Iterable[bytes], staging: Staging) -> PackedChunks:
+        """Copy the pickles of all chunks to `staging`."""
         packed = bytearray()
         ends = [0]
-        for index in range(len(grid)):
-            start, stop = grid.range_of(index)
-            try:
-                packed += pickle_items(read(start, stop))
-            except Exception as error:
-                add_note(
-                    error,
-                    f"taskcarrier could not pickle {describe(start, stop)} for worker processes; "
-                    "use backend='threading' if they cannot be pickled",
-                )
-                raise
+        for pickled in pickles:
+            packed += pickled
             ends.append(len(packed))
         _, begin = staging.add(memoryview(packed))
         return cls(*staging.share([np.array(ends, np.int64) + begin]))

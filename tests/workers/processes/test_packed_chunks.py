@@ -9,7 +9,7 @@ import pytest
 from taskcarrier.run import Settings
 from taskcarrier.scheduling.balance import Static
 from taskcarrier.scheduling.grid import ChunkGrid
-from taskcarrier.workers.processes.packed_chunks import PackedChunks
+from taskcarrier.workers.processes.packed_chunks import PackedChunks, pickle_chunks
 from tests.helpers import describe
 
 ITEMS = [1, "two", None, (4,), {5: 6}, [7.5], b"8"]
@@ -19,10 +19,14 @@ def new_staging():
     return Settings(balance=Static()).new_staging()
 
 
+def pack(read, grid, staging, describe):
+    return PackedChunks.from_pickles(pickle_chunks(read, grid, describe), staging)
+
+
 @pytest.mark.parametrize("chunksize", [1, 2, 3, 7, 100])
 def test_each_chunk_is_read_alone_and_in_any_order(chunksize):
     grid = ChunkGrid(len(ITEMS), chunksize)
-    packed = PackedChunks.pack(lambda start, stop: ITEMS[start:stop], grid, new_staging(), describe)
+    packed = pack(lambda start, stop: ITEMS[start:stop], grid, new_staging(), describe)
     read = packed.open()
     for index in reversed(range(len(grid))):
         start, stop = grid.range_of(index)
@@ -32,9 +36,7 @@ def test_each_chunk_is_read_alone_and_in_any_order(chunksize):
 
 def test_arrays_of_objects_keep_their_shape_and_belong_to_the_reader():
     X = np.array([[{1}, None], [2, "x"], [3, (4,)]], object)
-    packed = PackedChunks.pack(
-        lambda start, stop: X[start:stop], ChunkGrid(3, 2), new_staging(), describe
-    )
+    packed = pack(lambda start, stop: X[start:stop], ChunkGrid(3, 2), new_staging(), describe)
     first = packed.open()(0)
     assert first.tolist() == [[{1}, None], [2, "x"]]
     first[0, 0].add(5)
@@ -44,21 +46,19 @@ def test_arrays_of_objects_keep_their_shape_and_belong_to_the_reader():
 
 def test_only_packed_bytes_are_counted_as_copied():
     staging = new_staging()
-    PackedChunks.pack(lambda start, stop: b"x" * 50_000, ChunkGrid(4, 1), staging, describe)
+    pack(lambda start, stop: b"x" * 50_000, ChunkGrid(4, 1), staging, describe)
     assert 200_000 < staging.nbytes < 210_000
 
 
 def test_local_functions_can_be_packed():
     shift = 3
-    packed = PackedChunks.pack(
-        lambda *_: [lambda i: i + shift], ChunkGrid(1, 1), new_staging(), describe
-    )
+    packed = pack(lambda *_: [lambda i: i + shift], ChunkGrid(1, 1), new_staging(), describe)
     assert packed.open()(0)[0](4) == 7
 
 
 def test_packed_chunks_travel_without_their_content():
     # Descriptors go beside the pickle; without a channel for them only the failure can be seen.
-    packed = PackedChunks.pack(lambda *_: [0], ChunkGrid(1, 1), new_staging(), describe)
+    packed = pack(lambda *_: [0], ChunkGrid(1, 1), new_staging(), describe)
     assert {"bounds"} == set(vars(packed))
     with pytest.raises((TypeError, pickle.PicklingError)):
         pickle.dumps(packed)
@@ -70,7 +70,7 @@ def test_an_item_that_cannot_be_pickled_names_its_chunk_and_the_remedy(bad):
     read = []
     staging = new_staging()
     with pytest.raises(TypeError, match="lock") as caught:
-        PackedChunks.pack(
+        pack(
             lambda start, stop: read.append(start) or items[start:stop],
             ChunkGrid(4, 1),
             staging,
@@ -88,5 +88,5 @@ def test_an_error_while_reading_names_the_chunk():
         raise ZeroDivisionError(start)
 
     with pytest.raises(ZeroDivisionError) as caught:
-        PackedChunks.pack(read, ChunkGrid(4, 2), new_staging(), describe)
+        pack(read, ChunkGrid(4, 2), new_staging(), describe)
     assert "<0:2>" in caught.value.__notes__[0]
