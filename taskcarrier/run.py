@@ -140,12 +140,10 @@ def decide(
     extras: Sequence[Any] = (),
     *,
     over_lists: bool = False,
-    can_begin: bool = True,
 ) -> Executor:
     """Choose where to run `func` with further arguments `extras`; raise an error if it cannot run.
 
-    Backends that are registered with joblib can map lists only, which `over_lists` allows. With
-    `can_begin`, the caller may begin the run and hand over the rest.
+    Backends that are registered with joblib can map lists only, which `over_lists` allows.
     """
     gil_reason = settings.gil_reason or (
         "the function releases the GIL" if releases_gil(func) else ""
@@ -157,7 +155,7 @@ def decide(
         releases_gil=gil_reason,
         own_threads=has_own_threads(func, extras),
         lists=over_lists,
-        can_begin=can_begin and settings.retry_policy.timeout is None,
+        can_begin=settings.retry_policy.timeout is None,
     )
     timeout = settings.retry_policy.timeout
     return make_executor(choice, settings.backend, settings.new_staging, timeout)

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from taskcarrier.arrays.call import ArrayCall
 from taskcarrier.arrays.kernels.prepare import PreparedCall
 from taskcarrier.arrays.outputs.buffers import LocalBuffer, SharedBuffer, open_place
 from taskcarrier.arrays.outputs.request import OutputRequest
 from taskcarrier.arrays.outputs.specs import Spec
-from taskcarrier.memory.staging import Staging
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.records import PartialResult
 from taskcarrier.workers.snapshots import Snapshot
 from taskcarrier.workers.task import Deliver, Task
-
-if TYPE_CHECKING:
-    from taskcarrier.workers.pickling import TaskPickler  # slow to import
 
 
 @dataclass(eq=False)
@@ -34,6 +29,8 @@ class ArrayMove:
         What the user said about outputs; None if results are for the caller.
     buffer : LocalBuffer or None
         The outputs in the caller's memory, likewise.
+    snapshot : Snapshot
+        Its function as it was before the caller called it.
     moved : SharedBuffer or None
         The outputs in shared memory, once processes have begun.
     """
@@ -42,14 +39,13 @@ class ArrayMove:
     request: OutputRequest | None = None
     buffer: LocalBuffer | None = None
     moved: SharedBuffer | None = None
-    staging: Staging = field(init=False)
-    _snapshot: Snapshot = field(init=False)
+    snapshot: Snapshot = field(init=False)
     _prepared: PreparedCall | None = None
     _shared: SharedBuffer | None = None
 
     def __post_init__(self) -> None:
-        self.staging = self.call.settings.new_staging()
-        self._snapshot = Snapshot(self.call.call, self._make_sent, self.staging)
+        staging = self.call.settings.new_staging()
+        self.snapshot = Snapshot(self.call.call, self._make_sent, staging)
 
     def _make_sent(self) -> Call:
         self._prepared = self.call.prepare(in_processes=True)
@@ -71,11 +67,9 @@ class ArrayMove:
         if self.buffer is not None and self.request is not None:
             self._shared = self.call.make_shared_buffer()
             self.request.move(self.buffer, self._shared)
-        return self.call.make_work(self.staging, self._shared, prepared=self._prepared).task
-
-    def get_pickler(self) -> TaskPickler:
-        """Return a pickler for the task that pickles the function as it was."""
-        return self._snapshot.get_pickler()
+        return self.call.make_work(
+            self.snapshot.staging, self._shared, prepared=self._prepared
+        ).task
 
     def begin(self) -> None:
         """Let the outputs lie where processes write them."""

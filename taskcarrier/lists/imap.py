@@ -29,6 +29,7 @@ from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.executor import Executor, Tick
 from taskcarrier.workers.queues import BatchResult, UnsendableError, WorkQueue
 from taskcarrier.workers.records import DeliveredFailure, PartialResult, RunResult
+from taskcarrier.workers.snapshots import Snapshot
 from taskcarrier.workers.task import Job, RunRange, WorkerContext
 
 # A batch should take this long: about fifty times what it costs to hand it out.
@@ -81,7 +82,7 @@ def imap_lists(
         func, settings.retry_policy, is_tuple=is_tuple, collect_errors=True, rng=rng, shared=shared
     )
     items = zip(*iterables, strict=False) if is_tuple else iter(iterables[0])
-    executor = decide(settings, func, over_lists=True, can_begin=False)
+    executor = decide(settings, func, over_lists=True)
     job = Job(
         _StreamTask(calls),
         executor.balance or Dynamic(),
@@ -91,6 +92,9 @@ def imap_lists(
         collect_errors=True,
         can_split=True,
         folder=settings.folder,
+        snapshot=Snapshot(calls.call, lambda: calls.call, settings.new_staging())
+        if executor.may_move
+        else None,
     )
     # A batch that may be given up as a whole is one item, unless the user says otherwise.
     can_lose_batch = settings.retry_policy.timeout is not None or settings.retry_policy.retries == 0

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +18,6 @@ from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.processes.packed_chunks import PackedChunks, pickle_chunks
 from taskcarrier.workers.snapshots import Snapshot
 from taskcarrier.workers.task import Deliver, Task
-
-if TYPE_CHECKING:
-    from taskcarrier.workers.pickling import TaskPickler  # slow to import
 
 # A list of more items than this for each further worker can wait for help until the end of a chunk:
 # then the caller has done less than 1/32 of its share alone.
@@ -53,11 +50,10 @@ class ListMove:
         *,
         are_long: bool = False,
     ) -> None:
-        self.staging = staging
+        self.snapshot = Snapshot(calls.call, lambda: calls.call, staging)
         self._calls = calls
         self._items = items
         self._grid = grid
-        self._snapshot = Snapshot(calls.call, lambda: calls.call, staging)
         self._pickles: list[bytes] | None = None
         self._error: Exception | None = None
         is_short = len(items) <= _FEW_ITEMS * (n_workers - 1)
@@ -95,21 +91,17 @@ class ListMove:
             self._is_plain = is_plain(self._items)
         return not self._is_plain
 
-    def count_item_bytes(self) -> tuple[float, float]:
-        """Return zeros: the bytes of items and results are not known."""
-        return 0.0, 0.0
-
     def make_task(self, first: int) -> Task:
         """Return the task for processes, with the items from chunk `first` on."""
         if self._error is not None:
             raise self._error
         pickles = self._pickles or self._pickle(first)
-        packed_chunks = PackedChunks.from_pickles(pickles, self.staging)
+        packed_chunks = PackedChunks.from_pickles(pickles, self.snapshot.staging)
         return PackedTask(self._calls, packed_chunks, self._grid.chunksize)
 
-    def get_pickler(self) -> TaskPickler:
-        """Return a pickler for the task that pickles the function as it was."""
-        return self._snapshot.get_pickler()
+    def count_item_bytes(self) -> tuple[float, float]:
+        """Return zeros: the bytes of items and results are not known."""
+        return 0.0, 0.0
 
     def begin(self) -> None:
         """Do nothing: results are for the caller."""

@@ -15,8 +15,7 @@ begin only after the caller's next decision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from time import perf_counter
@@ -25,14 +24,21 @@ from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import get_text, warn_user
 from taskcarrier.scheduling.hand_over import ItemCost, Offer, estimate_saving
 from taskcarrier.scheduling.ledger import PENDING, Begun, Ledger
+from taskcarrier.system.contexts import contextmanager
 from taskcarrier.system.interrupts import Handlers, is_raised_by_handler
+from taskcarrier.workers.caller_first_stream import CallerFirstQueue
 from taskcarrier.workers.choose import Choice
-from taskcarrier.workers.executor import Executor, ProcessExecutor, ThreadExecutor, Tick
-from taskcarrier.workers.hand_overs import HandOver, ProcessHandOver, ThreadHandOver
+from taskcarrier.workers.executor import Tick
+from taskcarrier.workers.hand_overs import (
+    HandOver,
+    ProcessHandOver,
+    StreamHandOver,
+    ThreadHandOver,
+)
 from taskcarrier.workers.loop import make_local_sink, run_worker
 from taskcarrier.workers.queues import WorkQueue
 from taskcarrier.workers.records import RunResult
-from taskcarrier.workers.serial import make_caller_ledger
+from taskcarrier.workers.serial import SerialQueue, make_caller_ledger
 from taskcarrier.workers.task import Deliver, Job, RunRange, Task, WorkerContext
 from taskcarrier.workers.thread_limits import thread_limit
 from taskcarrier.workers.watcher import Watcher
@@ -53,21 +59,34 @@ class CallerFirstExecutor:
     ----------
     choice : Choice
         Where the rest would run, and by how many workers.
-    make_staging : callable
-        Makes a place for copies, if worker processes need one.
     """
 
     balance = None
     runs_in_caller = False
 
-    def __init__(self, choice: Choice, make_staging: Callable[[], Staging]) -> None:
-        self.choice = choice
+    def __init__(self, choice: Choice) -> None:
+        self._choice = choice
+        self._queue: CallerFirstQueue | None = None
         self.can_run_compiled = choice.backend == "threading"
         self.may_move = choice.backend == "loky"
         self.staging: Staging | None = None
-        self.notes: Sequence[str] = ()
-        self._make_staging = make_staging
+        self._notes: Sequence[str] = ()
         self._others = choice
+
+    @property
+    def choice(self) -> Choice:
+        """Where the rest ran or runs; before that is known, where it would."""
+        if self._queue is None:
+            return self._choice
+        reason = self._queue.explain()
+        if self._queue.runs_in_caller:
+            return Choice("sequential", 1, reason)
+        return replace(self._others, reason=reason)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Notes for the report."""
+        return self._notes if self._queue is None else self._queue.notes
 
     def run(self, job: Job, deliver: Deliver, tick: Tick | None) -> RunResult:
         """Run a job to its end."""
@@ -92,9 +111,9 @@ class CallerFirstExecutor:
                     choice = Choice("sequential", 1, "")
         finally:
             chunks.close()
-        self.choice = replace(choice, reason=chunks.explain())
+        self._choice = replace(choice, reason=chunks.explain())
         if isinstance(hand_over, ProcessHandOver):
-            self.staging, self.notes = hand_over.staging, hand_over.notes
+            self.staging, self._notes = hand_over.staging, hand_over.notes
         if chunks.error is not None:
             self._warn(chunks.error)
         return result
@@ -104,7 +123,7 @@ class CallerFirstExecutor:
             "the function or its arguments could not be sent to worker processes "
             f"({type(error).__name__}: {get_text(error)}), so the caller has run all of it alone"
         )
-        self.notes = [*self.notes, text]
+        self._notes = [*self._notes, text]
         warn_user(f"{text}; make them picklable, or pass backend='threading'")
 
     def _make_hand_over(self, job: Job, deliver: Deliver, ledger: Ledger) -> HandOver:
@@ -113,14 +132,13 @@ class CallerFirstExecutor:
         assert job.move is not None  # for the type checker
         return ProcessHandOver(self._others, job, deliver, job.move)
 
-    def stream(self, job: Job) -> AbstractContextManager[WorkQueue]:
-        """Open a work queue on the workers: a stream is not begun in the caller."""
-        others: Executor
-        if self._others.backend == "threading":
-            others = ThreadExecutor(self._others)
-        else:
-            others = ProcessExecutor(self._others, self._make_staging())
-        return others.stream(job)
+    @contextmanager
+    def stream(self, job: Job) -> Iterator[WorkQueue]:
+        """Open a work queue whose batches the caller runs, until it pays to hand them over."""
+        hand_over = StreamHandOver(self._others, job)
+        with thread_limit.open(), CallerFirstQueue(SerialQueue(job), hand_over) as queue:
+            self._queue = queue
+            yield queue
 
 
 @dataclass(frozen=True, eq=False)

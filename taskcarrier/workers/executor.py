@@ -137,12 +137,12 @@ class ProcessExecutor:
             return processes.run(job, payload, deliver, tick)
 
     @contextmanager
-    def stream(self, job: Job) -> Iterator[WorkQueue]:
+    def stream(self, job: Job, pickler: TaskPickler | None = None) -> Iterator[WorkQueue]:
         """Open a queue of batches for processes."""
         load_processes()
         from taskcarrier.workers.pickling import pickle_task  # noqa: PLC0415  # loads joblib
 
-        payload = pickle_task(job, self.staging)
+        payload = pickle_task(job, self.staging, pickler)
         self.notes = payload.notes
         with process_pool(self.choice.n_jobs) as processes:
             yield processes.stream(job, payload)

@@ -28,7 +28,7 @@ def make_executor(
         Seconds that one range may take.
     """
     if choice.begins_in_caller:
-        return CallerFirstExecutor(choice, staging)
+        return CallerFirstExecutor(choice)
     if choice.backend == "sequential":
         return SerialExecutor(choice)
     if choice.backend == "threading":

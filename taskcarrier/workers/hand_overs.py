@@ -16,11 +16,18 @@ from typing import TYPE_CHECKING, Protocol
 from taskcarrier.scheduling.hand_over import MeasuredSeconds, Offer
 from taskcarrier.scheduling.ledger import NOT_BEGUN, Begun, Ledger
 from taskcarrier.workers.choose import Choice, load_processes
-from taskcarrier.workers.executor import ProcessExecutor, Tick
-from taskcarrier.workers.pools import has_warm_processes, process_pool, thread_pool
+from taskcarrier.workers.executor import ProcessExecutor, ThreadExecutor, Tick
+from taskcarrier.workers.pools import (
+    has_warm_processes,
+    process_pool,
+    start_processes,
+    thread_pool,
+)
+from taskcarrier.workers.queues import WorkQueue
 from taskcarrier.workers.records import RunResult, WorkerStats
 from taskcarrier.workers.task import CompiledTask, Deliver, Job, Move
 from taskcarrier.workers.threads import ThreadPool, ThreadRun
+from taskcarrier.workers.watcher import Watcher
 
 if TYPE_CHECKING:
     from taskcarrier.workers.pickling import Payload  # slow to import
@@ -40,6 +47,27 @@ _BEGIN_SECONDS = 0.0003
 # Seconds that a byte takes on its way to a worker process, and from there back to the caller.
 _SENT_SECONDS = 0.25e-9
 _RETURNED_SECONDS = 0.5e-9
+
+
+def make_thread_offer(n_workers: int) -> Offer:
+    """Return what it takes to wake threads."""
+    return Offer(n_workers=n_workers, busy_seconds=_thread_seconds.seconds)
+
+
+def make_process_offer(
+    n_workers: int, *, is_slow: bool, item_nbytes: tuple[float, float] = (0.0, 0.0)
+) -> Offer:
+    """Return what it takes to engage processes; new ones, with `is_slow`.
+
+    `item_nbytes` are the bytes of an item and of its result.
+    """
+    sent, returned = item_nbytes
+    return Offer(
+        n_workers=n_workers,
+        busy_seconds=_COLD_BUSY_SECONDS if is_slow else _warm_seconds.seconds,
+        wait_seconds=_cold_seconds.seconds if is_slow else 0.0,
+        item_seconds=sent * _SENT_SECONDS + returned * _RETURNED_SECONDS,
+    )
 
 
 class HandOver(Protocol):
@@ -117,7 +145,7 @@ class ThreadHandOver:
 
     def make_offer(self) -> Offer:
         """Return what it takes to wake the threads."""
-        return Offer(n_workers=self._job.n_workers, busy_seconds=_thread_seconds.seconds)
+        return make_thread_offer(self._job.n_workers)
 
     def pack(self, first: int) -> None:
         """Do nothing: threads know the job."""
@@ -196,7 +224,7 @@ class ProcessHandOver:
         move: Move,
     ) -> None:
         self.choice = choice
-        self.staging = move.staging
+        self.staging = move.snapshot.staging
         self.notes: Sequence[str] = ()
         self.is_prepared = False
         self._job = job
@@ -210,18 +238,10 @@ class ProcessHandOver:
 
     def make_offer(self) -> Offer:
         """Return what it takes: less for processes that know the job, more for new ones."""
-        sent, returned = self._move.count_item_bytes()
-        busy, wait = _warm_seconds.seconds, 0.0
-        if self.is_prepared:
-            busy = _BEGIN_SECONDS
-        elif self.is_slow:
-            busy, wait = _COLD_BUSY_SECONDS, _cold_seconds.seconds
-        return Offer(
-            n_workers=self._job.n_workers,
-            busy_seconds=busy,
-            wait_seconds=wait,
-            item_seconds=sent * _SENT_SECONDS + returned * _RETURNED_SECONDS,
-        )
+        is_slow = not self.is_prepared and self.is_slow
+        item_nbytes = self._move.count_item_bytes()
+        offer = make_process_offer(self._job.n_workers, is_slow=is_slow, item_nbytes=item_nbytes)
+        return replace(offer, busy_seconds=_BEGIN_SECONDS) if self.is_prepared else offer
 
     @property
     def is_slow(self) -> bool:
@@ -238,7 +258,7 @@ class ProcessHandOver:
         load_processes()
         executor = ProcessExecutor(self.choice, self.staging)
         job = replace(self._job, task=self._move.make_task(first), move=None)
-        self._packed = executor.pack(job, self._move.get_pickler())
+        self._packed = executor.pack(job, self._move.snapshot.get_pickler())
         self.notes = executor.notes
 
     def prepare(self, first: int) -> None:
@@ -302,3 +322,68 @@ class ProcessHandOver:
             self.is_prepared = False
             self._run.close()
             self._lease.__exit__(None, None, None)
+
+
+class StreamHandOver:
+    """The hand-over of a stream to workers, which have a work queue of their own.
+
+    Parameters
+    ----------
+    choice : Choice
+        Where the rest runs.
+    job : Job
+        The run; processes get the function of its snapshot.
+    """
+
+    def __init__(self, choice: Choice, job: Job) -> None:
+        self.choice = choice
+        self._job = job
+        self._are_processes = choice.backend == "loky"
+        self._watcher: Watcher | None = None
+        self._error: Exception | None = None
+
+    @property
+    def _is_slow(self) -> bool:
+        return self._are_processes and not has_warm_processes(self.choice.n_jobs)
+
+    def make_offer(self) -> Offer:
+        """Return what it takes, as things are now."""
+        n_workers = self.choice.n_jobs
+        if not self._are_processes:
+            return make_thread_offer(n_workers)
+        return make_process_offer(n_workers, is_slow=self._is_slow)
+
+    def is_ready(self) -> bool:
+        """Return whether the workers can begin at once; if processes must start, let them.
+
+        Raises the error if they could not.
+        """
+        if self._error is not None:
+            raise self._error
+        if not self._is_slow:
+            return True
+        if self._watcher is None:
+            self._watcher = Watcher.take()
+            self._watcher.watch(self._start_processes, 0.0)
+        return False
+
+    def _start_processes(self) -> None:
+        try:
+            load_processes()
+            start_processes(self.choice.n_jobs)
+        except Exception as error:  # noqa: BLE001  # raised in the caller
+            self._error = error
+
+    def open_queue(self) -> AbstractContextManager[WorkQueue]:
+        """Open the queue of the workers; raise an error if the job cannot be sent to them."""
+        if not self._are_processes:
+            return ThreadExecutor(self.choice).stream(self._job)
+        snapshot = self._job.snapshot
+        assert snapshot is not None  # for the type checker
+        executor = ProcessExecutor(self.choice, snapshot.staging)
+        return executor.stream(replace(self._job, snapshot=None), snapshot.get_pickler())
+
+    def close(self) -> None:
+        """Do without the thread that starts processes."""
+        if self._watcher is not None:
+            self._watcher.__exit__()

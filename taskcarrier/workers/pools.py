@@ -269,6 +269,12 @@ def _process_key(n: int) -> _Key:
     return "loky", n, parent_memory.available(), user
 
 
+def start_processes(n: int) -> None:
+    """Start `n` worker processes, unless that many are idle already."""
+    with process_pool(n) as processes:
+        processes.start_workers()
+
+
 def has_warm_processes(n: int) -> bool:
     """Return whether a pool of `n` worker processes is free whose workers have all started."""
     return _pools.has_warm(_process_key(n))

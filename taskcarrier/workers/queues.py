@@ -69,9 +69,13 @@ def to_batch_result(result: BatchResult | PartialResult) -> BatchResult:
 class WorkQueue(Protocol):
     """Workers that take batches of items and give back results in any order."""
 
-    ledger: Ledger
-    runs_in_caller: bool
-    """Whether `put` runs the batch: nothing happens while the caller is busy with other things."""
+    @property
+    def ledger(self) -> Ledger:
+        """The record of what was done."""
+
+    @property
+    def runs_in_caller(self) -> bool:
+        """Whether `put` runs the batch: nothing happens while the caller does other things."""
 
     @property
     def has_room(self) -> bool:

@@ -115,11 +115,11 @@ class Snapshot:
     make_sent : callable
         Returns the call as it is sent to workers.
     staging : Staging
-        Where copies for the workers go.
+        Where copies for the workers go; likewise an attribute.
     """
 
     def __init__(self, call: Call, make_sent: Callable[[], Call], staging: Staging) -> None:
-        self._staging = staging
+        self.staging = staging
         self._pickler: TaskPickler | None = None
         self._error: Exception | None = None
         state = find_state(call)
@@ -132,7 +132,7 @@ class Snapshot:
     def _pickle(self, make_sent: Callable[[], Call]) -> None:
         from taskcarrier.workers.pickling import TaskPickler  # noqa: PLC0415  # slow to import
 
-        self._pickler = TaskPickler(self._staging)
+        self._pickler = TaskPickler(self.staging)
         try:
             self._pickler.pickle_early(make_sent())
         except Exception as error:
@@ -150,4 +150,4 @@ class Snapshot:
         if self._error is not None:
             raise self._error
         copies = {key: copy for key, (_, copy) in self._copies.items()}
-        return self._pickler or TaskPickler(self._staging, copies)
+        return self._pickler or TaskPickler(self.staging, copies)

@@ -8,7 +8,6 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from taskcarrier.memory.segments import SharedView
-from taskcarrier.memory.staging import Staging
 from taskcarrier.scheduling.balance import Balance
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import NOT_BEGUN, Begun, Ledger
@@ -16,7 +15,7 @@ from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
 from taskcarrier.workers.parent_state import ParentState
 
 if TYPE_CHECKING:
-    from taskcarrier.workers.pickling import TaskPickler  # slow to import
+    from taskcarrier.workers.snapshots import Snapshot
 
 IN_PLACE = object()
 """What a task returns for a range whose result is already in place."""
@@ -76,11 +75,11 @@ class Move(Protocol):
 
     Attributes
     ----------
-    staging : Staging
-        Where copies for the workers go.
+    snapshot : Snapshot
+        The function as it was before the caller called it.
     """
 
-    staging: Staging
+    snapshot: Snapshot
 
     @property
     def runs_user_code(self) -> bool:
@@ -91,9 +90,6 @@ class Move(Protocol):
 
     def make_task(self, first: int) -> Task:
         """Return the task for processes, which will run chunks from `first` on at the earliest."""
-
-    def get_pickler(self) -> TaskPickler:
-        """Return a pickler for the task; raise an error if its function cannot be pickled."""
 
     def begin(self) -> None:
         """Let processes have the run: called before they begin, and before results are carried."""
@@ -134,7 +130,9 @@ class Job:
     begun : Begun
         What was done of the run before; the workers go on from there.
     move : Move or None
-        How the work gets to worker processes, if it can be begun in the caller.
+        How the work gets to worker processes, if the caller begins a run over a grid.
+    snapshot : Snapshot or None
+        The function as it was before the caller called it, if the caller begins a stream.
     """
 
     task: Task
@@ -150,6 +148,7 @@ class Job:
     folder: str | None = None
     begun: Begun = NOT_BEGUN
     move: Move | None = None
+    snapshot: Snapshot | None = None
 
     def open_marks(self) -> memoryview | None:
         """Return the job's own bytes for marks, mapped in this process; None if it has none."""

@@ -81,6 +81,11 @@ class ProcessPool:
         """Whether all workers have been started."""
         return len(self._workers) == self._n
 
+    def start_workers(self, n: int | None = None) -> None:
+        """Start the first `n` workers, or all, if they do not run already."""
+        for number in range(self._n if n is None else n):
+            self._get_worker(number)
+
     def _get_worker(self, number: int) -> WorkerProcess:
         """Return a free worker: the one with this number, or a new one if that will not do."""
         worker = self._workers.get(number)
@@ -177,8 +182,7 @@ class ProcessPool:
     def _make_run(self, job: Job, payload: Payload, deliver: Deliver, first: int = 0) -> GridRun:
         self._end_stuck_workers()
         # Before anything of the run: a worker may be missing and not start.
-        for number in range(job.n_workers):
-            self._get_worker(number)
+        self.start_workers(job.n_workers)
         return GridRun(job, self._ledger, deliver, payload, self._get_worker, first=first)
 
     def stream(self, job: Job, payload: Payload) -> StreamRun:
