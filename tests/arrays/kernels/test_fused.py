@@ -722,8 +722,9 @@ class TestTogether:
         assert last_report().ranges == 200_000
         assert sum(worker.ranges for worker in last_report().workers) == 200_000
 
-    def test_a_bar_shows_the_items(self, capsys):
-        mapper = DynamicParallelMapper(n_jobs=2, backend="threading", verbosity=1)
+    @pytest.mark.parametrize("backend", [None, "threading"])
+    def test_a_bar_shows_the_items(self, backend, capsys):
+        mapper = DynamicParallelMapper(n_jobs=2, backend=backend, verbosity=1)
         assert_same(mapper.map_items(root, X), np.sqrt(X) + 1)
         assert "1000/1000" in capsys.readouterr().err
 
