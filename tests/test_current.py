@@ -163,7 +163,9 @@ class TestOtherLibraries:
         optimize = pytest.importorskip("scipy.optimize", reason="SciPy is optional")
         options = {"ranges": [(-2, 2)] * 2, "Ns": 8, "finish": None}
         serial = optimize.brute(optimize.rosen, **options)
-        ours = optimize.brute(optimize.rosen, workers=DynamicParallelMapper(2), **options)
+        ours = optimize.brute(
+            optimize.rosen, workers=DynamicParallelMapper(2, backend="loky"), **options
+        )
         assert np.array_equal(ours, serial)
 
     @pytest.mark.one_case

@@ -430,7 +430,7 @@ def test_results_kept_from_a_warm_block_do_not_change(balance):
 
 
 def test_leaving_a_block_twice_is_no_error():
-    mapper = StaticParallelMapper(n_jobs=2)
+    mapper = StaticParallelMapper(n_jobs=2, backend="loky")
     with mapper:
         pass
     mapper.__exit__(None, None, None)

@@ -257,7 +257,8 @@ def test_resumed_runs_draw_the_same_numbers(tmp_path):
         map_array(func, X, n_jobs=1, **{**options, "rng": 4})
     later.touch()
     result = map_array(func, X, n_jobs=2, backend="threading", **options)
-    assert np.array_equal(result, map_array(draws, X, rng=3, chunksize=10))
+    again = map_array(draws, X, rng=3, chunksize=10, n_jobs=2, backend="loky")
+    assert np.array_equal(result, again)
 
 
 def test_rng_must_not_be_given_twice():

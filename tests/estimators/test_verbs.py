@@ -451,8 +451,9 @@ class Mean:
     def __init__(self, shift): self.shift = shift
     def fit(self, X, y): self.mean_ = y.mean() + self.shift; return self
     def predict(self, X): return np.full(len(X), self.mean_)
-fitted = fit_many([Mean(0), Mean(1)], np.ones((4, 2)), np.arange(4.0), n_jobs=2)
-print([float(predict_array(one, np.ones((4, 2)), n_jobs=2)[0]) for one in fitted])
+run = {"n_jobs": 2, "backend": "loky"}
+fitted = fit_many([Mean(0), Mean(1)], np.ones((4, 2)), np.arange(4.0), **run)
+print([float(predict_array(one, np.ones((4, 2)), **run)[0]) for one in fitted])
 assert not any(name.startswith("sklearn") for name in sys.modules)
 """
     done = subprocess.run(

@@ -153,6 +153,7 @@ with warnings.catch_warnings():
     import joblib
 from joblib._multiprocessing_helpers import mp
 from taskcarrier import DynamicParallelMapper, last_report, map_array, reduce_array
+from taskcarrier.workers.choose import Choice, choose, read_facts
 
 
 def plus_one(c):
@@ -167,17 +168,18 @@ def how():
 if __name__ == "__main__":
     assert mp is None
     X = np.arange(100_000.0)
-    assert (map_array(plus_one, X, n_jobs=2) == X + 1).all()
-    assert how() == ("loky", 2, "the default")
-    assert (map_array(np.sqrt, X, n_jobs=2) == np.sqrt(X)).all()
-    assert how() == ("threading", 2, "the function releases the GIL")
+    assert choose(2, None, read_facts()) == Choice("loky", 2, "the default")
+    assert (map_array(plus_one, X, n_jobs=2, backend="loky") == X + 1).all()
+    assert how() == ("loky", 2, "asked for")
+    assert (map_array(np.sqrt, X, n_jobs=2, backend="threading") == np.sqrt(X)).all()
+    assert how() == ("threading", 2, "asked for")
     assert reduce_array(np.sum, X, combine=np.add, n_jobs=2, backend="loky") == X.sum()
     assert how() == ("loky", 2, "asked for")
-    mapper = DynamicParallelMapper(2)
+    mapper = DynamicParallelMapper(2, backend="loky")
     assert mapper(abs, range(-99, 0)) == list(range(99, 0, -1))
-    assert how() == ("loky", 2, "the default")
+    assert how() == ("loky", 2, "asked for")
     assert list(mapper.imap(abs, range(-99, 0))) == list(range(99, 0, -1))
-    assert how() == ("loky", 2, "the default")
+    assert how() == ("loky", 2, "asked for")
     with joblib.parallel_config(backend="threading", n_jobs=2):
         assert (map_array(plus_one, X) == X + 1).all()
     assert how() == ("threading", 2, "joblib's active configuration")
@@ -393,7 +395,7 @@ class TestTruncatedFiles:
     def test_the_part_of_a_truncated_file_that_exists_can_be_mapped(self, path):
         mapped = np.memmap(path, "f8", "r", offset=128)
         os.truncate(path, 200_128)
-        assert map_array(np.negative, mapped[:25_000]).sum() == -25_000
+        assert map_array(np.negative, mapped[:25_000], backend="threading").sum() == -25_000
         with pytest.raises(ValueError, match="needs 200,136"):
             map_array(np.negative, mapped[:25_001])
 
@@ -402,7 +404,7 @@ class TestTruncatedFiles:
         mapped = np.memmap(path, "f8", "c", shape=125)
         mapped[:] = 2
         os.truncate(path, 500)  # in the same page, which is a copy now
-        assert map_array(np.negative, mapped).sum() == -250
+        assert map_array(np.negative, mapped, backend="threading").sum() == -250
         os.truncate(path, 0)
         with pytest.raises(ValueError, match="it has 0 bytes"):
             map_array(np.negative, mapped)

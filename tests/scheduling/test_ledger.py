@@ -485,8 +485,8 @@ class DeadlyCounter:
     def position(self):
         return self.counter.position()
 
-    def reset(self):
-        self.counter.reset()
+    def reset(self, start=0):
+        self.counter.reset(start)
 
 
 class TestDeathInsideAClaim:

@@ -164,14 +164,15 @@ class Slow(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Slow())
 X = np.arange(8.0)
-thread = threading.Thread(target=map_array, args=(np.sqrt, X), kwargs={"n_jobs": 2})
+run = {"n_jobs": 2, "backend": "threading"}
+thread = threading.Thread(target=map_array, args=(np.sqrt, X), kwargs=run)
 thread.start()
 entered.wait()
 pid = os.fork()
 if pid == 0:
     ok = False
     try:
-        ok = np.array_equal(map_array(np.sqrt, X, n_jobs=2), np.sqrt(X))
+        ok = np.array_equal(map_array(np.sqrt, X, **run), np.sqrt(X))
         ok = ok and StaticParallelMapper(2, backend="loky").map(abs, [-1, -2]) == [1, 2]
     finally:
         os._exit(0 if ok else 1)
@@ -207,8 +208,8 @@ def maps(*_):
     if inside[0]:
         return
     inside[0] = True
-    assert np.array_equal(map_array(np.sqrt, X, n_jobs=2), np.sqrt(X))
-    assert np.array_equal(map_items(kernel, X, n_jobs=2), X * 2)
+    assert np.array_equal(map_array(np.sqrt, X, n_jobs=2, backend="threading"), np.sqrt(X))
+    assert np.array_equal(map_items(kernel, X, n_jobs=2, backend="threading"), X * 2)
     assert StaticParallelMapper(2, backend="threading").map(abs, [-1, -2]) == [1, 2]
     inside[0] = False
     inside[1] += 1

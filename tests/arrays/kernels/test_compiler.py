@@ -74,8 +74,8 @@ def test_a_loop_is_made_once_for_each_array_layout():
 
 def test_shutdown_forgets_a_kernel_that_is_gone():
     kernel = numba.njit(lambda x: x * 2)
-    map_items(kernel, np.arange(5.0), n_jobs=2)
-    map_array(kernel, np.arange(5.0), n_jobs=2)
+    map_items(kernel, np.arange(5.0), n_jobs=2, backend="threading")
+    map_array(kernel, np.arange(5.0), n_jobs=2, backend="threading")
     known = weakref.ref(kernel)
     del kernel
     shutdown()

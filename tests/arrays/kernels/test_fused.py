@@ -106,7 +106,7 @@ class TestItems:
         report = last_report()
         assert report.items == 1000
         assert report.ranges == 1000
-        assert report.backend == (run["backend"] or "threading")
+        assert run["backend"] in (None, report.backend)
         assert sum(worker.items for worker in report.workers) == 1000
 
     @pytest.mark.parametrize("chunksize", [1, 7, 10_000])
@@ -590,10 +590,11 @@ class TestKernels:
     @pytest.mark.fault(33)
     def test_kernels_are_compiled_once(self):
         kernel = numba.njit(lambda x: x * 5)
-        map_items(kernel, X, n_jobs=2)
+        map_items(kernel, X, n_jobs=2, backend="threading")
         assert last_report().compiling > 0
         for balance in ("static", "dynamic"):
-            assert_same(map_items(kernel, X, n_jobs=2, balance=balance), X * 5)
+            run = {"n_jobs": 2, "backend": "threading", "balance": balance}
+            assert_same(map_items(kernel, X, **run), X * 5)
         (found,) = compiler._get_cache(kernel).results.values()
         assert len(found.loops) == 1
         assert len(kernel.signatures) == 1
@@ -601,7 +602,9 @@ class TestKernels:
     def test_several_threads_can_map_a_new_kernel_at_once(self):
         kernel = numba.njit(lambda x: x * 6)
         with ThreadPoolExecutor(8) as pool:
-            results = list(pool.map(lambda _: map_items(kernel, X, n_jobs=2), range(8)))
+            results = list(
+                pool.map(lambda _: map_items(kernel, X, n_jobs=2, backend="threading"), range(8))
+            )
         for result in results:
             assert_same(result, X * 6)
         assert len(kernel.signatures) == 1
@@ -684,16 +687,16 @@ class TestErrors:
 
         values = np.ones(60_000)
         values[0] = -1
-        map_items(slow_or_bad, values[1:3], n_jobs=2)  # compiled
+        map_items(slow_or_bad, values[1:3], n_jobs=2, backend="threading")  # compiled
         with pytest.raises(ValueError, match="bad"):
-            map_items(slow_or_bad, values, n_jobs=2, chunksize=30_000)
+            map_items(slow_or_bad, values, n_jobs=2, backend="threading", chunksize=30_000)
         assert sum(worker.items for worker in last_report().workers) == 0
 
 
 class TestTogether:
     def test_several_threads_can_map_at_once(self):
         def one(number):
-            return map_items(root, X + number, n_jobs=2, balance="dynamic")
+            return map_items(root, X + number, n_jobs=2, backend="threading", balance="dynamic")
 
         with ThreadPoolExecutor(4) as pool:
             for number, result in enumerate(pool.map(one, range(8))):
@@ -707,14 +710,21 @@ class TestTogether:
             return counts_[i] + 1
 
         result = map_items(
-            count, np.arange(200_000), args=(counts,), chunksize=1, n_jobs=3, balance="dynamic"
+            count,
+            np.arange(200_000),
+            args=(counts,),
+            chunksize=1,
+            n_jobs=3,
+            backend="threading",
+            balance="dynamic",
         )
         assert_same(result, counts + 1)
         assert last_report().ranges == 200_000
         assert sum(worker.ranges for worker in last_report().workers) == 200_000
 
-    def test_a_bar_shows_the_items(self, capsys):
-        mapper = DynamicParallelMapper(n_jobs=2, verbosity=1)
+    @pytest.mark.parametrize("backend", [None, "threading"])
+    def test_a_bar_shows_the_items(self, backend, capsys):
+        mapper = DynamicParallelMapper(n_jobs=2, backend=backend, verbosity=1)
         assert_same(mapper.map_items(root, X), np.sqrt(X) + 1)
         assert "1000/1000" in capsys.readouterr().err
 
@@ -726,11 +736,12 @@ class TestTogether:
 
     @pytest.mark.fault(19)
     def test_a_forked_child_maps_while_its_parent_compiles(self):
-        map_items(root, X, n_jobs=2)
+        map_items(root, X, n_jobs=2, backend="threading")
         with compiler._compile_lock:
             child = os.fork()
             if child == 0:
-                same = np.array_equal(map_items(root, X, n_jobs=2), np.sqrt(X) + 1)
+                found = map_items(root, X, n_jobs=2, backend="threading")
+                same = np.array_equal(found, np.sqrt(X) + 1)
                 os._exit(0 if same else 1)
         assert os.waitpid(child, 0)[1] == 0
 
@@ -745,12 +756,12 @@ class TestTogether:
                 s += np.sqrt(x + i)
             return s
 
-        map_items(long, X[:2], n_jobs=2)  # compiled
+        map_items(long, X[:2], n_jobs=2, backend="threading")  # compiled
         interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
 
         def go():
             interrupt.start()
-            map_items(long, np.ones(100_000), n_jobs=2)
+            map_items(long, np.ones(100_000), n_jobs=2, backend="threading")
 
         before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored
         try:
@@ -759,7 +770,7 @@ class TestTogether:
         finally:
             signal.signal(signal.SIGINT, before)
         interrupt.join()
-        assert_same(map_items(root, X, n_jobs=2), np.sqrt(X) + 1)
+        assert_same(map_items(root, X, n_jobs=2, backend="threading"), np.sqrt(X) + 1)
 
 
 class TestByteOrder:

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.one_case  # each compiles
 X = np.random.default_rng(0).random((1000, 3))
 RUNS = [
     {"backend": "sequential", "n_jobs": 1},
-    {"n_jobs": 2},
-    {"n_jobs": 3, "balance": "dynamic"},
+    {"backend": "threading", "n_jobs": 2},
+    {"backend": "threading", "n_jobs": 3, "balance": "dynamic"},
     {"backend": "loky", "n_jobs": 2},
 ]
 
@@ -76,7 +76,7 @@ class TestChunks:
         result = map_array(kernel, X[:, ::-1], args=(2.0,), kwargs={"b": 3.0}, **run)
         assert_same(result, X[:, ::-1] * 2 + 3)
         report = last_report()
-        assert report.backend == run.get("backend", "threading")
+        assert report.backend == run["backend"]
 
     @pytest.mark.parametrize("verb", [map_array, map_items])
     def test_kernels_run_without_the_gil(self, verb):
@@ -89,11 +89,12 @@ class TestChunks:
 
         flag = np.ones(1, np.int64)
         address = flag.ctypes.data
-        verb(waiting, X[:, 0], args=(address,), n_jobs=2)  # compiled
+        run = {"args": (address,), "n_jobs": 2, "backend": "threading"}
+        verb(waiting, X[:, 0], **run)  # compiled
         flag[0] = 0
         timer = threading.Timer(0.2, flag.fill, (1,))
         timer.start()
-        assert_same(verb(waiting, X[:, 0], args=(address,), n_jobs=2), X[:, 0] * 2)
+        assert_same(verb(waiting, X[:, 0], **run), X[:, 0] * 2)
         timer.join()
 
     def test_kernels_can_be_reduced_and_map_to_chunks(self, run):
@@ -164,7 +165,7 @@ class TestChunks:
     def test_the_report_says_why_a_kernel_is_called_from_python(self, kernel, words, run):
         assert_same(map_array(kernel, X, args=(3,), **run), X * 3)
         is_noted = any(words in note for note in last_report().notes)
-        assert is_noted == (run.get("backend") != "loky")  # there every kernel is
+        assert is_noted == (run["backend"] != "loky")  # there every kernel is
 
     def test_kernels_in_object_mode_run_in_processes(self):
         with np.errstate(all="ignore"):
@@ -175,10 +176,10 @@ class TestChunks:
     @pytest.mark.fault(33)
     def test_kernels_are_compiled_once_before_they_run(self):
         kernel = numba.njit(lambda c: c - 1)
-        map_array(kernel, X, n_jobs=2)
+        map_array(kernel, X, n_jobs=2, backend="threading")
         assert last_report().compiling > 0
         assert "of compiling" in str(last_report())
-        map_array(kernel, X, n_jobs=2, balance="dynamic")
+        map_array(kernel, X, n_jobs=2, backend="threading", balance="dynamic")
         (called,) = compiler._get_cache(kernel).wrappers.values()
         assert len(called.signatures) == 1
         assert len(kernel.signatures) == 1
@@ -289,10 +290,11 @@ for backend in (None, "threading", "sequential"):
     assert np.array_equal(map_array(spread, X, backend=backend, n_jobs=2), 2 * X)
     assert last_report().n_jobs == 1
     assert "parallel=True" in last_report().reason or backend == "sequential"
-assert np.array_equal(map_items(root, X, n_jobs=2), np.sqrt(X))
+threads = {"backend": "threading", "n_jobs": 2}
+assert np.array_equal(map_items(root, X, **threads), np.sqrt(X))
 assert np.array_equal(map_array(spread, X, backend="loky", n_jobs=2), 2 * X)
 with ThreadPoolExecutor(4) as pool:
-    for result in pool.map(lambda _: map_items(root, X, n_jobs=2, balance="dynamic"), range(8)):
+    for result in pool.map(lambda _: map_items(root, X, balance="dynamic", **threads), range(8)):
         assert np.array_equal(result, np.sqrt(X))
 assert np.array_equal(spread(X), 2 * X)
 print("done")
@@ -321,7 +323,8 @@ X = np.arange(5000.0)
 
 
 def both(_):
-    return map_items(of_item, X, n_jobs=2), map_array(of_chunk, X, n_jobs=2)
+    run = {"backend": "threading", "n_jobs": 2}
+    return map_items(of_item, X, **run), map_array(of_chunk, X, **run)
 
 
 with ThreadPoolExecutor(int(sys.argv[1])) as pool:

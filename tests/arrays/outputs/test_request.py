@@ -619,7 +619,7 @@ class TestFiles:
         path = tmp_path / "Y.npy"
         path.touch()
         path.chmod(0o6755)  # to run it with the rights of its owner
-        map_array(double, X, out=path)
+        map_array(double, X, out=path, n_jobs=2, backend="loky")
         assert stat.S_IMODE(path.stat().st_mode) == 0o755
 
     @pytest.mark.fault(42)
@@ -655,7 +655,7 @@ class TestFiles:
 
         monkeypatch.setattr(os, "stat", of_another_group)
         monkeypatch.setattr(os, "fchown", refuse)
-        map_array(double, X, out=path)
+        map_array(double, X, out=path, n_jobs=2, backend="loky")
         monkeypatch.undo()
         assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
