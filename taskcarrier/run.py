@@ -22,7 +22,7 @@ from taskcarrier.memory.segments import Recycler, Segment, SharedView
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note, get_text
 from taskcarrier.report import Report, WorkerReport, keep_report
-from taskcarrier.scheduling.balance import Balance, get_balance
+from taskcarrier.scheduling.balance import Balance, Serial, get_balance
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
 from taskcarrier.system.exceptions import raise_again
@@ -432,8 +432,9 @@ def make_report(
     return Report(
         backend=executor.choice.backend,
         reason=executor.choice.reason,
-        balance=job.balance.name,
-        n_jobs=job.n_workers,
+        # If the caller was to hand over the rest, and has not, it has run all of it alone.
+        balance=Serial.name if executor.choice.backend == "sequential" else job.balance.name,
+        n_jobs=min(executor.choice.n_jobs, job.n_workers),
         chunksize=chunksize,
         ranges=ranges,
         items=items,

@@ -23,6 +23,9 @@ Look = Callable[[], float | None]
 """A function that does what is due, and returns the seconds until it should be called again; None
 if never."""
 
+# A thread that sleeps for more seconds when its watcher has nothing to watch is woken; arbitrary.
+_LONG_SLEEP = 0.05
+
 _free: list[Watcher] = []
 
 
@@ -66,6 +69,9 @@ class Watcher:
 
     def __exit__(self, *_: object) -> None:
         self._look = None
+        # Without need it is not woken, which would take a short call longer than all the rest here.
+        if not self._is_asleep and self._next_time > monotonic() + _LONG_SLEEP:
+            self._inbox.put(None)
         if not self._is_looking:  # else its thread ends after that
             _free.append(self)
 
