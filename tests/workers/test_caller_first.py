@@ -2,9 +2,11 @@
 
 import functools
 import os
+import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import joblib
 import numpy as np
@@ -192,6 +194,7 @@ class TestBetweenChunks:
 
 
 class TestState:
+    @pytest.mark.fault(55)
     def test_workers_get_the_function_as_it_was_before_the_first_chunk(self, hand_over_after):
         rng = np.random.default_rng(0)
         n_calls = [0]
@@ -224,6 +227,7 @@ class TestState:
         assert os.getpid() not in pids[3:]
         assert 0 not in pids
 
+    @pytest.mark.fault(55)
     def test_arguments_arrive_as_they_were(self, hand_over_after):
         log = []
 
@@ -250,6 +254,7 @@ class TestFailures:
         where = "caller" if bad < 4 else "process"
         assert f"({where}" in caught.value.__notes__[0]
 
+    @pytest.mark.fault(54)
     def test_a_function_that_cannot_be_pickled_is_finished_in_the_caller(self, hand_over_after):
         lock = threading.Lock()
         hand_over_after(2)
@@ -262,6 +267,7 @@ class TestFailures:
         assert "could not be handed over" in report.reason
         assert "lock" in report.notes[0]
 
+    @pytest.mark.fault(54)
     def test_a_function_that_workers_cannot_unpickle_is_finished_in_the_caller(
         self, hand_over_after, tmp_path, monkeypatch
     ):
@@ -276,6 +282,7 @@ class TestFailures:
             assert (map_array(only_here.func, X, chunksize=2, n_jobs=2) == X).all()
         del sys.modules["only_here"]
 
+    @pytest.mark.fault(54)
     def test_nobody_is_warned_of_what_need_not_be_sent(self, hand_over_after):
         lock = threading.Lock()
         hand_over_after(100)
@@ -347,6 +354,7 @@ class Gate:
 
 @pytest.mark.usefixtures("hand_over_in_chunk")
 class TestInChunk:
+    @pytest.mark.fault(56)
     @pytest.mark.parametrize("held", [0.0, 4.0])
     def test_help_comes_while_the_caller_is_in_a_chunk(self, options, held):
         result = map_array(Gate(held), X, chunksize=2, **options)
@@ -423,6 +431,7 @@ class TestInChunk:
             assert last_report().backend == "loky"
             assert chunks_of_caller() == 1
 
+    @pytest.mark.fault(56)
     def test_a_few_objects_are_pickled_before_the_first_chunk(self):
         gate = Gate()
         boxes = [Box(value) for value in X[:8]]
@@ -449,6 +458,7 @@ class Box:
 
 
 class TestSlowStart:
+    @pytest.mark.fault(57)
     def test_the_caller_goes_on_while_workers_import_the_function(
         self, hand_over_after, tmp_path, monkeypatch
     ):
@@ -508,6 +518,38 @@ class TestWhoBegins:
         assert report.backend == "loky"
         assert "caller" not in [worker.name for worker in report.workers]
 
+    @pytest.mark.fault(53)
+    @pytest.mark.parametrize("backend", [None, "loky"])
+    def test_a_crash_in_the_first_chunks_ends_the_program_unless_processes_isolate_it(
+        self, backend
+    ):
+        code = f"""
+import os
+import numpy as np
+from taskcarrier import WorkerDiedError, map_array
+
+try:
+    map_array(lambda chunk: os._exit(3), np.arange(9.0), n_jobs=2, retries=0, backend={backend!r})
+except WorkerDiedError as error:
+    print(error.exitcode)
+"""
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
+        assert (run.returncode, run.stdout) == ((3, "") if backend is None else (0, "3\n"))
+
+    @pytest.mark.fault(10)
+    def test_a_warning_is_shown_once_whoever_gives_it(self, hand_over_after):
+        def func(chunk):
+            warnings.warn("odd", RuntimeWarning, stacklevel=1)
+            return chunk
+
+        hand_over_after(2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            map_array(func, X, chunksize=2, n_jobs=2)
+        assert [str(one.message) for one in caught] == ["odd"]
+
     def test_the_function_is_called_in_this_thread_first(self, options):
         threads = []
 
@@ -544,6 +586,7 @@ class TestStreams:
         np.testing.assert_equal(results, [-array for array in arrays])
         assert last_report().backend == "threading"
 
+    @pytest.mark.fault(54)
     @pytest.mark.usefixtures("eager")
     def test_what_cannot_be_pickled_runs_in_the_caller_with_one_warning(self):
         lock = threading.Lock()
