@@ -17,6 +17,7 @@ too; sessions that share one clean up for each other. What of /dev/shm is ours i
 """
 
 import builtins
+import collections
 import contextlib
 import gc
 import os
@@ -152,7 +153,7 @@ def no_leaks(
 ) -> Iterator[None]:
     before = everything()
     yield
-    leaked = left_behind(before, leak_baseline)
+    leaked = left_behind(before, leak_baseline, watchers())
     if failed in request.node.stash:
         # The traceback of a failed test keeps its arrays alive, and they their descriptors.
         leaked.pop("descriptor", None)
@@ -212,6 +213,14 @@ def beyond(now: Things, allowed: Iterable[Things]) -> Things:
 def threads() -> dict[object, str]:
     # The object, not its ident: idents are reused as soon as a thread ends.
     return {thread: repr(thread) for thread in threading.enumerate()}
+
+
+def watchers() -> Things:
+    """Return the threads that are kept for the next call, which must be gone only at the end."""
+    kept = {
+        thread: text for thread, text in threads().items() if thread.name == "taskcarrier-watcher"
+    }
+    return collections.defaultdict(dict, thread=kept)
 
 
 def processes() -> dict[tuple[int, float], str]:

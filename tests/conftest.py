@@ -2,6 +2,9 @@
 
 import pytest
 
+from taskcarrier.workers import caller_first, hand_overs
+from taskcarrier.workers.caller_first_stream import CallerFirstQueue
+from tests.clocks import LONG
 from tests.strategies import EVERYWHERE, LEFT_TO_ALL
 
 
@@ -17,3 +20,21 @@ def run(request):
     """Options of a run with two workers; `make test` has one of each backend."""
     backend, balance = request.param
     return {"backend": backend, "balance": balance, "n_jobs": 2}
+
+
+@pytest.fixture
+def hand_over_after(monkeypatch):
+    """Return a function that has the rest handed over after so many chunks, and not before.
+
+    In streams, it is handed over after so many items.
+    """
+    chunks = caller_first._CallerChunks
+    monkeypatch.setattr(hand_overs, "has_warm_processes", lambda n: True)
+    monkeypatch.setattr(caller_first, "_READY_SECONDS", LONG)
+    monkeypatch.setattr(chunks, "_find_seconds_to_wait", lambda self: LONG)
+
+    def plan(n_chunks):
+        monkeypatch.setattr(chunks, "_pays", lambda self, first: first >= n_chunks)
+        monkeypatch.setattr(CallerFirstQueue, "_pays", lambda self: self._n_done >= n_chunks)
+
+    return plan

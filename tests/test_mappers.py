@@ -640,7 +640,8 @@ def test_a_backend_of_joblib_that_cannot_be_followed_is_refused(monkeypatch):
     assert "'threading'" in str(caught.value)
 
 
-def test_functions_known_to_release_the_gil_run_in_threads():
+def test_functions_known_to_release_the_gil_are_handed_over_to_threads(hand_over_after):
+    hand_over_after(1)
     map_array(np.isnan, np.arange(8.0), n_jobs=2)
     assert last_report().backend == "threading"
     map_array(lambda c: c, np.arange(8.0), n_jobs=2)
@@ -659,7 +660,8 @@ def test_functions_known_to_release_the_gil_run_in_threads():
     ],
     ids=["map_array", "map_items", "map_chunks", "map", "imap", "ufunc"],
 )
-def test_every_function_runs_in_threads_where_there_is_no_gil(run, monkeypatch):
+def test_every_function_runs_in_threads_where_there_is_no_gil(run, monkeypatch, hand_over_after):
+    hand_over_after(1)
     monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
     run(DynamicParallelMapper(2))
     assert last_report().backend == "threading"

@@ -704,7 +704,7 @@ def lose_a_mark(monkeypatch):
     make_result = GridRun.make_result
 
     def without_one(self):
-        self._ledger.marks[3] = PENDING
+        self.ledger.marks[3] = PENDING
         return make_result(self)
 
     monkeypatch.setattr(GridRun, "make_result", without_one)

@@ -182,8 +182,7 @@ class _CallerChunks:
         self._cost = ItemCost()
         self._begin_time = 0.0  # of the chunk that the caller is in
         self._next_chunk = 0  # the first that the caller has not begun
-        self._saving = 0.0
-        self._items_left = 0
+        self._promise = 0, 0.0  # the items that were left at the last decision, and what it saves
         self._turn: list[None] = [None]
         self._chunk: list[int] = []
         self._is_in_chunk = False
@@ -276,9 +275,11 @@ class _CallerChunks:
     def _saves(self, next_chunk: int, item_seconds: float, offer: Offer) -> bool:
         grid = self._job.grid
         n_items, n_chunks = grid.n_items - next_chunk * grid.chunksize, len(grid) - next_chunk
-        self._items_left = n_items
-        self._saving = estimate_saving(n_items, n_chunks, item_seconds, offer)
-        return self._saving > 0
+        saving = estimate_saving(n_items, n_chunks, item_seconds, offer)
+        if saving <= 0:
+            return False
+        self._promise = n_items, saving
+        return True
 
     def _begin(self, next_chunk: int, *, is_caller_busy: bool) -> None:
         """Let workers go on from `next_chunk`."""
@@ -313,7 +314,9 @@ class _CallerChunks:
         """Return the reason for where the rest ran, in words."""
         took = f"an item took {self._cost.item_seconds:.2g} s in the caller"
         if self._is_begun:
-            return f"{took}: to hand over {self._items_left:,} items saves {self._saving:.2g} s"
+            (n_items, saving), choice = self._promise, self._hand_over.choice
+            where = "processes" if choice.backend == "loky" else f"threads ({choice.reason})"
+            return f"{took}: to hand over {n_items:,} items to {where} saves {saving:.2g} s"
         if self.error is not None:
             return f"{took}, but the rest could not be handed over"
         return f"{took}: workers would have saved nothing"

@@ -65,8 +65,11 @@ class CallerFirstQueue:
     def explain(self) -> str:
         """Return the reason for where items ran, in words."""
         took = f"an item took {self._cost.item_seconds:.2g} s in the caller"
-        where = "workers would have saved nothing" if self.runs_in_caller else "workers went on"
-        return f"{took}: {where}"
+        if self.runs_in_caller:
+            return f"{took}: workers would have saved nothing"
+        choice = self._hand_over.choice
+        where = "processes" if choice.backend == "loky" else f"threads ({choice.reason})"
+        return f"{took}: {where} went on"
 
     def put(self, start: int, items: Sequence[Any]) -> None:
         """Run the items now, or have workers run them, which may take over just here."""

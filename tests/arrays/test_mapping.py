@@ -586,7 +586,8 @@ def test_the_report_says_that_objects_are_pickled_for_processes(backend, balance
     assert taskcarrier.last_report().notes == ()
 
 
-def test_arrays_of_objects_go_to_processes_by_default():
+def test_arrays_of_objects_go_to_processes_by_default(hand_over_after):
+    hand_over_after(1)
     map_array(lambda c: c, THINGS, n_jobs=2)
     assert taskcarrier.last_report().backend == "loky"
 

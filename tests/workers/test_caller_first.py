@@ -26,21 +26,10 @@ from taskcarrier.errors import WorkerDiedError
 from taskcarrier.workers import caller_first, hand_overs
 from taskcarrier.workers.caller_first import _CallerChunks
 from tests.clocks import LONG, wait_until
+from tests.strategies import keep_pools_warm
 
 X = np.arange(24.0)
-
-
-@pytest.fixture
-def hand_over_after(monkeypatch):
-    """Return a function that has the rest handed over after so many chunks, and not before."""
-    monkeypatch.setattr(hand_overs, "has_warm_processes", lambda n: True)
-    monkeypatch.setattr(caller_first, "_READY_SECONDS", LONG)
-    monkeypatch.setattr(_CallerChunks, "_find_seconds_to_wait", lambda self: LONG)
-
-    def plan(n_chunks):
-        monkeypatch.setattr(_CallerChunks, "_pays", lambda self, first: first >= n_chunks)
-
-    return plan
+pools = keep_pools_warm(2)
 
 
 @pytest.fixture
@@ -277,6 +266,7 @@ class TestFailures:
         monkeypatch.syspath_prepend(tmp_path)
         import only_here  # just written
 
+        taskcarrier.shutdown()  # new workers have this path
         hand_over_after(2)
         with pytest.warns(UserWarning, match=r"AssertionError.*caller"):
             assert (map_array(only_here.func, X, chunksize=2, n_jobs=2) == X).all()
@@ -475,6 +465,7 @@ class TestSlowStart:
         monkeypatch.syspath_prepend(tmp_path)
         import slow_to_import  # just written
 
+        taskcarrier.shutdown()  # as above
         hand_over_after(1)
         monkeypatch.setattr(caller_first, "_READY_SECONDS", 0.0)
         many = np.arange(400.0)
@@ -487,17 +478,15 @@ class TestSlowStart:
     def test_cold_processes_are_started_beside_the_caller(self, monkeypatch):
         taskcarrier.shutdown()
         monkeypatch.setattr(_CallerChunks, "_pays", lambda self, first: True)
-        threads = []
+        threads, caller = [], os.getpid()
 
         def func(chunk):
             threads.append(threading.get_ident())
-            if last_seen[0] < LONG:
-                last_seen[0] += 0.01
+            if os.getpid() == caller:
                 time.sleep(0.01)
             return chunk
 
-        last_seen = [0.0]
-        many = np.arange(6000.0)
+        many = np.arange(LONG * 100.0)
         result = map_array(func, many, chunksize=1, n_jobs=2)
         assert (result == many).all()
         assert set(threads) == {threading.get_ident()}
@@ -563,9 +552,8 @@ except WorkerDiedError as error:
 
 class TestStreams:
     @pytest.fixture
-    def eager(self, monkeypatch):
-        monkeypatch.setattr(hand_overs, "has_warm_processes", lambda n: True)
-        monkeypatch.setattr(caller_first.CallerFirstQueue, "_pays", lambda self: self._n_done > 1)
+    def eager(self, hand_over_after):
+        hand_over_after(2)
 
     @pytest.mark.usefixtures("eager")
     @pytest.mark.parametrize("ordered", [True, False])

@@ -293,9 +293,9 @@ class TestLostLeases:
             go_on.wait(LONG)
 
         job = Job(Calls(Call(waits)), Dynamic(), ChunkGrid(2, 1), 2)
-        pool._ensure_threads(2)
+        pool._ensure_threads(range(2))
         for number in range(2):  # as if the caller had been stopped just after
-            pool._begin(number, job, lambda: (waits(), WorkerStats(0))[1], lambda _: None)
+            pool.begin(number, job, lambda: (waits(), WorkerStats(0))[1], lambda _: None)
         wait_until(lambda: len(begun) == 2)
         assert len(run(pool)) == 2
         go_on.set()

@@ -247,7 +247,7 @@ class TestWatching:
         release = threading.Event()
         reported = []
         before = threads_of(started(pool))
-        begin = pool._begin
+        begin = pool.begin
 
         def watched(number, job, work, record_end):
             def record_both(stats):
@@ -256,7 +256,7 @@ class TestWatching:
 
             begin(number, job, work, record_both)
 
-        monkeypatch.setattr(pool, "_begin", watched)
+        monkeypatch.setattr(pool, "begin", watched)
 
         def one_is_stuck(start, stop):
             if start == 0:

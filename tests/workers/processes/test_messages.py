@@ -316,7 +316,7 @@ def test_the_messages_of_a_run_are_those_of_the_documented_example(monkeypatch):
     (start, n_descriptors), (order, _) = [rest for one, *rest in sent if one is channel]
     assert start == b""
     assert n_descriptors in {3, 4}  # without /proc, the parent's memory is not shared
-    assert order == struct.pack("<?I", False, 0) + payload.data
+    assert order == struct.pack("<?qI", False, 0, 0) + payload.data
     *results, (stats, _) = came
     assert {data[:1] for data, _ in results} == {b"R"}
     parts = [part for data, _ in results for part in pickle.loads(data[1:])]

@@ -24,7 +24,7 @@ from taskcarrier.system.descriptors import make_owner
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.loop import is_in_worker
 from taskcarrier.workers.pickling import pickle_task, unpickle_items
-from taskcarrier.workers.processes import pool, supervisor
+from taskcarrier.workers.processes import grid_run, supervisor
 from taskcarrier.workers.processes import worker as module
 from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.processes.worker import (
@@ -343,7 +343,7 @@ class TestResults:
             assert (result == start).all()
 
     def test_results_arrive_before_the_end_of_the_run(self, warm, monkeypatch, tmp_path):
-        monkeypatch.setattr(pool, "TICK", 0.01)
+        monkeypatch.setattr(grid_run, "TICK", 0.01)
         gate = tmp_path / "gate"
         delivered = []
 
