@@ -20,7 +20,7 @@ from taskcarrier.scheduling.balance import Balance
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import OWN_MARKS, Ledger
 from taskcarrier.system.contexts import contextmanager
-from taskcarrier.workers.choose import Choice, load_processes
+from taskcarrier.workers.choose import Choice, load_joblib, load_processes
 from taskcarrier.workers.pools import process_pool, thread_pool
 from taskcarrier.workers.queues import WorkQueue
 from taskcarrier.workers.records import RunResult
@@ -91,12 +91,14 @@ class ThreadExecutor:
 
     def run(self, job: Job, deliver: Deliver, tick: Tick | None) -> RunResult:
         """Run a job in threads."""
+        load_joblib()  # or the function could load it, where it would not be serial
         with thread_pool(self.choice.n_jobs) as threads:
             return threads.run(job, deliver, tick)
 
     @contextmanager
     def stream(self, job: Job) -> Iterator[WorkQueue]:
         """Open a queue of batches for threads."""
+        load_joblib()  # as above
         with thread_pool(self.choice.n_jobs) as threads, thread_limit.open():
             yield threads.stream(job)
 
