@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import monotonic_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,6 @@ from taskcarrier.arrays.move import ArrayMove
 from taskcarrier.arrays.outputs.buffers import LocalBuffer, OutputBuffer
 from taskcarrier.arrays.outputs.request import OutputRequest
 from taskcarrier.arrays.outputs.specs import DisagreementError, Spec
-from taskcarrier.arrays.resume.ledger_file import LedgerFile
 from taskcarrier.notes import add_note
 from taskcarrier.run import (
     ResumedMarks,
@@ -27,6 +26,9 @@ from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.introspect import is_jitted
 from taskcarrier.workers.records import DeliveredFailure, RangeFailure, list_failed_ranges
 from taskcarrier.workers.snapshots import Snapshot
+
+if TYPE_CHECKING:
+    from taskcarrier.arrays.resume.ledger_file import LedgerFile
 
 
 @dataclass(eq=False)

@@ -17,7 +17,6 @@ from taskcarrier.arrays.casting import cast_checked
 from taskcarrier.arrays.inputs.check import Inputs, normalize_axis
 from taskcarrier.arrays.inputs.halos import Halo
 from taskcarrier.arrays.inputs.sources import local_sources
-from taskcarrier.arrays.kernels.fused import ClaimingTask, FusedTask
 from taskcarrier.arrays.outputs.buffers import LocalBuffer, open_place
 from taskcarrier.arrays.outputs.specs import DeferredResult, Spec
 from taskcarrier.memory.strides import move_items_first
@@ -27,6 +26,7 @@ from taskcarrier.workers.introspect import has_own_threads, is_jitted, is_numba_
 from taskcarrier.workers.records import DeliveredFailure
 
 if TYPE_CHECKING:
+    from taskcarrier.arrays.kernels.fused import FusedTask
     from taskcarrier.arrays.kernels.signatures import KernelResult
 
 _COPIES_NOTE = "the kernel takes arrays or records that it may write to: it gets private copies"
@@ -247,7 +247,7 @@ def fuse_loop(
     """
     if not all(type(array) is np.ndarray for array in inputs.arrays):
         return None
-    from taskcarrier.arrays.kernels import compiler, signatures  # noqa: PLC0415  # load numba
+    from taskcarrier.arrays.kernels import compiler, fused, signatures  # noqa: PLC0415  # load numba
 
     extras = signatures.bind_arguments(
         call.func, len(inputs.arrays), call.args, call.kwargs, fills=row is not None
@@ -272,7 +272,8 @@ def fuse_loop(
     if has_own_threads(call.func, extras.all):
         loop = _OneAtATime(loop)
     copies_rows = result.writable_args.items and any(layout.ndim for layout in layouts)
-    task = (ClaimingTask if may_claim and not copies_rows else FusedTask)(
+    kind = fused.ClaimingTask if may_claim and not copies_rows else fused.FusedTask
+    task = kind(
         loop=loop,
         arrays=inputs.arrays,
         axes=inputs.axes,
