@@ -286,9 +286,21 @@ def load_joblib() -> None:
     _load("joblib.parallel")
 
 
+def load_pool() -> None:
+    """Import the modules that start worker processes."""
+    _load("taskcarrier.workers.processes.pool")
+
+
 def load_processes() -> None:
-    """Import the modules that worker processes need."""
-    _load("taskcarrier.workers.pickling", "taskcarrier.workers.processes.pool")
+    """Import all modules that runs in worker processes need."""
+    _load(
+        "taskcarrier.workers.processes.pool",
+        "multiprocessing.spawn",
+        "multiprocessing.resource_tracker",
+        "taskcarrier.workers.pickling",
+        "taskcarrier.workers.processes.grid_run",
+        "taskcarrier.workers.processes.stream_run",
+    )
 
 
 def _load(*modules: str) -> None:

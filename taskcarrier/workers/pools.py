@@ -121,9 +121,18 @@ class _Pools:
         places = [place for place in self._places.copy() if place.key == key]
         return any(place.lease() is None and place.pool.is_warm for place in places)
 
-    def _add_pool(self, key: _Key) -> None:
-        self._places.append(_Place(key, _new_pool(key)))
+    def prepare(self, key: _Key) -> None:
+        if not any(place.key == key and place.lease() is None for place in self._places.copy()):
+            run_sheltered(partial(self._prepare, key))
+
+    def _prepare(self, key: _Key) -> None:
+        cast("ProcessPool", self._add_pool(key)).start_server()
+
+    def _add_pool(self, key: _Key) -> Pool:
+        pool = _new_pool(key)
+        self._places.append(_Place(key, pool))
         self._ensure_keeper()
+        return pool
 
     def _ensure_keeper(self) -> bool:
         """Start the keeper unless there is one; return whether there is one now."""
@@ -262,6 +271,11 @@ def process_pool(n: int) -> AbstractContextManager[ProcessPool]:
     # A function must not run as root once the program has given that up.
     _pools.end_pools_of_others(key[-1])
     return cast("AbstractContextManager[ProcessPool]", _pools.take(key))
+
+
+def prepare_processes(n: int) -> None:
+    """Start a fork server for `n` worker processes, unless there is a pool of them that is free."""
+    _pools.prepare(_process_key(n))
 
 
 def _process_key(n: int) -> _Key:

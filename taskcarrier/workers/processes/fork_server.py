@@ -22,7 +22,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing import resource_tracker, spawn
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -30,13 +29,17 @@ from typing import TYPE_CHECKING, Any
 from taskcarrier.system.descriptors import STANDARD, Descriptor, keep_standard_free
 from taskcarrier.workers.processes.exits import is_readable
 from taskcarrier.workers.processes.messages import MessageSocket
+from taskcarrier.workers.processes.requests import (
+    JOBLIB_SWITCH,
+    Become,
+    End,
+    Fork,
+    Reap,
+    WorkerSetup,
+)
 
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
-
-JOBLIB_SWITCH = "JOBLIB_MULTIPROCESSING"
-"""The variable without which joblib, while it is imported, makes a semaphore to see whether that
-works. A worker that is killed at that moment would leave it in /dev/shm."""
 
 # What every order to a worker names, or workers use in every run. The first worker waits for it.
 _NEEDED = (
@@ -55,68 +58,6 @@ _OFTEN_NEEDED = (
 # The seconds without a request after which there is nothing else to do; arbitrary. The workers of a
 # first map are often done before.
 _IDLE_SECONDS = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerSetup:
-    """How a worker process begins.
-
-    Attributes
-    ----------
-    number : int
-        The worker's number in its pool.
-    name : str
-        The name of its `multiprocessing.Process`.
-    identity : tuple of int
-        The identity of that, by which programs tell their workers apart.
-    parent : (str, int)
-        The name and the number of the process that it works for.
-    environment : dict
-        Its environment variables.
-    preparation : dict
-        The argument of `multiprocessing.spawn.prepare`.
-    standard : list of int
-        The standard descriptors that are open in the parent. Duplicates of them come with the
-        setup, after those of the worker's socket, its lifeline and the parent's resource tracker.
-    """
-
-    number: int
-    name: str
-    identity: tuple[int, ...]
-    parent: tuple[str, int]
-    environment: dict[str, str]
-    preparation: dict[str, Any]
-    standard: list[int]
-
-
-@dataclass(frozen=True)
-class Fork:
-    """A request to start a worker.
-
-    The answer is its number and its descriptor; None if the server has several threads, so that a
-    fork is not safe; or an `OSError`.
-    """
-
-    setup: WorkerSetup
-
-
-@dataclass(frozen=True)
-class Become:
-    """A request to become a worker, where a fork is not safe or not seen to end; no answer."""
-
-    setup: WorkerSetup
-
-
-@dataclass(frozen=True)
-class Reap:
-    """A request to reap a worker that has ended; the answer is its exit code."""
-
-    pid: int
-
-
-@dataclass(frozen=True)
-class End:
-    """A request to end; no answer."""
 
 
 def fork_server_main(fd: int) -> None:

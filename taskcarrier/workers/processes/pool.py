@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing import process as multiprocessing_process
+from typing import TYPE_CHECKING
 
 from taskcarrier.memory import parent_memory
 from taskcarrier.notes import add_note
@@ -23,17 +24,18 @@ from taskcarrier.scheduling.counters import FileCounter, FileSetOnce
 from taskcarrier.scheduling.ledger import DONE, OWN_MARKS, Ledger, ledger_nbytes
 from taskcarrier.system.descriptors import Descriptor, keep_standard_free
 from taskcarrier.system.interrupts import run_sheltered
-from taskcarrier.workers.pickling import Payload
 from taskcarrier.workers.processes.exits import is_readable
-from taskcarrier.workers.processes.grid_run import GridRun
-from taskcarrier.workers.processes.stream_run import StreamRun
-from taskcarrier.workers.processes.worker import open_ledger
+from taskcarrier.workers.processes.shared_ledger import open_ledger
 from taskcarrier.workers.processes.worker_process import WorkerProcess
 from taskcarrier.workers.processes.worker_starter import ServerDiedError, WorkerStarter
 from taskcarrier.workers.records import RunResult
 from taskcarrier.workers.task import Deliver, Job
 from taskcarrier.workers.thread_limits import make_worker_environment
 from taskcarrier.workers.threads import TICK
+
+if TYPE_CHECKING:
+    from taskcarrier.workers.pickling import Payload
+    from taskcarrier.workers.processes.stream_run import StreamRun
 
 # The seconds that an idle worker has for its exit hooks before it is killed.
 _EXIT_SECONDS = 5.0
@@ -81,6 +83,12 @@ class ProcessPool:
     def is_warm(self) -> bool:
         """Whether all workers have been started."""
         return len(self._workers) == self._n
+
+    def start_server(self) -> None:
+        """Start the fork server, for a run that will need workers as soon as it is packed."""
+        with self._workers_lock:
+            if not self._is_closed:
+                self._starter.prepare()
 
     def _get_worker(self, number: int) -> WorkerProcess:
         """Return a free worker: the one with this number, or a new one if that will not do."""
@@ -155,6 +163,8 @@ class ProcessPool:
         When interrupted, workers stop at their next chunk; those that do not reach it soon are
         killed.
         """
+        from taskcarrier.workers.processes.grid_run import GridRun  # noqa: PLC0415  # after the server
+
         self._end_stuck_workers()
         workers = [self._get_worker(number) for number in range(job.n_workers)]
         ledger = self._ledger
@@ -184,6 +194,8 @@ class ProcessPool:
 
     def stream(self, job: Job, payload: Payload) -> StreamRun:
         """Return a queue whose workers wait for batches; it owns the pool until it is closed."""
+        from taskcarrier.workers.processes.stream_run import StreamRun  # noqa: PLC0415  # as above
+
         self._end_stuck_workers()
         self._ledger.reset(job.n_workers)
         return StreamRun(job, self._ledger, payload, self._get_worker)

@@ -27,9 +27,9 @@ from taskcarrier.workers.pickling import pickle_task, unpickle_items
 from taskcarrier.workers.processes import pool, supervisor
 from taskcarrier.workers.processes import worker as module
 from taskcarrier.workers.processes.pool import ProcessPool
+from taskcarrier.workers.processes.shared_ledger import open_ledger
 from taskcarrier.workers.processes.worker import (
     RESULTS,
-    open_ledger,
     pack_order,
     unpickle_results,
     unpickle_stats,
