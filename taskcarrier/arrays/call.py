@@ -18,6 +18,7 @@ from taskcarrier.arrays.task import ArrayTask
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note, get_text
 from taskcarrier.random_streams import RandomStreams, WithRandomStream, random_streams_for
+from taskcarrier.record import record
 from taskcarrier.run import (
     RunOutcome,
     Settings,
@@ -46,7 +47,7 @@ _NO_NUMBERS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Work:
     """A task, and what is known of it before it runs."""
 

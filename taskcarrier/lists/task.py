@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from operator import length_hint
@@ -13,6 +13,7 @@ from typing import Any
 from taskcarrier.memory.views import make_read_only
 from taskcarrier.notes import READ_ONLY_ADVICE, add_note, describe_items, is_read_only_error
 from taskcarrier.random_streams import WithRandomStream, random_streams_for
+from taskcarrier.record import record
 from taskcarrier.scheduling.retries import RetryPolicy, WithRetries
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.call import Call, check_extras
@@ -22,7 +23,7 @@ from taskcarrier.workers.records import DeliveredFailure, PartialResult
 from taskcarrier.workers.task import RunRange, WorkerContext
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@record(kw_only=True)
 class Calls:
     """A function, and how it is called with items.
 
@@ -136,7 +137,7 @@ class Calls:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class ListTask:
     """Calls with items of this process, as a task."""
 
@@ -149,7 +150,7 @@ class ListTask:
         return lambda start, stop: calls.call_items(items[start:stop], start)
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class PackedTask:
     """Calls with items that are pickled in shared memory by chunks, as a task."""
 
@@ -169,7 +170,7 @@ class PackedTask:
         return run_range
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class StreamTask:
     """Calls with items that are handed to the worker, as a task."""
 

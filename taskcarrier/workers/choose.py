@@ -297,6 +297,7 @@ def load_processes() -> None:
         "taskcarrier.workers.processes.pool",
         "multiprocessing.spawn",
         "multiprocessing.resource_tracker",
+        "taskcarrier.worker_died",
         "taskcarrier.workers.pickling",
         "taskcarrier.workers.processes.grid_run",
         "taskcarrier.workers.processes.stream_run",

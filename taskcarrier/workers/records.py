@@ -11,7 +11,6 @@ from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import PENDING, Ledger
 from taskcarrier.scheduling.retries import Attempt
 from taskcarrier.system.exceptions import collect_related, set_base_attribute
-from taskcarrier.system.late_imports import late_hooks
 
 
 @dataclass(eq=False)
@@ -238,8 +237,7 @@ def _unpickle_parts(
 
 def list_failed_ranges(failures: list[DeliveredFailure]) -> list[Any]:
     """Return the failures as the user gets them, and clear `failures`."""
-    with late_hooks():
-        from taskcarrier.errors import FailedRange  # noqa: PLC0415  # slow, and rarely needed
+    from taskcarrier.errors import FailedRange  # noqa: PLC0415  # rarely needed
 
     failed_ranges = [FailedRange(*failure) for failure in failures]
     failures.clear()  # errors refer to frames, and these to the failures

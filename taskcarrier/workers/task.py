@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from taskcarrier.memory.segments import SharedView
 from taskcarrier.memory.staging import Staging
+from taskcarrier.record import record
 from taskcarrier.scheduling.balance import Balance
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import NOT_BEGUN, Begun, Ledger
@@ -81,7 +82,7 @@ class Move(Protocol):
         """
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Job:
     """All that a worker must know of a run.
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from taskcarrier.record import record
 
 JOBLIB_SWITCH = "JOBLIB_MULTIPROCESSING"
 """The variable without which joblib, while it is imported, makes a semaphore to see whether that
 works. A worker that is killed at that moment would leave it in /dev/shm."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@record(kw_only=True)
 class WorkerSetup:
     """How a worker process begins.
 
