@@ -24,6 +24,7 @@ from taskcarrier.memory import parent_memory
 from taskcarrier.system.contexts import contextmanager
 from taskcarrier.system.interrupts import Holder, Holders, run_sheltered
 from taskcarrier.system.locks import Lock
+from taskcarrier.workers.choose import load_pool, load_processes
 from taskcarrier.workers.threads import ThreadPool
 
 if TYPE_CHECKING:
@@ -126,7 +127,8 @@ class _Pools:
             run_sheltered(partial(self._prepare, key))
 
     def _prepare(self, key: _Key) -> None:
-        cast("ProcessPool", self._add_pool(key)).start_server()
+        with suppress(OSError, RuntimeError, MemoryError):  # the run will meet it again
+            cast("ProcessPool", self._add_pool(key)).start_server()
 
     def _add_pool(self, key: _Key) -> Pool:
         pool = _new_pool(key)
@@ -274,8 +276,13 @@ def process_pool(n: int) -> AbstractContextManager[ProcessPool]:
 
 
 def prepare_processes(n: int) -> None:
-    """Start a fork server for `n` worker processes, unless there is a pool of them that is free."""
+    """Import what runs in `n` worker processes need, while a fork server for these starts.
+
+    None is started if there is a pool of them that is free.
+    """
+    load_pool()
     _pools.prepare(_process_key(n))
+    load_processes()
 
 
 def _process_key(n: int) -> _Key:
