@@ -9,6 +9,7 @@ from __future__ import annotations
 import _thread
 import functools
 import importlib
+import importlib.util
 import math
 import os
 import sys
@@ -254,6 +255,8 @@ def read_facts(*, follows_joblib: bool = True) -> Facts:
     """Return the state of this process, with joblib's configuration if that is to be followed."""
     if is_in_worker():
         return Facts(cores=1, is_in_worker=True)
+    if not _has_cloudpickle():
+        load_joblib()  # its copy may be needed
     active_backend, active_n_jobs, nested = (
         _read_joblib_config() if follows_joblib else (None, None, False)
     )
@@ -268,6 +271,11 @@ def read_facts(*, follows_joblib: bool = True) -> Facts:
         has_processes=sys.platform == "linux",
         has_threads=not is_ending() or _can_start_threads(),
     )
+
+
+@functools.cache
+def _has_cloudpickle() -> bool:
+    return importlib.util.find_spec("cloudpickle") is not None
 
 
 def _can_start_threads() -> bool:

@@ -1,5 +1,6 @@
 """The choice of where a run takes place, by a table of facts."""
 
+import importlib.util
 import multiprocessing
 import os
 import sys
@@ -375,6 +376,30 @@ class TestFactsNow:
     def test_other_platforms_have_no_processes(self, monkeypatch):
         monkeypatch.setattr(sys, "platform", "darwin")
         assert read_facts().has_processes is False
+
+
+JOBLIB = """
+import sys
+from taskcarrier.workers.choose import read_facts
+
+if sys.argv[1] == "used":
+    import joblib
+if sys.argv[1] == "without cloudpickle":
+    import importlib.util
+    importlib.util.find_spec = lambda name: None
+read_facts()
+print("joblib" in sys.modules, "joblib.parallel" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [("plain", "False False"), ("used", "True True"), ("without cloudpickle", "True True")],
+)
+def test_joblib_is_loaded_only_if_it_is_needed(program, expected, tmp_path):
+    if program == "plain" and importlib.util.find_spec("cloudpickle") is None:
+        expected = "True True"
+    assert run_script(tmp_path, JOBLIB, program).strip() == expected
 
 
 class TestCores:
