@@ -294,6 +294,11 @@ def load_joblib() -> None:
     _load("joblib.parallel")
 
 
+def load_pickling() -> None:
+    """Import what pickles jobs for worker processes."""
+    _load("taskcarrier.workers.pickling")
+
+
 def load_pool() -> None:
     """Import the modules that start worker processes."""
     _load("taskcarrier.workers.processes.pool")

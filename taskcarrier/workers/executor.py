@@ -20,7 +20,7 @@ from taskcarrier.scheduling.balance import Balance
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import OWN_MARKS, Ledger
 from taskcarrier.system.contexts import contextmanager
-from taskcarrier.workers.choose import Choice, load_joblib, load_processes
+from taskcarrier.workers.choose import Choice, load_joblib, load_pickling, load_processes
 from taskcarrier.workers.pools import prepare_processes, process_pool, thread_pool
 from taskcarrier.workers.queues import WorkQueue
 from taskcarrier.workers.records import RunResult
@@ -122,13 +122,14 @@ class ProcessExecutor:
 
     def pack(self, job: Job) -> tuple[Job, Payload]:
         """Return a job that processes can mark, and the same pickled for them."""
-        prepare_processes(self.choice.n_jobs)
+        load_pickling()
         from taskcarrier.workers.pickling import pickle_task  # noqa: PLC0415  # slow to import
 
         if job.marks is None and len(job.grid) > OWN_MARKS:
             job = replace(job, marks=_make_marks(job.grid))
         payload = pickle_task(job, self.staging)
         self.notes = payload.notes
+        prepare_processes(self.choice.n_jobs)  # not before: the job might be impossible to pickle
         return job, payload
 
     def run_packed(

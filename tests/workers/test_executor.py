@@ -154,7 +154,7 @@ class TestJoblib:
 
 
 @pytest.mark.one_case
-def test_the_fork_server_starts_before_the_job_is_packed():
+def test_the_fork_server_starts_as_soon_as_the_job_is_packed():
     taskcarrier.shutdown()
     executor = ProcessExecutor(Choice("loky", 2, "a test"), Staging())
     job = Job(Calls(Call(both)), Static(), ChunkGrid(2, 1), 2)

@@ -85,7 +85,7 @@ class ProcessPool:
         return len(self._workers) == self._n
 
     def start_server(self) -> None:
-        """Start the fork server, for a run that will need workers as soon as it is packed."""
+        """Start the fork server, for a run that will need workers soon."""
         with self._workers_lock:
             if not self._is_closed:
                 self._starter.prepare()
