@@ -12,54 +12,29 @@
 For a range that took too long, runs raise the built-in `TimeoutError`. With ``on_error="collect"``,
 exceptions are not raised but listed, each in a `FailedRange`, which is no exception itself.
 
-This module is imported only when one of these is needed: importing the standard library's
-`BrokenProcessPool` alone takes a fifth of the time that importing numpy takes.
+The first of them is loaded when it is first used: importing the standard library's
+`BrokenProcessPool` alone takes a tenth of the time that importing numpy takes.
 """
 
 from __future__ import annotations
 
 import signal
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from taskcarrier.system.late_imports import late_hooks
+
+if TYPE_CHECKING:
+    from taskcarrier.worker_died import WorkerDiedError as WorkerDiedError  # noqa: PLC0414  # public
 
 
-class WorkerDiedError(BrokenProcessPool):
-    """A worker process died with a range in hand, in every attempt at that range.
+def __getattr__(name: str) -> Any:
+    if name != "WorkerDiedError":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with late_hooks():
+        from taskcarrier.worker_died import WorkerDiedError  # noqa: PLC0415  # slow, as said
 
-    The other workers finished their share of the work, and later calls get a new worker.
-
-    Attributes
-    ----------
-    worker : str
-        The worker's name in the report.
-    exitcode : int or None
-        As in `multiprocessing.Process.exitcode`: negative for a signal.
-    in_hand : tuple of int or None
-        ``(start, stop)`` of the range that it was working on; None if it had none.
-    attempt : int
-        How often that range (or a larger one around it) was run, including this time.
-    missing : list of tuple of int
-        Every range without a result, in ascending order.
-    partial : object
-        What the other workers finished: the array (or tuple of arrays) with arbitrary values
-        in the missing ranges, or the list with None there; None if nothing was finished.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        worker: str = "",
-        exitcode: int | None = None,
-        in_hand: tuple[int, int] | None = None,
-        attempt: int = 1,
-    ) -> None:
-        super().__init__(message)
-        self.worker = worker
-        self.exitcode = exitcode
-        self.in_hand = in_hand
-        self.attempt = attempt
-        self.missing: list[tuple[int, int]] = []
-        self.partial: Any = None
+    globals()[name] = WorkerDiedError
+    return WorkerDiedError
 
 
 class FailedRange(NamedTuple):
@@ -140,6 +115,8 @@ def describe_death(death: _Death, where: str | None) -> str:
 
 def make_died_error(death: _Death, where: str | None, more: str = "") -> WorkerDiedError:
     """Return the error for a death, with `more` at the end of its message."""
+    from taskcarrier.worker_died import WorkerDiedError  # noqa: PLC0415  # slow, and loaded already
+
     return WorkerDiedError(
         describe_death(death, where) + more, death.name, death.exitcode, death.range, death.attempt
     )

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from taskcarrier.record import record
+
 
 @dataclass(frozen=True)
 class RandomStreams:
@@ -65,7 +67,7 @@ class RandomStreams:
         return np.random.Generator(np.random.Philox(key=self.key, counter=(0, 0, number, 0)))
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class WithRandomStream:
     """A function that gets a stream of its own as ``rng=`` in each call.
 

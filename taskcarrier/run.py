@@ -21,6 +21,7 @@ from taskcarrier import progress
 from taskcarrier.memory.segments import Recycler, Segment, SharedView
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note, get_text
+from taskcarrier.record import record
 from taskcarrier.report import Report, WorkerReport, keep_report
 from taskcarrier.scheduling.balance import Balance, Serial, get_balance
 from taskcarrier.scheduling.grid import ChunkGrid
@@ -84,7 +85,7 @@ class Settings:
         return self.recycler.segment(nbytes, self.folder)
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class ResumedMarks:
     """The marks that an earlier run left.
 

@@ -102,3 +102,13 @@ def test_errors_are_public_names():
     assert taskcarrier.WorkerDiedError is WorkerDiedError
     with pytest.raises(AttributeError, match="no attribute 'NoSuchError'"):
         taskcarrier.NoSuchError  # noqa: B018  # looking it up raises
+
+
+def test_the_error_of_dead_workers_is_known_by_its_public_name():
+    assert f"{WorkerDiedError.__module__}.{WorkerDiedError.__qualname__}" == (
+        "taskcarrier.errors.WorkerDiedError"
+    )
+    assert b"taskcarrier.errors" in pickle.dumps(WorkerDiedError)
+    assert pickle.loads(pickle.dumps(WorkerDiedError)) is WorkerDiedError
+    with pytest.raises(AttributeError, match="no attribute 'OtherError'"):
+        taskcarrier.errors.OtherError  # noqa: B018  # asking is the test

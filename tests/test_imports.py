@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "taskcarrier"
 # `arrays`) modules also import from each other, but never in a circle. A folder stands for all of
 # its modules.
 LAYERS = [
-    ["arguments", "errors", "random_streams", "system"],
+    ["record", "system", "worker_died"],
+    ["arguments", "errors", "random_streams"],
     ["memory", "notes"],
     ["report", "scheduling"],
     ["options", "progress", "workers"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from time import monotonic_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from taskcarrier.arguments import check_callable, check_chunksize
 from taskcarrier.arrays.inputs.check import Inputs, check_inputs
@@ -14,12 +14,11 @@ from taskcarrier.arrays.inputs.sources import local_sources, sources_for_process
 from taskcarrier.arrays.kernels.prepare import PreparedCall, RowOutput, prepare_call
 from taskcarrier.arrays.outputs.buffers import OutputBuffer, SharedBuffer
 from taskcarrier.arrays.outputs.stacking import ObjectRule, holds_objects
-from taskcarrier.arrays.resume.computation import Computation
-from taskcarrier.arrays.resume.ledger_file import LedgerFile
 from taskcarrier.arrays.task import ArrayTask
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note, get_text
 from taskcarrier.random_streams import RandomStreams, WithRandomStream, random_streams_for
+from taskcarrier.record import record
 from taskcarrier.run import (
     RunOutcome,
     Settings,
@@ -34,6 +33,9 @@ from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.records import DeliveredFailure, PartialResult
 from taskcarrier.workers.task import Task
 
+if TYPE_CHECKING:
+    from taskcarrier.arrays.resume.ledger_file import LedgerFile
+
 # What to pass instead of an array that holds no numbers, by the kind of its dtype.
 _NO_NUMBERS = {
     **dict.fromkeys(
@@ -45,7 +47,7 @@ _NO_NUMBERS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Work:
     """A task, and what is known of it before it runs."""
 
@@ -126,6 +128,8 @@ class ArrayCall:
 
         `options` are further values that decide the results.
         """
+        from taskcarrier.arrays.resume import computation, ledger_file  # noqa: PLC0415  # rarely needed, and slow: 11 ms
+
         details = {
             "called with": "items" if self.by_item else "chunks",
             "writable": self.writable,
@@ -133,8 +137,10 @@ class ArrayCall:
             "rng": self.streams,
             **options,
         }
-        computation = Computation.from_call(self.call, self.inputs, self.grid, self.halo, details)
-        return LedgerFile(path, len(self.grid), computation)
+        this = computation.Computation.from_call(
+            self.call, self.inputs, self.grid, self.halo, details
+        )
+        return ledger_file.LedgerFile(path, len(self.grid), this)
 
     def explain_ufunc_errors(self, outcome: RunOutcome) -> None:
         """Add notes to errors of ufuncs that say which array holds no numbers."""

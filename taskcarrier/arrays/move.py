@@ -8,11 +8,10 @@ from taskcarrier.arrays.call import ArrayCall
 from taskcarrier.arrays.kernels.prepare import PreparedCall
 from taskcarrier.arrays.outputs.buffers import LocalBuffer, SharedBuffer, open_place
 from taskcarrier.arrays.outputs.request import OutputRequest
-from taskcarrier.arrays.outputs.specs import Spec
+from taskcarrier.arrays.outputs.specs import DeferredResult, Spec
 from taskcarrier.workers.call import Call
-from taskcarrier.workers.records import PartialResult
 from taskcarrier.workers.snapshots import Snapshot
-from taskcarrier.workers.task import Deliver, Task
+from taskcarrier.workers.task import Task
 
 
 @dataclass(eq=False)
@@ -33,6 +32,10 @@ class ArrayMove:
         Its function as it was before the caller called it.
     moved : SharedBuffer or None
         The outputs in shared memory, once processes have begun.
+    notes : list of str
+        Notes for the report, known when the task is made.
+    kept : list of DeferredResult
+        Results of the caller that do not fit there: they are written first of all that is deferred.
     """
 
     call: ArrayCall
@@ -40,6 +43,8 @@ class ArrayMove:
     buffer: LocalBuffer | None = None
     moved: SharedBuffer | None = None
     snapshot: Snapshot = field(init=False)
+    notes: list[str] = field(default_factory=list)
+    kept: list[DeferredResult] = field(default_factory=list)
     _prepared: PreparedCall | None = None
     _shared: SharedBuffer | None = None
 
@@ -75,21 +80,22 @@ class ArrayMove:
         """Let the outputs lie where processes write them."""
         self.moved = self._shared
 
-    def carry(self, items: tuple[int, int], proposal: Spec, agreed: Spec, deliver: Deliver) -> None:
-        """Copy the caller's results of `items` to shared memory, or deliver them.
+    def carry(self, items: tuple[int, int], proposal: Spec, agreed: Spec) -> None:
+        """Copy the caller's results of `items` to shared memory, or keep them for the caller.
 
-        They are delivered if they are Python objects, or if their spec is not the agreed one.
+        They are kept if they are Python objects, or if their spec is not the agreed one. Some items
+        may have failed, or were delivered: what lies in their place is of no use.
         """
-        start, stop = items
         if self.buffer is None or self.moved is None:
             return
+        start, stop = items
         where = slice(start, stop)
         indices = [(slice(None),) * axis + (where,) for axis in proposal.axes]
         arrays = [open_place(place) for place in self.buffer.make_places(proposal)]
         results = [array[index] for array, index in zip(arrays, indices, strict=True)]
         places = self.moved.make_places(proposal)
         if places is None or proposal != agreed:
-            deliver(start, PartialResult([(where, results)], []))
+            self.kept.append((where, results))
             return
         outputs = self.moved.get_outputs(len(proposal.parts))
         for result, index, place, output in zip(results, indices, places, outputs, strict=True):

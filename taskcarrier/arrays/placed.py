@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import monotonic_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,8 +13,7 @@ from taskcarrier.arrays.kernels.prepare import FusedLoop, fuse_loop
 from taskcarrier.arrays.move import ArrayMove
 from taskcarrier.arrays.outputs.buffers import LocalBuffer, OutputBuffer
 from taskcarrier.arrays.outputs.request import OutputRequest
-from taskcarrier.arrays.outputs.specs import DisagreementError, Spec
-from taskcarrier.arrays.resume.ledger_file import LedgerFile
+from taskcarrier.arrays.outputs.specs import DeferredResult, DisagreementError, Spec
 from taskcarrier.notes import add_note
 from taskcarrier.run import (
     ResumedMarks,
@@ -26,6 +25,9 @@ from taskcarrier.run import (
 from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.introspect import is_jitted
 from taskcarrier.workers.records import DeliveredFailure, RangeFailure, list_failed_ranges
+
+if TYPE_CHECKING:
+    from taskcarrier.arrays.resume.ledger_file import LedgerFile
 
 
 @dataclass(eq=False)
@@ -88,10 +90,11 @@ class PlacedMap:
                 resumed=marks,
                 move=move,
             )
+            kept: list[DeferredResult] = []
             if move is not None and move.moved is not None:
                 buffer.close()
-                buffer = move.moved
-            spec, arrays, failures = self._complete(buffer, fusion, outcome)
+                buffer, kept = move.moved, move.kept
+            spec, arrays, failures = self._complete(buffer, fusion, outcome, kept)
             result = None if spec is None else request.finish(buffer, spec, arrays)
             if ledger_file is not None and result is not None:
                 ledger_file.remove()
@@ -134,8 +137,8 @@ class PlacedMap:
         call, retry_policy = self.call, self.call.settings.retry_policy
         if not call.by_item or not isinstance(buffer, LocalBuffer) or call.inputs.n_items == 0:
             return None, 0
-        if not is_jitted(call.call.func):
-            return None, 0
+        if not is_jitted(call.call.func) or executor.may_move:
+            return None, 0  # the results of a loop could not be moved to processes
         if retry_policy.retry_on or call.streams is not None:
             return None, 0  # both are handled around each call from Python
         begin = monotonic_ns()
@@ -163,11 +166,16 @@ class PlacedMap:
         return fusion, monotonic_ns() - begin
 
     def _complete(
-        self, buffer: OutputBuffer, fusion: FusedLoop | None, outcome: RunOutcome
+        self,
+        buffer: OutputBuffer,
+        fusion: FusedLoop | None,
+        outcome: RunOutcome,
+        kept: list[DeferredResult],
     ) -> tuple[Spec | None, list[np.ndarray], list[DeliveredFailure]]:
         """Return spec and outputs of a run, if there are any, and the failures.
 
-        Raises what went wrong in the run.
+        `kept` are results to be written before those that were delivered. Raises what went wrong in
+        the run.
         """
         call = self.call
         describe = call.inputs.describe
@@ -180,7 +188,7 @@ class PlacedMap:
         raise_first_failure(outcome, describe)
         delivered = [parts for _, parts in outcome.delivered]
         failures = call.collect_failures(delivered)
-        deferred = [result for parts in delivered for result in parts.results]
+        deferred = [*kept, *(result for parts in delivered for result in parts.results)]
         if fusion is not None:
             deferred += fusion.cast_deferred(failures)
             if sum(stop - start for start, stop, _ in failures) == call.inputs.n_items:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
@@ -25,6 +24,7 @@ from taskcarrier.arrays.outputs.writer import OutputWriter
 from taskcarrier.memory.segments import trim_files
 from taskcarrier.memory.views import copy_or_make_read_only, iterate_arrays
 from taskcarrier.notes import READ_ONLY_ADVICE, add_note, is_read_only_error
+from taskcarrier.record import record
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.records import DeliveredFailure, PartialResult, Where
@@ -34,7 +34,7 @@ from taskcarrier.workers.task import IN_PLACE, RunRange, WorkerContext
 _TRIM_NBYTES = 32 << 20
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@record(kw_only=True)
 class ArrayTask:
     """A function over ranges of arrays, as a task.
 

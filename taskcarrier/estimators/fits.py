@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,11 @@ import numpy as np
 from taskcarrier.arguments import check_iterable
 from taskcarrier.arrays.inputs.check import refuse_masked
 from taskcarrier.notes import add_note
+from taskcarrier.record import record
 from taskcarrier.workers.loop import is_worker_process
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Template:
     """The estimator that many fits start from; a clone already.
 
@@ -43,7 +43,7 @@ class Template:
         return _PackedTemplate, (pickle_items(self.estimator),)
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class _PackedTemplate:
     """A `Template` in a worker process."""
 
@@ -54,7 +54,7 @@ class _PackedTemplate:
         return pickle.loads(self.packed)
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Rows:
     """The rows of every fit. They are sent to processes as one array, which all share."""
 
@@ -82,7 +82,7 @@ class Rows:
         return _FlatRows, (flat, [0, *np.cumsum([len(rows) for rows in each]).tolist()])
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class _FlatRows:
     """`Rows` in a worker process: one array, and where the rows of each fit begin and end."""
 
@@ -169,7 +169,7 @@ def _set_random_states(estimator: Any, rng: np.random.Generator) -> None:
         estimator.set_params(**states)
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class CallerContext:
     """The caller's warning filters and scikit-learn configuration, which workers take over."""
 

@@ -7,7 +7,7 @@ in `taskcarrier.estimators.fits`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
@@ -19,6 +19,7 @@ from taskcarrier.arrays.mapping import MAP_ARRAY, prepare_chunks
 from taskcarrier.estimators.fits import CallerContext, Rows, Template, clone, fit_one
 from taskcarrier.lists.map import map_lists
 from taskcarrier.options import CollectOption, FitOptions, PredictOptions
+from taskcarrier.record import record
 from taskcarrier.run import Settings
 from taskcarrier.verbs import Verb
 
@@ -233,7 +234,7 @@ def predict_array(
     return result
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class _Fits:
     """All fits of a call.
 
@@ -248,7 +249,7 @@ class _Fits:
     columns: list[int] | None
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class _Weights:
     """The weights of samples: none, the same for all fits, or one row for each fit."""
 

@@ -12,13 +12,13 @@ import os
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import monotonic_ns
 from typing import Any
 
 from taskcarrier import progress
 from taskcarrier.arguments import check_callable, check_integer
-from taskcarrier.lists.calls import Calls
+from taskcarrier.lists.task import Calls, StreamTask
 from taskcarrier.notes import add_note, describe_items
 from taskcarrier.report import Report
 from taskcarrier.run import Settings, decide, describe_deaths, make_report, show_worker_warnings
@@ -28,9 +28,9 @@ from taskcarrier.system.exceptions import raise_again
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.executor import Executor, Tick
 from taskcarrier.workers.queues import BatchResult, UnsendableError, WorkQueue
-from taskcarrier.workers.records import DeliveredFailure, PartialResult, RunResult
+from taskcarrier.workers.records import PartialResult, RunResult
 from taskcarrier.workers.snapshots import Snapshot
-from taskcarrier.workers.task import Job, RunRange, WorkerContext
+from taskcarrier.workers.task import Job
 
 # A batch should take this long: about fifty times what it costs to hand it out.
 _BATCH_NS = 5_000_000
@@ -84,7 +84,7 @@ def imap_lists(
     items = zip(*iterables, strict=False) if is_tuple else iter(iterables[0])
     executor = decide(settings, func, over_lists=True)
     job = Job(
-        _StreamTask(calls),
+        StreamTask(calls),
         executor.balance or Dynamic(),
         ChunkGrid(0, 1),
         executor.choice.n_jobs,
@@ -378,27 +378,3 @@ def _make_stop_error(cause: StopIteration) -> RuntimeError:
     error = RuntimeError("func raised StopIteration")
     error.__cause__ = cause
     return error
-
-
-@dataclass(frozen=True, eq=False)
-class _StreamTask:
-    """Calls with items that are handed to the worker, as a task."""
-
-    calls: Calls
-
-    def start(self, worker: WorkerContext) -> RunRange:  # as in Task
-        calls = self.calls.bind_shared()
-
-        def run_range(start: int, stop: int) -> BatchResult:
-            first, read_items = worker.batch
-            try:
-                items = read_items()[start - first : stop - first]
-            except Exception as error:  # noqa: BLE001  # unpickling objects may raise anything
-                add_note(error, "taskcarrier could not unpickle these items in a worker process")
-                failure = DeliveredFailure(start, stop, error)
-                return BatchResult(start, stop, PartialResult([], [failure]))
-            begin = monotonic_ns()
-            result = calls.call_items(items, start)
-            return BatchResult(start, stop, result, monotonic_ns() - begin)
-
-        return run_range

@@ -12,8 +12,8 @@ from time import monotonic_ns
 from typing import Any
 
 from taskcarrier.arguments import check_callable, check_on_error
-from taskcarrier.lists.calls import Calls, ListTask, PackedTask
 from taskcarrier.lists.move import ListMove
+from taskcarrier.lists.task import Calls, ListTask, PackedTask
 from taskcarrier.notes import add_note, describe_items
 from taskcarrier.run import (
     Settings,

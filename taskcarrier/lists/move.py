@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from taskcarrier.lists.calls import Calls, PackedTask
+from taskcarrier.lists.task import Calls, PackedTask
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import describe_items
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.processes.packed_chunks import PackedChunks, pickle_chunks
 from taskcarrier.workers.snapshots import Snapshot
-from taskcarrier.workers.task import Deliver, Task
+from taskcarrier.workers.task import Task
 
 # A list of more items than this for each further worker can wait for help until the end of a chunk:
 # then the caller has done less than 1/32 of its share alone.
@@ -50,6 +50,7 @@ class ListMove:
         *,
         are_long: bool = False,
     ) -> None:
+        self.notes: Sequence[str] = ()
         self.snapshot = Snapshot(calls.call, lambda: calls.call, staging)
         self._calls = calls
         self._items = items
@@ -106,7 +107,7 @@ class ListMove:
     def begin(self) -> None:
         """Do nothing: results are for the caller."""
 
-    def carry(self, items: tuple[int, int], proposal: Any, agreed: Any, deliver: Deliver) -> None:
+    def carry(self, items: tuple[int, int], proposal: Any, agreed: Any) -> None:
         """Do nothing: the caller's results are delivered already."""
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import os
 import stat
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from taskcarrier.memory.segments import (
     memory_owner,
 )
 from taskcarrier.memory.strides import address_of, byte_bounds
+from taskcarrier.record import record
 from taskcarrier.system.descriptors import Descriptor, keep_standard_free, open_owned
 
 _MAPS = "/proc/self/maps"
@@ -166,7 +166,7 @@ def identify_file(path: str) -> tuple[str, str] | None:
         return None
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class _MapsLine:
     """One line of ``/proc/self/maps``: a mapping of this process."""
 

@@ -7,20 +7,19 @@ facts into a `Choice`, and can be tested without any worker.
 from __future__ import annotations
 
 import _thread
-import atexit
 import functools
 import importlib
+import importlib.util
 import math
 import os
 import sys
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from taskcarrier.arguments import check_integer
 from taskcarrier.system import cgroups
-from taskcarrier.system.contexts import contextmanager
 from taskcarrier.system.interrupts import run_sheltered
+from taskcarrier.system.late_imports import is_ending, late_hooks
 from taskcarrier.system.locks import ModuleLock
 from taskcarrier.workers.loop import is_in_worker
 
@@ -256,7 +255,8 @@ def read_facts(*, follows_joblib: bool = True) -> Facts:
     """Return the state of this process, with joblib's configuration if that is to be followed."""
     if is_in_worker():
         return Facts(cores=1, is_in_worker=True)
-    load_joblib()
+    if not _has_cloudpickle():
+        load_joblib()  # its copy may be needed
     active_backend, active_n_jobs, nested = (
         _read_joblib_config() if follows_joblib else (None, None, False)
     )
@@ -269,13 +269,13 @@ def read_facts(*, follows_joblib: bool = True) -> Facts:
         is_daemonic=multiprocessing is not None and bool(multiprocessing.current_process().daemon),
         has_gil=getattr(sys, "_is_gil_enabled", lambda: True)(),
         has_processes=sys.platform == "linux",
-        has_threads=not _is_ending() or _can_start_threads(),
+        has_threads=not is_ending() or _can_start_threads(),
     )
 
 
-def _is_ending() -> bool:
-    """Return whether the main thread has ended or is waiting for the others to end."""
-    return bool(threading._SHUTTING_DOWN)  # type: ignore[attr-defined]  # no public way
+@functools.cache
+def _has_cloudpickle() -> bool:
+    return importlib.util.find_spec("cloudpickle") is not None
 
 
 def _can_start_threads() -> bool:
@@ -290,13 +290,31 @@ _import_lock = ModuleLock(forks_wait=True)
 
 
 def load_joblib() -> None:
-    """Import joblib. This takes 140 ms, and only runs need it."""
+    """Import joblib, which takes 45 ms."""
     _load("joblib.parallel")
 
 
+def load_pickling() -> None:
+    """Import what pickles jobs for worker processes."""
+    _load("taskcarrier.workers.pickling")
+
+
+def load_pool() -> None:
+    """Import the modules that start worker processes."""
+    _load("taskcarrier.workers.processes.pool")
+
+
 def load_processes() -> None:
-    """Import the modules that worker processes need."""
-    _load("taskcarrier.workers.pickling", "taskcarrier.workers.processes.pool")
+    """Import all modules that runs in worker processes need."""
+    _load(
+        "taskcarrier.workers.processes.pool",
+        "multiprocessing.spawn",
+        "multiprocessing.resource_tracker",
+        "taskcarrier.worker_died",
+        "taskcarrier.workers.pickling",
+        "taskcarrier.workers.processes.grid_run",
+        "taskcarrier.workers.processes.stream_run",
+    )
 
 
 def _load(*modules: str) -> None:
@@ -319,7 +337,7 @@ def _is_being_imported(module: object) -> bool:
 
 
 def _import(modules: tuple[str, ...]) -> None:
-    with _import_lock, _late_hooks():
+    with _import_lock, late_hooks():
         for module in modules:
             importlib.import_module(module)
             _loaded.add(module)
@@ -327,44 +345,27 @@ def _import(modules: tuple[str, ...]) -> None:
 
 _loaded: set[str] = set()
 
-
-@contextmanager
-def _late_hooks() -> Iterator[None]:
-    """Let a thread import modules that joblib needs even after the main thread has ended.
-
-    From then on Python refuses the hooks with which executors end their threads, so the modules of
-    executors cannot be imported. Hooks that are registered while this context is open are called
-    when all threads of the program have ended.
-    """
-    register = threading._register_atexit  # type: ignore[attr-defined]  # no public way
-    if not _is_ending():
-        yield
-        return
-    threading._register_atexit = atexit.register  # type: ignore[attr-defined]  # likewise
-    try:
-        yield
-    finally:
-        threading._register_atexit = register  # type: ignore[attr-defined]  # likewise
-
-
 _cores: dict[object, int] = {}
 
 
 def count_cores() -> int:
-    """Return how many cores this process may use: loky's count, limited by all its cgroups' quotas.
+    """Return how many cores this process may use, by the rule of joblib and all cgroups' quotas.
 
     `joblib.cpu_count` is no use: it is 1 where joblib can make no semaphore (`/dev/shm` is full or
-    missing), and our workers need none. The count is kept for as long as affinity and joblib's own
-    limits stay the same (counting takes 80 µs, most of it reading quotas).
+    missing), and our workers need none; and joblib takes long to import. The count is kept for as
+    long as affinity and joblib's own limits stay the same (counting takes 80 µs, most of it reading
+    quotas).
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    asked = os.environ.get("LOKY_MAX_CPU_COUNT")
     switch = os.environ.get("JOBLIB_MULTIPROCESSING", "1")
-    key = (affinity, os.environ.get("LOKY_MAX_CPU_COUNT"), switch)
+    key = (affinity, asked, switch)
     if key not in _cores:
-        from joblib.externals.loky import cpu_count  # noqa: PLC0415  # takes 140 ms, for runs only
-
+        limits = [os.cpu_count() or 1, affinity, None if asked is None else int(asked)]
+        allowed = min(limit for limit in limits if limit is not None)
         quota = cgroups.count_cores()
-        allowed = cpu_count() if quota == float("inf") else min(cpu_count(), math.ceil(quota))
+        if quota != float("inf"):
+            allowed = min(allowed, math.ceil(quota))
         _cores[key] = 1 if switch.strip() == "0" else max(1, allowed)
     return _cores[key]
 
@@ -373,6 +374,7 @@ def _read_joblib_config() -> tuple[str | None, int | None, bool]:
     """Return backend and n_jobs of an active `joblib.parallel_config`, and if we are nested."""
     if "joblib" not in sys.modules:
         return None, None, False
+    load_joblib()  # another thread may be importing it
     from joblib.parallel import get_active_backend  # noqa: PLC0415  # loaded already
 
     backend, n_jobs = get_active_backend()

@@ -20,8 +20,8 @@ from taskcarrier.scheduling.balance import Balance
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import OWN_MARKS, Ledger
 from taskcarrier.system.contexts import contextmanager
-from taskcarrier.workers.choose import Choice, load_processes
-from taskcarrier.workers.pools import process_pool, thread_pool
+from taskcarrier.workers.choose import Choice, load_joblib, load_pickling, load_processes
+from taskcarrier.workers.pools import prepare_processes, process_pool, thread_pool
 from taskcarrier.workers.queues import WorkQueue
 from taskcarrier.workers.records import RunResult
 from taskcarrier.workers.task import Deliver, Job
@@ -91,12 +91,14 @@ class ThreadExecutor:
 
     def run(self, job: Job, deliver: Deliver, tick: Tick | None) -> RunResult:
         """Run a job in threads."""
+        load_joblib()  # or the function could load it, where it would not be serial
         with thread_pool(self.choice.n_jobs) as threads:
             return threads.run(job, deliver, tick)
 
     @contextmanager
     def stream(self, job: Job) -> Iterator[WorkQueue]:
         """Open a queue of batches for threads."""
+        load_joblib()  # as above
         with thread_pool(self.choice.n_jobs) as threads, thread_limit.open():
             yield threads.stream(job)
 
@@ -120,13 +122,14 @@ class ProcessExecutor:
 
     def pack(self, job: Job, pickler: TaskPickler | None = None) -> tuple[Job, Payload]:
         """Return a job that processes can mark, and the same pickled for them."""
-        load_processes()
+        load_pickling()
         from taskcarrier.workers.pickling import pickle_task  # noqa: PLC0415  # slow to import
 
         if job.marks is None and len(job.grid) > OWN_MARKS:
             job = replace(job, marks=_make_marks(job.grid))
         payload = pickle_task(job, self.staging, pickler)
         self.notes = payload.notes
+        prepare_processes(self.choice.n_jobs)  # not before: the job might be impossible to pickle
         return job, payload
 
     def run_packed(

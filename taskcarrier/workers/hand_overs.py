@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from taskcarrier.scheduling.hand_over import MeasuredSeconds, Offer
 from taskcarrier.scheduling.ledger import NOT_BEGUN, Begun, Ledger
-from taskcarrier.workers.choose import Choice, load_processes
+from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.executor import ProcessExecutor, ThreadExecutor, Tick
 from taskcarrier.workers.pools import (
     has_warm_processes,
+    prepare_processes,
     process_pool,
     start_processes,
     thread_pool,
@@ -255,11 +256,10 @@ class ProcessHandOver:
 
     def pack(self, first: int) -> None:
         """Pickle the job."""
-        load_processes()
         executor = ProcessExecutor(self.choice, self.staging)
         job = replace(self._job, task=self._move.make_task(first), move=None)
         self._packed = executor.pack(job, self._move.snapshot.get_pickler())
-        self.notes = executor.notes
+        self.notes = [*self._move.notes, *executor.notes]
 
     def prepare(self, first: int) -> None:
         """Have processes unpickle the job; new ones, if there are none."""
@@ -295,7 +295,7 @@ class ProcessHandOver:
         self._move.begin()
         if begun.proposal is not None:
             items = 0, grid.range_of(first - 1)[1]
-            self._move.carry(items, begun.proposal, begun.proposal, self._deliver)
+            self._move.carry(items, begun.proposal, begun.proposal)
         if is_caller_busy:
             self._chunk_of_caller = grid.range_of(first)
         self._run.begin(begun, self._job.n_workers - int(is_caller_busy))
@@ -310,7 +310,7 @@ class ProcessHandOver:
             proposal = own.first_proposal()
             if proposal is not None:
                 agreed = self._run.ledger.propose(proposal)
-                self._move.carry(self._chunk_of_caller, proposal, agreed, self._deliver)
+                self._move.carry(self._chunk_of_caller, proposal, agreed)
         self._run.ledger.count_before(caller.n_items - self._begun.n_items)
         result = self._run.run_to_end(tick)
         result.worker_stats.insert(0, caller)
@@ -369,7 +369,7 @@ class StreamHandOver:
 
     def _start_processes(self) -> None:
         try:
-            load_processes()
+            prepare_processes(self.choice.n_jobs)
             start_processes(self.choice.n_jobs)
         except Exception as error:  # noqa: BLE001  # raised in the caller
             self._error = error

@@ -11,11 +11,11 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from taskcarrier.record import record
 from taskcarrier.system.contexts import contextmanager
 from taskcarrier.workers.call import Call
 
@@ -23,7 +23,7 @@ from taskcarrier.workers.call import Call
 _HANDLED = {"call", "log"}
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class ParentState:
     """State of the caller that decides what a function does.
 

@@ -24,6 +24,7 @@ from taskcarrier.memory import parent_memory
 from taskcarrier.system.contexts import contextmanager
 from taskcarrier.system.interrupts import Holder, Holders, run_sheltered
 from taskcarrier.system.locks import Lock
+from taskcarrier.workers.choose import load_pool, load_processes
 from taskcarrier.workers.threads import ThreadPool
 
 if TYPE_CHECKING:
@@ -121,9 +122,19 @@ class _Pools:
         places = [place for place in self._places.copy() if place.key == key]
         return any(place.lease() is None and place.pool.is_warm for place in places)
 
-    def _add_pool(self, key: _Key) -> None:
-        self._places.append(_Place(key, _new_pool(key)))
+    def prepare(self, key: _Key) -> None:
+        if not any(place.key == key and place.lease() is None for place in self._places.copy()):
+            run_sheltered(partial(self._prepare, key))
+
+    def _prepare(self, key: _Key) -> None:
+        with suppress(OSError, RuntimeError, MemoryError):  # the run will meet it again
+            cast("ProcessPool", self._add_pool(key)).start_server()
+
+    def _add_pool(self, key: _Key) -> Pool:
+        pool = _new_pool(key)
+        self._places.append(_Place(key, pool))
         self._ensure_keeper()
+        return pool
 
     def _ensure_keeper(self) -> bool:
         """Start the keeper unless there is one; return whether there is one now."""
@@ -262,6 +273,16 @@ def process_pool(n: int) -> AbstractContextManager[ProcessPool]:
     # A function must not run as root once the program has given that up.
     _pools.end_pools_of_others(key[-1])
     return cast("AbstractContextManager[ProcessPool]", _pools.take(key))
+
+
+def prepare_processes(n: int) -> None:
+    """Import what runs in `n` worker processes need, while a fork server for these starts.
+
+    None is started if there is a pool of them that is free.
+    """
+    load_pool()
+    _pools.prepare(_process_key(n))
+    load_processes()
 
 
 def _process_key(n: int) -> _Key:

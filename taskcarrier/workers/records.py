@@ -237,7 +237,7 @@ def _unpickle_parts(
 
 def list_failed_ranges(failures: list[DeliveredFailure]) -> list[Any]:
     """Return the failures as the user gets them, and clear `failures`."""
-    from taskcarrier.errors import FailedRange  # noqa: PLC0415  # slow, and rarely needed
+    from taskcarrier.errors import FailedRange  # noqa: PLC0415  # rarely needed
 
     failed_ranges = [FailedRange(*failure) for failure in failures]
     failures.clear()  # errors refer to frames, and these to the failures

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from taskcarrier.memory.segments import SharedView
+from taskcarrier.record import record
 from taskcarrier.scheduling.balance import Balance
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import NOT_BEGUN, Begun, Ledger
@@ -82,6 +83,10 @@ class Move(Protocol):
     snapshot: Snapshot
 
     @property
+    def notes(self) -> Sequence[str]:
+        """Notes for the report, known when the task is made."""
+
+    @property
     def runs_user_code(self) -> bool:
         """Whether making the task may run code of the user's, which pickles objects."""
 
@@ -94,14 +99,14 @@ class Move(Protocol):
     def begin(self) -> None:
         """Let processes have the run: called before they begin, and before results are carried."""
 
-    def carry(self, items: tuple[int, int], proposal: Any, agreed: Any, deliver: Deliver) -> None:
-        """Bring the caller's results of `items` where those of processes lie, or deliver them.
+    def carry(self, items: tuple[int, int], proposal: Any, agreed: Any) -> None:
+        """Bring the caller's results of `items` where those of processes lie.
 
         `proposal` is what the caller has proposed, and `agreed` what the workers agree on.
         """
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Job:
     """All that a worker must know of a run.
 

@@ -154,18 +154,19 @@ import importlib.abc, os, sys, threading, time
 import numpy as np
 from taskcarrier import StaticParallelMapper, map_array
 
+_, backend, module = sys.argv
 entered = threading.Event()
 
 class Slow(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name == "joblib.parallel":
+        if name == module:
             entered.set()
             time.sleep(0.3)
 
 sys.meta_path.insert(0, Slow())
 X = np.arange(8.0)
-run = {"n_jobs": 2, "backend": "threading"}
-thread = threading.Thread(target=map_array, args=(np.sqrt, X), kwargs=run)
+options = {"n_jobs": 2, "backend": backend}
+thread = threading.Thread(target=map_array, args=(np.sqrt, X), kwargs=options)
 thread.start()
 entered.wait()
 pid = os.fork()
@@ -188,8 +189,12 @@ print(found[1])
 
 
 @pytest.mark.fault(19)
-def test_a_process_may_fork_while_another_thread_begins_its_first_map(tmp_path):
-    assert run_script(tmp_path, IMPORTS) == "0\n"
+@pytest.mark.parametrize(
+    ("backend", "module"),
+    [("threading", "joblib.parallel"), ("loky", "taskcarrier.workers.pickling")],
+)
+def test_a_process_may_fork_while_another_thread_begins_its_first_map(backend, module, tmp_path):
+    assert run_script(tmp_path, IMPORTS, backend, module) == "0\n"
 
 
 SIGNALS = """

@@ -1,5 +1,6 @@
 """The choice of where a run takes place, by a table of facts."""
 
+import importlib.util
 import multiprocessing
 import os
 import sys
@@ -373,9 +374,32 @@ class TestFactsNow:
         assert read_facts().has_gil is False
 
     def test_other_platforms_have_no_processes(self, monkeypatch):
-        count_cores()  # kept from here on; joblib looks at the platform too
         monkeypatch.setattr(sys, "platform", "darwin")
         assert read_facts().has_processes is False
+
+
+JOBLIB = """
+import sys
+from taskcarrier.workers.choose import read_facts
+
+if sys.argv[1] == "used":
+    import joblib
+if sys.argv[1] == "without cloudpickle":
+    import importlib.util
+    importlib.util.find_spec = lambda name: None
+read_facts()
+print("joblib" in sys.modules, "joblib.parallel" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [("plain", "False False"), ("used", "True True"), ("without cloudpickle", "True True")],
+)
+def test_joblib_is_loaded_only_if_it_is_needed(program, expected, tmp_path):
+    if program == "plain" and importlib.util.find_spec("cloudpickle") is None:
+        expected = "True True"
+    assert run_script(tmp_path, JOBLIB, program).strip() == expected
 
 
 class TestCores:
@@ -443,24 +467,6 @@ def test_maps_run_after_the_end_of_the_main_thread(backend, when, warm, tmp_path
     assert run_script(tmp_path, LATE, backend, when, warm).split() == [where, where]
 
 
-def test_hooks_that_python_no_longer_takes_are_run_at_exit(tmp_path):
-    code = """
-import threading
-from taskcarrier.workers.choose import _late_hooks
-
-def late():
-    threading.main_thread().join()
-    register = threading._register_atexit
-    with _late_hooks():
-        threading._register_atexit(print, "at the end")
-    assert threading._register_atexit is register
-    print("registered")
-
-threading.Thread(target=late).start()
-"""
-    assert run_script(tmp_path, code).splitlines() == ["registered", "at the end"]
-
-
 INTERRUPTED = """
 import builtins, signal, sys, threading
 import numpy as np
@@ -470,7 +476,7 @@ imported, whole = [], builtins.__import__
 
 def interrupting(name, *rest):
     module = whole(name, *rest)
-    if name.startswith("asyncio") and not imported:
+    if name.startswith(sys.argv[2]) and not imported:
         imported.append(threading.current_thread())
         signal.raise_signal(signal.SIGINT)  # which is handled in the main thread
     return module
@@ -486,7 +492,7 @@ print(map_array(np.sqrt, np.arange(3.0) ** 2, n_jobs=2, backend=sys.argv[1]))
 
 
 @pytest.mark.fault(44)
-@pytest.mark.parametrize("backend", ["threading", "loky"])
-def test_an_interrupt_leaves_no_module_half_imported(backend, tmp_path):
-    output = run_script(tmp_path, INTERRUPTED, backend)
+@pytest.mark.parametrize(("backend", "module"), [("threading", "asyncio"), ("loky", "cloudpickle")])
+def test_an_interrupt_leaves_no_module_half_imported(backend, module, tmp_path):
+    output = run_script(tmp_path, INTERRUPTED, backend, module)
     assert output.splitlines() == ["interrupted", "[0. 1. 2.]"]

@@ -2,6 +2,7 @@
 
 import pytest
 
+import taskcarrier
 from taskcarrier.memory.staging import Staging
 from taskcarrier.scheduling.balance import Dynamic, Serial, Static
 from taskcarrier.scheduling.grid import ChunkGrid
@@ -11,6 +12,7 @@ from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.executor import ProcessExecutor, ThreadExecutor
 from taskcarrier.workers.executors import make_executor
 from taskcarrier.workers.joblib_backends import JoblibExecutor
+from taskcarrier.workers.pools import _pools
 from taskcarrier.workers.queues import UnsendableError
 from taskcarrier.workers.serial import SerialExecutor
 from taskcarrier.workers.task import Job
@@ -149,3 +151,20 @@ class TestJoblib:
         job = Job(StreamTask(Call(double)), Dynamic(), ChunkGrid(0, 1), 2)
         with pytest.raises(ValueError, match="imap cannot use backend 'multiprocessing'"):
             executor.stream(job)
+
+
+@pytest.mark.one_case
+def test_the_fork_server_starts_as_soon_as_the_job_is_packed():
+    taskcarrier.shutdown()
+    executor = ProcessExecutor(Choice("loky", 2, "a test"), Staging())
+    job = Job(Calls(Call(both)), Static(), ChunkGrid(2, 1), 2)
+    for _ in range(2):  # no pool is made while another is free
+        executor.pack(job)
+    [place] = _pools._places
+    server = place.pool._starter._server
+    assert server.is_usable
+    assert not place.pool._workers
+    delivered = {}
+    executor.run(job, delivered.__setitem__, None)
+    assert delivered == {0: (0, 1), 1: (1, 2)}
+    assert place.pool._starter._server is server

@@ -493,3 +493,15 @@ class TestFork:
         assert self.answer_in_child(check) == "'done'"
         assert len(workers(pool)) == 2
         assert len(run(pool)) == 2
+
+
+def test_a_pool_that_cannot_be_prepared_fails_when_it_is_used(monkeypatch):
+    def refuse(key):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    shutdown()
+    monkeypatch.setattr(module, "_new_pool", refuse)
+    module.prepare_processes(2)
+    assert pools() == []
+    with pytest.raises(OSError, match="Too many open files"), process_pool(2):
+        pass

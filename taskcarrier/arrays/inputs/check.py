@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from taskcarrier.memory.memmaps import check_not_cut_off
 from taskcarrier.memory.npy import load
 from taskcarrier.memory.views import drop_wide_gaps
 from taskcarrier.notes import add_note
+from taskcarrier.record import record
 from taskcarrier.system.interrupts import is_raised_by_handler
 
 # Types that `numpy.asarray` would accept with a loss, by the module that defines them.
@@ -33,7 +33,7 @@ _SEVERAL_AXES = (
 _IN_MEMORY = ("pandas", "xarray")
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Inputs:
     """Arrays of equal length along their mapped axes.
 

@@ -8,7 +8,6 @@ along the mapped axis, as read-only arrays with the strides of the original.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +21,7 @@ from taskcarrier.memory.segments import SharedView
 from taskcarrier.memory.staging import Staging
 from taskcarrier.memory.strides import address_of, byte_bounds
 from taskcarrier.memory.views import make_read_only
+from taskcarrier.record import record
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.processes.packed_chunks import PackedChunks, pickle_chunks
@@ -40,7 +40,7 @@ class Source(Protocol):
         """Return a reader; called once in each worker, before its first chunk."""
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class LocalSource:
     """An array of this process."""
 
@@ -53,7 +53,7 @@ class LocalSource:
         return lambda start, stop: array[(*before, slice(start, stop))]
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class SharedSource:
     """An array in a segment."""
 
@@ -64,7 +64,7 @@ class SharedSource:
         return LocalSource(open_for_reading(self.view), self.axis).open()
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class ParentMemorySource:
     """An array in the ordinary memory of the caller, read chunk by chunk."""
 
@@ -117,7 +117,7 @@ class ParentMemorySource:
         return np.ndarray(shape, self.dtype, memory, begin + first - low, strides)
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class ArrayLikeSource:
     """An array-like that is not in memory, read by range in every worker.
 
@@ -135,7 +135,7 @@ class ArrayLikeSource:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class PickledSource:
     """An array of Python objects, pickled into shared memory chunk by chunk."""
 
@@ -156,7 +156,7 @@ class PickledSource:
         return read
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class HaloSource:
     """Another source, read with neighbours."""
 

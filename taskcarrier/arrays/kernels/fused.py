@@ -8,7 +8,7 @@ after the other like any other function.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from taskcarrier.memory.strides import address_of, move_items_first
 from taskcarrier.memory.views import copy_or_make_read_only
 from taskcarrier.notes import add_note
+from taskcarrier.record import record
 from taskcarrier.scheduling.ledger import Ledger
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.records import DeliveredFailure, PartialResult
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from taskcarrier.arrays.kernels.signatures import WritableArgs  # loads numba
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@record(kw_only=True)
 class FusedTask:
     """A compiled loop over the items of arrays of this process.
 

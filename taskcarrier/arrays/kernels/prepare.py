@@ -7,7 +7,7 @@ functions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +17,17 @@ from taskcarrier.arrays.casting import cast_checked
 from taskcarrier.arrays.inputs.check import Inputs, normalize_axis
 from taskcarrier.arrays.inputs.halos import Halo
 from taskcarrier.arrays.inputs.sources import local_sources
-from taskcarrier.arrays.kernels.fused import ClaimingTask, FusedTask
 from taskcarrier.arrays.outputs.buffers import LocalBuffer, open_place
 from taskcarrier.arrays.outputs.specs import DeferredResult, Spec
 from taskcarrier.memory.strides import move_items_first
+from taskcarrier.record import record
 from taskcarrier.system.locks import ModuleLock
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.introspect import has_own_threads, is_jitted, is_numba_ufunc
 from taskcarrier.workers.records import DeliveredFailure
 
 if TYPE_CHECKING:
+    from taskcarrier.arrays.kernels.fused import FusedTask
     from taskcarrier.arrays.kernels.signatures import KernelResult
 
 _COPIES_NOTE = "the kernel takes arrays or records that it may write to: it gets private copies"
@@ -36,7 +37,7 @@ _NO_LOOP_NOTE = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class RowOutput:
     """The row of the output to which a function of items writes its result, passed after `args`.
 
@@ -62,7 +63,7 @@ class RowOutput:
         return _RowReturner(func, self)
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class _RowReturner:
     func: Any
     row: RowOutput
@@ -74,7 +75,7 @@ class _RowReturner:
         return row
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@record(kw_only=True)
 class PreparedCall:
     """A function as it will be called, compiled beforehand if it is a kernel.
 
@@ -164,7 +165,7 @@ def _compile_ufunc(func: Any, values: list[Any]) -> None:
             func(*(np.empty(0, np.asarray(value).dtype) for value in values[: func.nin]))
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class _TypedKernel:
     """A kernel that is called from Python and gives results of the dtypes it was compiled for."""
 
@@ -185,7 +186,7 @@ class _TypedKernel:
 _own_threads_lock = ModuleLock()
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class _OneAtATime:
     """A function that starts threads of its own, called from one thread at a time."""
 
@@ -196,7 +197,7 @@ class _OneAtATime:
             return self.func(*args)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@record(kw_only=True)
 class FusedLoop:
     """A call whose items are run by a compiled loop.
 
@@ -247,7 +248,7 @@ def fuse_loop(
     """
     if not all(type(array) is np.ndarray for array in inputs.arrays):
         return None
-    from taskcarrier.arrays.kernels import compiler, signatures  # noqa: PLC0415  # load numba
+    from taskcarrier.arrays.kernels import compiler, fused, signatures  # noqa: PLC0415  # load numba
 
     extras = signatures.bind_arguments(
         call.func, len(inputs.arrays), call.args, call.kwargs, fills=row is not None
@@ -272,7 +273,8 @@ def fuse_loop(
     if has_own_threads(call.func, extras.all):
         loop = _OneAtATime(loop)
     copies_rows = result.writable_args.items and any(layout.ndim for layout in layouts)
-    task = (ClaimingTask if may_claim and not copies_rows else FusedTask)(
+    kind = fused.ClaimingTask if may_claim and not copies_rows else fused.FusedTask
+    task = kind(
         loop=loop,
         arrays=inputs.arrays,
         axes=inputs.axes,

@@ -18,6 +18,7 @@ from numba.np import numpy_support
 from taskcarrier.memory.strides import move_items_first
 from taskcarrier.memory.views import make_read_only
 from taskcarrier.notes import add_note, count_noun
+from taskcarrier.record import record
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class WritableArgs:
     args: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class KernelResult:
     """What a kernel returns for one item.
 

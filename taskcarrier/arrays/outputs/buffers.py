@@ -22,6 +22,7 @@ from taskcarrier.memory.npy import NpyWriter, find_order
 from taskcarrier.memory.segments import Segment, SharedView, descriptors_are_scarce
 from taskcarrier.memory.strides import ALIGNMENT, contiguous_strides
 from taskcarrier.notes import add_note
+from taskcarrier.record import record
 from taskcarrier.system.locks import Lock
 from taskcarrier.workers.records import Where
 
@@ -32,7 +33,7 @@ WriteRange = Callable[[int, int, np.ndarray], None]
 """A function that writes a result to the items of one output from a start to a stop."""
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Output:
     """What workers must know of one output.
 
@@ -224,7 +225,9 @@ class LocalBuffer(OutputBuffer):
                 for dtype, shape, place in self._iterate_parts(spec):
                     if place is None:
                         check_memory(math.prod(shape) * dtype.itemsize, "the result", _ADVICE)
-                        place = np.empty(shape, dtype, self.order)  # noqa: PLW2901  # as said
+                        # Text is cast even where no result was written, and must be valid.
+                        make = np.zeros if dtype.kind in "SU" else np.empty
+                        place = make(shape, dtype, self.order)  # noqa: PLW2901  # as said
                     places.append(place)
                 self._places = places
             return self._places

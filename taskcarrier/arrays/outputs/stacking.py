@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from taskcarrier.arrays.inputs.check import holds_mask, normalize_axis
 from taskcarrier.arrays.outputs.specs import shorten_repr
+from taskcarrier.record import record
 
 _PYTHON_NUMBERS = {bool: np.bool_, float: np.float64, complex: np.complex128}
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class MixedDtypes:
     """The values of a range, grouped by their dtypes.
 

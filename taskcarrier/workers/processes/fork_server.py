@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import importlib.abc
 import multiprocessing
 import os
 import pickle
@@ -23,97 +22,42 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
 from multiprocessing import resource_tracker, spawn
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from taskcarrier.system.descriptors import STANDARD, Descriptor, keep_standard_free
 from taskcarrier.workers.processes.exits import is_readable
 from taskcarrier.workers.processes.messages import MessageSocket
+from taskcarrier.workers.processes.requests import (
+    JOBLIB_SWITCH,
+    Become,
+    End,
+    Fork,
+    Reap,
+    WorkerSetup,
+)
 
-JOBLIB_SWITCH = "JOBLIB_MULTIPROCESSING"
-"""The variable without which joblib, while it is imported, makes a semaphore to see whether that
-works. A worker that is killed at that moment would leave it in /dev/shm."""
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
 
-# What every order to a worker names, or the worker uses in every run.
+# What every order to a worker names, or workers use in every run. The first worker waits for it.
 _NEEDED = (
-    "numpy.random",
     "threadpoolctl",
     "taskcarrier.arrays.task",
-    "taskcarrier.lists.map",
+    "taskcarrier.lists.task",
     "taskcarrier.workers.processes.worker",
 )
-# What some orders name. It is imported when there is nothing else to do.
+# What some orders name, or some functions use. It is imported when there is nothing else to do.
 _OFTEN_NEEDED = (
-    "taskcarrier.lists.imap",
+    "numpy.random",
     "taskcarrier.arrays.mapping",
     "taskcarrier.arrays.reducing",
     "taskcarrier.estimators.verbs",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerSetup:
-    """How a worker process begins.
-
-    Attributes
-    ----------
-    number : int
-        The worker's number in its pool.
-    name : str
-        The name of its `multiprocessing.Process`.
-    identity : tuple of int
-        The identity of that, by which programs tell their workers apart.
-    parent : (str, int)
-        The name and the number of the process that it works for.
-    environment : dict
-        Its environment variables.
-    preparation : dict
-        The argument of `multiprocessing.spawn.prepare`.
-    standard : list of int
-        The standard descriptors that are open in the parent. Duplicates of them come with the
-        setup, after those of the worker's socket, its lifeline and the parent's resource tracker.
-    """
-
-    number: int
-    name: str
-    identity: tuple[int, ...]
-    parent: tuple[str, int]
-    environment: dict[str, str]
-    preparation: dict[str, Any]
-    standard: list[int]
-
-
-@dataclass(frozen=True)
-class Fork:
-    """A request to start a worker.
-
-    The answer is its number and its descriptor; None if the server has several threads, so that a
-    fork is not safe; or an `OSError`.
-    """
-
-    setup: WorkerSetup
-
-
-@dataclass(frozen=True)
-class Become:
-    """A request to become a worker, where a fork is not safe or not seen to end; no answer."""
-
-    setup: WorkerSetup
-
-
-@dataclass(frozen=True)
-class Reap:
-    """A request to reap a worker that has ended; the answer is its exit code."""
-
-    pid: int
-
-
-@dataclass(frozen=True)
-class End:
-    """A request to end; no answer."""
+# The seconds without a request after which there is nothing else to do; arbitrary. The workers of a
+# first map are often done before.
+_IDLE_SECONDS = 0.5
 
 
 def fork_server_main(fd: int) -> None:
@@ -122,14 +66,13 @@ def fork_server_main(fd: int) -> None:
     In a worker this raises `SystemExit`, as `multiprocessing` does at the end of a process.
     """
     child_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or nothing could be reaped
-    for name in _NEEDED:
-        importlib.import_module(name)
+    _import_needed()
     with keep_standard_free():
         channel = MessageSocket(socket.socket(fileno=fd))
     left = list(_OFTEN_NEEDED)
     request: Any = None
     while not isinstance(request, (Fork, Become)):
-        if left and not is_readable(fd):
+        if left and not is_readable(fd, _IDLE_SECONDS):
             importlib.import_module(left.pop(0))
             continue
         try:
@@ -140,6 +83,16 @@ def fork_server_main(fd: int) -> None:
     channel.close()
     signal.signal(signal.SIGCHLD, child_handler)
     sys.exit(_run_worker(request.setup, descriptors))
+
+
+def _import_needed() -> None:
+    """Import what workers need, without the garbage collector, which would find nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    for name in _NEEDED:
+        importlib.import_module(name)
+    if was_enabled:
+        gc.enable()
 
 
 def _answer(channel: MessageSocket, request: Any) -> Any:
@@ -262,12 +215,13 @@ def _set_environment(environment: dict[str, str]) -> None:
 
 def _seed_global_generators() -> None:
     """Seed NumPy's global generator, as in a new process; `random` does so by itself."""
-    import numpy as np  # noqa: PLC0415  # preloaded
+    if "numpy.random" in sys.modules:  # else it is seeded when it is imported
+        import numpy as np  # noqa: PLC0415  # preloaded
 
-    np.random.seed()  # noqa: NPY002  # it is the one that functions may use
+        np.random.seed()  # noqa: NPY002  # it is the one that functions may use
 
 
-class _JoblibFinder(importlib.abc.MetaPathFinder):
+class _JoblibFinder:  # what it derives from by rights takes 7 ms to import
     """Finds joblib with a loader that makes it serial."""
 
     def find_spec(self, name: str, *args: Any) -> ModuleSpec | None:
@@ -276,12 +230,13 @@ class _JoblibFinder(importlib.abc.MetaPathFinder):
             return None
         for finder in sys.meta_path:
             if finder is not self and (spec := finder.find_spec(name, *args)) is not None:
-                spec.loader = _JoblibLoader(spec.loader)
+                loader: Any = _JoblibLoader(spec.loader)
+                spec.loader = loader
                 return spec
         return None
 
 
-class _JoblibLoader(importlib.abc.Loader):
+class _JoblibLoader:
     """Loads joblib by its own loader, without a semaphore, and makes it serial in this thread."""
 
     def __init__(self, loader: Any) -> None:

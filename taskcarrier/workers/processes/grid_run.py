@@ -32,6 +32,7 @@ from taskcarrier.workers.processes.supervisor import (
     Worker,
     unpickle_result,
 )
+from taskcarrier.workers.processes.worker import LATER
 from taskcarrier.workers.records import (
     DeliveredFailure,
     PartialResult,
@@ -47,8 +48,8 @@ from taskcarrier.workers.threads import TICK
 class GridRun:
     """One run over a grid, whose results that are not in place go to `deliver`.
 
-    If `first` is `LATER`, the caller still runs the first chunks itself. The workers unpickle the
-    job meanwhile (`prepare`), and run what is left from `begin` on.
+    If it `begins_later`, the caller still runs the first chunks itself. The workers unpickle the
+    job meanwhile, and run what is left when `begin` is called.
     """
 
     def __init__(
@@ -59,13 +60,14 @@ class GridRun:
         payload: Payload,
         get_worker: GetWorker,
         *,
-        first: int = 0,
+        begins_later: bool = False,
     ) -> None:
         self.ledger = ledger
         self._job = job
         self._deliver = deliver
         self._payload = payload
         self._get_worker = get_worker
+        first = LATER if begins_later else 0
         self._supervisor = Supervisor(self, job, ledger, payload, first=first)
         self._n_caller_chunks = 0
         self._reset_ledger(NOT_BEGUN)

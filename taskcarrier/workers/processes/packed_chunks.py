@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from taskcarrier.memory.mapping_cache import open_for_reading
 from taskcarrier.memory.segments import SharedView
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note
+from taskcarrier.record import record
 from taskcarrier.scheduling.grid import ChunkGrid
 
 
@@ -45,7 +45,7 @@ def pickle_chunks(
             raise
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class PackedChunks:
     """One pickle for each chunk of a grid, one after the other, and a table of their bounds.
 

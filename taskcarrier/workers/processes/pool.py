@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing import process as multiprocessing_process
+from typing import TYPE_CHECKING
 
 from taskcarrier.memory import parent_memory
 from taskcarrier.notes import add_note
@@ -23,16 +24,18 @@ from taskcarrier.scheduling.counters import FileCounter, FileSetOnce
 from taskcarrier.scheduling.ledger import OWN_MARKS, Ledger, ledger_nbytes
 from taskcarrier.system.descriptors import Descriptor, keep_standard_free
 from taskcarrier.system.interrupts import run_sheltered
-from taskcarrier.workers.pickling import Payload
 from taskcarrier.workers.processes.exits import is_readable
-from taskcarrier.workers.processes.grid_run import GridRun
-from taskcarrier.workers.processes.stream_run import StreamRun
-from taskcarrier.workers.processes.worker import LATER, open_ledger
+from taskcarrier.workers.processes.shared_ledger import open_ledger
 from taskcarrier.workers.processes.worker_process import WorkerProcess
 from taskcarrier.workers.processes.worker_starter import ServerDiedError, WorkerStarter
 from taskcarrier.workers.records import RunResult
 from taskcarrier.workers.task import Deliver, Job
 from taskcarrier.workers.thread_limits import make_worker_environment
+
+if TYPE_CHECKING:
+    from taskcarrier.workers.pickling import Payload
+    from taskcarrier.workers.processes.grid_run import GridRun
+    from taskcarrier.workers.processes.stream_run import StreamRun
 
 # The seconds that an idle worker has for its exit hooks before it is killed.
 _EXIT_SECONDS = 5.0
@@ -85,6 +88,12 @@ class ProcessPool:
         """Start the first `n` workers, or all, if they do not run already."""
         for number in range(self._n if n is None else n):
             self._get_worker(number)
+
+    def start_server(self) -> None:
+        """Start the fork server, for a run that will need workers soon."""
+        with self._workers_lock:
+            if not self._is_closed:
+                self._starter.prepare()
 
     def _get_worker(self, number: int) -> WorkerProcess:
         """Return a free worker: the one with this number, or a new one if that will not do."""
@@ -171,7 +180,7 @@ class ProcessPool:
 
         Its user begins it, and closes it in either case.
         """
-        run = self._make_run(job, payload, deliver, first=LATER)
+        run = self._make_run(job, payload, deliver, begins_later=True)
         try:
             run.start_all()
         except BaseException:
@@ -179,14 +188,22 @@ class ProcessPool:
             raise
         return run
 
-    def _make_run(self, job: Job, payload: Payload, deliver: Deliver, first: int = 0) -> GridRun:
+    def _make_run(
+        self, job: Job, payload: Payload, deliver: Deliver, *, begins_later: bool = False
+    ) -> GridRun:
+        from taskcarrier.workers.processes.grid_run import GridRun  # noqa: PLC0415  # after the server
+
         self._end_stuck_workers()
         # Before anything of the run: a worker may be missing and not start.
         self.start_workers(job.n_workers)
-        return GridRun(job, self._ledger, deliver, payload, self._get_worker, first=first)
+        return GridRun(
+            job, self._ledger, deliver, payload, self._get_worker, begins_later=begins_later
+        )
 
     def stream(self, job: Job, payload: Payload) -> StreamRun:
         """Return a queue whose workers wait for batches; it owns the pool until it is closed."""
+        from taskcarrier.workers.processes.stream_run import StreamRun  # noqa: PLC0415  # as above
+
         self._end_stuck_workers()
         self._ledger.reset(job.n_workers)
         return StreamRun(job, self._ledger, payload, self._get_worker)

@@ -14,12 +14,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from taskcarrier.memory.segments import Segment
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note, describe_items
+from taskcarrier.record import record
 from taskcarrier.scheduling.ledger import Ledger
 from taskcarrier.scheduling.retries import Attempt
 from taskcarrier.system.interrupts import is_raised_by_handler
@@ -49,7 +50,7 @@ from taskcarrier.workers.records import (
 from taskcarrier.workers.task import Job
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class _Batch:
     """A range for a worker, sent or still to be sent, and the packed batch that has its items."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import mmap
 import os
 import pickle
 import signal
@@ -22,8 +21,7 @@ from taskcarrier.memory import mapping_cache, parent_memory
 from taskcarrier.memory.segments import Segment, descriptors_are_scarce
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note
-from taskcarrier.scheduling.counters import FileCounter, FileSetOnce
-from taskcarrier.scheduling.ledger import OWN_MARKS, Begun, Ledger
+from taskcarrier.scheduling.ledger import Begun, Ledger
 from taskcarrier.scheduling.retries import Attempt
 from taskcarrier.system.contexts import contextmanager
 from taskcarrier.system.descriptors import Descriptor, keep_standard_free
@@ -33,6 +31,7 @@ from taskcarrier.workers.pickled_errors import pickle_error, pickle_warning, unp
 from taskcarrier.workers.pickling import pickle_items, unpickle_items, unpickle_task
 from taskcarrier.workers.processes.exits import is_readable
 from taskcarrier.workers.processes.messages import Message, MessageSocket
+from taskcarrier.workers.processes.shared_ledger import open_ledger
 from taskcarrier.workers.queues import BatchResult
 from taskcarrier.workers.records import (
     DeliveredFailure,
@@ -146,13 +145,6 @@ def pack_batch(
 def pack_batch_order(attempt: Attempt, first: int, packed: PackedBatch) -> bytes:
     """Return a message to a worker of a stream: a range, and its batch, which begins at `first`."""
     return pickle.dumps((tuple(attempt), first, packed))
-
-
-def open_ledger(words_fd: int, counter_fd: int, set_once_fd: int) -> Ledger:
-    """Return the ledger of a pool, over the pool's files."""
-    memory = memoryview(mmap.mmap(words_fd, 0))
-    words, marks = memory[:-OWN_MARKS].cast("q"), memory[-OWN_MARKS:]
-    return Ledger(words, FileCounter(counter_fd), FileSetOnce(set_once_fd), marks)
 
 
 def worker_main(number: int, channel: MessageSocket, lifeline: Descriptor) -> None:

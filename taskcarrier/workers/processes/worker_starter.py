@@ -17,21 +17,21 @@ import functools
 import multiprocessing
 import os
 import pickle
-import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from multiprocessing import process, resource_tracker, spawn
-from multiprocessing import util as multiprocessing_util
+from multiprocessing import process
 from typing import Any, NamedTuple
 
 from taskcarrier.system.contexts import contextmanager
 from taskcarrier.system.descriptors import Descriptor, keep_standard_free, list_open_standard
 from taskcarrier.workers.processes.exits import ProcessExit, can_watch_any, is_readable
-from taskcarrier.workers.processes.fork_server import (
+from taskcarrier.workers.processes.inheritance import Inheritance
+from taskcarrier.workers.processes.messages import MessageSocket
+from taskcarrier.workers.processes.requests import (
     JOBLIB_SWITCH,
     Become,
     End,
@@ -39,8 +39,6 @@ from taskcarrier.workers.processes.fork_server import (
     Reap,
     WorkerSetup,
 )
-from taskcarrier.workers.processes.inheritance import Inheritance
-from taskcarrier.workers.processes.messages import MessageSocket
 
 # glibc gives freed memory at the top of its heap back to the kernel as soon as it is twice the
 # largest freed block, so the temporaries of each chunk are faulted in again: over 256 MB,
@@ -50,7 +48,7 @@ _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_":
 
 # One seed for all workers of this program: `hash` of a text must be the same in each, or results
 # of a function that uses it depend on which worker runs which chunk.
-_HASH_SEED = str(random.SystemRandom().randrange(1, 1 << 32))
+_HASH_SEED = str(int.from_bytes(os.urandom(4), "little") or 1)
 
 _PROGRAM = (
     "import sys; sys.path[:] = sys.argv[2:]; "
@@ -240,21 +238,34 @@ class WorkerStarter:
         _check_python()
         environment = os.environ | self._environment
         setup, fds = _make_setup(number, environment, fds)
-        inherited = Inheritance.read(environment)
         if not can_watch_any():
-            return _ForkServer(environment, inherited).become_worker(setup, fds)
-        server = self._server
-        if server is None or not server.is_usable or server.inherited != inherited:
-            self.close()
-            self._server = server = _ForkServer(environment, inherited)
+            return _ForkServer(environment, Inheritance.read(environment)).become_worker(setup, fds)
         try:
-            return server.start_worker(setup, fds)
+            return self._get_server(environment).start_worker(setup, fds)
         except EOFError:
             raise ServerDiedError(
                 "the Python process that starts worker processes has ended; if it could not import "
                 "taskcarrier, standard error has the reason; pass backend='threading' to do "
                 "without processes"
             ) from None
+
+    def prepare(self) -> None:
+        """Start the fork server if possible, for workers that will be needed soon.
+
+        If it cannot be started, `start` says why.
+        """
+        with contextlib.suppress(OSError, RuntimeError, MemoryError):
+            _check_python()
+            if can_watch_any() and not getattr(process.current_process(), "_inheriting", False):
+                self._get_server(os.environ | self._environment)
+
+    def _get_server(self, environment: dict[str, str]) -> _ForkServer:
+        """Return a fork server that has what a new process of the parent would have."""
+        inherited, server = Inheritance.read(environment), self._server
+        if server is None or not server.is_usable or server.inherited != inherited:
+            self.close()
+            self._server = server = _ForkServer(environment, inherited)
+        return server
 
     def close(self) -> None:
         """End the fork server as soon as its workers are reaped."""
@@ -296,6 +307,8 @@ def _make_setup(
     number: int, environment: dict[str, str], fds: list[int]
 ) -> tuple[WorkerSetup, list[int]]:
     """Return the setup of a worker, and all descriptors that it gets."""
+    from multiprocessing import resource_tracker, spawn  # noqa: PLC0415  # after the server
+
     spawn._check_not_importing_main()  # type: ignore[attr-defined]  # for its error; no public way
     this: Any = process.current_process()
     standard = list_open_standard()
@@ -314,9 +327,11 @@ def _make_setup(
 
 def _make_preparation() -> dict[str, Any]:
     """Return what `multiprocessing` tells a new process, for `multiprocessing.spawn.prepare`."""
+    from multiprocessing import util  # noqa: PLC0415  # as above
+
     this: Any = process.current_process()
     data = {
-        "log_to_stderr": multiprocessing_util._log_to_stderr,  # type: ignore[attr-defined]  # as `multiprocessing` does
+        "log_to_stderr": util._log_to_stderr,  # type: ignore[attr-defined]  # as `multiprocessing` does
         "authkey": bytes(this.authkey),
         "sys_path": _list_path(),
         "sys_argv": sys.argv,
@@ -324,8 +339,8 @@ def _make_preparation() -> dict[str, Any]:
     }
     with contextlib.suppress(FileNotFoundError):  # the folder was removed
         data["dir"] = os.getcwd()
-    if multiprocessing_util._logger is not None:  # type: ignore[attr-defined]  # as above
-        data["log_level"] = multiprocessing_util._logger.getEffectiveLevel()  # type: ignore[attr-defined]  # as above
+    if util._logger is not None:  # type: ignore[attr-defined]  # as above
+        data["log_level"] = util._logger.getEffectiveLevel()  # type: ignore[attr-defined]  # as above
     method = multiprocessing.get_start_method(allow_none=True)
     if method in {"fork", "forkserver", "spawn"}:  # libraries add their own, which workers lack
         data["start_method"] = method

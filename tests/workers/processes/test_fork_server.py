@@ -1,5 +1,6 @@
 """The fork server: what it imports, what a worker gets from it, how it ends."""
 
+import gc
 import multiprocessing
 import os
 import random
@@ -7,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -15,6 +17,7 @@ import pytest
 from taskcarrier.scheduling.balance import Static
 from taskcarrier.workers.processes import fork_server, worker_starter
 from taskcarrier.workers.processes.messages import MessageSocket
+from taskcarrier.workers.processes.pool import ProcessPool
 from tests.clocks import wait_until
 from tests.strategies import ROOT, run_script, start_script
 from tests.workers.processes.helpers import open_pool, run
@@ -111,6 +114,55 @@ def test_the_server_imports_nothing_that_a_fork_would_break():
 def test_a_worker_imports_nothing_of_ours(verbs, tmp_path):
     _, known = import_all(fork_server.__name__, *fork_server._NEEDED, *fork_server._OFTEN_NEEDED)
     assert set(run_script(tmp_path, SEEN, verbs).split()) <= known
+
+
+def test_the_first_workers_do_not_wait_for_what_only_the_caller_needs():
+    _, known = import_all(fork_server.__name__, *fork_server._NEEDED)
+    rooms = {f"taskcarrier.{name}" for name in ("run", "mappers", "lists.map", "arrays.mapping")}
+    workers = {f"taskcarrier.workers.{name}" for name in ("choose", "executor", "pools", "threads")}
+    assert known.isdisjoint(rooms | workers | {"concurrent.futures", "numpy.random", "tempfile"})
+
+
+def list_modules(start, stop):
+    return set(sys.modules), gc.isenabled()
+
+
+def test_an_idle_server_imports_what_is_often_needed(one):
+    [(_, collects)] = ask(one, list_modules)
+    assert collects
+    maps = Path(f"/proc/{server_pid(one)}/maps")
+    wait_until(lambda: "mtrand" in maps.read_text(encoding="utf-8"))  # of numpy.random
+    renew(one)
+    [(names, collects)] = ask(one, list_modules)
+    assert "numpy.random" in names
+    assert collects
+
+
+def test_a_prepared_server_starts_the_first_worker(one):
+    one.start_server()
+    before = server_pid(one)
+    one.start_server()
+    assert ask(one, get_pid)
+    assert server_pid(one) == before
+
+
+def test_what_keeps_a_server_from_being_prepared_is_told_by_the_first_worker(one, monkeypatch):
+    def refuse(*_, **__):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(worker_starter.subprocess, "Popen", refuse)
+    one.start_server()
+    with pytest.raises(BlockingIOError):
+        ask(one, get_pid)
+    monkeypatch.undo()
+    assert ask(one, get_pid)
+
+
+def test_a_pool_that_has_ended_prepares_no_server():
+    pool = ProcessPool(1)
+    pool.close()
+    pool.start_server()
+    assert pool._starter._server is None
 
 
 # What a worker gets from the caller, at the moment when it is started.

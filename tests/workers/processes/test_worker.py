@@ -1,6 +1,5 @@
 """A worker process: how it reads its orders, and what it sends back."""
 
-import mmap
 import os
 import signal
 import sys
@@ -16,9 +15,7 @@ from taskcarrier.errors import TaskError
 from taskcarrier.memory.segments import locate
 from taskcarrier.memory.staging import Staging
 from taskcarrier.scheduling.balance import Dynamic
-from taskcarrier.scheduling.counters import FileCounter, FileSetOnce
 from taskcarrier.scheduling.grid import ChunkGrid
-from taskcarrier.scheduling.ledger import OWN_MARKS, SENT, ledger_nbytes
 from taskcarrier.scheduling.retries import Attempt, RetryPolicy
 from taskcarrier.system.descriptors import make_owner
 from taskcarrier.workers.call import Call
@@ -30,7 +27,6 @@ from taskcarrier.workers.processes.pool import ProcessPool
 from taskcarrier.workers.processes.worker import (
     RESULTS,
     Order,
-    open_ledger,
     unpickle_results,
     unpickle_stats,
 )
@@ -72,29 +68,6 @@ class TestOrder:
         (attempt,) = Order.unpack(Order(b"payload", [Attempt(3, 5, 2)]).pack()).attempts
         assert type(attempt) is Attempt
         assert (attempt.start, attempt.stop, attempt.number) == (3, 5, 2)
-
-
-class TestLedgerOver:
-    def test_words_and_marks_do_not_overlap(self):
-        fds = [os.memfd_create("words"), FileCounter.create(), FileSetOnce.create()]
-        try:
-            os.ftruncate(fds[0], ledger_nbytes(2) + OWN_MARKS)
-            one, other = open_ledger(*fds), open_ledger(*fds)
-            one.set_marks(None, OWN_MARKS)
-            one.marks[:] = bytes([SENT]) * OWN_MARKS
-            one.reset(2)
-            one.claim(1)
-            one.finish(1, 7)
-            one.set_start_time(1, 99)
-            # The other, as in another process, sees all of it.
-            other.set_marks(None, OWN_MARKS)
-            assert bytes(other.marks) == bytes([SENT]) * OWN_MARKS
-            assert (other.n_items_of(1), other.start_time_ns(1), other.n_claimed()) == (7, 99, 1)
-            with mmap.mmap(fds[0], 0) as memory:
-                assert bytes(memory[-OWN_MARKS:]) == bytes([SENT]) * OWN_MARKS
-        finally:
-            for fd in fds:
-                os.close(fd)
 
 
 class Sent:

@@ -1,26 +1,29 @@
-"""Calls of a function with the items of a list, as tasks."""
+"""The calls that a map over a list makes, as tasks: what worker processes need of this room."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from operator import length_hint
+from time import monotonic_ns
 from typing import Any
 
 from taskcarrier.memory.views import make_read_only
 from taskcarrier.notes import READ_ONLY_ADVICE, add_note, describe_items, is_read_only_error
 from taskcarrier.random_streams import WithRandomStream, random_streams_for
+from taskcarrier.record import record
 from taskcarrier.scheduling.retries import RetryPolicy, WithRetries
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.call import Call, check_extras
 from taskcarrier.workers.processes.packed_chunks import PackedChunks
+from taskcarrier.workers.queues import BatchResult
 from taskcarrier.workers.records import DeliveredFailure, PartialResult
 from taskcarrier.workers.task import RunRange, WorkerContext
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@record(kw_only=True)
 class Calls:
     """A function, and how it is called with items.
 
@@ -134,7 +137,7 @@ class Calls:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class ListTask:
     """Calls with items of this process, as a task."""
 
@@ -142,12 +145,12 @@ class ListTask:
     items: Sequence[Any]
 
     def start(self, worker: WorkerContext) -> RunRange:  # noqa: ARG002  # nothing to agree on
-        """Start the calls in a worker that sees the items."""
+        """Return what calls the function with a range of the items."""
         calls, items = self.calls.bind_shared(), self.items
         return lambda start, stop: calls.call_items(items[start:stop], start)
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class PackedTask:
     """Calls with items that are pickled in shared memory by chunks, as a task."""
 
@@ -156,12 +159,37 @@ class PackedTask:
     chunksize: int
 
     def start(self, worker: WorkerContext) -> RunRange:  # noqa: ARG002  # nothing to agree on
-        """Start the calls in a worker that reads the items from shared memory."""
+        """Return what calls the function with a range of the items."""
         calls, read_chunk = self.calls.bind_shared(), self.packed_chunks.open()
 
         def run_range(start: int, stop: int) -> list[Any] | PartialResult:
             index, skip = divmod(start, self.chunksize)
             items = read_chunk(index)  # after deaths, parts of a chunk are run
             return calls.call_items(items[skip : skip + stop - start], start)
+
+        return run_range
+
+
+@record
+class StreamTask:
+    """Calls with items that are handed to the worker, as a task."""
+
+    calls: Calls
+
+    def start(self, worker: WorkerContext) -> RunRange:
+        """Return what calls the function with a range of the items."""
+        calls = self.calls.bind_shared()
+
+        def run_range(start: int, stop: int) -> BatchResult:
+            first, read_items = worker.batch
+            try:
+                items = read_items()[start - first : stop - first]
+            except Exception as error:  # noqa: BLE001  # unpickling objects may raise anything
+                add_note(error, "taskcarrier could not unpickle these items in a worker process")
+                failure = DeliveredFailure(start, stop, error)
+                return BatchResult(start, stop, PartialResult([], [failure]))
+            begin = monotonic_ns()
+            result = calls.call_items(items, start)
+            return BatchResult(start, stop, result, monotonic_ns() - begin)
 
         return run_range
