@@ -30,9 +30,15 @@ if TYPE_CHECKING:
 _CONSTANTS = (
     *(type(None), bool, int, float, complex, str, bytes, range, type(Ellipsis)),
     *(np.dtype, np.generic, np.ufunc),
-    *(types.ModuleType, types.BuiltinFunctionType, types.MethodDescriptorType, type),
+    *(types.ModuleType, types.MethodDescriptorType, type),
 )
 _COLLECTIONS = (tuple, frozenset)
+# Each worker has a cache of its own (`taskcarrier.workers.pickled_functions`).
+_CACHED = type(functools.lru_cache(len))
+# Types of functions that are pickled by name if they can be: NumPy has one of its own, and so has
+# what Cython compiles.
+_NAMED = (types.FunctionType, _CACHED, type(np.copy))
+_COMPILED = {"cython_function_or_method", "fused_cython_function"}
 
 
 def find_state(call: Call) -> list[np.ndarray] | None:
@@ -67,18 +73,25 @@ def _is_plain_array(value: Any) -> bool:
 
 def _list_referents(value: Any) -> Iterable[Any] | None:
     """Return what is pickled with a value; None if it can itself be changed."""
+    referents: Iterable[Any] | None = None
+    is_by_name = isinstance(value, _NAMED) or type(value).__name__ in _COMPILED
     if isinstance(value, _COLLECTIONS):
-        return value
-    if isinstance(value, functools.partial) and not vars(value):
-        return value.func, *value.args, *value.keywords.values()
-    if isinstance(value, types.FunctionType):
-        if _is_pickled_by_name(value):
-            return ()
-        return None if vars(value) else _list_values_of(value)
-    return () if is_jitted(value) or is_numba_ufunc(value) else None
+        referents = value
+    elif isinstance(value, types.BuiltinFunctionType):
+        referents = (value.__self__,)  # a module, or the object whose method it is
+    elif isinstance(value, functools.partial):
+        if not vars(value):
+            referents = value.func, *value.args, *value.keywords.values()
+    elif is_jitted(value) or is_numba_ufunc(value) or (is_by_name and _is_pickled_by_name(value)):
+        referents = ()
+    elif isinstance(value, _CACHED):
+        referents = (value.__wrapped__,)
+    elif isinstance(value, types.FunctionType) and not vars(value):
+        referents = _list_values_of(value)
+    return referents
 
 
-def _is_pickled_by_name(func: types.FunctionType) -> bool:
+def _is_pickled_by_name(func: Any) -> bool:
     """Return whether a worker imports the function."""
     module = sys.modules.get(func.__module__ or "")
     if module is None or func.__module__ in {"__main__", "__mp_main__"}:

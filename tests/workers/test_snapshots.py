@@ -82,6 +82,11 @@ CONSTANT = [
     make_with_default(np.float64(2)),
     lambda x: x + 1,
     np.vectorize,
+    np.copy,
+    np.linalg.norm,
+    functools.cache(named),
+    functools.cache(make_closure(1)),
+    np.random.default_rng,
 ]
 STATEFUL = [
     Adder(),
@@ -97,6 +102,10 @@ STATEFUL = [
     make_nested([]),
     make_with_default({}),
     make_with_attribute(),
+    functools.cache(make_closure([])),
+    np.random.default_rng(0).random,
+    np.random.random,
+    [].append,
 ]
 
 
