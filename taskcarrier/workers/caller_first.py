@@ -217,7 +217,7 @@ class _CallerChunks:
             self._chunk.append(index)
             if not self._is_watched and next_chunk < n_chunks:
                 self._is_watched = True
-                self.watcher.watch(self._look, 2 * self._hand_over.make_offer().busy_seconds)
+                self.watcher.watch(self._look, 2 * self._hand_over.least_seconds)
             yield index
             start, stop = grid.range_of(index)
             self._cost.add(stop - start, perf_counter() - begin)
@@ -267,6 +267,10 @@ class _CallerChunks:
         return self._is_begun
 
     def _pays(self, next_chunk: int) -> bool:
+        grid = self._job.grid
+        n_items = grid.n_items - next_chunk * grid.chunksize
+        if n_items * self._cost.item_seconds < self._hand_over.least_seconds:
+            return False  # so most short calls end before anybody looks for workers
         offer = self._hand_over.make_offer()
         return self._cost.is_believed(offer) and self._saves(
             next_chunk, self._cost.item_seconds, offer

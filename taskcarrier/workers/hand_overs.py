@@ -92,6 +92,10 @@ class HandOver(Protocol):
         """Return what it takes, as things are now."""
 
     @property
+    def least_seconds(self) -> float:
+        """Seconds below which nothing that is left is worth a hand-over."""
+
+    @property
     def is_slow(self) -> bool:
         """Whether preparing the workers takes so long that the caller should not wait for it."""
 
@@ -143,6 +147,11 @@ class ThreadHandOver:
         self._lease: AbstractContextManager[ThreadPool]
         self._is_begun = False
         self._n_late = 0
+
+    @property
+    def least_seconds(self) -> float:
+        """The seconds that it takes to wake threads."""
+        return _thread_seconds.seconds
 
     def make_offer(self) -> Offer:
         """Return what it takes to wake the threads."""
@@ -236,6 +245,11 @@ class ProcessHandOver:
         self._packed: tuple[Job, Payload] | None = None
         self._begun = NOT_BEGUN
         self._chunk_of_caller: tuple[int, int] | None = None  # that it was in at the hand-over
+
+    @property
+    def least_seconds(self) -> float:
+        """The seconds that it takes to engage processes that are there."""
+        return _BEGIN_SECONDS if self.is_prepared else _warm_seconds.seconds
 
     def make_offer(self) -> Offer:
         """Return what it takes: less for processes that know the job, more for new ones."""

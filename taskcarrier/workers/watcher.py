@@ -3,6 +3,10 @@
 The caller runs the user's code, and cannot do anything else until it comes back. If that takes
 long, somebody must get help meanwhile. A watcher sleeps until something is due, and runs no code of
 the user's. Watchers are kept for the next call: starting a thread takes longer than a short call.
+
+Waking a thread takes longer than a short call, too (some 80 µs, most of them for the interpreter's
+lock). So after a call the thread looks for the next one by itself, every few milliseconds for a
+moment, before it falls asleep. A caller that begins meanwhile only writes down what is due when.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ Look = Callable[[], float | None]
 """A function that does what is due, and returns the seconds until it should be called again; None
 if never."""
 
-# A thread that sleeps for more seconds when its watcher has nothing to watch is woken; arbitrary.
-_LONG_SLEEP = 0.05
+# The thread of a watcher looks for the next call so often, and for so long after the last one.
+_POLL_SECONDS = 0.004
+_AWAKE_SECONDS = 0.05
 
 _free: list[Watcher] = []
 
@@ -37,7 +42,8 @@ class Watcher:
         self._inbox: SimpleQueue[object] = SimpleQueue()
         self._is_asleep = True
         self._is_looking = False
-        self._next_time = 0.0
+        self._due = 0.0  # when the function is to be called
+        self._next_time = 0.0  # when the thread looks next, by itself
         thread = threading.Thread(
             target=_watcher_main,
             args=(weakref.ref(self, self._inbox.put), self._inbox),
@@ -55,41 +61,51 @@ class Watcher:
 
     def watch(self, look: Look, seconds: float) -> None:
         """Call `look` in `seconds`, and again as it says."""
+        self._due = time = monotonic() + seconds
         self._look = look
-        if self._is_asleep or monotonic() + seconds < self._next_time:
-            self.wake()
-
-    def wake(self) -> None:
-        """Have the function called soon."""
-        self._is_asleep = False
-        self._inbox.put(None)
+        if self._is_asleep or time + _POLL_SECONDS < self._next_time:
+            self._is_asleep = False
+            self._inbox.put(None)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._look = None
-        # Without need it is not woken, which would take a short call longer than all the rest here.
-        if not self._is_asleep and self._next_time > monotonic() + _LONG_SLEEP:
+        if self._next_time > monotonic() + _AWAKE_SECONDS:
             self._inbox.put(None)
         if not self._is_looking:  # else its thread ends after that
             _free.append(self)
 
     def _work(self, inbox: SimpleQueue[object]) -> Look | None:
-        """Call the function whenever it is due, until it need not be called any more; return it."""
-        done = None
-        while (look := self._look) is not None and look is not done:
-            self._is_looking = True
-            seconds = look()
-            self._is_looking = False
-            if seconds is None:
-                done = look
-                continue
+        """Call functions when they are due, until there was none for a while.
+
+        Return a function that need not be called any more, if it is still there.
+        """
+        done: Look | None = None
+        last_time = monotonic()
+        while True:
+            look, now = self._look, monotonic()
+            if look is None or look is done:
+                if now > last_time + _AWAKE_SECONDS:
+                    return done
+                seconds = _POLL_SECONDS
+            elif (seconds := self._due - now) <= 0:
+                last_time = now
+                self._is_looking = True
+                answer = look()
+                self._is_looking = False
+                if answer is None:
+                    done, seconds = look, _POLL_SECONDS
+                elif self._look is look:
+                    seconds = answer
+                    self._due = monotonic() + seconds
+            else:
+                last_time = now + seconds
             del look
             self._next_time = monotonic() + seconds
             with suppress(Empty):
                 inbox.get(timeout=seconds)
-        return done
 
 
 def _watcher_main(reference: weakref.ref[Watcher], inbox: SimpleQueue[object]) -> None:
