@@ -292,15 +292,18 @@ class _CallerChunks:
         self._is_begun = True
 
     def end(self, failure: BaseException | None) -> bool:
-        """End the caller's part; return whether workers go on.
+        """End the caller's part; return whether to wait for workers.
 
-        If the caller failed in a chunk, for `failure`, they stop at their next one.
+        If the caller failed, for `failure`, they stop at their next chunk. If it was interrupted,
+        nobody waits for that.
         """
-        if self._is_in_chunk and not (failure is not None and is_interrupt(failure)):
+        if failure is not None and is_interrupt(failure):
+            return False
+        if self._is_in_chunk:
             self._leave_chunk()
         if self._is_begun and failure is not None:
             self._hand_over.halt()
-        return self._is_begun and not self._is_in_chunk
+        return self._is_begun
 
     def close(self) -> None:
         """Give the workers back; if the watcher is just preparing them, it does so itself."""

@@ -392,17 +392,10 @@ def n_threads_and_descriptors():
     return [len(list(Path(f"/proc/self/{name}").iterdir())) for name in ("task", "fd")]
 
 
-@pytest.mark.one_case
-@pytest.mark.fault(44)
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_an_exception_at_any_step_of_a_call_leaves_nothing_behind(backend, call, monkeypatch):
-    # What comes in a finalizer is lost; pytest would keep it, and all that it refers to.
-    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
-    mapper = StaticParallelMapper(2, backend=backend)
+def interrupt_at_every(stride, call, mapper):
+    """Interrupt a call at these steps, and check that nothing is left behind."""
     call(mapper)
     before = n_threads_and_descriptors()
-    stride = {"sequential": 7, "threading": 3, "loky": 101}[backend]  # as slow as they are
     step = 0
     while interrupted_at(step, lambda: call(mapper)):
         step += stride
@@ -416,6 +409,35 @@ def test_an_exception_at_any_step_of_a_call_leaves_nothing_behind(backend, call,
         assert time.monotonic() < deadline, (before, now)
         time.sleep(0.01)
     in_lists(mapper)
+
+
+@pytest.mark.one_case
+@pytest.mark.fault(44)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_exception_at_any_step_of_a_call_leaves_nothing_behind(backend, call, monkeypatch):
+    # What comes in a finalizer is lost; pytest would keep it, and all that it refers to.
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    mapper = StaticParallelMapper(2, backend=backend)
+    # As slow as they are.
+    interrupt_at_every({"sequential": 7, "threading": 3, "loky": 101}[backend], call, mapper)
     assert mapper.report.backend == backend  # and not taken for a worker, where maps are serial
+    taskcarrier.shutdown()
+    warm_pools(2)
+
+
+@pytest.mark.one_case
+@pytest.mark.fault(44)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("backend", ["threading", "loky"])
+def test_nor_does_one_where_the_caller_begins_and_hands_over(
+    backend, call, monkeypatch, hand_over_after
+):
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # as above
+    monkeypatch.setattr(run_module, "releases_gil", lambda func: backend == "threading")
+    hand_over_after(1)
+    mapper = StaticParallelMapper(2)
+    interrupt_at_every({"threading": 7, "loky": 41}[backend], call, mapper)
+    assert mapper.report.backend == backend
     taskcarrier.shutdown()
     warm_pools(2)

@@ -23,9 +23,15 @@ from taskcarrier import (
     reduce_array,
 )
 from taskcarrier.errors import WorkerDiedError
+from taskcarrier.scheduling.balance import Dynamic
+from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.workers import caller_first, hand_overs
-from taskcarrier.workers.caller_first import _CallerChunks
+from taskcarrier.workers.call import Call
+from taskcarrier.workers.caller_first import CallerFirstExecutor, _CallerChunks
+from taskcarrier.workers.choose import Choice
+from taskcarrier.workers.task import Job
 from tests.clocks import LONG, wait_until
+from tests.helpers import Calls
 from tests.strategies import keep_pools_warm
 
 X = np.arange(24.0)
@@ -324,6 +330,26 @@ class TestFailures:
         assert (map_array(func, X, chunksize=2, n_jobs=2) == expected).all()
         for backend in ("threading", "loky"):
             assert (map_array(func, X, chunksize=2, n_jobs=2, backend=backend) == expected).all()
+
+    def test_an_interrupt_does_not_wait_for_other_threads(self, hand_over_after):
+        begun, go_on = threading.Event(), threading.Event()
+
+        def func(start, stop):
+            if threading.current_thread() is not threading.main_thread():
+                begun.set()
+                assert go_on.wait(LONG)
+            elif start >= 2:
+                assert begun.wait(LONG)
+                raise KeyboardInterrupt
+
+        hand_over_after(1)
+        executor = CallerFirstExecutor(Choice("threading", 2, "", begins_in_caller=True))
+        job = Job(Calls(Call(func)), Dynamic(), ChunkGrid(8, 2), 2)
+        result = executor.run(job, lambda *_: None, None)
+        go_on.set()
+        (caller,) = result.worker_stats
+        assert isinstance(caller.failure.error, KeyboardInterrupt)
+        assert caller.failure.range[0] >= 2
 
 
 class Gate:
