@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import taskcarrier
+import taskcarrier.run as run_module
 from taskcarrier import StaticParallelMapper, map_array, map_chunks, map_items
 from taskcarrier.system import interrupts
 from taskcarrier.system.interrupts import Holder, Holders, is_raised_by_handler, run_sheltered
