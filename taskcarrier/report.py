@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -131,10 +132,13 @@ class Report:
         return "\n".join([*self._head, *lines])
 
 
+ReportMaker = Callable[[], Report]
+"""A function that makes a report, when somebody asks for it."""
+
 _kept = threading.local()
 
 
-def keep_report(report: Report) -> None:
+def keep_report(report: Report | ReportMaker) -> None:
     """Keep the report as the last one of this thread."""
     _kept.report = report
 
@@ -162,6 +166,9 @@ def last_report() -> Report:
     10
     """
     try:
-        return _kept.report  # type: ignore[no-any-return]  # attributes of a thread-local
+        report = _kept.report
     except AttributeError:
         raise LookupError("nothing was run from this thread yet") from None
+    if not isinstance(report, Report):
+        report = _kept.report = report()
+    return report  # type: ignore[no-any-return]  # attributes of a thread-local

@@ -186,10 +186,12 @@ class ArrayCall:
         buffer: OutputBuffer | None,
         fusing_ns: int = 0,
         prepared: PreparedCall | None = None,
+        outcomes: dict[int, Any] | None = None,
     ) -> Work:
         """Return the function as a task over the arrays: compiled, with its inputs in place.
 
         Copies for worker processes go to `staging`; None if workers share the caller's memory.
+        `outcomes` are what the function has returned or raised before (`ArrayTask.outcomes`).
         """
         prepared = prepared or self.prepare(in_processes=staging is not None)
         notes: list[str] = []
@@ -211,6 +213,7 @@ class ArrayCall:
             in_processes=staging is not None,
             passes_index=self.streams is not None,
             chunksize=self.grid.chunksize,
+            outcomes=outcomes or {},
         )
         return Work(
             task,

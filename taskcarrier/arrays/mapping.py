@@ -19,6 +19,7 @@ from taskcarrier.arrays.collected import run_collected
 from taskcarrier.arrays.kernels.prepare import check_row
 from taskcarrier.arrays.outputs.request import check_out_axis, check_output_request
 from taskcarrier.arrays.placed import PlacedMap
+from taskcarrier.arrays.short_calls import run_short_call
 from taskcarrier.options import (
     UNSET,
     ChunksOptions,
@@ -27,6 +28,7 @@ from taskcarrier.options import (
     MapItemsOptions,
     OnErrorOption,
 )
+from taskcarrier.report import keep_report
 from taskcarrier.run import Settings
 from taskcarrier.verbs import Verb
 from taskcarrier.workers.records import DeliveredFailure, list_failed_ranges
@@ -153,8 +155,11 @@ def map_array(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
            [-1.,  0.,  1.],
            [-1.,  0.,  1.]])
     """
+    outcomes = run_short_call(func, arrays, options, keep_report)
+    if type(outcomes) is not dict:
+        return outcomes
     filled = MAP_ARRAY.fill(options)
-    return prepare_chunks(Settings.from_options(filled), func, arrays, filled).run()
+    return prepare_chunks(Settings.from_options(filled), func, arrays, filled).run(outcomes)
 
 
 @overload

@@ -22,6 +22,7 @@ from taskcarrier.run import (
     raise_first_failure,
     raise_if_missing,
 )
+from taskcarrier.scheduling import history
 from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.introspect import is_jitted
 from taskcarrier.workers.records import DeliveredFailure, RangeFailure, list_failed_ranges
@@ -51,8 +52,11 @@ class PlacedMap:
     on_error: str
     resume: bool
 
-    def run(self) -> Any:
-        """Run the map; return what the verb returns."""
+    def run(self, outcomes: dict[int, Any] | None = None) -> Any:
+        """Run the map; return what the verb returns.
+
+        `outcomes` are what the function has returned or raised before (`ArrayTask.outcomes`).
+        """
         call, request = self.call, self.request
         ledger_file = self._open_ledger_file() if self.resume else None
         buffer: OutputBuffer | None = None
@@ -68,7 +72,7 @@ class PlacedMap:
             marks = None if ledger_file is None else _reset_marks(ledger_file, buffer)
             fusion, fusing_ns = self._fuse(executor, buffer)
             work = (
-                call.make_work(executor.staging, buffer, fusing_ns)
+                call.make_work(executor.staging, buffer, fusing_ns, outcomes=outcomes)
                 if fusion is None
                 else Work(fusion.task, fusion.notes, fusing_ns)
             )
@@ -91,6 +95,7 @@ class PlacedMap:
                 move=move,
             )
             kept: list[DeferredResult] = []
+            self._remember(executor, outcome)
             if move is not None and move.moved is not None:
                 buffer.close()
                 buffer, kept = move.moved, move.kept
@@ -107,6 +112,16 @@ class PlacedMap:
             if ledger_file is not None:
                 ledger_file.close()
         return self._hand_out(result, failures)
+
+    def _remember(self, executor: Executor, outcome: RunOutcome) -> None:
+        """Remember whether the call was short, if it was begun in the caller."""
+        func, inputs, report = self.call.call.func, self.call.inputs, outcome.report
+        if not executor.begins_in_caller or is_jitted(func):
+            return
+        if report.backend == "sequential" and not outcome.failures:
+            history.remember(func, report.seconds, inputs.n_items, inputs.nbytes)
+        else:
+            history.forget(func)
 
     def _open_ledger_file(self) -> LedgerFile:
         """Open the ledger file beside the first output."""

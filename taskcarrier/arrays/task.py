@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import field
 from itertools import repeat
 from typing import Any
 
@@ -66,6 +67,9 @@ class ArrayTask:
         Whether the first argument of the function is the number of its item or chunk.
     chunksize : int
         The items in one chunk.
+    outcomes : dict of (int, object)
+        What the function has returned already, by the start of its range; what it has raised is
+        `Raised`. It is not called again for these.
     """
 
     call: Call
@@ -81,6 +85,7 @@ class ArrayTask:
     in_processes: bool
     passes_index: bool = False
     chunksize: int = 1
+    outcomes: dict[int, Any] = field(default_factory=dict)
 
     def start(self, worker: WorkerContext) -> RunRange:
         """Start the function in a worker: open its inputs and outputs."""
@@ -90,6 +95,13 @@ class ArrayTask:
         else:
             runner = _ChunkRunner(self, worker)
         return runner.collect if self.collect_errors else runner.run
+
+
+class Raised:
+    """What a function has raised, among what others have returned."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
 
 
 class _RangeRunner(ABC):
@@ -174,10 +186,18 @@ class _ChunkRunner(_RangeRunner):
         if self._task.passes_index:
             chunks.insert(0, start // self._task.chunksize)
         try:
+            if start in self._task.outcomes:
+                return self._recall(start)
             return self._func(*chunks, *self._args, **self._kwargs)
         except (ValueError, TypeError) as error:
             self._explain(error)
             raise
+
+    def _recall(self, start: int) -> Any:
+        outcome = self._task.outcomes.pop(start)
+        if isinstance(outcome, Raised):
+            raise outcome.error
+        return outcome
 
     def _collect(self, start: int, stop: int, parts: PartialResult) -> None:
         middle = (start + stop) // 2

@@ -63,6 +63,7 @@ class CallerFirstExecutor:
 
     balance = None
     runs_in_caller = False
+    begins_in_caller = True
 
     def __init__(self, choice: Choice) -> None:
         self._choice = choice

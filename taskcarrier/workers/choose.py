@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from taskcarrier.arguments import check_integer
 from taskcarrier.system import cgroups
@@ -368,6 +369,16 @@ def count_cores() -> int:
             allowed = min(allowed, math.ceil(quota))
         _cores[key] = 1 if switch.strip() == "0" else max(1, allowed)
     return _cores[key]
+
+
+def is_joblib_configured() -> bool:
+    """Return whether a `joblib.parallel_config` may be active in this thread."""
+    parallel: Any = sys.modules.get("joblib.parallel")
+    if parallel is None:
+        return False
+    default = getattr(parallel, "default_parallel_config", None)
+    local = getattr(parallel, "_backend", None)
+    return local is None or default is None or getattr(local, "config", default) is not default
 
 
 def _read_joblib_config() -> tuple[str | None, int | None, bool]:

@@ -62,6 +62,10 @@ class Executor(Protocol):
         """Whether it may begin in the caller and go on in processes: it needs a `Move`."""
 
     @property
+    def begins_in_caller(self) -> bool:
+        """Whether the calling thread begins, and hands over the rest if that pays."""
+
+    @property
     def runs_in_caller(self) -> bool:
         """Whether the calling thread does all the work."""
 
@@ -84,6 +88,7 @@ class ThreadExecutor:
     notes: Sequence[str] = ()
     can_run_compiled = True
     may_move = False
+    begins_in_caller = False
     runs_in_caller = False
 
     def __init__(self, choice: Choice) -> None:
@@ -110,6 +115,7 @@ class ProcessExecutor:
     notes: Sequence[str] = ()
     can_run_compiled = False
     may_move = False
+    begins_in_caller = False
     runs_in_caller = False
 
     def __init__(self, choice: Choice, staging: Staging) -> None:

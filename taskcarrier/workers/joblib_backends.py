@@ -84,6 +84,7 @@ class JoblibExecutor:
     notes: Sequence[str] = ()
     can_run_compiled = False
     may_move = False
+    begins_in_caller = False
     runs_in_caller = False
 
     def __init__(self, choice: Choice, backend: str | None) -> None:

@@ -27,6 +27,7 @@ class SerialExecutor:
     notes: Sequence[str] = ()
     can_run_compiled = False
     may_move = False
+    begins_in_caller = False
     runs_in_caller = True
 
     def __init__(self, choice: Choice) -> None:
