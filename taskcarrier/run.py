@@ -23,6 +23,7 @@ from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note, get_text
 from taskcarrier.record import record
 from taskcarrier.report import Report, WorkerReport, keep_report
+from taskcarrier.scheduling import history
 from taskcarrier.scheduling.balance import Balance, Serial, get_balance
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
@@ -67,6 +68,17 @@ class Settings:
             n_jobs=choices.check_n_jobs(options["n_jobs"]),
             backend=choices.check_backend(options["backend"]),
             retry_policy=retry_policy,
+        )
+
+    @property
+    def may_be_short(self) -> bool:
+        """Whether a call may take the short way (`taskcarrier.short_calls`)."""
+        policy = self.retry_policy
+        return (
+            self.backend is None
+            and self.verbosity < 1
+            and policy.timeout is None
+            and not policy.retry_on
         )
 
     @property
@@ -267,6 +279,14 @@ def execute(
     )
 
 
+def remember_call(func: Any, n_items: int, nbytes: int, outcome: RunOutcome) -> None:
+    """Remember how long a call took that was begun in the caller, if it ended there."""
+    if outcome.report.backend == "sequential" and not outcome.failures:
+        history.remember(func, outcome.report.seconds, n_items, nbytes)
+    else:
+        history.forget(func)
+
+
 def _gather_failures(result: RunResult) -> list[RangeFailure]:
     """Return the failures of a run and of its workers, in ascending order."""
     failures = list(result.failures)
@@ -320,6 +340,11 @@ def describe_deaths(result: RunResult) -> list[str]:
     ]
 
 
+def add_failure_note(error: BaseException, where: str, worker: str, attempt: int = 1) -> None:
+    """Add a note to an error that says in which range it was raised, and by which worker."""
+    add_note(error, f"while mapping {where} ({worker}, attempt {attempt})")
+
+
 def raise_first_failure(outcome: RunOutcome, describe: Describe) -> None:
     """Raise the failure of the lowest range, if any, with notes about where, and about others."""
     if not outcome.failures:
@@ -327,10 +352,7 @@ def raise_first_failure(outcome: RunOutcome, describe: Describe) -> None:
     first, *others = outcome.failures
     error = first.error
     if first.range is not None:
-        add_note(
-            error,
-            f"while mapping {describe(*first.range)} ({first.worker}, attempt {first.attempt})",
-        )
+        add_failure_note(error, describe(*first.range), first.worker, first.attempt)
     for other in others:
         where = f"all of {other.worker}" if other.range is None else describe(*other.range)
         kind = type(other.error).__name__

@@ -6,14 +6,20 @@ from typing import Any
 
 from taskcarrier.arrays.call import ArrayCall
 from taskcarrier.arrays.move import ArrayMove
-from taskcarrier.run import execute, raise_first_failure, raise_if_missing
+from taskcarrier.run import execute, raise_first_failure, raise_if_missing, remember_call
+from taskcarrier.workers.introspect import is_jitted
 from taskcarrier.workers.records import DeliveredFailure
 
 
-def run_collected(call: ArrayCall) -> tuple[dict[int, Any], list[DeliveredFailure]]:
-    """Run a call; return results by the start of their range, and the failures."""
+def run_collected(
+    call: ArrayCall, outcomes: dict[int, Any] | None = None
+) -> tuple[dict[int, Any], list[DeliveredFailure]]:
+    """Run a call; return results by the start of their range, and the failures.
+
+    `outcomes` are what the function has returned or raised before (`ArrayTask.outcomes`).
+    """
     executor = call.decide()
-    work = call.make_work(executor.staging, None)
+    work = call.make_work(executor.staging, None, outcomes=outcomes)
     outcome = execute(
         work.task,
         call.grid,
@@ -25,6 +31,8 @@ def run_collected(call: ArrayCall) -> tuple[dict[int, Any], list[DeliveredFailur
         collect_errors=call.collect_errors,
         move=ArrayMove(call) if executor.may_move else None,
     )
+    if executor.begins_in_caller and not is_jitted(call.call.func):
+        remember_call(call.call.func, call.inputs.n_items, call.inputs.nbytes, outcome)
     call.explain_ufunc_errors(outcome)
     raise_first_failure(outcome, call.inputs.describe)
     delivered = [parts for _, parts in outcome.delivered]

@@ -19,7 +19,12 @@ from taskcarrier.arrays.collected import run_collected
 from taskcarrier.arrays.kernels.prepare import check_row
 from taskcarrier.arrays.outputs.request import check_out_axis, check_output_request
 from taskcarrier.arrays.placed import PlacedMap
-from taskcarrier.arrays.short_calls import run_short_call
+from taskcarrier.arrays.short_maps import (
+    NOT_SHORT,
+    collect_short_chunks,
+    map_short_chunks,
+    map_short_items,
+)
 from taskcarrier.options import (
     UNSET,
     ChunksOptions,
@@ -155,9 +160,9 @@ def map_array(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
            [-1.,  0.,  1.],
            [-1.,  0.,  1.]])
     """
-    outcomes = run_short_call(func, arrays, options, keep_report)
-    if type(outcomes) is not dict:
-        return outcomes
+    result, outcomes = map_short_chunks(func, arrays, options, keep_report)
+    if result is not NOT_SHORT:
+        return result
     filled = MAP_ARRAY.fill(options)
     return prepare_chunks(Settings.from_options(filled), func, arrays, filled).run(outcomes)
 
@@ -241,8 +246,11 @@ def map_items(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     >>> map_items(lambda row: row.max() - row.min(), np.arange(6).reshape(2, 3), n_jobs=2)
     array([2, 2])
     """
+    result, outcomes = map_short_items(func, arrays, options, keep_report)
+    if result is not NOT_SHORT:
+        return result
     filled = MAP_ITEMS.fill(options)
-    return prepare_items(Settings.from_options(filled), func, arrays, filled).run()
+    return prepare_items(Settings.from_options(filled), func, arrays, filled).run(outcomes)
 
 
 @overload
@@ -302,9 +310,12 @@ def map_chunks(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     >>> map_chunks(np.ndarray.tolist, np.arange(5), chunksize=2, n_jobs=2)
     [[0, 1], [2, 3], [4]]
     """
+    result, outcomes = collect_short_chunks(func, arrays, options, keep_report)
+    if result is not NOT_SHORT:
+        return result
     filled = MAP_CHUNKS.fill(options)
     call = prepare_collecting(Settings.from_options(filled), func, arrays, filled)
-    return list_results(call, *run_collected(call))
+    return list_results(call, *run_collected(call, outcomes))
 
 
 def prepare_chunks(

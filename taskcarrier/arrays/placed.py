@@ -21,8 +21,8 @@ from taskcarrier.run import (
     execute,
     raise_first_failure,
     raise_if_missing,
+    remember_call,
 )
-from taskcarrier.scheduling import history
 from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.introspect import is_jitted
 from taskcarrier.workers.records import DeliveredFailure, RangeFailure, list_failed_ranges
@@ -95,7 +95,8 @@ class PlacedMap:
                 move=move,
             )
             kept: list[DeferredResult] = []
-            self._remember(executor, outcome)
+            if executor.begins_in_caller and not is_jitted(call.call.func):
+                remember_call(call.call.func, call.inputs.n_items, call.inputs.nbytes, outcome)
             if move is not None and move.moved is not None:
                 buffer.close()
                 buffer, kept = move.moved, move.kept
@@ -112,16 +113,6 @@ class PlacedMap:
             if ledger_file is not None:
                 ledger_file.close()
         return self._hand_out(result, failures)
-
-    def _remember(self, executor: Executor, outcome: RunOutcome) -> None:
-        """Remember whether the call was short, if it was begun in the caller."""
-        func, inputs, report = self.call.call.func, self.call.inputs, outcome.report
-        if not executor.begins_in_caller or is_jitted(func):
-            return
-        if report.backend == "sequential" and not outcome.failures:
-            history.remember(func, report.seconds, inputs.n_items, inputs.nbytes)
-        else:
-            history.forget(func)
 
     def _open_ledger_file(self) -> LedgerFile:
         """Open the ledger file beside the first output."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from taskcarrier.arguments import check_callable, check_on_error
 from taskcarrier.lists.move import ListMove
+from taskcarrier.lists.short_maps import map_short_list
 from taskcarrier.lists.task import Calls, ListTask, PackedTask
 from taskcarrier.notes import add_note, describe_items
 from taskcarrier.run import (
@@ -21,9 +22,11 @@ from taskcarrier.run import (
     execute,
     raise_first_failure,
     raise_if_missing,
+    remember_call,
     run_nothing,
 )
 from taskcarrier.scheduling.grid import ChunkGrid, list_grid
+from taskcarrier.short_calls import is_short
 from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.processes.packed_chunks import PackedChunks, pickle_chunks
 from taskcarrier.workers.records import DeliveredFailure, PartialResult, list_failed_ranges
@@ -61,6 +64,10 @@ def map_lists(
         shared=shared,
         noun=noun,
     )
+    is_usual = not (collect_errors or calls.passes_index or calls.call.kwargs)
+    if items and is_usual and settings.may_be_short and is_short(func, len(items), 0):
+        grid = list_grid(len(items), chunksize)
+        return map_short_list(calls, items, grid, settings.keep_report)
     executor = decide(settings, func, over_lists=True) if items else run_nothing()
     grid, task, move = _make_task(calls, items, chunksize, executor, settings, are_long=are_long)
     outcome = execute(
@@ -73,6 +80,8 @@ def map_lists(
         can_split=True,
         move=move,
     )
+    if executor.begins_in_caller and is_usual:
+        remember_call(func, len(items), 0, outcome)
     raise_first_failure(outcome, calls.describe)
     results, failures, missing = _join_results(dict(outcome.delivered), len(items))
     raise_if_missing(outcome, calls.describe, missing, lambda: results)
