@@ -119,7 +119,7 @@ class MessageSocket:
         if fds:  # they arrive with the first byte
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
             sent = self._socket.sendmsg([message], [rights], _FLAGS)
-        if sent < len(message):  # else the other end may be closed by now, and sending nothing fails
+        if sent < len(message):  # else the other end may have closed, where sending nothing fails
             self._socket.sendall(message[sent:], _FLAGS)
 
     def receive(self) -> Message:
