@@ -276,7 +276,7 @@ def read_facts(*, follows_joblib: bool = True) -> Facts:
 
 @functools.cache
 def _has_cloudpickle() -> bool:
-    return importlib.util.find_spec("cloudpickle") is not None
+    return "cloudpickle" in sys.modules or importlib.util.find_spec("cloudpickle") is not None
 
 
 def _can_start_threads() -> bool:

@@ -122,7 +122,8 @@ class MessageSocket:
         if fds:  # they arrive with the first byte
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
             sent = self._socket.sendmsg([message], [rights], _FLAGS)
-        self._socket.sendall(message[sent:], _FLAGS)
+        if sent < len(message):  # else the other end may have closed, where sending nothing fails
+            self._socket.sendall(message[sent:], _FLAGS)
 
     def receive(self) -> Message:
         """Wait for one message and return it; raise `EOFError` when the other end is closed."""

@@ -56,6 +56,25 @@ class TestMessageSocket:
         pair[1].send(data)
         assert ready(pair[0]) == ([data], True)
 
+    def test_the_other_end_may_close_as_soon_as_it_has_the_message(self, raw):
+        channel, theirs = raw
+
+        class Closing:
+            """A socket whose other end is closed just after a message with descriptors was sent."""
+
+            def __init__(self, ours):
+                self._ours = ours
+                self.sendall = ours.sendall
+                self.close = ours.close
+
+            def sendmsg(self, *args):
+                n_sent = self._ours.sendmsg(*args)
+                theirs.close()
+                return n_sent
+
+        channel._socket = Closing(channel._socket)
+        channel.send(b"the last one", [0])
+
     def test_a_message_may_be_larger_than_the_buffer_of_the_kernel(self, pair):
         data = os.urandom(5 << 20)
         sender = threading.Thread(target=pair[0].send, args=(data,))
