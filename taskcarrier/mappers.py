@@ -13,7 +13,7 @@ from taskcarrier.lists.imap import imap_lists
 from taskcarrier.lists.map import map_lists
 from taskcarrier.memory.segments import Recycler
 from taskcarrier.options import CollectOption, ImapOptions, ListOptions, MapOptions
-from taskcarrier.report import Report, keep_report
+from taskcarrier.report import Report, ReportMaker, keep_report
 from taskcarrier.run import Settings
 from taskcarrier.scheduling.balance import Balance, Dynamic, Static
 from taskcarrier.scheduling.retries import RetryPolicy
@@ -97,7 +97,7 @@ class Mapper(ArrayMethods):
         self._backend = "sequential" if self._sequential else check_backend(backend)
         self._recycler: Recycler | None = None
         self._open: list[ExitStack] = []
-        self._report: Report | None = None
+        self._report: Report | ReportMaker | None = None
 
     @overload
     def map(
@@ -310,6 +310,8 @@ class Mapper(ArrayMethods):
         """The report of this mapper's last run; a `LookupError` before the first."""
         if self._report is None:
             raise LookupError("this mapper has not run anything yet")
+        if not isinstance(self._report, Report):
+            self._report = self._report()
         return self._report
 
     def __enter__(self) -> Self:
@@ -354,7 +356,12 @@ class Mapper(ArrayMethods):
         )
         return settings, filled
 
-    def _keep_report(self, report: Report) -> None:
+    def _fill_short(self, options: Mapping[str, object]) -> Mapping[str, object] | None:
+        if self._backend is not None or self.verbosity >= 1 or self._n_jobs == 1:
+            return None
+        return options if self.chunksize is None else {"chunksize": self.chunksize, **options}
+
+    def _keep_report(self, report: Report | ReportMaker) -> None:
         self._report = report
         keep_report(report)
 

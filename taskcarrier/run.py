@@ -22,7 +22,7 @@ from taskcarrier.memory.segments import Recycler, Segment, SharedView
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import add_note, get_text
 from taskcarrier.record import record
-from taskcarrier.report import Report, WorkerReport, keep_report
+from taskcarrier.report import Report, ReportMaker, WorkerReport, keep_report
 from taskcarrier.scheduling import history
 from taskcarrier.scheduling.balance import Balance, Serial, get_balance
 from taskcarrier.scheduling.grid import ChunkGrid
@@ -53,7 +53,7 @@ class Settings:
     verbosity: int = 0
     temp_folder: str | None = None
     recycler: Recycler | None = None
-    keep_report: Callable[[Report], None] = keep_report
+    keep_report: Callable[[Report | ReportMaker], None] = keep_report
     retry_policy: RetryPolicy = DEFAULT_POLICY
     gil_reason: str = ""  # why the code that the function calls is known to release the GIL
 

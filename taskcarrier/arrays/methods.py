@@ -17,11 +17,20 @@ from taskcarrier.arrays.mapping import (
     prepare_items,
 )
 from taskcarrier.arrays.reducing import REDUCE_ARRAY, fold, prepare_reduction
+from taskcarrier.arrays.short_maps import (
+    NOT_SHORT,
+    Outcomes,
+    RunShort,
+    collect_short_chunks,
+    map_short_chunks,
+    map_short_items,
+)
 from taskcarrier.options import (
     ChunksMethodOptions,
     MapArrayMethodOptions,
     MapItemsMethodOptions,
 )
+from taskcarrier.report import Report, ReportMaker
 from taskcarrier.run import Settings
 from taskcarrier.verbs import Verb
 
@@ -46,6 +55,22 @@ class ArrayMethods:
         self, verb: Verb, options: Mapping[str, object]
     ) -> tuple[Settings, dict[str, Any]]:
         """Check the names of options; return how to run, and the options that do not say that."""
+
+    @abstractmethod
+    def _fill_short(self, options: Mapping[str, object]) -> Mapping[str, object] | None:
+        """Return the options of a call that may take the short way; None if none may."""
+
+    @abstractmethod
+    def _keep_report(self, report: Report | ReportMaker) -> None:
+        """Keep the report of the last run."""
+
+    def _run_short(
+        self, run: RunShort, func: Callable[..., Any], arrays: Any, options: Mapping[str, Any]
+    ) -> tuple[Any, Outcomes]:
+        filled = self._fill_short(options)
+        if filled is None:
+            return NOT_SHORT, {}
+        return run(func, arrays, filled, self._keep_report)
 
     @overload
     def map_array(
@@ -82,8 +107,11 @@ class ArrayMethods:
     @_MAP_ARRAY.document
     def map_array(self, func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
         """Call `taskcarrier.map_array` with the mapper's balance, workers and backend."""
+        result, outcomes = self._run_short(map_short_chunks, func, arrays, options)
+        if result is not NOT_SHORT:
+            return result
         settings, filled = self._split_options(_MAP_ARRAY, options)
-        return prepare_chunks(settings, func, arrays, filled).run()
+        return prepare_chunks(settings, func, arrays, filled).run(outcomes)
 
     @overload
     def map_items(
@@ -120,8 +148,11 @@ class ArrayMethods:
     @_MAP_ITEMS.document
     def map_items(self, func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
         """Call `taskcarrier.map_items` with the mapper's balance, workers and backend."""
+        result, outcomes = self._run_short(map_short_items, func, arrays, options)
+        if result is not NOT_SHORT:
+            return result
         settings, filled = self._split_options(_MAP_ITEMS, options)
-        return prepare_items(settings, func, arrays, filled).run()
+        return prepare_items(settings, func, arrays, filled).run(outcomes)
 
     @overload
     def map_chunks(
@@ -142,9 +173,12 @@ class ArrayMethods:
     @_MAP_CHUNKS.document
     def map_chunks(self, func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
         """Call `taskcarrier.map_chunks` with the mapper's balance, workers and backend."""
+        result, outcomes = self._run_short(collect_short_chunks, func, arrays, options)
+        if result is not NOT_SHORT:
+            return result
         settings, filled = self._split_options(_MAP_CHUNKS, options)
         call = prepare_collecting(settings, func, arrays, filled)
-        return list_results(call, *run_collected(call))
+        return list_results(call, *run_collected(call, outcomes))
 
     @overload
     def reduce_array(

@@ -1,10 +1,10 @@
 """Short maps over plain arrays: a loop over the chunks or items, and nothing else.
 
-A map that names no option but how to run, and constants for the function, over plain arrays, is run
-here if it is known to be short (`taskcarrier.short_calls`). It has the grid of every call, read-only
-chunks and one BLAS thread. Whatever is unusual goes the general way (`taskcarrier.arrays.placed`),
-with what the function has returned or raised already: it is not called again for that. So results,
-errors and their notes are the same on both ways.
+A map that names no option but how to run, and constants for the function, over plain arrays, is
+run here if it is known to be short (`taskcarrier.short_calls`). It has the grid of every call,
+read-only chunks and one BLAS thread. Whatever is unusual goes the general way
+(`taskcarrier.arrays.placed`), with what the function has returned or raised already: it is not
+called again for that. So results, errors and their notes are the same on both ways.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ _KINDS = set("biufcmMSU")
 _CONSTANTS = {type(None), bool, int, float, complex, str, bytes, type, *np.sctypeDict.values()}
 
 KeepReport = Callable[[ReportMaker], None]
+RunShort = Callable[
+    [Callable[..., Any], tuple[Any, ...], Mapping[str, Any], KeepReport],
+    tuple[Any, "Outcomes"],
+]
+"""One of the functions below."""
 Outcomes = dict[int, Any]
 """What a function has returned, by the start of its chunk or the number of its item; what it has
 raised is `Raised`."""
@@ -99,6 +104,7 @@ def _run(
     *,
     by_item: bool = False,
 ) -> tuple[Any, Outcomes]:
+    func: Any
     func, arrays, options = arguments
     if not arrays or not callable(func) or (options and not _are_usual(options)):
         return NOT_SHORT, {}
@@ -132,6 +138,7 @@ def _are_usual(options: Mapping[str, Any]) -> bool:
         options.keys() <= _RUN_OPTIONS | _CALL_OPTIONS
         and options.get("balance", "static") in ("static", "dynamic")
         and is_count(options.get("n_jobs"))
+        and options.get("n_jobs") != 1
         and is_count(options.get("chunksize"), 1)
     ):
         return False
@@ -167,7 +174,7 @@ def _call_with_chunks(call: _ShortCall) -> np.ndarray | tuple[np.ndarray, ...] |
     n_items, size = call.grid.n_items, call.grid.chunksize
     outputs: _Outputs | None = None
     # A result that is one array is put in place here, which takes 1 µs less.
-    out, shape, dtype = np.empty(0), (), None
+    out: np.ndarray | None = None
     for start in range(0, n_items, size):
         stop = min(start + size, n_items)
         try:
@@ -175,9 +182,10 @@ def _call_with_chunks(call: _ShortCall) -> np.ndarray | tuple[np.ndarray, ...] |
         except BaseException as error:  # noqa: BLE001  # the general way raises it
             result = Raised(error)
         if (
-            type(result) is np.ndarray
-            and result.dtype == dtype
-            and result.shape == (stop - start, *shape)
+            out is not None
+            and type(result) is np.ndarray
+            and result.dtype == out.dtype
+            and result.shape == (stop - start, *out.shape[1:])
         ):
             out[start:stop] = result
             continue
@@ -185,7 +193,6 @@ def _call_with_chunks(call: _ShortCall) -> np.ndarray | tuple[np.ndarray, ...] |
             outputs = _Outputs.make(result, n_items, stop)
             if outputs is not None and not outputs.is_tuple:
                 (out,) = outputs.arrays
-                shape, dtype = out.shape[1:], out.dtype
         if outputs is None or not outputs.put(result, start, stop):
             if outputs is not None:
                 outcomes.update(

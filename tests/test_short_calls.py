@@ -1,0 +1,336 @@
+"""Short calls take a short way, and nothing of them differs from the general way."""
+
+import functools
+import threading
+
+import joblib
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import taskcarrier
+from taskcarrier import (
+    SerialMapper,
+    StaticParallelMapper,
+    last_report,
+    map_array,
+    map_chunks,
+    map_items,
+)
+from taskcarrier.scheduling import history
+from tests.strategies import examples, same_bits
+
+X = np.arange(48.0).reshape(24, 2)
+SEEN = []
+
+
+def recorded(func):
+    """Return a function that also records what it is called with."""
+
+    @functools.wraps(func)
+    def both(*args, **kwargs):
+        SEEN.append([np.copy(arg) for arg in args if isinstance(arg, np.ndarray)] or args)
+        return func(*args, **kwargs)
+
+    return both
+
+
+def outcome_of(call, *, is_short):
+    """Return what a call gives, what it calls the function with, and its report."""
+    SEEN.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(history, "predict", lambda *_: 0.0 if is_short else None)
+        try:
+            result = call()
+        except Exception as error:  # noqa: BLE001  # compared below
+            result = error
+    report = last_report()
+    facts = report.backend, report.balance, report.n_jobs, report.chunksize, report.ranges
+    return result, list(SEEN), (*facts, report.items, report.notes)
+
+
+def assert_alike(one, other):
+    assert type(one) is type(other)
+    if isinstance(one, BaseException):
+        assert one.args == other.args
+        assert getattr(one, "__notes__", []) == getattr(other, "__notes__", [])
+        assert type(one.__cause__) is type(other.__cause__)
+        assert type(one.__context__) is type(other.__context__)
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            assert_alike(*pair)
+    elif isinstance(one, np.ndarray):
+        assert one.strides == other.strides
+        assert one.flags.owndata == other.flags.owndata
+        assert one.flags.writeable == other.flags.writeable
+        if one.dtype.hasobject:
+            assert one.tolist() == other.tolist()
+        else:
+            assert same_bits(one, other)
+    else:
+        assert repr(one) == repr(other)  # NaT does not equal itself
+
+
+def check(call):
+    """Check that a call gives the same on both ways.
+
+    The short way may call the function with items after one that ends the call.
+    """
+    general, calls, facts = outcome_of(call, is_short=False)
+    short, calls_of_short, facts_of_short = outcome_of(call, is_short=True)
+    assert_alike(short, general)
+    assert_alike(calls_of_short[: len(calls)], calls)
+    assert len(calls_of_short) == len(calls) or isinstance(general, Exception)
+    if not isinstance(general, Exception):
+        assert facts_of_short == facts
+
+
+def fail_at(number):
+    def func(chunk):
+        if np.min(chunk) <= number <= np.max(chunk):
+            raise ValueError("bad", number)
+        return chunk
+
+    return func
+
+
+class Changing:
+    """A function whose results change with each call."""
+
+    def __init__(self, *results):
+        self.results = results
+
+    def __call__(self, chunk):
+        return self.results[min(int(np.min(chunk)) // 16, len(self.results) - 1)](chunk)
+
+
+FUNCTIONS = {
+    "same": lambda c: c,
+    "view": lambda c: c[..., ::-1],
+    "sum": lambda c: c.sum(axis=-1),
+    "more axes": lambda c: c[..., None] + np.zeros(3),
+    "tuple": lambda c: (c, c > 3, c.astype("f4")),
+    "tuple of one": lambda c: (c * 2,),
+    "empty tuple": lambda c: (),
+    "list": lambda c: [c, c],
+    "number": lambda c: 1,
+    "scalar": lambda c: np.float64(c.sum()),
+    "text": lambda c: c.astype(str),
+    "dates": lambda c: c.astype("M8[s]"),
+    "big-endian": lambda c: c.astype(">i4"),
+    "objects": lambda c: c.astype(object),
+    "an object": lambda c: {"a": 1},
+    "none": lambda c: None,
+    "masked": lambda c: np.ma.masked_array(c, c > 3),
+    "matrix": lambda c: np.asarray(c).reshape(-1, 2).view(np.matrix),
+    "half": lambda c: c[: len(c) // 2],
+    "nothing": lambda c: c[..., :0],
+    "writes": lambda c: c.fill(0),
+    "raises at once": fail_at(0),
+    "raises later": fail_at(20),
+    "raises at the end": fail_at(47),
+    "text as numbers": lambda c: np.add(c.astype(str), 1),
+    "stops": lambda c: next(iter(())),
+    "other dtype later": Changing(np.copy, lambda c: np.asarray(c, int)),
+    "other shape later": Changing(np.copy, lambda c: c.sum(axis=-1)),
+    "tuple later": Changing(np.copy, lambda c: (c, c)),
+    "more results later": Changing(lambda c: (c, c), lambda c: (c, c, c)),
+    "object later": Changing(np.copy, lambda c: "text"),
+    "error later": Changing(np.copy, np.copy, lambda c: c.undefined),
+}
+
+
+@pytest.mark.parametrize("verb", [map_array, map_items, map_chunks])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_short_maps_give_what_all_maps_give(verb, name):
+    func = recorded(FUNCTIONS[name])
+    for options in ({}, {"chunksize": 5}, {"balance": "dynamic"}):
+        check(lambda options=options: verb(func, X, n_jobs=2, **options))
+
+
+def test_constants_are_passed_on():
+    check(lambda: map_array(np.sort, X, kwargs={"axis": 1}, n_jobs=2))
+    check(lambda: map_array(np.power, X, args=(2,), n_jobs=2))
+    check(lambda: map_items(np.power, X, X, args=(), kwargs={"dtype": float}, n_jobs=2))
+    check(lambda: map_array(lambda c, a, b=0: c + a * b, X, args=(2,), kwargs={"b": 3}, n_jobs=2))
+    check(lambda: map_array(lambda c, a: c + a, X, args=(X[0],), n_jobs=2))
+    check(lambda: map_array(lambda c, a: c + a, X, args=[2], n_jobs=2))
+    check(lambda: map_array(lambda c: c, X, kwargs={1: 2}, n_jobs=2))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        X.T,
+        X[::2],
+        X[:, :1],
+        np.float64(3),
+        np.zeros((0, 3)),
+        np.zeros((3, 0)),
+        np.asfortranarray(X),
+        np.arange(5, dtype=object),
+        np.zeros(4, "i4,f4"),
+        np.ma.zeros(4),
+        np.zeros((3, 3)).view(np.matrix),
+        np.array(["a", "bcd"]),
+        [1, 2, 3],
+        range(4),
+        np.zeros(6, ">f4"),
+        X[3:7],
+    ],
+    ids=lambda array: f"{type(array).__name__}-{getattr(array, 'dtype', '')}",
+)
+def test_arrays_of_any_kind_give_the_same(array):
+    for verb in (map_array, map_items, map_chunks):
+        check(lambda verb=verb: verb(recorded(np.copy), array, n_jobs=2))
+    check(lambda: map_array(lambda a, b: b, array, array, n_jobs=2))
+    check(lambda: map_array(lambda a, b: b, X, array, n_jobs=2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"axis": 1},
+        {"axis": 9},
+        {"dtype": "f4"},
+        {"writable": True},
+        {"chunksize": 0},
+        {"chunksize": "5"},
+        {"chunksize": True},
+        {"n_jobs": 0},
+        {"n_jobs": 1},
+        {"n_jobs": -2},
+        {"balance": "odd"},
+        {"balance": None},
+        {"backend": "threading"},
+        {"on_error": "collect"},
+        {"rng": 1},
+        {"unknown": 1},
+        {"timeout": 60},
+        {"depth": 1},
+    ],
+    ids=str,
+)
+def test_options_mean_the_same(options):
+    check(lambda: map_array(lambda c, rng=None: c, X, **{"n_jobs": 2, **options}))
+
+
+@examples(30)
+@given(
+    array=hnp.arrays(
+        st.sampled_from(["f8", "i2", "?", "c8", "M8[s]", "U3", "S2", ">u4"]),
+        hnp.array_shapes(min_dims=1, max_dims=3, max_side=40),
+    ),
+    chunksize=st.one_of(st.none(), st.integers(1, 50)),
+    func=st.sampled_from([np.copy, lambda c: (c, c[..., :0]), lambda c: c[..., :1]]),
+    verb=st.sampled_from([map_array, map_items, map_chunks]),
+)
+def test_any_array_gives_the_same(array, chunksize, func, verb):
+    check(lambda: verb(recorded(func), array, chunksize=chunksize, n_jobs=2))
+
+
+class TestLists:
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_short_maps_give_what_all_maps_give(self, name):
+        mapper = StaticParallelMapper(n_jobs=2)
+        func = recorded(FUNCTIONS[name])
+        for chunksize in (None, 5):
+            check(lambda size=chunksize: mapper.map(func, list(X.copy()), chunksize=size))
+        check(lambda: mapper.map(lambda a, b: (a, b), range(30), range(20)))
+        check(lambda: mapper.starmap(lambda a, b: (a, b), [(1, 2), (3, 4)]))
+        check(lambda: mapper.starmap(lambda a, b: a // b, [(1, 2), (3, 0)]))
+
+    def test_options_mean_the_same(self):
+        mapper = StaticParallelMapper(n_jobs=2)
+        for options in ({"rng": 1}, {"shared": {"k": 2}}, {"on_error": "collect"}, {"retries": 0}):
+            check(lambda options=options: mapper.map(lambda x, **_: x, range(9), **options))
+        check(lambda: mapper.map(str, []))
+        check(lambda: SerialMapper().map(str, range(5)))
+
+
+class TestMappers:
+    def test_methods_give_the_same(self):
+        for chunksize in (None, 7):
+            mapper = StaticParallelMapper(n_jobs=2, chunksize=chunksize)
+            check(lambda mapper=mapper: mapper.map_array(np.negative, X))
+            check(lambda mapper=mapper: mapper.map_items(np.sum, X))
+            check(lambda mapper=mapper: mapper.map_chunks(np.sum, X))
+            check(lambda mapper=mapper: mapper.map_chunks(fail_at(5), X))
+            assert mapper.report == last_report()
+
+
+class TestWhenItIsShort:
+    def test_a_call_is_short_if_the_last_one_was(self, monkeypatch):
+        made = []
+        make = taskcarrier.short_calls._make_report
+        monkeypatch.setattr(
+            taskcarrier.short_calls,
+            "_make_report",
+            lambda *args, **kwargs: made.append(1) or make(*args, **kwargs),
+        )
+
+        def func(chunk):
+            return chunk + 1
+
+        for n_short in range(4):
+            map_array(func, X, n_jobs=2)
+            last_report()
+            assert len(made) == n_short
+        map_array(func, np.zeros((24 * 100, 2)), n_jobs=2)  # much larger
+        last_report()
+        assert len(made) == 3
+
+    def test_a_slow_call_is_not_short_the_next_time(self):
+        key = history.find_key(double)
+        history.remember(double, 10.0, 24, 1)
+        assert history.predict(double, 24, 1) == 10.0
+        assert not taskcarrier.short_calls.is_short(double, 24, 1)
+        history.forget(double)
+        assert key not in history._last
+
+    def test_workers_and_joblib_take_the_general_way(self, monkeypatch):
+        monkeypatch.setattr(history, "predict", lambda *_: 0.0)
+        assert taskcarrier.short_calls.is_short(double, 1, 1)
+        with joblib.parallel_config(backend="threading", n_jobs=2):
+            assert not taskcarrier.short_calls.is_short(double, 1, 1)
+            map_array(double, X)
+            assert last_report().backend == "threading"
+        assert taskcarrier.short_calls.is_short(double, 1, 1)
+        inner = []
+
+        def nested(chunk):
+            inner.append(taskcarrier.short_calls.is_short(double, 1, 1))
+            return map_array(double, chunk)
+
+        map_array(nested, X, n_jobs=2)
+        assert not any(inner)
+
+    def test_an_interrupt_is_raised_and_the_next_call_is_as_usual(self, monkeypatch):
+        monkeypatch.setattr(history, "predict", lambda *_: 0.0)
+
+        def interrupt(chunk):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            map_array(interrupt, X, n_jobs=2)
+        assert not taskcarrier.workers.loop.this_thread.is_worker
+        assert (map_array(double, X, n_jobs=2) == 2 * X).all()
+
+    def test_threads_keep_their_own_reports(self, monkeypatch):
+        monkeypatch.setattr(history, "predict", lambda *_: 0.0)
+        map_array(double, X, n_jobs=2)
+
+        def other():
+            map_array(double, X[:3], n_jobs=2)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert last_report().items == 24
+
+
+def double(chunk):
+    return 2 * chunk
