@@ -20,7 +20,7 @@ LAYERS = [
     ["memory", "notes"],
     ["report", "scheduling"],
     ["options", "progress", "workers"],
-    ["run", "verbs"],
+    ["run", "short_calls", "verbs"],
     ["arrays", "lists"],
     ["estimators", "mappers"],
     ["current"],

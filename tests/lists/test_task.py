@@ -8,7 +8,7 @@ from taskcarrier.lists.task import Calls, ListTask, PackedTask, StreamTask
 from taskcarrier.memory.staging import Staging
 from taskcarrier.scheduling.grid import list_grid
 from taskcarrier.scheduling.retries import DEFAULT_POLICY
-from taskcarrier.workers.processes.packed_chunks import PackedChunks
+from taskcarrier.workers.processes.packed_chunks import PackedChunks, pickle_chunks
 from taskcarrier.workers.records import PartialResult
 from taskcarrier.workers.task import WorkerContext
 
@@ -28,9 +28,8 @@ def calls(func, *, collect_errors=False):
 
 def pack(items, chunksize):
     grid = list_grid(len(items), chunksize, 1)
-    return PackedChunks.pack(
-        lambda start, stop: items[start:stop], grid, Staging(), lambda *_: "items"
-    )
+    pickles = pickle_chunks(lambda start, stop: items[start:stop], grid, lambda *_: "items")
+    return PackedChunks.from_pickles(pickles, Staging())
 
 
 @pytest.fixture
