@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from taskcarrier.record import record
 
 MARGIN = 1.3
 """A hand-over must promise to save its cost times this: that varies by as much between calls."""
@@ -11,7 +11,7 @@ MARGIN = 1.3
 _ENOUGH_CHUNKS = 3
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class Offer:
     """What it takes to have the rest of a run done by workers.
 

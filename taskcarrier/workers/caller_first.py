@@ -16,12 +16,13 @@ begin only after the caller's next decision.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from queue import SimpleQueue
 from time import perf_counter
 
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import get_text, warn_user
+from taskcarrier.record import record
 from taskcarrier.scheduling.hand_over import ItemCost, Offer, estimate_saving
 from taskcarrier.scheduling.ledger import PENDING, Begun, Ledger
 from taskcarrier.system.contexts import contextmanager
@@ -142,7 +143,7 @@ class CallerFirstExecutor:
             yield queue
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class _Started:
     """A task whose chunks are given to it one by one, even if it could claim them by itself."""
 

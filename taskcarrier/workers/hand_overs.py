@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 # the caller's process imports what it needs for them.
 _thread_seconds = MeasuredSeconds(0.0005)
 _warm_seconds = MeasuredSeconds(0.002)
-_cold_seconds = MeasuredSeconds(0.35)
-_COLD_BUSY_SECONDS = 0.1
+_cold_seconds = MeasuredSeconds(0.25)
+_COLD_BUSY_SECONDS = 0.06
 # What is left to do when the workers are ready.
 _BEGIN_SECONDS = 0.0003
 # Seconds that a byte takes on its way to a worker process, and from there back to the caller.
