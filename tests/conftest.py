@@ -2,6 +2,7 @@
 
 import pytest
 
+from taskcarrier.scheduling import history
 from taskcarrier.workers import caller_first, hand_overs
 from taskcarrier.workers.caller_first_stream import CallerFirstQueue
 from tests.clocks import LONG
@@ -26,8 +27,9 @@ def run(request):
 def hand_over_after(monkeypatch):
     """Return a function that has the rest handed over after so many chunks, and not before.
 
-    In streams, it is handed over after so many items.
+    In streams, it is handed over after so many items. No call takes the short way.
     """
+    monkeypatch.setattr(history, "predict", lambda *_: None)
     chunks = caller_first._CallerChunks
     monkeypatch.setattr(hand_overs, "has_warm_processes", lambda n: True)
     monkeypatch.setattr(caller_first, "_READY_SECONDS", LONG)

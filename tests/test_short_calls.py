@@ -26,6 +26,11 @@ X = np.arange(48.0).reshape(24, 2)
 SEEN = []
 
 
+@pytest.fixture(autouse=True)
+def everything_runs_in_the_caller(hand_over_after):
+    hand_over_after(10**9)
+
+
 def recorded(func):
     """Return a function that also records what it is called with."""
 
@@ -264,6 +269,7 @@ class TestMappers:
 
 class TestWhenItIsShort:
     def test_a_call_is_short_if_the_last_one_was(self, monkeypatch):
+        monkeypatch.undo()
         made = []
         make = taskcarrier.short_calls._make_report
         monkeypatch.setattr(
@@ -283,7 +289,8 @@ class TestWhenItIsShort:
         last_report()
         assert len(made) == 3
 
-    def test_a_slow_call_is_not_short_the_next_time(self):
+    def test_a_slow_call_is_not_short_the_next_time(self, monkeypatch):
+        monkeypatch.undo()
         key = history.find_key(double)
         history.remember(double, 10.0, 24, 1)
         assert history.predict(double, 24, 1) == 10.0

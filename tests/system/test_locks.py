@@ -173,7 +173,7 @@ pid = os.fork()
 if pid == 0:
     ok = False
     try:
-        ok = np.array_equal(map_array(np.sqrt, X, **run), np.sqrt(X))
+        ok = np.array_equal(map_array(np.sqrt, X, **options), np.sqrt(X))
         ok = ok and StaticParallelMapper(2, backend="loky").map(abs, [-1, -2]) == [1, 2]
     finally:
         os._exit(0 if ok else 1)
