@@ -86,18 +86,18 @@ class ArrayMove:
         They are kept if they are Python objects, or if their spec is not the agreed one. Some items
         may have failed, or were delivered: what lies in their place is of no use.
         """
-        if self.buffer is None or self.moved is None:
+        if self.buffer is None or self._shared is None:
             return
         start, stop = items
         where = slice(start, stop)
         indices = [(slice(None),) * axis + (where,) for axis in proposal.axes]
         arrays = [open_place(place) for place in self.buffer.make_places(proposal)]
         results = [array[index] for array, index in zip(arrays, indices, strict=True)]
-        places = self.moved.make_places(proposal)
+        places = self._shared.make_places(proposal)
         if places is None or proposal != agreed:
             self.kept.append((where, results))
             return
-        outputs = self.moved.get_outputs(len(proposal.parts))
+        outputs = self._shared.get_outputs(len(proposal.parts))
         for result, index, place, output in zip(results, indices, places, outputs, strict=True):
             if output.place is None:  # else it lies where the caller has written it
                 open_place(place)[index] = result

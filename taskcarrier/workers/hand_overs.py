@@ -306,13 +306,13 @@ class ProcessHandOver:
         self._begun = begun
         first = begun.first - int(is_caller_busy)
         grid = self._job.grid
-        self._move.begin()
         if begun.proposal is not None:
             items = 0, grid.range_of(first - 1)[1]
             self._move.carry(items, begun.proposal, begun.proposal)
         if is_caller_busy:
             self._chunk_of_caller = grid.range_of(first)
         self._run.begin(begun, self._job.n_workers - int(is_caller_busy))
+        self._move.begin()  # at last: if the results have no room, the caller goes on alone
 
     def halt(self) -> None:
         """Make the processes stop at their next chunk."""

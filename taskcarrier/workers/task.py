@@ -97,7 +97,7 @@ class Move(Protocol):
         """Return the task for processes, which will run chunks from `first` on at the earliest."""
 
     def begin(self) -> None:
-        """Let processes have the run: called before they begin, and before results are carried."""
+        """Let processes have the run: called when they have begun."""
 
     def carry(self, items: tuple[int, int], proposal: Any, agreed: Any) -> None:
         """Bring the caller's results of `items` where those of processes lie.

@@ -98,8 +98,10 @@ class Watcher:
                 if answer is None:
                     done, seconds = look, _POLL_SECONDS
                 elif self._look is look:
-                    seconds = answer
+                    seconds = max(0.0, answer)
                     self._due = monotonic() + seconds
+                else:  # another call has begun meanwhile
+                    seconds = 0.0
             else:
                 last_time = now + seconds
             del look

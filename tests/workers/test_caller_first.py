@@ -22,6 +22,7 @@ from taskcarrier import (
     map_items,
     reduce_array,
 )
+from taskcarrier.arrays.move import ArrayMove
 from taskcarrier.errors import WorkerDiedError
 from taskcarrier.scheduling.balance import Dynamic
 from taskcarrier.scheduling.grid import ChunkGrid
@@ -283,6 +284,19 @@ class TestFailures:
         lock = threading.Lock()
         hand_over_after(100)
         assert (map_array(lambda chunk: chunk if lock else None, X, n_jobs=2) == X).all()
+
+    @pytest.mark.parametrize("k", [1, 5])
+    def test_without_room_for_the_results_the_caller_goes_on(self, hand_over_after, monkeypatch, k):
+        def refuse(self, items, proposal, agreed):
+            raise OSError("no room")
+
+        hand_over_after(k)
+        monkeypatch.setattr(ArrayMove, "carry", refuse)
+        with pytest.warns(UserWarning, match="no room"):
+            assert (map_array(double, X, chunksize=2, n_jobs=2) == 2 * X).all()
+        assert last_report().backend == "sequential"
+        monkeypatch.undo()
+        assert (map_array(double, X, chunksize=2, n_jobs=2, backend="loky") == 2 * X).all()
 
     def test_a_death_after_the_hand_over_is_made_good(self, hand_over_after, options, tmp_path):
         flag = tmp_path / "died"

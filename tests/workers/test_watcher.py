@@ -70,6 +70,18 @@ def test_what_is_due_later_does_not_hold_up_the_next_call():
         looks.wait()
 
 
+def test_a_call_may_begin_while_the_last_one_is_looked_after():
+    with Watcher.take() as watcher:
+        second = Looks(None)
+
+        def look():
+            watcher.watch(second, 0.0)
+            return LONG
+
+        watcher.watch(look, 0.0)
+        second.wait()
+
+
 def test_a_call_that_is_over_is_not_looked_after():
     looks = Looks()
     for _ in range(10):
