@@ -66,22 +66,28 @@ def run_short(
         seconds = perf_counter() - begin
         if result is None:
             history.forget(func)
-        keep_report(partial(_make_report, grid, seconds, has_ended=result is not None))
+        make = partial(make_short_report, grid, seconds, seconds, has_ended=result is not None)
+        keep_report(make)
     if result is not None:
         history.remember(func, seconds, grid.n_items, nbytes)
     return result  # type: ignore[no-any-return]  # what `run` returns
 
 
-def _make_report(grid: ChunkGrid, seconds: float, *, has_ended: bool) -> Report:
-    caller = WorkerReport("caller", len(grid), grid.n_items, seconds, 0.0)
-    cost = f"an item took {seconds / grid.n_items:.2g} s in the caller"
+def make_short_report(
+    grid: ChunkGrid, seconds: float, busy_seconds: float, *, has_ended: bool = True
+) -> Report:
+    """Return the report of a short call."""
+    n_ranges = len(grid) if grid.n_items else 0
+    idle_seconds = max(0.0, seconds - busy_seconds)
+    caller = WorkerReport("caller", n_ranges, grid.n_items, busy_seconds, idle_seconds)
+    cost = f"an item took {busy_seconds / max(1, grid.n_items):.2g} s in the caller"
     return Report(
         backend="sequential",
         reason=f"{cost}: workers would have saved nothing",
         balance="serial",
         n_jobs=1,
         chunksize=grid.chunksize,
-        ranges=len(grid),
+        ranges=n_ranges,
         items=grid.n_items,
         bytes_copied=0,
         seconds=seconds,

@@ -271,10 +271,10 @@ class TestWhenItIsShort:
     def test_a_call_is_short_if_the_last_one_was(self, monkeypatch):
         monkeypatch.undo()
         made = []
-        make = taskcarrier.short_calls._make_report
+        make = taskcarrier.short_calls.make_short_report
         monkeypatch.setattr(
             taskcarrier.short_calls,
-            "_make_report",
+            "make_short_report",
             lambda *args, **kwargs: made.append(1) or make(*args, **kwargs),
         )
 
@@ -341,3 +341,60 @@ class TestWhenItIsShort:
 
 def double(chunk):
     return 2 * chunk
+
+
+class TestStreams:
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    @pytest.mark.parametrize("n_taken", [3, 24, 100])
+    def test_short_streams_give_what_all_streams_give(self, name, n_taken):
+        mapper = StaticParallelMapper(n_jobs=2)
+        func = recorded(FUNCTIONS[name])
+
+        def take():
+            results = []
+            stream = mapper.imap(func, list(X.copy()))
+            try:
+                for result, _ in zip(stream, range(n_taken), strict=False):
+                    results.append(result)  # those before an error count
+            except Exception as error:  # noqa: BLE001  # compared
+                return results, error
+            finally:
+                stream.close()
+            return results, None
+
+        general, _, _ = outcome_of(take, is_short=False)
+        short, _, facts = outcome_of(take, is_short=True)
+        assert_alike(short, general)
+        assert facts[:2] == ("sequential", "serial")
+        assert facts[5] <= 24
+
+    def test_inputs_of_any_kind_give_the_same(self):
+        mapper = StaticParallelMapper(n_jobs=2)
+        for inputs in ([range(5)], [[1, 2], (3, 4, 5)], [iter("abc")], ["abc"], [{1: 2}], [[]]):
+            kinds = [list(each) if type(each) is type(iter("")) else each for each in inputs]
+            general, _, _ = outcome_of(
+                lambda kinds=kinds: list(mapper.imap(lambda *a: a, *kinds)), is_short=False
+            )
+            short, _, _ = outcome_of(
+                lambda kinds=kinds: list(mapper.imap(lambda *a: a, *kinds)), is_short=True
+            )
+            assert short == general
+
+    def test_a_stream_is_short_if_the_last_one_was(self, monkeypatch):
+        monkeypatch.undo()
+        mapper = StaticParallelMapper(n_jobs=2)
+        results = [list(mapper.imap(lambda x: -x, range(50))) for _ in range(3)]
+        assert results == [[-x for x in range(50)]] * 3
+        assert (mapper.report.items, mapper.report.ranges) == (50, 50)
+
+    def test_nested_maps_in_a_short_stream_are_serial_and_the_caller_is_free_between_items(
+        self, monkeypatch
+    ):
+        monkeypatch.setattr(history, "predict", lambda *_: 0.0)
+        inside = []
+        stream = StaticParallelMapper(n_jobs=2).imap(
+            lambda x: inside.append(taskcarrier.workers.loop.is_in_worker()), range(3)
+        )
+        for _ in stream:
+            assert not taskcarrier.workers.loop.is_in_worker()
+        assert inside == [True] * 3

@@ -18,12 +18,15 @@ from typing import Any
 
 from taskcarrier import progress
 from taskcarrier.arguments import check_callable, check_integer
+from taskcarrier.lists.short_maps import raise_in_stream, stream_short_list
 from taskcarrier.lists.task import Calls, StreamTask
-from taskcarrier.notes import add_note, describe_items
+from taskcarrier.notes import describe_items
 from taskcarrier.report import Report
 from taskcarrier.run import Settings, decide, describe_deaths, make_report, show_worker_warnings
+from taskcarrier.scheduling import history
 from taskcarrier.scheduling.balance import Dynamic
 from taskcarrier.scheduling.grid import ChunkGrid
+from taskcarrier.short_calls import is_short
 from taskcarrier.system.exceptions import raise_again
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.executor import Executor, Tick
@@ -82,6 +85,12 @@ def imap_lists(
         func, settings.retry_policy, is_tuple=is_tuple, collect_errors=True, rng=rng, shared=shared
     )
     items = zip(*iterables, strict=False) if is_tuple else iter(iterables[0])
+    n_items = _count_plain(iterables)
+    is_usual = rng is None and not shared and chunksize is None and settings.may_be_short
+    if is_usual and n_items is not None and is_short(func, n_items, 0):
+        stream = stream_short_list(calls, items, settings.keep_report)
+        _streams.add(stream)
+        return stream
     executor = decide(settings, func, over_lists=True)
     job = Job(
         StreamTask(calls),
@@ -108,6 +117,13 @@ def imap_lists(
     )
     _streams.add(stream)
     return stream
+
+
+def _count_plain(iterables: Iterable[Iterable[Any]]) -> int | None:
+    """Return how many items there will be, if the inputs are plain sequences; else None."""
+    if not all(type(each) in {list, tuple, range} for each in iterables):
+        return None
+    return _count_items(iterables)
 
 
 def _count_items(iterables: Iterable[Iterable[Any]]) -> int | None:
@@ -148,12 +164,25 @@ def _stream_results(
                 if tick is not None:  # the last results arrived before they were counted
                     tick(queue.ledger)
                 report = _make_report(job, executor, run_result, pace.largest, started_ns)
+                if executor.begins_in_caller and ended_well:
+                    _remember(job, report)
                 settings.keep_report(report)
                 progress.log_report(settings.verbosity, report)
                 # As in `execute`: if a filter makes an exception of a warning, it must not replace
                 # a real exception, nor the one that closes the stream.
                 with nullcontext() if ended_well else suppress(Warning):
                     show_worker_warnings(run_result.worker_stats)
+
+
+def _remember(job: Job, report: Report) -> None:
+    """Remember how long a stream took that was begun in the caller, if it ended there."""
+    assert isinstance(job.task, StreamTask)  # for the type checker
+    func = job.task.calls.call.func
+    if report.backend == "sequential":
+        busy_seconds = sum(worker.busy for worker in report.workers)
+        history.remember(func, busy_seconds, report.items, 0)
+    else:
+        history.forget(func)
 
 
 def _make_report(
@@ -364,17 +393,8 @@ def _yield_results(batch: BatchResult) -> Iterator[Any]:
     parts.failures.clear()
     for _, results in parts.results:
         yield from results[: start - batch.start]
-    if isinstance(error, StopIteration):  # it would end the iterator silently
-        error = _make_stop_error(error)
-    add_note(error, f"while mapping {describe_items(start, stop)}")
     try:
-        raise_again(error)
+        raise_in_stream(error, describe_items(start, stop))
     finally:
         # The traceback refers to this frame, which must not refer to the error.
         del error
-
-
-def _make_stop_error(cause: StopIteration) -> RuntimeError:
-    error = RuntimeError("func raised StopIteration")
-    error.__cause__ = cause
-    return error

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
-from typing import Any
+from operator import length_hint
+from time import perf_counter
+from typing import Any, NoReturn
 
 from taskcarrier.lists.task import Calls
 from taskcarrier.notes import add_note
 from taskcarrier.report import ReportMaker
 from taskcarrier.run import add_failure_note
+from taskcarrier.scheduling import history
 from taskcarrier.scheduling.grid import ChunkGrid
-from taskcarrier.short_calls import run_short
+from taskcarrier.short_calls import make_short_report, run_short
+from taskcarrier.system.exceptions import raise_again
+from taskcarrier.system.interrupts import is_raised_by_handler
+from taskcarrier.workers.loop import this_thread
+from taskcarrier.workers.thread_limits import thread_limit
 
 
 def map_short_list(
@@ -25,19 +32,65 @@ def map_short_list(
 
 
 def _call(calls: Calls, items: Sequence[Any], grid: ChunkGrid) -> list[Any]:
-    func = calls.call.func
-    results: list[Any] = []
+    func, items_left = calls.call.func, iter(items)
     try:
+        # Comprehensions, which cost no more than the user's own loop. (`map` would take a
+        # StopIteration of func for the end.)
         if calls.is_tuple:
-            for arguments in items:
-                results.append(func(*arguments))  # noqa: PERF401  # the number counts in an error
-        else:
-            for item in items:
-                results.append(func(item))  # noqa: PERF401  # as above
+            return [func(*arguments) for arguments in items_left]
+        return [func(item) for item in items_left]
     except BaseException as error:
-        number = min(len(results), len(items) - 1)
+        # The iterator has already given the item that func was called with.
+        number = max(0, len(items) - length_hint(items_left) - 1)
         add_note(error, f"func failed on {calls.describe(number, number + 1)}")
         failed_range = grid.range_of(number // grid.chunksize)
         add_failure_note(error, calls.describe(*failed_range), "caller")
         raise
-    return results
+
+
+def stream_short_list(
+    calls: Calls, items: Iterable[Any], keep_report: Callable[[ReportMaker], None]
+) -> Generator[Any, None, None]:
+    """Yield the results of a map that is known to be short, each when it is asked for."""
+    func, is_tuple = calls.call.func, calls.is_tuple
+    number, busy_seconds = 0, 0.0
+    failure: Exception | None = None
+    begin = perf_counter()
+    try:
+        with thread_limit.open():
+            for item in items:
+                began = perf_counter()
+                this_thread.is_worker = True
+                try:
+                    result = func(*item) if is_tuple else func(item)
+                except Exception as error:
+                    if is_raised_by_handler(error):
+                        raise
+                    failure = error
+                    break
+                finally:
+                    this_thread.is_worker = False
+                    busy_seconds += perf_counter() - began
+                number += 1
+                yield result
+        if failure is not None:  # outside `except`: else it would be the context of what is raised
+            raise_in_stream(failure, calls.describe(number, number + 1))
+        history.remember(func, busy_seconds, number, 0)
+    finally:
+        del failure
+        seconds = perf_counter() - begin
+        make = partial(make_short_report, ChunkGrid(number, 1), seconds, busy_seconds)
+        keep_report(make)
+
+
+def raise_in_stream(error: BaseException, where: str) -> NoReturn:
+    """Raise what the function raised for an item of a stream, with a note that says where."""
+    if isinstance(error, StopIteration):  # it would end the iterator silently
+        cause, error = error, RuntimeError("func raised StopIteration")
+        error.__cause__ = cause
+    add_note(error, f"while mapping {where}")
+    try:
+        raise_again(error)
+    finally:
+        # The traceback refers to this frame, which must not refer to the error.
+        del error

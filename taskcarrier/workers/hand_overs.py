@@ -35,12 +35,13 @@ if TYPE_CHECKING:
     from taskcarrier.workers.processes.grid_run import GridRun  # slow to import
     from taskcarrier.workers.processes.pool import ProcessPool  # likewise
 
-# Seconds of the caller's until workers begin, and seconds until they are ready meanwhile, on the
-# machine where this was written (two cores): first guesses. Threads are woken. Processes unpickle
-# the job and open its memory. New processes come from an interpreter that has to start first, and
-# the caller's process imports what it needs for them.
+# What hand-overs cost: the seconds from their first step to the end of the run in which the busiest
+# worker was not in the function. For new processes, the seconds until they are ready, and those of
+# them that the caller spends on imports. First guesses, of the machine where this was written (two
+# cores). Threads are woken. Processes unpickle the job, open its memory, and report at the end. New
+# processes come from an interpreter that has to start first.
 _thread_seconds = MeasuredSeconds(0.0005)
-_warm_seconds = MeasuredSeconds(0.002)
+_warm_seconds = MeasuredSeconds(0.003)
 _cold_seconds = MeasuredSeconds(0.25)
 _COLD_BUSY_SECONDS = 0.06
 # What is left to do when the workers are ready.
@@ -146,6 +147,7 @@ class ThreadHandOver:
         self._ledger = ledger
         self._lease: AbstractContextManager[ThreadPool]
         self._is_begun = False
+        self._begin_time = 0.0
         self._n_late = 0
 
     @property
@@ -168,6 +170,7 @@ class ThreadHandOver:
 
     def begin(self, begun: Begun, *, is_caller_busy: bool) -> None:
         """Start the threads, but for one if the caller counts for it."""
+        self._begin_time = perf_counter()
         job = replace(self._job, begun=begun)
         numbers = range(int(self.joins_caller), job.n_workers)
         if self.joins_caller:
@@ -190,6 +193,7 @@ class ThreadHandOver:
         n_workers = self._job.n_workers
         self._run.start(range(n_workers - self._n_late, n_workers))
         stats = self._run.wait(tick)
+        _learn(_thread_seconds, self._begin_time, stats)
         result = RunResult.read([caller, *stats], self._ledger, self._job.grid)
         result.first_proposal = result.first_proposal or own.first_proposal()
         return result
@@ -199,6 +203,12 @@ class ThreadHandOver:
         if self._is_begun:
             self._run.__exit__()
             self._lease.__exit__(None, None, None)
+
+
+def _learn(cost: MeasuredSeconds, begin_time: float, stats: Sequence[WorkerStats]) -> None:
+    """Take into account what a hand-over has cost that began then, and has just ended."""
+    busy_ns = max((each.busy_ns for each in stats), default=0)
+    cost.add(perf_counter() - begin_time - busy_ns / 1e9)
 
 
 class ProcessHandOver:
@@ -241,7 +251,9 @@ class ProcessHandOver:
         self._deliver = deliver
         self._move = move
         self._lease: AbstractContextManager[ProcessPool]
-        self._start_time = 0.0  # when new processes were asked for; 0 if none were
+        self._begin_time = 0.0  # of the first step
+        self._is_ready = False
+        self._were_new = False  # whether processes had to be started
         self._packed: tuple[Job, Payload] | None = None
         self._begun = NOT_BEGUN
         self._chunk_of_caller: tuple[int, int] | None = None  # that it was in at the hand-over
@@ -277,26 +289,21 @@ class ProcessHandOver:
 
     def prepare(self, first: int) -> None:
         """Have processes unpickle the job; new ones, if there are none."""
-        begin = perf_counter()
-        was_slow = self.is_slow
+        self._begin_time = perf_counter()
+        self._were_new = self.is_slow
         if self._packed is None:
             self.pack(first)
         assert self._packed is not None  # for the type checker
         self._lease = process_pool(self.choice.n_jobs)
         self._run = self._lease.__enter__().prepare(*self._packed, self._deliver)
         self.is_prepared = True
-        if was_slow:
-            self._start_time = begin
-        else:
-            _warm_seconds.add(perf_counter() - begin + _BEGIN_SECONDS)
 
     def is_ready(self, seconds: float) -> bool:
         """Return whether all workers have unpickled the job."""
-        is_ready = self._run.is_ready(seconds)
-        if is_ready and self._start_time:
-            _cold_seconds.add(perf_counter() - self._start_time)
-            self._start_time = 0.0
-        return is_ready
+        was_ready, self._is_ready = self._is_ready, self._run.is_ready(seconds)
+        if self._were_new and self._is_ready and not was_ready:
+            _cold_seconds.add(perf_counter() - self._begin_time)
+        return self._is_ready
 
     def begin(self, begun: Begun, *, is_caller_busy: bool) -> None:
         """Move the results to shared memory, and let processes begin.
@@ -327,6 +334,8 @@ class ProcessHandOver:
                 self._move.carry(self._chunk_of_caller, proposal, agreed)
         self._run.ledger.count_before(caller.n_items - self._begun.n_items)
         result = self._run.run_to_end(tick)
+        if not self._were_new:
+            _learn(_warm_seconds, self._begin_time, result.worker_stats)
         result.worker_stats.insert(0, caller)
         return result
 
