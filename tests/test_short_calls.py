@@ -385,7 +385,7 @@ class TestStreams:
         mapper = StaticParallelMapper(n_jobs=2)
         results = [list(mapper.imap(lambda x: -x, range(50))) for _ in range(3)]
         assert results == [[-x for x in range(50)]] * 3
-        assert (mapper.report.items, mapper.report.ranges) == (50, 50)
+        assert (mapper.report.items, mapper.report.chunksize) == (50, 3)
 
     def test_nested_maps_in_a_short_stream_are_serial_and_the_caller_is_free_between_items(
         self, monkeypatch

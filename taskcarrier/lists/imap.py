@@ -40,6 +40,8 @@ _BATCH_NS = 5_000_000
 # A batch holds at most this many bytes, results included, and this many items. Arbitrary.
 _BATCH_NBYTES = 1 << 20
 _MAX_BATCH = 1024
+# The largest block of a short stream, and the least number of blocks; arbitrary.
+_MAX_BLOCK, _LEAST_BLOCKS = 64, 16
 # Batches for each worker between the input and the caller, if the caller sets no `buffersize`.
 _BATCHES_AHEAD = 4
 # While results are handed out, workers are fed and results taken in this often.
@@ -88,7 +90,9 @@ def imap_lists(
     n_items = _count_plain(iterables)
     is_usual = rng is None and not shared and chunksize is None and settings.may_be_short
     if is_usual and n_items is not None and is_short(func, n_items, 0):
-        stream = stream_short_list(calls, items, settings.keep_report)
+        # Nobody waits longer for a result than for a batch.
+        block_size = max(1, min(_MAX_BLOCK, n_items // _LEAST_BLOCKS))
+        stream = stream_short_list(calls, items, block_size, settings.keep_report)
         _streams.add(stream)
         return stream
     executor = decide(settings, func, over_lists=True)

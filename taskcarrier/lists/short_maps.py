@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
+from itertools import islice
 from operator import length_hint
 from time import perf_counter
 from typing import Any, NoReturn
@@ -49,38 +50,49 @@ def _call(calls: Calls, items: Sequence[Any], grid: ChunkGrid) -> list[Any]:
 
 
 def stream_short_list(
-    calls: Calls, items: Iterable[Any], keep_report: Callable[[ReportMaker], None]
+    calls: Calls, items: Iterable[Any], block_size: int, keep_report: Callable[[ReportMaker], None]
 ) -> Generator[Any, None, None]:
-    """Yield the results of a map that is known to be short, each when it is asked for."""
-    func, is_tuple = calls.call.func, calls.is_tuple
+    """Yield the results of a map that is known to be short, each when it is asked for.
+
+    A block of `block_size` items is run at a time.
+    """
+    call = partial(_call_with_tuple, calls.call.func) if calls.is_tuple else calls.call.func
+    items_left = iter(items)
     number, busy_seconds = 0, 0.0
-    failure: Exception | None = None
+    failure: BaseException | None = None
     begin = perf_counter()
     try:
         with thread_limit.open():
-            for item in items:
+            while failure is None:
+                results: list[Any] = []
                 began = perf_counter()
-                this_thread.is_worker = True
                 try:
-                    result = func(*item) if is_tuple else func(item)
+                    this_thread.is_worker = True
+                    for item in islice(items_left, block_size):
+                        results.append(call(item))  # noqa: PERF401  # those before an error count
                 except Exception as error:
                     if is_raised_by_handler(error):
                         raise
                     failure = error
-                    break
                 finally:
                     this_thread.is_worker = False
                     busy_seconds += perf_counter() - began
-                number += 1
-                yield result
+                if not results and failure is None:
+                    break
+                number += len(results)
+                yield from results
         if failure is not None:  # outside `except`: else it would be the context of what is raised
             raise_in_stream(failure, calls.describe(number, number + 1))
-        history.remember(func, busy_seconds, number, 0)
+        history.remember(calls.call.func, busy_seconds, number, 0)
     finally:
         del failure
         seconds = perf_counter() - begin
-        make = partial(make_short_report, ChunkGrid(number, 1), seconds, busy_seconds)
+        make = partial(make_short_report, ChunkGrid(number, block_size), seconds, busy_seconds)
         keep_report(make)
+
+
+def _call_with_tuple(func: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return func(*arguments)
 
 
 def raise_in_stream(error: BaseException, where: str) -> NoReturn:

@@ -23,7 +23,7 @@ from time import perf_counter
 from taskcarrier.memory.staging import Staging
 from taskcarrier.notes import get_text, warn_user
 from taskcarrier.record import record
-from taskcarrier.scheduling.hand_over import ItemCost, Offer, estimate_saving
+from taskcarrier.scheduling.hand_over import MARGIN, ItemCost, Offer, estimate_saving
 from taskcarrier.scheduling.ledger import PENDING, Begun, Ledger
 from taskcarrier.system.contexts import contextmanager
 from taskcarrier.system.interrupts import Handlers, is_raised_by_handler
@@ -271,7 +271,8 @@ class _CallerChunks:
     def _pays(self, next_chunk: int) -> bool:
         grid = self._job.grid
         n_items = grid.n_items - next_chunk * grid.chunksize
-        if n_items * self._cost.item_seconds < self._hand_over.least_seconds:
+        left = n_items * self._cost.item_seconds
+        if left * (1 - 1 / self._job.n_workers) < MARGIN * self._hand_over.least_seconds:
             return False  # so most short calls end before anybody looks for workers
         offer = self._hand_over.make_offer()
         return self._cost.is_believed(offer) and self._saves(
