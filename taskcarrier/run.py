@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
@@ -153,10 +153,12 @@ def decide(
     extras: Sequence[Any] = (),
     *,
     over_lists: bool = False,
+    size: tuple[int, int] = (0, 0),
 ) -> Executor:
     """Choose where to run `func` with further arguments `extras`; raise an error if it cannot run.
 
-    Backends that are registered with joblib can map lists only, which `over_lists` allows.
+    Backends that are registered with joblib can map lists only, which `over_lists` allows. `size`
+    are the items of the call and their bytes.
     """
     gil_reason = settings.gil_reason or (
         "the function releases the GIL" if releases_gil(func) else ""
@@ -171,6 +173,8 @@ def decide(
         can_begin=settings.retry_policy.timeout is None,
     )
     timeout = settings.retry_policy.timeout
+    if choice.begins_in_caller:
+        choice = replace(choice, alone_seconds=history.find_alone_seconds(func, *size))
     return make_executor(choice, settings.backend, settings.new_staging, timeout)
 
 
@@ -280,11 +284,17 @@ def execute(
 
 
 def remember_call(func: Any, n_items: int, nbytes: int, outcome: RunOutcome) -> None:
-    """Remember how long a call took that was begun in the caller, if it ended there."""
-    if outcome.report.backend == "sequential" and not outcome.failures:
-        history.remember(func, outcome.report.seconds, n_items, nbytes)
-    else:
+    """Remember how long a call took that was begun in the caller, and whether it ended there."""
+    report = outcome.report
+    if outcome.failures:
         history.forget(func)
+    elif report.backend == "sequential":
+        history.remember(func, report.seconds, n_items, nbytes)
+    else:
+        caller = report.workers[0]  # what an item took there is all that is known of it alone
+        alone_seconds = caller.busy / max(1, caller.items) * n_items
+        has_paid = report.seconds < alone_seconds
+        history.remember_shared(func, report.seconds, n_items, nbytes, has_paid=has_paid)
 
 
 def _gather_failures(result: RunResult) -> list[RangeFailure]:

@@ -30,6 +30,7 @@ def hand_over_after(monkeypatch):
     In streams, it is handed over after so many items. No call takes the short way.
     """
     monkeypatch.setattr(history, "predict", lambda *_: None)
+    monkeypatch.setattr(history, "find_alone_seconds", lambda *_: 0.0)
     chunks = caller_first._CallerChunks
     monkeypatch.setattr(hand_overs, "has_warm_processes", lambda n: True)
     monkeypatch.setattr(caller_first, "_READY_SECONDS", LONG)

@@ -296,7 +296,7 @@ class TestWhenItIsShort:
         assert history.predict(double, 24, 1) == 10.0
         assert not taskcarrier.short_calls.is_short(double, 24, 1)
         history.forget(double)
-        assert key not in history._last
+        assert key not in history._last_alone
 
     def test_workers_and_joblib_take_the_general_way(self, monkeypatch):
         monkeypatch.setattr(history, "predict", lambda *_: 0.0)

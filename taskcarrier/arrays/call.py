@@ -155,7 +155,8 @@ class ArrayCall:
         check_for_arrays(self.settings.backend)
         if self.inputs.n_items == 0:
             return run_nothing()
-        return decide(self.settings, self.call.func, self.extras)
+        size = self.inputs.n_items, self.inputs.nbytes
+        return decide(self.settings, self.call.func, self.extras, size=size)
 
     def prepare(self, *, in_processes: bool) -> PreparedCall:
         """Return the function as workers call it: compiled, with its random stream and retries."""

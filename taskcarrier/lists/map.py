@@ -68,7 +68,8 @@ def map_lists(
     if items and is_usual and settings.may_be_short and is_short(func, len(items), 0):
         grid = list_grid(len(items), chunksize)
         return map_short_list(calls, items, grid, settings.keep_report)
-    executor = decide(settings, func, over_lists=True) if items else run_nothing()
+    size = len(items), 0
+    executor = decide(settings, func, over_lists=True, size=size) if items else run_nothing()
     grid, task, move = _make_task(calls, items, chunksize, executor, settings, are_long=are_long)
     outcome = execute(
         task,

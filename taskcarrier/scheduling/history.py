@@ -1,8 +1,8 @@
-"""How long calls of a function took in the caller, so that the next one can be known to be short.
+"""How long the last calls of a function took: in the caller alone, and shared with workers.
 
+By that the next call can be known to be short, and a hand-over that did not pay is not repeated.
 The key is the function's code: a lambda that is made again for each call is known. What is kept are
-a few numbers for each of the last functions, and nothing is decided by it but the way that a short
-call takes.
+a few numbers for each of the last functions. They decide on where a call runs, never on results.
 """
 
 from __future__ import annotations
@@ -17,13 +17,38 @@ _MOST = 1000
 _FURTHEST = 8
 
 
+# Calls that are compared have at most this many times the items and bytes of each other.
+_SIMILAR = 2
+# After so many calls in the caller alone, workers are tried again.
+_CALLS_ALONE = 20
+
+
 class _Last(NamedTuple):
     seconds: float
     n_items: int
     nbytes: int
 
+    def count_times(self, n_items: int, nbytes: int) -> float:
+        """Return how many times larger another call is."""
+        return max(n_items / self.n_items, nbytes / self.nbytes)
 
-_last: dict[Any, _Last] = {}
+    def is_similar(self, n_items: int, nbytes: int) -> bool:
+        """Return whether another call is of a similar size."""
+        least = min(n_items / self.n_items, nbytes / self.nbytes)
+        return self.count_times(n_items, nbytes) <= _SIMILAR and least * _SIMILAR >= 1
+
+
+class _Shared:
+    """The last call that was shared with workers."""
+
+    def __init__(self, last: _Last, *, has_paid: bool) -> None:
+        self.last = last
+        self.has_paid = has_paid
+        self.n_calls_alone = 0
+
+
+_last_alone: dict[Any, _Last] = {}
+_last_shared: dict[Any, _Shared] = {}
 
 
 def find_key(func: Any) -> Any:
@@ -34,15 +59,25 @@ def find_key(func: Any) -> Any:
 
 
 def remember(func: Any, seconds: float, n_items: int, nbytes: int) -> None:
-    """Remember how long a call took in the caller."""
-    if len(_last) >= _MOST:
-        _last.clear()
-    _last[find_key(func)] = _Last(seconds, max(1, n_items), max(1, nbytes))
+    """Remember how long a call took in the caller alone."""
+    if len(_last_alone) >= _MOST:
+        _last_alone.clear()
+    _last_alone[find_key(func)] = _Last(seconds, max(1, n_items), max(1, nbytes))
+
+
+def remember_shared(
+    func: Any, seconds: float, n_items: int, nbytes: int, *, has_paid: bool
+) -> None:
+    """Remember how long a call took that was shared, and whether it seemed to save time."""
+    if len(_last_shared) >= _MOST:
+        _last_shared.clear()
+    last = _Last(seconds, max(1, n_items), max(1, nbytes))
+    _last_shared[find_key(func)] = _Shared(last, has_paid=has_paid)
 
 
 def forget(func: Any) -> None:
-    """Forget what a function took: its last call was handed over, or failed."""
-    _last.pop(find_key(func), None)
+    """Forget what a function took: its last call failed."""
+    _last_alone.pop(find_key(func), None)
 
 
 def predict(func: Any, n_items: int, nbytes: int) -> float | None:
@@ -52,8 +87,29 @@ def predict(func: Any, n_items: int, nbytes: int) -> float | None:
     >>> predict(len, 200, 800), predict(len, 100, 80), predict(len, 10_000, 800)
     (0.002, 0.001, None)
     """
-    last = _last.get(find_key(func))
+    last = _last_alone.get(find_key(func))
     if last is None:
         return None
-    times = max(n_items / last.n_items, nbytes / last.nbytes)
+    times = last.count_times(n_items, max(1, nbytes))
     return last.seconds * max(1.0, times) if times <= _FURTHEST else None
+
+
+def find_alone_seconds(func: Any, n_items: int, nbytes: int) -> float:
+    """Return how long a call may take for the caller to do it alone; 0 if workers may help.
+
+    They did not help if a call that was shared took longer than one of a similar size that was not.
+    If there was none, it is tried. After some calls, workers are tried again.
+    """
+    key, size = find_key(func), (max(1, n_items), max(1, nbytes))
+    shared, alone = _last_shared.get(key), _last_alone.get(key)
+    if shared is None or not shared.last.is_similar(*size):
+        return 0.0
+    shared.n_calls_alone += 1
+    if shared.n_calls_alone > _CALLS_ALONE:
+        del _last_shared[key]
+        return 0.0
+    if alone is None or not alone.is_similar(*size):
+        is_better_alone = not shared.has_paid
+    else:
+        is_better_alone = alone.seconds < shared.last.seconds
+    return _SIMILAR * shared.last.seconds if is_better_alone else 0.0

@@ -94,7 +94,7 @@ class CallerFirstExecutor:
         """Run a job to its end."""
         ledger = make_caller_ledger(job, tick)
         hand_over = self._make_hand_over(job, deliver, ledger)
-        chunks = _CallerChunks(job, ledger, hand_over)
+        chunks = _CallerChunks(job, ledger, hand_over, self._others.alone_seconds)
         here = replace(job, task=_Started(job.task), balance=chunks, move=None)
         # Noted before the run: exceptions of handlers that the function sets are its own errors.
         handlers = Handlers() if job.collect_errors or job.retry_policy.retry_on else None
@@ -164,6 +164,8 @@ class _CallerChunks:
         The record of what the caller does.
     hand_over : HandOver
         How workers come to the rest.
+    alone_seconds : float
+        The seconds up to which the caller does the run alone.
 
     Attributes
     ----------
@@ -176,11 +178,12 @@ class _CallerChunks:
     name = "caller first"
     watcher: Watcher
 
-    def __init__(self, job: Job, ledger: Ledger, hand_over: HandOver) -> None:
+    def __init__(self, job: Job, ledger: Ledger, hand_over: HandOver, alone_seconds: float) -> None:
         self.error: BaseException | None = None
         self._job = job
         self._ledger = ledger
         self._hand_over = hand_over
+        self._alone_seconds = alone_seconds
         self._cost = ItemCost()
         self._begin_time = 0.0  # of the chunk that the caller is in
         self._next_chunk = 0  # the first that the caller has not begun
@@ -283,7 +286,8 @@ class _CallerChunks:
         grid = self._job.grid
         n_items, n_chunks = grid.n_items - next_chunk * grid.chunksize, len(grid) - next_chunk
         saving = estimate_saving(n_items, n_chunks, item_seconds, offer)
-        if saving <= 0:
+        alone = self._cost.total_seconds + n_items * item_seconds
+        if saving <= 0 or alone < self._alone_seconds:
             return False
         self._promise = n_items, saving
         return True
@@ -329,6 +333,8 @@ class _CallerChunks:
             return f"{took}: to hand over {n_items:,} items to {where} saves {saving:.2g} s"
         if self.error is not None:
             return f"{took}, but the rest could not be handed over"
+        if self._alone_seconds:
+            return f"{took}: workers saved nothing when they were tried"
         return f"{took}: workers would have saved nothing"
 
     # In the watcher's thread

@@ -86,12 +86,15 @@ class Choice:
         Why this backend was chosen.
     begins_in_caller : bool
         Whether the caller begins, and measures whether workers of this backend pay.
+    alone_seconds : float
+        The seconds up to which the caller does a run alone, because workers did not help before.
     """
 
     backend: str
     n_jobs: int
     reason: str
     begins_in_caller: bool = False
+    alone_seconds: float = 0.0
 
 
 def check_backend(backend: object) -> str | None:

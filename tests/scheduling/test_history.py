@@ -6,12 +6,20 @@ import numpy as np
 import pytest
 
 from taskcarrier.scheduling import history
-from taskcarrier.scheduling.history import find_key, forget, predict, remember
+from taskcarrier.scheduling.history import (
+    find_alone_seconds,
+    find_key,
+    forget,
+    predict,
+    remember,
+    remember_shared,
+)
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_remembered(monkeypatch):
-    monkeypatch.setattr(history, "_last", {})
+    monkeypatch.setattr(history, "_last_alone", {})
+    monkeypatch.setattr(history, "_last_shared", {})
 
 
 def make():
@@ -64,3 +72,36 @@ def test_only_so_many_functions_are_remembered(monkeypatch):
     for func in funcs:
         remember(func, 0.5, 1, 1)
     assert [predict(func, 1, 1) for func in funcs] == [None, None, None, 0.5]
+
+
+class TestAlone:
+    def test_at_first_workers_may_help(self):
+        assert find_alone_seconds(make(), 10, 80) == 0.0
+        remember(make(), 1.0, 10, 80)
+        assert find_alone_seconds(make(), 10, 80) == 0.0
+
+    def test_a_hand_over_that_has_paid_is_repeated(self):
+        remember_shared(make(), 2.0, 10, 80, has_paid=True)
+        assert find_alone_seconds(make(), 10, 80) == 0.0
+
+    def test_after_one_that_has_not_the_caller_tries_it_alone(self):
+        remember_shared(make(), 2.0, 10, 80, has_paid=False)
+        assert find_alone_seconds(make(), 10, 80) == 4.0
+
+    @pytest.mark.parametrize("has_paid", [True, False])
+    @pytest.mark.parametrize(("alone", "seconds"), [(1.5, 4.0), (2.5, 0.0)])
+    def test_what_was_faster_is_repeated(self, has_paid, alone, seconds):
+        remember_shared(make(), 2.0, 10, 80, has_paid=has_paid)
+        remember(make(), alone, 10, 80)
+        assert find_alone_seconds(make(), 10, 80) == seconds
+
+    @pytest.mark.parametrize("size", [(21, 80), (10, 161), (4, 80), (10, 39)])
+    def test_calls_of_another_size_are_not_compared(self, size):
+        remember_shared(make(), 2.0, 10, 80, has_paid=False)
+        assert find_alone_seconds(make(), *size) == 0.0
+
+    def test_workers_are_tried_again_after_some_calls(self):
+        remember_shared(make(), 2.0, 10, 80, has_paid=False)
+        remember(make(), 1.0, 10, 80)
+        answers = [find_alone_seconds(make(), 10, 80) for _ in range(history._CALLS_ALONE + 2)]
+        assert answers == [4.0] * history._CALLS_ALONE + [0.0] * 2
