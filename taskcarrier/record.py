@@ -1,7 +1,7 @@
 """Records: small classes of values that stay as they were made.
 
 They are dataclasses, and type checkers refuse to assign to their fields. At run time nothing holds
-that, and nobody compares records. So a record takes a third of the time of a frozen dataclass when
+that, and records are not compared. So a record takes a third of the time of a frozen dataclass when
 its module is imported; the first map waits for twenty of them, and the fork server for as many.
 """
 

@@ -20,9 +20,12 @@ from taskcarrier.notes import add_note, get_text
 from taskcarrier.random_streams import RandomStreams, WithRandomStream, random_streams_for
 from taskcarrier.record import record
 from taskcarrier.run import (
+    ResumedMarks,
     RunOutcome,
     Settings,
     decide,
+    execute,
+    remember_call,
     run_nothing,
 )
 from taskcarrier.scheduling.grid import ChunkGrid, chunk_grid, item_grid
@@ -30,8 +33,9 @@ from taskcarrier.scheduling.retries import WithRetries
 from taskcarrier.workers.call import Call, check_extras
 from taskcarrier.workers.choose import check_for_arrays
 from taskcarrier.workers.executor import Executor
+from taskcarrier.workers.introspect import is_jitted
 from taskcarrier.workers.records import DeliveredFailure, PartialResult
-from taskcarrier.workers.task import Task
+from taskcarrier.workers.task import Move, Task
 
 if TYPE_CHECKING:
     from taskcarrier.arrays.resume.ledger_file import LedgerFile
@@ -225,6 +229,32 @@ class ArrayCall:
             and self.halo is None
             and (self.by_item or self.streams is None),
         )
+
+    def execute(
+        self,
+        work: Work,
+        executor: Executor,
+        *,
+        move: Move | None,
+        resumed: ResumedMarks | None = None,
+    ) -> RunOutcome:
+        """Run the work, and remember how long it took."""
+        outcome = execute(
+            work.task,
+            self.grid,
+            executor,
+            self.settings,
+            started_ns=self.started_ns,
+            notes=work.notes,
+            compiling=work.compiling_ns / 1e9,
+            collect_errors=self.collect_errors,
+            can_split=work.can_split,
+            resumed=resumed,
+            move=move,
+        )
+        if executor.begins_in_caller and not is_jitted(self.call.func):
+            remember_call(self.call.func, self.inputs.n_items, self.inputs.nbytes, outcome)
+        return outcome
 
     def make_shared_buffer(self) -> SharedBuffer:
         """Make memory for outputs that worker processes share."""

@@ -6,8 +6,7 @@ from typing import Any
 
 from taskcarrier.arrays.call import ArrayCall
 from taskcarrier.arrays.move import ArrayMove
-from taskcarrier.run import execute, raise_first_failure, raise_if_missing, remember_call
-from taskcarrier.workers.introspect import is_jitted
+from taskcarrier.run import raise_first_failure, raise_if_missing
 from taskcarrier.workers.records import DeliveredFailure
 
 
@@ -20,19 +19,7 @@ def run_collected(
     """
     executor = call.decide()
     work = call.make_work(executor.staging, None, outcomes=outcomes)
-    outcome = execute(
-        work.task,
-        call.grid,
-        executor,
-        call.settings,
-        started_ns=call.started_ns,
-        notes=work.notes,
-        compiling=work.compiling_ns / 1e9,
-        collect_errors=call.collect_errors,
-        move=ArrayMove(call) if executor.may_move else None,
-    )
-    if executor.begins_in_caller and not is_jitted(call.call.func):
-        remember_call(call.call.func, call.inputs.n_items, call.inputs.nbytes, outcome)
+    outcome = call.execute(work, executor, move=ArrayMove(call) if executor.may_move else None)
     call.explain_ufunc_errors(outcome)
     raise_first_failure(outcome, call.inputs.describe)
     delivered = [parts for _, parts in outcome.delivered]

@@ -18,10 +18,8 @@ from taskcarrier.notes import add_note
 from taskcarrier.run import (
     ResumedMarks,
     RunOutcome,
-    execute,
     raise_first_failure,
     raise_if_missing,
-    remember_call,
 )
 from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.introspect import is_jitted
@@ -81,22 +79,8 @@ class PlacedMap:
                 if isinstance(buffer, LocalBuffer) and executor.may_move
                 else None
             )
-            outcome = execute(
-                work.task,
-                call.grid,
-                executor,
-                call.settings,
-                started_ns=call.started_ns,
-                notes=work.notes,
-                compiling=work.compiling_ns / 1e9,
-                collect_errors=call.collect_errors,
-                can_split=work.can_split,
-                resumed=marks,
-                move=move,
-            )
+            outcome = call.execute(work, executor, move=move, resumed=marks)
             kept: list[DeferredResult] = []
-            if executor.begins_in_caller and not is_jitted(call.call.func):
-                remember_call(call.call.func, call.inputs.n_items, call.inputs.nbytes, outcome)
             if move is not None and move.moved is not None:
                 buffer.close()
                 buffer, kept = move.moved, move.kept

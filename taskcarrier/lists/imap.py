@@ -90,7 +90,6 @@ def imap_lists(
     n_items = _count_plain(iterables)
     is_usual = rng is None and not shared and chunksize is None and settings.may_be_short
     if is_usual and n_items is not None and is_short(func, n_items, 0):
-        # Nobody waits longer for a result than for a batch.
         block_size = max(1, min(_MAX_BLOCK, n_items // _LEAST_BLOCKS))
         stream = stream_short_list(calls, items, block_size, settings.keep_report)
         _streams.add(stream)

@@ -35,9 +35,9 @@ _MAX_PARTS = 100_000
 class ListMove:
     """The move of a map over a list (`taskcarrier.workers.task.Move`).
 
-    It is made before the caller calls the function. A few objects of the user's are pickled then,
-    because nobody can do so while the caller is in its first chunk: pickling them is code of the
-    user's, which runs in no other thread. With `are_long`, the items are known to take long.
+    It is made before the caller calls the function. A few objects of the user's are pickled then:
+    pickling them is code of the user's, which runs in no other thread, and the caller may be in its
+    first chunk for long. With `are_long`, the items are known to take long.
     """
 
     def __init__(

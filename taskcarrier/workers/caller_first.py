@@ -3,7 +3,7 @@
 The caller runs the first chunks, in order, and measures what an item costs. After each chunk it
 compares what is left with what workers would cost (`taskcarrier.scheduling.hand_over`). A watcher
 does the same while the caller is in a chunk that takes long. So a short run never pays for workers,
-nobody has to know beforehand which run is short, and help never waits for the end of a long chunk.
+and help never waits for the end of a long chunk.
 The chunks are those of the grid in either case, and so is every bit of the result.
 
 Who may do what. The caller and its watcher share two tokens, each in a list of its own: whoever
@@ -302,7 +302,7 @@ class _CallerChunks:
         """End the caller's part; return whether to wait for workers.
 
         If the caller failed, for `failure`, they stop at their next chunk. If it was interrupted,
-        nobody waits for that.
+        they are not waited for.
         """
         if failure is not None and is_interrupt(failure):
             return False

@@ -1,7 +1,7 @@
 """A work queue that begins in the caller, and goes on with workers if that pays.
 
-The caller runs each batch when it is put, and measures what an item costs. Nobody knows how many
-items will come. So it is assumed that as many come as have come already, and one for each worker at
+The caller runs each batch when it is put, and measures what an item costs. How many items will come
+is not known. So it is assumed that as many come as have come already, and one for each worker at
 least. Reading the input is code of the user's, and so help waits for the end of an item here.
 """
 
