@@ -8,6 +8,7 @@ general way (`taskcarrier.run`).
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,9 +18,11 @@ from typing import Any, TypeVar
 from taskcarrier.report import Report, ReportMaker, WorkerReport
 from taskcarrier.scheduling import history
 from taskcarrier.scheduling.grid import ChunkGrid
+from taskcarrier.workers.call import Call
 from taskcarrier.workers.choose import is_joblib_configured
 from taskcarrier.workers.introspect import releases_gil
 from taskcarrier.workers.loop import this_thread
+from taskcarrier.workers.snapshots import find_state
 from taskcarrier.workers.thread_limits import thread_limit
 
 # Calls that are predicted to take more seconds go the general way: it may pay to hand them over,
@@ -27,6 +30,8 @@ from taskcarrier.workers.thread_limits import thread_limit
 # and 8 ms in processes (`taskcarrier.workers.hand_overs`).
 _MAX_SECONDS_FOR_THREADS = 0.0013
 _MAX_SECONDS_FOR_PROCESSES = 0.006
+# A call that takes more seconds all the same is no short one.
+_MOST_SECONDS = 0.02
 
 R = TypeVar("R")
 
@@ -46,6 +51,26 @@ def is_short(func: Any, n_items: int, nbytes: int) -> bool:
 def is_count(value: Any, least: int = -sys.maxsize) -> bool:
     """Return whether an option is None or a plain number that is not 0, from `least` on."""
     return value is None or (type(value) is int and value >= least and value != 0)
+
+
+class Patience:
+    """The time that a call may take which was taken for short.
+
+    After that it goes the general way, where workers may help, unless its function may have changed
+    what it carries: workers would not get it as it was.
+    """
+
+    def __init__(self, func: Any) -> None:
+        self._func = func
+        self._deadline = perf_counter() + _MOST_SECONDS
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the call shall go the general way now."""
+        if perf_counter() < self._deadline:
+            return False
+        self._deadline = math.inf
+        return find_state(Call(self._func)) == []
 
 
 def run_short(

@@ -18,8 +18,10 @@ from taskcarrier import (
     map_array,
     map_chunks,
     map_items,
+    short_calls,
 )
 from taskcarrier.scheduling import history
+from tests.clocks import LONG
 from tests.strategies import examples, same_bits
 
 X = np.arange(48.0).reshape(24, 2)
@@ -29,6 +31,14 @@ SEEN = []
 @pytest.fixture(autouse=True)
 def everything_runs_in_the_caller(hand_over_after):
     hand_over_after(10**9)
+
+
+@pytest.fixture(params=["patient", "impatient"])
+def patience(request, monkeypatch):
+    """Let calls be short to their end, or go the general way as soon as they can."""
+    monkeypatch.setattr(short_calls, "find_state", lambda call: [])
+    is_patient = request.param == "patient"
+    monkeypatch.setattr(short_calls, "_MOST_SECONDS", LONG if is_patient else -1.0)
 
 
 def recorded(func):
@@ -148,6 +158,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("verb", [map_array, map_items, map_chunks])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_short_maps_give_what_all_maps_give(verb, name):
@@ -238,6 +249,7 @@ def test_any_array_gives_the_same(array, chunksize, func, verb):
 
 
 class TestLists:
+    @pytest.mark.usefixtures("patience")
     @pytest.mark.parametrize("name", FUNCTIONS)
     def test_short_maps_give_what_all_maps_give(self, name):
         mapper = StaticParallelMapper(n_jobs=2)
@@ -267,13 +279,35 @@ class TestMappers:
             assert mapper.report == last_report()
 
 
+class TestPatience:
+    def test_a_call_that_is_not_short_after_all_goes_the_general_way(self, monkeypatch):
+        monkeypatch.setattr(history, "predict", lambda *_: 0.0)
+        monkeypatch.setattr(short_calls, "_MOST_SECONDS", -1.0)
+        for verb in (map_array, map_items, map_chunks):
+            verb(np.negative, X, n_jobs=2)
+            assert "caller" in [worker.name for worker in last_report().workers]
+        mapper = StaticParallelMapper(n_jobs=2)
+        assert mapper.map(str, range(50)) == list(map(str, range(50)))
+        assert mapper.report.ranges == 50
+
+    def test_one_that_may_have_changed_its_function_does_not(self, monkeypatch):
+        monkeypatch.setattr(short_calls, "_MOST_SECONDS", -1.0)
+        assert short_calls.Patience(double).has_ended
+        log = []
+        assert not short_calls.Patience(lambda chunk: log).has_ended
+        patience = short_calls.Patience(functools.partial(double, log))
+        assert not patience.has_ended
+        monkeypatch.setattr(short_calls, "_MOST_SECONDS", LONG)
+        assert not short_calls.Patience(double).has_ended
+
+
 class TestWhenItIsShort:
     def test_a_call_is_short_if_the_last_one_was(self, monkeypatch):
         monkeypatch.undo()
         made = []
-        make = taskcarrier.short_calls.make_short_report
+        make = short_calls.make_short_report
         monkeypatch.setattr(
-            taskcarrier.short_calls,
+            short_calls,
             "make_short_report",
             lambda *args, **kwargs: made.append(1) or make(*args, **kwargs),
         )
@@ -294,22 +328,22 @@ class TestWhenItIsShort:
         key = history.find_key(double)
         history.remember(double, 10.0, 24, 1)
         assert history.predict(double, 24, 1) == 10.0
-        assert not taskcarrier.short_calls.is_short(double, 24, 1)
+        assert not short_calls.is_short(double, 24, 1)
         history.forget(double)
         assert key not in history._last_alone
 
     def test_workers_and_joblib_take_the_general_way(self, monkeypatch):
         monkeypatch.setattr(history, "predict", lambda *_: 0.0)
-        assert taskcarrier.short_calls.is_short(double, 1, 1)
+        assert short_calls.is_short(double, 1, 1)
         with joblib.parallel_config(backend="threading", n_jobs=2):
-            assert not taskcarrier.short_calls.is_short(double, 1, 1)
+            assert not short_calls.is_short(double, 1, 1)
             map_array(double, X)
             assert last_report().backend == "threading"
-        assert taskcarrier.short_calls.is_short(double, 1, 1)
+        assert short_calls.is_short(double, 1, 1)
         inner = []
 
         def nested(chunk):
-            inner.append(taskcarrier.short_calls.is_short(double, 1, 1))
+            inner.append(short_calls.is_short(double, 1, 1))
             return map_array(double, chunk)
 
         map_array(nested, X, n_jobs=2)

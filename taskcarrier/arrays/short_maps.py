@@ -20,10 +20,12 @@ from taskcarrier.arrays.outputs.stacking import MixedDtypes, stack_values
 from taskcarrier.arrays.task import Raised
 from taskcarrier.report import ReportMaker
 from taskcarrier.scheduling.grid import ChunkGrid, chunk_grid, item_grid
-from taskcarrier.short_calls import is_count, is_short, run_short
+from taskcarrier.short_calls import Patience, is_count, is_short, run_short
 
 # Larger results are checked against the memory that is left.
 _MAX_NBYTES = 1 << 23
+# After so many blocks of items it is time to look at the clock; arbitrary.
+_N_BLOCKS = 16
 _RUN_OPTIONS = {"n_jobs", "balance", "chunksize"}
 _CALL_OPTIONS = {"args", "kwargs"}
 _KINDS = set("biufcmMSU")
@@ -56,12 +58,15 @@ class _ShortCall(NamedTuple):
         The chunks.
     outcomes : dict
         Where what the function has given is put, if the call is unusual after all.
+    patience : Patience
+        The time that the call may take.
     """
 
     func: Callable[..., Any]
     arrays: tuple[np.ndarray, ...]
     grid: ChunkGrid
     outcomes: Outcomes
+    patience: Patience
 
 
 def map_short_chunks(
@@ -121,7 +126,7 @@ def _run(
         bound = partial(_call_with_constants, func, len(arrays), args)
     if kwargs := options.get("kwargs"):
         bound = partial(bound, **kwargs)
-    call = _ShortCall(bound, arrays, grid, {})
+    call = _ShortCall(bound, arrays, grid, {}, Patience(func))
     result = run_short(func, partial(run, call), grid, nbytes, keep_report)
     return (NOT_SHORT if result is None else result), call.outcomes
 
@@ -188,19 +193,28 @@ def _call_with_chunks(call: _ShortCall) -> np.ndarray | tuple[np.ndarray, ...] |
             and result.shape == (stop - start, *out.shape[1:])
         ):
             out[start:stop] = result
+            if call.patience.has_ended and stop < n_items:
+                _recall(outcomes, outputs, stop, size)
+                return None
             continue
         if outputs is None:
             outputs = _Outputs.make(result, n_items, stop)
             if outputs is not None and not outputs.is_tuple:
                 (out,) = outputs.arrays
         if outputs is None or not outputs.put(result, start, stop):
-            if outputs is not None:
-                outcomes.update(
-                    (before, outputs.get(before, before + size)) for before in range(0, start, size)
-                )
+            _recall(outcomes, outputs, start, size)
             outcomes[start] = result
             return None
+        if call.patience.has_ended and stop < n_items:
+            _recall(outcomes, outputs, stop, size)
+            return None
     return None if outputs is None else outputs.get(0, n_items)
+
+
+def _recall(outcomes: Outcomes, outputs: _Outputs | None, stop: int, size: int) -> None:
+    """Keep the results of all chunks before `stop`."""
+    if outputs is not None:
+        outcomes.update((start, outputs.get(start, start + size)) for start in range(0, stop, size))
 
 
 def _read(arrays: tuple[np.ndarray, ...], start: int, stop: int) -> list[np.ndarray]:
@@ -272,23 +286,30 @@ def _collect_from_chunks(call: _ShortCall) -> list[Any] | None:
         except BaseException as error:  # noqa: BLE001  # the general way raises it
             call.outcomes[start] = Raised(error)
             return None
+        if call.patience.has_ended and start + size < n_items:
+            return None
     return list(call.outcomes.values())
 
 
 def _call_with_items(call: _ShortCall) -> np.ndarray | tuple[np.ndarray, ...] | None:
     """Return the result; None if something is unusual, and what func has given in `outcomes`."""
-    func, views = call.func, _read(call.arrays, 0, call.grid.n_items)
+    func, n_items = call.func, call.grid.n_items
+    block_size = max(1, n_items // _N_BLOCKS)
     values: list[Any] = []
     try:
-        if len(views) == 1:
-            for item in views[0]:
-                values.append(func(item))  # noqa: PERF401  # what there is before an error counts
-        else:
-            for items in zip(*views, strict=True):
-                values.append(func(*items))  # noqa: PERF401  # as above
+        for start in range(0, n_items, block_size):
+            views = _read(call.arrays, start, start + block_size)
+            if len(views) == 1:
+                for item in views[0]:
+                    values.append(func(item))  # noqa: PERF401  # those before an error count
+            else:
+                for items in zip(*views, strict=True):
+                    values.append(func(*items))  # noqa: PERF401  # as above
+            if call.patience.has_ended and len(values) < n_items:
+                break
     except BaseException as error:  # noqa: BLE001  # the general way raises it
         values.append(Raised(error))
-    else:
+    if len(values) == n_items and type(values[-1]) is not Raised:
         try:
             result = stack_values(values, 0, 0, objects="refuse")
         except (TypeError, ValueError):  # the general way says in which items

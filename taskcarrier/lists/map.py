@@ -64,13 +64,18 @@ def map_lists(
         shared=shared,
         noun=noun,
     )
+    done: list[Any] = []
     is_usual = not (collect_errors or calls.passes_index or calls.call.kwargs)
     if items and is_usual and settings.may_be_short and is_short(func, len(items), 0):
         grid = list_grid(len(items), chunksize)
-        return map_short_list(calls, items, grid, settings.keep_report)
+        done = map_short_list(calls, items, grid, settings.keep_report)
+        if len(done) == len(items):
+            return done
     size = len(items), 0
     executor = decide(settings, func, over_lists=True, size=size) if items else run_nothing()
-    grid, task, move = _make_task(calls, items, chunksize, executor, settings, are_long=are_long)
+    grid, task, move = _make_task(
+        calls, items, chunksize, executor, settings, are_long=are_long, done=done
+    )
     outcome = execute(
         task,
         grid,
@@ -101,13 +106,15 @@ def _make_task(
     settings: Settings,
     *,
     are_long: bool,
+    done: list[Any],
 ) -> tuple[ChunkGrid, ListTask | PackedTask, ListMove | None]:
     """Return the chunks of a list and the task over them, with the items where workers see them.
 
-    If the caller may begin and hand over to processes, return how the items get there, too.
+    If the caller may begin and hand over to processes, return how the items get there, too. `done`
+    are the results of the first items, if these were run before.
     """
     if executor.staging is None and not executor.may_move:
-        return list_grid(len(items), chunksize, None), ListTask(calls, items), None
+        return list_grid(len(items), chunksize, None), ListTask(calls, items, done), None
     # A timeout is for each range, so ranges must not depend on the number of workers.
     n_workers = executor.choice.n_jobs if settings.retry_policy.timeout is None else None
     grid = list_grid(len(items), chunksize, n_workers)
@@ -120,7 +127,7 @@ def _make_task(
             executor.choice.n_jobs,
             are_long=are_long,
         )
-        return grid, ListTask(calls, items), move
+        return grid, ListTask(calls, items, done), move
     pickles = pickle_chunks(
         lambda start, stop: items[start:stop], grid, partial(describe_items, noun=calls.noun)
     )

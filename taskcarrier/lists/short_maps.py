@@ -15,11 +15,14 @@ from taskcarrier.report import ReportMaker
 from taskcarrier.run import add_failure_note
 from taskcarrier.scheduling import history
 from taskcarrier.scheduling.grid import ChunkGrid
-from taskcarrier.short_calls import make_short_report, run_short
+from taskcarrier.short_calls import Patience, make_short_report, run_short
 from taskcarrier.system.exceptions import raise_again
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.loop import this_thread
 from taskcarrier.workers.thread_limits import thread_limit
+
+# After so many blocks of items it is time to look at the clock; arbitrary.
+_N_BLOCKS = 16
 
 
 def map_short_list(
@@ -28,18 +31,30 @@ def map_short_list(
     grid: ChunkGrid,
     keep_report: Callable[[ReportMaker], None],
 ) -> list[Any]:
-    """Return the results of a map that is known to be short."""
-    return run_short(calls.call.func, partial(_call, calls, items, grid), grid, 0, keep_report)
+    """Return the results of a map that is taken for short: only the first, if it is not."""
+    results: list[Any] = []
+    run = partial(_call, calls, items, grid, results)
+    run_short(calls.call.func, run, grid, 0, keep_report)
+    return results
 
 
-def _call(calls: Calls, items: Sequence[Any], grid: ChunkGrid) -> list[Any]:
+def _call(
+    calls: Calls, items: Sequence[Any], grid: ChunkGrid, results: list[Any]
+) -> list[Any] | None:
     func, items_left = calls.call.func, iter(items)
+    patience = Patience(func)
+    block_size = max(1, len(items) // _N_BLOCKS)
     try:
-        # Comprehensions, which cost no more than the user's own loop. (`map` would take a
-        # StopIteration of func for the end.)
-        if calls.is_tuple:
-            return [func(*arguments) for arguments in items_left]
-        return [func(item) for item in items_left]
+        while len(results) < len(items):
+            # Comprehensions, which cost no more than the user's own loop. (`map` would take a
+            # StopIteration of func for the end.)
+            block = islice(items_left, block_size)
+            if calls.is_tuple:
+                results += [func(*arguments) for arguments in block]
+            else:
+                results += [func(item) for item in block]
+            if patience.has_ended and len(results) < len(items):
+                return None
     except BaseException as error:
         # The iterator has already given the item that func was called with.
         number = max(0, len(items) - length_hint(items_left) - 1)
@@ -47,6 +62,7 @@ def _call(calls: Calls, items: Sequence[Any], grid: ChunkGrid) -> list[Any]:
         failed_range = grid.range_of(number // grid.chunksize)
         add_failure_note(error, calls.describe(*failed_range), "caller")
         raise
+    return results
 
 
 def stream_short_list(

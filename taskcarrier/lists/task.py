@@ -139,15 +139,25 @@ class Calls:
 
 @record
 class ListTask:
-    """Calls with items of this process, as a task."""
+    """Calls with items of this process, as a task; `done` are the results of the first items."""
 
     calls: Calls
     items: Sequence[Any]
+    done: Sequence[Any] = ()
 
     def start(self, worker: WorkerContext) -> RunRange:  # noqa: ARG002  # nothing to agree on
         """Return what calls the function with a range of the items."""
-        calls, items = self.calls.bind_shared(), self.items
-        return lambda start, stop: calls.call_items(items[start:stop], start)
+        calls, items, done = self.calls.bind_shared(), self.items, self.done
+        if not done:
+            return lambda start, stop: calls.call_items(items[start:stop], start)
+
+        def run_range(start: int, stop: int) -> list[Any] | PartialResult:
+            known = list(done[start:stop])
+            begin = start + len(known)
+            results = calls.call_items(items[begin:stop], begin)
+            return known + results if isinstance(results, list) else results
+
+        return run_range
 
 
 @record

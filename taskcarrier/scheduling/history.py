@@ -1,8 +1,9 @@
 """How long the last calls of a function took: in the caller alone, and shared with workers.
 
 By that the next call can be known to be short, and a hand-over that did not pay is not repeated.
-The key is the function's code: a lambda that is made again for each call is known. What is kept are
-a few numbers for each of the last functions. They decide on where a call runs, never on results.
+The key is the function's code and the objects that it refers to: a lambda that is made again for
+each call is known, and one that calls another model is another function. What is kept are a few
+numbers for each of the last functions. They decide on where a call runs, never on results.
 """
 
 from __future__ import annotations
@@ -52,10 +53,23 @@ _last_shared: dict[Any, _Shared] = {}
 
 
 def find_key(func: Any) -> Any:
-    """Return what stands for a function: its code, if it is written in Python."""
-    while isinstance(func, (partial, MethodType)):
-        func = func.func if isinstance(func, partial) else func.__func__
-    return func.__code__ if isinstance(func, FunctionType) else (type(func), id(func))
+    """Return what stands for a function: its code and what it refers to, if it is Python's."""
+    if isinstance(func, partial):
+        values = (*func.args, *func.keywords.values())
+        return (find_key(func.func), *func.keywords, *map(id, values))
+    if isinstance(func, MethodType):
+        return find_key(func.__func__), id(func.__self__)
+    if not isinstance(func, FunctionType):
+        return type(func), id(func)
+    code, names = func.__code__, func.__globals__
+    referents = [names[name] for name in code.co_names if name in names]
+    for cell in func.__closure__ or ():
+        try:
+            referents.append(cell.cell_contents)
+        except ValueError:  # it is not bound yet
+            referents.append(cell)
+    referents += func.__defaults__ or ()
+    return (code, *map(id, referents))
 
 
 def remember(func: Any, seconds: float, n_items: int, nbytes: int) -> None:

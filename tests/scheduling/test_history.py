@@ -26,6 +26,17 @@ def make():
     return lambda x: x
 
 
+def enclosing(value):
+    return lambda x, y=value: (x, y, value)
+
+
+THING = object()
+
+
+def uses_global(x):
+    return THING, x
+
+
 class Thing:
     def method(self, x):
         return x
@@ -34,9 +45,22 @@ class Thing:
 def test_a_function_is_known_by_its_code():
     assert find_key(make()) == find_key(make())
     assert find_key(make()) != find_key(lambda x: x)
-    assert find_key(functools.partial(make(), 1)) == find_key(make())
-    assert find_key(Thing().method) == find_key(Thing().method)
     assert find_key(np.sin) != find_key(np.cos)
+
+
+def test_what_a_function_refers_to_counts(monkeypatch):
+    one, other = Thing(), Thing()
+    assert find_key(one.method) == find_key(one.method)
+    assert find_key(one.method) != find_key(other.method)
+    assert find_key(functools.partial(make(), one)) == find_key(functools.partial(make(), one))
+    assert find_key(functools.partial(make(), one)) != find_key(functools.partial(make(), other))
+    assert find_key(functools.partial(make(), a=one)) != find_key(functools.partial(make(), b=one))
+    assert find_key(enclosing(one)) == find_key(enclosing(one))
+    assert find_key(enclosing(one)) != find_key(enclosing(other))
+    assert find_key(lambda: unbound) is not None  # noqa: F821  # as said
+    key = find_key(uses_global)
+    monkeypatch.setitem(globals(), "THING", other)
+    assert find_key(uses_global) != key
 
 
 def test_a_call_takes_as_long_as_the_last_one_or_longer_in_proportion():
