@@ -30,8 +30,8 @@ from taskcarrier.workers.thread_limits import thread_limit
 # and 8 ms in processes (`taskcarrier.workers.hand_overs`).
 _MAX_SECONDS_FOR_THREADS = 0.0013
 _MAX_SECONDS_FOR_PROCESSES = 0.006
-# A call that takes more seconds all the same is no short one.
-_MOST_SECONDS = 0.02
+MOST_SECONDS = 0.02
+"""A call that takes more seconds than this is no short one after all; arbitrary."""
 
 R = TypeVar("R")
 
@@ -62,7 +62,7 @@ class Patience:
 
     def __init__(self, func: Any) -> None:
         self._func = func
-        self._deadline = perf_counter() + _MOST_SECONDS
+        self._deadline = perf_counter() + MOST_SECONDS
 
     @property
     def has_ended(self) -> bool:

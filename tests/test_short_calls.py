@@ -2,6 +2,7 @@
 
 import functools
 import threading
+from itertools import islice
 
 import joblib
 import numpy as np
@@ -20,6 +21,7 @@ from taskcarrier import (
     map_items,
     short_calls,
 )
+from taskcarrier.lists import short_maps
 from taskcarrier.scheduling import history
 from tests.clocks import LONG
 from tests.strategies import examples, same_bits
@@ -38,7 +40,8 @@ def patience(request, monkeypatch):
     """Let calls be short to their end, or go the general way as soon as they can."""
     monkeypatch.setattr(short_calls, "find_state", lambda call: [])
     is_patient = request.param == "patient"
-    monkeypatch.setattr(short_calls, "_MOST_SECONDS", LONG if is_patient else -1.0)
+    for module in (short_calls, short_maps):
+        monkeypatch.setattr(module, "MOST_SECONDS", LONG if is_patient else -1.0)
 
 
 def recorded(func):
@@ -282,7 +285,7 @@ class TestMappers:
 class TestPatience:
     def test_a_call_that_is_not_short_after_all_goes_the_general_way(self, monkeypatch):
         monkeypatch.setattr(history, "predict", lambda *_: 0.0)
-        monkeypatch.setattr(short_calls, "_MOST_SECONDS", -1.0)
+        monkeypatch.setattr(short_calls, "MOST_SECONDS", -1.0)
         for verb in (map_array, map_items, map_chunks):
             verb(np.negative, X, n_jobs=2)
             assert "caller" in [worker.name for worker in last_report().workers]
@@ -291,13 +294,13 @@ class TestPatience:
         assert mapper.report.ranges == 50
 
     def test_one_that_may_have_changed_its_function_does_not(self, monkeypatch):
-        monkeypatch.setattr(short_calls, "_MOST_SECONDS", -1.0)
+        monkeypatch.setattr(short_calls, "MOST_SECONDS", -1.0)
         assert short_calls.Patience(double).has_ended
         log = []
         assert not short_calls.Patience(lambda chunk: log).has_ended
         patience = short_calls.Patience(functools.partial(double, log))
         assert not patience.has_ended
-        monkeypatch.setattr(short_calls, "_MOST_SECONDS", LONG)
+        monkeypatch.setattr(short_calls, "MOST_SECONDS", LONG)
         assert not short_calls.Patience(double).has_ended
 
 
@@ -378,6 +381,7 @@ def double(chunk):
 
 
 class TestStreams:
+    @pytest.mark.usefixtures("patience")
     @pytest.mark.parametrize("name", FUNCTIONS)
     @pytest.mark.parametrize("n_taken", [3, 24, 100])
     def test_short_streams_give_what_all_streams_give(self, name, n_taken):
@@ -413,6 +417,22 @@ class TestStreams:
                 lambda kinds=kinds: list(mapper.imap(lambda *a: a, *kinds)), is_short=True
             )
             assert short == general
+
+    def test_a_stream_that_is_not_short_after_all_goes_the_general_way(self, monkeypatch):
+        monkeypatch.setattr(history, "predict", lambda *_: 0.0)
+        monkeypatch.setattr(short_calls, "MOST_SECONDS", -1.0)
+        monkeypatch.setattr(short_maps, "MOST_SECONDS", -1.0)
+        calls = []
+        mapper = StaticParallelMapper(n_jobs=2)
+        for ordered in (True, False):
+            stream = mapper.imap(lambda x: (calls.append(x), -x)[1], range(50), ordered=ordered)
+            assert sorted(stream) == sorted(-x for x in range(50))
+            del calls[:]
+        failing = mapper.imap(lambda x: 1 // (x - 30), range(50))
+        assert len(list(islice(failing, 30))) == 30
+        with pytest.raises(ZeroDivisionError) as caught:
+            next(failing)
+        assert "item 30" in caught.value.__notes__[0]
 
     def test_a_stream_is_short_if_the_last_one_was(self, monkeypatch):
         monkeypatch.undo()

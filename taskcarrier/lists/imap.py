@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from time import monotonic_ns
 from typing import Any
 
@@ -87,13 +88,41 @@ def imap_lists(
         func, settings.retry_policy, is_tuple=is_tuple, collect_errors=True, rng=rng, shared=shared
     )
     items = zip(*iterables, strict=False) if is_tuple else iter(iterables[0])
-    n_items = _count_plain(iterables)
+    n_items = _count_items(iterables) if settings.verbosity >= 1 else None
+    start = partial(
+        _start_stream,
+        settings,
+        func,
+        calls,
+        n_items=n_items,
+        ordered=ordered,
+        buffersize=buffersize,
+        chunksize=chunksize,
+    )
+    n_plain = _count_plain(iterables)
     is_usual = rng is None and not shared and chunksize is None and settings.may_be_short
-    if is_usual and n_items is not None and is_short(func, n_items, 0):
-        block_size = max(1, min(_MAX_BLOCK, n_items // _LEAST_BLOCKS))
-        stream = stream_short_list(calls, items, block_size, settings.keep_report)
-        _streams.add(stream)
-        return stream
+    if is_usual and n_plain is not None and is_short(func, n_plain, 0):
+        block_size = max(1, min(_MAX_BLOCK, n_plain // _LEAST_BLOCKS))
+        stream = stream_short_list(calls, items, block_size, settings.keep_report, start)
+    else:
+        stream = start(items, 0)
+    _streams.add(stream)
+    return stream
+
+
+def _start_stream(
+    settings: Settings,
+    func: Callable[..., Any],
+    calls: Calls,
+    items: Iterator[Any],
+    first: int,
+    *,
+    n_items: int | None,
+    ordered: bool,
+    buffersize: int | None,
+    chunksize: int | None,
+) -> Generator[Any, None, None]:
+    """Return the stream of the results of `items`; the first of them has number `first`."""
     executor = decide(settings, func, over_lists=True)
     job = Job(
         StreamTask(calls),
@@ -113,13 +142,16 @@ def imap_lists(
     if executor.runs_in_caller or (can_lose_batch and chunksize is None):
         chunksize = 1
     pace = Pace(executor.choice.n_jobs, buffersize, chunksize)
-    source = StreamInput(items, _count_items(iterables) if settings.verbosity >= 1 else None)
     workers = executor.stream(job)  # an error, if it cannot; else they begin when this is entered
-    stream = _stream_results(
-        settings, job, executor, workers, source=source, pace=pace, ordered=ordered
+    return _stream_results(
+        settings,
+        job,
+        executor,
+        workers,
+        source=StreamInput(items, n_items, first),
+        pace=pace,
+        ordered=ordered,
     )
-    _streams.add(stream)
-    return stream
 
 
 def _count_plain(iterables: Iterable[Iterable[Any]]) -> int | None:
@@ -205,9 +237,13 @@ def _make_report(
 
 
 class StreamInput:
-    """The input of a stream, read in batches, with its number of items if that is known."""
+    """The input of a stream, read in batches, with its number of items if that is known.
 
-    def __init__(self, items: Iterator[Any], n_items: int | None = None) -> None:
+    Its first item has number `first`.
+    """
+
+    def __init__(self, items: Iterator[Any], n_items: int | None = None, first: int = 0) -> None:
+        self.first = first
         self._items = items
         self.n_items = n_items
         self.has_ended = False
@@ -307,7 +343,7 @@ class _Stream:
         self._source = source
         self._pace = pace
         self._tick = tick
-        self._n_put = self._n_arrived = self._n_out = 0  # items
+        self._n_put = self._n_arrived = self._n_out = source.first  # items
         self._arrived: dict[int, BatchResult] = {}
         self._next_look_ns = 0
         self._is_input_slow = False  # when it was last read
@@ -315,7 +351,7 @@ class _Stream:
 
     def results(self, ordered: bool) -> Iterator[Any]:
         """Yield all results; what an item or the input raises is raised when its turn comes."""
-        due = 0
+        due = self._source.first
         while (batch := self._next_batch(due if ordered else None)) is not None:
             due = batch.stop
             for result in _yield_results(batch):

@@ -66,10 +66,11 @@ def map_lists(
     )
     done: list[Any] = []
     is_usual = not (collect_errors or calls.passes_index or calls.call.kwargs)
-    if items and is_usual and settings.may_be_short and is_short(func, len(items), 0):
+    is_plain = type(items) in {list, tuple, range}
+    if items and is_usual and is_plain and settings.may_be_short and is_short(func, len(items), 0):
         grid = list_grid(len(items), chunksize)
-        done = map_short_list(calls, items, grid, settings.keep_report)
-        if len(done) == len(items):
+        done, is_complete = map_short_list(calls, items, grid, settings.keep_report)
+        if is_complete:
             return done
     size = len(items), 0
     executor = decide(settings, func, over_lists=True, size=size) if items else run_nothing()

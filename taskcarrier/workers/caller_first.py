@@ -122,11 +122,16 @@ class CallerFirstExecutor:
 
     def _warn(self, error: BaseException) -> None:
         text = (
-            "the function or its arguments could not be sent to worker processes "
+            "the rest could not be handed over to worker processes "
             f"({type(error).__name__}: {get_text(error)}), so the caller has run all of it alone"
         )
         self._notes = [*self._notes, text]
-        warn_user(f"{text}; make them picklable, or pass backend='threading'")
+        if any("could not pickle" in note for note in getattr(error, "__notes__", ())):
+            text += (
+                "; make the function, its arguments and the items picklable, or pass "
+                "backend='threading'"
+            )
+        warn_user(text)
 
     def _make_hand_over(self, job: Job, deliver: Deliver, ledger: Ledger) -> HandOver:
         if self._others.backend == "threading":
@@ -304,10 +309,12 @@ class _CallerChunks:
         If the caller failed, for `failure`, they stop at their next chunk. If it was interrupted,
         they are not waited for.
         """
+        if self._is_in_chunk:
+            self._leave_chunk()  # so that none begins after the call has raised
+        if self._is_begun:
+            self._hand_over.recall()
         if failure is not None and is_interrupt(failure):
             return False
-        if self._is_in_chunk:
-            self._leave_chunk()
         if self._is_begun and failure is not None:
             self._hand_over.halt()
         return self._is_begun
@@ -385,6 +392,10 @@ class _CallerChunks:
             self._hand_over.prepare(self._next_chunk)
         if not self._hand_over.is_ready(_LOOK_SECONDS):
             return 0.0
+        if self._job.marks is not None and self._ledger.first_proposal() is None:
+            # If the caller's first result were not like those of workers, the file in which both
+            # write, and the marks that outlive the run, would be wrong.
+            return _PATIENCE_SECONDS
         try:
             index = self._chunk.pop()
         except IndexError:  # the caller is between two chunks, and hands over the rest itself
@@ -394,6 +405,8 @@ class _CallerChunks:
                 self._begin(index + 1, is_caller_busy=True)
         finally:
             self._outcomes.put(self._is_begun)
+        if self._is_begun:
+            self._hand_over.attend()
         return None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
@@ -119,6 +120,12 @@ class HandOver(Protocol):
     def begin(self, begun: Begun, *, is_caller_busy: bool) -> None:
         """Let workers go on from ``begun.first``; the caller may still be in the chunk before."""
 
+    def attend(self) -> None:
+        """Watch over the workers while the caller is in its chunk, until `recall` is called."""
+
+    def recall(self) -> None:
+        """End `attend`, if it goes on in another thread, and raise what it has raised."""
+
     def halt(self) -> None:
         """Make the workers stop at their next chunk."""
 
@@ -183,6 +190,11 @@ class ThreadHandOver:
         self._run = threads.prepare(job, self._ledger, self._deliver, numbers)
         self._is_begun = True
         self._run.start(range(numbers.start, numbers.stop - self._n_late))
+
+    def attend(self) -> None:
+        """Do nothing: threads look after themselves."""
+
+    recall = attend
 
     def halt(self) -> None:
         """Make the threads stop at their next chunk."""
@@ -253,6 +265,8 @@ class ProcessHandOver:
         self._lease: AbstractContextManager[ProcessPool]
         self._begin_time = 0.0  # of the first step
         self._is_ready = False
+        self._is_attended = False
+        self._ends: SimpleQueue[BaseException | None] = SimpleQueue()  # of `attend`
         self._were_new = False  # whether processes had to be started
         self._packed: tuple[Job, Payload] | None = None
         self._begun = NOT_BEGUN
@@ -319,7 +333,29 @@ class ProcessHandOver:
         if is_caller_busy:
             self._chunk_of_caller = grid.range_of(first)
         self._run.begin(begun, self._job.n_workers - int(is_caller_busy))
+        self._is_attended = is_caller_busy
         self._move.begin()  # at last: if the results have no room, the caller goes on alone
+
+    def attend(self) -> None:
+        """Watch over the processes while the caller is in its chunk, until `recall` is called."""
+        error: BaseException | None = None
+        try:
+            self._run.attend()
+        except BaseException as raised:  # noqa: BLE001  # the caller raises it
+            error = raised
+        self._ends.put(error)
+
+    def recall(self) -> None:
+        """End `attend`, if it goes on in another thread, and raise what it has raised."""
+        if self._is_attended:
+            self._run.recall()
+            error = self._ends.get()
+            self._is_attended = False
+            try:
+                if error is not None:
+                    raise error
+            finally:
+                del error
 
     def halt(self) -> None:
         """Make the processes stop at their next chunk."""
@@ -327,13 +363,16 @@ class ProcessHandOver:
 
     def finish(self, caller: WorkerStats, own: Ledger, tick: Tick | None) -> RunResult:
         """Move what the caller has done since, and run the rest to its end."""
-        if self._chunk_of_caller is not None and caller.failure is None:
+        n_chunks = self._begun.first
+        if caller.failure is not None and self._chunk_of_caller is not None:
+            n_chunks -= 1  # it failed in its last chunk
+        elif self._chunk_of_caller is not None:
             proposal = own.first_proposal()
             if proposal is not None:
                 agreed = self._run.ledger.propose(proposal)
                 self._move.carry(self._chunk_of_caller, proposal, agreed)
         self._run.ledger.count_before(caller.n_items - self._begun.n_items)
-        result = self._run.run_to_end(tick)
+        result = self._run.run_to_end(tick, n_chunks)
         if not self._were_new:
             _learn(_warm_seconds, self._begin_time, result.worker_stats)
         result.worker_stats.insert(0, caller)
@@ -343,6 +382,7 @@ class ProcessHandOver:
         """End the run if it goes on; give the processes back."""
         if self.is_prepared:
             self.is_prepared = False
+            self.recall()
             self._run.close()
             self._lease.__exit__(None, None, None)
 

@@ -14,6 +14,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterable
+from opcode import opmap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,9 +31,14 @@ if TYPE_CHECKING:
 _CONSTANTS = (
     *(type(None), bool, int, float, complex, str, bytes, range, type(Ellipsis)),
     *(np.dtype, np.generic, np.ufunc),
-    *(types.ModuleType, types.MethodDescriptorType, type),
+    types.MethodDescriptorType,
 )
 _COLLECTIONS = (tuple, frozenset)
+# Instructions by which a function changes names and attributes that outlast its call.
+_REBINDING = {
+    opmap[name] for name in ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "DELETE_ATTR")
+}
+_REBINDING_ENCLOSED = {opmap[name] for name in ("STORE_DEREF", "DELETE_DEREF")}
 # Each worker has a cache of its own (`taskcarrier.workers.pickled_functions`).
 _CACHED = type(functools.lru_cache(len))
 # Types of functions that are pickled by name if they can be: NumPy has one of its own, and so has
@@ -88,6 +94,10 @@ def _list_referents(value: Any) -> Iterable[Any] | None:
         referents = (value.__wrapped__,)
     elif isinstance(value, types.FunctionType) and not vars(value):
         referents = _list_values_of(value)
+    elif isinstance(value, types.ModuleType):
+        referents = () if sys.modules.get(value.__name__) is value else None
+    elif isinstance(value, type) and _is_pickled_by_name(value):
+        referents = ()
     return referents
 
 
@@ -102,12 +112,22 @@ def _is_pickled_by_name(func: Any) -> bool:
     return found is func
 
 
-def _list_values_of(func: types.FunctionType) -> list[Any]:
-    """Return what is pickled with a function that is pickled by value."""
+def _list_values_of(func: types.FunctionType) -> list[Any] | None:
+    """Return what is pickled with a function that is pickled by value.
+
+    None if its code gives names or attributes beyond the call other values.
+    """
     values: list[Any] = [*(func.__defaults__ or ()), *(func.__kwdefaults__ or {}).values()]
     codes = [func.__code__]
     while codes:
         code = codes.pop()
+        # The instructions without their arguments. The second set only rebinds names of this call,
+        # unless there are enclosing ones.
+        instructions = code.co_code[::2]
+        if not _REBINDING.isdisjoint(instructions) or (
+            code.co_freevars and not _REBINDING_ENCLOSED.isdisjoint(instructions)
+        ):
+            return None
         codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
         values += [func.__globals__[name] for name in code.co_names if name in func.__globals__]
     for cell in func.__closure__ or ():

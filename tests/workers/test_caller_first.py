@@ -439,6 +439,59 @@ class TestInChunk:
             map_array(func, X, chunksize=2, **options)
         assert "(caller" in caught.value.__notes__[0]
 
+    @pytest.mark.fault(27)
+    def test_a_chunk_in_which_the_caller_fails_is_run_again_when_the_map_is_resumed(
+        self, options, tmp_path
+    ):
+        def func(chunk):
+            if os.getpid() != caller:
+                helped.touch()
+            elif chunk[0] >= 4 and not failed.exists():
+                wait_until(helped.exists)
+                failed.touch()
+                raise ZeroDivisionError
+            return 2 * chunk
+
+        caller, helped, failed = os.getpid(), tmp_path / "helped", tmp_path / "failed"
+        more = {"out": tmp_path / "out.npy", "resume": True, "chunksize": 2, **options}
+        with pytest.raises(ZeroDivisionError):
+            map_array(func, X, **more)
+        map_array(func, X, **more)
+        assert (np.load(tmp_path / "out.npy") == 2 * X).all()
+
+    def test_results_come_while_the_caller_is_in_a_chunk_however_large(self):
+        lengths = taskcarrier.empty(24)
+        lengths[:] = 0
+
+        def func(item):
+            lengths[int(item[0])] = 1
+            if item[0] == 0:  # until all others are done, and their results have been sent
+                wait_until(lengths[1:].all)
+            return b"." * 100_000
+
+        results = DynamicParallelMapper(n_jobs=2).map(func, [np.array([v]) for v in X])
+        assert [len(one) for one in results] == [100_000] * 24
+        assert chunks_of_caller() == 1
+
+    def test_a_worker_that_dies_meanwhile_is_replaced(self, tmp_path):
+        seen = taskcarrier.empty(24)
+        seen[:] = 0
+        flag = tmp_path / "flag"
+
+        def func(item):
+            if item == 0:
+                seen[0] = 1
+                wait_until(seen.all)
+            elif item == 3 and not flag.exists():
+                flag.touch()
+                os._exit(3)
+            seen[int(item)] = 1
+            return item
+
+        results = DynamicParallelMapper(n_jobs=2).map(func, list(X))
+        assert results == list(X)
+        assert chunks_of_caller() == 1
+
     def test_an_interrupt_of_the_caller_leaves_nothing_behind(self, options):
         gate = Gate()
 
@@ -489,6 +542,29 @@ class Box:
 
 class TestSlowStart:
     @pytest.mark.fault(57)
+    @pytest.mark.fault(11)
+    def test_a_worker_that_dies_before_it_begins_is_replaced(
+        self, hand_over_after, tmp_path, monkeypatch
+    ):
+        flag = tmp_path / "flag"
+        (tmp_path / "dies_once.py").write_text(
+            "import os, pathlib\n"
+            f"flag = pathlib.Path({str(flag)!r})\n"
+            f"if os.getpid() != {os.getpid()} and not flag.exists():\n"
+            "    flag.touch()\n"
+            "    os._exit(3)\n"
+            "def func(chunk): return 2 * chunk\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        import dies_once  # just written
+
+        taskcarrier.shutdown()  # as above
+        hand_over_after(1)
+        assert (map_array(dies_once.func, X, chunksize=2, n_jobs=2) == 2 * X).all()
+        assert last_report().backend == "loky"
+        assert any("exit" in note for note in last_report().notes)
+        del sys.modules["dies_once"]
+
     def test_the_caller_goes_on_while_workers_import_the_function(
         self, hand_over_after, tmp_path, monkeypatch
     ):

@@ -4,6 +4,7 @@ import functools
 import operator
 import os
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -63,6 +64,52 @@ def make_nested(value):
     return outer
 
 
+class Counted:
+    n = 0
+
+
+def make_counter():
+    n = 0
+
+    def count(x):
+        nonlocal n
+        n += 1
+        return n
+
+    return count
+
+
+def make_inner_counter():
+    n = 0
+
+    def outer(x):
+        def inner():
+            nonlocal n
+            n += 1
+
+        inner()
+        return n
+
+    return outer
+
+
+def by_value(code):
+    """Return a function of the main module, which is pickled by value."""
+    names = {"__name__": "__main__"}
+    exec(code, names)  # as a script would define it
+    return names["func"]
+
+
+def own_cell(x):
+    n = 0
+
+    def inner():
+        return n
+
+    n = 1
+    return inner() + x
+
+
 SMALL, LARGE = np.zeros(3), np.zeros(SHARED_NBYTES // 8)
 CONSTANT = [
     named,
@@ -87,8 +134,22 @@ CONSTANT = [
     functools.cache(named),
     functools.cache(make_closure(1)),
     np.random.default_rng,
+    np.random.Generator,
+    by_value("def func(x): return x"),
+    by_value("import os\ndef func(x): return os.sep, x"),
+    by_value("def func(x):\n    n = 0\n    def inner(): return n\n    n = 1\n    return inner()"),
+    own_cell,
 ]
 STATEFUL = [
+    make_counter(),
+    make_inner_counter(),
+    by_value("n = 0\ndef func(x):\n    global n\n    n += 1\n    return n"),
+    by_value("n = None\ndef help():\n    global n\n    n = 1\ndef func(x): return help()"),
+    by_value("def func(x):\n    func.n = x\n    return x"),
+    by_value("class C: n = 0\ndef func(x):\n    return C.n"),
+    by_value("def func(x):\n    global n\n    del n"),
+    make_closure(types.ModuleType("made")),
+    make_closure(type("Made", (), {})),
     Adder(),
     Adder().add,
     functools.partial(Adder()),

@@ -8,6 +8,7 @@ done, and are shared out again.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -23,6 +24,7 @@ from taskcarrier.scheduling.ledger import (
 )
 from taskcarrier.scheduling.partition import Partition
 from taskcarrier.scheduling.retries import Attempt
+from taskcarrier.system.descriptors import keep_standard_free, make_owner
 from taskcarrier.workers.pickling import Payload
 from taskcarrier.workers.processes.supervisor import (
     GRACE_SECONDS,
@@ -69,7 +71,13 @@ class GridRun:
         self._get_worker = get_worker
         first = LATER if begins_later else 0
         self._supervisor = Supervisor(self, job, ledger, payload, first=first)
-        self._n_caller_chunks = 0
+        self._first = 0  # the first chunk that workers run
+        self._kept: list[tuple[str, int, bytes, list[Any]]] | None = None  # packed results
+        self._is_recalled = False
+        if begins_later:
+            with keep_standard_free():
+                self._wake = make_owner(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            self._supervisor.wake_by(self._wake.fileno())
         self._reset_ledger(NOT_BEGUN)
         self._start_times_ns: dict[int, int] = {}
         self._attempts: dict[int, list[Attempt]] = {}  # what each worker was told to run first
@@ -104,8 +112,9 @@ class GridRun:
             supervisor.step(max(0.0, left))
             if supervisor.failed is not None and supervisor.failed.failure is not None:
                 raise supervisor.failed.failure.error
-            if supervisor.deaths:
-                raise RuntimeError(f"{supervisor.deaths[0].name} died before it could begin")
+            if supervisor.unrecovered_deaths:
+                name = supervisor.unrecovered_deaths[0].name
+                raise RuntimeError(f"{name} died, like others, before it could begin")
             if left <= 0:
                 return len(supervisor.ready) == self._job.n_workers
         return True
@@ -116,17 +125,38 @@ class GridRun:
         The caller has finished the chunks before, or still runs the last of them.
         """
         self._reset_ledger(begun)
-        self._n_caller_chunks = begun.first
+        self._first = begun.first
         self._supervisor.begin(begun.first, range(n_workers))
 
-    def run_to_end(self, tick: Callable[[Ledger], None] | None) -> RunResult:
+    def attend(self) -> None:
+        """Watch over the workers until `recall` is called, in a thread that runs no user code.
+
+        So results are kept as they come, and unpickled later.
+        """
+        self._kept = []
+        while not self._is_recalled:
+            self.step(None)
+
+    def recall(self) -> None:
+        """Make `attend` end soon; call this from another thread."""
+        self._is_recalled = True
+        os.eventfd_write(self._wake.fileno(), 1)
+
+    def run_to_end(
+        self, tick: Callable[[Ledger], None] | None, n_chunks_of_caller: int = 0
+    ) -> RunResult:
         """Run what is left to its end; return its result, with stats in the order of the workers.
 
-        From now on the caller does nothing else.
+        From now on the caller does nothing else. It has finished the first `n_chunks_of_caller`.
         """
-        if self._n_caller_chunks:
-            self._marks[: self._n_caller_chunks] = bytes([DONE]) * self._n_caller_chunks
-            self._supervisor.begin(self._n_caller_chunks, range(self._job.n_workers))
+        if self._is_recalled:
+            os.eventfd_read(self._wake.fileno())  # or every further wait would end at once
+        kept, self._kept = self._kept or [], None
+        for name, start, packed, large in kept:
+            self._unpickle(name, start, packed, large)
+        if self._first:
+            self._marks[:n_chunks_of_caller] = bytes([DONE]) * n_chunks_of_caller
+            self._supervisor.begin(self._first, range(self._job.n_workers))
         while self.is_running():
             self.step(None if tick is None else TICK)
             if tick is not None:
@@ -229,13 +259,21 @@ class GridRun:
         """
         if self._is_closed:
             return
+        self._received.add(start)
+        name = self._supervisor.at_work[number].name
+        if self._kept is None:
+            self._unpickle(name, start, packed, large)
+        else:
+            self._kept.append((name, start, packed, large))
+
+    def _unpickle(self, name: str, start: int, packed: bytes, large: list[Any]) -> None:
+        """Deliver a result; one that cannot be unpickled ends the run."""
         result, error = unpickle_result(packed, large)
         if error is None:
-            self._received.add(start)
             self._deliver(start, result)
         else:
+            self._received.discard(start)
             chunk_range = self._job.grid.range_of(start // self._job.grid.chunksize)
-            name = self._supervisor.at_work[number].name
             self._failures.append(RangeFailure(chunk_range, error, name))
             self._supervisor.halt()
 

@@ -105,6 +105,10 @@ class Watch:
             self._by_fd[fd] = (number, worker)
             self._poll.register(fd, select.POLLIN)
 
+    def wake_by(self, fd: int) -> None:
+        """End a wait when this descriptor is readable, too."""
+        self._poll.register(fd, select.POLLIN)
+
     def stop_listening(self, worker: Worker) -> None:
         """Watch only the end of a worker whose stream of messages has ended."""
         self._poll.unregister(worker.channel.fileno())
@@ -121,7 +125,7 @@ class Watch:
 
         Wait at most `seconds`. Workers that are dropped meanwhile are left out.
         """
-        fds = [fd for fd, _ in self._poll.poll(seconds * 1e3)]
+        fds = [fd for fd, _ in self._poll.poll(seconds * 1e3) if fd in self._by_fd]
         ended = {fd for fd in fds if fd == self._by_fd[fd][1].pidfd}
         for fd in sorted(fds, key=ended.__contains__):
             if fd in self._by_fd:
@@ -194,6 +198,10 @@ class Supervisor:
         worker.is_free = False
         self.send(worker, order.pack(), self._payload.fds)
         self._started[number] = worker  # at last: if this is cut short, the worker never reports
+
+    def wake_by(self, fd: int) -> None:
+        """End a step when this descriptor is readable, too."""
+        self._watch.wake_by(fd)
 
     def begin(self, first: int, numbers: Iterable[int]) -> None:
         """Tell these workers to run the job from chunk `first` on, if they wait for that."""
@@ -292,6 +300,7 @@ class Supervisor:
     def _stop_watching(self, number: int, worker: Worker) -> None:
         self._overdue.pop(number, None)
         self._held.pop(number, None)
+        self.ready.discard(number)
         self._watch.drop(worker)
 
     def _kill(self, number: int, worker: Worker) -> None:

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,10 @@ def test_the_first_workers_do_not_wait_for_what_only_the_caller_needs():
     _, known = import_all(fork_server.__name__, *fork_server._NEEDED)
     rooms = {f"taskcarrier.{name}" for name in ("run", "mappers", "lists.map", "arrays.mapping")}
     workers = {f"taskcarrier.workers.{name}" for name in ("choose", "executor", "pools", "threads")}
-    assert known.isdisjoint(rooms | workers | {"concurrent.futures", "numpy.random", "tempfile"})
+    assert known.isdisjoint(rooms | workers)
+    # NumPy 1 imports its generators itself, and joblib's copy of cloudpickle comes with joblib.
+    if np.lib.NumpyVersion(np.__version__) >= "2.0.0" and find_spec("cloudpickle") is not None:
+        assert known.isdisjoint({"concurrent.futures", "numpy.random", "tempfile"})
 
 
 def list_modules(start, stop):
