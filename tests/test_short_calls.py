@@ -35,6 +35,19 @@ def everything_runs_in_the_caller(hand_over_after):
     hand_over_after(10**9)
 
 
+PREDICT = history.predict
+
+
+@pytest.fixture
+def any_time_is_short(monkeypatch):
+    """Let calls be short by what is remembered of the last, however long that took."""
+    monkeypatch.setattr(history, "predict", PREDICT)
+    for name in ("FOR_THREADS", "FOR_PROCESSES"):
+        monkeypatch.setattr(short_calls, f"_MAX_SECONDS_{name}", LONG)
+    for module in (short_calls, short_maps):
+        monkeypatch.setattr(module, "MOST_SECONDS", LONG)
+
+
 @pytest.fixture(params=["patient", "impatient"])
 def patience(request, monkeypatch):
     """Let calls be short to their end, or go the general way as soon as they can."""
@@ -305,8 +318,8 @@ class TestPatience:
 
 
 class TestWhenItIsShort:
+    @pytest.mark.usefixtures("any_time_is_short")
     def test_a_call_is_short_if_the_last_one_was(self, monkeypatch):
-        monkeypatch.undo()
         made = []
         make = short_calls.make_short_report
         monkeypatch.setattr(
@@ -434,8 +447,8 @@ class TestStreams:
             next(failing)
         assert "item 30" in caught.value.__notes__[0]
 
-    def test_a_stream_is_short_if_the_last_one_was(self, monkeypatch):
-        monkeypatch.undo()
+    @pytest.mark.usefixtures("any_time_is_short")
+    def test_a_stream_is_short_if_the_last_one_was(self):
         mapper = StaticParallelMapper(n_jobs=2)
         results = [list(mapper.imap(lambda x: -x, range(50))) for _ in range(3)]
         assert results == [[-x for x in range(50)]] * 3

@@ -24,6 +24,7 @@ from taskcarrier import (
 )
 from taskcarrier.arrays.move import ArrayMove
 from taskcarrier.errors import WorkerDiedError
+from taskcarrier.scheduling import history
 from taskcarrier.scheduling.balance import Dynamic
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.workers import caller_first, hand_overs
@@ -43,6 +44,8 @@ pools = keep_pools_warm(2)
 def hand_over_in_chunk(monkeypatch):
     """Have the rest handed over while the caller is in a chunk."""
     monkeypatch.setattr(hand_overs, "has_warm_processes", lambda n: True)
+    monkeypatch.setattr(history, "predict", lambda *_: None)
+    monkeypatch.setattr(history, "find_alone_seconds", lambda *_: 0.0)
     monkeypatch.setattr(_CallerChunks, "_pays", lambda self, first: False)
     monkeypatch.setattr(_CallerChunks, "_find_seconds_to_wait", lambda self: 0.0)
 
