@@ -24,7 +24,7 @@ from taskcarrier.scheduling.ledger import (
 )
 from taskcarrier.scheduling.partition import Partition
 from taskcarrier.scheduling.retries import Attempt
-from taskcarrier.system.descriptors import keep_standard_free, make_owner
+from taskcarrier.system.descriptors import open_owned
 from taskcarrier.workers.pickling import Payload
 from taskcarrier.workers.processes.supervisor import (
     GRACE_SECONDS,
@@ -75,8 +75,7 @@ class GridRun:
         self._kept: list[tuple[str, int, bytes, list[Any]]] | None = None  # packed results
         self._is_recalled = False
         if begins_later:
-            with keep_standard_free():
-                self._wake = make_owner(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            self._wake = open_owned(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._supervisor.wake_by(self._wake.fileno())
         self._reset_ledger(NOT_BEGUN)
         self._start_times_ns: dict[int, int] = {}
