@@ -131,6 +131,8 @@ def test_one_that_is_looking_when_the_call_ends_is_not_given_to_another():
     go_on.set()
 
 
+# Python 3.12 warns of any fork beside threads; this is about what such a child finds.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_has_none():
     with Watcher.take():
         pass
