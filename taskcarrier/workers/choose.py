@@ -264,13 +264,14 @@ def read_facts(*, follows_joblib: bool = True) -> Facts:
     active_backend, active_n_jobs, nested = (
         _read_joblib_config() if follows_joblib else (None, None, False)
     )
-    multiprocessing = sys.modules.get("multiprocessing")
+    # Another thread may be importing this module, and then the process is no child of its.
+    current_process = getattr(sys.modules.get("multiprocessing.process"), "current_process", None)
     return Facts(
         cores=count_cores(),
         is_nested_in_joblib=nested,
         active_backend=active_backend,
         active_n_jobs=active_n_jobs,
-        is_daemonic=multiprocessing is not None and bool(multiprocessing.current_process().daemon),
+        is_daemonic=current_process is not None and bool(current_process().daemon),
         has_gil=getattr(sys, "_is_gil_enabled", lambda: True)(),
         has_processes=sys.platform == "linux",
         has_threads=not is_ending() or _can_start_threads(),
