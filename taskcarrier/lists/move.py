@@ -114,7 +114,7 @@ class ListMove:
 def is_plain(items: Sequence[Any]) -> bool:
     """Return whether objects are pickled without code of the user's: numbers, text, arrays.
 
-    Collections of these are plain too.
+    So are collections of these.
     """
     if type(items) is range:
         return True

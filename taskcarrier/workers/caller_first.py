@@ -6,8 +6,8 @@ does the same while the caller is in a chunk that takes long. So a short run nev
 and help never waits for the end of a long chunk.
 The chunks are those of the grid in either case, and so is every bit of the result.
 
-Who may do what. The caller and its watcher share two tokens, each in a list of its own: whoever
-pops a token has it, and an exception from outside can lose one but never give it to both. With the
+Who may do what. The caller and its watcher share two tokens, each in a list of its own. The thread
+that pops a token has it; an exception from outside can lose one but never give it to both. With the
 turn, one prepares the hand-over and asks whether workers are ready. With the chunk that the caller
 is in, the watcher lets workers begin behind that chunk; if the caller takes it back first, workers
 begin only after the caller's next decision.

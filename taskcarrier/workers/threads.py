@@ -117,7 +117,7 @@ class ThreadRun:
         self._finished.acquire()
 
     def start(self, numbers: range) -> None:
-        """Start threads: those of these numbers."""
+        """Start the threads with these numbers."""
         job, sink = self._job, make_local_sink(self._deliver)
         for number in numbers:
             work = partial(run_worker, job, self._ledger, number, sink)
@@ -184,7 +184,7 @@ class ThreadPool:
             return RunResult.read(run.wait(tick), ledger, job.grid)
 
     def prepare(self, job: Job, ledger: Ledger, deliver: Deliver, numbers: range) -> ThreadRun:
-        """Return a run of a job by the threads of these numbers, none of which has begun."""
+        """Return a run of a job by the threads with these numbers; none has begun yet."""
         self.drop_stuck_workers()  # in case that was cut short last time
         self._ensure_threads(numbers)
         return ThreadRun(self, job, ledger, deliver, len(numbers))
@@ -230,7 +230,7 @@ class ThreadPool:
                 self._workers.pop(number, None)
 
     def _ensure_threads(self, numbers: range) -> None:
-        """Start those of these threads that are missing: not needed so far, or dropped."""
+        """Start the threads with these numbers that are missing: not needed so far, or dropped."""
         if not all(map(self._workers.__contains__, numbers)):
             run_sheltered(partial(self._start_threads, numbers))
 

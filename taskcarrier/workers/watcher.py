@@ -121,7 +121,7 @@ def _watcher_main(reference: weakref.ref[Watcher], inbox: SimpleQueue[object]) -
 
 
 def end_watchers() -> None:
-    """End the threads of the watchers that nobody uses."""
+    """End the threads of the watchers that are not in use."""
     _free.clear()
 
 

@@ -57,7 +57,7 @@ def test_what_a_function_refers_to_counts(monkeypatch):
     assert find_key(functools.partial(make(), a=one)) != find_key(functools.partial(make(), b=one))
     assert find_key(enclosing(one)) == find_key(enclosing(one))
     assert find_key(enclosing(one)) != find_key(enclosing(other))
-    assert find_key(lambda: unbound) is not None  # noqa: F821  # as said
+    assert find_key(lambda: unbound) is not None  # noqa: F821  # a name that is not bound is the case
     key = find_key(uses_global)
     monkeypatch.setitem(globals(), "THING", other)
     assert find_key(uses_global) != key
