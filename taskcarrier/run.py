@@ -75,7 +75,7 @@ class Settings:
         """Whether a call may take the short way (`taskcarrier.short_calls`)."""
         policy = self.retry_policy
         return (
-            self.backend is None
+            self.backend in {None, "auto"}
             and self.verbosity < 1
             and policy.timeout is None
             and not policy.retry_on
@@ -174,7 +174,11 @@ def decide(
     )
     timeout = settings.retry_policy.timeout
     if choice.begins_in_caller:
-        choice = replace(choice, alone_seconds=history.find_alone_seconds(func, *size))
+        choice = replace(
+            choice,
+            alone_seconds=history.find_alone_seconds(func, *size),
+            gil_waits=history.find_gil_waits(func, *size),
+        )
     return make_executor(choice, settings.backend, settings.new_staging, timeout)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from taskcarrier.scheduling import history
-from taskcarrier.workers import caller_first, hand_overs
+from taskcarrier.workers import caller_chunks, hand_overs, stream_hand_over
 from taskcarrier.workers.caller_first_stream import CallerFirstQueue
 from tests.clocks import LONG
 from tests.strategies import EVERYWHERE, LEFT_TO_ALL
@@ -31,9 +31,10 @@ def hand_over_after(monkeypatch):
     """
     monkeypatch.setattr(history, "predict", lambda *_: None)
     monkeypatch.setattr(history, "find_alone_seconds", lambda *_: 0.0)
-    chunks = caller_first._CallerChunks
-    monkeypatch.setattr(hand_overs, "has_warm_processes", lambda n: True)
-    monkeypatch.setattr(caller_first, "_READY_SECONDS", LONG)
+    chunks = caller_chunks.CallerChunks
+    for module in (hand_overs, stream_hand_over):
+        monkeypatch.setattr(module, "has_warm_processes", lambda n: True)
+    monkeypatch.setattr(caller_chunks, "_READY_SECONDS", LONG)
     monkeypatch.setattr(chunks, "_find_seconds_to_wait", lambda self: LONG)
 
     def plan(n_chunks):

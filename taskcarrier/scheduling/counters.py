@@ -16,8 +16,8 @@ _LENGTH = struct.Struct("<Q")
 class Counter(Protocol):
     """A number that several workers advance; each value goes to exactly one of them."""
 
-    def advance(self) -> int:
-        """Take the next number."""
+    def advance(self, n: int = 1) -> int:
+        """Take the next `n` numbers, and return the first of them."""
 
     def position(self) -> int:
         """Return the number that is given out next."""
@@ -33,10 +33,10 @@ class ThreadCounter:
         self._lock = Lock()
         self._next = 0
 
-    def advance(self) -> int:  # noqa: D102  # as in Counter
+    def advance(self, n: int = 1) -> int:  # noqa: D102  # as in Counter
         with self._lock:
             number = self._next
-            self._next = number + 1
+            self._next = number + n
         return number
 
     def position(self) -> int:  # noqa: D102  # as in Counter
@@ -63,8 +63,8 @@ class FileCounter:
         """Return a new descriptor that can serve as a counter; the calling code owns it."""
         return _create_memory_file(0)
 
-    def advance(self) -> int:  # noqa: D102  # as in Counter
-        return os.lseek(self.fd, 1, os.SEEK_CUR) - 1
+    def advance(self, n: int = 1) -> int:  # noqa: D102  # as in Counter
+        return os.lseek(self.fd, n, os.SEEK_CUR) - n
 
     def position(self) -> int:  # noqa: D102  # as in Counter
         return os.lseek(self.fd, 0, os.SEEK_CUR)

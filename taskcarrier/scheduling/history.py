@@ -12,6 +12,8 @@ from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
+from taskcarrier.scheduling.gil import GilWaits
+
 # The functions that are remembered; when there are more, all are forgotten.
 _MOST = 1000
 # A call of more times the items or bytes is not predicted from the last one.
@@ -50,6 +52,7 @@ class _Shared:
 
 _last_alone: dict[Any, _Last] = {}
 _last_shared: dict[Any, _Shared] = {}
+_gil_waits: dict[Any, tuple[_Last, GilWaits]] = {}
 
 
 def find_key(func: Any) -> Any:
@@ -127,3 +130,17 @@ def find_alone_seconds(func: Any, n_items: int, nbytes: int) -> float:
     else:
         is_better_alone = alone.seconds < shared.last.seconds
     return _SIMILAR * shared.last.seconds if is_better_alone else 0.0
+
+
+def find_gil_waits(func: Any, n_items: int, nbytes: int) -> GilWaits:
+    """Return what is known of a function and the interpreter's lock, to which the call adds.
+
+    With chunks of another size, the same function may hold the lock more or less.
+    """
+    if len(_gil_waits) >= _MOST:
+        _gil_waits.clear()
+    key, size = find_key(func), (max(1, n_items), max(1, nbytes))
+    known = _gil_waits.get(key)
+    if known is None or not known[0].is_similar(*size):
+        known = _gil_waits[key] = _Last(0.0, *size), GilWaits()
+    return known[1]

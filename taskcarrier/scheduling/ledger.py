@@ -219,6 +219,10 @@ class Ledger:
         words[in_hand] = index
         return index
 
+    def stop_claims(self, n_chunks: int) -> int:
+        """Leave nothing to be claimed; return the first of `n_chunks` chunks that nobody has."""
+        return min(n_chunks, self._counter.advance(n_chunks))
+
     def hold(self, worker: int, index: int) -> None:
         """Take in hand a chunk that static balance has given to this worker."""
         self._words[_row(worker) + _IN_HAND] = index

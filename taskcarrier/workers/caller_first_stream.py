@@ -15,10 +15,11 @@ from taskcarrier.notes import get_text, warn_user
 from taskcarrier.scheduling.hand_over import ItemCost, estimate_saving
 from taskcarrier.scheduling.ledger import Ledger
 from taskcarrier.system.interrupts import is_raised_by_handler
-from taskcarrier.workers.hand_overs import StreamHandOver
+from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.queues import BatchResult, UnsendableError, WorkQueue
 from taskcarrier.workers.records import RunResult
 from taskcarrier.workers.serial import SerialQueue
+from taskcarrier.workers.stream_hand_over import StreamHandOver
 
 
 class CallerFirstQueue:
@@ -46,6 +47,11 @@ class CallerFirstQueue:
         self._cost = ItemCost()
         self._n_done = 0
         self._is_stuck = False  # whether the function cannot be sent to workers
+
+    @property
+    def choice(self) -> Choice:
+        """Where the rest runs."""
+        return self._hand_over.choice
 
     @property
     def runs_in_caller(self) -> bool:
@@ -76,7 +82,8 @@ class CallerFirstQueue:
         if self._workers is None and self._pays():
             self._hand_over_rest()
         if self._workers is None:
-            self._caller.put(start, items)
+            with self._hand_over.look_at_function():
+                self._caller.put(start, items)
             return
         try:
             self._workers.put(start, items)
@@ -87,7 +94,7 @@ class CallerFirstQueue:
             self._caller.put(start, items)
 
     def _pays(self) -> bool:
-        if self._is_stuck or self._n_done == 0:
+        if self._is_stuck or self._n_done == 0 or not self._hand_over.is_decided:
             return False
         offer = self._hand_over.make_offer()
         n_left = max(self._n_done, offer.n_workers)

@@ -14,10 +14,11 @@ import math
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from taskcarrier.arguments import check_integer
+from taskcarrier.scheduling.gil import GilWaits
 from taskcarrier.system import cgroups
 from taskcarrier.system.interrupts import run_sheltered
 from taskcarrier.system.late_imports import is_ending, late_hooks
@@ -31,7 +32,7 @@ OWN = ("sequential", "threading", "loky")
 # processes.
 _ALIASES = {"threads": "threading", "processes": "loky", "multiprocessing": "loky"}
 
-BACKENDS = (*OWN, *_ALIASES)
+BACKENDS = (*OWN, "auto", *_ALIASES)
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,21 @@ class Choice:
         Why this backend was chosen.
     begins_in_caller : bool
         Whether the caller begins, and measures whether workers of this backend pay.
+    may_use_threads : bool
+        Whether the user allows threads for any function, also where processes are the default.
     alone_seconds : float
         The seconds up to which the caller does a run alone, because workers did not help before.
+    gil_waits : GilWaits
+        What is known of the function from earlier calls; the run adds to it.
     """
 
     backend: str
     n_jobs: int
     reason: str
     begins_in_caller: bool = False
+    may_use_threads: bool = False
     alone_seconds: float = 0.0
+    gil_waits: GilWaits = field(default_factory=GilWaits, compare=False, repr=False)
 
 
 def check_backend(backend: object) -> str | None:
@@ -114,7 +121,7 @@ def check_backend(backend: object) -> str | None:
 
 def check_for_arrays(backend: str | None, asked: str = "got ") -> None:
     """Raise a `ValueError` for a backend that only maps over lists; `asked` says who wants it."""
-    if backend is not None and backend not in OWN:
+    if backend is not None and backend not in (*OWN, "auto"):
         raise ValueError(
             f"{asked}backend={backend!r}, which maps over arrays cannot use: only our own workers "
             "read and write arrays in place. Map over a list (mapper.map, fit_many), or pass "
@@ -199,7 +206,7 @@ def choose(
     if not lists:
         check_for_arrays(backend)
         check_for_arrays(active, "joblib's active configuration asks for ")
-    wanted = backend or active
+    wanted = None if backend == "auto" else backend or active
     is_ours = wanted is None or wanted in OWN
     workers = count_workers(n_jobs, facts) if is_ours else _resolve_n_jobs(n_jobs, facts)
     wanted_reason = "asked for" if backend else "joblib's active configuration"
@@ -218,6 +225,7 @@ def choose(
         1 if selected == "sequential" else workers,
         reason,
         begins_in_caller=can_begin and wanted is None and selected != "sequential",
+        may_use_threads=backend == "auto",
     )
 
 

@@ -7,6 +7,7 @@ for begins only when the caller has left its chunk.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -17,19 +18,15 @@ from typing import TYPE_CHECKING, Protocol
 from taskcarrier.scheduling.hand_over import MeasuredSeconds, Offer
 from taskcarrier.scheduling.ledger import NOT_BEGUN, Begun, Ledger
 from taskcarrier.workers.choose import Choice
-from taskcarrier.workers.executor import ProcessExecutor, ThreadExecutor, Tick
+from taskcarrier.workers.executor import ProcessExecutor, Tick
 from taskcarrier.workers.pools import (
     has_warm_processes,
-    prepare_processes,
     process_pool,
-    start_processes,
     thread_pool,
 )
-from taskcarrier.workers.queues import WorkQueue
 from taskcarrier.workers.records import RunResult, WorkerStats
 from taskcarrier.workers.task import CompiledTask, Deliver, Job, Move
 from taskcarrier.workers.threads import ThreadPool, ThreadRun
-from taskcarrier.workers.watcher import Watcher
 
 if TYPE_CHECKING:
     from taskcarrier.workers.pickling import Payload  # slow to import
@@ -137,11 +134,24 @@ class HandOver(Protocol):
 
 
 class ThreadHandOver:
-    """The hand-over of a run to threads; the caller is one of them, unless loops are compiled."""
+    """The hand-over of a run to threads; the caller is one of them, unless loops are compiled.
+
+    Parameters
+    ----------
+    choice : Choice
+        The number of workers.
+    job : Job
+        The run.
+    deliver : callable
+        Takes results that are not in place.
+    ledger : Ledger
+        The record of what the caller does.
+    """
 
     is_prepared = True
     is_slow = False
     runs_user_code = False
+    _threads: ThreadPool
     _run: ThreadRun
 
     def __init__(self, choice: Choice, job: Job, deliver: Deliver, ledger: Ledger) -> None:
@@ -153,6 +163,7 @@ class ThreadHandOver:
         self._own_ledger = ledger
         self._ledger = ledger
         self._lease: AbstractContextManager[ThreadPool]
+        self._numbers = range(0)
         self._is_begun = False
         self._begin_time = 0.0
         self._n_late = 0
@@ -179,15 +190,15 @@ class ThreadHandOver:
         """Start the threads, but for one if the caller counts for it."""
         self._begin_time = perf_counter()
         job = replace(self._job, begun=begun)
-        numbers = range(int(self.joins_caller), job.n_workers)
+        self._numbers = numbers = range(int(self.joins_caller), job.n_workers)
         if self.joins_caller:
             self._ledger.go_on(begun.first)
         else:
             self._ledger = Ledger.with_address(job.n_workers, begun)
             self._n_late = int(is_caller_busy)
         self._lease = thread_pool(self.choice.n_jobs)
-        threads = self._lease.__enter__()
-        self._run = threads.prepare(job, self._ledger, self._deliver, numbers)
+        self._threads = self._lease.__enter__()
+        self._run = self._threads.prepare(job, self._ledger, self._deliver, numbers)
         self._is_begun = True
         self._run.start(range(numbers.start, numbers.stop - self._n_late))
 
@@ -199,6 +210,16 @@ class ThreadHandOver:
     def halt(self) -> None:
         """Make the threads stop at their next chunk."""
         self._ledger.halt()
+
+    def list_threads(self) -> list[threading.Thread]:
+        """Return the threads of the run, but for the caller's."""
+        return self._threads.list_threads(self._numbers)
+
+    def take_back(self) -> list[WorkerStats]:
+        """Wait until the threads have ended, which find no more chunks; return their stats."""
+        stats = self._run.wait(None)
+        self.close()
+        return stats
 
     def finish(self, caller: WorkerStats, own: Ledger, tick: Tick | None) -> RunResult:
         """Start the thread that the caller counted for, and wait until all have ended."""
@@ -215,6 +236,7 @@ class ThreadHandOver:
         if self._is_begun:
             self._run.__exit__()
             self._lease.__exit__(None, None, None)
+            self._is_begun = False
 
 
 def _learn(cost: MeasuredSeconds, begin_time: float, stats: Sequence[WorkerStats]) -> None:
@@ -371,7 +393,8 @@ class ProcessHandOver:
             if proposal is not None:
                 agreed = self._run.ledger.propose(proposal)
                 self._move.carry(self._chunk_of_caller, proposal, agreed)
-        self._run.ledger.count_before(caller.n_items - self._begun.n_items)
+        n_items = own.n_items_done(self._job.n_workers)
+        self._run.ledger.count_before(n_items - self._begun.n_items)
         result = self._run.run_to_end(tick, n_chunks)
         if not self._were_new:
             _learn(_warm_seconds, self._begin_time, result.worker_stats)
@@ -385,68 +408,3 @@ class ProcessHandOver:
             self.recall()
             self._run.close()
             self._lease.__exit__(None, None, None)
-
-
-class StreamHandOver:
-    """The hand-over of a stream to workers, which have a work queue of their own.
-
-    Parameters
-    ----------
-    choice : Choice
-        Where the rest runs.
-    job : Job
-        The run; processes get the function of its snapshot.
-    """
-
-    def __init__(self, choice: Choice, job: Job) -> None:
-        self.choice = choice
-        self._job = job
-        self._are_processes = choice.backend == "loky"
-        self._watcher: Watcher | None = None
-        self._error: Exception | None = None
-
-    @property
-    def _is_slow(self) -> bool:
-        return self._are_processes and not has_warm_processes(self.choice.n_jobs)
-
-    def make_offer(self) -> Offer:
-        """Return what it takes, as things are now."""
-        n_workers = self.choice.n_jobs
-        if not self._are_processes:
-            return make_thread_offer(n_workers)
-        return make_process_offer(n_workers, is_slow=self._is_slow)
-
-    def is_ready(self) -> bool:
-        """Return whether the workers can begin at once; if processes must start, let them.
-
-        Raises the error if they could not.
-        """
-        if self._error is not None:
-            raise self._error
-        if not self._is_slow:
-            return True
-        if self._watcher is None:
-            self._watcher = Watcher.take()
-            self._watcher.watch(self._start_processes, 0.0)
-        return False
-
-    def _start_processes(self) -> None:
-        try:
-            prepare_processes(self.choice.n_jobs)
-            start_processes(self.choice.n_jobs)
-        except Exception as error:  # noqa: BLE001  # raised in the caller
-            self._error = error
-
-    def open_queue(self) -> AbstractContextManager[WorkQueue]:
-        """Open the queue of the workers; raise an error if the job cannot be sent to them."""
-        if not self._are_processes:
-            return ThreadExecutor(self.choice).stream(self._job)
-        snapshot = self._job.snapshot
-        assert snapshot is not None  # for the type checker
-        executor = ProcessExecutor(self.choice, snapshot.staging)
-        return executor.stream(replace(self._job, snapshot=None), snapshot.get_pickler())
-
-    def close(self) -> None:
-        """Do without the thread that starts processes."""
-        if self._watcher is not None:
-            self._watcher.__exit__()

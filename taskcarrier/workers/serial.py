@@ -64,13 +64,14 @@ def make_caller_ledger(job: Job, tick: Callable[[Ledger], None] | None) -> Ledge
 
 
 class _WatchedLedger(Ledger):
-    """A ledger of the calling thread that calls `tick` after every chunk."""
+    """A ledger that calls `tick` after every chunk of the calling thread, which is worker 0."""
 
     tick: Callable[[Ledger], None]
 
     def finish(self, worker: int, n_items: int) -> None:
         super().finish(worker, n_items)
-        self.tick(self)
+        if worker == 0:
+            self.tick(self)
 
 
 class SerialQueue:

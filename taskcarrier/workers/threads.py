@@ -222,6 +222,10 @@ class ThreadPool:
         worker.is_free = False
         worker.inbox.put(lambda: context.run(run))
 
+    def list_threads(self, numbers: range) -> list[threading.Thread]:
+        """Return the threads with these numbers, which have been started."""
+        return [self._workers[number].thread for number in numbers]
+
     def drop_stuck_workers(self) -> None:
         """Drop threads that still have something of an earlier run in hand."""
         for number, worker in self._workers.copy().items():

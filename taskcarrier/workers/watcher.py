@@ -7,6 +7,9 @@ the user's. Watchers are kept for the next call: starting a thread takes longer 
 Waking a thread takes longer than a short call, too (some 80 µs, most of them for the interpreter's
 lock). So after a call the thread looks for the next one by itself, every few milliseconds for a
 moment, before it falls asleep. A caller that begins meanwhile only writes down what is due when.
+
+Each time the thread wakes, it measures how long it had to wait for the interpreter's lock. So it
+knows whether the user's code releases the lock (`taskcarrier.scheduling.gil`).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from time import monotonic
 from typing import Self
 
 from taskcarrier.system.interrupts import run_sheltered
+from taskcarrier.system.thread_clocks import ThreadClock
 from taskcarrier.workers.pools import call_at_shutdown
 
 Look = Callable[[], float | None]
@@ -30,14 +34,25 @@ if never."""
 # The thread of a watcher looks for the next call so often, and for so long after the last one.
 _POLL_SECONDS = 0.004
 _AWAKE_SECONDS = 0.05
+# A wait that is shorter does not always release the lock.
+_LEAST_SLEEP = 1e-5
 
 _free: list[Watcher] = []
 
 
 class Watcher:
-    """A thread that calls a function when it is due: ``with Watcher.take() as watcher:``."""
+    """A thread that calls a function when it is due: ``with Watcher.take() as watcher:``.
+
+    Attributes
+    ----------
+    gil_seconds : float or None
+        How long the thread had to wait for the interpreter's lock when it woke last; None if it was
+        not woken by time.
+    """
 
     def __init__(self) -> None:
+        self.gil_seconds: float | None = None
+        self._clock: ThreadClock | None = None
         self._look: Look | None = None
         self._inbox: SimpleQueue[object] = SimpleQueue()
         self._is_asleep = True
@@ -82,6 +97,8 @@ class Watcher:
 
         Return a function that need not be called any more, if it is still there.
         """
+        if self._clock is None:
+            self._clock = ThreadClock(threading.current_thread())
         done: Look | None = None
         last_time = monotonic()
         while True:
@@ -106,8 +123,18 @@ class Watcher:
                 last_time = now + seconds
             del look
             self._next_time = monotonic() + seconds
-            with suppress(Empty):
-                inbox.get(timeout=seconds)
+            self._sleep(inbox, seconds, self._clock)
+
+    def _sleep(self, inbox: SimpleQueue[object], seconds: float, clock: ThreadClock) -> None:
+        """Sleep for so long, or until something is in the inbox."""
+        self.gil_seconds = None
+        queued, due = clock.read_queued(), monotonic() + seconds
+        try:
+            inbox.get(timeout=seconds)
+        except Empty:
+            if seconds > _LEAST_SLEEP:
+                late = monotonic() - due
+                self.gil_seconds = late - (clock.read_queued() - queued)
 
 
 def _watcher_main(reference: weakref.ref[Watcher], inbox: SimpleQueue[object]) -> None:

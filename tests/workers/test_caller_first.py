@@ -27,9 +27,10 @@ from taskcarrier.errors import WorkerDiedError
 from taskcarrier.scheduling import history
 from taskcarrier.scheduling.balance import Dynamic
 from taskcarrier.scheduling.grid import ChunkGrid
-from taskcarrier.workers import caller_first, hand_overs
+from taskcarrier.workers import caller_chunks, hand_overs
 from taskcarrier.workers.call import Call
-from taskcarrier.workers.caller_first import CallerFirstExecutor, _CallerChunks
+from taskcarrier.workers.caller_chunks import CallerChunks
+from taskcarrier.workers.caller_first import CallerFirstExecutor
 from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.task import Job
 from tests.clocks import LONG, wait_until
@@ -46,8 +47,8 @@ def hand_over_in_chunk(monkeypatch):
     monkeypatch.setattr(hand_overs, "has_warm_processes", lambda n: True)
     monkeypatch.setattr(history, "predict", lambda *_: None)
     monkeypatch.setattr(history, "find_alone_seconds", lambda *_: 0.0)
-    monkeypatch.setattr(_CallerChunks, "_pays", lambda self, first: False)
-    monkeypatch.setattr(_CallerChunks, "_find_seconds_to_wait", lambda self: 0.0)
+    monkeypatch.setattr(CallerChunks, "_pays", lambda self, first: False)
+    monkeypatch.setattr(CallerChunks, "_find_seconds_to_wait", lambda self: 0.0)
 
 
 @pytest.fixture(params=["static", "dynamic"])
@@ -586,7 +587,7 @@ class TestSlowStart:
 
         taskcarrier.shutdown()  # as above
         hand_over_after(1)
-        monkeypatch.setattr(caller_first, "_READY_SECONDS", 0.0)
+        monkeypatch.setattr(caller_chunks, "_READY_SECONDS", 0.0)
         many = np.arange(400.0)
         result = map_array(slow_to_import.func, many, chunksize=2, n_jobs=2)
         assert (result == 2 * many).all()
@@ -596,7 +597,7 @@ class TestSlowStart:
 
     def test_cold_processes_are_started_beside_the_caller(self, monkeypatch):
         taskcarrier.shutdown()
-        monkeypatch.setattr(_CallerChunks, "_pays", lambda self, first: True)
+        monkeypatch.setattr(CallerChunks, "_pays", lambda self, first: True)
         threads, caller = [], os.getpid()
 
         def func(chunk):

@@ -58,7 +58,7 @@ BAD = {
         ["backend", "'mpi'", "'loky'", "'threading'"],
     ),
     "backend no text": ({"backend": 3}, ValueError, ["backend", "3"]),
-    "backend auto": ({"backend": "auto"}, ValueError, ["backend", "'auto'", "'sequential'"]),
+    "backend best": ({"backend": "best"}, ValueError, ["backend", "'best'", "'auto'"]),
     "balance unknown": (
         {"balance": "fair"},
         ValueError,
