@@ -6,7 +6,7 @@ either, and what is compared is the choice of a backend, not BLAS's own threads.
 - ``plain``: the function on the whole array, or ``[func(x) for x in items]``
 - ``loop``: the function on the chunks of the library's grid, and ``np.concatenate``; for lists and
   fits the plain call again, which is that loop already
-- ``default``: two jobs and no backend; ``auto``: ``backend="auto"``, where the library has it
+- ``default``: two jobs and no backend; ``auto``: ``backend="auto"``
 - ``sequential``, ``threading``, ``loky``: these backends
 """
 
@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,21 +100,9 @@ def _to_comparable(answer: Any) -> Any:
 def list_calls(workload: Workload, inputs: tuple[Any, ...]) -> dict[str, Callable[[], Any]]:
     """Return the call of each arm."""
     options: dict[str, dict[str, str]] = {"default": {}}
-    if has_auto():
-        options["auto"] = {"backend": "auto"}
-    options |= {backend: {"backend": backend} for backend in EXPLICIT}
+    options |= {backend: {"backend": backend} for backend in ("auto", *EXPLICIT)}
     plain = _list_plain_calls(workload, inputs)
     return plain | {name: _our_call(workload, inputs, **given) for name, given in options.items()}
-
-
-@cache
-def has_auto() -> bool:
-    """Return whether this version of the library knows ``backend="auto"``."""
-    try:
-        taskcarrier.map_array(np.sqrt, np.zeros(1), n_jobs=1, backend="auto")
-    except ValueError:
-        return False
-    return True
 
 
 def _list_plain_calls(workload: Workload, inputs: tuple[Any, ...]) -> dict[str, Callable[[], Any]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 import taskcarrier
 from bench import ours
-from bench.defaults import N_JOBS, has_auto
+from bench.defaults import N_JOBS
 from bench.timing import Arm, Comparison, Promise, Settings, compare
 from bench.work import Spinner, measure_step, sleep_each, sleep_item, spin, spin_item
 
@@ -52,10 +52,7 @@ def _study(settings: Settings, title: str, call: Call, *, threads: bool = False)
     """Compare the default with explicit backends; the promise is about the faster of these."""
     explicit = ["threading", "loky"] if threads else ["loky"]
     arms = [Arm("default", call)]
-    arms += [
-        Arm(name, partial(call, backend=name))
-        for name in [*(["auto"] if has_auto() else []), *explicit]
-    ]
+    arms += [Arm(name, partial(call, backend=name)) for name in ("auto", *explicit)]
     found = compare(
         f"long_tasks: {title}, {N_JOBS} jobs",
         arms,

@@ -59,7 +59,7 @@ class Mapper(ArrayMethods):
         An existing folder whose file system holds the data that are shared with worker processes
         (in files without a name). Default: the environment variable ``JOBLIB_TEMP_FOLDER`` if set,
         else memory.
-    backend : {"sequential", "threading", "loky", "threads", "processes", "multiprocessing"} or str
+    backend : {"auto", "sequential", "threading", "loky", "threads", "processes", "multiprocessing"}
         Where workers run, see `map_array`. For lists also the name of any other backend that is
         registered with joblib, such as ``"dask"``, see `map`. Default None: decided for each call.
     chunksize : int, optional

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 else:  # `numpy.random` is slow to import, and of use to type checkers only
     DTypeLike = Seed = Any
 
-Backend = Literal["sequential", "threading", "loky", "threads", "processes", "multiprocessing"]
+Backend = Literal[
+    "auto", "sequential", "threading", "loky", "threads", "processes", "multiprocessing"
+]
 Out = np.ndarray[Any, Any] | str | PathLike[str]
 
 
@@ -64,12 +66,14 @@ class WorkerOptions(_SharingOptions, total=False):
     backend: Annotated[
         Backend | None,
         None,
-        """{"sequential", "threading", "loky", "threads", "processes", "multiprocessing"}
+        """{"auto", "sequential", "threading", "loky", "threads", "processes", "multiprocessing"}
         Where workers run: in the calling thread, in threads, or in processes. ``"threads"`` is
         another word for ``"threading"``, ``"processes"`` and ``"multiprocessing"`` for ``"loky"``.
-        Default: what an active `joblib.parallel_config` says, else threads when the work is known
-        to release the GIL (a ufunc, a function that numba has compiled, scikit-learn's trees and
-        forests), else processes.""",
+        Default: what an active `joblib.parallel_config` says. Without one, the calling thread
+        begins, measures, and hands over the rest if that saves time: to threads when the work is
+        known to release the GIL (a ufunc, a function that numba has compiled, scikit-learn's trees
+        and forests), else to processes. ``"auto"`` does the same, and allows threads for any
+        function that is found to release the GIL: it may then run in several threads at once.""",
     ]
 
 
@@ -447,11 +451,12 @@ class FitOptions(_DataOptions, _SharingOptions, RetryOptions, total=False):
     backend: Annotated[
         str | None,
         None,
-        """{"sequential", "threading", "loky", "threads", "processes"} or str
-        Where workers run; also any other backend that is registered with joblib, such as
-        ``"dask"``, which cannot keep a `timeout`. Default: what an active `joblib.parallel_config`
-        says, else threads for scikit-learn's trees and forests, which release the GIL, else
-        processes.""",
+        """{"auto", "sequential", "threading", "loky", "threads", "processes"} or str
+        Where workers run, see `map_array`; also any other backend that is registered with joblib,
+        such as ``"dask"``, which cannot keep a `timeout`. Default: what an active
+        `joblib.parallel_config` says. Without one, the calling thread begins, and hands over the
+        rest if that saves time: to threads for scikit-learn's trees and forests, which release the
+        GIL, else to processes.""",
     ]
 
 

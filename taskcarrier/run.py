@@ -469,7 +469,7 @@ def make_report(
     return Report(
         backend=executor.choice.backend,
         reason=executor.choice.reason,
-        # If the caller was to hand over the rest, and has not, it has run all of it alone.
+        # If the caller was to hand over the rest, and has not, it has finished it alone.
         balance=Serial.name if executor.choice.backend == "sequential" else job.balance.name,
         n_jobs=min(executor.choice.n_jobs, job.n_workers),
         chunksize=chunksize,

@@ -48,7 +48,7 @@ PROMISES = {
     "imports": 2,
     "cold": 3,  # tiny, it has three programs
     "claims": 0,
-    "defaults": 5,  # seven, as soon as there is `auto`
+    "defaults": 7,
     "long_tasks": 5,
 }
 

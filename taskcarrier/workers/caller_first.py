@@ -107,7 +107,7 @@ class CallerFirstExecutor:
     def _warn(self, error: BaseException) -> None:
         text = (
             "the rest could not be handed over to worker processes "
-            f"({type(error).__name__}: {get_text(error)}), so the caller has run all of it alone"
+            f"({type(error).__name__}: {get_text(error)}), so the caller has finished it alone"
         )
         self._notes = [*self._notes, text]
         if any("could not pickle" in note for note in getattr(error, "__notes__", ())):

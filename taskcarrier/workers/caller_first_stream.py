@@ -94,7 +94,7 @@ class CallerFirstQueue:
             self._caller.put(start, items)
 
     def _pays(self) -> bool:
-        if self._is_stuck or self._n_done == 0 or not self._hand_over.is_decided:
+        if self._is_stuck or self._n_done == 0 or not self._hand_over.decide():
             return False
         offer = self._hand_over.make_offer()
         n_left = max(self._n_done, offer.n_workers)

@@ -38,7 +38,7 @@ class StreamHandOver:
 
     def __init__(self, choice: Choice, job: Job) -> None:
         self.choice = choice
-        self.is_decided = not choice.may_use_threads or choice.backend == "threading"
+        self._is_decided = not choice.may_use_threads or choice.backend == "threading"
         self._job = job
         self._watcher: Watcher | None = None
         self._sample_seconds = SAMPLE_SECONDS
@@ -53,8 +53,7 @@ class StreamHandOver:
     @contextmanager
     def look_at_function(self) -> Iterator[None]:
         """While the function runs, find out whether it may go on in threads, if that is open."""
-        self._decide()
-        if self.is_decided:
+        if self.decide():
             yield
             return
         if self._watcher is None:
@@ -66,14 +65,15 @@ class StreamHandOver:
         finally:
             self._is_in_function = False
 
-    def _decide(self) -> None:
+    def decide(self) -> bool:
+        """Decide between threads and processes, if that is still open; return whether it is not."""
         is_fit = self.choice.gil_waits.is_fit_for_threads
-        if self.is_decided or is_fit is None:
-            return
-        if is_fit:
-            reason = self.choice.gil_waits.describe()
-            self.choice = replace(self.choice, backend="threading", reason=reason)
-        self.is_decided = True
+        if not self._is_decided and is_fit is not None:
+            self._is_decided = True
+            if is_fit:
+                reason = self.choice.gil_waits.describe()
+                self.choice = replace(self.choice, backend="threading", reason=reason)
+        return self._is_decided
 
     def _sample(self) -> float | None:
         assert self._watcher is not None  # for the type checker
@@ -104,6 +104,8 @@ class StreamHandOver:
         """
         if self._error is not None:
             raise self._error
+        if not self.decide():
+            return False
         if not self._is_slow:
             return True
         if not self._is_starting:

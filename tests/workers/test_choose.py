@@ -4,6 +4,7 @@ import importlib.util
 import multiprocessing
 import os
 import sys
+from dataclasses import replace
 
 import joblib
 import numpy as np
@@ -30,6 +31,17 @@ OWN = "parallel=True: one range at a time, on numba's own threads"
 
 def facts(**others):
     return Facts(**{"cores": 4, **others})
+
+
+def test_auto_is_the_default_with_threads_allowed():
+    for known, active in (("", None), (KNOWN, None), ("", "threading")):
+        found = facts(active_backend=active)
+        auto = choose(None, "auto", found, releases_gil=known, can_begin=True)
+        default = choose(None, None, facts(), releases_gil=known, can_begin=True)
+        assert auto == replace(default, may_use_threads=True)
+        assert auto.begins_in_caller
+    assert choose(1, "auto", facts()).backend == "sequential"
+    assert not choose(None, None, facts(), can_begin=True).may_use_threads
 
 
 class TestChoose:

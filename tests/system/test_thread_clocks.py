@@ -1,0 +1,71 @@
+"""How long a thread was on a core, and how long it waited for one."""
+
+import threading
+import time
+
+import pytest
+
+from taskcarrier.system import thread_clocks
+from taskcarrier.system.thread_clocks import ThreadClock, ThreadTimes
+from tests.clocks import LONG
+
+
+def work(seconds):
+    begin = time.thread_time()
+    while time.thread_time() - begin < seconds:
+        pass
+
+
+def test_it_reads_the_clocks_of_this_thread():
+    clock = ThreadClock(threading.current_thread())
+    before, on_core = clock.read(), time.thread_time()
+    work(0.02)
+    after = clock.read()
+    assert after.on_core - before.on_core >= 0.02
+    assert after.on_core - on_core <= time.thread_time() - on_core
+    assert after.time - before.time >= 0.02
+    assert after.queued >= before.queued >= 0
+
+
+def test_it_reads_the_clocks_of_another_thread():
+    begun, go_on = threading.Event(), threading.Event()
+
+    def run():
+        work(0.02)
+        begun.set()
+        assert go_on.wait(LONG)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert begun.wait(LONG)
+    clock = ThreadClock(thread)
+    before = clock.read()
+    work(0.02)
+    after = clock.read()
+    go_on.set()
+    thread.join()
+    assert before.on_core >= 0.02
+    assert after.on_core - before.on_core < 0.02  # it has slept
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_kernel_that_does_not_tell_leaves_zeros(monkeypatch, tmp_path, is_open):
+    def open_owned(*_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(thread_clocks, "open_owned", open_owned)
+    clock = ThreadClock(threading.current_thread())
+    if is_open:
+        (tmp_path / "empty").touch()
+        clock._file = (tmp_path / "empty").open("rb")
+    assert clock.read().queued == 0
+    if is_open:
+        clock._file.close()
+
+
+def test_shares_are_of_the_time_between_two_readings():
+    before = ThreadTimes(1.0, 5.0, 0.5)
+    assert ThreadTimes(3.0, 6.0, 0.5).shares_since(before) == (0.5, 0.0)
+    assert ThreadTimes(3.0, 6.0, 1.5).shares_since(before) == (1.0, 0.5)
+    share, queued = before.shares_since(before)
+    assert (share, queued) == (0.0, 0.0)
