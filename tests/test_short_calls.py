@@ -72,7 +72,9 @@ def outcome_of(call, *, is_short):
     """Return what a call gives, what it calls the function with, and its report."""
     SEEN.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(history, "predict", lambda *_: 0.0 if is_short else None)
+        patch.setattr(history, "predict", lambda *_: 0.0)
+        if not is_short:
+            patch.setattr(short_calls.ShortSettings, "choose", lambda *_: None)
         try:
             result = call()
         except Exception as error:  # noqa: BLE001  # compared below
@@ -350,16 +352,22 @@ class TestWhenItIsShort:
 
     def test_workers_and_joblib_take_the_general_way(self, monkeypatch):
         monkeypatch.setattr(history, "predict", lambda *_: 0.0)
-        assert short_calls.is_short(double, 1, 1)
+
+        def is_short():
+            options = [{}, {"n_jobs": 1}, {"backend": "sequential"}, {"backend": "threads"}]
+            settings = [short_calls.ShortSettings.from_options({"n_jobs": 2, **o}) for o in options]
+            return [each.choose(double, 1, 1) is not None for each in settings]
+
+        assert all(is_short())
         with joblib.parallel_config(backend="threading", n_jobs=2):
-            assert not short_calls.is_short(double, 1, 1)
+            assert not any(is_short())
             map_array(double, X)
             assert last_report().backend == "threading"
-        assert short_calls.is_short(double, 1, 1)
+        assert all(is_short())
         inner = []
 
         def nested(chunk):
-            inner.append(short_calls.is_short(double, 1, 1))
+            inner.extend(is_short())
             return map_array(double, chunk)
 
         map_array(nested, X, n_jobs=2)

@@ -29,9 +29,9 @@ OWN = ("sequential", "threading", "loky")
 
 # Other words for these. The original's word "multiprocessing", which is joblib's too, means our
 # processes.
-_ALIASES = {"threads": "threading", "processes": "loky", "multiprocessing": "loky"}
+ALIASES = {"threads": "threading", "processes": "loky", "multiprocessing": "loky"}
 
-BACKENDS = (*OWN, *_ALIASES)
+BACKENDS = (*OWN, *ALIASES)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def check_backend(backend: object) -> str | None:
     if backend is None:
         return None
     if isinstance(backend, str) and backend in BACKENDS:
-        return _ALIASES.get(backend, backend)
+        return ALIASES.get(backend, backend)
     others = [name for name in _list_registered() if name not in BACKENDS]
     if not isinstance(backend, str) or backend not in others:
         raise ValueError(

@@ -175,6 +175,21 @@ class RunResult:
         return run_result
 
 
+class Raised:
+    """What a function has raised, among what others have returned."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def recall(outcomes: dict[int, Any], number: int) -> Any:
+    """Return or raise what a function has given already, and forget it."""
+    outcome = outcomes.pop(number)
+    if isinstance(outcome, Raised):
+        raise outcome.error
+    return outcome
+
+
 Where = slice | np.ndarray
 """Items along the mapped axis."""
 
