@@ -199,7 +199,9 @@ class ShortCall(NamedTuple):
             with thread_limit.open():
                 this_thread.is_worker = True
                 if choice.backend == "threading":
-                    worker_stats = run_crew(units, grid.chunksize, work, n_workers, choice.n_jobs)
+                    sizes = n_workers, choice.n_jobs
+                    seconds = history.predict(self.func, grid.n_items, self.nbytes) or 0.0
+                    worker_stats = run_crew(units, grid.chunksize, work, sizes, seconds)
                 else:
                     run_unit = work.run_unit
                     if choice.begins_in_caller:
@@ -212,9 +214,8 @@ class ShortCall(NamedTuple):
             if result is None:
                 worker_stats = []
             self.settings.keep_report(partial(make_short_report, self, seconds, worker_stats))
-            if choice.backend == "threading":
-                seconds = sum(stats.busy_ns for stats in worker_stats) / 1e9
-            self.remember(seconds if worker_stats else None)
+            busy_ns = sum(stats.busy_ns for stats in worker_stats)
+            self.remember(busy_ns / 1e9 if worker_stats else None)
         return result
 
     def remember(self, seconds: float | None) -> None:

@@ -152,13 +152,6 @@ def _count_bytes(arrays: tuple[Any, ...]) -> int | None:
     return nbytes
 
 
-def _read(arrays: tuple[np.ndarray, ...], start: int, stop: int) -> list[np.ndarray]:
-    chunks = [array[start:stop] for array in arrays]
-    for chunk in chunks:
-        chunk.flags.writeable = False
-    return chunks
-
-
 class _Work(ABC):
     """The work of one call (`taskcarrier.short_calls.ShortWork`)."""
 
@@ -167,7 +160,10 @@ class _Work(ABC):
     ) -> None:
         self.outcomes: Outcomes = {}
         self._func = func
-        self._arrays = arrays
+        # Chunks are views of these: read-only as well.
+        self._arrays = [array.view() for array in arrays]
+        for view in self._arrays:
+            view.flags.writeable = False
         self._n_items = grid.n_items
         self._chunksize = grid.chunksize
 
@@ -197,7 +193,7 @@ class _ChunkWork(_Work):
 
     def run_unit(self, start: int, stop: int) -> bool:
         try:
-            result = self._func(*_read(self._arrays, start, stop))
+            result = self._func(*[array[start:stop] for array in self._arrays])
         except BaseException as error:  # noqa: BLE001  # the general way raises it
             self.outcomes[start] = Raised(error)
             return False
@@ -294,7 +290,7 @@ class _CollectingWork(_Work):
     """The work of `map_chunks`: results are listed."""
 
     def run_unit(self, start: int, stop: int) -> bool:
-        chunks = _read(self._arrays, start, stop)
+        chunks = [array[start:stop] for array in self._arrays]
         try:
             self.outcomes[start] = own_memory(self._func(*chunks), chunks)
         except BaseException as error:  # noqa: BLE001  # the general way raises it
@@ -320,7 +316,8 @@ class _ItemWork(_Work):
         self._values: dict[int, list[Any]] = {}  # by the first item of the unit
 
     def run_unit(self, start: int, stop: int) -> bool:
-        func, views, values = self._func, _read(self._arrays, start, stop), list[Any]()
+        func, values = self._func, list[Any]()
+        views = [array[start:stop] for array in self._arrays]
         try:
             if len(views) == 1:
                 for item in views[0]:

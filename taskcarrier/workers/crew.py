@@ -9,23 +9,28 @@ faster. What a unit gives is for the work itself to keep: nothing of the crew ou
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
 from queue import Empty, SimpleQueue
-from time import monotonic_ns
+from time import perf_counter
 from typing import Any, Protocol
 
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.system.exceptions import raise_again
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.choose import load_joblib
-from taskcarrier.workers.parent_state import ParentState
+from taskcarrier.workers.parent_state import ParentState, own_decimal_context
 from taskcarrier.workers.pools import thread_pool
 from taskcarrier.workers.records import Raised, WorkerStats
 from taskcarrier.workers.threads import LONGEST_WAIT, Invitation, ThreadPool
+
+# A call that takes less is over about when a thread that was woken at its beginning would be at work
+# (arbitrary, but for that: `python -m bench empty`).
+_WAKE_SECONDS = 0.0002
 
 Unit = tuple[int, int]
 """The items ``(start, stop)`` of one or more chunks."""
@@ -60,10 +65,17 @@ def list_units(grid: ChunkGrid, n_chunks: int) -> list[Unit]:
     return [(start, min(start + size, n_items)) for start in range(0, n_items, size)][::-1]
 
 
-def run_units(units: list[Unit], chunksize: int, run_unit: RunUnit, stats: WorkerStats) -> None:
-    """Run units in this worker, until none is left or one is unusual."""
-    pid = os.getpid()
-    begin = monotonic_ns()
+def run_units(
+    units: list[Unit],
+    chunksize: int,
+    run_unit: RunUnit,
+    stats: WorkerStats,
+    seconds: float = math.inf,
+) -> None:
+    """Run units in this worker, until none is left or one is unusual; or for so many seconds."""
+    pid, n_ranges, n_items = os.getpid(), 0, 0
+    begin = perf_counter()
+    deadline = begin + seconds
     try:
         while units:
             try:
@@ -76,66 +88,91 @@ def run_units(units: list[Unit], chunksize: int, run_unit: RunUnit, stats: Worke
                 os._exit(1)
             if not is_usual:
                 units.clear()
-            stats.n_ranges += -((start - stop) // chunksize)
-            stats.n_items += stop - start
+            n_ranges -= (start - stop) // chunksize
+            n_items += stop - start
+            if perf_counter() > deadline:
+                break
     finally:
-        stats.busy_ns = monotonic_ns() - begin
+        stats.n_ranges += n_ranges
+        stats.n_items += n_items
+        stats.busy_ns += int(1e9 * (perf_counter() - begin))
 
 
 def run_crew(
-    units: list[Unit], chunksize: int, work: Work, n_workers: int, n_jobs: int
+    units: list[Unit],
+    chunksize: int,
+    work: Work,
+    sizes: tuple[int, int],
+    seconds: float,
 ) -> list[WorkerStats]:
-    """Run units by the caller and threads of a pool of `n_jobs`, `n_workers` in all.
+    """Run units by the caller and threads; return what each worker did, the caller first.
 
-    Return what each worker did, the caller first.
+    `sizes` are the number of workers and that of the threads of their pool. `seconds` are what the
+    call is predicted to take. In less time than it takes to wake a thread, the caller begins alone.
     """
-    load_joblib()  # or the function could load it, where it would not be serial
-    with thread_pool(n_jobs) as pool:
-        pool.ensure_free(range(1, n_workers))
-        return _Crew(units, chunksize, work).run(pool, n_workers)
+    n_workers, n_threads = sizes
+    crew = _Crew(units, chunksize, work, n_workers)
+    if seconds < _WAKE_SECONDS:
+        crew.begin_alone()
+    if units:
+        load_joblib()  # or the function could load it, where it would not be serial
+        with thread_pool(n_threads) as pool:
+            pool.ensure_free(range(1, n_workers))
+            crew.run(pool)
+    return crew.worker_stats
 
 
 class _Crew:
     """The workers of one call."""
 
-    def __init__(self, units: list[Unit], chunksize: int, work: Work) -> None:
+    def __init__(self, units: list[Unit], chunksize: int, work: Work, n_workers: int) -> None:
         self._units = units
         self._chunksize = chunksize
         self._work = work
-        self._state = ParentState.capture()
+        self._caller_context = copy_context()  # what the function changes is lost, as in threads
+        self._caller_context.run(own_decimal_context)
         self._ended: SimpleQueue[WorkerStats] = SimpleQueue()
+        self.worker_stats = [WorkerStats(n, f"thread {n}") for n in range(n_workers)]
+        self.worker_stats[0].name = "caller"
 
-    def run(self, pool: ThreadPool, n_workers: int) -> list[WorkerStats]:
-        """Run all units.
+    def begin_alone(self) -> None:
+        """Run units in the caller, until it may pay to wake a thread."""
+        self._run_in_caller(_WAKE_SECONDS)
+
+    def run(self, pool: ThreadPool) -> None:
+        """Run the units that are left.
 
         When interrupted, threads stop at their next unit. Those that are still in one do not come
         back to the pool, and what they add to the call is seen by nobody.
         """
-        caller, *others = [WorkerStats(n, f"thread {n}") for n in range(n_workers)]
-        caller.name = "caller"
         invitations: list[Invitation] = []
         is_over = False
         try:
-            for stats in others:
-                join = partial(self._join, stats)
+            state = ParentState.capture()
+            for stats in self.worker_stats[1:]:
+                join = partial(self._join, stats, state)
                 invitations.append(pool.invite(stats.worker, join, self._ended.put))
-            copy_context().run(self._run_units, caller)
-            if (error := self._find_interrupt()) is not None:
-                raise_again(error)
+            self._run_in_caller()
             self._wait(invitations)
             is_over = True
         finally:
-            error = None  # its traceback refers to this frame
             if not is_over:
                 self._units.clear()
                 for invitation in invitations:
                     invitation.take_back()
                 pool.drop_stuck_workers()
-        return [caller, *others]
 
-    def _run_units(self, stats: WorkerStats) -> None:
-        self._state.apply(in_process=False)
-        run_units(self._units, self._chunksize, self._work.run_unit, stats)
+    def _run_in_caller(self, seconds: float = math.inf) -> None:
+        self._caller_context.run(self._run_units, self.worker_stats[0], seconds)
+        error = self._find_interrupt()
+        try:
+            if error is not None:
+                raise_again(error)
+        finally:
+            del error  # its traceback refers to this frame
+
+    def _run_units(self, stats: WorkerStats, seconds: float = math.inf) -> None:
+        run_units(self._units, self._chunksize, self._work.run_unit, stats, seconds)
 
     def _find_interrupt(self) -> BaseException | None:
         """Return the exception that came from outside while the caller was in a unit, if any."""
@@ -146,9 +183,10 @@ class _Crew:
                 return outcome.error
         return None
 
-    def _join(self, stats: WorkerStats) -> WorkerStats:
+    def _join(self, stats: WorkerStats, state: ParentState) -> WorkerStats:
         """Run units in a thread of the pool."""
         try:
+            state.apply(in_process=False)
             self._run_units(stats)
         except BaseException:  # noqa: BLE001  # a unit is missing, and the general way runs it
             self._units.clear()
