@@ -95,15 +95,13 @@ class ShortSettings(NamedTuple):
         """
         if is_in_worker() or is_joblib_configured():
             return None
-        if self.backend is None and self.n_jobs != 1 and is_short(func, n_items, nbytes):
-            return _CALLER_FIRST
-        choice = self._choose_asked(func, n_items, nbytes)
-        if choice is not None and (is_jitted(func) or is_numba_ufunc(func)):
-            return None
-        return choice
+        choice = self._choose(func, n_items, nbytes)
+        if choice is None or choice.begins_in_caller:
+            return choice
+        return None if is_jitted(func) or is_numba_ufunc(func) else choice
 
-    def _choose_asked(self, func: Any, n_items: int, nbytes: int) -> Choice | None:
-        """Return the choice for what the user has asked for; that of processes is not made here."""
+    def _choose(self, func: Any, n_items: int, nbytes: int) -> Choice | None:
+        """Return the choice for any function; calls in processes are not taken for short."""
         if self.backend == "sequential":
             return _ASKED_FOR
         n_jobs = self.n_jobs
@@ -111,6 +109,8 @@ class ShortSettings(NamedTuple):
             n_jobs = count_workers(n_jobs, Facts(cores=count_cores()))
         if n_jobs == 1:
             return _ONE_WORKER
+        if self.backend is None:
+            return _CALLER_FIRST if is_short(func, n_items, nbytes) else None
         if self.backend == "threading" and not is_ending():
             seconds = history.predict(func, n_items, nbytes)
             if seconds is not None and seconds <= MOST_SECONDS:

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 import taskcarrier
 from taskcarrier import (
+    DynamicParallelMapper,
     SerialMapper,
     StaticParallelMapper,
     last_report,
@@ -23,6 +24,7 @@ from taskcarrier import (
 )
 from taskcarrier.lists import short_maps
 from taskcarrier.scheduling import history
+from taskcarrier.workers import crew
 from tests.clocks import LONG
 from tests.strategies import examples, same_bits
 
@@ -81,7 +83,8 @@ def outcome_of(call, *, is_short):
             result = error
     report = last_report()
     facts = report.backend, report.balance, report.n_jobs, report.chunksize, report.ranges
-    return result, list(SEEN), (*facts, report.items, report.notes)
+    reason = report.reason.partition(" an item took ")[0].partition(": ")[-1] or report.reason
+    return result, list(SEEN), (*facts, report.items, report.notes, reason)
 
 
 def assert_alike(one, other):
@@ -107,14 +110,20 @@ def assert_alike(one, other):
         assert repr(one) == repr(other)  # NaT does not equal itself
 
 
-def check(call):
+def check(call, *, in_threads=False):
     """Check that a call gives the same on both ways.
 
-    The short way may call the function with items after one that ends the call.
+    The short way may call the function with items after one that ends the call. Threads call it in
+    any order, and which error they meet first is a matter of luck.
     """
     general, calls, facts = outcome_of(call, is_short=False)
     short, calls_of_short, facts_of_short = outcome_of(call, is_short=True)
+    if isinstance(general, Exception) and in_threads:
+        assert type(short) is type(general)
+        return
     assert_alike(short, general)
+    if in_threads:
+        calls, calls_of_short = sorted(calls, key=repr), sorted(calls_of_short, key=repr)
     assert_alike(calls_of_short[: len(calls)], calls)
     assert len(calls_of_short) == len(calls) or isinstance(general, Exception)
     if not isinstance(general, Exception):
@@ -176,13 +185,46 @@ FUNCTIONS = {
 }
 
 
+VARIANTS = [{}, {"chunksize": 5}, {"balance": "dynamic"}]
+
+
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("verb", [map_array, map_items, map_chunks])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_short_maps_give_what_all_maps_give(verb, name):
     func = recorded(FUNCTIONS[name])
-    for options in ({}, {"chunksize": 5}, {"balance": "dynamic"}):
+    for options in VARIANTS:
         check(lambda options=options: verb(func, X, n_jobs=2, **options))
+
+
+@pytest.mark.parametrize("verb", [map_array, map_items, map_chunks])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_caller_alone_gives_what_it_gives_on_the_general_way(verb, name):
+    func = recorded(FUNCTIONS[name])
+    for where in ({"backend": "sequential"}, {"n_jobs": 1}, {"backend": "threads", "n_jobs": 1}):
+        for options in VARIANTS:
+            check(lambda options=where | options: verb(func, X, **options))
+
+
+@pytest.mark.parametrize("waking", ["wakes at once", "begins alone"])
+@pytest.mark.parametrize("verb", [map_array, map_items, map_chunks])
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "later" not in name])
+def test_threads_give_what_they_give_on_the_general_way(verb, name, waking, monkeypatch):
+    monkeypatch.setattr(crew, "_WAKE_SECONDS", 0.0 if waking == "wakes at once" else LONG)
+    func = recorded(FUNCTIONS[name])
+    for options in VARIANTS:
+        where = {"backend": "threading", "n_jobs": 2} | options
+        check(lambda options=where: verb(func, X, **options), in_threads=True)
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "later" in name])
+def test_threads_say_of_results_that_differ_what_they_say_on_the_general_way(name):
+    """Which chunk is named depends on which came first, so there is one unusual chunk here."""
+    func = recorded(FUNCTIONS[name])
+    for verb in (map_array, map_items, map_chunks):
+        call = functools.partial(verb, func, X, backend="threading", n_jobs=2)
+        general, short = (outcome_of(call, is_short=is_short)[0] for is_short in (False, True))
+        assert type(short) is type(general)
 
 
 def test_constants_are_passed_on():
@@ -272,8 +314,14 @@ class TestLists:
     def test_short_maps_give_what_all_maps_give(self, name):
         mapper = StaticParallelMapper(n_jobs=2)
         func = recorded(FUNCTIONS[name])
+        alone, threads = SerialMapper(), StaticParallelMapper(n_jobs=2, backend="threading")
         for chunksize in (None, 5):
             check(lambda size=chunksize: mapper.map(func, list(X.copy()), chunksize=size))
+            check(lambda size=chunksize: alone.map(func, list(X.copy()), chunksize=size))
+            check(
+                lambda size=chunksize: threads.map(func, list(X.copy()), chunksize=size),
+                in_threads=True,
+            )
         check(lambda: mapper.map(lambda a, b: (a, b), range(30), range(20)))
         check(lambda: mapper.starmap(lambda a, b: (a, b), [(1, 2), (3, 4)]))
         check(lambda: mapper.starmap(lambda a, b: a // b, [(1, 2), (3, 0)]))
@@ -295,6 +343,12 @@ class TestMappers:
             check(lambda mapper=mapper: mapper.map_chunks(np.sum, X))
             check(lambda mapper=mapper: mapper.map_chunks(fail_at(5), X))
             assert mapper.report == last_report()
+
+    @pytest.mark.parametrize("kind", [SerialMapper, StaticParallelMapper, DynamicParallelMapper])
+    def test_methods_have_no_options_of_functions(self, kind, monkeypatch):
+        monkeypatch.setattr(history, "predict", lambda *_: 0.0)
+        with pytest.raises(TypeError, match="n_jobs is given to the mapper"):
+            kind().map_array(np.negative, X, n_jobs=2)
 
 
 class TestPatience:

@@ -187,24 +187,29 @@ class _ChunkWork(_Work):
         self, func: Callable[..., Any], arrays: tuple[np.ndarray, ...], grid: ChunkGrid
     ) -> None:
         super().__init__(func, arrays, grid)
+        # A list of chunks takes longer than one.
+        self._only = self._arrays[0] if len(arrays) == 1 else None
         # The first is that of all workers: adding one is a call into C.
         self._candidates: list[_Outputs] = []
         self._starts: list[int] = []  # of chunks whose results are in place
 
     def run_unit(self, start: int, stop: int) -> bool:
         try:
-            result = self._func(*[array[start:stop] for array in self._arrays])
+            if self._only is None:
+                result = self._func(*[array[start:stop] for array in self._arrays])
+            else:
+                result = self._func(self._only[start:stop])
         except BaseException as error:  # noqa: BLE001  # the general way raises it
             self.outcomes[start] = Raised(error)
             return False
-        out = self._out
+        place = None if self._out is None else self._out[start:stop]
         if (
-            out is not None
+            place is not None
             and type(result) is np.ndarray
-            and result.dtype == out.dtype
-            and result.shape == (stop - start, *out.shape[1:])
+            and result.dtype == place.dtype
+            and result.shape == place.shape
         ):
-            out[start:stop] = result
+            place[...] = result
         elif not self._put(result, start, stop):
             self.outcomes[start] = result
             return False

@@ -28,8 +28,8 @@ from taskcarrier.workers.pools import thread_pool
 from taskcarrier.workers.records import Raised, WorkerStats
 from taskcarrier.workers.threads import LONGEST_WAIT, Invitation, ThreadPool
 
-# A call that takes less is over about when a thread that was woken at its beginning would be at work
-# (arbitrary, but for that: `python -m bench empty`).
+# A call that takes less is over about when a thread that was woken at its beginning would be at
+# work (`python -m bench empty`).
 _WAKE_SECONDS = 0.0002
 
 Unit = tuple[int, int]
@@ -73,7 +73,8 @@ def run_units(
     seconds: float = math.inf,
 ) -> None:
     """Run units in this worker, until none is left or one is unusual; or for so many seconds."""
-    pid, n_ranges, n_items = os.getpid(), 0, 0
+    getpid, n_items = os.getpid, 0
+    pid = getpid()
     begin = perf_counter()
     deadline = begin + seconds
     try:
@@ -83,18 +84,17 @@ def run_units(
             except IndexError:  # another worker has taken the last one
                 break
             is_usual = run_unit(start, stop)
-            if os.getpid() != pid:
+            if getpid() != pid:
                 # The function has forked, and both processes came back. One is the worker.
                 os._exit(1)
             if not is_usual:
                 units.clear()
-            n_ranges -= (start - stop) // chunksize
             n_items += stop - start
             if perf_counter() > deadline:
                 break
     finally:
-        stats.n_ranges += n_ranges
         stats.n_items += n_items
+        stats.n_ranges = -(-stats.n_items // chunksize)  # all chunks are whole, but for the last
         stats.busy_ns += int(1e9 * (perf_counter() - begin))
 
 
