@@ -1,7 +1,12 @@
 """Short calls take a short way, and nothing of them differs from the general way."""
 
 import functools
+import gc
+import signal
+import subprocess
+import sys
 import threading
+import weakref
 from itertools import islice
 
 import joblib
@@ -25,7 +30,7 @@ from taskcarrier import (
 from taskcarrier.lists import short_maps
 from taskcarrier.scheduling import history
 from taskcarrier.workers import crew
-from tests.clocks import LONG
+from tests.clocks import LONG, wait_until
 from tests.strategies import examples, same_bits
 
 X = np.arange(48.0).reshape(24, 2)
@@ -227,6 +232,27 @@ def test_threads_say_of_results_that_differ_what_they_say_on_the_general_way(nam
         assert type(short) is type(general)
 
 
+def test_a_function_may_fill_the_same_array_for_each_item():
+    buffer = np.zeros(2)
+
+    def fill(row):
+        buffer[:] = row
+        return buffer
+
+    def fill_two(row):
+        return fill(row), row[0]
+
+    for options in ({"n_jobs": 2}, {"backend": "sequential"}):
+        check(lambda options=options: map_items(fill, X, **options))
+        check(lambda options=options: map_items(fill_two, X, **options))
+        check(lambda options=options: map_items(lambda row: [fill(row)], X, **options))
+
+
+def test_many_chunks_go_the_general_way():
+    Y = map_array(np.negative, np.arange(20_000.0), chunksize=1, backend="sequential")
+    assert (-np.arange(20_000.0) == Y).all()
+
+
 def test_constants_are_passed_on():
     check(lambda: map_array(np.sort, X, kwargs={"axis": 1}, n_jobs=2))
     check(lambda: map_array(np.power, X, args=(2,), n_jobs=2))
@@ -332,6 +358,163 @@ class TestLists:
             check(lambda options=options: mapper.map(lambda x, **_: x, range(9), **options))
         check(lambda: mapper.map(str, []))
         check(lambda: SerialMapper().map(str, range(5)))
+
+
+MAPPERS = [
+    lambda f, n: map_array(f, X[:n], chunksize=1, n_jobs=2, backend="threading"),
+    lambda f, n: map_items(f, X[:n], chunksize=1, n_jobs=2, backend="threading"),
+    lambda f, n: map_chunks(f, X[:n], chunksize=1, n_jobs=2, backend="threading"),
+    lambda f, n: StaticParallelMapper(2, backend="threading").map(f, list(X[:n])),
+    lambda f, n: StaticParallelMapper(2, backend="threading").starmap(
+        lambda *row: f(np.array(row)), list(X[:n])
+    ),
+]
+
+
+@pytest.mark.parametrize("call", MAPPERS, ids=["array", "items", "chunks", "map", "starmap"])
+class TestThreads:
+    """Calls in threads that are known to be short, on all verbs that take the short way."""
+
+    @pytest.fixture(autouse=True)
+    def threads_are_woken_at_once(self, monkeypatch):
+        monkeypatch.setattr(history, "predict", lambda *_: 0.0)
+        monkeypatch.setattr(crew, "_WAKE_SECONDS", 0.0)
+
+    def test_two_units_are_run_at_the_same_time(self, call):
+        barrier = threading.Barrier(2)
+
+        def func(x):
+            barrier.wait(LONG)
+            return x + 1
+
+        assert (np.array(call(func, 2)).reshape(2, 2) == X[:2] + 1).all()
+        report = last_report()
+        assert (report.backend, report.reason, report.n_jobs) == ("threading", "asked for", 2)
+        workers = [(each.name, each.ranges, each.items) for each in report.workers]
+        assert workers == [("caller", 1, 1), ("thread 1", 1, 1)]
+
+    @pytest.mark.parametrize("in_caller", [True, False])
+    def test_an_error_in_any_worker_is_raised_with_its_notes(self, call, in_caller):
+        barrier, calls = threading.Barrier(2), []
+
+        def func(x):
+            calls.append(x)
+            barrier.wait(LONG)
+            if (threading.current_thread() is threading.main_thread()) is in_caller:
+                raise ValueError(np.min(x))
+            return x
+
+        with pytest.raises(ValueError, match=r"\d") as caught:
+            call(func, 2)
+        number = int(caught.value.args[0]) // 2
+        notes = "\n".join(caught.value.__notes__)
+        assert f"items {number}:{number + 1}" in notes or f"item {number}" in notes
+        assert "(thread " in notes
+        assert len(calls) == 2  # none is called again
+
+    def test_errors_in_both_workers_leave_nothing_behind(self, call):
+        barrier = threading.Barrier(2)
+
+        class Held:
+            pass
+
+        dead = []
+
+        def func(x):
+            held = Held()
+            dead.append(weakref.ref(held))
+            barrier.wait(LONG)
+            raise ValueError(held is None)
+
+        gc.collect()
+        gc.disable()
+        try:
+            with pytest.raises(ValueError, match="False"):
+                call(func, 2)
+            wait_until(lambda: not any(ref() for ref in dead))
+        finally:
+            gc.enable()
+        assert len(dead) == 2
+
+    def test_nested_maps_are_serial(self, call):
+        reasons = []
+
+        def func(x):
+            map_array(np.negative, X, n_jobs=2, backend="threading")
+            reasons.append(last_report().reason)
+            return x
+
+        call(func, 3)
+        assert reasons == ["called inside a worker"] * 3
+
+    def test_an_interrupt_while_a_thread_is_in_the_function_is_raised_at_once(self, call):
+        barrier, go_on = threading.Barrier(2), threading.Event()
+
+        def func(x):
+            barrier.wait(LONG)
+            if threading.current_thread() is not threading.main_thread():
+                signal.raise_signal(signal.SIGINT)  # which is handled in the main thread
+                go_on.wait(LONG)
+            return x
+
+        with pytest.raises(KeyboardInterrupt):
+            call(func, 2)
+        assert not last_report().workers
+        go_on.set()
+        assert (np.array(call(lambda x: x, 5)).reshape(5, 2) == X[:5]).all()
+
+    def test_two_threads_of_the_program_may_call_at_once(self, call):
+        barrier, results = threading.Barrier(4), []
+
+        def func(x):
+            barrier.wait(LONG)
+            return x
+
+        thread = threading.Thread(target=lambda: results.append(call(func, 2)))
+        thread.start()
+        results.append(call(func, 2))
+        thread.join()
+        assert all((np.array(result).reshape(2, 2) == X[:2]).all() for result in results)
+
+
+@pytest.mark.parametrize("options", [{"backend": "sequential"}, {"backend": "threading"}])
+def test_a_function_that_forks_goes_on_in_the_parent_only(options):
+    code = f"""
+import os
+import numpy as np
+from taskcarrier import map_array, map_items, map_chunks, StaticParallelMapper
+children = []
+
+def func(x):
+    child = os.fork() if np.min(x) == 0 else 1
+    if child:
+        children.append(child)
+    return x + 1
+
+X = np.arange(8.0)
+options = {options!r}
+for call in (
+    lambda f: map_array(f, X, chunksize=1, n_jobs=2, **options),
+    lambda f: map_items(f, X, n_jobs=2, **options),
+    lambda f: np.ravel(map_chunks(f, X, chunksize=1, n_jobs=2, **options)),
+    lambda f: np.array(StaticParallelMapper(2, **options).map(f, list(X))),
+):
+    call(lambda x: x + 1)
+    for _ in range(2):
+        children.clear()
+        assert (call(func) == X + 1).all()
+        statuses = [os.waitpid(child, 0)[1] for child in children if child > 1]
+        assert [os.waitstatus_to_exitcode(status) for status in statuses] == [1], statuses
+print("right")
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LONG,
+    )
+    assert done.stdout == "right\n", done.stderr
 
 
 class TestMappers:

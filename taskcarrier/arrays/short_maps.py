@@ -28,7 +28,10 @@ _MAX_NBYTES = 1 << 23
 _CALL_OPTIONS = {"args", "kwargs", "chunksize"}
 _ALL_OPTIONS = {*_CALL_OPTIONS, "n_jobs", "balance", "backend"}
 _KINDS = set("biufcmMSU")
-_CONSTANTS = {type(None), bool, int, float, complex, str, bytes, type, *np.sctypeDict.values()}
+_SCALARS = {bool, int, float, complex, str, bytes, *np.sctypeDict.values()} - {np.object_}
+_CONSTANTS = {type(None), type, np.object_, *_SCALARS}
+# A call of more chunks goes the general way: its units would take much memory.
+_MAX_CHUNKS = 1 << 14
 
 Outcomes = dict[int, Any]
 """What a function has returned, by the start of its chunk or the number of its item; what it has
@@ -98,6 +101,8 @@ def _run(
         grid = item_grid(n_items, chunksize)
     else:
         grid = chunk_grid(n_items, nbytes // n_items, chunksize)
+    if kind is not _ItemWork and len(grid) > _MAX_CHUNKS:
+        return NOT_SHORT, {}
     work = kind(_bind_constants(func, len(arrays), options), arrays, grid)
     call = ShortCall(func, grid, nbytes, choice, settings)
     result = call.run(work, can_join=kind is _ItemWork)
@@ -324,18 +329,19 @@ class _ItemWork(_Work):
         func, values = self._func, list[Any]()
         views = [array[start:stop] for array in self._arrays]
         try:
-            if len(views) == 1:
-                for item in views[0]:
-                    values.append(func(item))  # those before an error count
-            else:
-                for items in zip(*views, strict=True):
-                    values.append(func(*items))  # as above
+            for items in zip(*views, strict=True):
+                value = func(*items)
+                if type(value) not in _SCALARS:
+                    copied = _copy_value(value)
+                    if copied is None:
+                        self.outcomes[start + len(values)] = value
+                        break
+                    value = copied
+                values.append(value)
         except BaseException as error:  # noqa: BLE001  # the general way raises it
-            self.outcomes.update(enumerate(values, start))
             self.outcomes[start + len(values)] = Raised(error)
-            return False
         self._values[start] = values
-        return True
+        return len(values) == stop - start
 
     def join_results(self) -> np.ndarray | tuple[np.ndarray, ...] | None:
         values = [*chain.from_iterable(self._values[start] for start in sorted(self._values))]
@@ -349,3 +355,15 @@ class _ItemWork(_Work):
         for start, results in self._values.items():
             self.outcomes.update(enumerate(results, start))
         return None
+
+
+def _copy_value(value: Any) -> Any:
+    """Return a copy of what func has returned for an item; None if it is unusual.
+
+    The function may fill the same array for each item.
+    """
+    if type(value) is np.ndarray:
+        return value.copy()
+    if type(value) is tuple and all(type(part) in _SCALARS | {np.ndarray} for part in value):
+        return tuple(part.copy() if type(part) is np.ndarray else part for part in value)
+    return None

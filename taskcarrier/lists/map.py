@@ -77,16 +77,19 @@ def map_lists(
     grid, task, move = _make_task(
         calls, items, chunksize, executor, settings, are_long=are_long, outcomes=outcomes
     )
-    outcome = execute(
-        task,
-        grid,
-        executor,
-        settings,
-        started_ns=started_ns,
-        collect_errors=collect_errors,
-        can_split=True,
-        move=move,
-    )
+    try:
+        outcome = execute(
+            task,
+            grid,
+            executor,
+            settings,
+            started_ns=started_ns,
+            collect_errors=collect_errors,
+            can_split=True,
+            move=move,
+        )
+    finally:
+        outcomes.clear()  # errors that were not raised refer to frames, and these to them
     if is_usual:
         remember_call(func, len(items), 0, executor, outcome)
     raise_first_failure(outcome, calls.describe)

@@ -185,9 +185,12 @@ class Raised:
 def recall(outcomes: dict[int, Any], number: int) -> Any:
     """Return or raise what a function has given already, and forget it."""
     outcome = outcomes.pop(number)
-    if isinstance(outcome, Raised):
-        raise outcome.error
-    return outcome
+    try:
+        if isinstance(outcome, Raised):
+            raise outcome.error
+        return outcome
+    finally:
+        del outcome  # the traceback of an error refers to this frame
 
 
 Where = slice | np.ndarray

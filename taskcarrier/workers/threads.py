@@ -237,18 +237,12 @@ class ThreadPool:
         self, number: int, job: Job, work: Callable[[], WorkerStats], record_end: RecordEnd
     ) -> None:
         """Hand a thread its work in a run."""
-        worker = self._workers[number]
 
-        def run() -> None:
+        def run() -> WorkerStats:
             job.parent_state.apply(in_process=False)
-            limit_this_thread()
-            stats = work()
-            worker.is_free = True
-            record_end(stats)
+            return work()
 
-        context = copy_context()
-        worker.is_free = False
-        worker.inbox.put(lambda: context.run(run))
+        self.invite(number, run, record_end)
 
     def ensure_free(self, numbers: range) -> None:
         """Ensure that the threads with these numbers are there and free."""
