@@ -30,7 +30,7 @@ from taskcarrier.workers.choose import (
     count_workers,
     is_joblib_configured,
 )
-from taskcarrier.workers.crew import RunUnit, Work, list_units, run_crew, run_units
+from taskcarrier.workers.crew import ALONE_SECONDS, RunUnit, Work, list_units, run_crew, run_units
 from taskcarrier.workers.introspect import is_jitted, is_numba_ufunc, releases_gil
 from taskcarrier.workers.loop import is_in_worker, this_thread
 from taskcarrier.workers.records import WorkerStats
@@ -199,9 +199,13 @@ class ShortCall(NamedTuple):
             with thread_limit.open():
                 this_thread.is_worker = True
                 if choice.backend == "threading":
-                    sizes = n_workers, choice.n_jobs
-                    seconds = history.predict(self.func, grid.n_items, self.nbytes) or 0.0
-                    worker_stats = run_crew(units, grid.chunksize, work, sizes, seconds)
+                    worker_stats = run_crew(
+                        units,
+                        grid.chunksize,
+                        work,
+                        (n_workers, choice.n_jobs),
+                        begins_alone=self._is_done_unaided(),
+                    )
                 else:
                     run_unit = work.run_unit
                     if choice.begins_in_caller:
@@ -213,10 +217,27 @@ class ShortCall(NamedTuple):
             seconds = perf_counter() - begin
             if result is None:
                 worker_stats = []
-            self.settings.keep_report(partial(make_short_report, self, seconds, worker_stats))
+            self.keep_report(seconds, worker_stats)
             busy_ns = sum(stats.busy_ns for stats in worker_stats)
             self.remember(busy_ns / 1e9 if worker_stats else None)
+            if choice.backend == "threading" and worker_stats:
+                is_unaided = not any(stats.n_items for stats in worker_stats[1:])
+                history.remember_help(self.func, was_unaided=is_unaided)
         return result
+
+    def keep_report(self, seconds: float, worker_stats: Sequence[WorkerStats]) -> None:
+        """Keep what makes the report, and nothing that the function refers to."""
+        balance = self.settings.balance
+        make = partial(_make_report, self.grid, self.choice, balance, seconds, worker_stats)
+        self.settings.keep_report(make)
+
+    def _is_done_unaided(self) -> bool:
+        """Return whether the caller is ready before threads would come that it has woken.
+
+        The last call must have shown that: a function that waits for other threads lets them come.
+        """
+        seconds = history.predict(self.func, self.grid.n_items, self.nbytes)
+        return seconds is not None and seconds < ALONE_SECONDS and history.was_unaided(self.func)
 
     def remember(self, seconds: float | None) -> None:
         """Remember what the call took if that decides on the next one; None if it has failed."""
@@ -232,11 +253,14 @@ def _run_impatiently(run_unit: RunUnit, patience: Patience, start: int, stop: in
     return run_unit(start, stop) and not patience.has_ended
 
 
-def make_short_report(
-    call: ShortCall, seconds: float, worker_stats: Sequence[WorkerStats]
+def _make_report(
+    grid: ChunkGrid,
+    choice: Choice,
+    balance: str,
+    seconds: float,
+    worker_stats: Sequence[WorkerStats],
 ) -> Report:
     """Return the report of a short call; it has ended by an error if there are no stats."""
-    grid, choice = call.grid, call.choice
     n_ranges = len(grid) if grid.n_items else 0
     busy_seconds = [stats.busy_ns / 1e9 for stats in worker_stats]
     reason = choice.reason
@@ -248,7 +272,7 @@ def make_short_report(
     return Report(
         backend=choice.backend,
         reason=reason,
-        balance=Serial.name if choice.backend == "sequential" else call.settings.balance,
+        balance=Serial.name if choice.backend == "sequential" else balance,
         n_jobs=min(choice.n_jobs, len(grid)),
         chunksize=grid.chunksize,
         ranges=n_ranges,

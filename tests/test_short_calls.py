@@ -29,7 +29,6 @@ from taskcarrier import (
 )
 from taskcarrier.lists import short_maps
 from taskcarrier.scheduling import history
-from taskcarrier.workers import crew
 from tests.clocks import LONG, wait_until
 from tests.strategies import examples, same_bits
 
@@ -215,7 +214,7 @@ def test_the_caller_alone_gives_what_it_gives_on_the_general_way(verb, name):
 @pytest.mark.parametrize("verb", [map_array, map_items, map_chunks])
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if "later" not in name])
 def test_threads_give_what_they_give_on_the_general_way(verb, name, waking, monkeypatch):
-    monkeypatch.setattr(crew, "_WAKE_SECONDS", 0.0 if waking == "wakes at once" else LONG)
+    monkeypatch.setattr(history, "was_unaided", lambda _: waking == "begins alone")
     func = recorded(FUNCTIONS[name])
     for options in VARIANTS:
         where = {"backend": "threading", "n_jobs": 2} | options
@@ -378,7 +377,7 @@ class TestThreads:
     @pytest.fixture(autouse=True)
     def threads_are_woken_at_once(self, monkeypatch):
         monkeypatch.setattr(history, "predict", lambda *_: 0.0)
-        monkeypatch.setattr(crew, "_WAKE_SECONDS", 0.0)
+        monkeypatch.setattr(history, "was_unaided", lambda _: False)
 
     def test_two_units_are_run_at_the_same_time(self, call):
         barrier = threading.Barrier(2)
@@ -560,10 +559,10 @@ class TestWhenItIsShort:
     @pytest.mark.usefixtures("any_time_is_short")
     def test_a_call_is_short_if_the_last_one_was(self, monkeypatch):
         made = []
-        make = short_calls.make_short_report
+        make = short_calls._make_report
         monkeypatch.setattr(
             short_calls,
-            "make_short_report",
+            "_make_report",
             lambda *args, **kwargs: made.append(1) or make(*args, **kwargs),
         )
 
@@ -577,6 +576,45 @@ class TestWhenItIsShort:
         map_array(func, np.zeros((24 * 100, 2)), n_jobs=2)  # much larger
         last_report()
         assert len(made) == 3
+
+    @pytest.mark.usefixtures("any_time_is_short")
+    def test_threads_are_woken_until_a_call_was_over_before_they_came(self, monkeypatch):
+        monkeypatch.setattr(short_calls, "ALONE_SECONDS", LONG)
+        begins_alone = []
+        run = short_calls.run_crew
+
+        def run_crew(*args, **kwargs):
+            begins_alone.append(kwargs["begins_alone"])
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(short_calls, "run_crew", run_crew)
+
+        barrier = threading.Barrier(2)
+
+        def meet(chunk):
+            barrier.wait(LONG)
+            return chunk
+
+        for _ in range(4):  # the first is the general way's
+            map_array(meet, X, chunksize=12, n_jobs=2, backend="threading")
+        assert begins_alone == [False] * 3
+        history.remember_help(meet, was_unaided=True)
+        history.forget(meet)
+        assert not history.was_unaided(meet)
+
+    @pytest.mark.usefixtures("any_time_is_short")
+    def test_explicit_threads_are_remembered_with_what_all_of_them_took(self):
+        def func(chunk):
+            return chunk + 1
+
+        for _ in range(3):
+            map_array(func, X, n_jobs=2, backend="threading")
+            busy_seconds = sum(worker.busy for worker in last_report().workers)
+            seconds = history.predict(func, len(X), X.nbytes)
+            assert seconds == pytest.approx(busy_seconds)
+        assert last_report().workers[0].name == "caller"
+        with pytest.raises(ZeroDivisionError):
+            map_array(lambda chunk: 1 // 0, X, n_jobs=2, backend="threading")
 
     def test_a_slow_call_is_not_short_the_next_time(self, monkeypatch):
         monkeypatch.undo()
@@ -638,6 +676,18 @@ def double(chunk):
     return 2 * chunk
 
 
+@pytest.mark.parametrize("backend", [None, "sequential", "threading"])
+def test_a_report_that_nobody_has_asked_for_keeps_nothing_of_its_call(backend, monkeypatch):
+    monkeypatch.setattr(history, "predict", lambda *_: 0.0)
+    mapper = StaticParallelMapper(2, backend=backend)
+    for call in (mapper.map, mapper.map_array, lambda *args: list(mapper.imap(*args))):
+        carried = np.zeros(3)
+        dead = weakref.ref(carried)
+        call(lambda x, carried=carried: x, X)
+        del carried
+        wait_until(lambda dead=dead: dead() is None)  # a thread may be on its way out
+
+
 class TestStreams:
     @pytest.mark.usefixtures("patience")
     @pytest.mark.parametrize("name", FUNCTIONS)
@@ -663,6 +713,20 @@ class TestStreams:
         assert_alike(short, general)
         assert facts[:2] == ("sequential", "serial")
         assert facts[5] <= 24
+
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    @pytest.mark.parametrize("n_taken", [3, 24, 100])
+    def test_streams_in_the_caller_give_what_they_give_on_the_general_way(self, name, n_taken):
+        func = recorded(FUNCTIONS[name])
+
+        def take():
+            stream = SerialMapper().imap(func, list(X.copy()))
+            try:
+                return list(islice(stream, n_taken))
+            finally:
+                stream.close()
+
+        check(take)
 
     def test_inputs_of_any_kind_give_the_same(self):
         mapper = StaticParallelMapper(n_jobs=2)

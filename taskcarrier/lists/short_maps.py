@@ -18,7 +18,6 @@ from taskcarrier.short_calls import (
     Patience,
     ShortCall,
     ShortSettings,
-    make_short_report,
 )
 from taskcarrier.system.exceptions import raise_again
 from taskcarrier.system.interrupts import is_raised_by_handler
@@ -153,8 +152,7 @@ def stream_short_list(
             done = call._replace(grid=ChunkGrid(number, size))
             n_ranges = len(done.grid) if number else 0
             stats = WorkerStats(0, "caller", n_ranges, number, int(busy_seconds * 1e9))
-            make = partial(make_short_report, done, perf_counter() - begin, [stats])
-            call.settings.keep_report(make)
+            done.keep_report(perf_counter() - begin, [stats])
 
 
 def _call_with_tuple(func: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -28,9 +28,9 @@ from taskcarrier.workers.pools import thread_pool
 from taskcarrier.workers.records import Raised, WorkerStats
 from taskcarrier.workers.threads import LONGEST_WAIT, Invitation, ThreadPool
 
-# A call that takes less is over about when a thread that was woken at its beginning would be at
-# work (`python -m bench empty`).
-_WAKE_SECONDS = 0.0002
+ALONE_SECONDS = 0.0002
+"""A call that takes less is over about when a thread would be at work that was woken at its
+beginning (`python -m bench empty`)."""
 
 Unit = tuple[int, int]
 """The items ``(start, stop)`` of one or more chunks."""
@@ -103,17 +103,18 @@ def run_crew(
     chunksize: int,
     work: Work,
     sizes: tuple[int, int],
-    seconds: float,
+    *,
+    begins_alone: bool,
 ) -> list[WorkerStats]:
     """Run units by the caller and threads; return what each worker did, the caller first.
 
-    `sizes` are the number of workers and that of the threads of their pool. `seconds` are what the
-    call is predicted to take. In less time than it takes to wake a thread, the caller begins alone.
+    `sizes` are the number of workers and that of the threads of their pool. With `begins_alone`
+    threads are woken only if the caller is not ready after `ALONE_SECONDS`.
     """
     n_workers, n_threads = sizes
     crew = _Crew(units, chunksize, work, n_workers)
-    if seconds < _WAKE_SECONDS:
-        crew.begin_alone()
+    if begins_alone:
+        crew.run_in_caller(ALONE_SECONDS)
     if units:
         load_joblib()  # or the function could load it, where it would not be serial
         with thread_pool(n_threads) as pool:
@@ -135,10 +136,6 @@ class _Crew:
         self.worker_stats = [WorkerStats(n, f"thread {n}") for n in range(n_workers)]
         self.worker_stats[0].name = "caller"
 
-    def begin_alone(self) -> None:
-        """Run units in the caller, until it may pay to wake a thread."""
-        self._run_in_caller(_WAKE_SECONDS)
-
     def run(self, pool: ThreadPool) -> None:
         """Run the units that are left.
 
@@ -152,7 +149,7 @@ class _Crew:
             for stats in self.worker_stats[1:]:
                 join = partial(self._join, stats, state)
                 invitations.append(pool.invite(stats.worker, join, self._ended.put))
-            self._run_in_caller()
+            self.run_in_caller()
             self._wait(invitations)
             is_over = True
         finally:
@@ -162,11 +159,13 @@ class _Crew:
                     invitation.take_back()
                 pool.drop_stuck_workers()
 
-    def _run_in_caller(self, seconds: float = math.inf) -> None:
+    def run_in_caller(self, seconds: float = math.inf) -> None:
+        """Run units in the caller, until none is left; or for so many seconds."""
         self._caller_context.run(self._run_units, self.worker_stats[0], seconds)
         error = self._find_interrupt()
         try:
             if error is not None:
+                self._work.outcomes.clear()
                 raise_again(error)
         finally:
             del error  # its traceback refers to this frame

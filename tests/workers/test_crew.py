@@ -21,8 +21,6 @@ from tests.clocks import LONG, wait_until
 from tests.interrupted import interrupted_at
 
 GRID = ChunkGrid(20, 3)
-AT_ONCE = LONG  # predicted seconds for which threads are woken at once
-ALONE = 0.0  # and for which the caller begins alone
 
 
 class Work:
@@ -43,10 +41,12 @@ class Work:
         return True
 
 
-def run(func, *, n_workers=2, grid=GRID, seconds=AT_ONCE):
+def run(func, *, n_workers=2, grid=GRID, begins_alone=False):
     """Run a crew; return its work and what its workers did."""
     work = Work(func)
-    stats = run_crew(list_units(grid, 1), grid.chunksize, work, (n_workers, n_workers), seconds)
+    sizes = n_workers, n_workers
+    units = list_units(grid, 1)
+    stats = run_crew(units, grid.chunksize, work, sizes, begins_alone=begins_alone)
     return work, stats
 
 
@@ -114,9 +114,9 @@ class TestUnits:
 
 class TestRunCrew:
     @pytest.mark.parametrize("n_workers", [1, 2, 5])
-    @pytest.mark.parametrize("seconds", [AT_ONCE, ALONE])
-    def test_every_unit_is_run_once(self, n_workers, seconds):
-        work, stats = run(lambda *_: None, n_workers=n_workers, seconds=seconds)
+    @pytest.mark.parametrize("begins_alone", [False, True])
+    def test_every_unit_is_run_once(self, n_workers, begins_alone):
+        work, stats = run(lambda *_: None, n_workers=n_workers, begins_alone=begins_alone)
         assert sorted(work.done) == sorted(list_units(GRID, 1))
         names = ["caller", "thread 1", "thread 2", "thread 3", "thread 4"]
         assert [each.name for each in stats] == names[:n_workers]
@@ -130,20 +130,20 @@ class TestRunCrew:
         assert inside[False]
 
     def test_a_call_that_is_longer_than_predicted_gets_threads_after_a_unit(self, monkeypatch):
-        monkeypatch.setattr(module, "_WAKE_SECONDS", 1e-9)
+        monkeypatch.setattr(module, "ALONE_SECONDS", 1e-9)
         barrier = threading.Barrier(2)
 
         def func(start, stop):
             if start:
                 barrier.wait(LONG)
 
-        _, stats = run(func, grid=ChunkGrid(3, 1), seconds=ALONE)
+        _, stats = run(func, grid=ChunkGrid(3, 1), begins_alone=True)
         assert [each.n_ranges for each in stats] == [2, 1]
 
     def test_a_short_one_wakes_none(self, monkeypatch):
-        monkeypatch.setattr(module, "_WAKE_SECONDS", LONG)
+        monkeypatch.setattr(module, "ALONE_SECONDS", LONG)
         monkeypatch.setattr(module, "thread_pool", None)
-        _, stats = run(lambda *_: None, seconds=ALONE)
+        _, stats = run(lambda *_: None, begins_alone=True)
         assert [each.n_ranges for each in stats] == [7, 0]
 
     def test_a_thread_that_does_not_begin_is_not_waited_for(self, blocked_thread):
@@ -187,7 +187,7 @@ class TestRunCrew:
             return True
 
         work.run_unit = run_unit
-        run_crew(list_units(TWO, 1), 1, work, (2, 2), AT_ONCE)
+        run_crew(list_units(TWO, 1), 1, work, (2, 2), begins_alone=False)
         assert len(work.done) == 1
         assert not work.outcomes
         _, stats = run(in_both(), grid=TWO)
@@ -208,8 +208,10 @@ class TestRunCrew:
 
 
 class TestContext:
-    @pytest.mark.parametrize("seconds", [AT_ONCE, ALONE])
-    def test_the_function_sees_the_state_of_the_caller_and_changes_it_for_itself(self, seconds):
+    @pytest.mark.parametrize("begins_alone", [False, True])
+    def test_the_function_sees_the_state_of_the_caller_and_changes_it_for_itself(
+        self, begins_alone
+    ):
         word = contextvars.ContextVar("word", default="before")
         seen = []
 
@@ -220,7 +222,7 @@ class TestContext:
 
         with np.errstate(divide="raise"), decimal.localcontext(prec=11):
             word.set("given")
-            run(func, grid=ChunkGrid(1, 1), seconds=seconds)
+            run(func, grid=ChunkGrid(1, 1), begins_alone=begins_alone)
             run(in_both(lambda: func(0, 1)), grid=TWO)
             assert word.get() == "given"
             assert decimal.getcontext().prec == 11
@@ -258,12 +260,12 @@ class TestInterrupts:
             run(func, grid=TWO)
         go_on.set()
 
-    @pytest.mark.parametrize("seconds", [AT_ONCE, ALONE])
-    def test_one_at_any_step_leaves_a_pool_that_works(self, seconds, monkeypatch):
+    @pytest.mark.parametrize("begins_alone", [False, True])
+    def test_one_at_any_step_leaves_a_pool_that_works(self, begins_alone, monkeypatch):
         monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # in finalizers they are lost
         run(lambda *_: None)
         step = 0
-        while interrupted_at(step, lambda: run(lambda *_: None, seconds=seconds)):
+        while interrupted_at(step, lambda: run(lambda *_: None, begins_alone=begins_alone)):
             step += 1
         assert step > 20
         _, stats = run(in_both(), grid=TWO)
