@@ -20,6 +20,7 @@ from taskcarrier.scheduling.history import (
 def nothing_is_remembered(monkeypatch):
     monkeypatch.setattr(history, "_last_alone", {})
     monkeypatch.setattr(history, "_last_shared", {})
+    monkeypatch.setattr(history, "_unaided", set())
 
 
 def make():
@@ -140,8 +141,7 @@ def test_the_last_call_in_threads_says_whether_the_caller_did_it_alone():
     assert not history.was_unaided(make())
 
 
-def test_a_thousand_functions_are_kept_that_are_unaided(monkeypatch):
-    monkeypatch.setattr(history, "_unaided", set())
+def test_a_thousand_functions_are_kept_that_are_unaided():
     for _ in range(history._MOST + 1):
         history.remember_help(object(), was_unaided=True)
     assert len(history._unaided) <= history._MOST

@@ -230,6 +230,7 @@ class TestContext:
 
 
 class TestInterrupts:
+    @pytest.mark.fault(17)
     def test_one_while_a_thread_is_waited_for_leaves_the_thread_alone(self):
         barrier, go_on, is_over = threading.Barrier(2), threading.Event(), threading.Event()
 
@@ -260,6 +261,7 @@ class TestInterrupts:
             run(func, grid=TWO)
         go_on.set()
 
+    @pytest.mark.fault(44)
     @pytest.mark.parametrize("begins_alone", [False, True])
     def test_one_at_any_step_leaves_a_pool_that_works(self, begins_alone, monkeypatch):
         monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # in finalizers they are lost
