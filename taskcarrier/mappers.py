@@ -17,6 +17,7 @@ from taskcarrier.report import Report, ReportMaker, keep_report
 from taskcarrier.run import Settings
 from taskcarrier.scheduling.balance import Balance, Dynamic, Static
 from taskcarrier.scheduling.retries import RetryPolicy
+from taskcarrier.short_calls import ShortSettings
 from taskcarrier.verbs import Verb
 from taskcarrier.workers.choose import check_backend, check_n_jobs
 from taskcarrier.workers.pools import keep_warm
@@ -356,10 +357,15 @@ class Mapper(ArrayMethods):
         )
         return settings, filled
 
-    def _fill_short(self, options: Mapping[str, object]) -> Mapping[str, object] | None:
-        if self._backend is not None or self.verbosity >= 1 or self._n_jobs == 1:
+    def _fill_short(
+        self, options: Mapping[str, object]
+    ) -> tuple[ShortSettings, Mapping[str, object]] | None:
+        if self.verbosity >= 1:
             return None
-        return options if self.chunksize is None else {"chunksize": self.chunksize, **options}
+        settings = ShortSettings(self._backend, self._n_jobs, self._balance.name, self._keep_report)
+        if self.chunksize is not None and options.get("chunksize") is None:
+            options = {**options, "chunksize": self.chunksize}
+        return settings, options
 
     def _keep_report(self, report: Report | ReportMaker) -> None:
         self._report = report

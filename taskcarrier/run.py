@@ -74,12 +74,7 @@ class Settings:
     def may_be_short(self) -> bool:
         """Whether a call may take the short way (`taskcarrier.short_calls`)."""
         policy = self.retry_policy
-        return (
-            self.backend in {None, "auto"}
-            and self.verbosity < 1
-            and policy.timeout is None
-            and not policy.retry_on
-        )
+        return self.verbosity < 1 and policy.timeout is None and not policy.retry_on
 
     @property
     def folder(self) -> str | None:
@@ -287,11 +282,22 @@ def execute(
     )
 
 
-def remember_call(func: Any, n_items: int, nbytes: int, outcome: RunOutcome) -> None:
-    """Remember how long a call took that was begun in the caller, and whether it ended there."""
+def remember_call(
+    func: Any, n_items: int, nbytes: int, executor: Executor, outcome: RunOutcome
+) -> None:
+    """Remember how long a call took if that decides on the next one.
+
+    That is a call that was begun in the caller, or one in threads, of which is remembered what all
+    workers took: none of them was lost, nor waited for another process.
+    """
     report = outcome.report
+    if not executor.begins_in_caller and report.backend != "threading":
+        return
     if outcome.failures:
         history.forget(func)
+    elif not executor.begins_in_caller:
+        busy_seconds = sum(worker.busy for worker in report.workers)
+        history.remember(func, busy_seconds, n_items, nbytes)
     elif report.backend == "sequential":
         history.remember(func, report.seconds, n_items, nbytes)
     else:

@@ -1,27 +1,39 @@
-"""Calls that are known to be short: they are run in the caller, and nothing else happens.
+"""Calls that are short: their units are run one after the other, and little else happens.
 
-A call is known to be short if the last one with its function was, in the caller, and if this one is
-of a similar size. What is common to such calls stands here; what they do stands in
-`taskcarrier.arrays.short_maps` and `taskcarrier.lists.short_maps`. Whatever is unusual goes the
-general way (`taskcarrier.run`).
+What is common to such calls stands here; what they do stands in `taskcarrier.arrays.short_maps` and
+`taskcarrier.lists.short_maps`. Where the caller is the only worker, every usual call is run so. In
+threads, and by default, a call is known to be short if the last one with its function was, and if
+this one is of a similar size. Whatever is unusual goes the general way (`taskcarrier.run`).
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, Self
 
-from taskcarrier.report import Report, ReportMaker, WorkerReport
+from taskcarrier.report import Report, ReportMaker, WorkerReport, keep_report
 from taskcarrier.scheduling import history
+from taskcarrier.scheduling.balance import Serial
 from taskcarrier.scheduling.grid import ChunkGrid
+from taskcarrier.system.late_imports import is_ending
 from taskcarrier.workers.call import Call
-from taskcarrier.workers.choose import is_joblib_configured
-from taskcarrier.workers.introspect import releases_gil
-from taskcarrier.workers.loop import this_thread
+from taskcarrier.workers.choose import (
+    ALIASES,
+    OWN,
+    Choice,
+    Facts,
+    count_cores,
+    count_workers,
+    is_joblib_configured,
+)
+from taskcarrier.workers.crew import ALONE_SECONDS, RunUnit, Work, list_units, run_crew, run_units
+from taskcarrier.workers.introspect import is_jitted, is_numba_ufunc, releases_gil
+from taskcarrier.workers.loop import is_in_worker, this_thread
+from taskcarrier.workers.records import WorkerStats
 from taskcarrier.workers.snapshots import find_state
 from taskcarrier.workers.thread_limits import thread_limit
 
@@ -32,20 +44,96 @@ _MAX_SECONDS_FOR_THREADS = 0.0013
 _MAX_SECONDS_FOR_PROCESSES = 0.006
 MOST_SECONDS = 0.02
 """A call that takes more seconds than this is no short one after all; arbitrary."""
+# A call has at least so many units, if it has as many chunks; more for more workers. Arbitrary.
+_LEAST_UNITS = 16
+_UNITS_FOR_WORKER = 4
 
-R = TypeVar("R")
+_WORDS = {**{name: name for name in (*OWN, "auto")}, **ALIASES}
+_ASKED_FOR = Choice("sequential", 1, "asked for")
+_ONE_WORKER = Choice("sequential", 1, "n_jobs is 1")
+_CALLER_FIRST = Choice("sequential", 1, "", begins_in_caller=True)
 
 
-def is_short(func: Any, n_items: int, nbytes: int) -> bool:
-    """Return whether a call is known to be short, and may be run in this thread as it is."""
+class ShortSettings(NamedTuple):
+    """How to run a call that may be short.
+
+    Attributes
+    ----------
+    backend : str or None
+        Where, in our words.
+    n_jobs : int or None
+        By how many workers; not 0.
+    balance : str
+        The name of the balance. Workers of a short call take the next unit under each.
+    keep_report : callable
+        What keeps the report.
+    """
+
+    backend: str | None
+    n_jobs: int | None
+    balance: str
+    keep_report: Callable[[ReportMaker], None]
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self | None:
+        """Return the settings in the options of a function; None if they are unusual or wrong."""
+        backend, n_jobs = options.get("backend"), options.get("n_jobs")
+        balance = options.get("balance", "static")
+        if backend is not None:
+            backend = _WORDS.get(backend) if type(backend) is str else None
+            if backend is None:
+                return None
+        if not is_count(n_jobs) or balance not in ("static", "dynamic"):
+            return None
+        return cls(backend, n_jobs, balance, keep_report)
+
+    def choose(self, func: Any, n_items: int, nbytes: int) -> Choice | None:
+        """Return where a call is run as a short one; None if it goes the general way.
+
+        This is where that way runs it, with the same reason. By default it is the caller
+        (`Choice.begins_in_caller`), if the call is known to be short.
+        """
+        if is_in_worker() or is_joblib_configured():
+            return None
+        choice = self._choose(func, n_items, nbytes)
+        if choice is None or choice.begins_in_caller:
+            return choice
+        return None if is_jitted(func) or is_numba_ufunc(func) else choice
+
+    def _choose(self, func: Any, n_items: int, nbytes: int) -> Choice | None:
+        """Return the choice for any function; calls in processes are not taken for short."""
+        if self.backend == "sequential":
+            return _ASKED_FOR
+        n_jobs = self.n_jobs
+        if n_jobs is None or n_jobs < 0:
+            n_jobs = count_workers(n_jobs, Facts(cores=count_cores()))
+        if n_jobs == 1:
+            return _ONE_WORKER
+        if self.backend in {None, "auto"}:
+            may_use_threads = self.backend == "auto"
+            is_alone = is_short(func, n_items, nbytes, may_use_threads=may_use_threads)
+            return _CALLER_FIRST if is_alone else None
+        if self.backend == "threading" and not is_ending():
+            seconds = history.predict(func, n_items, nbytes)
+            if seconds is not None and seconds <= MOST_SECONDS:
+                return Choice("threading", n_jobs, "asked for")
+        return None
+
+
+def is_short(func: Any, n_items: int, nbytes: int, *, may_use_threads: bool) -> bool:
+    """Return whether a call is so short that the caller runs it, where no backend is asked for.
+
+    With `may_use_threads`, threads may run any function that is not known to hold the GIL.
+    """
     seconds = history.predict(func, n_items, nbytes)
-    return (
-        seconds is not None
-        and seconds <= _MAX_SECONDS_FOR_PROCESSES
-        and (seconds <= _MAX_SECONDS_FOR_THREADS or not releases_gil(func))
-        and not this_thread.is_worker
-        and not is_joblib_configured()
-    )
+    if seconds is None or seconds > _MAX_SECONDS_FOR_PROCESSES:
+        return False
+    if seconds <= _MAX_SECONDS_FOR_THREADS:
+        return True
+    if releases_gil(func):
+        return False
+    waits = history.find_gil_waits(func, n_items, nbytes)
+    return not may_use_threads or waits.is_fit_for_threads is False
 
 
 def is_count(value: Any, least: int = -sys.maxsize) -> bool:
@@ -73,53 +161,135 @@ class Patience:
         return find_state(Call(self._func)) == []
 
 
-def run_short(
-    func: Any,
-    run: Callable[[], R],
-    grid: ChunkGrid,
-    nbytes: int,
-    keep_report: Callable[[ReportMaker], None],
-) -> R:
-    """Run a short call in the calling thread: ``run()``, which calls `func`; return its result.
+class ShortWork(Work, Protocol):
+    """The work of a short call."""
 
-    `run` returns None for a call that is to be run the general way after all.
+    def join_results(self) -> Any:
+        """Return the result; None if something is unusual or missing: see `outcomes`."""
+
+
+class ShortCall(NamedTuple):
+    """A call that is taken for short.
+
+    Attributes
+    ----------
+    func : callable
+        The user's function.
+    grid : ChunkGrid
+        The chunks; at least one item.
+    nbytes : int
+        The bytes of the items, if these are arrays.
+    choice : Choice
+        Where the call is run.
+    settings : ShortSettings
+        How.
     """
-    result: Any = None
-    begin = perf_counter()
-    try:
-        with thread_limit.open():
-            this_thread.is_worker = True
-            result = run()
-    finally:
-        this_thread.is_worker = False
-        seconds = perf_counter() - begin
-        if result is None:
-            history.forget(func)
-        make = partial(make_short_report, grid, seconds, seconds, has_ended=result is not None)
-        keep_report(make)
-    if result is not None:
-        history.remember(func, seconds, grid.n_items, nbytes)
-    return result  # type: ignore[no-any-return]  # what `run` returns
+
+    func: Callable[..., Any]
+    grid: ChunkGrid
+    nbytes: int
+    choice: Choice
+    settings: ShortSettings
+
+    def run(self, work: ShortWork, *, can_join: bool = False) -> Any:
+        """Run the work, and return its result; None if the call is to go the general way.
+
+        With `can_join` a unit may have several chunks.
+        """
+        grid, choice = self.grid, self.choice
+        n_workers = min(choice.n_jobs, len(grid))
+        least = max(_LEAST_UNITS, _UNITS_FOR_WORKER * n_workers)
+        units = list_units(grid, max(1, len(grid) // least) if can_join else 1)
+        result: Any = None
+        worker_stats = [WorkerStats(0, "caller")]
+        begin = perf_counter()
+        try:
+            with thread_limit.open():
+                this_thread.is_worker = True
+                if choice.backend == "threading":
+                    worker_stats = run_crew(
+                        units,
+                        grid.chunksize,
+                        work,
+                        (n_workers, choice.n_jobs),
+                        begins_alone=self._is_done_unaided(),
+                    )
+                else:
+                    run_unit = work.run_unit
+                    if choice.begins_in_caller:
+                        run_unit = partial(_run_impatiently, run_unit, Patience(self.func))
+                    run_units(units, grid.chunksize, run_unit, worker_stats[0])
+            result = work.join_results()
+        finally:
+            this_thread.is_worker = False
+            seconds = perf_counter() - begin
+            if result is None:
+                worker_stats = []
+            self.keep_report(seconds, worker_stats)
+            busy_ns = sum(stats.busy_ns for stats in worker_stats)
+            self.remember(busy_ns / 1e9 if worker_stats else None)
+            if choice.backend == "threading" and worker_stats:
+                is_unaided = not any(stats.n_items for stats in worker_stats[1:])
+                history.remember_help(self.func, was_unaided=is_unaided)
+        return result
+
+    def keep_report(self, seconds: float, worker_stats: Sequence[WorkerStats]) -> None:
+        """Keep what makes the report, and nothing that the function refers to."""
+        balance = self.settings.balance
+        make = partial(_make_report, self.grid, self.choice, balance, seconds, worker_stats)
+        self.settings.keep_report(make)
+
+    def _is_done_unaided(self) -> bool:
+        """Return whether the caller is ready before threads would come that it has woken.
+
+        The last call must have shown that: a function that waits for other threads lets them come.
+        """
+        seconds = history.predict(self.func, self.grid.n_items, self.nbytes)
+        return seconds is not None and seconds < ALONE_SECONDS and history.was_unaided(self.func)
+
+    def remember(self, seconds: float | None) -> None:
+        """Remember what the call took if that decides on the next one; None if it has failed."""
+        if self.choice.backend == "sequential" and not self.choice.begins_in_caller:
+            return
+        if seconds is None:
+            history.forget(self.func)
+        else:
+            history.remember(self.func, seconds, self.grid.n_items, self.nbytes)
 
 
-def make_short_report(
-    grid: ChunkGrid, seconds: float, busy_seconds: float, *, has_ended: bool = True
+def _run_impatiently(run_unit: RunUnit, patience: Patience, start: int, stop: int) -> bool:
+    return run_unit(start, stop) and not patience.has_ended
+
+
+def _make_report(
+    grid: ChunkGrid,
+    choice: Choice,
+    balance: str,
+    seconds: float,
+    worker_stats: Sequence[WorkerStats],
 ) -> Report:
-    """Return the report of a short call."""
+    """Return the report of a short call; it has ended by an error if there are no stats."""
     n_ranges = len(grid) if grid.n_items else 0
-    idle_seconds = max(0.0, seconds - busy_seconds)
-    caller = WorkerReport("caller", n_ranges, grid.n_items, busy_seconds, idle_seconds)
-    cost = f"an item took {busy_seconds / max(1, grid.n_items):.2g} s in the caller"
+    busy_seconds = [stats.busy_ns / 1e9 for stats in worker_stats]
+    reason = choice.reason
+    if choice.begins_in_caller:
+        item_seconds = sum(busy_seconds) / max(1, grid.n_items)
+        reason = (
+            f"an item took {item_seconds:.2g} s in the caller: workers would have saved nothing"
+        )
     return Report(
-        backend="sequential",
-        reason=f"{cost}: workers would have saved nothing",
-        balance="serial",
-        n_jobs=1,
+        backend=choice.backend,
+        reason=reason,
+        balance=Serial.name if choice.backend == "sequential" else balance,
+        n_jobs=min(choice.n_jobs, len(grid)),
         chunksize=grid.chunksize,
         ranges=n_ranges,
         items=grid.n_items,
         bytes_copied=0,
         seconds=seconds,
-        workers=(caller,) if has_ended else (),
-        notes=() if has_ended else ("ended by an error; what was done is not counted",),
+        workers=tuple(
+            WorkerReport(stats.name, stats.n_ranges, stats.n_items, busy, max(0.0, seconds - busy))
+            for stats, busy in zip(worker_stats, busy_seconds, strict=True)
+        ),
+        notes=() if worker_stats else ("ended by an error; what was done is not counted",),
     )

@@ -3,6 +3,7 @@
 import pytest
 
 from taskcarrier.scheduling import history
+from taskcarrier.short_calls import ShortSettings
 from taskcarrier.workers import caller_chunks, hand_overs, stream_hand_over
 from taskcarrier.workers.caller_first_stream import CallerFirstQueue
 from tests.clocks import LONG
@@ -21,6 +22,12 @@ def run(request):
     """Options of a run with two workers; `make test` has one of each backend."""
     backend, balance = request.param
     return {"backend": backend, "balance": balance, "n_jobs": 2}
+
+
+@pytest.fixture
+def general_way(monkeypatch):
+    """Let no call take the short way."""
+    monkeypatch.setattr(ShortSettings, "choose", lambda *_: None)
 
 
 @pytest.fixture

@@ -319,6 +319,7 @@ def test_a_chunksize_of_the_call_overrides_that_of_the_mapper():
     assert mapper.report.ranges == 8
 
 
+@pytest.mark.usefixtures("general_way")  # in a short call the caller is a worker, too
 @each_parallel_run
 def test_a_block_keeps_workers_and_can_be_nested_and_used_again(backend, balance):
     mapper, X = OF_BALANCE[balance](n_jobs=2, backend=backend), np.arange(200_000.0)

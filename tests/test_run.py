@@ -720,6 +720,7 @@ def lose_a_result(monkeypatch):
     monkeypatch.setattr(GridRun, "take_result", all_but_one)
 
 
+@pytest.mark.usefixtures("general_way")  # which claims chunks
 @pytest.mark.parametrize("backend", ["sequential", "threading"])
 def test_a_range_that_no_worker_ran_is_refused(backend, monkeypatch, tmp_path):
     options = {"chunksize": 1, "n_jobs": BACKENDS[backend], "backend": backend}

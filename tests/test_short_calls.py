@@ -1,7 +1,12 @@
 """Short calls take a short way, and nothing of them differs from the general way."""
 
 import functools
+import gc
+import signal
+import subprocess
+import sys
 import threading
+import weakref
 from itertools import islice
 
 import joblib
@@ -13,6 +18,7 @@ from hypothesis.extra import numpy as hnp
 
 import taskcarrier
 from taskcarrier import (
+    DynamicParallelMapper,
     SerialMapper,
     StaticParallelMapper,
     last_report,
@@ -23,7 +29,7 @@ from taskcarrier import (
 )
 from taskcarrier.lists import short_maps
 from taskcarrier.scheduling import history
-from tests.clocks import LONG
+from tests.clocks import LONG, wait_until
 from tests.strategies import examples, same_bits
 
 X = np.arange(48.0).reshape(24, 2)
@@ -72,14 +78,17 @@ def outcome_of(call, *, is_short):
     """Return what a call gives, what it calls the function with, and its report."""
     SEEN.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(history, "predict", lambda *_: 0.0 if is_short else None)
+        patch.setattr(history, "predict", lambda *_: 0.0)
+        if not is_short:
+            patch.setattr(short_calls.ShortSettings, "choose", lambda *_: None)
         try:
             result = call()
         except Exception as error:  # noqa: BLE001  # compared below
             result = error
     report = last_report()
     facts = report.backend, report.balance, report.n_jobs, report.chunksize, report.ranges
-    return result, list(SEEN), (*facts, report.items, report.notes)
+    reason = report.reason.partition(" an item took ")[0].partition(": ")[-1] or report.reason
+    return result, list(SEEN), (*facts, report.items, report.notes, reason)
 
 
 def assert_alike(one, other):
@@ -105,14 +114,20 @@ def assert_alike(one, other):
         assert repr(one) == repr(other)  # NaT does not equal itself
 
 
-def check(call):
+def check(call, *, in_threads=False):
     """Check that a call gives the same on both ways.
 
-    The short way may call the function with items after one that ends the call.
+    The short way may call the function with items after one that ends the call. Threads call it in
+    any order, and which error they meet first is a matter of luck.
     """
     general, calls, facts = outcome_of(call, is_short=False)
     short, calls_of_short, facts_of_short = outcome_of(call, is_short=True)
+    if isinstance(general, Exception) and in_threads:
+        assert type(short) is type(general)
+        return
     assert_alike(short, general)
+    if in_threads:
+        calls, calls_of_short = sorted(calls, key=repr), sorted(calls_of_short, key=repr)
     assert_alike(calls_of_short[: len(calls)], calls)
     assert len(calls_of_short) == len(calls) or isinstance(general, Exception)
     if not isinstance(general, Exception):
@@ -174,13 +189,67 @@ FUNCTIONS = {
 }
 
 
+VARIANTS = [{}, {"chunksize": 5}, {"balance": "dynamic"}]
+
+
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("verb", [map_array, map_items, map_chunks])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_short_maps_give_what_all_maps_give(verb, name):
     func = recorded(FUNCTIONS[name])
-    for options in ({}, {"chunksize": 5}, {"balance": "dynamic"}):
+    for options in VARIANTS:
         check(lambda options=options: verb(func, X, n_jobs=2, **options))
+
+
+@pytest.mark.parametrize("verb", [map_array, map_items, map_chunks])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_caller_alone_gives_what_it_gives_on_the_general_way(verb, name):
+    func = recorded(FUNCTIONS[name])
+    for where in ({"backend": "sequential"}, {"n_jobs": 1}, {"backend": "threads", "n_jobs": 1}):
+        for options in VARIANTS:
+            check(lambda options=where | options: verb(func, X, **options))
+
+
+@pytest.mark.parametrize("waking", ["wakes at once", "begins alone"])
+@pytest.mark.parametrize("verb", [map_array, map_items, map_chunks])
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "later" not in name])
+def test_threads_give_what_they_give_on_the_general_way(verb, name, waking, monkeypatch):
+    monkeypatch.setattr(history, "was_unaided", lambda _: waking == "begins alone")
+    func = recorded(FUNCTIONS[name])
+    for options in VARIANTS:
+        where = {"backend": "threading", "n_jobs": 2} | options
+        check(lambda options=where: verb(func, X, **options), in_threads=True)
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "later" in name])
+def test_threads_say_of_results_that_differ_what_they_say_on_the_general_way(name):
+    """Which chunk is named depends on which came first, so there is one unusual chunk here."""
+    func = recorded(FUNCTIONS[name])
+    for verb in (map_array, map_items, map_chunks):
+        call = functools.partial(verb, func, X, backend="threading", n_jobs=2)
+        general, short = (outcome_of(call, is_short=is_short)[0] for is_short in (False, True))
+        assert type(short) is type(general)
+
+
+def test_a_function_may_fill_the_same_array_for_each_item():
+    buffer = np.zeros(2)
+
+    def fill(row):
+        buffer[:] = row
+        return buffer
+
+    def fill_two(row):
+        return fill(row), row[0]
+
+    for options in ({"n_jobs": 2}, {"backend": "sequential"}):
+        check(lambda options=options: map_items(fill, X, **options))
+        check(lambda options=options: map_items(fill_two, X, **options))
+        check(lambda options=options: map_items(lambda row: [fill(row)], X, **options))
+
+
+def test_many_chunks_go_the_general_way():
+    Y = map_array(np.negative, np.arange(20_000.0), chunksize=1, backend="sequential")
+    assert (-np.arange(20_000.0) == Y).all()
 
 
 def test_constants_are_passed_on():
@@ -270,8 +339,14 @@ class TestLists:
     def test_short_maps_give_what_all_maps_give(self, name):
         mapper = StaticParallelMapper(n_jobs=2)
         func = recorded(FUNCTIONS[name])
+        alone, threads = SerialMapper(), StaticParallelMapper(n_jobs=2, backend="threading")
         for chunksize in (None, 5):
             check(lambda size=chunksize: mapper.map(func, list(X.copy()), chunksize=size))
+            check(lambda size=chunksize: alone.map(func, list(X.copy()), chunksize=size))
+            check(
+                lambda size=chunksize: threads.map(func, list(X.copy()), chunksize=size),
+                in_threads=True,
+            )
         check(lambda: mapper.map(lambda a, b: (a, b), range(30), range(20)))
         check(lambda: mapper.starmap(lambda a, b: (a, b), [(1, 2), (3, 4)]))
         check(lambda: mapper.starmap(lambda a, b: a // b, [(1, 2), (3, 0)]))
@@ -284,6 +359,163 @@ class TestLists:
         check(lambda: SerialMapper().map(str, range(5)))
 
 
+MAPPERS = [
+    lambda f, n: map_array(f, X[:n], chunksize=1, n_jobs=2, backend="threading"),
+    lambda f, n: map_items(f, X[:n], chunksize=1, n_jobs=2, backend="threading"),
+    lambda f, n: map_chunks(f, X[:n], chunksize=1, n_jobs=2, backend="threading"),
+    lambda f, n: StaticParallelMapper(2, backend="threading").map(f, list(X[:n])),
+    lambda f, n: StaticParallelMapper(2, backend="threading").starmap(
+        lambda *row: f(np.array(row)), list(X[:n])
+    ),
+]
+
+
+@pytest.mark.parametrize("call", MAPPERS, ids=["array", "items", "chunks", "map", "starmap"])
+class TestThreads:
+    """Calls in threads that are known to be short, on all verbs that take the short way."""
+
+    @pytest.fixture(autouse=True)
+    def threads_are_woken_at_once(self, monkeypatch):
+        monkeypatch.setattr(history, "predict", lambda *_: 0.0)
+        monkeypatch.setattr(history, "was_unaided", lambda _: False)
+
+    def test_two_units_are_run_at_the_same_time(self, call):
+        barrier = threading.Barrier(2)
+
+        def func(x):
+            barrier.wait(LONG)
+            return x + 1
+
+        assert (np.array(call(func, 2)).reshape(2, 2) == X[:2] + 1).all()
+        report = last_report()
+        assert (report.backend, report.reason, report.n_jobs) == ("threading", "asked for", 2)
+        workers = [(each.name, each.ranges, each.items) for each in report.workers]
+        assert workers == [("caller", 1, 1), ("thread 1", 1, 1)]
+
+    @pytest.mark.parametrize("in_caller", [True, False])
+    def test_an_error_in_any_worker_is_raised_with_its_notes(self, call, in_caller):
+        barrier, calls = threading.Barrier(2), []
+
+        def func(x):
+            calls.append(x)
+            barrier.wait(LONG)
+            if (threading.current_thread() is threading.main_thread()) is in_caller:
+                raise ValueError(np.min(x))
+            return x
+
+        with pytest.raises(ValueError, match=r"\d") as caught:
+            call(func, 2)
+        number = int(caught.value.args[0]) // 2
+        notes = "\n".join(caught.value.__notes__)
+        assert f"items {number}:{number + 1}" in notes or f"item {number}" in notes
+        assert "(thread " in notes
+        assert len(calls) == 2  # none is called again
+
+    def test_errors_in_both_workers_leave_nothing_behind(self, call):
+        barrier = threading.Barrier(2)
+
+        class Held:
+            pass
+
+        dead = []
+
+        def func(x):
+            held = Held()
+            dead.append(weakref.ref(held))
+            barrier.wait(LONG)
+            raise ValueError(held is None)
+
+        gc.collect()
+        gc.disable()
+        try:
+            with pytest.raises(ValueError, match="False"):
+                call(func, 2)
+            wait_until(lambda: not any(ref() for ref in dead))
+        finally:
+            gc.enable()
+        assert len(dead) == 2
+
+    def test_nested_maps_are_serial(self, call):
+        reasons = []
+
+        def func(x):
+            map_array(np.negative, X, n_jobs=2, backend="threading")
+            reasons.append(last_report().reason)
+            return x
+
+        call(func, 3)
+        assert reasons == ["called inside a worker"] * 3
+
+    def test_an_interrupt_while_a_thread_is_in_the_function_is_raised_at_once(self, call):
+        barrier, go_on = threading.Barrier(2), threading.Event()
+
+        def func(x):
+            barrier.wait(LONG)
+            if threading.current_thread() is not threading.main_thread():
+                signal.raise_signal(signal.SIGINT)  # which is handled in the main thread
+                go_on.wait(LONG)
+            return x
+
+        with pytest.raises(KeyboardInterrupt):
+            call(func, 2)
+        assert not last_report().workers
+        go_on.set()
+        assert (np.array(call(lambda x: x, 5)).reshape(5, 2) == X[:5]).all()
+
+    def test_two_threads_of_the_program_may_call_at_once(self, call):
+        barrier, results = threading.Barrier(4), []
+
+        def func(x):
+            barrier.wait(LONG)
+            return x
+
+        thread = threading.Thread(target=lambda: results.append(call(func, 2)))
+        thread.start()
+        results.append(call(func, 2))
+        thread.join()
+        assert all((np.array(result).reshape(2, 2) == X[:2]).all() for result in results)
+
+
+@pytest.mark.parametrize("options", [{"backend": "sequential"}, {"backend": "threading"}])
+def test_a_function_that_forks_goes_on_in_the_parent_only(options):
+    code = f"""
+import os
+import numpy as np
+from taskcarrier import map_array, map_items, map_chunks, StaticParallelMapper
+children = []
+
+def func(x):
+    child = os.fork() if np.min(x) == 0 else 1
+    if child:
+        children.append(child)
+    return x + 1
+
+X = np.arange(8.0)
+options = {options!r}
+for call in (
+    lambda f: map_array(f, X, chunksize=1, n_jobs=2, **options),
+    lambda f: map_items(f, X, n_jobs=2, **options),
+    lambda f: np.ravel(map_chunks(f, X, chunksize=1, n_jobs=2, **options)),
+    lambda f: np.array(StaticParallelMapper(2, **options).map(f, list(X))),
+):
+    call(lambda x: x + 1)
+    for _ in range(2):
+        children.clear()
+        assert (call(func) == X + 1).all()
+        statuses = [os.waitpid(child, 0)[1] for child in children if child > 1]
+        assert [os.waitstatus_to_exitcode(status) for status in statuses] == [1], statuses
+print("right")
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LONG,
+    )
+    assert done.stdout == "right\n", done.stderr
+
+
 class TestMappers:
     def test_methods_give_the_same(self):
         for chunksize in (None, 7):
@@ -293,6 +525,12 @@ class TestMappers:
             check(lambda mapper=mapper: mapper.map_chunks(np.sum, X))
             check(lambda mapper=mapper: mapper.map_chunks(fail_at(5), X))
             assert mapper.report == last_report()
+
+    @pytest.mark.parametrize("kind", [SerialMapper, StaticParallelMapper, DynamicParallelMapper])
+    def test_methods_have_no_options_of_functions(self, kind, monkeypatch):
+        monkeypatch.setattr(history, "predict", lambda *_: 0.0)
+        with pytest.raises(TypeError, match="n_jobs is given to the mapper"):
+            kind().map_array(np.negative, X, n_jobs=2)
 
 
 class TestPatience:
@@ -321,10 +559,10 @@ class TestWhenItIsShort:
     @pytest.mark.usefixtures("any_time_is_short")
     def test_a_call_is_short_if_the_last_one_was(self, monkeypatch):
         made = []
-        make = short_calls.make_short_report
+        make = short_calls._make_report
         monkeypatch.setattr(
             short_calls,
-            "make_short_report",
+            "_make_report",
             lambda *args, **kwargs: made.append(1) or make(*args, **kwargs),
         )
 
@@ -339,27 +577,83 @@ class TestWhenItIsShort:
         last_report()
         assert len(made) == 3
 
+    @pytest.mark.usefixtures("any_time_is_short")
+    def test_threads_are_woken_until_a_call_was_over_before_they_came(self, monkeypatch):
+        monkeypatch.setattr(short_calls, "ALONE_SECONDS", LONG)
+        begins_alone = []
+        run = short_calls.run_crew
+
+        def run_crew(*args, **kwargs):
+            begins_alone.append(kwargs["begins_alone"])
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(short_calls, "run_crew", run_crew)
+
+        barrier = threading.Barrier(2)
+
+        def meet(chunk):
+            barrier.wait(LONG)
+            return chunk
+
+        for _ in range(4):  # the first is the general way's
+            map_array(meet, X, chunksize=12, n_jobs=2, backend="threading")
+        assert begins_alone == [False] * 3
+        history.remember_help(meet, was_unaided=True)
+        history.forget(meet)
+        assert not history.was_unaided(meet)
+
+    @pytest.mark.usefixtures("any_time_is_short")
+    def test_explicit_threads_are_remembered_with_what_all_of_them_took(self):
+        def func(chunk):
+            return chunk + 1
+
+        for _ in range(3):
+            map_array(func, X, n_jobs=2, backend="threading")
+            busy_seconds = sum(worker.busy for worker in last_report().workers)
+            seconds = history.predict(func, len(X), X.nbytes)
+            assert seconds == pytest.approx(busy_seconds)
+        assert last_report().workers[0].name == "caller"
+        with pytest.raises(ZeroDivisionError):
+            map_array(lambda chunk: 1 // 0, X, n_jobs=2, backend="threading")
+
     def test_a_slow_call_is_not_short_the_next_time(self, monkeypatch):
         monkeypatch.undo()
         key = history.find_key(double)
         history.remember(double, 10.0, 24, 1)
         assert history.predict(double, 24, 1) == 10.0
-        assert not short_calls.is_short(double, 24, 1)
+        assert not short_calls.is_short(double, 24, 1, may_use_threads=False)
         history.forget(double)
         assert key not in history._last_alone
 
+    def test_what_threads_may_run_is_handed_over_sooner(self, monkeypatch):
+        monkeypatch.undo()
+        history.remember(double, 0.003, 24, 1)
+        assert short_calls.is_short(double, 24, 1, may_use_threads=False)
+        assert not short_calls.is_short(double, 24, 1, may_use_threads=True)
+        history.find_gil_waits(double, 24, 1).n_held = 4
+        assert short_calls.is_short(double, 24, 1, may_use_threads=True)
+        history.remember(np.sqrt, 0.003, 24, 1)
+        assert not short_calls.is_short(np.sqrt, 24, 1, may_use_threads=False)
+
     def test_workers_and_joblib_take_the_general_way(self, monkeypatch):
         monkeypatch.setattr(history, "predict", lambda *_: 0.0)
-        assert short_calls.is_short(double, 1, 1)
+
+        def is_short():
+            options = [{}, {"n_jobs": 1}, {"backend": "sequential"}, {"backend": "threads"}]
+            options.append({"backend": "auto"})
+            settings = [short_calls.ShortSettings.from_options({"n_jobs": 2, **o}) for o in options]
+            return [each.choose(double, 1, 1) is not None for each in settings]
+
+        assert all(is_short())
         with joblib.parallel_config(backend="threading", n_jobs=2):
-            assert not short_calls.is_short(double, 1, 1)
+            assert not any(is_short())
             map_array(double, X)
             assert last_report().backend == "threading"
-        assert short_calls.is_short(double, 1, 1)
+        assert all(is_short())
         inner = []
 
         def nested(chunk):
-            inner.append(short_calls.is_short(double, 1, 1))
+            inner.extend(is_short())
             return map_array(double, chunk)
 
         map_array(nested, X, n_jobs=2)
@@ -393,6 +687,18 @@ def double(chunk):
     return 2 * chunk
 
 
+@pytest.mark.parametrize("backend", [None, "sequential", "threading"])
+def test_a_report_that_nobody_has_asked_for_keeps_nothing_of_its_call(backend, monkeypatch):
+    monkeypatch.setattr(history, "predict", lambda *_: 0.0)
+    mapper = StaticParallelMapper(2, backend=backend)
+    for call in (mapper.map, mapper.map_array, lambda *args: list(mapper.imap(*args))):
+        carried = np.zeros(3)
+        dead = weakref.ref(carried)
+        call(lambda x, carried=carried: x, X)
+        del carried
+        wait_until(lambda dead=dead: dead() is None)  # a thread may be on its way out
+
+
 class TestStreams:
     @pytest.mark.usefixtures("patience")
     @pytest.mark.parametrize("name", FUNCTIONS)
@@ -418,6 +724,20 @@ class TestStreams:
         assert_alike(short, general)
         assert facts[:2] == ("sequential", "serial")
         assert facts[5] <= 24
+
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    @pytest.mark.parametrize("n_taken", [3, 24, 100])
+    def test_streams_in_the_caller_give_what_they_give_on_the_general_way(self, name, n_taken):
+        func = recorded(FUNCTIONS[name])
+
+        def take():
+            stream = SerialMapper().imap(func, list(X.copy()))
+            try:
+                return list(islice(stream, n_taken))
+            finally:
+                stream.close()
+
+        check(take)
 
     def test_inputs_of_any_kind_give_the_same(self):
         mapper = StaticParallelMapper(n_jobs=2)

@@ -252,8 +252,9 @@ class ArrayCall:
             resumed=resumed,
             move=move,
         )
-        if executor.begins_in_caller and not is_jitted(self.call.func):
-            remember_call(self.call.func, self.inputs.n_items, self.inputs.nbytes, outcome)
+        if not is_jitted(self.call.func):
+            size = self.inputs.n_items, self.inputs.nbytes
+            remember_call(self.call.func, *size, executor, outcome)
         return outcome
 
     def make_shared_buffer(self) -> SharedBuffer:

@@ -19,7 +19,11 @@ def run_collected(
     """
     executor = call.decide()
     work = call.make_work(executor.staging, None, outcomes=outcomes)
-    outcome = call.execute(work, executor, move=ArrayMove(call) if executor.may_move else None)
+    try:
+        outcome = call.execute(work, executor, move=ArrayMove(call) if executor.may_move else None)
+    finally:
+        if outcomes:  # errors that were not raised refer to frames, and these to them
+            outcomes.clear()
     call.explain_ufunc_errors(outcome)
     raise_first_failure(outcome, call.inputs.describe)
     delivered = [parts for _, parts in outcome.delivered]

@@ -33,7 +33,6 @@ from taskcarrier.options import (
     MapItemsOptions,
     OnErrorOption,
 )
-from taskcarrier.report import keep_report
 from taskcarrier.run import Settings
 from taskcarrier.verbs import Verb
 from taskcarrier.workers.records import DeliveredFailure, list_failed_ranges
@@ -160,7 +159,7 @@ def map_array(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
            [-1.,  0.,  1.],
            [-1.,  0.,  1.]])
     """
-    result, outcomes = map_short_chunks(func, arrays, options, keep_report)
+    result, outcomes = map_short_chunks(func, arrays, options)
     if result is not NOT_SHORT:
         return result
     filled = MAP_ARRAY.fill(options)
@@ -246,7 +245,7 @@ def map_items(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     >>> map_items(lambda row: row.max() - row.min(), np.arange(6).reshape(2, 3), n_jobs=2)
     array([2, 2])
     """
-    result, outcomes = map_short_items(func, arrays, options, keep_report)
+    result, outcomes = map_short_items(func, arrays, options)
     if result is not NOT_SHORT:
         return result
     filled = MAP_ITEMS.fill(options)
@@ -310,7 +309,7 @@ def map_chunks(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     >>> map_chunks(np.ndarray.tolist, np.arange(5), chunksize=2, n_jobs=2)
     [[0, 1], [2, 3], [4]]
     """
-    result, outcomes = collect_short_chunks(func, arrays, options, keep_report)
+    result, outcomes = collect_short_chunks(func, arrays, options)
     if result is not NOT_SHORT:
         return result
     filled = MAP_CHUNKS.fill(options)

@@ -30,8 +30,8 @@ from taskcarrier.options import (
     MapArrayMethodOptions,
     MapItemsMethodOptions,
 )
-from taskcarrier.report import Report, ReportMaker
 from taskcarrier.run import Settings
+from taskcarrier.short_calls import ShortSettings
 from taskcarrier.verbs import Verb
 
 if TYPE_CHECKING:
@@ -57,12 +57,10 @@ class ArrayMethods:
         """Check the names of options; return how to run, and the options that do not say that."""
 
     @abstractmethod
-    def _fill_short(self, options: Mapping[str, object]) -> Mapping[str, object] | None:
-        """Return the options of a call that may take the short way; None if none may."""
-
-    @abstractmethod
-    def _keep_report(self, report: Report | ReportMaker) -> None:
-        """Keep the report of the last run."""
+    def _fill_short(
+        self, options: Mapping[str, object]
+    ) -> tuple[ShortSettings, Mapping[str, object]] | None:
+        """Return how to run a call that may be short, and its options; None if none may be."""
 
     def _run_short(
         self, run: RunShort, func: Callable[..., Any], arrays: Any, options: Mapping[str, Any]
@@ -70,7 +68,8 @@ class ArrayMethods:
         filled = self._fill_short(options)
         if filled is None:
             return NOT_SHORT, {}
-        return run(func, arrays, filled, self._keep_report)
+        settings, options = filled
+        return run(func, arrays, options, settings)
 
     @overload
     def map_array(

@@ -96,6 +96,8 @@ class PlacedMap:
             request.discard()
             if ledger_file is not None:
                 ledger_file.close()
+            if outcomes:  # errors that were not raised refer to frames, and these to them
+                outcomes.clear()
         return self._hand_out(result, failures)
 
     def _open_ledger_file(self) -> LedgerFile:

@@ -1,7 +1,7 @@
-"""Short maps over plain arrays: a loop over the chunks or items, and nothing else.
+"""Short maps over plain arrays: a loop over the chunks or items, and little else.
 
 A map that names no option but how to run, and constants for the function, over plain arrays, is
-run here if it is known to be short (`taskcarrier.short_calls`). It has the grid of every call,
+run here if it is taken for short (`taskcarrier.short_calls`). It has the grid of every call,
 read-only chunks and one BLAS thread. Whatever is unusual goes the general way
 (`taskcarrier.arrays.placed`), with what the function has returned or raised already: it is not
 called again for that. So results, errors and their notes are the same on both ways.
@@ -9,126 +9,114 @@ called again for that. So results, errors and their notes are the same on both w
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from taskcarrier.arrays.outputs.ownership import own_memory
 from taskcarrier.arrays.outputs.stacking import MixedDtypes, stack_values
-from taskcarrier.arrays.task import Raised
-from taskcarrier.report import ReportMaker
 from taskcarrier.scheduling.grid import ChunkGrid, chunk_grid, item_grid
-from taskcarrier.short_calls import Patience, is_count, is_short, run_short
+from taskcarrier.short_calls import ShortCall, ShortSettings, is_count
+from taskcarrier.workers.records import Raised
 
 # Larger results are checked against the memory that is left.
 _MAX_NBYTES = 1 << 23
-# After so many blocks of items it is time to look at the clock; arbitrary.
-_N_BLOCKS = 16
-_RUN_OPTIONS = {"n_jobs", "balance", "chunksize"}
-_CALL_OPTIONS = {"args", "kwargs"}
+_CALL_OPTIONS = {"args", "kwargs", "chunksize"}
+_ALL_OPTIONS = {*_CALL_OPTIONS, "n_jobs", "balance", "backend"}
 _KINDS = set("biufcmMSU")
-_CONSTANTS = {type(None), bool, int, float, complex, str, bytes, type, *np.sctypeDict.values()}
+_SCALARS = {bool, int, float, complex, str, bytes, *np.sctypeDict.values()} - {np.object_}
+_CONSTANTS = {type(None), type, np.object_, *_SCALARS}
+# A call of more chunks goes the general way: its units would take much memory.
+_MAX_CHUNKS = 1 << 14
 
-KeepReport = Callable[[ReportMaker], None]
-RunShort = Callable[
-    [Callable[..., Any], tuple[Any, ...], Mapping[str, Any], KeepReport],
-    tuple[Any, "Outcomes"],
-]
-"""One of the functions below."""
 Outcomes = dict[int, Any]
 """What a function has returned, by the start of its chunk or the number of its item; what it has
 raised is `Raised`."""
+RunShort = Callable[
+    [Callable[..., Any], tuple[Any, ...], Mapping[str, Any], ShortSettings | None],
+    tuple[Any, Outcomes],
+]
+"""One of the functions below."""
 
 NOT_SHORT = object()
 """What stands for the result of a call that goes the general way."""
-
-
-class _ShortCall(NamedTuple):
-    """A short and usual call.
-
-    Attributes
-    ----------
-    func : callable
-        The function, with its constants.
-    arrays : tuple of ndarray
-        The arrays, which are C-contiguous and of one length.
-    grid : ChunkGrid
-        The chunks.
-    outcomes : dict
-        Where what the function has given is put, if the call is unusual after all.
-    patience : Patience
-        The time that the call may take.
-    """
-
-    func: Callable[..., Any]
-    arrays: tuple[np.ndarray, ...]
-    grid: ChunkGrid
-    outcomes: Outcomes
-    patience: Patience
 
 
 def map_short_chunks(
     func: Callable[..., Any],
     arrays: tuple[Any, ...],
     options: Mapping[str, Any],
-    keep_report: KeepReport,
+    settings: ShortSettings | None = None,
 ) -> tuple[Any, Outcomes]:
     """Return what `map_array` returns if the call is short and usual; else `NOT_SHORT`.
 
-    And what the function has given so far.
+    And what the function has given so far. By default, the settings are among the options.
     """
-    return _run(_call_with_chunks, (func, arrays, options), keep_report)
+    return _run(_ChunkWork, func, arrays, options, settings)
 
 
 def map_short_items(
     func: Callable[..., Any],
     arrays: tuple[Any, ...],
     options: Mapping[str, Any],
-    keep_report: KeepReport,
+    settings: ShortSettings | None = None,
 ) -> tuple[Any, Outcomes]:
     """Return the same of `map_items`."""
-    return _run(_call_with_items, (func, arrays, options), keep_report, by_item=True)
+    return _run(_ItemWork, func, arrays, options, settings)
 
 
 def collect_short_chunks(
     func: Callable[..., Any],
     arrays: tuple[Any, ...],
     options: Mapping[str, Any],
-    keep_report: KeepReport,
+    settings: ShortSettings | None = None,
 ) -> tuple[Any, Outcomes]:
     """Return the same of `map_chunks`."""
-    return _run(_collect_from_chunks, (func, arrays, options), keep_report)
+    return _run(_CollectingWork, func, arrays, options, settings)
 
 
 def _run(
-    run: Callable[[_ShortCall], Any],
-    arguments: tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]],
-    keep_report: KeepReport,
-    *,
-    by_item: bool = False,
+    kind: type[_Work],
+    func: Any,
+    arrays: tuple[Any, ...],
+    options: Mapping[str, Any],
+    settings: ShortSettings | None,
 ) -> tuple[Any, Outcomes]:
-    func: Any
-    func, arrays, options = arguments
-    if not arrays or not callable(func) or (options and not _are_usual(options)):
+    names = _CALL_OPTIONS
+    if settings is None:
+        settings, names = ShortSettings.from_options(options), _ALL_OPTIONS
+    if settings is None or not arrays or not callable(func):
+        return NOT_SHORT, {}
+    if options and not (options.keys() <= names and _are_usual(options)):
         return NOT_SHORT, {}
     nbytes = _count_bytes(arrays)
-    if nbytes is None or not is_short(func, len(arrays[0]), nbytes):
+    if nbytes is None or (choice := settings.choose(func, len(arrays[0]), nbytes)) is None:
         return NOT_SHORT, {}
     n_items, chunksize = len(arrays[0]), options.get("chunksize")
-    if by_item:
+    if kind is _ItemWork:
         grid = item_grid(n_items, chunksize)
     else:
         grid = chunk_grid(n_items, nbytes // n_items, chunksize)
-    bound = func
+    if kind is not _ItemWork and len(grid) > _MAX_CHUNKS:
+        return NOT_SHORT, {}
+    work = kind(_bind_constants(func, len(arrays), options), arrays, grid)
+    call = ShortCall(func, grid, nbytes, choice, settings)
+    result = call.run(work, can_join=kind is _ItemWork)
+    return (NOT_SHORT if result is None else result), work.outcomes
+
+
+def _bind_constants(
+    func: Callable[..., Any], n_arrays: int, options: Mapping[str, Any]
+) -> Callable[..., Any]:
     if args := options.get("args"):
-        bound = partial(_call_with_constants, func, len(arrays), args)
+        func = partial(_call_with_constants, func, n_arrays, args)
     if kwargs := options.get("kwargs"):
-        bound = partial(bound, **kwargs)
-    call = _ShortCall(bound, arrays, grid, {}, Patience(func))
-    result = run_short(func, partial(run, call), grid, nbytes, keep_report)
-    return (NOT_SHORT if result is None else result), call.outcomes
+        func = partial(func, **kwargs)
+    return func
 
 
 def _call_with_constants(
@@ -138,20 +126,16 @@ def _call_with_constants(
 
 
 def _are_usual(options: Mapping[str, Any]) -> bool:
-    """Return whether options say nothing but how to run, and constants."""
-    if not (
-        options.keys() <= _RUN_OPTIONS | _CALL_OPTIONS
-        and options.get("balance", "static") in ("static", "dynamic")
-        and is_count(options.get("n_jobs"))
-        and options.get("n_jobs") != 1
-        and is_count(options.get("chunksize"), 1)
-    ):
-        return False
+    """Return whether chunks and further arguments are usual: the latter are constants."""
     args, kwargs = options.get("args", ()), options.get("kwargs")
     if type(args) is not tuple or (kwargs is not None and type(kwargs) is not dict):
         return False
     names, values = (kwargs.keys(), kwargs.values()) if kwargs else ((), ())
-    return {*map(type, names)} <= {str} and {*map(type, args), *map(type, values)} <= _CONSTANTS
+    return (
+        is_count(options.get("chunksize"), 1)
+        and {*map(type, names)} <= {str}
+        and {*map(type, args), *map(type, values)} <= _CONSTANTS
+    )
 
 
 def _count_bytes(arrays: tuple[Any, ...]) -> int | None:
@@ -173,55 +157,91 @@ def _count_bytes(arrays: tuple[Any, ...]) -> int | None:
     return nbytes
 
 
-def _call_with_chunks(call: _ShortCall) -> np.ndarray | tuple[np.ndarray, ...] | None:
-    """Return the result; None if something is unusual, and what func has given in `outcomes`."""
-    func, arrays, outcomes = call.func, call.arrays, call.outcomes
-    n_items, size = call.grid.n_items, call.grid.chunksize
-    outputs: _Outputs | None = None
+class _Work(ABC):
+    """The work of one call (`taskcarrier.short_calls.ShortWork`)."""
+
+    def __init__(
+        self, func: Callable[..., Any], arrays: tuple[np.ndarray, ...], grid: ChunkGrid
+    ) -> None:
+        self.outcomes: Outcomes = {}
+        self._func = func
+        # Chunks are views of these: read-only as well.
+        self._arrays = [array.view() for array in arrays]
+        for view in self._arrays:
+            view.flags.writeable = False
+        self._n_items = grid.n_items
+        self._chunksize = grid.chunksize
+
+    @abstractmethod
+    def run_unit(self, start: int, stop: int) -> bool:
+        """Run a unit, in any thread; return whether the call is still usual."""
+
+    @abstractmethod
+    def join_results(self) -> Any:
+        """Return the result; None if something is unusual or missing, with all outcomes."""
+
+
+class _ChunkWork(_Work):
+    """The work of `map_array`: results are put in place."""
+
+    _outputs: _Outputs | None = None
     # A result that is one array is put in place here, which takes 1 µs less.
-    out: np.ndarray | None = None
-    for start in range(0, n_items, size):
-        stop = min(start + size, n_items)
+    _out: np.ndarray | None = None
+
+    def __init__(
+        self, func: Callable[..., Any], arrays: tuple[np.ndarray, ...], grid: ChunkGrid
+    ) -> None:
+        super().__init__(func, arrays, grid)
+        # A list of chunks takes longer than one.
+        self._only = self._arrays[0] if len(arrays) == 1 else None
+        # The first is that of all workers: adding one is a call into C.
+        self._candidates: list[_Outputs] = []
+        self._starts: list[int] = []  # of chunks whose results are in place
+
+    def run_unit(self, start: int, stop: int) -> bool:
         try:
-            result = func(*_read(arrays, start, stop))
+            if self._only is None:
+                result = self._func(*[array[start:stop] for array in self._arrays])
+            else:
+                result = self._func(self._only[start:stop])
         except BaseException as error:  # noqa: BLE001  # the general way raises it
-            result = Raised(error)
+            self.outcomes[start] = Raised(error)
+            return False
+        place = None if self._out is None else self._out[start:stop]
         if (
-            out is not None
+            place is not None
             and type(result) is np.ndarray
-            and result.dtype == out.dtype
-            and result.shape == (stop - start, *out.shape[1:])
+            and result.dtype == place.dtype
+            and result.shape == place.shape
         ):
-            out[start:stop] = result
-            if call.patience.has_ended and stop < n_items:
-                _recall(outcomes, outputs, stop, size)
-                return None
-            continue
+            place[...] = result
+        elif not self._put(result, start, stop):
+            self.outcomes[start] = result
+            return False
+        self._starts.append(start)
+        return True
+
+    def _put(self, result: Any, start: int, stop: int) -> bool:
+        """Put a result in place; return False if it is unusual."""
+        if self._outputs is None:
+            candidate = _Outputs.make(result, self._n_items, stop - start)
+            if candidate is None:
+                return False
+            self._candidates.append(candidate)
+            self._outputs = outputs = self._candidates[0]
+            if not outputs.is_tuple:
+                (self._out,) = outputs.arrays
+        return self._outputs.put(result, start, stop)
+
+    def join_results(self) -> np.ndarray | tuple[np.ndarray, ...] | None:
+        outputs, size = self._outputs, self._chunksize
         if outputs is None:
-            outputs = _Outputs.make(result, n_items, stop)
-            if outputs is not None and not outputs.is_tuple:
-                (out,) = outputs.arrays
-        if outputs is None or not outputs.put(result, start, stop):
-            _recall(outcomes, outputs, start, size)
-            outcomes[start] = result
             return None
-        if call.patience.has_ended and stop < n_items:
-            _recall(outcomes, outputs, stop, size)
-            return None
-    return None if outputs is None else outputs.get(0, n_items)
-
-
-def _recall(outcomes: Outcomes, outputs: _Outputs | None, stop: int, size: int) -> None:
-    """Keep the results of all chunks before `stop`."""
-    if outputs is not None:
-        outcomes.update((start, outputs.get(start, start + size)) for start in range(0, stop, size))
-
-
-def _read(arrays: tuple[np.ndarray, ...], start: int, stop: int) -> list[np.ndarray]:
-    chunks = [array[start:stop] for array in arrays]
-    for chunk in chunks:
-        chunk.flags.writeable = False
-    return chunks
+        if len(self._starts) * size >= self._n_items:
+            return outputs.get(0, self._n_items)  # type: ignore[no-any-return]  # as it says
+        for start in self._starts:
+            self.outcomes[start] = outputs.get(start, min(start + size, self._n_items))
+        return None
 
 
 class _Outputs(NamedTuple):
@@ -276,45 +296,74 @@ def _is_usual(result: Any) -> bool:
     return type(result) is np.ndarray and result.ndim > 0 and result.dtype.kind in _KINDS
 
 
-def _collect_from_chunks(call: _ShortCall) -> list[Any] | None:
-    """Return a list of results; None if func has raised, and what it has given in `outcomes`."""
-    n_items, size = call.grid.n_items, call.grid.chunksize
-    for start in range(0, n_items, size):
-        chunks = _read(call.arrays, start, min(start + size, n_items))
+class _CollectingWork(_Work):
+    """The work of `map_chunks`: results are listed."""
+
+    def run_unit(self, start: int, stop: int) -> bool:
+        chunks = [array[start:stop] for array in self._arrays]
         try:
-            call.outcomes[start] = own_memory(call.func(*chunks), chunks)
+            self.outcomes[start] = own_memory(self._func(*chunks), chunks)
         except BaseException as error:  # noqa: BLE001  # the general way raises it
-            call.outcomes[start] = Raised(error)
+            self.outcomes[start] = Raised(error)
+            return False
+        return True
+
+    def join_results(self) -> list[Any] | None:
+        outcomes = self.outcomes
+        if len(outcomes) * self._chunksize < self._n_items:
             return None
-        if call.patience.has_ended and start + size < n_items:
-            return None
-    return list(call.outcomes.values())
+        results = [outcomes[start] for start in range(0, self._n_items, self._chunksize)]
+        return None if any(type(result) is Raised for result in results) else results
 
 
-def _call_with_items(call: _ShortCall) -> np.ndarray | tuple[np.ndarray, ...] | None:
-    """Return the result; None if something is unusual, and what func has given in `outcomes`."""
-    func, n_items = call.func, call.grid.n_items
-    block_size = max(1, n_items // _N_BLOCKS)
-    values: list[Any] = []
-    try:
-        for start in range(0, n_items, block_size):
-            views = _read(call.arrays, start, start + block_size)
-            if len(views) == 1:
-                for item in views[0]:
-                    values.append(func(item))  # noqa: PERF401  # those before an error count
-            else:
-                for items in zip(*views, strict=True):
-                    values.append(func(*items))  # noqa: PERF401  # as above
-            if call.patience.has_ended and len(values) < n_items:
-                break
-    except BaseException as error:  # noqa: BLE001  # the general way raises it
-        values.append(Raised(error))
-    if len(values) == n_items and type(values[-1]) is not Raised:
+class _ItemWork(_Work):
+    """The work of `map_items`: values are stacked at the end."""
+
+    def __init__(
+        self, func: Callable[..., Any], arrays: tuple[np.ndarray, ...], grid: ChunkGrid
+    ) -> None:
+        super().__init__(func, arrays, grid)
+        self._values: dict[int, list[Any]] = {}  # by the first item of the unit
+
+    def run_unit(self, start: int, stop: int) -> bool:
+        func, values = self._func, list[Any]()
+        views = [array[start:stop] for array in self._arrays]
         try:
-            result = stack_values(values, 0, 0, objects="refuse")
-        except (TypeError, ValueError):  # the general way says in which items
-            result = None
-        if result is not None and not isinstance(result, MixedDtypes):
-            return result  # type: ignore[no-any-return]  # arrays, as it is neither of the others
-    call.outcomes.update(enumerate(values))
+            for items in zip(*views, strict=True):
+                value = func(*items)
+                if type(value) not in _SCALARS:
+                    copied = _copy_value(value)
+                    if copied is None:
+                        self.outcomes[start + len(values)] = value
+                        break
+                    value = copied
+                values.append(value)
+        except BaseException as error:  # noqa: BLE001  # the general way raises it
+            self.outcomes[start + len(values)] = Raised(error)
+        self._values[start] = values
+        return len(values) == stop - start
+
+    def join_results(self) -> np.ndarray | tuple[np.ndarray, ...] | None:
+        values = [*chain.from_iterable(self._values[start] for start in sorted(self._values))]
+        if len(values) == self._n_items:
+            try:
+                result = stack_values(values, 0, 0, objects="refuse")
+            except (TypeError, ValueError):  # the general way says in which items
+                result = None
+            if result is not None and not isinstance(result, MixedDtypes):
+                return result  # type: ignore[no-any-return]  # arrays, as it is neither of the others
+        for start, results in self._values.items():
+            self.outcomes.update(enumerate(results, start))
+        return None
+
+
+def _copy_value(value: Any) -> Any:
+    """Return a copy of what func has returned for an item; None if it is unusual.
+
+    The function may fill the same array for each item.
+    """
+    if type(value) is np.ndarray:
+        return value.copy()
+    if type(value) is tuple and all(type(part) in _SCALARS | {np.ndarray} for part in value):
+        return tuple(part.copy() if type(part) is np.ndarray else part for part in value)
     return None

@@ -28,7 +28,7 @@ from taskcarrier.notes import READ_ONLY_ADVICE, add_note, is_read_only_error
 from taskcarrier.record import record
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.call import Call
-from taskcarrier.workers.records import DeliveredFailure, PartialResult, Where
+from taskcarrier.workers.records import DeliveredFailure, PartialResult, Where, recall
 from taskcarrier.workers.task import IN_PLACE, RunRange, WorkerContext
 
 # After this many bytes of chunks a worker drops the pages of files it has mapped; arbitrary.
@@ -97,13 +97,6 @@ class ArrayTask:
         return runner.collect if self.collect_errors else runner.run
 
 
-class Raised:
-    """What a function has raised, among what others have returned."""
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-
 class _RangeRunner(ABC):
     """An `ArrayTask` that was started in one worker."""
 
@@ -169,13 +162,6 @@ class _RangeRunner(ABC):
         """The arrays that a result may be a view of."""
         return [*self._current_chunks, *iterate_arrays((self._args, self._kwargs))]
 
-    def _recall(self, number: int) -> Any:
-        """Return or raise what the function has given already."""
-        outcome = self._task.outcomes.pop(number)
-        if isinstance(outcome, Raised):
-            raise outcome.error
-        return outcome
-
     def _explain(self, error: BaseException) -> None:
         """Add notes to an error of the function that tell the user what is read-only."""
         if is_read_only_error(error):
@@ -194,7 +180,7 @@ class _ChunkRunner(_RangeRunner):
             chunks.insert(0, start // self._task.chunksize)
         try:
             if start in self._task.outcomes:
-                return self._recall(start)
+                return recall(self._task.outcomes, start)
             return self._func(*chunks, *self._args, **self._kwargs)
         except (ValueError, TypeError) as error:
             self._explain(error)
@@ -261,7 +247,7 @@ class _ItemRunner(_RangeRunner):
     def _recall_or_call(self, items: list[Iterator[Any]], start: int) -> list[Any]:
         outcomes = self._task.outcomes
         return [
-            self._recall(number) if number in outcomes else self._func(*arguments)
+            recall(outcomes, number) if number in outcomes else self._func(*arguments)
             for number, arguments in enumerate(self._iterate_arguments(items), start)
         ]
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from taskcarrier import progress
 from taskcarrier.arguments import check_callable, check_integer
-from taskcarrier.lists.short_maps import raise_in_stream, stream_short_list
+from taskcarrier.lists.short_maps import find_short_call, raise_in_stream, stream_short_list
 from taskcarrier.lists.task import Calls, StreamTask
 from taskcarrier.notes import describe_items
 from taskcarrier.report import Report
@@ -27,9 +27,10 @@ from taskcarrier.run import Settings, decide, describe_deaths, make_report, show
 from taskcarrier.scheduling import history
 from taskcarrier.scheduling.balance import Dynamic
 from taskcarrier.scheduling.grid import ChunkGrid
-from taskcarrier.short_calls import is_short
+from taskcarrier.short_calls import ShortCall
 from taskcarrier.system.exceptions import raise_again
 from taskcarrier.system.interrupts import is_raised_by_handler
+from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.executor import Executor, Tick
 from taskcarrier.workers.queues import BatchResult, UnsendableError, WorkQueue
 from taskcarrier.workers.records import PartialResult, RunResult
@@ -100,14 +101,25 @@ def imap_lists(
         chunksize=chunksize,
     )
     n_plain = _count_plain(iterables)
-    is_usual = rng is None and not shared and chunksize is None and settings.may_be_short
-    if is_usual and n_plain is not None and is_short(func, n_plain, 0):
-        block_size = max(1, min(_MAX_BLOCK, n_plain // _LEAST_BLOCKS))
-        stream = stream_short_list(calls, items, block_size, settings.keep_report, start)
-    else:
+    call: ShortCall | None = None
+    if rng is None and not shared and chunksize is None:
+        n_plain = _count_plain(iterables)
+        if n_plain is not None:
+            call = find_short_call(settings, func, n_plain, partial(_make_short_grid, n_plain))
+    # Threads of a stream may be needed after the first results: that is no short call.
+    if call is None or call.choice.backend != "sequential":
         stream = start(items, 0)
+    else:
+        stream = stream_short_list(calls, items, call, start)
     _streams.add(stream)
     return stream
+
+
+def _make_short_grid(n_items: int, choice: Choice) -> ChunkGrid:
+    """Return the blocks of a short stream; a caller that is the only worker runs item by item."""
+    if not choice.begins_in_caller:
+        return ChunkGrid(n_items, 1)
+    return ChunkGrid(n_items, max(1, min(_MAX_BLOCK, n_items // _LEAST_BLOCKS)))
 
 
 def _start_stream(

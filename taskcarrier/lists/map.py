@@ -13,7 +13,7 @@ from typing import Any
 
 from taskcarrier.arguments import check_callable, check_on_error
 from taskcarrier.lists.move import ListMove
-from taskcarrier.lists.short_maps import map_short_list
+from taskcarrier.lists.short_maps import Outcomes, find_short_call, map_short_list
 from taskcarrier.lists.task import Calls, ListTask, PackedTask
 from taskcarrier.notes import add_note, describe_items
 from taskcarrier.run import (
@@ -26,7 +26,6 @@ from taskcarrier.run import (
     run_nothing,
 )
 from taskcarrier.scheduling.grid import ChunkGrid, list_grid
-from taskcarrier.short_calls import is_short
 from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.processes.packed_chunks import PackedChunks, pickle_chunks
 from taskcarrier.workers.records import DeliveredFailure, PartialResult, list_failed_ranges
@@ -64,31 +63,35 @@ def map_lists(
         shared=shared,
         noun=noun,
     )
-    done: list[Any] = []
+    outcomes: Outcomes = {}
     is_usual = not (collect_errors or calls.passes_index or calls.call.kwargs)
-    is_plain = type(items) in {list, tuple, range}
-    if items and is_usual and is_plain and settings.may_be_short and is_short(func, len(items), 0):
+    if items and is_usual and type(items) in {list, tuple, range}:
         grid = list_grid(len(items), chunksize)
-        done, is_complete = map_short_list(calls, items, grid, settings.keep_report)
-        if is_complete:
-            return done
+        short_call = find_short_call(settings, func, len(items), lambda _: grid)
+        if short_call is not None:
+            results, outcomes = map_short_list(calls, items, short_call)
+            if results is not None:
+                return results
     size = len(items), 0
     executor = decide(settings, func, over_lists=True, size=size) if items else run_nothing()
     grid, task, move = _make_task(
-        calls, items, chunksize, executor, settings, are_long=are_long, done=done
+        calls, items, chunksize, executor, settings, are_long=are_long, outcomes=outcomes
     )
-    outcome = execute(
-        task,
-        grid,
-        executor,
-        settings,
-        started_ns=started_ns,
-        collect_errors=collect_errors,
-        can_split=True,
-        move=move,
-    )
-    if executor.begins_in_caller and is_usual:
-        remember_call(func, len(items), 0, outcome)
+    try:
+        outcome = execute(
+            task,
+            grid,
+            executor,
+            settings,
+            started_ns=started_ns,
+            collect_errors=collect_errors,
+            can_split=True,
+            move=move,
+        )
+    finally:
+        outcomes.clear()  # errors that were not raised refer to frames, and these to them
+    if is_usual:
+        remember_call(func, len(items), 0, executor, outcome)
     raise_first_failure(outcome, calls.describe)
     results, failures, missing = _join_results(dict(outcome.delivered), len(items))
     raise_if_missing(outcome, calls.describe, missing, lambda: results)
@@ -107,15 +110,15 @@ def _make_task(
     settings: Settings,
     *,
     are_long: bool,
-    done: list[Any],
+    outcomes: Outcomes,
 ) -> tuple[ChunkGrid, ListTask | PackedTask, ListMove | None]:
     """Return the chunks of a list and the task over them, with the items where workers see them.
 
-    If the caller may begin and hand over to processes, return how the items get there, too. `done`
-    are the results of the first items, if these were run before.
+    If the caller may begin and hand over to processes, return how the items get there, too.
+    `outcomes` are what the function has returned or raised before.
     """
     if executor.staging is None and not executor.may_move:
-        return list_grid(len(items), chunksize, None), ListTask(calls, items, done), None
+        return list_grid(len(items), chunksize, None), ListTask(calls, items, outcomes), None
     # A timeout is for each range, so ranges must not depend on the number of workers.
     n_workers = executor.choice.n_jobs if settings.retry_policy.timeout is None else None
     grid = list_grid(len(items), chunksize, n_workers)
@@ -128,7 +131,7 @@ def _make_task(
             executor.choice.n_jobs,
             are_long=are_long,
         )
-        return grid, ListTask(calls, items, done), move
+        return grid, ListTask(calls, items, outcomes), move
     pickles = pickle_chunks(
         lambda start, stop: items[start:stop], grid, partial(describe_items, noun=calls.noun)
     )

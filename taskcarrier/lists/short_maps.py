@@ -1,91 +1,117 @@
-"""Short maps over lists: the calls, one after the other, and nothing else."""
+"""Short maps over lists: the calls, one after the other, and little else."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from operator import length_hint
 from time import perf_counter
 from typing import Any, NoReturn
 
 from taskcarrier.lists.task import Calls
 from taskcarrier.notes import add_note
-from taskcarrier.report import ReportMaker
-from taskcarrier.run import add_failure_note
-from taskcarrier.scheduling import history
+from taskcarrier.run import Settings
 from taskcarrier.scheduling.grid import ChunkGrid
-from taskcarrier.short_calls import MOST_SECONDS, Patience, make_short_report, run_short
+from taskcarrier.short_calls import (
+    MOST_SECONDS,
+    Patience,
+    ShortCall,
+    ShortSettings,
+)
 from taskcarrier.system.exceptions import raise_again
 from taskcarrier.system.interrupts import is_raised_by_handler
+from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.loop import this_thread
+from taskcarrier.workers.records import Raised, WorkerStats
 from taskcarrier.workers.thread_limits import thread_limit
 
-# After so many blocks of items it is time to look at the clock; arbitrary.
-_N_BLOCKS = 16
+Outcomes = dict[int, Any]
+"""What a function has returned, by the number of its item; what it has raised is `Raised`."""
 
 
-def map_short_list(
-    calls: Calls,
-    items: Sequence[Any],
-    grid: ChunkGrid,
-    keep_report: Callable[[ReportMaker], None],
-) -> tuple[list[Any], bool]:
-    """Return the results of a map that is taken for short, and whether they are all.
+def find_short_call(
+    settings: Settings,
+    func: Callable[..., Any],
+    n_items: int,
+    make_grid: Callable[[Choice], ChunkGrid],
+) -> ShortCall | None:
+    """Return a call over a list if it is taken for short."""
+    if not settings.may_be_short:
+        return None
+    short_settings = ShortSettings(
+        settings.backend, settings.n_jobs, settings.balance.name, settings.keep_report
+    )
+    choice = short_settings.choose(func, n_items, 0)
+    return None if choice is None else ShortCall(func, make_grid(choice), 0, choice, short_settings)
 
-    They are only the first if it takes long after all.
+
+def map_short_list(calls: Calls, items: Sequence[Any], call: ShortCall) -> tuple[Any, Outcomes]:
+    """Return the results of a map that is taken for short; None if it goes the general way.
+
+    And what the function has given so far, by the numbers of items.
     """
-    results: list[Any] = []
-    run = partial(_call, calls, items, grid, results)
-    is_complete = run_short(calls.call.func, run, grid, 0, keep_report) is not None
-    return results, is_complete
+    work = _ListWork(calls, items)
+    return call.run(work, can_join=True), work.outcomes
 
 
-def _call(
-    calls: Calls, items: Sequence[Any], grid: ChunkGrid, results: list[Any]
-) -> list[Any] | None:
-    # Of a copy: the function may change the list.
-    func, items_left = calls.call.func, iter(list(items) if type(items) is list else items)
-    n_items = len(items)
-    patience = Patience(func)
-    block_size = max(1, n_items // _N_BLOCKS)
-    try:
-        while len(results) < n_items:
+class _ListWork:
+    """The work of one call (`taskcarrier.short_calls.ShortWork`)."""
+
+    def __init__(self, calls: Calls, items: Sequence[Any]) -> None:
+        self.outcomes: Outcomes = {}
+        self._func = calls.call.func
+        self._is_tuple = calls.is_tuple
+        # A copy: the function may change the list.
+        self._items = list(items) if type(items) is list else items
+        self._results: dict[int, list[Any]] = {}  # by the first item of the unit
+
+    def run_unit(self, start: int, stop: int) -> bool:
+        """Run a unit, in any thread; return whether the call is still usual."""
+        func, items_left = self._func, iter(self._items[start:stop])
+        try:
             # Comprehensions, which cost no more than the user's own loop. (`map` would take a
             # StopIteration of func for the end.)
-            block = islice(items_left, block_size)
-            if calls.is_tuple:
-                results += [func(*arguments) for arguments in block]
+            if self._is_tuple:
+                self._results[start] = [func(*arguments) for arguments in items_left]
             else:
-                results += [func(item) for item in block]
-            if patience.has_ended and len(results) < n_items:
-                return None
-    except BaseException as error:
-        # The iterator has already given the item that func was called with.
-        number = max(0, n_items - length_hint(items_left) - 1)
-        add_note(error, f"func failed on {calls.describe(number, number + 1)}")
-        failed_range = grid.range_of(number // grid.chunksize)
-        add_failure_note(error, calls.describe(*failed_range), "caller")
-        raise
-    return results
+                self._results[start] = [func(item) for item in items_left]
+        except BaseException as error:  # noqa: BLE001  # the general way raises it
+            # The iterator has already given the item that func was called with. The results before
+            # that are lost, but nobody sees them: the call ends with an error.
+            number = max(start, stop - length_hint(items_left) - 1)
+            self.outcomes.update(dict.fromkeys(range(start, number)))
+            self.outcomes[number] = Raised(error)
+            return False
+        return True
+
+    def join_results(self) -> list[Any] | None:
+        """Return the results; None if something is unusual or missing, with all outcomes."""
+        results = [*chain.from_iterable(self._results[start] for start in sorted(self._results))]
+        if len(results) == len(self._items):
+            return results
+        for start, values in self._results.items():
+            self.outcomes.update(enumerate(values, start))
+        return None
 
 
 def stream_short_list(
     calls: Calls,
     items: Iterable[Any],
-    block_size: int,
-    keep_report: Callable[[ReportMaker], None],
+    call: ShortCall,
     go_on: Callable[[Iterator[Any], int], Iterable[Any]],
 ) -> Generator[Any, None, None]:
     """Yield the results of a map that is taken for short, each when it is asked for.
 
-    A block of `block_size` items is run at a time. If it takes long after all, `go_on` is called
-    with the items that are left and the number of the first, and returns the other results.
+    A chunk of items is run at a time. If it takes long after all, and the caller is not the only
+    worker, `go_on` is called with the items that are left and the number of the first, and returns
+    the other results.
     """
-    call = partial(_call_with_tuple, calls.call.func) if calls.is_tuple else calls.call.func
-    items_left = iter(items)
+    func = partial(_call_with_tuple, call.func) if calls.is_tuple else call.func
+    items_left, size = iter(items), call.grid.chunksize
+    begins_in_caller = call.choice.begins_in_caller
     number, busy_seconds = 0, 0.0
-    patience, is_short = Patience(calls.call.func), True
+    patience, is_short = Patience(call.func), True
     failure: BaseException | None = None
     begin = perf_counter()
     try:
@@ -95,8 +121,8 @@ def stream_short_list(
                 began = perf_counter()
                 try:
                     this_thread.is_worker = True
-                    for item in islice(items_left, block_size):
-                        results.append(call(item))  # noqa: PERF401  # those before an error count
+                    for item in islice(items_left, size):
+                        results.append(func(item))  # noqa: PERF401  # those before an error count
                 except Exception as error:
                     if is_raised_by_handler(error):
                         raise
@@ -108,7 +134,9 @@ def stream_short_list(
                     break
                 number += len(results)
                 # Only what is spent in the function counts, and not what the caller does meanwhile.
-                is_short = busy_seconds < MOST_SECONDS or not patience.has_ended
+                is_short = (
+                    not begins_in_caller or busy_seconds < MOST_SECONDS or not patience.has_ended
+                )
                 yield from results
                 if not is_short and failure is None:
                     break
@@ -117,13 +145,14 @@ def stream_short_list(
             return
         if failure is not None:  # outside `except`: else it would be the context of what is raised
             raise_in_stream(failure, calls.describe(number, number + 1))
-        history.remember(calls.call.func, busy_seconds, number, 0)
+        call._replace(grid=ChunkGrid(number, size)).remember(busy_seconds)
     finally:
         del failure
         if is_short:
-            seconds = perf_counter() - begin
-            grid = ChunkGrid(number, block_size)
-            keep_report(partial(make_short_report, grid, seconds, busy_seconds))
+            done = call._replace(grid=ChunkGrid(number, size))
+            n_ranges = len(done.grid) if number else 0
+            stats = WorkerStats(0, "caller", n_ranges, number, int(busy_seconds * 1e9))
+            done.keep_report(perf_counter() - begin, [stats])
 
 
 def _call_with_tuple(func: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

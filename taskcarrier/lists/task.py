@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import field, replace
 from functools import partial
 from itertools import count
 from operator import length_hint
@@ -19,7 +19,7 @@ from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.call import Call, check_extras
 from taskcarrier.workers.processes.packed_chunks import PackedChunks
 from taskcarrier.workers.queues import BatchResult
-from taskcarrier.workers.records import DeliveredFailure, PartialResult
+from taskcarrier.workers.records import DeliveredFailure, PartialResult, recall
 from taskcarrier.workers.task import RunRange, WorkerContext
 
 
@@ -139,25 +139,29 @@ class Calls:
 
 @record
 class ListTask:
-    """Calls with items of this process, as a task; `done` are the results of the first items."""
+    """Calls with items of this process, as a task.
+
+    The function is not called again for `outcomes`, what it has returned before, by the numbers of
+    items; what it has raised is `Raised`.
+    """
 
     calls: Calls
     items: Sequence[Any]
-    done: Sequence[Any] = ()
+    outcomes: dict[int, Any] = field(default_factory=dict)
 
     def start(self, worker: WorkerContext) -> RunRange:  # noqa: ARG002  # nothing to agree on
         """Return what calls the function with a range of the items."""
-        calls, items, done = self.calls.bind_shared(), self.items, self.done
-        if not done:
-            return lambda start, stop: calls.call_items(items[start:stop], start)
+        calls, items = self.calls.bind_shared(), self.items
+        if self.outcomes:
+            recalling = partial(_recall_or_call, self.outcomes, calls.call.func)
+            calls = replace(calls, call=Call(recalling), passes_index=True)
+        return lambda start, stop: calls.call_items(items[start:stop], start)
 
-        def run_range(start: int, stop: int) -> list[Any] | PartialResult:
-            known = list(done[start:stop])
-            begin = start + len(known)
-            results = calls.call_items(items[begin:stop], begin)
-            return known + results if isinstance(results, list) else results
 
-        return run_range
+def _recall_or_call(
+    outcomes: dict[int, Any], func: Callable[..., Any], number: int, *arguments: Any
+) -> Any:
+    return recall(outcomes, number) if number in outcomes else func(*arguments)
 
 
 @record

@@ -53,6 +53,7 @@ class _Shared:
 _last_alone: dict[Any, _Last] = {}
 _last_shared: dict[Any, _Shared] = {}
 _gil_waits: dict[Any, tuple[_Last, GilWaits]] = {}
+_unaided: set[Any] = set()
 
 
 def find_key(func: Any) -> Any:
@@ -82,6 +83,21 @@ def remember(func: Any, seconds: float, n_items: int, nbytes: int) -> None:
     _last_alone[find_key(func)] = _Last(seconds, max(1, n_items), max(1, nbytes))
 
 
+def remember_help(func: Any, *, was_unaided: bool) -> None:
+    """Remember whether the caller did a call before threads came that it had woken."""
+    if not was_unaided:
+        _unaided.discard(find_key(func))
+        return
+    if len(_unaided) >= _MOST:
+        _unaided.clear()
+    _unaided.add(find_key(func))
+
+
+def was_unaided(func: Any) -> bool:
+    """Return whether the caller did the last call in threads before these came."""
+    return find_key(func) in _unaided
+
+
 def remember_shared(
     func: Any, seconds: float, n_items: int, nbytes: int, *, has_paid: bool
 ) -> None:
@@ -94,7 +110,9 @@ def remember_shared(
 
 def forget(func: Any) -> None:
     """Forget what a function took: its last call failed."""
-    _last_alone.pop(find_key(func), None)
+    key = find_key(func)
+    _last_alone.pop(key, None)
+    _unaided.discard(key)
 
 
 def predict(func: Any, n_items: int, nbytes: int) -> float | None:

@@ -30,9 +30,9 @@ OWN = ("sequential", "threading", "loky")
 
 # Other words for these. The original's word "multiprocessing", which is joblib's too, means our
 # processes.
-_ALIASES = {"threads": "threading", "processes": "loky", "multiprocessing": "loky"}
+ALIASES = {"threads": "threading", "processes": "loky", "multiprocessing": "loky"}
 
-BACKENDS = (*OWN, "auto", *_ALIASES)
+BACKENDS = (*OWN, "auto", *ALIASES)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def check_backend(backend: object) -> str | None:
     if backend is None:
         return None
     if isinstance(backend, str) and backend in BACKENDS:
-        return _ALIASES.get(backend, backend)
+        return ALIASES.get(backend, backend)
     others = [name for name in _list_registered() if name not in BACKENDS]
     if not isinstance(backend, str) or backend not in others:
         raise ValueError(

@@ -91,6 +91,12 @@ class ParentState:
             yield
 
 
+def own_decimal_context() -> None:
+    """Give this context a copy of its `decimal` context, if it has one: changes stay in it."""
+    if (context := _copy_decimal_context()) is not None:
+        sys.modules["decimal"].setcontext(context)
+
+
 def _get_folder() -> str | None:
     try:
         return os.getcwd()

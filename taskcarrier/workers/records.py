@@ -175,6 +175,24 @@ class RunResult:
         return run_result
 
 
+class Raised:
+    """What a function has raised, among what others have returned."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def recall(outcomes: dict[int, Any], number: int) -> Any:
+    """Return or raise what a function has given already, and forget it."""
+    outcome = outcomes.pop(number)
+    try:
+        if isinstance(outcome, Raised):
+            raise outcome.error
+        return outcome
+    finally:
+        del outcome  # the traceback of an error refers to this frame
+
+
 Where = slice | np.ndarray
 """Items along the mapped axis."""
 

@@ -36,7 +36,7 @@ from taskcarrier.workers.thread_limits import limit_this_thread, make_joblib_ser
 TICK = 0.1
 # A signal that comes just before the caller begins to wait is not seen until something else
 # happens, so the caller wakes from time to time.
-_LONGEST_WAIT = 1.0
+LONGEST_WAIT = 1.0
 # How long an interrupted call waits for compiled loops, which check the halt word before every item
 # and write their results themselves.
 _GRACE_SECONDS = 1.0
@@ -75,6 +75,35 @@ def _worker_main(inbox: SimpleQueue[Any], worker: weakref.ref[_Worker]) -> None:
     while (run := inbox.get()) is not None and run is not worker:
         run()
         del run  # keep nothing of a run while waiting for the next
+
+
+class Invitation:
+    """Work for a free thread, unless the caller takes it back before the thread has begun.
+
+    The work is in a list. Whoever pops it has it, so that a thread that comes late finds nothing,
+    and holds nothing of a call that is over.
+    """
+
+    def __init__(self, worker: _Worker, work: Callable[[], None]) -> None:
+        self._worker = worker
+        self._work = [work]
+
+    def accept(self) -> None:
+        """Do the work, in the thread."""
+        try:
+            work = self._work.pop()
+        except IndexError:
+            return
+        work()
+
+    def take_back(self) -> bool:
+        """Take the work back, in the caller; return whether it is there still."""
+        try:
+            self._work.pop()
+        except IndexError:
+            return False
+        self._worker.is_free = True
+        return True
 
 
 def make_ledger(job: Job) -> Ledger:
@@ -185,8 +214,7 @@ class ThreadPool:
 
     def prepare(self, job: Job, ledger: Ledger, deliver: Deliver, numbers: range) -> ThreadRun:
         """Return a run of a job by the threads with these numbers; none has begun yet."""
-        self.drop_stuck_workers()  # in case that was cut short last time
-        self._ensure_threads(numbers)
+        self.ensure_free(numbers)
         return ThreadRun(self, job, ledger, deliver, len(numbers))
 
     def stream(self, job: Job) -> ThreadQueue:
@@ -209,18 +237,34 @@ class ThreadPool:
         self, number: int, job: Job, work: Callable[[], WorkerStats], record_end: RecordEnd
     ) -> None:
         """Hand a thread its work in a run."""
+
+        def run() -> WorkerStats:
+            job.parent_state.apply(in_process=False)
+            return work()
+
+        self.invite(number, run, record_end)
+
+    def ensure_free(self, numbers: range) -> None:
+        """Ensure that the threads with these numbers are there and free."""
+        self.drop_stuck_workers()  # in case that was cut short last time
+        self._ensure_threads(numbers)
+
+    def invite(
+        self, number: int, work: Callable[[], WorkerStats], record_end: RecordEnd
+    ) -> Invitation:
+        """Invite a free thread to work in a copy of this context; nothing may be raised there."""
         worker = self._workers[number]
 
         def run() -> None:
-            job.parent_state.apply(in_process=False)
             limit_this_thread()
             stats = work()
             worker.is_free = True
             record_end(stats)
 
-        context = copy_context()
+        invitation = Invitation(worker, partial(copy_context().run, run))
         worker.is_free = False
-        worker.inbox.put(lambda: context.run(run))
+        worker.inbox.put(invitation.accept)
+        return invitation
 
     def list_threads(self, numbers: range) -> list[threading.Thread]:
         """Return the threads with these numbers, which have been started."""
@@ -273,7 +317,7 @@ def _wait_for_last(
     finished: threading.Lock, ledger: Ledger, tick: Callable[[Ledger], None] | None
 ) -> None:
     """Wait until the last worker releases the lock; meanwhile keep calling `tick`."""
-    while not finished.acquire(timeout=_LONGEST_WAIT if tick is None else TICK):
+    while not finished.acquire(timeout=LONGEST_WAIT if tick is None else TICK):
         if tick is not None:
             tick(ledger)
     if tick is not None:

@@ -20,6 +20,7 @@ from taskcarrier.scheduling.history import (
 def nothing_is_remembered(monkeypatch):
     monkeypatch.setattr(history, "_last_alone", {})
     monkeypatch.setattr(history, "_last_shared", {})
+    monkeypatch.setattr(history, "_unaided", set())
 
 
 def make():
@@ -129,3 +130,18 @@ class TestAlone:
         remember(make(), 1.0, 10, 80)
         answers = [find_alone_seconds(make(), 10, 80) for _ in range(history._CALLS_ALONE + 2)]
         assert answers == [4.0] * history._CALLS_ALONE + [0.0] * 2
+
+
+def test_the_last_call_in_threads_says_whether_the_caller_did_it_alone():
+    assert not history.was_unaided(make())
+    for was_unaided in (True, True, False, False, True):
+        history.remember_help(make(), was_unaided=was_unaided)
+        assert history.was_unaided(make()) is was_unaided
+    history.forget(make())
+    assert not history.was_unaided(make())
+
+
+def test_a_thousand_functions_are_kept_that_are_unaided():
+    for _ in range(history._MOST + 1):
+        history.remember_help(object(), was_unaided=True)
+    assert len(history._unaided) <= history._MOST

@@ -101,6 +101,7 @@ CALLS = {
 
 @pytest.mark.fault(43)
 @pytest.mark.parametrize("call", CALLS)
+@pytest.mark.usefixtures("general_way")  # a short call needs no workers
 class TestTooManyWorkers:
     @pytest.mark.one_case
     @pytest.mark.parametrize("backend", ["loky", "threading"])
@@ -162,6 +163,7 @@ THREE_OF_FIVE_HUNDRED = {
 
 
 @pytest.mark.fault(43)
+@pytest.mark.usefixtures("general_way")  # a short call needs no workers
 @pytest.mark.parametrize("call", THREE_OF_FIVE_HUNDRED)
 @pytest.mark.parametrize("backend", LENDERS)
 def test_no_more_workers_are_started_than_there_are_tasks(call, backend):
