@@ -1,23 +1,20 @@
 """How long a thread was on a core, and how long it was ready to run and had none.
 
-The kernel keeps both. The second is a file of the thread, `/proc/self/task/<number>/schedstat`. It
-is read by a call that keeps the interpreter's lock: the usual ones release it, and a thread that
-measures how long it waits for the lock would wait once more.
+The kernel keeps both. The second is in a file of the thread, `/proc/self/task/<number>/schedstat`.
+It is read by C calls that keep the interpreter's lock: the usual ones release it, and a thread that
+measures how long it waits for the lock would wait once more. Within these calls no other thread can
+see the descriptor, nor inherit it by a fork.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
-from contextlib import suppress
 from typing import Any, NamedTuple
 
-from taskcarrier.system.descriptors import Descriptor, open_owned
-
 _LENGTH = 100
-
-_read: Any = None
 
 
 class ThreadTimes(NamedTuple):
@@ -60,15 +57,10 @@ class ThreadClock:
     """
 
     def __init__(self, thread: threading.Thread) -> None:
-        ident, native_id = thread.ident, thread.native_id
         self._clock: int | None = None
-        if hasattr(time, "pthread_getcpuclockid") and ident is not None:
-            self._clock = time.pthread_getcpuclockid(ident)
-        self._file: Descriptor | None = None
-        self._buffer: Any = None
-        with suppress(OSError):
-            path = f"/proc/self/task/{native_id}/schedstat"
-            self._file = open_owned(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+        if hasattr(time, "pthread_getcpuclockid") and thread.ident is not None:
+            self._clock = time.pthread_getcpuclockid(thread.ident)
+        self._path = f"/proc/self/task/{thread.native_id}/schedstat".encode()
 
     def read(self) -> ThreadTimes:
         """Return the times; the thread must live."""
@@ -77,23 +69,30 @@ class ThreadClock:
 
     def read_queued(self) -> float:
         """Return for how many seconds the thread was ready to run, and had no core."""
-        if self._file is None:
-            return 0.0
-        if self._buffer is None:
-            self._buffer = _make_buffer()
-        length = _read(self._file.fileno(), self._buffer, _LENGTH, 0)
-        fields = self._buffer.raw[: max(0, length)].split()
+        fields = _read_file(self._path).split()
         return int(fields[1]) / 1e9 if len(fields) > 1 else 0.0
 
 
-def _make_buffer() -> Any:
-    """Return memory to read into."""
-    global _read  # noqa: PLW0603  # loaded when it is needed
+def _read_file(path: bytes) -> bytes:
+    """Return the beginning of a file; nothing if it cannot be read."""
+    libc, make_buffer = _load()
+    fd = libc.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if fd < 0:
+        return b""
+    text = make_buffer(_LENGTH)
+    libc.read(fd, text, _LENGTH)
+    libc.close(fd)
+    content: bytes = text.value
+    return content
+
+
+@functools.cache
+def _load() -> tuple[Any, Any]:
+    """Return the C library, whose calls keep the interpreter's lock, and what makes buffers."""
     import ctypes  # noqa: PLC0415  # takes 3 ms, and only long calls need it
 
-    if _read is None:
-        read = ctypes.PyDLL(None).pread
-        read.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long]
-        read.restype = ctypes.c_ssize_t
-        _read = read
-    return ctypes.create_string_buffer(_LENGTH)
+    libc = ctypes.PyDLL(None)
+    libc.open.argtypes = [ctypes.c_char_p, ctypes.c_int]
+    libc.read.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    libc.read.restype = ctypes.c_ssize_t
+    return libc, ctypes.create_string_buffer

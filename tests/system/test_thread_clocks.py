@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from taskcarrier.system import thread_clocks
 from taskcarrier.system.thread_clocks import ThreadClock, ThreadTimes
 from tests.clocks import LONG
+from tests.descriptors import n_descriptors
 
 
 def work(seconds):
@@ -48,19 +48,23 @@ def test_it_reads_the_clocks_of_another_thread():
     assert after.on_core - before.on_core < 0.02  # it has slept
 
 
-@pytest.mark.parametrize("is_open", [True, False])
-def test_a_kernel_that_does_not_tell_leaves_zeros(monkeypatch, tmp_path, is_open):
-    def open_owned(*_):
-        raise FileNotFoundError
-
-    monkeypatch.setattr(thread_clocks, "open_owned", open_owned)
+@pytest.mark.parametrize("text", [None, "", "12 34"])
+def test_a_kernel_that_does_not_tell_leaves_zeros(tmp_path, text):
     clock = ThreadClock(threading.current_thread())
-    if is_open:
-        (tmp_path / "empty").touch()
-        clock._file = (tmp_path / "empty").open("rb")
-    assert clock.read().queued == 0
-    if is_open:
-        clock._file.close()
+    path = tmp_path / "schedstat"
+    clock._path = bytes(path)
+    if text is not None:
+        path.write_text(text)
+    assert clock.read().queued == (34e-9 if text == "12 34" else 0)
+
+
+def test_reading_leaves_no_descriptor():
+    clock = ThreadClock(threading.current_thread())
+    clock.read()
+    before = n_descriptors()
+    for _ in range(10):
+        clock.read()
+    assert n_descriptors() == before
 
 
 def test_shares_are_of_the_time_between_two_readings():
