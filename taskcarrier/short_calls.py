@@ -30,7 +30,14 @@ from taskcarrier.workers.choose import (
     count_workers,
     is_joblib_configured,
 )
-from taskcarrier.workers.crew import ALONE_SECONDS, RunUnit, Work, list_units, run_crew, run_units
+from taskcarrier.workers.crew import (
+    ALONE_SECONDS,
+    CrewWork,
+    RunUnit,
+    list_units,
+    run_crew,
+    run_units,
+)
 from taskcarrier.workers.introspect import is_jitted, is_numba_ufunc, releases_gil
 from taskcarrier.workers.loop import is_in_worker, this_thread
 from taskcarrier.workers.records import WorkerStats
@@ -161,7 +168,7 @@ class Patience:
         return find_state(Call(self._func)) == []
 
 
-class ShortWork(Work, Protocol):
+class ShortWork(CrewWork, Protocol):
     """The work of a short call."""
 
     def join_results(self) -> Any:

@@ -25,6 +25,7 @@ from taskcarrier import (
     map_array,
     map_chunks,
     map_items,
+    reduce_array,
     short_calls,
 )
 from taskcarrier.lists import short_maps
@@ -189,11 +190,17 @@ FUNCTIONS = {
 }
 
 
+def reduce_to_list(func, *arrays, **options):
+    """Return what `map_chunks` returns, by a reduction."""
+    return reduce_array(func, *arrays, combine=lambda a, b: [*a, b], initial=[], **options)
+
+
+VERBS = [map_array, map_items, map_chunks, reduce_to_list]
 VARIANTS = [{}, {"chunksize": 5}, {"balance": "dynamic"}]
 
 
 @pytest.mark.usefixtures("patience")
-@pytest.mark.parametrize("verb", [map_array, map_items, map_chunks])
+@pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_short_maps_give_what_all_maps_give(verb, name):
     func = recorded(FUNCTIONS[name])
@@ -201,7 +208,7 @@ def test_short_maps_give_what_all_maps_give(verb, name):
         check(lambda options=options: verb(func, X, n_jobs=2, **options))
 
 
-@pytest.mark.parametrize("verb", [map_array, map_items, map_chunks])
+@pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_caller_alone_gives_what_it_gives_on_the_general_way(verb, name):
     func = recorded(FUNCTIONS[name])
@@ -211,7 +218,7 @@ def test_the_caller_alone_gives_what_it_gives_on_the_general_way(verb, name):
 
 
 @pytest.mark.parametrize("waking", ["wakes at once", "begins alone"])
-@pytest.mark.parametrize("verb", [map_array, map_items, map_chunks])
+@pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if "later" not in name])
 def test_threads_give_what_they_give_on_the_general_way(verb, name, waking, monkeypatch):
     monkeypatch.setattr(history, "was_unaided", lambda _: waking == "begins alone")
@@ -327,10 +334,20 @@ def test_options_mean_the_same(options):
     ),
     chunksize=st.one_of(st.none(), st.integers(1, 50)),
     func=st.sampled_from([np.copy, lambda c: (c, c[..., :0]), lambda c: c[..., :1]]),
-    verb=st.sampled_from([map_array, map_items, map_chunks]),
+    verb=st.sampled_from(VERBS),
 )
 def test_any_array_gives_the_same(array, chunksize, func, verb):
     check(lambda: verb(recorded(func), array, chunksize=chunksize, n_jobs=2))
+
+
+@pytest.mark.parametrize("combine", [np.add, None, lambda a, b: 1 // 0, lambda a, b: a.append(b)])
+def test_reductions_say_the_same_of_what_combines(combine):
+    for options in ({}, {"initial": 1.0}, {"backend": "sequential"}, {"shunksize": 5}):
+        for array in (X, X[:1], X[:0]):
+            check(lambda o=options, a=array: reduce_array(np.sum, a, combine=combine, **o))
+    mapper = SerialMapper()
+    check(lambda: mapper.reduce_array(np.sum, X, combine=combine))
+    check(lambda: reduce_array(np.sum, X))
 
 
 class TestLists:

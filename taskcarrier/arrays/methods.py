@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
 from taskcarrier.arrays.collected import run_collected
@@ -16,7 +17,7 @@ from taskcarrier.arrays.mapping import (
     prepare_collecting,
     prepare_items,
 )
-from taskcarrier.arrays.reducing import REDUCE_ARRAY, fold, prepare_reduction
+from taskcarrier.arrays.reducing import REDUCE_ARRAY, prepare_reduction, run_reduction
 from taskcarrier.arrays.short_maps import (
     NOT_SHORT,
     Outcomes,
@@ -35,6 +36,7 @@ from taskcarrier.short_calls import ShortSettings
 from taskcarrier.verbs import Verb
 
 if TYPE_CHECKING:
+    from taskcarrier.arrays.call import ArrayCall
     from taskcarrier.arrays.mapping import Array, ArrayFunction, Arrays, TupleFunction
     from taskcarrier.errors import FailedRange
 
@@ -199,6 +201,10 @@ class ArrayMethods:
     @_REDUCE_ARRAY.document
     def reduce_array(self, func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
         """Call `taskcarrier.reduce_array` with the mapper's balance, workers and backend."""
-        settings, filled = self._split_options(_REDUCE_ARRAY, options)
-        call = prepare_reduction(settings, func, arrays, filled)
-        return fold(call, run_collected(call)[0] if call.inputs.n_items else {}, filled)
+
+        def prepare() -> ArrayCall:
+            settings, filled = self._split_options(_REDUCE_ARRAY, options)
+            return prepare_reduction(settings, func, arrays, filled)
+
+        collect_short = partial(self._run_short, collect_short_chunks, func, arrays)
+        return run_reduction(options, collect_short, prepare)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar, Unpack, overload
 
 from taskcarrier.arguments import check_callable
 from taskcarrier.arrays.call import ArrayCall
 from taskcarrier.arrays.collected import run_collected
+from taskcarrier.arrays.short_maps import NOT_SHORT, Outcomes, collect_short_chunks
 from taskcarrier.notes import add_note
 from taskcarrier.options import UNSET, ChunksOptions, ReductionOptions
 from taskcarrier.run import Settings
@@ -86,9 +88,12 @@ def reduce_array(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     >>> reduce_array(lambda rows: (rows**2).sum(axis=0), X, combine=operator.add, n_jobs=2)
     array([20., 35.])
     """
-    filled = REDUCE_ARRAY.fill(options)
-    call = prepare_reduction(Settings.from_options(filled), func, arrays, filled)
-    return fold(call, run_collected(call)[0] if call.inputs.n_items else {}, filled)
+
+    def prepare() -> ArrayCall:
+        filled = REDUCE_ARRAY.fill(options)
+        return prepare_reduction(Settings.from_options(filled), func, arrays, filled)
+
+    return run_reduction(options, partial(collect_short_chunks, func, arrays), prepare)
 
 
 def prepare_reduction(
@@ -108,21 +113,56 @@ def prepare_reduction(
     return call
 
 
-def fold(call: ArrayCall, partials: dict[int, Any], options: Mapping[str, Any]) -> Any:
-    """Return the partial results combined in order; `partials` has them by the start of ranges."""
-    combine, initial = options["combine"], options["initial"]
-    starts = sorted(partials)
-    left = partials.pop(starts.pop(0)) if initial is UNSET else initial
-    for start in starts:
-        partial = partials.pop(start)
+def run_reduction(
+    options: Mapping[str, Any],
+    collect_short: Callable[[Mapping[str, Any]], tuple[Any, Outcomes]],
+    prepare: Callable[[], ArrayCall],
+) -> Any:
+    """Return what `reduce_array` returns.
+
+    Parameters
+    ----------
+    options : mapping
+        The user's options.
+    collect_short : callable
+        Runs `map_chunks` with the options that it has too, if that is short.
+    prepare : callable
+        Checks all arguments, and returns the call.
+    """
+    combine: Any = options.get("combine")
+    initial = options.get("initial", UNSET)
+    partials: Any = NOT_SHORT
+    outcomes: Outcomes = {}
+    if callable(combine):
+        others = {name: options[name] for name in options.keys() - {"combine", "initial"}}
+        partials, outcomes = collect_short(others)
+    if partials is not NOT_SHORT:
+        return _fold(partials, combine, initial, prepare)
+    call = prepare()
+    results = run_collected(call, outcomes)[0] if call.inputs.n_items else {}
+    partials = [results.pop(start) for start in sorted(results)]
+    return _fold(partials, combine, initial, lambda: call)
+
+
+def _fold(
+    partials: list[Any],
+    combine: Callable[[Any, Any], Any],
+    initial: Any,
+    prepare: Callable[[], ArrayCall],
+) -> Any:
+    """Return the partial results of all ranges, combined in order."""
+    n_ranges = len(partials)
+    partials.reverse()
+    left = partials.pop() if initial is UNSET else initial
+    while partials:
+        partial_result = partials.pop()
         try:
-            left = combine(left, partial)
+            left = combine(left, partial_result)
         except Exception as error:
-            description = call.inputs.describe(
-                start, min(start + call.grid.chunksize, call.inputs.n_items)
-            )
-            add_note(error, f"while combining the result of {description}")
-            if partial is None:
+            call = prepare()
+            where = call.inputs.describe(*call.grid.range_of(n_ranges - len(partials) - 1))
+            add_note(error, f"while combining the result of {where}")
+            if partial_result is None:
                 add_note(error, "func returned None for it: does it lack a return?")
             raise
     return left

@@ -107,6 +107,8 @@ class CallerChunks:
         self._is_watched = False
         # What the watcher did with the chunk: True if workers go on behind it.
         self._outcomes: SimpleQueue[bool] = SimpleQueue()
+        self._taken_back: list[int] = []
+        self._answers: list[bool] = []
         self._is_begun = False
         self._is_wanted = False  # whether the watcher shall prepare the workers in any case
         self._is_over = False
@@ -162,13 +164,17 @@ class CallerChunks:
 
     def _leave_chunk(self) -> bool:
         """Take the chunk back from the watcher; return whether workers go on behind it."""
-        try:
-            self._chunk.pop()
-        except IndexError:
-            is_begun = self._outcomes.get()
-        else:
-            is_begun = False
+        # What is taken is put into a list by the same call into C: an exception from outside that
+        # comes just then does not make the next call of this wait for it.
+        if not (self._taken_back or self._answers):
+            try:
+                self._taken_back.extend(map(self._chunk.pop, (-1,)))
+            except IndexError:
+                self._answers.extend(map(self._outcomes.get, (True,)))
+        is_begun = any(self._answers)
         self._is_in_chunk = False
+        self._taken_back.clear()
+        self._answers.clear()
         return is_begun
 
     def _hand_over_rest(self, next_chunk: int, n_chunks: int) -> bool:

@@ -40,7 +40,7 @@ RunUnit = Callable[[int, int], bool]
 """A function that runs a unit, in any thread, and returns whether the call is still usual."""
 
 
-class Work(Protocol):
+class CrewWork(Protocol):
     """The work of a call, in units.
 
     Attributes
@@ -101,7 +101,7 @@ def run_units(
 def run_crew(
     units: list[Unit],
     chunksize: int,
-    work: Work,
+    work: CrewWork,
     sizes: tuple[int, int],
     *,
     begins_alone: bool,
@@ -126,7 +126,7 @@ def run_crew(
 class _Crew:
     """The workers of one call."""
 
-    def __init__(self, units: list[Unit], chunksize: int, work: Work, n_workers: int) -> None:
+    def __init__(self, units: list[Unit], chunksize: int, work: CrewWork, n_workers: int) -> None:
         self._units = units
         self._chunksize = chunksize
         self._work = work

@@ -35,6 +35,7 @@ from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.task import Job
 from tests.clocks import LONG, wait_until
 from tests.helpers import Calls
+from tests.interrupted import interrupted_at
 from tests.strategies import keep_pools_warm
 
 X = np.arange(24.0)
@@ -730,3 +731,21 @@ class TestStreams:
         assert next(stream) == "0"
         assert read == [0]
         stream.close()
+
+
+@pytest.mark.fault(44)
+@pytest.mark.parametrize("by_watcher", [False, True])
+def test_an_exception_while_the_caller_leaves_a_chunk_does_not_make_it_wait_for_ever(by_watcher):
+    is_reached, step = True, 0
+    while is_reached:
+        chunks = CallerChunks(None, None, None, Choice("loky", 2, ""))
+        chunks._is_in_chunk = True
+        if by_watcher:
+            chunks._outcomes.put(True)
+        else:
+            chunks._chunk.append(3)
+        is_reached = interrupted_at(step, chunks._leave_chunk)
+        if chunks._is_in_chunk:
+            assert chunks._leave_chunk() is by_watcher
+        step += 1
+    assert step > 3
