@@ -26,6 +26,7 @@ from taskcarrier.report import Report, ReportMaker, WorkerReport, keep_report
 from taskcarrier.scheduling import history
 from taskcarrier.scheduling.balance import Balance, Serial, get_balance
 from taskcarrier.scheduling.grid import ChunkGrid
+from taskcarrier.scheduling.history import Known
 from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
 from taskcarrier.system.exceptions import raise_again
 from taskcarrier.workers import choose as choices
@@ -149,11 +150,12 @@ def decide(
     *,
     over_lists: bool = False,
     size: tuple[int, int] = (0, 0),
+    known: Known | None = None,
 ) -> Executor:
     """Choose where to run `func` with further arguments `extras`; raise an error if it cannot run.
 
     Backends that are registered with joblib can map lists only, which `over_lists` allows. `size`
-    are the items of the call and their bytes.
+    are the items of the call and their bytes, `known` is what stands for `func` in the history.
     """
     gil_reason = settings.gil_reason or (
         "the function releases the GIL" if releases_gil(func) else ""
@@ -169,10 +171,11 @@ def decide(
     )
     timeout = settings.retry_policy.timeout
     if choice.begins_in_caller:
+        subject = known or func
         choice = replace(
             choice,
-            alone_seconds=history.find_alone_seconds(func, *size),
-            gil_waits=history.find_gil_waits(func, *size),
+            alone_seconds=history.find_alone_seconds(subject, *size),
+            gil_waits=history.find_gil_waits(subject, *size),
         )
     return make_executor(choice, settings.backend, settings.new_staging, timeout)
 

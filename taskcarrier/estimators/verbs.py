@@ -21,6 +21,7 @@ from taskcarrier.lists.map import map_lists
 from taskcarrier.options import CollectOption, FitOptions, PredictOptions
 from taskcarrier.record import record
 from taskcarrier.run import Settings
+from taskcarrier.scheduling.history import Known
 from taskcarrier.verbs import Verb
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ _WITHOUT_GIL = ("sklearn.tree", "sklearn.ensemble._forest")
 # costs as much by itself as some thousand rows.
 _N_RANGES = 16
 _MIN_ROWS = 1000
+
+# The types of parameters by which an estimator is known again in the next call.
+_PLAIN = {bool, int, float, str, type(None)}
 
 _FIT_MANY = Verb.from_groups("fit_many", FitOptions, CollectOption, balance="dynamic")
 _PREDICT_ARRAY = Verb.from_groups("predict_array", PredictOptions, balance="dynamic")
@@ -169,6 +173,7 @@ def fit_many(estimators: Any, X: Any, y: Any = None, **options: Any) -> Any:
         shared={**data, "rows": fits.rows},
         noun="fit",
         are_long=True,
+        known=fits.describe(data["X"].shape),
     )
 
 
@@ -247,6 +252,17 @@ class _Fits:
     template: Template | None
     rows: Rows | None
     columns: list[int] | None
+
+    def describe(self, shape: tuple[int, ...]) -> Known:
+        """Return what decides on how long the fits take: the first estimator and its data."""
+        first = self.estimators[0] if self.estimators else None
+        parameters = {
+            name: value
+            for name, value in getattr(first, "__dict__", {}).items()
+            if type(value) in _PLAIN
+        }
+        n_rows = 0 if self.rows is None else sum(map(len, self.rows.each))
+        return Known((type(first), *sorted(parameters.items()), shape, n_rows.bit_length()))
 
 
 @record

@@ -26,6 +26,7 @@ from taskcarrier.run import (
     run_nothing,
 )
 from taskcarrier.scheduling.grid import ChunkGrid, list_grid
+from taskcarrier.scheduling.history import Known
 from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.processes.packed_chunks import PackedChunks, pickle_chunks
 from taskcarrier.workers.records import DeliveredFailure, PartialResult, list_failed_ranges
@@ -43,12 +44,13 @@ def map_lists(
     are_arguments: bool = False,
     noun: str = "item",
     are_long: bool = False,
+    known: Known | None = None,
 ) -> Any:
     """Return ``list(map(func, *sequences))``, run on the workers that `settings` ask for.
 
     With `are_arguments`, return ``list(starmap(func, *sequences))`` for one sequence of arguments.
     If errors are collected, return the failures too. Errors call an item by `noun`. With `are_long`
-    each item is known to take long.
+    each item is known to take long; `known` is what stands for `func` in the history.
     """
     started_ns = monotonic_ns()
     check_callable(func)
@@ -73,7 +75,9 @@ def map_lists(
             if results is not None:
                 return results
     size = len(items), 0
-    executor = decide(settings, func, over_lists=True, size=size) if items else run_nothing()
+    executor = (
+        decide(settings, func, over_lists=True, size=size, known=known) if items else run_nothing()
+    )
     grid, task, move = _make_task(
         calls, items, chunksize, executor, settings, are_long=are_long, outcomes=outcomes
     )
@@ -90,8 +94,8 @@ def map_lists(
         )
     finally:
         outcomes.clear()  # errors that were not raised refer to frames, and these to them
-    if is_usual:
-        remember_call(func, len(items), 0, executor, outcome)
+    if is_usual or known is not None:
+        remember_call(known or func, len(items), 0, executor, outcome)
     raise_first_failure(outcome, calls.describe)
     results, failures, missing = _join_results(dict(outcome.delivered), len(items))
     raise_if_missing(outcome, calls.describe, missing, lambda: results)

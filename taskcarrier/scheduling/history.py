@@ -50,6 +50,18 @@ class _Shared:
         self.n_calls_alone = 0
 
 
+class Known(NamedTuple):
+    """What stands for a function that is made again for each call, with other objects inside.
+
+    Attributes
+    ----------
+    facts : tuple
+        All that decides on how long it takes; hashable.
+    """
+
+    facts: tuple[Any, ...]
+
+
 _last_alone: dict[Any, _Last] = {}
 _last_shared: dict[Any, _Shared] = {}
 _gil_waits: dict[Any, tuple[_Last, GilWaits]] = {}
@@ -58,6 +70,8 @@ _unaided: set[Any] = set()
 
 def find_key(func: Any) -> Any:
     """Return what stands for a function: its code and what it refers to, if it is Python's."""
+    if isinstance(func, Known):
+        return func
     if isinstance(func, partial):
         values = (*func.args, *func.keywords.values())
         return (find_key(func.func), *func.keywords, *map(id, values))

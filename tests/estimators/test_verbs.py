@@ -10,6 +10,7 @@ import pytest
 
 from taskcarrier import StaticParallelMapper, fit_many, last_report, predict_array, share
 from taskcarrier.random_streams import RandomStreams
+from taskcarrier.scheduling import history
 from tests.strategies import (
     ROOT,
     assert_same,
@@ -463,3 +464,15 @@ assert not any(name.startswith("sklearn") for name in sys.modules)
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout == "[1.5, 2.5]\n"
+
+
+def test_fits_of_the_same_kind_are_known_again(monkeypatch):
+    subjects = []
+    monkeypatch.setattr(history, "find_alone_seconds", lambda *a: subjects.append(a[0]) or 0.0)
+    for estimator in (Ridge(), Ridge(), Ridge(2.0), LogisticRegression()):
+        fit_many([estimator] * 2, X, y > 0, n_jobs=2)
+    fit_many([Ridge()] * 2, X[:5], y[:5], n_jobs=2)
+    fit_many([], X, y, n_jobs=2)
+    first, again, *others = subjects
+    assert first == again
+    assert len({first, *others}) == 4

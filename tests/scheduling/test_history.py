@@ -49,6 +49,12 @@ def test_a_function_is_known_by_its_code():
     assert find_key(np.sin) != find_key(np.cos)
 
 
+def test_a_function_that_is_made_again_is_known_by_facts():
+    remember(history.Known(("fit", 3)), 1.0, 5, 0)
+    assert predict(history.Known(("fit", 3)), 5, 0) == 1.0
+    assert predict(history.Known(("fit", 4)), 5, 0) is None
+
+
 def test_what_a_function_refers_to_counts(monkeypatch):
     one, other = Thing(), Thing()
     assert find_key(one.method) == find_key(one.method)
