@@ -13,7 +13,7 @@ from taskcarrier.lists.imap import imap_lists
 from taskcarrier.lists.map import map_lists
 from taskcarrier.memory.segments import Recycler
 from taskcarrier.options import CollectOption, ImapOptions, ListOptions, MapOptions
-from taskcarrier.report import Report, ReportMaker, keep_report
+from taskcarrier.report import MadeOnce, Report, ReportMaker, keep_report
 from taskcarrier.run import Settings
 from taskcarrier.scheduling.balance import Balance, Dynamic, Static
 from taskcarrier.scheduling.retries import RetryPolicy
@@ -368,6 +368,8 @@ class Mapper(ArrayMethods):
         return settings, options
 
     def _keep_report(self, report: Report | ReportMaker) -> None:
+        if not isinstance(report, Report):
+            report = MadeOnce(report)  # `last_report` gives the same object
         self._report = report
         keep_report(report)
 

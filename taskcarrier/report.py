@@ -135,6 +135,21 @@ class Report:
 ReportMaker = Callable[[], Report]
 """A function that makes a report, when somebody asks for it."""
 
+
+class MadeOnce:
+    """A `ReportMaker` that gives the same report each time."""
+
+    def __init__(self, make: ReportMaker) -> None:
+        self._make = make
+        self._report: Report | None = None
+
+    def __call__(self) -> Report:
+        """Return the report, which is made if it is not there yet."""
+        if self._report is None:
+            self._report = self._make()
+        return self._report
+
+
 _kept = threading.local()
 
 

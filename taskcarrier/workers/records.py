@@ -10,7 +10,7 @@ import numpy as np
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import PENDING, Ledger
 from taskcarrier.scheduling.retries import Attempt
-from taskcarrier.system.exceptions import collect_related, set_base_attribute
+from taskcarrier.system.exceptions import collect_related, raise_again, set_base_attribute
 
 
 @dataclass(eq=False)
@@ -187,7 +187,7 @@ def recall(outcomes: dict[int, Any], number: int) -> Any:
     outcome = outcomes.pop(number)
     try:
         if isinstance(outcome, Raised):
-            raise outcome.error
+            raise_again(outcome.error)
         return outcome
     finally:
         del outcome  # the traceback of an error refers to this frame
