@@ -218,7 +218,7 @@ class ShareResults(NamedTuple):
     @property
     def arrays(self) -> list[np.ndarray]:
         """The joined arrays, read-only."""
-        return [np.ndarray(shape, dtype, content) for dtype, shape, content in self.parts]
+        return [np.ndarray(shape, dtype, content or None) for dtype, shape, content in self.parts]
 
     def split(self, chunksize: int) -> dict[int, Any]:
         """Return what is joined for each range, or for its parts in different chunks."""
@@ -270,20 +270,20 @@ class JoinedResults:
         self._n_items = end - first
         self._arrays: list[np.ndarray] = []
         self._is_tuple = False
-        self._dtype: np.dtype[Any] | None = None  # of the only array, if results are no tuples
-        self._item_shape: tuple[int, ...] = ()
+        self._only: np.ndarray | None = None  # the only array, if results are no tuples
         self._ranges: list[tuple[int, int]] = []
 
     def put(self, result: Any, start: int, stop: int) -> bool:
         """Put the result of a range in place; return False if it does not fit."""
-        first = self._first
+        first, only = self._first, self._only
         # Most results are an array, which is put in place with few steps.
         if (
-            type(result) is np.ndarray
-            and result.dtype == self._dtype
-            and result.shape == (stop - start, *self._item_shape)
+            only is not None
+            and type(result) is np.ndarray
+            and result.dtype == only.dtype
+            and result.shape == (stop - start, *only.shape[1:])
         ):
-            self._arrays[0][start - first : stop - first] = result
+            only[start - first : stop - first] = result
         elif not self._put_slowly(result, start - first, stop - first):
             return False
         ranges = self._ranges
@@ -322,8 +322,7 @@ class JoinedResults:
             return False
         self._arrays = [np.empty((n_items, *one.shape[1:]), one.dtype) for one in results]
         self._is_tuple = is_tuple
-        if not is_tuple:
-            self._dtype, self._item_shape = results[0].dtype, results[0].shape[1:]
+        self._only = None if is_tuple else self._arrays[0]
         return True
 
     def pack(self) -> tuple[Any, ...]:

@@ -95,7 +95,12 @@ def _join(
             or [part[1][1:] for part in share.parts] != item_shapes
         ):
             return None
-    arrays = zip(*[share.arrays for share in shares], strict=True)
-    # Copies: what was received cannot be written to.
-    outputs = tuple([np.concatenate(parts) if parts[1:] else parts[0].copy() for parts in arrays])
+    n_items = run.grid.n_items
+    outputs = tuple(
+        np.empty((n_items, *item_shape), dtype)
+        for dtype, item_shape in zip(dtypes, item_shapes, strict=True)
+    )
+    for share in shares:
+        for output, array in zip(outputs, share.arrays, strict=True):
+            output[share.first : share.first + len(array)] = array
     return outputs if first.is_tuple else outputs[0]
