@@ -145,9 +145,12 @@ class ShortRun(NamedTuple):
         )
 
     def unpickle(
-        self, pickled: dict[int, bytes], result: RunResult, returned: dict[int, Any]
+        self, pickled: dict[int, bytes], name: str, result: RunResult, returned: dict[int, Any]
     ) -> None:
-        """Add results of ranges, by their starts, to those returned; or an error to `result`."""
+        """Add results of a worker, by the starts of their ranges, to those returned.
+
+        For one that cannot be unpickled add a failure to `result`.
+        """
         from taskcarrier.workers.processes.supervisor import unpickle_result  # noqa: PLC0415  # as above
 
         for start, packed in pickled.items():
@@ -156,7 +159,7 @@ class ShortRun(NamedTuple):
                 returned[start] = value
             else:
                 bounds = self.grid.range_of(start // self.grid.chunksize)
-                result.failures.append(RangeFailure(bounds, error))
+                result.failures.append(RangeFailure(bounds, error, name))
 
     def end(self, result: RunResult) -> None:
         """Report a run whose results are as usual, and show the warnings of its workers."""

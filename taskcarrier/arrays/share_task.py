@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from taskcarrier.arrays.inputs.sources import Reader, Source
+from taskcarrier.arrays.outputs.ownership import own_memory
+from taskcarrier.arrays.outputs.writer import make_arrays
 from taskcarrier.arrays.task import ArrayTask, explain_read_only
 from taskcarrier.memory.strides import ALIGNMENT, address_of
 from taskcarrier.record import record
@@ -21,7 +23,7 @@ from taskcarrier.scheduling.ledger import DONE, SENT, Ledger
 from taskcarrier.system.interrupts import is_raised_by_handler
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.records import WorkerStats
-from taskcarrier.workers.task import IN_PLACE, Deliver, Job, RunRange, ShareTask, WorkerContext
+from taskcarrier.workers.task import Deliver, Job, RunRange, ShareTask, WorkerContext
 
 # Larger results of one share are sent as those of any run are; arbitrary.
 _MOST_NBYTES = 64 << 10
@@ -76,39 +78,32 @@ class ArrayShareTask(ShareTask):
             for start, stop in pairwise(self.starts)
         ]
 
-    def run_share(self, job: Job, ledger: Ledger, stats: WorkerStats, deliver: Deliver) -> bool:
-        """Run all chunks of a worker's share; return False if that is not done here.
+    def run_share(self, job: Job, ledger: Ledger, stats: WorkerStats, deliver: Deliver) -> None:
+        """Run the chunks of a worker's share; what they give goes back with its stats.
 
-        This is what `taskcarrier.workers.loop.run_worker` does with the task that `start` returns,
-        in fewer steps.
+        This is what `taskcarrier.workers.loop.run_worker` does for tasks of other kinds, in fewer
+        steps.
         """
-        if self.by_item or not self.joins:
-            return False
         number, chunksize, marks, pid = stats.worker, job.grid.chunksize, ledger.marks, os.getpid()
-        first, end = self.starts[number : number + 2]
-        arrays = self._open(first, end - first)
-        func, args, kwargs = self.call.func, self.call.args, self.call.kwargs
-        results = JoinedResults(first, end)
-        begin_ns, start = monotonic_ns(), first
+        start, end = self.starts[number : number + 2]
+        compute = self.start(WorkerContext(number, ledger.propose))
+        results = JoinedResults(start, end) if self.joins else _CollectedResults()
+        begin_ns = monotonic_ns()
         try:
             while start < end and not ledger.is_halted:
                 ledger.hold(number, start // chunksize)
                 stop = min(start + chunksize, end)
                 stats.last_range = start, stop
-                chunks = [array[start - first : stop - first] for array in arrays]
                 try:
-                    result = func(*chunks, *args, **kwargs)
-                except (ValueError, TypeError) as error:
-                    explain_read_only(error, writable=False, has_extras=bool(args or kwargs))
-                    raise
+                    result = compute(start, stop)
                 finally:
                     if os.getpid() != pid:
                         os._exit(1)  # the function has forked, and both processes came back
-                is_joined = results.put(result, start, stop)
-                if not is_joined:
-                    deliver(start, result)
+                is_kept = results.put(result, start, stop)
+                if not is_kept:
+                    deliver(start, make_arrays(result, stop - start) if self.joins else result)
                 if marks is not None:
-                    marks[start // chunksize] = DONE if is_joined else SENT
+                    marks[start // chunksize] = DONE if is_kept else SENT
                 ledger.finish(number, stop - start)
                 stats.n_ranges += 1
                 stats.n_items += stop - start
@@ -116,26 +111,17 @@ class ArrayShareTask(ShareTask):
         finally:
             stats.busy_ns = monotonic_ns() - begin_ns
             stats.facts = results.pack()
-        return True
 
     def start(self, worker: WorkerContext) -> RunRange:
-        """Start the function in a worker: open its share."""
+        """Start the function in a worker: open its share.
+
+        Results are sent one by one, as it may take the place of a worker that has died.
+        """
         first, end = self.starts[worker.number : worker.number + 2]
         arrays = self._open(first, end - first)
         if self.by_item:
-            compute = self._start_items(arrays, first, worker)
-        else:
-            compute = self._start_chunks(arrays, first)
-        results = JoinedResults(first, end) if self.joins else _CollectedResults()
-
-        def run_range(start: int, stop: int) -> Any:
-            result = compute(start, stop)
-            if not results.put(result, start, stop):
-                return result
-            worker.facts = results
-            return IN_PLACE
-
-        return run_range
+            return self._start_items(arrays, first, worker)
+        return self._start_chunks(arrays, first)
 
     def _open(self, first: int, n_items: int) -> list[np.ndarray]:
         arrays, begin = [], 0
@@ -151,14 +137,16 @@ class ArrayShareTask(ShareTask):
 
     def _start_chunks(self, arrays: list[np.ndarray], first: int) -> RunRange:
         func, args, kwargs = self.call.func, self.call.args, self.call.kwargs
+        joins = self.joins
 
         def compute(start: int, stop: int) -> Any:
             chunks = [array[start - first : stop - first] for array in arrays]
             try:
-                return func(*chunks, *args, **kwargs)
+                result = func(*chunks, *args, **kwargs)
             except (ValueError, TypeError) as error:
                 explain_read_only(error, writable=False, has_extras=bool(args or kwargs))
                 raise
+            return result if joins else own_memory(result, chunks)
 
         return compute
 
@@ -255,8 +243,9 @@ class _CollectedResults:
         self._pickled[start] = pickled
         return True
 
-    def __reduce__(self) -> Any:
-        return tuple, (([], 0, [], False, self._pickled),)
+    def pack(self) -> tuple[Any, ...]:
+        """Return the fields of the `ShareResults`."""
+        return [], 0, [], False, self._pickled
 
 
 class JoinedResults:
@@ -329,6 +318,3 @@ class JoinedResults:
         """Return the fields of the `ShareResults`."""
         parts = [(array.dtype.str, array.shape, array.tobytes()) for array in self._arrays]
         return self._ranges, self._first, parts, self._is_tuple, {}
-
-    def __reduce__(self) -> Any:
-        return tuple, (self.pack(),)

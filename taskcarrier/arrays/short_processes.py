@@ -53,8 +53,11 @@ def run_in_processes(
     shares = []
     for stats in result.worker_stats:
         if stats.facts is not None:
-            shares.append(ShareResults(*stats.facts))
+            share = ShareResults(*stats.facts)
+            shares.append(share)
             stats.facts = None
+            if share.by_start:
+                run.unpickle(share.by_start, stats.name, result, delivered)
     join = _join if joins else _list_results
     outputs = join(run, result, shares, delivered)
     if outputs is not None:
@@ -66,14 +69,9 @@ def run_in_processes(
 
 
 def _list_results(
-    run: ShortRun, result: RunResult, shares: Sequence[ShareResults], delivered: dict[int, Any]
+    run: ShortRun, result: RunResult, _: Sequence[ShareResults], delivered: dict[int, Any]
 ) -> list[Any] | None:
-    """Return the results of all ranges in order; None if some are missing.
-
-    Those in shares are added to the others.
-    """
-    for share in shares:
-        run.unpickle(share.by_start, result, delivered)
+    """Return the results of all ranges in order; None if some are missing."""
     if not run.is_complete(result) or len(delivered) < len(run.grid):
         return None
     return [delivered[start] for start in sorted(delivered)]

@@ -106,8 +106,8 @@ def run_worker(  # noqa: C901, PLR0912, PLR0915  # what is done for each range, 
         if isinstance(job.task, CompiledTask):
             _run_compiled(job.task, job, ledger, stats, sink[0])
             return stats
-        share_task = job.task if isinstance(job.task, ShareTask) and not attempts else None
-        if share_task is not None and share_task.run_share(job, ledger, stats, sink[0]):
+        if isinstance(job.task, ShareTask) and not attempts:
+            job.task.run_share(job, ledger, stats, sink[0])
             return stats
         worker = WorkerContext(number, ledger.propose)
         run_range = job.task.start(worker)

@@ -91,8 +91,8 @@ class ShareTask(ABC):
         """Start the task in a worker, as any `Task`."""
 
     @abstractmethod
-    def run_share(self, job: Job, ledger: Ledger, stats: WorkerStats, deliver: Deliver) -> bool:
-        """Run the worker's chunks by itself, if it can; return whether it has done so."""
+    def run_share(self, job: Job, ledger: Ledger, stats: WorkerStats, deliver: Deliver) -> None:
+        """Run the worker's chunks; keep in the stats what is not delivered."""
 
 
 class Move(Protocol):

@@ -324,8 +324,7 @@ class GridRun:
 
     def replace_worker(self, number: int, in_hand: Attempt | None, nexts: list[Attempt]) -> None:
         """Start another worker, which goes on with the chunks of this number after `nexts`."""
-        if self._payload.shares:
-            self._forget_joined(number)
+        nexts = [*self._reclaim_kept(number), *nexts]
         undone = self._take_undone(number)
         if undone and undone[0] == in_hand:
             del undone[0]
@@ -338,12 +337,18 @@ class GridRun:
         else:
             self.start(number, self._get_worker(number), [*nexts, *undone])
 
-    def _forget_joined(self, number: int) -> None:
-        """Count chunks as not done whose results a dead worker had yet to send with its stats."""
-        job = self._job
-        for index in job.balance.plan(number, job.n_workers, len(job.grid)):
-            if self._marks[index] == DONE:
-                self._marks[index] = PENDING
+    def _reclaim_kept(self, number: int) -> list[Attempt]:
+        """Return the chunks of a share whose results a dead worker had yet to send with its stats.
+
+        They are run again before the chunk that it had in hand, whatever becomes of that.
+        """
+        if not self._payload.shares:
+            return []
+        share = self._job.balance.plan(number, self._job.n_workers, len(self._job.grid))
+        kept = [index for index in share if self._marks[index] == DONE]
+        for index in kept:
+            self._marks[index] = RECLAIMED
+        return [Attempt(*self._job.grid.range_of(index)) for index in kept]
 
     # What got lost
 
