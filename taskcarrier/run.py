@@ -296,15 +296,18 @@ def remember_call(
     remembered what all workers took: none of them was lost, nor waited for another process.
     """
     report = outcome.report
+    busy_seconds = sum(worker.busy for worker in report.workers)
     if report.backend == "loky" and not executor.begins_in_caller:
-        remember_busy(func, n_items, nbytes, outcome)
+        if outcome.failures or outcome.n_deaths:
+            history.forget_busy(func)
+        else:
+            history.remember_busy(func, busy_seconds, n_items, nbytes)
         return
     if not executor.begins_in_caller and report.backend != "threading":
         return
     if outcome.failures:
         history.forget(func)
     elif not executor.begins_in_caller:
-        busy_seconds = sum(worker.busy for worker in report.workers)
         history.remember(func, busy_seconds, n_items, nbytes)
     elif report.backend == "sequential":
         history.remember(func, report.seconds, n_items, nbytes)
@@ -313,15 +316,6 @@ def remember_call(
         alone_seconds = caller.busy / max(1, caller.items) * n_items
         has_paid = report.seconds < alone_seconds
         history.remember_shared(func, report.seconds, n_items, nbytes, has_paid=has_paid)
-
-
-def remember_busy(func: Any, n_items: int, nbytes: int, outcome: RunOutcome) -> None:
-    """Remember for how long a call kept worker processes busy; none has died."""
-    if outcome.failures or outcome.n_deaths:
-        history.forget_busy(func)
-    else:
-        busy_seconds = sum(worker.busy for worker in outcome.report.workers)
-        history.remember_busy(func, busy_seconds, n_items, nbytes)
 
 
 def _gather_failures(result: RunResult) -> list[RangeFailure]:

@@ -245,7 +245,9 @@ def _get_large_bytes(buffer: Any) -> memoryview | None:
 
 def is_sent_by_name(func: object) -> bool:
     """Return whether cloudpickle sends a function by its name, as plain pickle would."""
-    if type(func) is not FunctionType or _cloudpickle_impl._PICKLE_BY_VALUE_MODULES:
+    if type(func) is not FunctionType:
+        return False
+    if getattr(_cloudpickle_impl, "_PICKLE_BY_VALUE_MODULES", True):  # the program has named some
         return False
     module: Any = sys.modules.get(func.__module__ or "")
     if module is None or func.__module__ in {"__main__", "__mp_main__"}:
