@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from time import monotonic_ns
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from taskcarrier.report import Report, WorkerReport
-from taskcarrier.run import describe_deaths, find_folder, show_worker_warnings
+from taskcarrier.run import find_folder, show_worker_warnings
 from taskcarrier.scheduling import history
 from taskcarrier.scheduling.balance import get_balance
 from taskcarrier.scheduling.grid import ChunkGrid
@@ -35,6 +35,9 @@ from taskcarrier.workers.pools import warm_process_pool
 from taskcarrier.workers.records import RangeFailure, RunResult
 from taskcarrier.workers.replay import ReplayExecutor
 from taskcarrier.workers.task import Job, ShareTask
+
+if TYPE_CHECKING:
+    from taskcarrier.workers.pickling import Payload  # slow to import
 
 MOST_NBYTES = 64 << 10
 """Larger data is not sent with orders; arbitrary."""
@@ -112,17 +115,10 @@ class ShortRun(NamedTuple):
         lease = warm_process_pool(self.n_jobs, self.n_workers)
         if lease is None:
             return None
-        from taskcarrier.workers.processes.share_jobs import pack_share_job  # noqa: PLC0415  # loaded with the pool
-
         job = Job(task, _STATIC, self.grid, self.n_workers, folder=find_folder(None))
         delivered: dict[int, Any] = {}
         with lease as processes:
-            try:
-                payload = pack_share_job(job, task, shares)
-            except Exception as error:
-                if is_raised_by_handler(error):
-                    raise
-                payload = None  # the general way raises it
+            payload = _pack(job, task, shares)
             if payload is None:
                 return None
             try:
@@ -134,7 +130,7 @@ class ShortRun(NamedTuple):
         return result, delivered
 
     def is_complete(self, result: RunResult) -> bool:
-        """Return whether nothing has failed, and all workers have run their shares."""
+        """Return whether nothing has failed, none has died, and all have run their shares."""
         stats = result.worker_stats
         return (
             not result.failures
@@ -162,14 +158,11 @@ class ShortRun(NamedTuple):
                 result.failures.append(RangeFailure(bounds, error, name))
 
     def end(self, result: RunResult) -> None:
-        """Report a run whose results are as usual, and show the warnings of its workers."""
+        """Report and remember a run that is complete, and show the warnings of its workers."""
         self._report(result)
         stats = result.worker_stats
-        if result.deaths:
-            history.forget_busy(self.func)
-        else:
-            busy = sum(each.busy_ns for each in stats) / 1e9
-            history.remember_busy(self.func, busy, self.grid.n_items, self.nbytes)
+        busy_seconds = sum(each.busy_ns for each in stats) / 1e9
+        history.remember_busy(self.func, busy_seconds, self.grid.n_items, self.nbytes)
         if any(each.warnings for each in stats):
             show_worker_warnings(stats)
 
@@ -180,7 +173,7 @@ class ShortRun(NamedTuple):
         return ReplayExecutor(choice, self.n_workers, result, returned)
 
     def _report(self, result: RunResult, error: BaseException | None = None) -> None:
-        notes = describe_deaths(result)
+        notes = []
         if error is not None:
             notes = [f"ended by {type(error).__name__}; what its workers did is not counted"]
         rows = [
@@ -191,6 +184,18 @@ class ShortRun(NamedTuple):
         n_jobs = min(self.n_jobs, len(self.grid))
         how = self.grid, self.nbytes, n_jobs, self.settings.balance
         self.settings.keep_report(partial(_make_report, how, seconds, rows, notes))
+
+
+def _pack(job: Job, task: ShareTask, shares: Sequence[bytes]) -> Payload | None:
+    """Return what is sent to workers; None if the call goes the general way."""
+    from taskcarrier.workers.processes.share_jobs import pack_share_job  # noqa: PLC0415  # loaded with the pool
+
+    try:
+        return pack_share_job(job, task, shares)
+    except Exception as error:
+        if is_raised_by_handler(error):
+            raise
+        return None  # the general way raises it
 
 
 def _make_report(

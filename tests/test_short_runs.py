@@ -32,6 +32,7 @@ from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.partition import Partition
 from taskcarrier.workers.processes.share_run import ShareRun
 from tests.faults.functions import note, noted, times
+from tests.interrupted import interrupted_at
 from tests.strategies import examples, same_bits, start_script
 
 X = np.arange(48.0).reshape(24, 2)
@@ -488,6 +489,15 @@ class TestInterrupts:
         monkeypatch.setattr(ShareRun, "_wait_for", wait_for)
         for _ in range(3):
             assert (map_array(np.negative, X, **OPTIONS) == -X).all()
+
+    @pytest.mark.fault(17)
+    def test_an_interrupt_at_any_step_leaves_the_next_call_right(self):
+        step = 0
+        while interrupted_at(step, lambda: map_array(np.copy, X, **OPTIONS)):
+            Y = X + step
+            assert (map_array(np.negative, Y, **OPTIONS) == -Y).all()
+            step += 1
+        assert step > 100
 
     def test_two_threads_have_workers_of_their_own(self):
         barrier = threading.Barrier(2)

@@ -50,6 +50,18 @@ def run_in_processes(
     if ended is None:
         return None, None
     result, delivered = ended
+    shares = _read_shares(run, result, delivered)
+    outputs = (_join if joins else _list_results)(run, result, shares, delivered)
+    if outputs is not None:
+        run.end(result)
+        return outputs, None
+    for share in shares:
+        delivered.update(share.split(grid.chunksize))
+    return None, run.make_replay(result, delivered)
+
+
+def _read_shares(run: ShortRun, result: RunResult, delivered: dict[int, Any]) -> list[ShareResults]:
+    """Return what workers have joined; add the results that they have kept one by one to others."""
     shares = []
     for stats in result.worker_stats:
         if stats.facts is not None:
@@ -58,14 +70,7 @@ def run_in_processes(
             stats.facts = None
             if share.by_start:
                 run.unpickle(share.by_start, stats.name, result, delivered)
-    join = _join if joins else _list_results
-    outputs = join(run, result, shares, delivered)
-    if outputs is not None:
-        run.end(result)
-        return outputs, None
-    for share in shares:
-        delivered.update(share.split(grid.chunksize))
-    return None, run.make_replay(result, delivered)
+    return shares
 
 
 def _list_results(
