@@ -499,6 +499,16 @@ class TestInterrupts:
             step += 1
         assert step > 100
 
+    def test_a_worker_that_is_still_in_an_earlier_call_is_ended_before(self, monkeypatch):
+        map_array(np.copy, X, **OPTIONS)
+        (place,) = [each for each in taskcarrier.workers.pools._pools._places if each.key[1] == 2]
+        workers = place.pool._workers
+        before = [workers[number].pid for number in range(2)]
+        workers[1].is_free = False  # as after an interrupt
+        monkeypatch.setattr(short_runs, "_WAKE_SECONDS", 1.0)  # only one gets a share
+        assert (map_array(np.negative, X, **OPTIONS) == -X).all()
+        assert [workers[number].pid == before[number] for number in range(2)] == [True, False]
+
     def test_two_threads_have_workers_of_their_own(self):
         barrier = threading.Barrier(2)
         results = []

@@ -87,13 +87,18 @@ class ProcessPool:
         return len(self._workers) == self._n
 
     def are_ready(self, n: int) -> bool:
-        """Return whether the first `n` workers wait for a run."""
+        """Return whether the first `n` workers wait for a run, and no other is in an earlier one.
+
+        Such a one would go on with that, and write to the ledger.
+        """
+        workers = self._workers
+        if not all(worker.is_free for worker in workers.values()):
+            return False
         poll = select.poll()
         for number in range(n):
-            worker = self._workers.get(number)
-            if worker is None or not worker.is_free or worker.pidfd < 0:
+            if number not in workers or workers[number].pidfd < 0:
                 return False
-            poll.register(worker.pidfd, select.POLLIN)
+            poll.register(workers[number].pidfd, select.POLLIN)
         return not poll.poll(0)
 
     def start_workers(self, n: int | None = None) -> None:
