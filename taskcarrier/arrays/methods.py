@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
+from taskcarrier.arrays.call import Outcomes
 from taskcarrier.arrays.collected import run_collected
 from taskcarrier.arrays.mapping import (
     MAP_ARRAY,
@@ -20,7 +21,6 @@ from taskcarrier.arrays.mapping import (
 from taskcarrier.arrays.reducing import REDUCE_ARRAY, prepare_reduction, run_reduction
 from taskcarrier.arrays.short_maps import (
     NOT_SHORT,
-    Outcomes,
     RunShort,
     collect_short_chunks,
     map_short_chunks,

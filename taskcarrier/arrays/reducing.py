@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any, TypeVar, Unpack, overload
 
 from taskcarrier.arguments import check_callable
-from taskcarrier.arrays.call import ArrayCall
+from taskcarrier.arrays.call import ArrayCall, Outcomes
 from taskcarrier.arrays.collected import run_collected
-from taskcarrier.arrays.short_maps import NOT_SHORT, Outcomes, collect_short_chunks
+from taskcarrier.arrays.short_maps import NOT_SHORT, collect_short_chunks
 from taskcarrier.notes import add_note
 from taskcarrier.options import UNSET, ChunksOptions, ReductionOptions
 from taskcarrier.run import Settings
