@@ -18,7 +18,9 @@ from typing import Any, NamedTuple, Protocol, Self
 from taskcarrier.report import Report, ReportMaker, WorkerReport, keep_report
 from taskcarrier.scheduling import history
 from taskcarrier.scheduling.balance import Serial
+from taskcarrier.scheduling.gil import GilWaits
 from taskcarrier.scheduling.grid import ChunkGrid
+from taskcarrier.scheduling.history import Known
 from taskcarrier.system.late_imports import is_ending
 from taskcarrier.workers.call import Call
 from taskcarrier.workers.choose import (
@@ -94,53 +96,62 @@ class ShortSettings(NamedTuple):
             return None
         return cls(backend, n_jobs, balance, keep_report)
 
-    def choose(self, func: Any, n_items: int, nbytes: int) -> Choice | None:
+    def choose(self, func: Any, n_items: int, nbytes: int) -> tuple[Choice | None, Known | None]:
         """Return where a call is run as a short one; None if it goes the general way.
 
         This is where that way runs it, with the same reason. By default it is the caller
-        (`Choice.begins_in_caller`), if the call is known to be short.
+        (`Choice.begins_in_caller`), if the call is known to be short. The second value is what
+        stands for the function in its history; None if that does not count.
         """
         if is_in_worker() or is_joblib_configured():
-            return None
-        choice = self._choose(func, n_items, nbytes)
-        if choice is None or choice.begins_in_caller:
-            return choice
-        return None if is_jitted(func) or is_numba_ufunc(func) else choice
+            return None, None
+        choice = self._find_only_choice()
+        if choice is not None:
+            return None if is_jitted(func) or is_numba_ufunc(func) else choice, None
+        known = history.find_known(func)
+        return self._choose(func, known, n_items, nbytes), known
 
-    def _choose(self, func: Any, n_items: int, nbytes: int) -> Choice | None:
-        """Return the choice for any function; calls in processes are not taken for short."""
+    def _find_only_choice(self) -> Choice | None:
+        """Return the choice where all is done by the caller; None if workers are possible."""
         if self.backend == "sequential":
             return _ASKED_FOR
+        return _ONE_WORKER if self._count_workers() == 1 else None
+
+    def _count_workers(self) -> int:
         n_jobs = self.n_jobs
         if n_jobs is None or n_jobs < 0:
             n_jobs = count_workers(n_jobs, Facts(cores=count_cores()))
-        if n_jobs == 1:
-            return _ONE_WORKER
-        if self.backend in {None, "auto"}:
-            may_use_threads = self.backend == "auto"
-            is_alone = is_short(func, n_items, nbytes, may_use_threads=may_use_threads)
-            return _CALLER_FIRST if is_alone else None
-        if self.backend == "threading" and not is_ending():
-            seconds = history.predict(func, n_items, nbytes)
-            if seconds is not None and seconds <= MOST_SECONDS:
-                return Choice("threading", n_jobs, "asked for")
-        return None
+        return n_jobs
+
+    def _choose(self, func: Any, known: Known, n_items: int, nbytes: int) -> Choice | None:
+        """Return the choice by what is known of the function; none is in processes."""
+        seconds = history.predict(known, n_items, nbytes)
+        if self.backend == "threading":
+            is_short = (
+                seconds is not None
+                and seconds <= MOST_SECONDS
+                and not (is_ending() or is_jitted(func) or is_numba_ufunc(func))
+            )
+            return Choice("threading", self._count_workers(), "asked for") if is_short else None
+        if self.backend not in {None, "auto"}:
+            return None
+        waits = history.find_gil_waits(known, n_items, nbytes) if self.backend else None
+        return _CALLER_FIRST if is_for_caller(func, seconds, waits) else None
 
 
-def is_short(func: Any, n_items: int, nbytes: int, *, may_use_threads: bool) -> bool:
+def is_for_caller(func: Any, seconds: float | None, waits: GilWaits | None) -> bool:
     """Return whether a call is so short that the caller runs it, where no backend is asked for.
 
-    With `may_use_threads`, threads may run any function that is not known to hold the GIL.
+    It will take so many `seconds`; None if that is not known. With `waits`, threads may run any
+    function that is not known to hold the GIL.
     """
-    seconds = history.predict(func, n_items, nbytes)
     if seconds is None or seconds > _MAX_SECONDS_FOR_PROCESSES:
         return False
     if seconds <= _MAX_SECONDS_FOR_THREADS:
         return True
     if releases_gil(func):
         return False
-    waits = history.find_gil_waits(func, n_items, nbytes)
-    return not may_use_threads or waits.is_fit_for_threads is False
+    return waits is None or waits.is_fit_for_threads is False
 
 
 def is_count(value: Any, least: int = -sys.maxsize) -> bool:
@@ -182,6 +193,8 @@ class ShortCall(NamedTuple):
     ----------
     func : callable
         The user's function.
+    known : Known or None
+        What stands for it in its history; None if that does not count.
     grid : ChunkGrid
         The chunks; at least one item.
     nbytes : int
@@ -193,6 +206,7 @@ class ShortCall(NamedTuple):
     """
 
     func: Callable[..., Any]
+    known: Known | None
     grid: ChunkGrid
     nbytes: int
     choice: Choice
@@ -237,7 +251,7 @@ class ShortCall(NamedTuple):
             self.remember(busy_ns / 1e9 if worker_stats else None)
             if choice.backend == "threading" and worker_stats:
                 is_unaided = not any(stats.n_items for stats in worker_stats[1:])
-                history.remember_help(self.func, was_unaided=is_unaided)
+                history.remember_help(self.known, was_unaided=is_unaided)
         return result
 
     def keep_report(self, seconds: float, worker_stats: Sequence[WorkerStats]) -> None:
@@ -251,17 +265,19 @@ class ShortCall(NamedTuple):
 
         The last call must have shown that: a function that waits for other threads lets them come.
         """
-        seconds = history.predict(self.func, self.grid.n_items, self.nbytes)
-        return seconds is not None and seconds < ALONE_SECONDS and history.was_unaided(self.func)
+        if not history.was_unaided(self.known):
+            return False
+        seconds = history.predict(self.known, self.grid.n_items, self.nbytes)
+        return seconds is not None and seconds < ALONE_SECONDS
 
     def remember(self, seconds: float | None) -> None:
         """Remember what the call took if that decides on the next one; None if it has failed."""
-        if self.choice.backend == "sequential" and not self.choice.begins_in_caller:
+        if self.known is None:
             return
         if seconds is None:
-            history.forget(self.func)
+            history.forget(self.known)
         else:
-            history.remember(self.func, seconds, self.grid.n_items, self.nbytes)
+            history.remember(self.known, seconds, self.grid.n_items, self.nbytes)
 
 
 def _run_impatiently(run_unit: RunUnit, patience: Patience, start: int, stop: int) -> bool:

@@ -30,6 +30,7 @@ from taskcarrier import (
 )
 from taskcarrier.lists import short_maps
 from taskcarrier.scheduling import history
+from taskcarrier.scheduling.gil import GilWaits
 from tests.clocks import LONG, wait_until
 from tests.strategies import examples, same_bits
 
@@ -81,7 +82,7 @@ def outcome_of(call, *, is_short):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(history, "predict", lambda *_: 0.0)
         if not is_short:
-            patch.setattr(short_calls.ShortSettings, "choose", lambda *_: None)
+            patch.setattr(short_calls.ShortSettings, "choose", lambda *_: (None, None))
         try:
             result = call()
         except Exception as error:  # noqa: BLE001  # compared below
@@ -635,22 +636,26 @@ class TestWhenItIsShort:
 
     def test_a_slow_call_is_not_short_the_next_time(self, monkeypatch):
         monkeypatch.undo()
-        key = history.find_key(double)
+        key = history.find_known(double)
         history.remember(double, 10.0, 24, 1)
         assert history.predict(double, 24, 1) == 10.0
-        assert not short_calls.is_short(double, 24, 1, may_use_threads=False)
+        settings = short_calls.ShortSettings.from_options({"n_jobs": 2})
+        assert settings.choose(double, 24, 1)[0] is None
         history.forget(double)
         assert key not in history._last_alone
 
-    def test_what_threads_may_run_is_handed_over_sooner(self, monkeypatch):
-        monkeypatch.undo()
-        history.remember(double, 0.003, 24, 1)
-        assert short_calls.is_short(double, 24, 1, may_use_threads=False)
-        assert not short_calls.is_short(double, 24, 1, may_use_threads=True)
-        history.find_gil_waits(double, 24, 1).n_held = 4
-        assert short_calls.is_short(double, 24, 1, may_use_threads=True)
-        history.remember(np.sqrt, 0.003, 24, 1)
-        assert not short_calls.is_short(np.sqrt, 24, 1, may_use_threads=False)
+    def test_what_threads_may_run_is_handed_over_sooner(self):
+        is_for_caller = short_calls.is_for_caller
+        unknown, held = GilWaits(), GilWaits()
+        held.n_held = 4
+        assert not is_for_caller(double, None, None)
+        for waits in (None, unknown, held):
+            assert is_for_caller(np.sqrt, 0.001, waits)
+            assert not is_for_caller(np.sqrt, 0.003, waits)
+            assert not is_for_caller(double, 0.01, waits)
+        assert is_for_caller(double, 0.003, None)
+        assert not is_for_caller(double, 0.003, unknown)
+        assert is_for_caller(double, 0.003, held)
 
     def test_workers_and_joblib_take_the_general_way(self, monkeypatch):
         monkeypatch.setattr(history, "predict", lambda *_: 0.0)
@@ -659,7 +664,7 @@ class TestWhenItIsShort:
             options = [{}, {"n_jobs": 1}, {"backend": "sequential"}, {"backend": "threads"}]
             options.append({"backend": "auto"})
             settings = [short_calls.ShortSettings.from_options({"n_jobs": 2, **o}) for o in options]
-            return [each.choose(double, 1, 1) is not None for each in settings]
+            return [each.choose(double, 1, 1)[0] is not None for each in settings]
 
         assert all(is_short())
         with joblib.parallel_config(backend="threading", n_jobs=2):

@@ -552,7 +552,7 @@ class TestWhenItIsShort:
         history.remember_busy(fail, 0.001, 24, X.nbytes)
         with pytest.raises(ValueError, match="bad"):
             map_array(fail, X, **OPTIONS)
-        assert history.find_key(fail) not in history._last_busy
+        assert history.find_known(fail) not in history._last_busy
 
     def test_a_worker_gets_a_share_if_that_takes_longer_than_to_wake_it(self, monkeypatch):
         monkeypatch.setattr(short_runs, "_WAKE_SECONDS", 0.0001)

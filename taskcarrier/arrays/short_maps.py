@@ -107,11 +107,11 @@ def _run(
             func, arrays, options, settings, grid, by_item=by_item, joins=joins
         )
         return (NOT_SHORT if result is None else result), replay or {}
-    choice = settings.choose(func, n_items, nbytes)
+    choice, known = settings.choose(func, n_items, nbytes)
     if choice is None or (len(grid) > _MAX_CHUNKS and not by_item):
         return NOT_SHORT, {}
     work = kind(_bind_constants(func, len(arrays), options), arrays, grid)
-    call = ShortCall(func, grid, nbytes, choice, settings)
+    call = ShortCall(func, known, grid, nbytes, choice, settings)
     result = call.run(work, can_join=by_item)
     return (NOT_SHORT if result is None else result), work.outcomes
 

@@ -42,8 +42,10 @@ def find_short_call(
     short_settings = ShortSettings(
         settings.backend, settings.n_jobs, settings.balance.name, settings.keep_report
     )
-    choice = short_settings.choose(func, n_items, 0)
-    return None if choice is None else ShortCall(func, make_grid(choice), 0, choice, short_settings)
+    choice, known = short_settings.choose(func, n_items, 0)
+    if choice is None:
+        return None
+    return ShortCall(func, known, make_grid(choice), 0, choice, short_settings)
 
 
 def map_short_list(calls: Calls, items: Sequence[Any], call: ShortCall) -> tuple[Any, Outcomes]:

@@ -1,9 +1,9 @@
 """How long the last calls of a function took: in the caller alone, and shared with workers.
 
 By that the next call can be known to be short, and a hand-over that did not pay is not repeated.
-The key is the function's code and the objects that it refers to: a lambda that is made again for
-each call is known, and one that calls another model is another function. What is kept are a few
-numbers for each of the last functions. They decide on where a call runs, never on results.
+What stands for it is the function's code and the objects that it refers to: a lambda that is made
+again for each call is known, and one that calls another model is another function. What is kept are
+a few numbers for each of the last functions. They decide on where a call runs, never on results.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _Shared:
 
 
 class Known(NamedTuple):
-    """What stands for a function that is made again for each call, with other objects inside.
+    """What stands for a function; all that takes a function here takes this, too.
 
     Attributes
     ----------
@@ -74,17 +74,17 @@ _unaided: set[Any] = set()
 _last_busy: dict[Any, _Last] = {}
 
 
-def find_key(func: Any) -> Any:
+def find_known(func: Any) -> Known:
     """Return what stands for a function: its code and what it refers to, if it is Python's."""
     if isinstance(func, Known):
         return func
     if isinstance(func, partial):
         values = (*func.args, *func.keywords.values())
-        return (find_key(func.func), *func.keywords, *map(id, values))
+        return Known((find_known(func.func), *func.keywords, *map(id, values)))
     if isinstance(func, MethodType):
-        return find_key(func.__func__), id(func.__self__)
+        return Known((find_known(func.__func__), id(func.__self__)))
     if not isinstance(func, FunctionType):
-        return type(func), id(func)
+        return Known((type(func), id(func)))
     code, names = func.__code__, func.__globals__
     referents = [names[name] for name in code.co_names if name in names]
     for cell in func.__closure__ or ():
@@ -93,29 +93,29 @@ def find_key(func: Any) -> Any:
         except ValueError:  # it is not bound yet
             referents.append(cell)
     referents += func.__defaults__ or ()
-    return (code, *map(id, referents))
+    return Known((code, *map(id, referents)))
 
 
 def remember(func: Any, seconds: float, n_items: int, nbytes: int) -> None:
     """Remember how long a call took in the caller alone."""
     if len(_last_alone) >= _MOST:
         _last_alone.clear()
-    _last_alone[find_key(func)] = _Last(seconds, max(1, n_items), max(1, nbytes))
+    _last_alone[find_known(func)] = _Last(seconds, max(1, n_items), max(1, nbytes))
 
 
 def remember_help(func: Any, *, was_unaided: bool) -> None:
     """Remember whether the caller did a call before threads came that it had woken."""
     if not was_unaided:
-        _unaided.discard(find_key(func))
+        _unaided.discard(find_known(func))
         return
     if len(_unaided) >= _MOST:
         _unaided.clear()
-    _unaided.add(find_key(func))
+    _unaided.add(find_known(func))
 
 
 def was_unaided(func: Any) -> bool:
     """Return whether the caller did the last call in threads before these came."""
-    return find_key(func) in _unaided
+    return find_known(func) in _unaided
 
 
 def remember_shared(
@@ -125,14 +125,14 @@ def remember_shared(
     if len(_last_shared) >= _MOST:
         _last_shared.clear()
     last = _Last(seconds, max(1, n_items), max(1, nbytes))
-    _last_shared[find_key(func)] = _Shared(last, has_paid=has_paid)
+    _last_shared[find_known(func)] = _Shared(last, has_paid=has_paid)
 
 
 def forget(func: Any) -> None:
     """Forget what a function took: its last call failed."""
-    key = find_key(func)
-    _last_alone.pop(key, None)
-    _unaided.discard(key)
+    known = find_known(func)
+    _last_alone.pop(known, None)
+    _unaided.discard(known)
 
 
 def predict(func: Any, n_items: int, nbytes: int) -> float | None:
@@ -142,7 +142,7 @@ def predict(func: Any, n_items: int, nbytes: int) -> float | None:
     >>> predict(len, 200, 800), predict(len, 100, 80), predict(len, 10_000, 800)
     (0.002, 0.001, None)
     """
-    last = _last_alone.get(find_key(func))
+    last = _last_alone.get(find_known(func))
     return None if last is None else last.predict(n_items, nbytes)
 
 
@@ -150,17 +150,17 @@ def remember_busy(func: Any, seconds: float, n_items: int, nbytes: int) -> None:
     """Remember for how long a function kept worker processes busy that were asked for."""
     if len(_last_busy) >= _MOST:
         _last_busy.clear()
-    _last_busy[find_key(func)] = _Last(seconds, max(1, n_items), max(1, nbytes))
+    _last_busy[find_known(func)] = _Last(seconds, max(1, n_items), max(1, nbytes))
 
 
 def forget_busy(func: Any) -> None:
     """Forget it: the last call failed, or workers died."""
-    _last_busy.pop(find_key(func), None)
+    _last_busy.pop(find_known(func), None)
 
 
 def predict_busy(func: Any, n_items: int, nbytes: int) -> float | None:
     """Return for how many seconds a call will keep workers busy; None if that is not known."""
-    last = _last_busy.get(find_key(func))
+    last = _last_busy.get(find_known(func))
     return None if last is None else last.predict(n_items, nbytes)
 
 
@@ -170,13 +170,13 @@ def find_alone_seconds(func: Any, n_items: int, nbytes: int) -> float:
     They did not help if a call that was shared took longer than one of a similar size that was not.
     If there was none, it is tried. After some calls, workers are tried again.
     """
-    key, size = find_key(func), (max(1, n_items), max(1, nbytes))
-    shared, alone = _last_shared.get(key), _last_alone.get(key)
+    known, size = find_known(func), (max(1, n_items), max(1, nbytes))
+    shared, alone = _last_shared.get(known), _last_alone.get(known)
     if shared is None or not shared.last.is_similar(*size):
         return 0.0
     shared.n_calls_alone += 1
     if shared.n_calls_alone > _CALLS_ALONE:
-        del _last_shared[key]
+        del _last_shared[known]
         return 0.0
     if alone is None or not alone.is_similar(*size):
         is_better_alone = not shared.has_paid
@@ -192,8 +192,8 @@ def find_gil_waits(func: Any, n_items: int, nbytes: int) -> GilWaits:
     """
     if len(_gil_waits) >= _MOST:
         _gil_waits.clear()
-    key, size = find_key(func), (max(1, n_items), max(1, nbytes))
-    known = _gil_waits.get(key)
-    if known is None or not known[0].is_similar(*size):
-        known = _gil_waits[key] = _Last(0.0, *size), GilWaits()
-    return known[1]
+    known, size = find_known(func), (max(1, n_items), max(1, nbytes))
+    found = _gil_waits.get(known)
+    if found is None or not found[0].is_similar(*size):
+        found = _gil_waits[known] = _Last(0.0, *size), GilWaits()
+    return found[1]

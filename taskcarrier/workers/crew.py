@@ -9,7 +9,6 @@ faster. What a unit gives is for the work itself to keep: nothing of the crew ou
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -62,7 +61,10 @@ def list_units(grid: ChunkGrid, n_chunks: int) -> list[Unit]:
     Popping one is a call into C: none is lost, nor taken by two threads.
     """
     size, n_items = n_chunks * grid.chunksize, grid.n_items
-    return [(start, min(start + size, n_items)) for start in range(0, n_items, size)][::-1]
+    units = [(start, start + size) for start in range(0, n_items, size)]
+    units[-1] = units[-1][0], n_items
+    units.reverse()
+    return units
 
 
 def run_units(
@@ -70,13 +72,12 @@ def run_units(
     chunksize: int,
     run_unit: RunUnit,
     stats: WorkerStats,
-    seconds: float = math.inf,
+    seconds: float | None = None,
 ) -> None:
     """Run units in this worker, until none is left or one is unusual; or for so many seconds."""
     getpid, n_items = os.getpid, 0
     pid = getpid()
     begin = perf_counter()
-    deadline = begin + seconds
     try:
         while units:
             try:
@@ -90,7 +91,7 @@ def run_units(
             if not is_usual:
                 units.clear()
             n_items += stop - start
-            if perf_counter() > deadline:
+            if seconds is not None and perf_counter() > begin + seconds:
                 break
     finally:
         stats.n_items += n_items
@@ -159,7 +160,7 @@ class _Crew:
                     invitation.take_back()
                 pool.drop_stuck_workers()
 
-    def run_in_caller(self, seconds: float = math.inf) -> None:
+    def run_in_caller(self, seconds: float | None = None) -> None:
         """Run units in the caller, until none is left; or for so many seconds."""
         self._caller_context.run(self._run_units, self.worker_stats[0], seconds)
         error = self._find_interrupt()
@@ -170,7 +171,7 @@ class _Crew:
         finally:
             del error  # its traceback refers to this frame
 
-    def _run_units(self, stats: WorkerStats, seconds: float = math.inf) -> None:
+    def _run_units(self, stats: WorkerStats, seconds: float | None = None) -> None:
         run_units(self._units, self._chunksize, self._work.run_unit, stats, seconds)
 
     def _find_interrupt(self) -> BaseException | None:

@@ -8,7 +8,7 @@ import pytest
 from taskcarrier.scheduling import history
 from taskcarrier.scheduling.history import (
     find_alone_seconds,
-    find_key,
+    find_known,
     forget,
     predict,
     remember,
@@ -44,9 +44,20 @@ class Thing:
 
 
 def test_a_function_is_known_by_its_code():
-    assert find_key(make()) == find_key(make())
-    assert find_key(make()) != find_key(lambda x: x)
-    assert find_key(np.sin) != find_key(np.cos)
+    assert find_known(make()) == find_known(make())
+    assert find_known(make()) != find_known(lambda x: x)
+    assert find_known(np.sin) != find_known(np.cos)
+
+
+def test_what_is_known_stands_for_the_function():
+    known = find_known(double_all)
+    assert find_known(known) is known
+    remember(double_all, 2.0, 5, 0)
+    assert predict(known, 5, 0) == 2.0
+
+
+def double_all(x):
+    return 2 * x
 
 
 def test_a_function_that_is_made_again_is_known_by_facts():
@@ -57,17 +68,21 @@ def test_a_function_that_is_made_again_is_known_by_facts():
 
 def test_what_a_function_refers_to_counts(monkeypatch):
     one, other = Thing(), Thing()
-    assert find_key(one.method) == find_key(one.method)
-    assert find_key(one.method) != find_key(other.method)
-    assert find_key(functools.partial(make(), one)) == find_key(functools.partial(make(), one))
-    assert find_key(functools.partial(make(), one)) != find_key(functools.partial(make(), other))
-    assert find_key(functools.partial(make(), a=one)) != find_key(functools.partial(make(), b=one))
-    assert find_key(enclosing(one)) == find_key(enclosing(one))
-    assert find_key(enclosing(one)) != find_key(enclosing(other))
-    assert find_key(lambda: unbound) is not None  # noqa: F821  # a name that is not bound is the case
-    key = find_key(uses_global)
+    assert find_known(one.method) == find_known(one.method)
+    assert find_known(one.method) != find_known(other.method)
+    assert find_known(functools.partial(make(), one)) == find_known(functools.partial(make(), one))
+    assert find_known(functools.partial(make(), one)) != find_known(
+        functools.partial(make(), other)
+    )
+    assert find_known(functools.partial(make(), a=one)) != find_known(
+        functools.partial(make(), b=one)
+    )
+    assert find_known(enclosing(one)) == find_known(enclosing(one))
+    assert find_known(enclosing(one)) != find_known(enclosing(other))
+    assert find_known(lambda: unbound) is not None  # noqa: F821  # a name that is not bound is the case
+    key = find_known(uses_global)
     monkeypatch.setitem(globals(), "THING", other)
-    assert find_key(uses_global) != key
+    assert find_known(uses_global) != key
 
 
 def test_a_call_takes_as_long_as_the_last_one_or_longer_in_proportion():
@@ -162,5 +177,5 @@ def test_what_workers_were_busy_with_is_remembered_apart(monkeypatch):
     history.forget_busy(len)
     assert history.predict_busy(len, 10, 80) is None
     for number in range(history._MOST + 1):
-        history.remember_busy(number, 0.5, 1, 1)
+        history.remember_busy(history.Known((number,)), 0.5, 1, 1)
     assert len(history._last_busy) == 1
