@@ -112,7 +112,8 @@ class ShortRun(NamedTuple):
         self, task: ShareTask, shares: Sequence[bytes]
     ) -> tuple[RunResult, dict[int, Any]] | None:
         """Return how the run ended, and what was delivered; None if it goes the general way."""
-        lease = warm_process_pool(self.n_jobs, self.n_workers)
+        n_listed = min(self.n_jobs, len(self.grid))
+        lease = warm_process_pool(self.n_jobs, n_listed)
         if lease is None:
             return None
         job = Job(task, _STATIC, self.grid, self.n_workers, folder=find_folder(None))
@@ -122,7 +123,7 @@ class ShortRun(NamedTuple):
             if payload is None:
                 return None
             try:
-                result = processes.run_shares(job, payload, delivered.__setitem__)
+                result = processes.run_shares(job, payload, delivered.__setitem__, n_listed)
             except BaseException as error:
                 history.forget_busy(self.func)
                 self._report(RunResult([], 0, None, is_halted=True), error)
@@ -133,9 +134,7 @@ class ShortRun(NamedTuple):
         """Return whether nothing has failed, none has died, and all have run their shares."""
         stats = result.worker_stats
         return (
-            not result.failures
-            and not result.missing
-            and len(stats) == self.n_workers
+            not (result.failures or result.missing or result.deaths)
             and all(each.failure is None for each in stats)
             and sum([each.n_items for each in stats]) == self.grid.n_items
         )

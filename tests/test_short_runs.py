@@ -563,6 +563,14 @@ class TestWhenItIsShort:
             plans.append(short_runs.plan_workers(np.copy, grid, 100, 8))
         assert plans == [(8, 1), (8, 2), (8, 8), None]
 
+    def test_workers_without_a_share_are_in_the_report(self, monkeypatch, share_runs):
+        monkeypatch.setattr(short_runs, "_WAKE_SECONDS", 1.0)
+        for func in (np.negative, fail_at(99), lambda chunk: chunk.astype(object)):
+            map_array(func, X, **OPTIONS)
+            assert [worker.ranges for worker in last_report().workers] == [24, 0]
+            assert last_report().n_jobs == 2
+        assert share_runs.count("short") == 3
+
     def test_workers_and_joblib_take_the_general_way(self, share_runs):
         with joblib.parallel_config(backend="threading", n_jobs=2):
             map_array(np.copy, X, **OPTIONS)

@@ -58,8 +58,10 @@ class ReplayExecutor(SerialExecutor):
             | set(range(0, grid.n_items, grid.chunksize))
         )
         shares = Partition(self._n_workers, len(grid))
-        for stats in {stats.worker: stats for stats in result.worker_stats}.values():
-            share = shares[stats.worker]
+        last_stats = {stats.worker: stats for stats in result.worker_stats}
+        for stats, share in zip(map(last_stats.get, range(len(shares))), shares, strict=True):
+            if stats is None:
+                continue
             first, last = share.start * grid.chunksize, share.stop * grid.chunksize
             attempts = [
                 Attempt(start, stop)

@@ -29,7 +29,7 @@ from taskcarrier.workers.processes.exits import is_readable
 from taskcarrier.workers.processes.shared_ledger import open_ledger
 from taskcarrier.workers.processes.worker_process import WorkerProcess
 from taskcarrier.workers.processes.worker_starter import ServerDiedError, WorkerStarter
-from taskcarrier.workers.records import RunResult
+from taskcarrier.workers.records import RunResult, WorkerStats
 from taskcarrier.workers.task import Deliver, Job
 from taskcarrier.workers.thread_limits import make_worker_environment
 
@@ -192,8 +192,17 @@ class ProcessPool:
         finally:
             run.close()
 
-    def run_shares(self, job: Job, payload: Payload, deliver: Deliver) -> RunResult:
-        """Run a job with shares on workers that are ready (`are_ready`); else as `run`."""
+    def run_shares(self, job: Job, payload: Payload, deliver: Deliver, n_listed: int) -> RunResult:
+        """Run a job with shares on workers that are ready (`are_ready`); else as `run`.
+
+        Of the first `n_listed` workers, those without a share have stats too.
+        """
+        result = self._run_shares(job, payload, deliver)
+        for number in range(job.n_workers, n_listed):
+            result.worker_stats.append(WorkerStats(number, self._workers[number].name))
+        return result
+
+    def _run_shares(self, job: Job, payload: Payload, deliver: Deliver) -> RunResult:
         from taskcarrier.workers.processes.share_run import ShareRun  # noqa: PLC0415  # as below
 
         workers: dict[int, Worker] = {
