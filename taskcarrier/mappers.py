@@ -360,7 +360,7 @@ class Mapper(ArrayMethods):
     def _fill_short(
         self, options: Mapping[str, object]
     ) -> tuple[ShortSettings, Mapping[str, object]] | None:
-        if self.verbosity >= 1:
+        if self.verbosity >= 1 or (self._backend == "loky" and self.temp_folder is not None):
             return None
         settings = ShortSettings(self._backend, self._n_jobs, self._balance.name, self._keep_report)
         if self.chunksize is not None and options.get("chunksize") is None:

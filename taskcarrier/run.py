@@ -79,7 +79,7 @@ class Settings:
     @property
     def folder(self) -> str | None:
         """The folder in which shared memory lies; None for memory."""
-        return self.temp_folder or os.environ.get("JOBLIB_TEMP_FOLDER")
+        return find_folder(self.temp_folder)
 
     def new_staging(self) -> Staging:
         """Return a new staging for the copies of a run."""
@@ -90,6 +90,11 @@ class Settings:
         if self.recycler is None:
             return Segment.create(self.folder)
         return self.recycler.segment(nbytes, self.folder)
+
+
+def find_folder(temp_folder: str | None) -> str | None:
+    """Return the folder in which shared memory lies, by what the user says; None for memory."""
+    return temp_folder or os.environ.get("JOBLIB_TEMP_FOLDER")
 
 
 @record
@@ -125,6 +130,8 @@ class RunOutcome:
         Failed ranges, in ascending order.
     deaths : list of WorkerDeath
         Workers that died and whose ranges were not run by others.
+    n_deaths : int
+        The number of all workers that died.
     missing : list of (int, int)
         Ranges without a result, in ascending order, as far as the marks show.
     first_proposal : object
@@ -137,6 +144,7 @@ class RunOutcome:
     delivered: list[tuple[int, Any]]
     failures: list[RangeFailure]
     deaths: list[WorkerDeath]
+    n_deaths: int = 0
     missing: list[tuple[int, int]]
     first_proposal: Any
     report: Report
@@ -272,6 +280,7 @@ def execute(
         delivered=delivered,
         failures=failures,
         deaths=result.unrecovered_deaths,
+        n_deaths=len(result.deaths),
         missing=result.missing,
         first_proposal=result.first_proposal,
         report=report,
@@ -283,16 +292,22 @@ def remember_call(
 ) -> None:
     """Remember how long a call took if that decides on the next one.
 
-    That is a call that was begun in the caller, or one in threads, of which is remembered what all
-    workers took: none of them was lost, nor waited for another process.
+    That is a call that was begun in the caller, or one in threads or processes, of which is
+    remembered what all workers took: none of them was lost, nor waited for another process.
     """
     report = outcome.report
+    busy_seconds = sum(worker.busy for worker in report.workers)
+    if report.backend == "loky" and not executor.begins_in_caller:
+        if outcome.failures or outcome.n_deaths:
+            history.forget_busy(func)
+        else:
+            history.remember_busy(func, busy_seconds, n_items, nbytes)
+        return
     if not executor.begins_in_caller and report.backend != "threading":
         return
     if outcome.failures:
         history.forget(func)
     elif not executor.begins_in_caller:
-        busy_seconds = sum(worker.busy for worker in report.workers)
         history.remember(func, busy_seconds, n_items, nbytes)
     elif report.backend == "sequential":
         history.remember(func, report.seconds, n_items, nbytes)

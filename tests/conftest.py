@@ -28,6 +28,7 @@ def run(request):
 def general_way(monkeypatch):
     """Let no call take the short way."""
     monkeypatch.setattr(ShortSettings, "choose", lambda *_: None)
+    monkeypatch.setattr(history, "predict_busy", lambda *_: None)
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def hand_over_after(monkeypatch):
     In streams, it is handed over after so many items. No call takes the short way.
     """
     monkeypatch.setattr(history, "predict", lambda *_: None)
+    monkeypatch.setattr(history, "predict_busy", lambda *_: None)
     monkeypatch.setattr(history, "find_alone_seconds", lambda *_: 0.0)
     chunks = caller_first._CallerChunks
     monkeypatch.setattr(hand_overs, "has_warm_processes", lambda n: True)

@@ -21,6 +21,7 @@ LAYERS = [
     ["report", "scheduling"],
     ["options", "progress", "workers"],
     ["run", "short_calls", "verbs"],
+    ["short_runs"],
     ["arrays", "lists"],
     ["estimators", "mappers"],
     ["current"],

@@ -746,6 +746,7 @@ def test_a_range_without_a_mark_is_refused(monkeypatch, tmp_path):
     assert not (tmp_path / "Y.npy").exists()
 
 
+@pytest.mark.usefixtures("general_way")
 def test_a_result_that_never_came_is_refused(monkeypatch):
     options = {"chunksize": 1, "n_jobs": 2, "backend": "loky"}
     X = np.arange(8.0)

@@ -35,6 +35,7 @@ from taskcarrier.workers.choose import check_for_arrays
 from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.introspect import is_jitted
 from taskcarrier.workers.records import DeliveredFailure, PartialResult
+from taskcarrier.workers.replay import ReplayExecutor
 from taskcarrier.workers.task import Move, Task
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ _NO_NUMBERS = {
     ),
     "V": "pass its fields one by one, X['name']",
 }
+
+
+Outcomes = dict[int, Any] | ReplayExecutor
+"""What is known of a call before it goes the general way: what the function has returned or raised
+in the caller (`ArrayTask.outcomes`), or the executor with what worker processes have returned."""
 
 
 @record
@@ -154,8 +160,10 @@ class ArrayCall:
                     if remedy := _NO_NUMBERS.get(dtype.kind):
                         add_note(failure.error, f"array {number} has dtype {dtype}: {remedy}")
 
-    def decide(self) -> Executor:
-        """Return where the call runs."""
+    def decide(self, outcomes: Outcomes | None = None) -> Executor:
+        """Return where the call runs; it has run already where `outcomes` are an executor."""
+        if isinstance(outcomes, ReplayExecutor):
+            return outcomes
         check_for_arrays(self.settings.backend)
         if self.inputs.n_items == 0:
             return run_nothing()
@@ -191,7 +199,7 @@ class ArrayCall:
         buffer: OutputBuffer | None,
         fusing_ns: int = 0,
         prepared: PreparedCall | None = None,
-        outcomes: dict[int, Any] | None = None,
+        outcomes: Outcomes | None = None,
     ) -> Work:
         """Return the function as a task over the arrays: compiled, with its inputs in place.
 
@@ -218,7 +226,8 @@ class ArrayCall:
             in_processes=staging is not None,
             passes_index=self.streams is not None,
             chunksize=self.grid.chunksize,
-            outcomes=outcomes or {},
+            outcomes=outcomes if isinstance(outcomes, dict) else {},
+            returned=outcomes.returned if isinstance(outcomes, ReplayExecutor) else {},
         )
         return Work(
             task,

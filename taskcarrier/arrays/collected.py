@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from taskcarrier.arrays.call import ArrayCall
+from taskcarrier.arrays.call import ArrayCall, Outcomes
 from taskcarrier.arrays.move import ArrayMove
 from taskcarrier.run import raise_first_failure, raise_if_missing
 from taskcarrier.workers.records import DeliveredFailure
 
 
 def run_collected(
-    call: ArrayCall, outcomes: dict[int, Any] | None = None
+    call: ArrayCall, outcomes: Outcomes | None = None
 ) -> tuple[dict[int, Any], list[DeliveredFailure]]:
     """Run a call; return results by the start of their range, and the failures.
 
     `outcomes` are what the function has returned or raised before (`ArrayTask.outcomes`).
     """
-    executor = call.decide()
+    executor = call.decide(outcomes)
     work = call.make_work(executor.staging, None, outcomes=outcomes)
     try:
         outcome = call.execute(work, executor, move=ArrayMove(call) if executor.may_move else None)

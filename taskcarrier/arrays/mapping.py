@@ -122,6 +122,7 @@ def map_array(func: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     ndarray or tuple of ndarray
         `out` if it was given (for a path: the file, mapped), else ordinary writable arrays.
         After a map in processes these lie in shared memory: another map over them copies nothing.
+        (Not after a short call, which gives a few KiB.)
         With ``on_error="collect"`` a tuple of this and a list of `FailedRange`.
 
     Raises

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
+from taskcarrier.arrays.call import Outcomes
 from taskcarrier.arrays.collected import run_collected
 from taskcarrier.arrays.mapping import (
     MAP_ARRAY,
@@ -19,7 +20,6 @@ from taskcarrier.arrays.mapping import (
 from taskcarrier.arrays.reducing import REDUCE_ARRAY, fold, prepare_reduction
 from taskcarrier.arrays.short_maps import (
     NOT_SHORT,
-    Outcomes,
     RunShort,
     collect_short_chunks,
     map_short_chunks,

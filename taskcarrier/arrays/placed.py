@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from taskcarrier.arrays.call import ArrayCall, Work
+from taskcarrier.arrays.call import ArrayCall, Outcomes, Work
 from taskcarrier.arrays.kernels.prepare import FusedLoop, fuse_loop
 from taskcarrier.arrays.move import ArrayMove
 from taskcarrier.arrays.outputs.buffers import LocalBuffer, OutputBuffer
@@ -50,7 +50,7 @@ class PlacedMap:
     on_error: str
     resume: bool
 
-    def run(self, outcomes: dict[int, Any] | None = None) -> Any:
+    def run(self, outcomes: Outcomes | None = None) -> Any:
         """Run the map; return what the verb returns.
 
         `outcomes` are what the function has returned or raised before (`ArrayTask.outcomes`).
@@ -60,7 +60,7 @@ class PlacedMap:
         buffer: OutputBuffer | None = None
         fusion: FusedLoop | None = None
         try:
-            executor = call.decide()
+            executor = call.decide(outcomes)
             buffer = self._make_buffer(executor)
             request.apply_to(
                 buffer,

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from taskcarrier.arrays.call import Outcomes
 from taskcarrier.arrays.outputs.ownership import own_memory
 from taskcarrier.arrays.outputs.stacking import MixedDtypes, stack_values
+from taskcarrier.arrays.short_processes import run_in_processes
 from taskcarrier.scheduling.grid import ChunkGrid, chunk_grid, item_grid
 from taskcarrier.short_calls import ShortCall, ShortSettings, is_count
 from taskcarrier.workers.records import Raised
@@ -33,9 +35,6 @@ _CONSTANTS = {type(None), type, np.object_, *_SCALARS}
 # A call of more chunks goes the general way: its units would take much memory.
 _MAX_CHUNKS = 1 << 14
 
-Outcomes = dict[int, Any]
-"""What a function has returned, by the start of its chunk or the number of its item; what it has
-raised is `Raised`."""
 RunShort = Callable[
     [Callable[..., Any], tuple[Any, ...], Mapping[str, Any], ShortSettings | None],
     tuple[Any, Outcomes],
@@ -94,18 +93,26 @@ def _run(
     if options and not (options.keys() <= names and _are_usual(options)):
         return NOT_SHORT, {}
     nbytes = _count_bytes(arrays)
-    if nbytes is None or (choice := settings.choose(func, len(arrays[0]), nbytes)) is None:
+    if nbytes is None:
         return NOT_SHORT, {}
+    by_item = kind is _ItemWork
     n_items, chunksize = len(arrays[0]), options.get("chunksize")
-    if kind is _ItemWork:
+    if by_item:
         grid = item_grid(n_items, chunksize)
     else:
         grid = chunk_grid(n_items, nbytes // n_items, chunksize)
-    if kind is not _ItemWork and len(grid) > _MAX_CHUNKS:
+    if settings.backend == "loky":
+        joins = kind is not _CollectingWork
+        result, replay = run_in_processes(
+            func, arrays, options, settings, grid, by_item=by_item, joins=joins
+        )
+        return (NOT_SHORT if result is None else result), replay or {}
+    choice = settings.choose(func, n_items, nbytes)
+    if choice is None or (len(grid) > _MAX_CHUNKS and not by_item):
         return NOT_SHORT, {}
     work = kind(_bind_constants(func, len(arrays), options), arrays, grid)
     call = ShortCall(func, grid, nbytes, choice, settings)
-    result = call.run(work, can_join=kind is _ItemWork)
+    result = call.run(work, can_join=by_item)
     return (NOT_SHORT if result is None else result), work.outcomes
 
 
@@ -163,7 +170,7 @@ class _Work(ABC):
     def __init__(
         self, func: Callable[..., Any], arrays: tuple[np.ndarray, ...], grid: ChunkGrid
     ) -> None:
-        self.outcomes: Outcomes = {}
+        self.outcomes: dict[int, Any] = {}
         self._func = func
         # Chunks are views of these: read-only as well.
         self._arrays = [array.view() for array in arrays]

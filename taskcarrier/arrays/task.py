@@ -70,6 +70,8 @@ class ArrayTask:
     outcomes : dict of (int, object)
         What the function has returned already, by the start of its range; what it has raised is
         `Raised`. It is not called again for these.
+    returned : dict of (int, object)
+        What workers have computed already, by the start of the range.
     """
 
     call: Call
@@ -86,18 +88,28 @@ class ArrayTask:
     passes_index: bool = False
     chunksize: int = 1
     outcomes: dict[int, Any] = field(default_factory=dict)
+    returned: dict[int, Any] = field(default_factory=dict)
 
     def start(self, worker: WorkerContext) -> RunRange:
         """Start the function in a worker: open its inputs and outputs."""
-        runner: _RangeRunner
-        if self.by_item and self.buffer is not None:
-            runner = _ItemRunner(self, self.buffer, worker)
-        else:
-            runner = _ChunkRunner(self, worker)
+        runner = self.make_runner(worker)
         return runner.collect if self.collect_errors else runner.run
 
+    def make_runner(self, worker: WorkerContext) -> RangeRunner:
+        """Open inputs and outputs in a worker."""
+        return (_ItemRunner if self.by_item else _ChunkRunner)(self, worker)
 
-class _RangeRunner(ABC):
+
+def explain_read_only(error: BaseException, *, writable: bool, has_extras: bool) -> None:
+    """Add notes to an error of the function that tell the user what is read-only."""
+    if is_read_only_error(error):
+        if not writable:
+            add_note(error, "chunks are read-only; pass writable=True for private copies")
+        if has_extras:
+            add_note(error, f"arrays in args and kwargs are read-only; {READ_ONLY_ADVICE}")
+
+
+class RangeRunner(ABC):
     """An `ArrayTask` that was started in one worker."""
 
     def __init__(self, task: ArrayTask, worker: WorkerContext) -> None:
@@ -118,7 +130,9 @@ class _RangeRunner(ABC):
 
     def run(self, start: int, stop: int) -> Any:
         """Run a range; the first error ends it."""
-        deferred = self._put_in_place(start, stop, self._compute(start, stop))
+        returned = self._task.returned
+        result = returned[start] if start in returned else self.compute(start, stop)
+        deferred = self._put_in_place(start, stop, result)
         return PartialResult(list(deferred), []) if deferred else IN_PLACE
 
     def collect(self, start: int, stop: int) -> Any:
@@ -128,7 +142,7 @@ class _RangeRunner(ABC):
         return parts if parts.results or parts.failures else IN_PLACE
 
     @abstractmethod
-    def _compute(self, start: int, stop: int) -> Any:
+    def compute(self, start: int, stop: int) -> Any:
         """Call the function on a range and return what it gives; its errors are the user's."""
 
     @abstractmethod
@@ -163,18 +177,14 @@ class _RangeRunner(ABC):
         return [*self._current_chunks, *iterate_arrays((self._args, self._kwargs))]
 
     def _explain(self, error: BaseException) -> None:
-        """Add notes to an error of the function that tell the user what is read-only."""
-        if is_read_only_error(error):
-            if not self._writable:
-                add_note(error, "chunks are read-only; pass writable=True for private copies")
-            if self._args or self._kwargs:
-                add_note(error, f"arrays in args and kwargs are read-only; {READ_ONLY_ADVICE}")
+        has_extras = bool(self._args or self._kwargs)
+        explain_read_only(error, writable=self._writable, has_extras=has_extras)
 
 
-class _ChunkRunner(_RangeRunner):
+class _ChunkRunner(RangeRunner):
     """A runner that calls the function with chunks."""
 
-    def _compute(self, start: int, stop: int) -> Any:
+    def compute(self, start: int, stop: int) -> Any:
         chunks: list[Any] = list(self._read_chunks(start, stop))
         if self._task.passes_index:
             chunks.insert(0, start // self._task.chunksize)
@@ -190,7 +200,7 @@ class _ChunkRunner(_RangeRunner):
         middle = (start + stop) // 2
         can_split = middle > start and self._writer is not None and not self._task.passes_index
         try:
-            result = self._compute(start, stop)
+            result = self.compute(start, stop)
         except Exception as error:
             if is_raised_by_handler(error):
                 raise
@@ -204,12 +214,12 @@ class _ChunkRunner(_RangeRunner):
             self._collect(middle, stop, parts)
 
 
-class _ItemRunner(_RangeRunner):
+class _ItemRunner(RangeRunner):
     """A runner that calls the function with items and stacks the values."""
 
-    def __init__(self, task: ArrayTask, buffer: OutputBuffer, worker: WorkerContext) -> None:
+    def __init__(self, task: ArrayTask, worker: WorkerContext) -> None:
         super().__init__(task, worker)
-        self._buffer = buffer
+        self._out_axis = 0 if task.buffer is None else task.buffer.out_axis
         if self._kwargs:
             func, kwargs = self._func, self._kwargs
             self._func = lambda *args: func(*args, **kwargs)
@@ -225,7 +235,7 @@ class _ItemRunner(_RangeRunner):
     def _iterate_arguments(self, items: list[Iterator[Any]]) -> Iterator[tuple[Any, ...]]:
         return zip(*items, *map(repeat, self._args), strict=False)
 
-    def _compute(self, start: int, stop: int) -> Any:
+    def compute(self, start: int, stop: int) -> Any:
         items = self._iterate_items(start, stop)
         try:
             # Not by `map`, for which a StopIteration of func is the end. With one argument this is
@@ -279,7 +289,7 @@ class _ItemRunner(_RangeRunner):
         return stack_values(
             values,
             start,
-            self._buffer.out_axis,
+            self._out_axis,
             objects=self._task.objects,
         )
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from taskcarrier.scheduling.ledger import PENDING, Ledger
-from taskcarrier.scheduling.partition import Partition
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,9 @@ class Static:
 
     def plan(self, worker: int, n_workers: int, n_chunks: int, first: int = 0) -> range:
         """Return the chunks from `first` on that only this worker will run."""
-        parts = Partition(n_workers, n_chunks - first)
-        if worker >= len(parts):
-            return range(0)
-        return range(first + parts[worker].start, first + parts[worker].stop)
+        length, longer = divmod(n_chunks - first, n_workers)  # as a `Partition` cuts them
+        start = first + worker * length + min(worker, longer)
+        return range(start, start + length + (worker < longer))
 
 
 @dataclass(frozen=True)

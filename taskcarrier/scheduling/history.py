@@ -33,6 +33,11 @@ class _Last(NamedTuple):
         """Return how many times larger another call is."""
         return max(n_items / self.n_items, nbytes / self.nbytes)
 
+    def predict(self, n_items: int, nbytes: int) -> float | None:
+        """Return the seconds that another call will take; None if it is much larger."""
+        times = self.count_times(n_items, max(1, nbytes))
+        return self.seconds * max(1.0, times) if times <= _FURTHEST else None
+
     def is_similar(self, n_items: int, nbytes: int) -> bool:
         """Return whether another call is of a similar size."""
         least = min(n_items / self.n_items, nbytes / self.nbytes)
@@ -51,6 +56,7 @@ class _Shared:
 _last_alone: dict[Any, _Last] = {}
 _last_shared: dict[Any, _Shared] = {}
 _unaided: set[Any] = set()
+_last_busy: dict[Any, _Last] = {}
 
 
 def find_key(func: Any) -> Any:
@@ -120,10 +126,25 @@ def predict(func: Any, n_items: int, nbytes: int) -> float | None:
     (0.002, 0.001, None)
     """
     last = _last_alone.get(find_key(func))
-    if last is None:
-        return None
-    times = last.count_times(n_items, max(1, nbytes))
-    return last.seconds * max(1.0, times) if times <= _FURTHEST else None
+    return None if last is None else last.predict(n_items, nbytes)
+
+
+def remember_busy(func: Any, seconds: float, n_items: int, nbytes: int) -> None:
+    """Remember for how long a function kept worker processes busy that were asked for."""
+    if len(_last_busy) >= _MOST:
+        _last_busy.clear()
+    _last_busy[find_key(func)] = _Last(seconds, max(1, n_items), max(1, nbytes))
+
+
+def forget_busy(func: Any) -> None:
+    """Forget it: the last call failed, or workers died."""
+    _last_busy.pop(find_key(func), None)
+
+
+def predict_busy(func: Any, n_items: int, nbytes: int) -> float | None:
+    """Return for how many seconds a call will keep workers busy; None if that is not known."""
+    last = _last_busy.get(find_key(func))
+    return None if last is None else last.predict(n_items, nbytes)
 
 
 def find_alone_seconds(func: Any, n_items: int, nbytes: int) -> float:

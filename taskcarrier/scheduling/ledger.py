@@ -180,6 +180,19 @@ class Ledger:
         if begun.proposal is not None:
             self._set_once.propose(begun.proposal)
 
+    def reset_shares(self, n_workers: int, n_chunks: int) -> None:
+        """Forget the last run as `reset` does, for one under static balance in which none proposes.
+
+        No chunk is marked.
+        """
+        self._words[_HALTED] = 0
+        for worker in range(n_workers):
+            self.clear_row(worker)
+        self._items_before = 0
+        self.set_marks(None, n_chunks)
+        if self.marks is not None:
+            self.marks[:] = bytes(n_chunks)
+
     def go_on(self, first: int) -> None:
         """Give out chunks from `first` on: those before were taken in another way."""
         self._words[_COUNTER] = first

@@ -24,6 +24,7 @@ from taskcarrier.workers.task import (
     Deliver,
     Job,
     RunRange,
+    ShareTask,
     WorkerContext,
 )
 
@@ -104,6 +105,9 @@ def run_worker(  # noqa: C901, PLR0912, PLR0915  # what is done for each range, 
         this_thread.is_worker = True
         if isinstance(job.task, CompiledTask):
             _run_compiled(job.task, job, ledger, stats, sink[0])
+            return stats
+        if isinstance(job.task, ShareTask) and not attempts:
+            job.task.run_share(job, ledger, stats, sink[0])
             return stats
         worker = WorkerContext(number, ledger.propose)
         run_range = job.task.start(worker)

@@ -19,7 +19,7 @@ import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -50,8 +50,11 @@ class Payload:
     """A packed task: ``data`` and the descriptors ``fds`` that must be sent with it.
 
     The descriptors belong to ``segments``, which live as long as the payload. ``notes`` say what
-    was noticed in the user's function.
+    was noticed in the user's function. ``shares`` are what each worker gets of its own, if any
+    (`taskcarrier.workers.processes.share_jobs`).
     """
+
+    shares: Sequence[bytes] = ()
 
     def __init__(self, data: bytes, segments: list[Segment], notes: Sequence[str] = ()) -> None:
         self.data = data
@@ -62,6 +65,10 @@ class Payload:
     def fds(self) -> list[int]:
         """The descriptors, in the order in which the pickle refers to them."""
         return [segment.fd for segment in self.segments]
+
+    def get_share(self, number: int) -> bytes:
+        """Return what only the worker with this number gets."""
+        return self.shares[number] if self.shares else b""
 
 
 def pickle_task(task: object, staging: Staging, pickler: TaskPickler | None = None) -> Payload:
@@ -150,7 +157,7 @@ class TaskPickler:
 
     def pickle_early(self, call: Call) -> None:
         """Pickle a call as it is now; its large arrays are read when its task is pickled."""
-        self._early[id(call)] = call, self._pickle_call(call)
+        self._early[id(call)] = call, self.pickle_call(call)
 
     def get_number(self, segment: Segment) -> int:
         """Return the position of a segment among those that the pickle refers to."""
@@ -168,9 +175,10 @@ class TaskPickler:
 
     def _reduce_call(self, call: Call) -> tuple[Any, ...]:
         early = self._early.get(id(call))
-        return _load_call, (self._pickle_call(call) if early is None else early[1],)
+        return _load_call_of_task, (self.pickle_call(call) if early is None else early[1],)
 
-    def _pickle_call(self, call: Call) -> bytes:
+    def pickle_call(self, call: Call) -> bytes:
+        """Return the pickle of a call, for `load_call`."""
         # Only the user's own objects need cloudpickle, which takes about 10 µs for each class that
         # it meets; the rest of a task is the library's.
         file = io.BytesIO()
@@ -233,6 +241,18 @@ def _get_large_bytes(buffer: Any) -> memoryview | None:
     except BufferError:  # not contiguous: pickle copies it
         return None
     return None if len(raw) < SHARED_NBYTES else raw
+
+
+def is_sent_by_name(func: object) -> bool:
+    """Return whether cloudpickle sends a function by its name, as plain pickle would."""
+    if type(func) is not FunctionType:
+        return False
+    if getattr(_cloudpickle_impl, "_PICKLE_BY_VALUE_MODULES", True):  # the program has named some
+        return False
+    module: Any = sys.modules.get(func.__module__ or "")
+    if module is None or func.__module__ in {"__main__", "__mp_main__"}:
+        return False
+    return getattr(module, func.__qualname__, None) is func
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
@@ -359,6 +379,10 @@ class _UserPickler(Pickler):
         return super().reducer_override(obj)
 
 
+def _load_call_of_task(pickled: bytes) -> Call:
+    return load_call(pickled, _unpacking.buffers)
+
+
 def _open_subclass(view_args: tuple[Any, ...], kind: type[np.ndarray]) -> np.ndarray:
     return _open_view(*view_args).view(kind)
 
@@ -384,8 +408,9 @@ def _get_segment(number: int, on_disk: bool, label: int) -> Segment:
     return segment
 
 
-def _load_call(pickled: bytes) -> Call:
-    unpickler = pickle.Unpickler(io.BytesIO(pickled), buffers=_unpacking.buffers)
+def load_call(pickled: bytes, buffers: Iterable[Any]) -> Call:
+    """Return a call in a worker; `buffers` are its large arrays."""
+    unpickler = pickle.Unpickler(io.BytesIO(pickled), buffers=buffers)
     func = unpickler.load()
     return Call(func, *unpickler.load())
 

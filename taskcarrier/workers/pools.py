@@ -118,6 +118,21 @@ class _Pools:
                     return lease
             run_sheltered(partial(self._add_pool, key))
 
+    def take_warm(self, key: _Key, n_workers: int) -> _Lease | None:
+        """Return a lease of a pool whose first workers are ready; None if there is none.
+
+        It is of no account whether its workers can read the caller's memory.
+        """
+        backend, n, _, user = key
+        for place in sorted(self._places, key=_last_used, reverse=True):
+            is_fit = place.key[:2] == (backend, n) and place.key[3] == user
+            if is_fit and (lease := place.lend(self._keeper_inbox.put)):
+                pool = cast("ProcessPool", place.pool)
+                if pool.are_ready(n_workers):
+                    return lease
+                place.lease = _FREE
+        return None
+
     def has_warm(self, key: _Key) -> bool:
         places = [place for place in self._places.copy() if place.key == key]
         return any(place.lease() is None and place.pool.is_warm for place in places)
@@ -275,6 +290,12 @@ def process_pool(n: int) -> AbstractContextManager[ProcessPool]:
     return cast("AbstractContextManager[ProcessPool]", _pools.take(key))
 
 
+def warm_process_pool(n: int, n_workers: int) -> AbstractContextManager[ProcessPool] | None:
+    """Lease a pool of `n` processes of which the first `n_workers` are ready; None if none is."""
+    lease = _pools.take_warm(("loky", n, True, _get_user()), n_workers)
+    return cast("AbstractContextManager[ProcessPool] | None", lease)
+
+
 def prepare_processes(n: int) -> None:
     """Import what runs in `n` worker processes need, while a fork server for these starts.
 
@@ -286,8 +307,11 @@ def prepare_processes(n: int) -> None:
 
 
 def _process_key(n: int) -> _Key:
-    user = (*os.getresuid(), *os.getresgid(), *os.getgroups())
-    return "loky", n, parent_memory.available(), user
+    return "loky", n, parent_memory.available(), _get_user()
+
+
+def _get_user() -> tuple[int, ...]:
+    return (*os.getresuid(), *os.getresgid(), *os.getgroups())
 
 
 def start_processes(n: int) -> None:

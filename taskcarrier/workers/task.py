@@ -13,9 +13,11 @@ from taskcarrier.scheduling.balance import Balance
 from taskcarrier.scheduling.grid import ChunkGrid
 from taskcarrier.scheduling.ledger import NOT_BEGUN, Begun, Ledger
 from taskcarrier.scheduling.retries import DEFAULT_POLICY, RetryPolicy
+from taskcarrier.workers.call import Call
 from taskcarrier.workers.parent_state import ParentState
 
 if TYPE_CHECKING:
+    from taskcarrier.workers.records import WorkerStats
     from taskcarrier.workers.snapshots import Snapshot
 
 IN_PLACE = object()
@@ -69,6 +71,28 @@ class CompiledTask(ABC):
     @abstractmethod
     def run_all(self, job: Job, ledger: Ledger, worker: int, deliver: Deliver) -> None:
         """Run chunks until none is left or the run is halted; the ledger records the progress."""
+
+
+class ShareTask(ABC):
+    """A task over the chunks that static balance gives to a worker, whose data it has.
+
+    It is pickled without this data, its share, as its class, its call and further arguments.
+    """
+
+    call: Call
+
+    @property
+    @abstractmethod
+    def arguments(self) -> tuple[Any, ...]:
+        """What makes it in a worker: ``type(task)(call, share, *arguments)``."""
+
+    @abstractmethod
+    def start(self, worker: WorkerContext) -> RunRange:
+        """Start the task in a worker, as any `Task`."""
+
+    @abstractmethod
+    def run_share(self, job: Job, ledger: Ledger, stats: WorkerStats, deliver: Deliver) -> None:
+        """Run the worker's chunks; keep in the stats what is not delivered."""
 
 
 class Move(Protocol):

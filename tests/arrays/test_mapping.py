@@ -438,6 +438,7 @@ VIEWS = {
 }
 
 
+@pytest.mark.usefixtures("general_way")  # results of short calls are in ordinary memory
 @pytest.mark.parametrize("view", sorted(VIEWS))
 def test_a_result_of_processes_is_mapped_again_without_a_copy(view):
     Y = map_array(np.negative, np.random.default_rng(2).random((90, 8)), n_jobs=2, backend="loky")

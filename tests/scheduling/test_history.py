@@ -145,3 +145,16 @@ def test_a_thousand_functions_are_kept_that_are_unaided():
     for _ in range(history._MOST + 1):
         history.remember_help(object(), was_unaided=True)
     assert len(history._unaided) <= history._MOST
+
+
+def test_what_workers_were_busy_with_is_remembered_apart(monkeypatch):
+    monkeypatch.setattr(history, "_last_busy", {})
+    assert history.predict_busy(len, 10, 80) is None
+    history.remember_busy(len, 0.5, 10, 80)
+    assert history.predict_busy(len, 20, 80) == 1.0
+    assert history.predict_busy(len, 10_000, 80) is None
+    history.forget_busy(len)
+    assert history.predict_busy(len, 10, 80) is None
+    for number in range(history._MOST + 1):
+        history.remember_busy(number, 0.5, 1, 1)
+    assert len(history._last_busy) == 1

@@ -102,9 +102,7 @@ class OutputWriter:
     ) -> list[np.ndarray]:
         """Return the results of `length` items, trimmed and cast; raise if they break the spec."""
         is_tuple = isinstance(result, tuple)
-        if is_tuple and not result:
-            raise _make_no_array_error(result)
-        results = [_to_result(value) for value in (result if is_tuple else (result,))]
+        results = _to_results(result)
         axes = self._normalize_axes(results, length, margins)
         spec, results = self._prepare(results, axes, is_tuple, length, margins)
         agreed = self._spec or self._agree_on_spec(start, spec)
@@ -163,6 +161,27 @@ class OutputWriter:
             for result, axis in zip(results, axes, strict=True)
         )
         return Spec(parts, axes, is_tuple), results
+
+
+def make_arrays(result: Any, length: int) -> Any:
+    """Return the result of `length` items as an array or tuple of arrays; raise if it is neither.
+
+    The items stand along the first axis. Groups of different dtypes are returned as they are.
+    """
+    if isinstance(result, MixedDtypes):
+        return result
+    results = _to_results(result)
+    for array in results:
+        _check_axis(array, 0, length)
+    return tuple(results) if isinstance(result, tuple) else results[0]
+
+
+def _to_results(result: Any) -> list[np.ndarray]:
+    """Return the arrays that a function has returned; raise if it has returned anything else."""
+    is_tuple = isinstance(result, tuple)
+    if is_tuple and not result:
+        raise _make_no_array_error(result)
+    return [_to_result(value) for value in (result if is_tuple else (result,))]
 
 
 def _to_result(value: Any) -> np.ndarray:

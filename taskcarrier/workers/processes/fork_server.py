@@ -72,7 +72,7 @@ def fork_server_main(fd: int) -> None:
     left = list(_OFTEN_NEEDED)
     request: Any = None
     while not isinstance(request, (Fork, Become)):
-        if left and not is_readable(fd, _IDLE_SECONDS):
+        if left and not channel.next_kind() and not is_readable(fd, _IDLE_SECONDS):
             importlib.import_module(left.pop(0))
             continue
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from taskcarrier.scheduling.ledger import (
@@ -51,7 +51,8 @@ class GridRun:
     """One run over a grid, whose results that are not in place go to `deliver`.
 
     If it `begins_later`, the caller still runs the first chunks itself. The workers unpickle the
-    job meanwhile, and run what is left when `begin` is called.
+    job meanwhile, and run what is left when `begin` is called. If it `has_begun`, its workers were
+    started by a `taskcarrier.workers.processes.share_run.ShareRun`, and are adopted.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class GridRun:
         get_worker: GetWorker,
         *,
         begins_later: bool = False,
+        has_begun: bool = False,
     ) -> None:
         self.ledger = ledger
         self._job = job
@@ -77,7 +79,8 @@ class GridRun:
         if begins_later:
             self._wake = open_owned(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._supervisor.wake_by(self._wake.fileno())
-        self._reset_ledger(NOT_BEGUN)
+        if not has_begun:
+            self._reset_ledger(NOT_BEGUN)
         self._start_times_ns: dict[int, int] = {}
         self._attempts: dict[int, list[Attempt]] = {}  # what each worker was told to run first
         self._received: set[int] = set()  # the starts of ranges whose results have come
@@ -170,6 +173,15 @@ class GridRun:
         self._start_times_ns[number] = time.monotonic_ns()
         self._attempts[number] = list(attempts)
         self._supervisor.start(number, worker, attempts)
+
+    def adopt(
+        self, at_work: dict[int, Worker], told: set[int], stats: list[WorkerStats], began_ns: int
+    ) -> None:
+        """Look after workers that were started before (`Supervisor.adopt`)."""
+        for number in at_work:
+            self._start_times_ns[number] = began_ns
+            self._attempts[number] = []
+        self._supervisor.adopt(at_work, told, stats)
 
     def halt(self) -> None:
         """Make the workers stop at their next chunk, and start nothing new."""
@@ -312,6 +324,7 @@ class GridRun:
 
     def replace_worker(self, number: int, in_hand: Attempt | None, nexts: list[Attempt]) -> None:
         """Start another worker, which goes on with the chunks of this number after `nexts`."""
+        nexts = [*self._reclaim_kept(number), *nexts]
         undone = self._take_undone(number)
         if undone and undone[0] == in_hand:
             del undone[0]
@@ -323,6 +336,19 @@ class GridRun:
             self._lost += [*nexts, *undone]
         else:
             self.start(number, self._get_worker(number), [*nexts, *undone])
+
+    def _reclaim_kept(self, number: int) -> list[Attempt]:
+        """Return the chunks of a share whose results a dead worker had yet to send with its stats.
+
+        They are run again before the chunk that it had in hand, whatever becomes of that.
+        """
+        if not self._payload.shares:
+            return []
+        share = self._job.balance.plan(number, self._job.n_workers, len(self._job.grid))
+        kept = [index for index in share if self._marks[index] == DONE]
+        for index in kept:
+            self._marks[index] = RECLAIMED
+        return [Attempt(*self._job.grid.range_of(index)) for index in kept]
 
     # What got lost
 
@@ -342,5 +368,17 @@ class GridRun:
             self._marks[index] = RECLAIMED
         ranges = [Attempt(*self._job.grid.range_of(index)) for index in indices]
         if ranges:
-            for number, part in enumerate(Partition(self._job.n_workers, len(ranges))):
-                self.start(number, self._get_worker(number), ranges[part])
+            for number, part in self._divide(ranges):
+                self.start(number, self._get_worker(number), part)
+
+    def _divide(self, ranges: list[Attempt]) -> Iterator[tuple[int, list[Attempt]]]:
+        """Divide ranges among the workers; those that have shares can only run what is in these."""
+        job = self._job
+        if not self._payload.shares:
+            parts = Partition(job.n_workers, len(ranges))
+            yield from ((number, ranges[part]) for number, part in enumerate(parts))
+            return
+        for number in range(job.n_workers):
+            share = job.balance.plan(number, job.n_workers, len(job.grid))
+            if part := [each for each in ranges if each.start // job.grid.chunksize in share]:
+                yield number, part

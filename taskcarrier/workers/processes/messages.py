@@ -12,9 +12,10 @@ to      content                                   meaning
 ======  ========================================  ================================================
 worker  (nothing, with 4 descriptors)             its start: the ledger's words, counter and
                                                   set-once file, and the parent's memory
-worker  ``00``                                    an order (``<?qI``): no batches follow,
+worker  ``00``                                    an order (``<?qII``): no batches follow,
         ``00 00 00 00 00 00 00 00``               it begins with chunk 0,
-        ``00 00 00 00``                           and pickled attempts take 0 bytes;
+        ``00 00 00 00``                           pickled attempts take 0 bytes,
+        ``00 00 00 00``                           and what only this worker gets, 0 bytes;
         ``80 04 95 ...``                          the payload: the pickled job, some 1,400 bytes
 parent  ``R``                                     results:
         ``[(0, <pickle of [0, 2]>, []),``         the start of a chunk, its result, and where its
@@ -68,8 +69,10 @@ _CTRUNC = int(socket.MSG_CTRUNC)
 _HEADER = struct.Struct("<QI")
 
 
-# After a read of fewer bytes than this, another one would most probably find none.
+# The most bytes of a first read. After fewer, another read would most probably find none. (Memory
+# for more is mapped and unmapped each time by the C library: `python -m bench empty`.)
 _SHORT_NBYTES = 1 << 16
+_LONG_NBYTES = 1 << 20
 
 MAX_READS = 16
 """The number of reads, of up to a megabyte, after which the caller looks at its messages.
@@ -127,23 +130,22 @@ class MessageSocket:
 
     def receive(self) -> Message:
         """Wait for one message and return it; raise `EOFError` when the other end is closed."""
-        head = self._receive_piece(_HEADER.size)
-        if not head:
-            raise EOFError
-        self._received.clear()
-        head += self._receive_exactly(_HEADER.size - len(head))
-        nbytes, n_descriptors = _HEADER.unpack(head)
-        return self._receive_exactly(nbytes), self._take_descriptors(n_descriptors)
+        if self._last:
+            self._keep()
+        while (message := next(self.messages(), None)) is None:
+            if self._is_torn or not self._receive_piece(_SHORT_NBYTES):
+                raise EOFError
+        return message
 
-    def _receive_piece(self, nbytes: int, flags: int = 0) -> bytes:
-        """Receive at most `nbytes` bytes, and descriptors; return the bytes."""
+    def _receive_piece(self, nbytes: int, flags: int = 0) -> int:
+        """Receive at most `nbytes` bytes, and descriptors; return the number of bytes."""
         with keep_standard_free():
             # Received and stored in one step, by C: no asynchronous exception can come between.
             [self._last] = map(self._socket.recvmsg, (nbytes,), (_FDS_SPACE,), (flags | _CLOEXEC,))
         return self._keep()
 
-    def _keep(self) -> bytes:
-        """Add what came last to what was received, and return its bytes."""
+    def _keep(self) -> int:
+        """Add what came last to what was received, and return the number of its bytes."""
         data, ancillary, flags, _ = self._last
         fds = array.array("i")
         for level, kind, content in ancillary:
@@ -155,27 +157,11 @@ class MessageSocket:
         self._descriptors += descriptors
         if flags & _CTRUNC:  # the kernel drops descriptors that are too many for this process
             raise self._mark_torn()
-        return bytes(data)
-
-    def _take_descriptors(self, n: int) -> list[Descriptor]:
-        """Return the descriptors of a message: the first `n` that no message has taken yet."""
-        if len(self._descriptors) < n:
-            raise self._mark_torn()
-        first, self._descriptors = self._descriptors[:n], self._descriptors[n:]
-        return first
+        return len(data)
 
     def _mark_torn(self) -> OSError:
         self._is_torn = True
         return OSError(errno.EMFILE, _TOO_MANY)
-
-    def _receive_exactly(self, nbytes: int) -> bytes:
-        data = bytearray()
-        while len(data) < nbytes:
-            piece = self._socket.recv(min(nbytes - len(data), 1 << 20))
-            if not piece:
-                raise EOFError
-            data += piece
-        return bytes(data)
 
     def read(self, max_reads: int | None = MAX_READS) -> bool:
         """Receive what has come, without waiting; return whether more may come.
@@ -188,17 +174,28 @@ class MessageSocket:
         try:
             if self._last:
                 self._keep()
+            nbytes = _SHORT_NBYTES
             for _ in count() if max_reads is None else range(max_reads):
-                piece = self._receive_piece(1 << 20, _DONTWAIT)
-                if not piece:
+                n_read = self._receive_piece(nbytes, _DONTWAIT)
+                if not n_read:
                     return False
-                if len(piece) < _SHORT_NBYTES and max_reads is not None:
+                if n_read < _SHORT_NBYTES and max_reads is not None:
                     break
+                nbytes = _LONG_NBYTES
         except BlockingIOError:
             pass  # nothing more for now
         except ConnectionResetError:
             return False
         return True
+
+    def next_kind(self) -> bytes:
+        """Return the first byte of the next whole message that was read; nothing if none was."""
+        if len(self._received) < _HEADER.size or self._is_torn:
+            return b""
+        nbytes, _ = _HEADER.unpack_from(self._received)
+        if len(self._received) < _HEADER.size + nbytes:
+            return b""
+        return bytes(self._received[_HEADER.size : _HEADER.size + 1])
 
     def messages(self) -> Iterator[Message]:
         """Yield whole messages that were read, never one that the sender's death has cut off."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from taskcarrier.workers.processes.exits import is_readable
 from taskcarrier.workers.processes.shared_ledger import open_ledger
 from taskcarrier.workers.processes.worker_process import WorkerProcess
 from taskcarrier.workers.processes.worker_starter import ServerDiedError, WorkerStarter
-from taskcarrier.workers.records import RunResult
+from taskcarrier.workers.records import RunResult, WorkerStats
 from taskcarrier.workers.task import Deliver, Job
 from taskcarrier.workers.thread_limits import make_worker_environment
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from taskcarrier.workers.pickling import Payload
     from taskcarrier.workers.processes.grid_run import GridRun
     from taskcarrier.workers.processes.stream_run import StreamRun
+    from taskcarrier.workers.processes.supervisor import Worker
 
 # The seconds that an idle worker has for its exit hooks before it is killed.
 _EXIT_SECONDS = 5.0
@@ -83,6 +85,21 @@ class ProcessPool:
     def is_warm(self) -> bool:
         """Whether all workers have been started."""
         return len(self._workers) == self._n
+
+    def are_ready(self, n: int) -> bool:
+        """Return whether the first `n` workers wait for a run, and no other is in an earlier one.
+
+        Such a one would go on with that, and write to the ledger.
+        """
+        workers = self._workers
+        if not all(worker.is_free for worker in workers.values()):
+            return False
+        poll = select.poll()
+        for number in range(n):
+            if number not in workers or workers[number].pidfd < 0:
+                return False
+            poll.register(workers[number].pidfd, select.POLLIN)
+        return not poll.poll(0)
 
     def start_workers(self, n: int | None = None) -> None:
         """Start the first `n` workers, or all, if they do not run already."""
@@ -174,6 +191,37 @@ class ProcessPool:
             return run.run_to_end(tick)
         finally:
             run.close()
+
+    def run_shares(self, job: Job, payload: Payload, deliver: Deliver, n_listed: int) -> RunResult:
+        """Run a job with shares on workers that are ready (`are_ready`); else as `run`.
+
+        Of the first `n_listed` workers, those without a share have stats too.
+        """
+        result = self._run_shares(job, payload, deliver)
+        for number in range(job.n_workers, n_listed):
+            result.worker_stats.append(WorkerStats(number, self._workers[number].name))
+        return result
+
+    def _run_shares(self, job: Job, payload: Payload, deliver: Deliver) -> RunResult:
+        from taskcarrier.workers.processes.share_run import ShareRun  # noqa: PLC0415  # as below
+
+        workers: dict[int, Worker] = {
+            number: self._workers[number] for number in range(job.n_workers)
+        }
+        run = ShareRun(job, self._ledger, payload, workers)
+        try:
+            is_usual = run.run_usual()
+        except BaseException:
+            run.become_general(deliver, self._get_worker).close()
+            raise
+        if is_usual:
+            stats = sorted(run.stats, key=lambda each: each.worker)
+            return RunResult(stats, 0, None, is_halted=False)
+        general = run.become_general(deliver, self._get_worker)
+        try:
+            return general.run_to_end(None)
+        finally:
+            general.close()
 
     def prepare(self, job: Job, payload: Payload, deliver: Deliver) -> GridRun:
         """Let workers unpickle a job that the caller has begun itself; return the run.

@@ -194,10 +194,26 @@ class Supervisor:
         self._watch.add(number, worker)
         if self._first == LATER:
             self._held[number] = worker
-        order = Order(self._payload.data, list(attempts), self._first, self._is_streamed)
+        share = self._payload.get_share(number)
+        order = Order(self._payload.data, list(attempts), self._first, self._is_streamed, share)
         worker.is_free = False
         self.send(worker, order.pack(), self._payload.fds)
         self._started[number] = worker  # at last: if this is cut short, the worker never reports
+
+    def adopt(self, at_work: dict[int, Worker], told: set[int], stats: list[WorkerStats]) -> None:
+        """Look after workers that were started before; those `told` have got their whole order.
+
+        `stats` are of those that have reported already.
+        """
+        for each in stats:
+            self._add_stats(each)
+        for number, worker in at_work.items():
+            self.at_work[number] = worker
+            self._watch.add(number, worker)
+            if number in told:
+                self._started[number] = worker
+        for number, worker in at_work.items():
+            self._read_messages(number, worker)  # some that came may not have been taken
 
     def wake_by(self, fd: int) -> None:
         """End a step when this descriptor is readable, too."""
@@ -291,11 +307,14 @@ class Supervisor:
                 self._stop_watching(number, worker)
                 stats = unpickle_stats(data[2:])
                 stats.name = worker.name
-                self._worker_stats.append(stats)
-                if stats.failure is not None:
-                    self.failed = stats
-                    self.halt()
+                self._add_stats(stats)
         return is_open
+
+    def _add_stats(self, stats: WorkerStats) -> None:
+        self._worker_stats.append(stats)
+        if stats.failure is not None:
+            self.failed = stats
+            self.halt()
 
     def _stop_watching(self, number: int, worker: Worker) -> None:
         self._overdue.pop(number, None)

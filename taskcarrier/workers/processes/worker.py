@@ -31,6 +31,7 @@ from taskcarrier.workers.pickled_errors import pickle_error, pickle_warning, unp
 from taskcarrier.workers.pickling import pickle_items, unpickle_items, unpickle_task
 from taskcarrier.workers.processes.exits import is_readable
 from taskcarrier.workers.processes.messages import Message, MessageSocket
+from taskcarrier.workers.processes.share_jobs import unpack_share_job
 from taskcarrier.workers.processes.shared_ledger import open_ledger
 from taskcarrier.workers.queues import BatchResult
 from taskcarrier.workers.records import (
@@ -67,9 +68,9 @@ KEPT, FREE = b"K", b"F"
 PackedResult = tuple[int, bytes, list[tuple[int, int]]]
 """The start of a range, its pickled result, and offsets and lengths of its large arrays."""
 
-# The header of an order: whether batches will follow, the first chunk, and the length of the
-# pickled attempts, which stand between header and payload.
-_ORDER = struct.Struct("<?qI")
+# The header of an order: whether batches will follow, the first chunk, and the lengths of the
+# pickled attempts and of the share, which stand between header and payload.
+_ORDER = struct.Struct("<?qII")
 _FIRST_CHUNK = struct.Struct("<q")
 
 LATER = -1
@@ -89,30 +90,35 @@ class Order(NamedTuple):
         The first chunk that was not run before; `LATER` if that is still to be said.
     is_streamed : bool
         Whether batches follow.
+    share : bytes
+        What only this worker gets of the payload (`taskcarrier.workers.processes.share_jobs`).
     """
 
     payload: bytes
     attempts: list[Attempt]
     first: int = 0
     is_streamed: bool = False
+    share: bytes = b""
 
     def pack(self) -> bytes:
         """Return the message."""
         attempts = self.attempts
         pickled = pickle.dumps([tuple(attempt) for attempt in attempts]) if attempts else b""
-        return _ORDER.pack(self.is_streamed, self.first, len(pickled)) + pickled + self.payload
+        header = _ORDER.pack(self.is_streamed, self.first, len(pickled), len(self.share))
+        return b"".join((header, pickled, self.share, self.payload))
 
     @classmethod
     def unpack(cls, message: bytes) -> Order:
         """Return the order in a message."""
-        is_streamed, first, length = _ORDER.unpack_from(message)
+        is_streamed, first, length, share_length = _ORDER.unpack_from(message)
         begin = _ORDER.size + length
+        end = begin + share_length
         attempts = (
             [Attempt(*fields) for fields in pickle.loads(message[_ORDER.size : begin])]
             if length
             else []
         )
-        return cls(message[begin:], attempts, first, is_streamed)
+        return cls(message[end:], attempts, first, is_streamed, message[begin:end])
 
 
 def pack_first_chunk(first: int) -> bytes:
@@ -196,7 +202,11 @@ def _run_payload(
     batches = _Batches(channel, ledger) if order.is_streamed else None
     doing = "unpickled the function or its arguments"
     try:
-        job = unpickle_task(order.payload, descriptors)
+        job = (
+            unpack_share_job(order.payload, order.share)
+            if order.share
+            else unpickle_task(order.payload, descriptors)
+        )
         descriptors.clear()
         doing = "took on the caller's folder and settings"
         job.parent_state.apply(in_process=True)

@@ -474,6 +474,7 @@ class TestBytesCopied:
         map_array(lambda a, b, c: a, X, shared(X), row, **LOKY)
         assert last_report().bytes_copied == X.nbytes + row.nbytes
 
+    @pytest.mark.usefixtures("general_way")  # results of short calls are in ordinary memory
     @pytest.mark.parametrize("side", [20, 300])
     def test_mapping_results_of_processes_copies_no_bytes(self, side):
         result = map_array(np.copy, np.random.default_rng(0).normal(size=(side, side)), **LOKY)

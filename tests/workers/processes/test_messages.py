@@ -318,7 +318,7 @@ def test_the_messages_of_a_run_are_those_of_the_documented_example(monkeypatch):
 
     def recorded_messages(self):
         for data, descriptors in messages(self):
-            came.append((data, len(descriptors)))
+            came.append((self, data))
             yield data, descriptors
 
     monkeypatch.setattr(MessageSocket, "send", recorded_send)
@@ -335,10 +335,10 @@ def test_the_messages_of_a_run_are_those_of_the_documented_example(monkeypatch):
     (start, n_descriptors), (order, _) = [rest for one, *rest in sent if one is channel]
     assert start == b""
     assert n_descriptors in {3, 4}  # without /proc, the parent's memory is not shared
-    assert order == struct.pack("<?qI", False, 0, 0) + payload.data
-    *results, (stats, _) = came
-    assert {data[:1] for data, _ in results} == {b"R"}
-    parts = [part for data, _ in results for part in pickle.loads(data[1:])]
+    assert order == struct.pack("<?qII", False, 0, 0, 0) + payload.data
+    *results, stats = [data for one, data in came if one is channel]
+    assert {data[:1] for data in results} == {b"R"}
+    parts = [part for data in results for part in pickle.loads(data[1:])]
     assert [(start, pickle.loads(packed), places) for start, packed, places in parts] == [
         (0, [0, 2], []),
         (2, [2, 4], []),
