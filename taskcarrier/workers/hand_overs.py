@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from dataclasses import replace
 from queue import SimpleQueue
 from time import perf_counter
@@ -163,6 +164,7 @@ class ThreadHandOver:
         self._own_ledger = ledger
         self._ledger = ledger
         self._lease: AbstractContextManager[ThreadPool]
+        self._context = copy_context()  # the watcher, which may start threads, has another
         self._numbers = range(0)
         self._is_begun = False
         self._begin_time = 0.0
@@ -200,7 +202,11 @@ class ThreadHandOver:
         self._threads = self._lease.__enter__()
         self._run = self._threads.prepare(job, self._ledger, self._deliver, numbers)
         self._is_begun = True
-        self._run.start(range(numbers.start, numbers.stop - self._n_late))
+        self._start(range(numbers.start, numbers.stop - self._n_late))
+
+    def _start(self, numbers: range) -> None:
+        """Start these threads, each in a copy of the caller's context."""
+        self._context.run(self._run.start, numbers)
 
     def attend(self) -> None:
         """Do nothing: threads look after themselves."""
@@ -224,7 +230,7 @@ class ThreadHandOver:
     def finish(self, caller: WorkerStats, own: Ledger, tick: Tick | None) -> RunResult:
         """Start the thread that the caller counted for, and wait until all have ended."""
         n_workers = self._job.n_workers
-        self._run.start(range(n_workers - self._n_late, n_workers))
+        self._start(range(n_workers - self._n_late, n_workers))
         stats = self._run.wait(tick)
         _learn(_thread_seconds, self._begin_time, stats)
         result = RunResult.read([caller, *stats], self._ledger, self._job.grid)

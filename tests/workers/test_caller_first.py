@@ -1,5 +1,6 @@
 """Runs that begin in the caller, and what becomes of the rest."""
 
+import contextvars
 import functools
 import os
 import subprocess
@@ -527,6 +528,27 @@ class TestInChunk:
         assert results == (2 * X[:8]).tolist()
         assert last_report().backend == "loky"
         assert {box.pickled_by for box in boxes[1:]} == {threading.get_ident()}
+
+    def test_threads_that_the_watcher_starts_see_the_context_of_the_caller(
+        self, options, monkeypatch
+    ):
+        monkeypatch.setattr("taskcarrier.run.releases_gil", lambda func: True)
+        word = contextvars.ContextVar("word", default="before")
+        gate, seen = Gate(), []
+
+        def func(chunk):
+            gate(chunk)
+            seen.append((word.get(), threading.get_ident()))
+            return chunk
+
+        def call():
+            word.set("mine")
+            return map_array(func, X, chunksize=2, **options)
+
+        contextvars.copy_context().run(call)
+        assert last_report().backend == "threading"
+        assert {text for text, _ in seen} == {"mine"}
+        assert len({thread for _, thread in seen}) == 2
 
 
 class Box:
