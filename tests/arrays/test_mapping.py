@@ -458,6 +458,7 @@ def test_each_of_several_results_is_mapped_again_without_a_copy():
     assert_same(result, X + X.astype("f4"))
 
 
+@pytest.mark.usefixtures("general_way")  # results of short calls are in ordinary memory
 def test_a_result_changed_in_place_is_mapped_as_it_is_now():
     Y = map_array(np.negative, np.arange(100.0), n_jobs=2, backend="loky")
     Y[::2] = 5
