@@ -295,6 +295,7 @@ class ProcessHandOver:
         self._is_ready = False
         self._is_attended = False
         self._ends: SimpleQueue[BaseException | None] = SimpleQueue()  # of `attend`
+        self._errors: list[BaseException | None] = []  # likewise, taken by `recall`
         self._were_new = False  # whether processes had to be started
         self._packed: tuple[Job, Payload] | None = None
         self._begun = NOT_BEGUN
@@ -377,8 +378,11 @@ class ProcessHandOver:
         """End `attend`, if it goes on in another thread, and raise what it has raised."""
         if self._is_attended:
             self._run.recall()
-            error = self._ends.get()
+            # As in `CallerChunks._leave_chunk`: what is taken is not lost by an interrupt.
+            if not self._errors:
+                self._errors.extend(map(self._ends.get, (True,)))
             self._is_attended = False
+            error = self._errors.pop()
             try:
                 if error is not None:
                     raise error

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 
 import joblib
 import numpy as np
@@ -33,6 +34,7 @@ from taskcarrier.workers.call import Call
 from taskcarrier.workers.caller_chunks import CallerChunks
 from taskcarrier.workers.caller_first import CallerFirstExecutor
 from taskcarrier.workers.choose import Choice
+from taskcarrier.workers.hand_overs import ProcessHandOver
 from taskcarrier.workers.task import Job
 from tests.clocks import LONG, wait_until
 from tests.helpers import Calls
@@ -769,5 +771,21 @@ def test_an_exception_while_the_caller_leaves_a_chunk_does_not_make_it_wait_for_
         is_reached = interrupted_at(step, chunks._leave_chunk)
         if chunks._is_in_chunk:
             assert chunks._leave_chunk() is by_watcher
+        step += 1
+    assert step > 3
+
+
+@pytest.mark.fault(44)
+def test_an_exception_while_the_watcher_is_recalled_does_not_make_the_caller_wait_for_ever():
+    is_reached, step = True, 0
+    while is_reached:
+        move = SimpleNamespace(snapshot=SimpleNamespace(staging=None))
+        hand_over = ProcessHandOver(Choice("loky", 2, ""), None, None, move)
+        hand_over._run = SimpleNamespace(recall=lambda: None)
+        hand_over._is_attended = True
+        hand_over._ends.put(None)
+        is_reached = interrupted_at(step, hand_over.recall)
+        hand_over.recall()
+        assert not hand_over._is_attended
         step += 1
     assert step > 3
