@@ -58,8 +58,8 @@ def plan_workers(
     Return None if the call goes the general way.
     """
     is_small = nbytes <= MOST_NBYTES and len(grid) <= OWN_MARKS
-    if not is_small or is_in_worker() or is_joblib_configured():
-        return None
+    if not is_small or is_in_worker() or is_joblib_configured() or find_folder(None):
+        return None  # the user's folder may be full or missing: the general way says so
     seconds = history.predict_busy(func, grid.n_items, nbytes)
     if seconds is None or seconds > _MOST_SECONDS or is_jitted(func) or is_numba_ufunc(func):
         return None
@@ -116,7 +116,7 @@ class ShortRun(NamedTuple):
         lease = warm_process_pool(self.n_jobs, n_listed)
         if lease is None:
             return None
-        job = Job(task, _STATIC, self.grid, self.n_workers, folder=find_folder(None))
+        job = Job(task, _STATIC, self.grid, self.n_workers)
         delivered: dict[int, Any] = {}
         with lease as processes:
             payload = _pack(job, task, shares)
