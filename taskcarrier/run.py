@@ -145,7 +145,7 @@ class RunOutcome:
     delivered: list[tuple[int, Any]]
     failures: list[RangeFailure]
     deaths: list[WorkerDeath]
-    n_deaths: int
+    n_deaths: int = 0
     missing: list[tuple[int, int]]
     first_proposal: Any
     report: Report

@@ -736,6 +736,7 @@ def test_a_range_that_no_worker_ran_is_refused(backend, monkeypatch, tmp_path):
     assert np.array_equal(map_array(np.sqrt, X, out=Y, resume=True, **options), np.sqrt(X))
 
 
+@pytest.mark.usefixtures("general_way")  # which has marks
 def test_a_range_without_a_mark_is_refused(monkeypatch, tmp_path):
     options = {"chunksize": 1, "n_jobs": 2, "backend": "loky"}
     X = np.arange(8.0)
@@ -746,6 +747,7 @@ def test_a_range_without_a_mark_is_refused(monkeypatch, tmp_path):
     assert not (tmp_path / "Y.npy").exists()
 
 
+@pytest.mark.usefixtures("general_way")
 def test_a_result_that_never_came_is_refused(monkeypatch):
     options = {"chunksize": 1, "n_jobs": 2, "backend": "loky"}
     X = np.arange(8.0)

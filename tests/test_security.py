@@ -47,6 +47,7 @@ def test_no_code_unpickles_a_file():
         "workers/pickling.py",
         "workers/processes/packed_chunks.py",
         "workers/processes/fork_server.py",
+        "workers/processes/share_jobs.py",
         "workers/processes/worker_starter.py",
         "workers/processes/worker.py",
     }
