@@ -111,6 +111,8 @@ class ShortSettings(NamedTuple):
         """Return the choice for any function; calls in processes are not taken for short."""
         if self.backend == "sequential":
             return _ASKED_FOR
+        if self.backend is not None and self.backend not in _WORDS:
+            return None  # joblib's, which alone knows its workers, and cannot map over arrays
         n_jobs = self.n_jobs
         if n_jobs is None or n_jobs < 0:
             n_jobs = count_workers(n_jobs, Facts(cores=count_cores()))
