@@ -90,7 +90,9 @@ class ShortSettings(NamedTuple):
             backend = _WORDS.get(backend) if type(backend) is str else None
             if backend is None:
                 return None
-        if not is_count(n_jobs) or balance not in ("static", "dynamic"):
+        if type(balance) is not str or balance not in {"static", "dynamic"}:
+            return None
+        if not is_count(n_jobs):
             return None
         return cls(backend, n_jobs, balance, keep_report)
 

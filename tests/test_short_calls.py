@@ -314,6 +314,7 @@ def test_arrays_of_any_kind_give_the_same(array):
         {"n_jobs": -2},
         {"balance": "odd"},
         {"balance": None},
+        {"balance": np.array(["static", "dynamic"])},
         {"backend": "threading"},
         {"on_error": "collect"},
         {"rng": 1},
