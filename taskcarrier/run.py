@@ -479,7 +479,8 @@ def make_report(
 ) -> Report:
     """Return the report of a run that has just ended."""
     wall = (monotonic_ns() - started_ns) / 1e9 - compiling
-    n_staged = 0 if executor.staging is None else executor.staging.nbytes
+    is_sequential = executor.choice.backend == "sequential"  # then no process has read anything
+    n_staged = 0 if executor.staging is None or is_sequential else executor.staging.nbytes
     workers = tuple(
         WorkerReport(
             stats.name,
@@ -494,7 +495,7 @@ def make_report(
         backend=executor.choice.backend,
         reason=executor.choice.reason,
         # If the caller was to hand over the rest, and has not, it has finished it alone.
-        balance=Serial.name if executor.choice.backend == "sequential" else job.balance.name,
+        balance=Serial.name if is_sequential else job.balance.name,
         n_jobs=min(executor.choice.n_jobs, job.n_workers),
         chunksize=chunksize,
         ranges=ranges,

@@ -92,7 +92,9 @@ class ShortSettings(NamedTuple):
             backend = _WORDS.get(backend) if type(backend) is str else None
             if backend is None:
                 return None
-        if not is_count(n_jobs) or balance not in ("static", "dynamic"):
+        if type(balance) is not str or balance not in {"static", "dynamic"}:
+            return None
+        if not is_count(n_jobs):
             return None
         return cls(backend, n_jobs, balance, keep_report)
 
@@ -115,6 +117,8 @@ class ShortSettings(NamedTuple):
         """Return the choice where all is done by the caller; None if workers are possible."""
         if self.backend == "sequential":
             return _ASKED_FOR
+        if self.backend is not None and self.backend not in _WORDS:
+            return None  # joblib's, which alone knows its workers, and cannot map over arrays
         return _ONE_WORKER if self._count_workers() == 1 else None
 
     def _count_workers(self) -> int:

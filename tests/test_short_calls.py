@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from joblib.parallel import BACKENDS, ThreadingBackend
 
 import taskcarrier
 from taskcarrier import (
@@ -314,6 +315,7 @@ def test_arrays_of_any_kind_give_the_same(array):
         {"n_jobs": -2},
         {"balance": "odd"},
         {"balance": None},
+        {"balance": np.array(["static", "dynamic"])},
         {"backend": "threading"},
         {"on_error": "collect"},
         {"rng": 1},
@@ -549,6 +551,18 @@ class TestMappers:
         monkeypatch.setattr(history, "predict", lambda *_: 0.0)
         with pytest.raises(TypeError, match="n_jobs is given to the mapper"):
             kind().map_array(np.negative, X, n_jobs=2)
+
+    @pytest.mark.parametrize("n_jobs", [1, None])
+    def test_backends_of_joblib_take_the_general_way(self, monkeypatch, n_jobs):
+        monkeypatch.setitem(BACKENDS, "elsewhere", ThreadingBackend)
+        monkeypatch.setattr(short_calls, "count_cores", lambda: 1)
+        mapper = StaticParallelMapper(n_jobs=n_jobs, backend="elsewhere")
+        with pytest.raises(ValueError, match="maps over arrays cannot use"):
+            mapper.map_array(np.negative, X)
+        with pytest.raises(ValueError, match="maps over arrays cannot use"):
+            mapper.reduce_array(np.sum, X, combine=np.add)
+        assert mapper.map(len, ["a", "bc"]) == [1, 2]
+        assert mapper.report.backend == ("elsewhere" if n_jobs is None else "sequential")
 
 
 class TestPatience:

@@ -40,7 +40,7 @@ class Template:
     def __reduce__(self) -> tuple[Any, ...]:
         from taskcarrier.workers.pickling import pickle_items  # noqa: PLC0415  # loads joblib
 
-        return _PackedTemplate, (pickle_items(self.estimator),)
+        return _unpack_template, (pickle_items(self.estimator),)
 
 
 @record
@@ -52,6 +52,11 @@ class _PackedTemplate:
     def make_estimator(self) -> Any:
         """Return a new estimator for one fit."""
         return pickle.loads(self.packed)
+
+
+def _unpack_template(packed: bytes) -> _PackedTemplate:
+    pickle.loads(packed)  # imports the estimator's modules now, before the worker is ready
+    return _PackedTemplate(packed)
 
 
 @record

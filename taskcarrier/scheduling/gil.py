@@ -93,7 +93,8 @@ class GilWaits:
         """Return what is known, in words."""
         if self.has_failed:
             return "threads were tried, and waited for each other"
-        return f"the function let go of the GIL {self.free_share:.0%} of the time"
+        n_looks = self.n_free + self.n_held
+        return f"the function had released the GIL at {self.n_free} of {n_looks} looks"
 
     @property
     def is_fit_for_threads(self) -> bool | None:

@@ -2,8 +2,9 @@
 
 The kernel keeps both. The second is in a file of the thread, `/proc/self/task/<number>/schedstat`.
 It is read by C calls that keep the interpreter's lock: the usual ones release it, and a thread that
-measures how long it waits for the lock would wait once more. Within these calls no other thread can
-see the descriptor, nor inherit it by a fork.
+measures how long it waits for the lock would wait once more. One call into C makes
+all of them: no other thread can see the descriptor, nor inherit it by a fork, and no exception from
+outside leaves it open.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import os
 import threading
 import time
+from itertools import chain
 from typing import Any, NamedTuple
 
 _LENGTH = 100
@@ -76,12 +78,15 @@ class ThreadClock:
 def _read_file(path: bytes) -> bytes:
     """Return the beginning of a file; nothing if it cannot be read."""
     libc, make_buffer = _load()
-    fd = libc.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    if fd < 0:
-        return b""
-    text = make_buffer(_LENGTH)
-    libc.read(fd, text, _LENGTH)
-    libc.close(fd)
+    text, fds = make_buffer(_LENGTH), list[int]()
+    opened = map(libc.open, (path,), (os.O_RDONLY | os.O_CLOEXEC,))
+    list(  # the one call into C
+        chain(
+            map(fds.extend, (opened,)),
+            map(libc.read, fds, (text,), (_LENGTH,)),
+            map(libc.close, fds),
+        )
+    )
     content: bytes = text.value
     return content
 

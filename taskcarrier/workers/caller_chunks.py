@@ -220,9 +220,17 @@ class CallerChunks:
             next_chunk, self._cost.item_seconds, offer
         )
 
-    def _saves(self, next_chunk: int, item_seconds: float, offer: Offer) -> bool:
-        grid = self._job.grid
+    def _count_left(self, next_chunk: int) -> tuple[int, int]:
+        """Return how many items and chunks are left from this chunk on."""
+        grid, marks = self._job.grid, self._ledger.marks
         n_items, n_chunks = grid.n_items - next_chunk * grid.chunksize, len(grid) - next_chunk
+        if marks is not None:  # some were done by an earlier run
+            n_chunks = bytes(marks[next_chunk:]).count(PENDING)
+            n_items = min(n_items, n_chunks * grid.chunksize)
+        return n_items, n_chunks
+
+    def _saves(self, next_chunk: int, item_seconds: float, offer: Offer) -> bool:
+        n_items, n_chunks = self._count_left(next_chunk)
         saving = estimate_saving(n_items, n_chunks, item_seconds, offer)
         alone = self._cost.total_seconds + n_items * item_seconds
         if saving <= 0 or alone < self._alone_seconds:
@@ -275,8 +283,13 @@ class CallerChunks:
             took += f"; {self._waits.describe()}"
         if self._is_begun:
             (n_items, saving), choice = self._promise, self.hand_over.choice
-            where = "processes" if choice.backend == "loky" else f"threads ({choice.reason})"
-            return f"{took}: to hand over {n_items:,} items to {where} saves {saving:.2g} s"
+            where = "processes" if choice.backend == "loky" else f"threads, as {choice.reason}"
+            # The forecast may be from a first chunk, which is often dear.
+            most = n_items * self._cost.item_seconds * (1 - 1 / self._job.n_workers)
+            return (
+                f"{took}: {n_items:,} items were handed over to {where}; that was expected to save "
+                f"{min(saving, most):.2g} s"
+            )
         if self.error is not None:
             return f"{took}, but the rest could not be handed over"
         if self._alone_seconds:
@@ -293,8 +306,8 @@ class CallerChunks:
         if saving < max(_SECONDS_TO_TELL, _SAVING_TO_TELL * seconds):
             return []
         note = (
-            f"{self._waits.describe()}: backend='threading' would save about {saving:.1g} s, if it "
-            "may run in several threads at once"
+            f"{self._waits.describe()}: backend='threading' or 'auto' would save about "
+            f"{saving:.1g} s, if several threads may call the function at once"
         )
         return [note]
 

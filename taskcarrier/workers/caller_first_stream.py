@@ -74,8 +74,8 @@ class CallerFirstQueue:
         if self.runs_in_caller:
             return f"{took}: workers would have saved nothing"
         choice = self._hand_over.choice
-        where = "processes" if choice.backend == "loky" else f"threads ({choice.reason})"
-        return f"{took}: {where} went on"
+        where = "processes" if choice.backend == "loky" else f"threads, as {choice.reason}"
+        return f"{took}: the rest was handed over to {where}"
 
     def put(self, start: int, items: Sequence[Any]) -> None:
         """Run the items now, or have workers run them, which may take over just here."""

@@ -325,7 +325,7 @@ class TestBackend:
         fit_many([DecisionTreeClassifier()] * 4, X, y, n_jobs=2)
         report = last_report()
         assert report.backend == "threading"
-        assert "threads (trees release the GIL)" in report.reason
+        assert "threads, as trees release the GIL" in report.reason
 
     def test_other_estimators_are_fitted_in_processes(self, hand_over_after):
         hand_over_after(1)

@@ -1,5 +1,6 @@
 """How long a thread was on a core, and how long it waited for one."""
 
+import signal
 import threading
 import time
 
@@ -64,6 +65,32 @@ def test_reading_leaves_no_descriptor():
     before = n_descriptors()
     for _ in range(10):
         clock.read()
+    assert n_descriptors() == before
+
+
+@pytest.mark.fault(44)
+def test_an_exception_from_outside_leaves_no_descriptor():
+    class Stop(BaseException):
+        """The exception from outside."""
+
+    def stop(*_):
+        raise Stop
+
+    def read_until_stopped(seconds):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        while True:
+            clock.read()
+
+    clock = ThreadClock(threading.current_thread())
+    clock.read()
+    before = n_descriptors()
+    handler = signal.signal(signal.SIGALRM, stop)
+    try:
+        for step in range(100):
+            with pytest.raises(Stop):
+                read_until_stopped(1e-4 + step * 1e-6)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
     assert n_descriptors() == before
 
 

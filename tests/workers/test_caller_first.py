@@ -84,7 +84,7 @@ class TestBetweenChunks:
         ]
         assert chunks_of_caller() == k
         assert sum(worker.items for worker in report.workers) == 24
-        assert "in the caller: to hand over" in report.reason
+        assert "items were handed over to processes" in report.reason
 
     @pytest.mark.parametrize("k", [1, 5])
     def test_the_rest_goes_to_threads_of_which_the_caller_is_one(self, hand_over_after, options, k):
