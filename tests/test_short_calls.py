@@ -250,7 +250,7 @@ def test_a_function_may_fill_the_same_array_for_each_item():
     def fill_two(row):
         return fill(row), row[0]
 
-    for options in ({"n_jobs": 2}, {"backend": "sequential"}):
+    for options in ({"n_jobs": 2}, {"backend": "sequential"}, {"chunksize": 5, "n_jobs": 1}):
         check(lambda options=options: map_items(fill, X, **options))
         check(lambda options=options: map_items(fill_two, X, **options))
         check(lambda options=options: map_items(lambda row: [fill(row)], X, **options))

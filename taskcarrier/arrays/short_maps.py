@@ -333,22 +333,28 @@ class _ItemWork(_Work):
         self._values: dict[int, list[Any]] = {}  # by the first item of the unit
 
     def run_unit(self, start: int, stop: int) -> bool:
+        values = self._values[start] = list[Any]()
+        for first in range(start, stop, self._chunksize):
+            given = self._call(first, min(first + self._chunksize, stop))
+            # At the end of each chunk, as on the general way: the function may fill the same array
+            # for each item.
+            copies = list(map(_copy_value, given))
+            if any(copy is None for copy in copies):
+                self.outcomes.update(enumerate(given, first))
+                return False
+            values += copies
+        return True
+
+    def _call(self, start: int, stop: int) -> list[Any]:
+        """Return what the function gives for the items of a chunk, until it raises."""
         func, values = self._func, list[Any]()
         views = [array[start:stop] for array in self._arrays]
         try:
             for items in zip(*views, strict=True):
-                value = func(*items)
-                if type(value) not in _SCALARS:
-                    copied = _copy_value(value)
-                    if copied is None:
-                        self.outcomes[start + len(values)] = value
-                        break
-                    value = copied
-                values.append(value)
+                values.append(func(*items))
         except BaseException as error:  # noqa: BLE001  # the general way raises it
-            self.outcomes[start + len(values)] = Raised(error)
-        self._values[start] = values
-        return len(values) == stop - start
+            values.append(Raised(error))
+        return values
 
     def join_results(self) -> np.ndarray | tuple[np.ndarray, ...] | None:
         values = [*chain.from_iterable(self._values[start] for start in sorted(self._values))]
@@ -365,10 +371,9 @@ class _ItemWork(_Work):
 
 
 def _copy_value(value: Any) -> Any:
-    """Return a copy of what func has returned for an item; None if it is unusual.
-
-    The function may fill the same array for each item.
-    """
+    """Return a copy of what func has returned for an item; None if it is unusual."""
+    if type(value) in _SCALARS:
+        return value
     if type(value) is np.ndarray:
         return value.copy()
     if type(value) is tuple and all(type(part) in _SCALARS | {np.ndarray} for part in value):

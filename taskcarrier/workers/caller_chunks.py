@@ -302,7 +302,9 @@ class CallerChunks:
         if self._may_use_threads or n_workers == 1 or not self._waits.is_worth_telling:
             return []
         alone = self._cost.item_seconds * grid.n_items
-        saving = seconds - alone / n_workers - make_thread_offer(n_workers).busy_seconds
+        # What was spent outside of the function, threads would not save.
+        saving = min(seconds, alone) - alone / n_workers
+        saving -= make_thread_offer(n_workers).busy_seconds
         if saving < max(_SECONDS_TO_TELL, _SAVING_TO_TELL * seconds):
             return []
         note = (

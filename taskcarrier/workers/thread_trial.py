@@ -121,7 +121,10 @@ class ThreadTrial:
         """End the trial if it can be judged; return the seconds after which to look again."""
         if ledger.n_claimed() >= self._n_chunks:
             return None  # threads that have ended tell nothing
-        is_passed = self._judge()
+        try:
+            is_passed = self._judge()
+        except OSError:  # a thread is gone, and the program is ending
+            return None
         if is_passed is None:
             return WINDOW_SECONDS
         self._waits.has_failed = not is_passed
