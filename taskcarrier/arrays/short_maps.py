@@ -335,11 +335,12 @@ class _ItemWork(_Work):
     def run_unit(self, start: int, stop: int) -> bool:
         values = self._values[start] = list[Any]()
         for first in range(start, stop, self._chunksize):
-            given = self._call(first, min(first + self._chunksize, stop))
+            last = min(first + self._chunksize, stop)
+            given = self._call(first, last)
             # At the end of each chunk, as on the general way: the function may fill the same array
             # for each item.
             copies = list(map(_copy_value, given))
-            if any(copy is None for copy in copies):
+            if len(copies) < last - first or any(copy is None for copy in copies):
                 self.outcomes.update(enumerate(given, first))
                 return False
             values += copies
@@ -353,7 +354,7 @@ class _ItemWork(_Work):
             for items in zip(*views, strict=True):
                 values.append(func(*items))
         except BaseException as error:  # noqa: BLE001  # the general way raises it
-            values.append(Raised(error))
+            self.outcomes[start + len(values)] = Raised(error)
         return values
 
     def join_results(self) -> np.ndarray | tuple[np.ndarray, ...] | None:
