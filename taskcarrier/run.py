@@ -137,6 +137,8 @@ class RunOutcome:
         Ranges without a result, in ascending order, as far as the marks show.
     first_proposal : object
         What the workers agreed on, see `SetOnce`; None if nothing.
+    item_seconds : float
+        What an item took in the caller before the rest was handed over; 0 if it was not.
     report : Report
         The report, for people.
     """
@@ -148,6 +150,7 @@ class RunOutcome:
     n_deaths: int = 0
     missing: list[tuple[int, int]]
     first_proposal: Any
+    item_seconds: float = 0.0
     report: Report
 
 
@@ -290,6 +293,7 @@ def execute(
         n_deaths=len(result.deaths),
         missing=result.missing,
         first_proposal=result.first_proposal,
+        item_seconds=result.item_seconds,
         report=report,
     )
 
@@ -313,15 +317,14 @@ def remember_call(
     if not executor.begins_in_caller and report.backend != "threading":
         return
     if outcome.failures:
-        history.forget(func)
+        history.forget(func if executor.begins_in_caller else history.find_known_in_threads(func))
     elif not executor.begins_in_caller:
-        history.remember(func, busy_seconds, n_items, nbytes)
+        known = history.find_known_in_threads(func)
+        history.remember(known, busy_seconds, n_items, nbytes)
     elif report.backend == "sequential":
         history.remember(func, report.seconds, n_items, nbytes)
     else:
-        caller = report.workers[0]  # what an item took there is all that is known of it alone
-        alone_seconds = caller.busy / max(1, caller.items) * n_items
-        has_paid = report.seconds < alone_seconds
+        has_paid = report.seconds < outcome.item_seconds * n_items
         history.remember_shared(func, report.seconds, n_items, nbytes, has_paid=has_paid)
 
 

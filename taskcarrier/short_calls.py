@@ -110,7 +110,8 @@ class ShortSettings(NamedTuple):
         choice = self._find_only_choice()
         if choice is not None:
             return None if is_jitted(func) or is_numba_ufunc(func) else choice, None
-        known = history.find_known(func)
+        is_in_threads = self.backend == "threading"
+        known = (history.find_known_in_threads if is_in_threads else history.find_known)(func)
         return self._choose(func, known, n_items, nbytes), known
 
     def _find_only_choice(self) -> Choice | None:

@@ -630,7 +630,7 @@ class TestWhenItIsShort:
         for _ in range(4):  # the first is the general way's
             map_array(meet, X, chunksize=12, n_jobs=2, backend="threading")
         assert begins_alone == [False] * 3
-        history.remember_help(meet, was_unaided=True)
+        history.remember_help(history.find_known_in_threads(meet), was_unaided=True)
         history.forget(meet)
         assert not history.was_unaided(meet)
 
@@ -642,7 +642,8 @@ class TestWhenItIsShort:
         for _ in range(3):
             map_array(func, X, n_jobs=2, backend="threading")
             busy_seconds = sum(worker.busy for worker in last_report().workers)
-            seconds = history.predict(func, len(X), X.nbytes)
+            known = history.find_known_in_threads(func)
+            seconds = history.predict(known, len(X), X.nbytes)
             assert seconds == pytest.approx(busy_seconds)
         assert last_report().workers[0].name == "caller"
         with pytest.raises(ZeroDivisionError):

@@ -96,6 +96,15 @@ def find_known(func: Any) -> Known:
     return Known((code, *map(id, referents)))
 
 
+def find_known_in_threads(func: Any) -> Known:
+    """Return what stands for a function in threads that were asked for.
+
+    Several threads keep each other from cores and memory: what they took says little of the caller
+    alone.
+    """
+    return Known(("threads", find_known(func)))
+
+
 def remember(func: Any, seconds: float, n_items: int, nbytes: int) -> None:
     """Remember how long a call took in the caller alone."""
     if len(_last_alone) >= _MOST:

@@ -276,6 +276,11 @@ class CallerChunks:
         self.hand_over.close()
         self._after_trial.close()
 
+    @property
+    def item_seconds(self) -> float:
+        """What an item took in the caller alone."""
+        return self._cost.item_seconds
+
     def explain(self) -> str:
         """Return the reason for where the rest ran, in words."""
         took = f"an item took {self._cost.item_seconds:.2g} s in the caller"

@@ -94,6 +94,7 @@ class CallerFirstExecutor:
                     result = RunResult.read([caller], ledger, job.grid)
                     choice = Choice("sequential", 1, "")
                 result.worker_stats[1:1] = chunks.stats_of_trial
+                result.item_seconds = chunks.item_seconds
         finally:
             chunks.close()
         self._choice = replace(choice, reason=chunks.explain())

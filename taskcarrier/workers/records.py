@@ -146,6 +146,8 @@ class RunResult:
         Whether workers were asked to stop.
     nbytes_sent : int
         The number of bytes that were copied on their way to workers, and not into a segment.
+    item_seconds : float
+        What an item took in the caller before the rest was handed over; 0 if it was not.
     """
 
     worker_stats: list[WorkerStats]
@@ -157,6 +159,7 @@ class RunResult:
     unrecovered_deaths: list[WorkerDeath] = field(default_factory=list)
     missing: list[tuple[int, int]] = field(default_factory=list)
     nbytes_sent: int = 0
+    item_seconds: float = 0.0
 
     @classmethod
     def read(

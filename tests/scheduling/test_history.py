@@ -56,6 +56,14 @@ def test_what_is_known_stands_for_the_function():
     assert predict(known, 5, 0) == 2.0
 
 
+def test_what_threads_took_says_nothing_of_the_caller_alone():
+    known = history.find_known_in_threads(double_all)
+    assert known == history.find_known_in_threads(double_all) != find_known(double_all)
+    remember(known, 2.0, 5, 0)
+    assert predict(known, 5, 0) == 2.0
+    assert predict(double_all, 5, 0) is None
+
+
 def double_all(x):
     return 2 * x
 
