@@ -86,7 +86,7 @@ def outcome_of(call, *, is_short):
             patch.setattr(short_calls.ShortSettings, "choose", lambda *_: (None, None))
         try:
             result = call()
-        except Exception as error:  # noqa: BLE001  # compared below
+        except Exception as error:  # noqa: BLE001  # errors of any type are compared
             result = error
     report = last_report()
     facts = report.backend, report.balance, report.n_jobs, report.chunksize, report.ranges

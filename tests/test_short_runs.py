@@ -72,7 +72,7 @@ def outcome_of(call, *, is_short):
         patch.setattr(history, "predict_busy", lambda *_: 0.0 if is_short else None)
         try:
             result = call()
-        except Exception as error:  # noqa: BLE001  # compared below
+        except Exception as error:  # noqa: BLE001  # errors of any type are compared
             result = error
     report = last_report()
     facts = report.backend, report.reason, report.balance, report.n_jobs, report.chunksize
@@ -461,7 +461,7 @@ class TestInterrupts:
         os.mkfifo(path)
 
         def hang(chunk):
-            Path(path).open("rb").read()  # until the caller is in the handler  # noqa: SIM115
+            Path(path).read_bytes()  # waits until the caller is in the handler
             return chunk
 
         wait_for = ShareRun._wait_for

@@ -114,7 +114,7 @@ class ListMove:
 def is_plain(items: Sequence[Any]) -> bool:
     """Return whether objects are pickled without code of the user's: numbers, text, arrays.
 
-    So are collections of these.
+    Collections of such objects count, too.
     """
     if type(items) is range:
         return True

@@ -80,7 +80,7 @@ class _ListWork:
                 self._results[start] = [func(item) for item in items_left]
         except BaseException as error:  # noqa: BLE001  # the general way raises it
             # The iterator has already given the item that func was called with. The results before
-            # that are lost, but nobody sees them: the call ends with an error.
+            # that are lost, and are not needed: the call ends with an error.
             number = max(start, stop - length_hint(items_left) - 1)
             self.outcomes.update(dict.fromkeys(range(start, number)))
             self.outcomes[number] = Raised(error)

@@ -141,7 +141,7 @@ class _Crew:
         """Run the units that are left.
 
         When interrupted, threads stop at their next unit. Those that are still in one do not come
-        back to the pool, and what they add to the call is seen by nobody.
+        back to the pool, and what they add to the call is not used.
         """
         invitations: list[Invitation] = []
         is_over = False

@@ -1,7 +1,7 @@
 """Threads on trial: they run chunks, and whether they are of use is not known yet.
 
-The caller and the threads take chunks in ascending order. When the trial is over, what nobody has
-taken is one range, whatever the balance. It goes on by the rule of the run, or is left to others.
+The caller and the threads take chunks in ascending order. When the trial is over, the chunks that
+are left are one range, whatever the balance. They are run by the rule of the run, or by others.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TrialBalance:
     Attributes
     ----------
     first_left : int or None
-        The first chunk that nobody had taken when the trial was over.
+        The first chunk that was left when the trial was over.
     is_passed : bool
         Whether the threads go on.
     """

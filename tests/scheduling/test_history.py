@@ -87,7 +87,7 @@ def test_what_a_function_refers_to_counts(monkeypatch):
     )
     assert find_known(enclosing(one)) == find_known(enclosing(one))
     assert find_known(enclosing(one)) != find_known(enclosing(other))
-    assert find_known(lambda: unbound) is not None  # noqa: F821  # a name that is not bound is the case
+    assert find_known(lambda: unbound) is not None  # noqa: F821  # the test is of an unbound name
     key = find_known(uses_global)
     monkeypatch.setitem(globals(), "THING", other)
     assert find_known(uses_global) != key

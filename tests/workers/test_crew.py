@@ -34,7 +34,7 @@ class Work:
     def run_unit(self, start, stop):
         try:
             self.func(start, stop)
-        except BaseException as error:  # noqa: BLE001  # as in the package
+        except BaseException as error:  # noqa: BLE001  # a work keeps whatever was raised
             self.outcomes[start] = Raised(error)
             return False
         self.done.append((start, stop))
