@@ -233,7 +233,7 @@ class Ledger:
         return index
 
     def stop_claims(self, n_chunks: int) -> int:
-        """Leave nothing to be claimed; return the first chunk of `n_chunks` that was not claimed."""
+        """Leave nothing to be claimed; return the first of `n_chunks` chunks that was left."""
         return min(n_chunks, self._counter.advance(n_chunks))
 
     def hold(self, worker: int, index: int) -> None:
