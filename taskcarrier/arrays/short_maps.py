@@ -172,7 +172,7 @@ class _Work(ABC):
     ) -> None:
         self.outcomes: dict[int, Any] = {}
         self._func = func
-        # Chunks are views of these, and so they are read-only too.
+        # Chunks are views of these, so they cannot be written to either.
         self._arrays = [array.view() for array in arrays]
         for view in self._arrays:
             view.flags.writeable = False

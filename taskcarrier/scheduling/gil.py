@@ -31,7 +31,7 @@ _LEAST_SHARE = 0.75
 # A function that is on a core for a smaller share of the time waits for something else, and two
 # threads have room on one core.
 _WAITING_SHARE = 0.5
-# Users are told of a function that releases the lock after so many waits, if this part was short.
+# The report mentions a function that releases the lock after so many waits, this part short.
 _ENOUGH_TO_TELL = 20
 _FREE_SHARE_TO_TELL = 0.9
 # Threads that have waited for a core for a larger part of the time are not judged.

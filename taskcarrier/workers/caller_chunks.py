@@ -40,7 +40,7 @@ _READY_SECONDS = 0.002
 _LOOK_SECONDS = 0.01
 # ... and again after so many seconds if only the caller can prepare them.
 _PATIENCE_SECONDS = 0.1
-# What threads must save before the user is told of them: this part of the call, and as much as a
+# What threads must save before the report mentions them: this part of the call, and as much as a
 # millisecond.
 _SAVING_TO_TELL = 0.1
 _SECONDS_TO_TELL = 0.001

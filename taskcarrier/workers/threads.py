@@ -80,8 +80,8 @@ def _worker_main(inbox: SimpleQueue[Any], worker: weakref.ref[_Worker]) -> None:
 class Invitation:
     """Work for a free thread, unless the caller takes it back before the thread has begun.
 
-    The work is in a list. Whoever pops it has it, so that a thread that comes late finds nothing,
-    and holds nothing of a call that is over.
+    The work is in a list. The thread that pops it owns it, so that a thread that comes late finds
+    nothing, and holds nothing of a call that is over.
     """
 
     def __init__(self, worker: _Worker, work: Callable[[], None]) -> None:
