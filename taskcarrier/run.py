@@ -33,7 +33,7 @@ from taskcarrier.workers import choose as choices
 from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.executors import make_executor
-from taskcarrier.workers.introspect import has_own_threads, releases_gil
+from taskcarrier.workers.introspect import has_own_threads, is_jitted, releases_gil
 from taskcarrier.workers.records import RangeFailure, RunResult, WorkerDeath, WorkerStats
 from taskcarrier.workers.serial import SerialExecutor
 from taskcarrier.workers.task import Job, Move, Task
@@ -321,6 +321,9 @@ def remember_call(
     elif not executor.begins_in_caller:
         known = history.find_known_in_threads(func)
         history.remember(known, busy_seconds, n_items, nbytes)
+    elif is_jitted(func):
+        # What the caller spent on each chunk is little of what the threads' loops did.
+        history.remember(func, busy_seconds, n_items, nbytes)
     elif report.backend == "sequential":
         history.remember(func, report.seconds, n_items, nbytes)
     else:

@@ -98,20 +98,26 @@ class ShortSettings(NamedTuple):
             return None
         return cls(backend, n_jobs, balance, keep_report)
 
-    def choose(self, func: Any, n_items: int, nbytes: int) -> tuple[Choice | None, Known | None]:
+    def choose(
+        self, func: Any, n_items: int, nbytes: int, *, runs_kernels: bool = False
+    ) -> tuple[Choice | None, Known | None]:
         """Return where a call is run as a short one; None if it goes the general way.
 
         This is where that way runs it, with the same reason. By default it is the caller
         (`Choice.begins_in_caller`), if the call is known to be short. The second value is what
-        stands for the function in its history; None if that does not count.
+        stands for the function in its history; None if that does not count. With `runs_kernels` the
+        short way can run functions that numba compiles.
         """
         if is_in_worker() or is_joblib_configured():
             return None, None
+        is_refused = is_numba_ufunc(func) or (is_jitted(func) and not runs_kernels)
         choice = self._find_only_choice()
         if choice is not None:
-            return None if is_jitted(func) or is_numba_ufunc(func) else choice, None
+            return None if is_refused else choice, None
         is_in_threads = self.backend == "threading"
         known = (history.find_known_in_threads if is_in_threads else history.find_known)(func)
+        if is_in_threads and (is_refused or is_ending()):
+            return None, known
         return self._choose(func, known, n_items, nbytes), known
 
     def _find_only_choice(self) -> Choice | None:
@@ -132,11 +138,7 @@ class ShortSettings(NamedTuple):
         """Return the choice by what is known of the function; none is in processes."""
         seconds = history.predict(known, n_items, nbytes)
         if self.backend == "threading":
-            is_short = (
-                seconds is not None
-                and seconds <= MOST_SECONDS
-                and not (is_ending() or is_jitted(func) or is_numba_ufunc(func))
-            )
+            is_short = seconds is not None and seconds <= MOST_SECONDS
             return Choice("threading", self._count_workers(), "asked for") if is_short else None
         if self.backend not in {None, "auto"}:
             return None
@@ -217,15 +219,19 @@ class ShortCall(NamedTuple):
     choice: Choice
     settings: ShortSettings
 
-    def run(self, work: ShortWork, *, can_join: bool = False) -> Any:
+    def run(
+        self, work: ShortWork, *, can_join: bool = False, least_units: int = _LEAST_UNITS
+    ) -> Any:
         """Run the work, and return its result; None if the call is to go the general way.
 
-        With `can_join` a unit may have several chunks.
+        With `can_join` a unit may have several chunks, so that there are no more than `least_units`
+        for the caller alone.
         """
         grid, choice = self.grid, self.choice
         n_workers = min(choice.n_jobs, len(grid))
-        least = max(_LEAST_UNITS, _UNITS_FOR_WORKER * n_workers)
-        units = list_units(grid, max(1, len(grid) // least) if can_join else 1)
+        if n_workers > 1:
+            least_units = max(least_units, _UNITS_FOR_WORKER * n_workers)
+        units = list_units(grid, max(1, len(grid) // least_units) if can_join else 1)
         result: Any = None
         worker_stats = [WorkerStats(0, "caller")]
         begin = perf_counter()

@@ -27,7 +27,7 @@ def run(request):
 @pytest.fixture
 def general_way(monkeypatch):
     """Let no call take the short way."""
-    monkeypatch.setattr(ShortSettings, "choose", lambda *_: (None, None))
+    monkeypatch.setattr(ShortSettings, "choose", lambda *_, **__: (None, None))
     monkeypatch.setattr(history, "predict_busy", lambda *_: None)
 
 

@@ -83,7 +83,7 @@ def outcome_of(call, *, is_short):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(history, "predict", lambda *_: 0.0)
         if not is_short:
-            patch.setattr(short_calls.ShortSettings, "choose", lambda *_: (None, None))
+            patch.setattr(short_calls.ShortSettings, "choose", lambda *_, **__: (None, None))
         try:
             result = call()
         except Exception as error:  # noqa: BLE001  # errors of any type are compared

@@ -33,7 +33,6 @@ from taskcarrier.scheduling.retries import WithRetries
 from taskcarrier.workers.call import Call, check_extras
 from taskcarrier.workers.choose import check_for_arrays
 from taskcarrier.workers.executor import Executor
-from taskcarrier.workers.introspect import is_jitted
 from taskcarrier.workers.records import DeliveredFailure, PartialResult
 from taskcarrier.workers.replay import ReplayExecutor
 from taskcarrier.workers.task import Move, Task
@@ -261,9 +260,8 @@ class ArrayCall:
             resumed=resumed,
             move=move,
         )
-        if not is_jitted(self.call.func):
-            size = self.inputs.n_items, self.inputs.nbytes
-            remember_call(self.call.func, *size, executor, outcome)
+        size = self.inputs.n_items, self.inputs.nbytes
+        remember_call(self.call.func, *size, executor, outcome)
         return outcome
 
     def make_shared_buffer(self) -> SharedBuffer:

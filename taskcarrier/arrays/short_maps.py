@@ -23,6 +23,7 @@ from taskcarrier.arrays.outputs.stacking import MixedDtypes, stack_values
 from taskcarrier.arrays.short_processes import run_in_processes
 from taskcarrier.scheduling.grid import ChunkGrid, chunk_grid, item_grid
 from taskcarrier.short_calls import ShortCall, ShortSettings, is_count
+from taskcarrier.workers.introspect import is_jitted
 from taskcarrier.workers.records import Raised
 
 # Larger results are checked against the memory that is left.
@@ -32,6 +33,7 @@ _ALL_OPTIONS = {*_CALL_OPTIONS, "n_jobs", "balance", "backend"}
 _KINDS = set("biufcmMSU")
 _SCALARS = {bool, int, float, complex, str, bytes, *np.sctypeDict.values()} - {np.object_}
 _CONSTANTS = {type(None), type, np.object_, *_SCALARS}
+_NUMBERS = {bool, float, complex}  # each of one type in compiled code; integers may have two
 # A call of more chunks goes the general way: its units would take much memory.
 _MAX_CHUNKS = 1 << 14
 
@@ -88,12 +90,10 @@ def _run(
     names = _CALL_OPTIONS
     if settings is None:
         settings, names = ShortSettings.from_options(options), _ALL_OPTIONS
-    if settings is None or not arrays or not callable(func):
+    nbytes = _count_bytes(arrays) if callable(func) else None
+    if settings is None or nbytes is None:
         return NOT_SHORT, {}
     if options and not (options.keys() <= names and _are_usual(options)):
-        return NOT_SHORT, {}
-    nbytes = _count_bytes(arrays)
-    if nbytes is None:
         return NOT_SHORT, {}
     by_item = kind is _ItemWork
     n_items, chunksize = len(arrays[0]), options.get("chunksize")
@@ -107,13 +107,32 @@ def _run(
             func, arrays, options, settings, grid, by_item=by_item, joins=joins
         )
         return (NOT_SHORT if result is None else result), replay or {}
-    choice, known = settings.choose(func, n_items, nbytes)
+    choice, known = settings.choose(func, n_items, nbytes, runs_kernels=by_item)
     if choice is None or (len(grid) > _MAX_CHUNKS and not by_item):
         return NOT_SHORT, {}
-    work = kind(_bind_constants(func, len(arrays), options), arrays, grid)
     call = ShortCall(func, known, grid, nbytes, choice, settings)
+    if is_jitted(func):
+        return (_run_kernel(call, arrays, options) if by_item else NOT_SHORT), {}
+    work = kind(_bind_constants(func, len(arrays), options), arrays, grid)
     result = call.run(work, can_join=by_item)
     return (NOT_SHORT if result is None else result), work.outcomes
+
+
+def _run_kernel(call: ShortCall, arrays: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    """Return the result of a call over items; `NOT_SHORT` if no loop is compiled for it.
+
+    And if it is not usual: the general way runs it from its beginning.
+    """
+    from taskcarrier.arrays.kernels import short_loops  # noqa: PLC0415  # loads numba
+
+    args = options.get("args", ())
+    if options.get("kwargs") or not {*map(type, args)} <= _NUMBERS:
+        return NOT_SHORT
+    work = short_loops.LoopWork.find(call, arrays, args)
+    if work is None:
+        return NOT_SHORT
+    result = call.run(work, can_join=True, least_units=1)
+    return NOT_SHORT if result is None else result
 
 
 def _bind_constants(
@@ -146,7 +165,7 @@ def _are_usual(options: Mapping[str, Any]) -> bool:
 
 
 def _count_bytes(arrays: tuple[Any, ...]) -> int | None:
-    """Return the bytes of arrays; None if one of them is not usual."""
+    """Return the bytes of arrays; None if there is none, or if one of them is not usual."""
     nbytes = 0
     for array in arrays:
         if (
@@ -161,7 +180,7 @@ def _count_bytes(arrays: tuple[Any, ...]) -> int | None:
         ):
             return None
         nbytes += array.nbytes
-    return nbytes
+    return nbytes or None
 
 
 class _Work(ABC):

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -34,6 +34,7 @@ from taskcarrier.arrays.kernels.signatures import (
     types_of,
 )
 from taskcarrier.system.locks import ModuleLock
+from taskcarrier.workers.introspect import has_own_threads
 from taskcarrier.workers.pools import call_at_shutdown
 
 # The prefix of the symbols that make a Python object of an array.
@@ -74,13 +75,23 @@ def infer_result(
     if any(layout.ndim for layout in layouts) and not all(map(_cannot_keep_row, extra_types)):
         return None
     # Looked up here first: numba takes 0.15 ms to look up a signature.
-    key = (tuple(layouts), extra_types, len(extras.before), out, writable)
+    key = _ResultKey(tuple(layouts), extra_types, len(extras.before), out, writable)
     with suppress(KeyError):
         return _get_cache(kernel).results[key]
     result = _find_result(kernel, layouts, extras, out, writable=writable)
     # Get the cache again: the kernel may have been compiled only now. If several threads come at
     # once, the first result counts.
     return _get_cache(kernel).results.setdefault(key, result)
+
+
+class _ResultKey(NamedTuple):
+    """What decides on the result of a kernel."""
+
+    layouts: tuple[ArrayLayout, ...]
+    extra_types: tuple[types.Type, ...]
+    n_before: int
+    out: ArrayLayout | None
+    writable: bool
 
 
 def _cannot_keep_row(kind: types.Type) -> bool:
@@ -107,13 +118,21 @@ def _cannot_keep_row(kind: types.Type) -> bool:
     )
 
 
+class FoundLoop(NamedTuple):
+    """A loop that was compiled, and what its kernel returns."""
+
+    loop: Callable[..., None]
+    result: KernelResult
+
+
 class _KernelCache:
     """What was inferred and compiled for one kernel, as it was last compiled."""
 
     def __init__(self) -> None:
         self.first_overload: Any = None
-        self.results: dict[Any, KernelResult | None] = {}
+        self.results: dict[_ResultKey, KernelResult | None] = {}
         self.wrappers: dict[int, Any] = {}
+        self.found: dict[Any, FoundLoop] = {}
 
     def is_outdated_by(self, first_overload: Any) -> bool:
         """Return whether the kernel was recompiled since."""
@@ -214,6 +233,29 @@ def compile_loop(
                 row_at = len(extras.before) if rows_out else None
                 loops[key] = build_loop(kernel, layouts, extra_types, outs, result, row_at=row_at)
     return loops[key]
+
+
+def find_loop(kernel: Any, arrays: Sequence[np.ndarray], args: tuple[Any, ...]) -> FoundLoop | None:
+    """Return the loop that was compiled in an earlier call for arrays and numbers like these.
+
+    Items are contiguous and lie along the first axis. None if there is no such loop, or if the
+    kernel needs private copies or starts threads.
+    """
+    # The layouts of arrays would say the same, and take 20 µs.
+    kinds = tuple((array.dtype, array.ndim, array.flags.aligned) for array in arrays)
+    key = kinds, tuple(map(type, args))
+    cache = _get_cache(kernel)
+    found = cache.found.get(key)
+    if found is None and cache.results and not has_own_threads(kernel, args):
+        layouts = tuple(ArrayLayout.of(array, 0) for array in arrays)
+        extra_types = types_of(args, writable=False)
+        result = cache.results.get(_ResultKey(layouts, extra_types, len(args), None, False))
+        if result is None or result.writable_args != WritableArgs(items=False):
+            return None
+        outs = tuple(ArrayLayout.of(np.empty(1, dtype), 0) for dtype in result.dtypes)
+        if outs in result.loops:
+            found = cache.found[key] = FoundLoop(result.loops[outs], result)
+    return found
 
 
 def without_gil(kernel: Any, n_arguments: int) -> Any:

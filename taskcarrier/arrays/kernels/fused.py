@@ -7,7 +7,7 @@ after the other like any other function.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -71,12 +71,12 @@ class FusedTask:
     @cached_property
     def array_arguments(self) -> list[Any]:
         """The mapped arrays, as arguments of the loop."""
-        return _to_loop_arguments(self.arrays, self.axes)
+        return to_loop_arguments(self.arrays, self.axes)
 
     @cached_property
     def out_arguments(self) -> list[Any]:
         """The outputs, as arguments of the loop."""
-        return _to_loop_arguments(self.outs, [0] * len(self.outs))
+        return to_loop_arguments(self.outs, [0] * len(self.outs))
 
     def halt(self) -> None:
         """Keep loops that run given ranges from writing any more: the call is over."""
@@ -147,7 +147,7 @@ class FusedRunner:
                 _copy_items(move_items_first(array, axis)[start:stop])
                 for array, axis in zip(self._task.arrays, self._task.axes, strict=True)
             ]
-            arrays = _to_loop_arguments(copies, [0] * len(copies))
+            arrays = to_loop_arguments(copies, [0] * len(copies))
             # The loop counts items from the first of the whole array, so shift addresses.
             arrays[::4] = [
                 address - start * stride
@@ -200,7 +200,7 @@ def _copy_items(items: np.ndarray) -> np.ndarray:
     return items.copy(order="C")
 
 
-def _to_loop_arguments(arrays: list[np.ndarray], axes: list[int]) -> list[Any]:
+def to_loop_arguments(arrays: Sequence[np.ndarray], axes: Sequence[int]) -> list[Any]:
     """Return arrays as arguments of fused loops: address; stride, shape and strides of an item."""
     arguments: list[Any] = []
     for array, axis in zip(arrays, axes, strict=True):

@@ -1,0 +1,279 @@
+"""Short maps over kernels: what the general way gives, by a few calls of the compiled loop."""
+
+import threading
+
+import numba
+import numpy as np
+import pytest
+
+from taskcarrier import StaticParallelMapper, last_report, map_array, map_items
+from taskcarrier.arrays.kernels import short_loops
+from taskcarrier.arrays.kernels.compiler import FoundLoop
+from taskcarrier.arrays.kernels.short_loops import LoopWork
+from taskcarrier.arrays.kernels.signatures import KernelResult, WritableArgs
+from taskcarrier.scheduling import history
+from taskcarrier.short_calls import ShortSettings
+from tests.clocks import LONG
+from tests.strategies import assert_same, keep_pools_warm
+
+pools = keep_pools_warm(2)
+RUNS = [
+    {"backend": "sequential"},
+    {"n_jobs": 1},
+    {"backend": "threading", "n_jobs": 2},
+    {"backend": "threading", "n_jobs": 2, "balance": "dynamic"},
+    {"n_jobs": 2},
+    {"backend": "auto", "n_jobs": 2},
+]
+
+
+@pytest.fixture(params=RUNS, ids=lambda run: "-".join(map(str, run.values())))
+def run(request):
+    return request.param
+
+
+@pytest.fixture
+def loops(monkeypatch):
+    """Record the ranges that loops of short calls are called with, and the threads that call."""
+    ranges = []
+    init = LoopWork.__init__
+
+    def recording(self, *args):
+        init(self, *args)
+        loop = self._loop
+
+        def run_loop(ledger, row, begin, end, *rest):
+            ranges.append((begin, end, threading.current_thread()))
+            loop(ledger, row, begin, end, *rest)
+
+        self._loop = run_loop
+
+    monkeypatch.setattr(LoopWork, "__init__", recording)
+    monkeypatch.setattr(history, "predict", lambda *_: 0.0)
+    return ranges
+
+
+@numba.njit
+def root(x):
+    if x < 0:
+        raise ValueError("negative")
+    return x**0.5
+
+
+@numba.njit
+def parts(row, other):
+    return row[0] + other, row.sum() > 0
+
+
+@numba.njit
+def scaled(row, factor, shift):
+    return factor * row[-1] + shift
+
+
+@numba.njit
+def between(date, other):
+    return date - other
+
+
+@numba.njit
+def total(item):
+    return item.sum()
+
+
+X = np.arange(300.0)
+ROWS = np.arange(900).reshape(300, 3)
+DATES = np.arange("2000-01-01", "2000-02-01", dtype="M8[D]")
+CASES = {
+    "numbers": (root, (X,), {}),
+    "one item": (root, (X[:1],), {}),
+    "view": (root, (np.arange(600.0)[100:300],), {}),
+    "integers": (root, (np.arange(300),), {}),
+    "rows, tuple": (parts, (ROWS, X), {}),
+    "stacks": (total, (np.arange(240.0).reshape(40, 2, 3),), {}),
+    "arguments": (scaled, (ROWS,), {"args": (2.5, True)}),
+    "complex": (scaled, (ROWS,), {"args": (2.5j, 1.0)}),
+    "chunksize": (root, (X,), {"chunksize": 7}),
+    "dates": (between, (DATES, DATES[::-1].copy()), {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_short_call_gives_what_the_general_way_gives(name, run, loops, monkeypatch):
+    kernel, arrays, options = CASES[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(ShortSettings, "choose", lambda *_, **__: (None, None))
+        expected = map_items(kernel, *arrays, **options, **run)
+    assert loops == []
+    general = last_report()
+    result = map_items(kernel, *arrays, **options, **run)
+    report = last_report()
+    assert_same(result, expected)
+    bounds = sorted(pair[:2] for pair in loops)
+    assert [start for start, _ in bounds] == [0, *(stop for _, stop in bounds[:-1])]
+    assert bounds[-1][1] == len(arrays[0])
+    assert sum(worker.items for worker in report.workers) == report.items == len(arrays[0])
+    assert (report.chunksize, report.ranges) == (general.chunksize, general.ranges)
+    if run.get("backend") == "threading":
+        assert (report.backend, report.n_jobs) == ("threading", min(2, len(arrays[0])))
+    else:
+        assert {thread for *_, thread in loops} == {threading.current_thread()}
+
+
+def test_mappers_take_the_short_way_too(loops):
+    mapper = StaticParallelMapper(n_jobs=1)
+    for _ in range(2):
+        assert (mapper.map_items(root, X) == X**0.5).all()
+    assert len(loops) > 0
+
+
+@numba.njit
+def with_default(x, factor=2.0):
+    return factor * x
+
+
+@numba.njit("float64(float64[:])")
+def may_write(row):
+    return row[0]
+
+
+@numba.njit(parallel=True)
+def own_threads(x):
+    total = 0.0
+    for n in numba.prange(3):
+        total += n * x
+    return total
+
+
+@numba.njit
+def as_array(x):
+    return np.array([x, x])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "array", "options"),
+    [
+        (with_default, X, {"kwargs": {"factor": 3.0}}),
+        (with_default, X, {"args": (3,)}),  # one type up to 2**63, and another from there on
+        (with_default, X, {"args": (np.float32(3),)}),
+        (may_write, ROWS.astype(float), {}),
+        (own_threads, X, {}),
+        (as_array, X, {}),
+        (with_default, X[::2], {}),
+        (with_default, X.astype(">f8"), {}),
+        (with_default, X, {"timeout": LONG}),
+    ],
+)
+def test_what_has_no_such_loop_goes_the_general_way(kernel, array, options, loops):
+    results = [map_items(kernel, array, n_jobs=1, **options) for _ in range(2)]
+    assert_same(results[0], results[1])
+    more = *options.get("args", ()), *options.get("kwargs", {}).values()
+    alone = [kernel.py_func(item, *more) for item in array]
+    assert np.allclose(results[1], alone, rtol=1e-15)
+    assert loops == []
+
+
+def test_chunks_go_the_general_way(loops):
+    @numba.njit
+    def double(chunk):
+        return 2 * chunk
+
+    for backend in (None, "sequential", "threading"):
+        for _ in range(2):
+            assert (map_array(double, X, backend=backend) == 2 * X).all()
+    assert loops == []
+
+
+def test_the_error_is_that_of_the_general_way(run, loops):
+    items = X.copy()
+    map_items(root, items, **run)
+    items[[50, 200]] = -1
+    with pytest.raises(ValueError, match="negative") as caught:
+        map_items(root, items, **run)
+    is_ordered = 1 in run.values() or "sequential" in run.values() or "dynamic" in run.values()
+    numbers = (50,) if is_ordered else (50, 200)  # threads begin in both halves at once
+    assert any(f"item {n}" in note for note in caught.value.__notes__ for n in numbers)
+    assert len(loops) > 0
+    assert (map_items(root, X, **run) == X**0.5).all()
+
+
+def test_a_kernel_that_is_compiled_anew_is_another(loops):
+    factor = 2.0
+
+    @numba.njit
+    def scale(x):
+        return factor * x
+
+    for _ in range(2):
+        assert (map_items(scale, X, n_jobs=1) == 2 * X).all()
+    n_calls = len(loops)
+    assert n_calls > 0
+    factor = 3.0
+    scale.recompile()
+    for n_more in (0, n_calls):
+        assert (map_items(scale, X, n_jobs=1) == 3 * X).all()
+        assert len(loops) == n_calls + n_more
+
+
+def make_work(loop, n_items=1000, chunksize=2, patience=None):
+    result = KernelResult((np.dtype(float),), is_tuple=False, writable_args=WritableArgs(False))
+    return LoopWork(FoundLoop(loop, result), (np.zeros(n_items),), (), chunksize, patience)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "lengths"),
+    [
+        # Each call takes so long; then the items of each call follow.
+        (LONG, [2, 8, 32, 58]),
+        (0.0, [2] * 50),
+        (-1.0, [2, *[1] * 98]),
+    ],
+)
+def test_the_next_call_of_a_loop_has_more_items_if_the_last_was_quick(
+    seconds, lengths, monkeypatch
+):
+    if seconds == 0:  # neither quick nor slow
+        monkeypatch.setattr(short_loops, "_GROWTH", 1)
+    else:
+        monkeypatch.setattr(short_loops, "_CALL_SECONDS", seconds)
+    called = []
+    work = make_work(lambda *words: called.append(words[2:4]), n_items=100)
+    assert work.run_unit(0, 100)
+    assert [stop - start for start, stop in called] == lengths
+    assert called[0][0] == 0
+    assert all(one[1] == other[0] for one, other in zip(called, called[1:], strict=False))
+    assert called[-1][1] == 100
+    assert work.join_results() is not None
+
+
+def test_a_call_whose_time_is_up_goes_the_general_way():
+    class Impatient:
+        has_ended = True
+
+    called = []
+    work = make_work(lambda *words: called.append(words[2:4]), patience=Impatient())
+    assert not work.run_unit(0, 1000)
+    assert called == [(0, 2)]
+    assert work.join_results() is None
+
+
+def test_an_interrupt_ends_the_call():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    work = make_work(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        work.run_unit(0, 1000)
+    assert work.join_results() is None
+
+
+def test_loops_at_work_at_once_have_ledgers_of_their_own():
+    inner, outer = [], []
+
+    def loop(ledger, *_):
+        if not inner:
+            inner.append(0)
+            assert make_work(lambda other, *_: inner.append(other)).run_unit(0, 1)
+        outer.append(ledger)
+
+    assert make_work(loop).run_unit(0, 2)
+    assert inner[1] != outer[0]
