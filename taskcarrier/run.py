@@ -326,6 +326,7 @@ def remember_call(
         history.remember(func, busy_seconds, n_items, nbytes)
     elif report.backend == "sequential":
         history.remember(func, report.seconds, n_items, nbytes)
+        history.remember_left_alone(func, report.seconds, n_items, nbytes)
     else:
         has_paid = report.seconds < outcome.item_seconds * n_items
         history.remember_shared(func, report.seconds, n_items, nbytes, has_paid=has_paid)

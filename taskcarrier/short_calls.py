@@ -143,22 +143,22 @@ class ShortSettings(NamedTuple):
         if self.backend not in {None, "auto"}:
             return None
         waits = history.find_gil_waits(known, n_items, nbytes) if self.backend else None
-        return _CALLER_FIRST if is_for_caller(func, seconds, waits) else None
+        if seconds is None or seconds > _MAX_SECONDS_FOR_PROCESSES:
+            return None
+        is_short = (
+            seconds <= _MAX_SECONDS_FOR_THREADS
+            or not may_use_threads(func, waits)
+            or history.is_left_alone(known, n_items, nbytes)
+        )
+        return _CALLER_FIRST if is_short else None
 
 
-def is_for_caller(func: Any, seconds: float | None, waits: GilWaits | None) -> bool:
-    """Return whether a call is so short that the caller runs it, where no backend is asked for.
+def may_use_threads(func: Any, waits: GilWaits | None) -> bool:
+    """Return whether threads may run a function where they are not asked for.
 
-    It will take so many `seconds`; None if that is not known. With `waits`, threads may run any
-    function that is not known to hold the GIL.
+    With `waits` that is any function that is not known to hold the GIL.
     """
-    if seconds is None or seconds > _MAX_SECONDS_FOR_PROCESSES:
-        return False
-    if seconds <= _MAX_SECONDS_FOR_THREADS:
-        return True
-    if releases_gil(func):
-        return False
-    return waits is None or waits.is_fit_for_threads is False
+    return releases_gil(func) or (waits is not None and waits.is_fit_for_threads is not False)
 
 
 def is_count(value: Any, least: int = -sys.maxsize) -> bool:

@@ -39,6 +39,10 @@ X = np.arange(48.0).reshape(24, 2)
 SEEN = []
 
 
+def double(chunk):
+    return 2 * chunk
+
+
 @pytest.fixture(autouse=True)
 def everything_runs_in_the_caller(hand_over_after):
     hand_over_after(10**9)
@@ -660,17 +664,57 @@ class TestWhenItIsShort:
         assert key not in history._last_alone
 
     def test_what_threads_may_run_is_handed_over_sooner(self):
-        is_for_caller = short_calls.is_for_caller
+        may_use_threads = short_calls.may_use_threads
         unknown, held = GilWaits(), GilWaits()
         held.n_held = 4
-        assert not is_for_caller(double, None, None)
         for waits in (None, unknown, held):
-            assert is_for_caller(np.sqrt, 0.001, waits)
-            assert not is_for_caller(np.sqrt, 0.003, waits)
-            assert not is_for_caller(double, 0.01, waits)
-        assert is_for_caller(double, 0.003, None)
-        assert not is_for_caller(double, 0.003, unknown)
-        assert is_for_caller(double, 0.003, held)
+            assert may_use_threads(np.sqrt, waits)
+        assert not may_use_threads(double, None)
+        assert may_use_threads(double, unknown)
+        assert not may_use_threads(double, held)
+
+    @pytest.mark.parametrize(
+        ("func", "backend", "seconds", "is_short"),
+        [
+            (np.sqrt, None, 0.001, True),
+            (np.sqrt, None, 0.003, False),
+            (double, None, 0.003, True),
+            (double, None, 0.01, False),
+            (double, "auto", 0.001, True),
+            (double, "auto", 0.003, False),
+        ],
+    )
+    def test_what_decides_is_how_long_the_last_call_took(
+        self, func, backend, seconds, is_short, monkeypatch
+    ):
+        monkeypatch.setattr(history, "predict", lambda *_: seconds)
+        monkeypatch.setattr(history, "find_gil_waits", lambda *_: GilWaits())
+        settings = short_calls.ShortSettings.from_options({"n_jobs": 2, "backend": backend})
+        assert (settings.choose(func, 24, 1)[0] is not None) is is_short
+
+    def test_a_call_that_workers_did_not_help_is_short_the_next_times(self, monkeypatch):
+        def is_short(seconds):
+            monkeypatch.setattr(history, "predict", lambda *_: seconds)
+            return settings.choose(func, 24, 1)[0] is not None
+
+        def func(chunk):
+            return 2 * chunk
+
+        settings = short_calls.ShortSettings.from_options({"n_jobs": 2, "backend": "auto"})
+        assert not is_short(0.003)
+        history.remember_left_alone(func, 0.003, 24, 1)
+        assert is_short(0.003)
+        assert not is_short(0.01)
+        assert [is_short(0.003) for _ in range(history._CALLS_ALONE)].count(False) == 1
+
+    def test_a_call_in_which_workers_did_not_help_is_remembered(self):
+        def func(chunk):
+            return 3 * chunk
+
+        assert not history.is_left_alone(func, len(X), X.nbytes)
+        map_array(func, X, n_jobs=2, backend="auto")
+        assert history.is_left_alone(func, len(X), X.nbytes)
+        assert not history.is_left_alone(func, 3 * len(X), X.nbytes)
 
     def test_workers_and_joblib_take_the_general_way(self, monkeypatch):
         monkeypatch.setattr(history, "predict", lambda *_: 0.0)
@@ -718,10 +762,6 @@ class TestWhenItIsShort:
         thread.start()
         thread.join()
         assert last_report().items == 24
-
-
-def double(chunk):
-    return 2 * chunk
 
 
 @pytest.mark.parametrize("backend", [None, "sequential", "threading"])

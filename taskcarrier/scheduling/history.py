@@ -55,6 +55,14 @@ class _Shared:
         self.n_calls_alone = 0
 
 
+class _LeftAlone:
+    """A call that began in the caller, and for which workers would have saved nothing."""
+
+    def __init__(self, last: _Last) -> None:
+        self.last = last
+        self.n_calls = 0  # since then
+
+
 class Known(NamedTuple):
     """What stands for a function; all that takes a function here takes this, too.
 
@@ -69,6 +77,7 @@ class Known(NamedTuple):
 
 _last_alone: dict[Any, _Last] = {}
 _last_shared: dict[Any, _Shared] = {}
+_left_alone: dict[Any, _LeftAlone] = {}
 _gil_waits: dict[Any, tuple[_Last, GilWaits]] = {}
 _unaided: set[Any] = set()
 _last_busy: dict[Any, _Last] = {}
@@ -110,6 +119,30 @@ def remember(func: Any, seconds: float, n_items: int, nbytes: int) -> None:
     if len(_last_alone) >= _MOST:
         _last_alone.clear()
     _last_alone[find_known(func)] = _Last(seconds, max(1, n_items), max(1, nbytes))
+
+
+def remember_left_alone(func: Any, seconds: float, n_items: int, nbytes: int) -> None:
+    """Remember that workers would have saved nothing of a call."""
+    if len(_left_alone) >= _MOST:
+        _left_alone.clear()
+    last = _Last(seconds, max(1, n_items), max(1, nbytes))
+    _left_alone[find_known(func)] = _LeftAlone(last)
+
+
+def is_left_alone(func: Any, n_items: int, nbytes: int) -> bool:
+    """Return whether workers would have saved nothing of a similar call.
+
+    After some calls, that is to be found out again.
+    """
+    known, size = find_known(func), (max(1, n_items), max(1, nbytes))
+    found = _left_alone.get(known)
+    if found is None or not found.last.is_similar(*size):
+        return False
+    found.n_calls += 1
+    if found.n_calls > _CALLS_ALONE:
+        del _left_alone[known]
+        return False
+    return True
 
 
 def remember_help(func: Any, *, was_unaided: bool) -> None:

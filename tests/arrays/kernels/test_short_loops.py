@@ -1,5 +1,6 @@
 """Short maps over kernels: what the general way gives, by a few calls of the compiled loop."""
 
+import itertools
 import threading
 
 import numba
@@ -240,7 +241,7 @@ def test_the_next_call_of_a_loop_has_more_items_if_the_last_was_quick(
     assert work.run_unit(0, 100)
     assert [stop - start for start, stop in called] == lengths
     assert called[0][0] == 0
-    assert all(one[1] == other[0] for one, other in zip(called, called[1:], strict=False))
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(called))
     assert called[-1][1] == 100
     assert work.join_results() is not None
 
