@@ -114,3 +114,36 @@ class MeasuredSeconds:
         """Take a measurement into account."""
         limited = min(max(measured, self._guess / 4), 4 * self._guess)
         self.seconds += (limited - self.seconds) / 4
+
+
+class MissedSeconds:
+    """The seconds that workers would have saved in calls that were too short to start them.
+
+    Once they add up to what starting takes, it is begun: then no series of calls, wherever it ends,
+    takes more than twice as long as it would with the better of the two choices.
+
+    Examples
+    --------
+    >>> missed = MissedSeconds()
+    >>> missed.add(0.2)
+    >>> missed.are_enough(0.3)
+    False
+    >>> missed.add(0.1)
+    >>> missed.are_enough(0.3)
+    True
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Add what workers would have saved in a call."""
+        self._seconds += seconds
+
+    def are_enough(self, cost: float) -> bool:
+        """Return whether starting workers, at this cost, would have paid."""
+        return self._seconds >= cost
+
+    def forget(self) -> None:
+        """Start over: workers are being started."""
+        self._seconds = 0.0

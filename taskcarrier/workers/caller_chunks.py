@@ -23,11 +23,13 @@ from taskcarrier.scheduling.gil import SAMPLE_SECONDS
 from taskcarrier.scheduling.hand_over import MARGIN, ItemCost, Offer, estimate_saving
 from taskcarrier.scheduling.ledger import PENDING, Begun, Ledger
 from taskcarrier.system.interrupts import is_raised_by_handler
+from taskcarrier.system.quick_switches import quick_switches
 from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.hand_overs import (
     HandOver,
     make_thread_offer,
 )
+from taskcarrier.workers.late_closes import LateClose
 from taskcarrier.workers.records import WorkerStats
 from taskcarrier.workers.task import Job
 from taskcarrier.workers.thread_trial import WINDOW_SECONDS, ThreadTrial
@@ -112,6 +114,7 @@ class CallerChunks:
         self._is_begun = False
         self._is_wanted = False  # whether the watcher shall prepare the workers in any case
         self._is_over = False
+        self._are_missed = False  # whether workers would have saved time if they had been there
 
     # In the calling thread
 
@@ -263,8 +266,18 @@ class CallerChunks:
             self.hand_over.halt()
         return self._is_begun
 
+    def note_missed(self) -> None:
+        """Note what workers would have saved if they had been there; the caller has done all."""
+        grid, item_seconds = self._job.grid, self._cost.item_seconds
+        if self.error is None and not self._alone_seconds and self._job.marks is None:
+            n_items, n_chunks = grid.n_items - grid.chunksize, len(grid) - 1
+            self._are_missed = self.hand_over.note_missed(n_items, n_chunks, item_seconds)
+
     def close(self) -> None:
-        """Give the workers back; if the watcher is just preparing them, it does so itself."""
+        """Give the workers back: later, if they are still getting ready.
+
+        If the watcher is just preparing them, it does so itself.
+        """
         self._is_over = True
         self._close_if_idle()
 
@@ -273,6 +286,12 @@ class CallerChunks:
             self._turn.pop()
         except IndexError:
             return
+        if self.hand_over.is_getting_ready and not self._is_begun:
+            LateClose(self._close, self.hand_over.hurry).start()
+        else:
+            self._close()
+
+    def _close(self) -> None:
         self.hand_over.close()
         self._after_trial.close()
 
@@ -299,6 +318,13 @@ class CallerChunks:
             return f"{took}, but the rest could not be handed over"
         if self._alone_seconds:
             return f"{took}: workers saved nothing when they were tried"
+        if self.hand_over.is_getting_ready or self._is_wanted:
+            return f"{took}: the caller had done all before the workers were ready"
+        if self._are_missed:
+            return (
+                f"{took}: workers that were ready would have saved time, but starting some would "
+                "have taken longer"
+            )
         return f"{took}: workers would have saved nothing"
 
     def advise(self, seconds: float) -> list[str]:
@@ -383,7 +409,8 @@ class CallerChunks:
         if not self.hand_over.is_prepared:
             if self.hand_over.runs_user_code:
                 return _PATIENCE_SECONDS  # until the caller does it
-            self.hand_over.prepare(self._next_chunk)
+            with quick_switches():
+                self.hand_over.prepare(self._next_chunk)
         if not self.hand_over.is_ready(_LOOK_SECONDS):
             return 0.0
         if self._job.marks is not None and self._ledger.first_proposal() is None:

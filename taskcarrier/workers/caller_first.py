@@ -93,6 +93,7 @@ class CallerFirstExecutor:
                 else:
                     result = RunResult.read([caller], ledger, job.grid)
                     choice = Choice("sequential", 1, "")
+                    chunks.note_missed()
                 result.worker_stats[1:1] = chunks.stats_of_trial
                 result.item_seconds = chunks.item_seconds
         finally:

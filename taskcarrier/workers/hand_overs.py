@@ -16,11 +16,12 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
-from taskcarrier.scheduling.hand_over import MeasuredSeconds, Offer
+from taskcarrier.scheduling.hand_over import MeasuredSeconds, MissedSeconds, Offer, estimate_saving
 from taskcarrier.scheduling.ledger import NOT_BEGUN, Begun, Ledger
 from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.executor import ProcessExecutor, Tick
 from taskcarrier.workers.pools import (
+    has_processes,
     has_warm_processes,
     process_pool,
     thread_pool,
@@ -45,6 +46,8 @@ _cold_seconds = MeasuredSeconds(0.25)
 _COLD_BUSY_SECONDS = 0.06
 # What is left to do when the workers are ready.
 _BEGIN_SECONDS = 0.0003
+missed_seconds: dict[int, MissedSeconds] = {}
+"""What processes would have saved in earlier calls, by the number of workers."""
 # Seconds that a byte takes on its way to a worker process, and from there back to the caller.
 _SENT_SECONDS = 0.25e-9
 _RETURNED_SECONDS = 0.5e-9
@@ -94,6 +97,19 @@ class HandOver(Protocol):
     @property
     def least_seconds(self) -> float:
         """Seconds below which nothing that is left is worth a hand-over."""
+
+    def note_missed(self, n_items: int, n_chunks: int, item_seconds: float) -> bool:
+        """Note that the caller has done so much that workers could have done; all of a call.
+
+        Return whether workers would have saved time if they had been there.
+        """
+
+    @property
+    def is_getting_ready(self) -> bool:
+        """Whether workers know the job and are not ready yet."""
+
+    def hurry(self) -> None:
+        """Make `close`, in another thread, return soon."""
 
     @property
     def is_slow(self) -> bool:
@@ -151,6 +167,7 @@ class ThreadHandOver:
 
     is_prepared = True
     is_slow = False
+    is_getting_ready = False
     runs_user_code = False
     _threads: ThreadPool
     _run: ThreadRun
@@ -216,6 +233,13 @@ class ThreadHandOver:
     def halt(self) -> None:
         """Make the threads stop at their next chunk."""
         self._ledger.halt()
+
+    def note_missed(self, n_items: int, n_chunks: int, item_seconds: float) -> bool:  # noqa: ARG002  # as in processes
+        """Do nothing: threads are there at once."""
+        return False
+
+    def hurry(self) -> None:
+        """Do nothing: `close` does not wait for long."""
 
     def list_threads(self) -> list[threading.Thread]:
         """Return the threads of the run, but for the caller's."""
@@ -307,8 +331,11 @@ class ProcessHandOver:
         return _BEGIN_SECONDS if self.is_prepared else _warm_seconds.seconds
 
     def make_offer(self) -> Offer:
-        """Return what it takes: less for processes that know the job, more for new ones."""
-        is_slow = not self.is_prepared and self.is_slow
+        """Return what it takes: less for processes that know the job, more for new ones.
+
+        If earlier calls have missed them enough, new ones are started for these.
+        """
+        is_slow = not self.is_prepared and self.is_slow and not self._are_missed
         item_nbytes = self._move.count_item_bytes()
         offer = make_process_offer(self._job.n_workers, is_slow=is_slow, item_nbytes=item_nbytes)
         return replace(offer, busy_seconds=_BEGIN_SECONDS) if self.is_prepared else offer
@@ -317,6 +344,32 @@ class ProcessHandOver:
     def is_slow(self) -> bool:
         """Whether processes must be started first."""
         return not has_warm_processes(self.choice.n_jobs)
+
+    @property
+    def _are_missed(self) -> bool:
+        missed = missed_seconds.get(self.choice.n_jobs)
+        return missed is not None and missed.are_enough(_cold_seconds.seconds)
+
+    def note_missed(self, n_items: int, n_chunks: int, item_seconds: float) -> bool:
+        """Note what processes would have saved; they are started when it is enough."""
+        n_jobs = self.choice.n_jobs
+        if self.is_prepared or has_warm_processes(n_jobs):
+            return False
+        item_nbytes = self._move.count_item_bytes()
+        offer = make_process_offer(self._job.n_workers, is_slow=False, item_nbytes=item_nbytes)
+        saving = estimate_saving(n_items, n_chunks, item_seconds, offer)
+        if saving > 0 and not has_processes(n_jobs):  # else they are busy, or still starting
+            missed_seconds.setdefault(n_jobs, MissedSeconds()).add(saving)
+        return saving > 0
+
+    @property
+    def is_getting_ready(self) -> bool:
+        """Whether workers are still unpickling the job, and may start for it."""
+        return self.is_prepared and not self._is_ready
+
+    def hurry(self) -> None:
+        """Have workers killed that are not ready yet."""
+        self._run.hurry()
 
     @property
     def runs_user_code(self) -> bool:
@@ -334,6 +387,8 @@ class ProcessHandOver:
         """Have processes unpickle the job; new ones, if there are none."""
         self._begin_time = perf_counter()
         self._were_new = self.is_slow
+        if self._were_new:
+            missed_seconds.pop(self.choice.n_jobs, None)
         if self._packed is None:
             self.pack(first)
         assert self._packed is not None  # for the type checker

@@ -137,6 +137,9 @@ class _Pools:
         places = [place for place in self._places.copy() if place.key == key]
         return any(place.lease() is None and place.pool.is_warm for place in places)
 
+    def has_any(self, key: _Key) -> bool:
+        return any(place.key == key for place in self._places.copy())
+
     def prepare(self, key: _Key) -> None:
         if not any(place.key == key and place.lease() is None for place in self._places.copy()):
             run_sheltered(partial(self._prepare, key))
@@ -325,12 +328,23 @@ def has_warm_processes(n: int) -> bool:
     return _pools.has_warm(_process_key(n))
 
 
+def has_processes(n: int) -> bool:
+    """Return whether there is a pool of `n` worker processes, lent or not, ready or not."""
+    return _pools.has_any(_process_key(n))
+
+
 def keep_warm() -> AbstractContextManager[None]:
     """Return a context; while it is open, no idle worker is ended."""
     return _pools.keep_warm()
 
 
+_hooks_before: list[Callable[[], object]] = []
 _shutdown_hooks: list[Callable[[], object]] = []
+
+
+def call_before_shutdown(hook: Callable[[], object]) -> None:
+    """Make `shutdown` call `hook` before it ends workers; it gives back those that it holds."""
+    _hooks_before.append(hook)
 
 
 def call_at_shutdown(hook: Callable[[], object]) -> None:
@@ -350,6 +364,8 @@ def shutdown() -> None:
     >>> import taskcarrier
     >>> taskcarrier.shutdown()
     """
+    for hook in _hooks_before:
+        hook()
     run_sheltered(partial(_pools.shutdown, wait=True, caller=threading.get_ident()))
     for hook in _shutdown_hooks:
         hook()

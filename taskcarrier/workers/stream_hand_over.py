@@ -9,6 +9,7 @@ from dataclasses import replace
 from taskcarrier.scheduling.gil import SAMPLE_SECONDS
 from taskcarrier.scheduling.hand_over import Offer
 from taskcarrier.system.contexts import contextmanager
+from taskcarrier.system.quick_switches import quick_switches
 from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.executor import ProcessExecutor, ThreadExecutor
 from taskcarrier.workers.hand_overs import make_process_offer, make_thread_offer
@@ -116,8 +117,9 @@ class StreamHandOver:
 
     def _start_processes(self) -> None:
         try:
-            prepare_processes(self.choice.n_jobs)
-            start_processes(self.choice.n_jobs)
+            with quick_switches():
+                prepare_processes(self.choice.n_jobs)
+                start_processes(self.choice.n_jobs)
         except Exception as error:  # noqa: BLE001  # raised in the caller
             self._error = error
 

@@ -20,10 +20,11 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from time import monotonic
+from time import monotonic, sleep
 from typing import Self
 
 from taskcarrier.system.interrupts import run_sheltered
+from taskcarrier.system.quick_switches import are_switches_quick
 from taskcarrier.system.thread_clocks import ThreadClock
 from taskcarrier.workers.pools import call_at_shutdown
 
@@ -38,6 +39,7 @@ _AWAKE_SECONDS = 0.05
 _LEAST_SLEEP = 1e-5
 
 _free: list[Watcher] = []
+_leaving: list[weakref.ref[Watcher]] = []  # not free, because they look
 
 
 class Watcher:
@@ -89,7 +91,9 @@ class Watcher:
         self._look = None
         if self._next_time > monotonic() + _AWAKE_SECONDS:
             self._inbox.put(None)
-        if not self._is_looking:  # else its thread ends after that
+        if self._is_looking:  # its thread ends after that
+            _leaving[:] = [*filter(_is_looking, _leaving), weakref.ref(self)]
+        else:
             _free.append(self)
 
     def _work(self, inbox: SimpleQueue[object]) -> Look | None:
@@ -132,7 +136,7 @@ class Watcher:
         try:
             inbox.get(timeout=seconds)
         except Empty:
-            if seconds > _LEAST_SLEEP:
+            if seconds > _LEAST_SLEEP and not are_switches_quick():
                 late = monotonic() - due
                 self.gil_seconds = late - (clock.read_queued() - queued)
 
@@ -147,11 +151,27 @@ def _watcher_main(reference: weakref.ref[Watcher], inbox: SimpleQueue[object]) -
         del watcher, done
 
 
+def _is_looking(reference: weakref.ref[Watcher]) -> bool:
+    watcher = reference()
+    return watcher is not None and watcher._is_looking  # the module's own
+
+
+def finish_looks() -> None:
+    """Wait until no watcher looks any more whose call is over; those may hold workers."""
+    while any(map(_is_looking, _leaving)):
+        sleep(_POLL_SECONDS)
+
+
 def end_watchers() -> None:
     """End the threads of the watchers that are not in use."""
     _free.clear()
 
 
+def _forget() -> None:
+    _free.clear()
+    _leaving.clear()
+
+
 call_at_shutdown(end_watchers)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_free.clear)
+    os.register_at_fork(after_in_child=_forget)

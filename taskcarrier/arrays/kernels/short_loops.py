@@ -50,7 +50,7 @@ class LoopWork:
         chunksize: int,
         patience: Patience | None,
     ) -> None:
-        self.outcomes: dict[int, Any] = {}  # always none: the general way begins anew
+        self.outcomes: dict[int, Any] = {}  # always none: the general way starts over
         self._loop, self._result = found
         self._arrays = arrays  # which live as long as their addresses are in use
         self._n_items = len(arrays[0])

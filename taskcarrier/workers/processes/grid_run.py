@@ -144,6 +144,11 @@ class GridRun:
         self._is_recalled = True
         os.eventfd_write(self._wake.fileno(), 1)
 
+    def hurry(self) -> None:
+        """Make `close` kill workers that are not ready yet; call this from another thread."""
+        self._supervisor.hurry()
+        os.eventfd_write(self._wake.fileno(), 1)
+
     def run_to_end(
         self, tick: Callable[[Ledger], None] | None, n_chunks_of_caller: int = 0
     ) -> RunResult:

@@ -171,6 +171,7 @@ class Supervisor:
         self.failed: WorkerStats | None = None  # of the last worker that has reported an error
         self.is_over = False  # an error has come, or the caller stops the run
         self._is_memory_kept = False
+        self._is_hurried = False
 
     @property
     def has_ended(self) -> bool:
@@ -268,12 +269,18 @@ class Supervisor:
                 for segment in self._payload.segments:
                     segment.retire()
 
+    def hurry(self) -> None:
+        """Make `end` kill workers that are not ready yet; call this from another thread."""
+        self._is_hurried = True
+
     def _wait_for_stats(self, deadline: float) -> None:
         for number, worker in list(self.at_work.items()):
             self._read_messages(number, worker)  # some that came may not have been read
-        while (self.at_work.keys() & self._started.keys()) and (
-            left := deadline - time.monotonic()
-        ) > 0:
+        while (
+            self.at_work.keys() & self._started.keys()
+            and not self._is_hurried
+            and (left := deadline - time.monotonic()) > 0
+        ):
             for number, worker, has_ended in self._watch.wait(min(left, LONGEST_WAIT)):
                 is_open = self._read_messages(number, worker)
                 if number in self.at_work and (has_ended or not is_open):
