@@ -272,7 +272,7 @@ def execute(
     except BaseException as error:
         # Without this, `last_report` would return the report of an earlier run.
         ending = f"ended by {type(error).__name__}; what its workers did is not counted"
-        no_result = RunResult([], 0, None, is_halted=True)
+        no_result = RunResult([], None, is_halted=True)
         settings.keep_report(make_run_report(no_result, notes=[*notes, ending]))
         raise
     report = make_run_report(result, notes=[*notes, *executor.notes, *describe_deaths(result)])

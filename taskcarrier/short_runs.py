@@ -126,7 +126,7 @@ class ShortRun(NamedTuple):
                 result = processes.run_shares(job, payload, delivered.__setitem__, n_listed)
             except BaseException as error:
                 history.forget_busy(self.func)
-                self._report(RunResult([], 0, None, is_halted=True), error)
+                self._report(RunResult([], None, is_halted=True), error)
                 raise
         return result, delivered
 

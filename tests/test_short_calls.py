@@ -33,6 +33,7 @@ from taskcarrier.lists import short_maps
 from taskcarrier.scheduling import history
 from taskcarrier.scheduling.gil import GilWaits
 from tests.clocks import LONG, wait_until
+from tests.odd_functions import ODD_FUNCTIONS, fail_at
 from tests.strategies import examples, same_bits
 
 X = np.arange(48.0).reshape(24, 2)
@@ -141,58 +142,9 @@ def check(call, *, in_threads=False):
         assert facts_of_short == facts
 
 
-def fail_at(number):
-    def func(chunk):
-        if np.min(chunk) <= number <= np.max(chunk):
-            raise ValueError("bad", number)
-        return chunk
-
-    return func
-
-
-class Changing:
-    """A function whose results change with each call."""
-
-    def __init__(self, *results):
-        self.results = results
-
-    def __call__(self, chunk):
-        return self.results[min(int(np.min(chunk)) // 16, len(self.results) - 1)](chunk)
-
-
 FUNCTIONS = {
-    "same": lambda c: c,
-    "view": lambda c: c[..., ::-1],
-    "sum": lambda c: c.sum(axis=-1),
-    "more axes": lambda c: c[..., None] + np.zeros(3),
-    "tuple": lambda c: (c, c > 3, c.astype("f4")),
-    "tuple of one": lambda c: (c * 2,),
-    "empty tuple": lambda c: (),
-    "list": lambda c: [c, c],
-    "number": lambda c: 1,
-    "scalar": lambda c: np.float64(c.sum()),
-    "text": lambda c: c.astype(str),
-    "dates": lambda c: c.astype("M8[s]"),
-    "big-endian": lambda c: c.astype(">i4"),
-    "objects": lambda c: c.astype(object),
-    "an object": lambda c: {"a": 1},
-    "none": lambda c: None,
-    "masked": lambda c: np.ma.masked_array(c, c > 3),
+    **ODD_FUNCTIONS,
     "matrix": lambda c: np.asarray(c).reshape(-1, 2).view(np.matrix),
-    "half": lambda c: c[: len(c) // 2],
-    "nothing": lambda c: c[..., :0],
-    "writes": lambda c: c.fill(0),
-    "raises at once": fail_at(0),
-    "raises later": fail_at(20),
-    "raises at the end": fail_at(47),
-    "text as numbers": lambda c: np.add(c.astype(str), 1),
-    "stops": lambda c: next(iter(())),
-    "other dtype later": Changing(np.copy, lambda c: np.asarray(c, int)),
-    "other shape later": Changing(np.copy, lambda c: c.sum(axis=-1)),
-    "tuple later": Changing(np.copy, lambda c: (c, c)),
-    "more results later": Changing(lambda c: (c, c), lambda c: (c, c, c)),
-    "object later": Changing(np.copy, lambda c: "text"),
-    "error later": Changing(np.copy, np.copy, lambda c: c.undefined),
 }
 
 

@@ -33,6 +33,7 @@ from taskcarrier.scheduling.partition import Partition
 from taskcarrier.workers.processes.share_run import ShareRun
 from tests.faults.functions import note, noted, times
 from tests.interrupted import interrupted_at
+from tests.odd_functions import ODD_FUNCTIONS, changing, fail_at
 from tests.strategies import examples, same_bits, start_script
 
 X = np.arange(48.0).reshape(24, 2)
@@ -118,24 +119,6 @@ def check(call, *, is_by_luck=False):
         assert facts_of_short == facts
 
 
-def fail_at(number):
-    def func(chunk):
-        if np.min(chunk) <= number <= np.max(chunk):
-            raise ValueError("bad", number)
-        return chunk
-
-    return func
-
-
-def changing(*functions):
-    """Return a function that is another one from item 8 on, and from item 16 on."""
-
-    def func(chunk):
-        return functions[min(int(np.min(chunk)) // 16, len(functions) - 1)](chunk)
-
-    return func
-
-
 class Odd:
     def __init__(self, value):
         self.value = value
@@ -162,43 +145,13 @@ def raise_in_caller(pid):
 
 
 FUNCTIONS = {
-    "same": lambda c: c,
-    "view": lambda c: c[..., ::-1],
-    "sum": lambda c: c.sum(axis=-1),
-    "more axes": lambda c: c[..., None] + np.zeros(3),
-    "tuple": lambda c: (c, c > 3, c.astype("f4")),
-    "tuple of one": lambda c: (c * 2,),
-    "empty tuple": lambda c: (),
-    "list": lambda c: [c, c],
-    "number": lambda c: 1,
-    "scalar": lambda c: np.float64(c.sum()),
-    "text": lambda c: c.astype(str),
-    "dates": lambda c: c.astype("M8[s]"),
-    "big-endian": lambda c: c.astype(">i4"),
-    "objects": lambda c: c.astype(object),
-    "an object": lambda c: {"a": 1},
+    **ODD_FUNCTIONS,
     "an object of ours": lambda c: Odd(c.sum()),
     "a lambda": lambda c: (lambda: 1).__name__,
-    "none": lambda c: None,
-    "masked": lambda c: np.ma.masked_array(c, c > 3),
-    "half": lambda c: c[: len(c) // 2],
-    "nothing": lambda c: c[..., :0],
-    "writes": lambda c: c.fill(0),
-    "raises at once": fail_at(0),
-    "raises later": fail_at(20),
-    "raises at the end": fail_at(47),
     "raises everywhere": lambda c: c.undefined,
-    "text as numbers": lambda c: np.add(c.astype(str), 1),
-    "stops": lambda c: next(iter(())),
     "cannot be pickled": lambda c: Unpicklable(),
     "cannot be unpickled": lambda c: NotAgain(),
-    "other dtype later": changing(np.copy, lambda c: np.asarray(c, int)),
-    "other shape later": changing(np.copy, lambda c: c.sum(axis=-1)),
-    "tuple later": changing(np.copy, lambda c: (c,)),
     "array later": changing(lambda c: (c,), np.copy),
-    "more results later": changing(lambda c: (c, c), lambda c: (c, c, c)),
-    "object later": changing(np.copy, lambda c: "text"),
-    "error later": changing(np.copy, np.copy, lambda c: c.undefined),
     "large": lambda c: np.ones((len(c), 5000)) * c[:, :1] if c.ndim > 1 else np.ones(5000),
 }
 

@@ -138,8 +138,6 @@ class RunResult:
         The deaths that no further attempt made good.
     missing : list of (int, int)
         Ranges without a result, ascending, as far as marks show.
-    n_claimed : int
-        Chunks below this number were claimed.
     first_proposal : object
         The value on which the workers agreed; None if nothing was proposed.
     is_halted : bool
@@ -151,7 +149,6 @@ class RunResult:
     """
 
     worker_stats: list[WorkerStats]
-    n_claimed: int
     first_proposal: Any
     is_halted: bool
     failures: list[RangeFailure] = field(default_factory=list)
@@ -170,9 +167,7 @@ class RunResult:
         With `grid`, unmarked chunks are missing; pass it for a run whose results are in place once
         they are marked.
         """
-        run_result = cls(
-            worker_stats, ledger.n_claimed(), ledger.first_proposal(), ledger.is_halted
-        )
+        run_result = cls(worker_stats, ledger.first_proposal(), ledger.is_halted)
         if grid is not None:
             run_result.missing = [grid.range_of(index) for index in ledger.find_marked(PENDING)]
         return run_result

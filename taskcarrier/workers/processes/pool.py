@@ -216,7 +216,7 @@ class ProcessPool:
             raise
         if is_usual:
             stats = sorted(run.stats, key=lambda each: each.worker)
-            return RunResult(stats, 0, None, is_halted=False)
+            return RunResult(stats, None, is_halted=False)
         general = run.become_general(deliver, self._get_worker)
         try:
             return general.run_to_end(None)
