@@ -66,7 +66,7 @@ def test_workers_that_have_left_get_no_batches(warm):
     assert not queue._supervisor.at_work
     assert not queue.has_room
     queue.put(2, [3])
-    assert queue.close().n_claimed == 0
+    assert sum(stats.n_items for stats in queue.close().worker_stats) == 0
     queue = open_queue(warm, double)
     queue.put(0, [1])
     assert results(queue, 1) == [(0, 1, [2])]
