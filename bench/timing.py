@@ -1,14 +1,16 @@
 """Compare several ways of doing the same work, fairly.
 
-The arms of a comparison take turns (A B C, B C A, ...), so that anything else the machine does
-affects all of them. An amount counts only if the arm's answer is equal to the first arm's: this is
-checked for every arm before the first round, and for every measured run. The result is the median
-of the ratios within each round, with its spread; the milliseconds beside it are for orientation.
+The arms of a comparison take turns, in another order in each round, so that anything else the
+machine does affects all of them, and none always follows the same. An amount counts only if the
+arm's answer is equal to the first arm's: this is checked for every arm before the first round, and
+for every measured run. The result is the median of the ratios within each round, with its spread;
+the milliseconds beside it are for orientation.
 """
 
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -248,7 +250,7 @@ def compare(
     others = watch_others()
     for turn in range(rounds):
         gc.collect()
-        for arm in rotated(arms, turn):
+        for arm in mixed(arms, turn):
             amount, answer = _measure(arm)
             _check(arm, answer, expected, arms[0])
             amounts[arm.name].append(amount)
@@ -264,10 +266,12 @@ def compare(
     )
 
 
-def rotated(arms: Sequence[Arm], turn: int) -> list[Arm]:
-    """Put another arm first in every round."""
-    start = turn % len(arms)
-    return [*arms[start:], *arms[:start]]
+def mixed(arms: Sequence[Arm], turn: int) -> list[Arm]:
+    """Return the arms in another order in every round, the same in every run.
+
+    An arm finds caches and memory as the one before has left them, so none always follows the same.
+    """
+    return random.Random(turn).sample(arms, len(arms))
 
 
 def repeated(call: Callable[[], Any], calls: int) -> Callable[[], Measured]:
