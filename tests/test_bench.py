@@ -23,6 +23,7 @@ from bench.timing import (
     Spread,
     WrongResultError,
     compare,
+    mixed,
     repeated,
     same,
     timed,
