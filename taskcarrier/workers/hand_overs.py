@@ -7,6 +7,7 @@ for begins only when the caller has left its chunk.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -48,6 +49,7 @@ _COLD_BUSY_SECONDS = 0.06
 _BEGIN_SECONDS = 0.0003
 missed_seconds: dict[int, MissedSeconds] = {}
 """What processes would have saved in earlier calls, by the number of workers."""
+_being_started: set[int] = set()  # the numbers of workers of pools that do not exist yet
 # Seconds that a byte takes on its way to a worker process, and from there back to the caller.
 _SENT_SECONDS = 0.25e-9
 _RETURNED_SECONDS = 0.5e-9
@@ -358,7 +360,7 @@ class ProcessHandOver:
         item_nbytes = self._move.count_item_bytes()
         offer = make_process_offer(self._job.n_workers, is_slow=False, item_nbytes=item_nbytes)
         saving = estimate_saving(n_items, n_chunks, item_seconds, offer)
-        if saving > 0 and not has_processes(n_jobs):  # else they are busy, or still starting
+        if saving > 0 and not (n_jobs in _being_started or has_processes(n_jobs)):
             missed_seconds.setdefault(n_jobs, MissedSeconds()).add(saving)
         return saving > 0
 
@@ -378,6 +380,7 @@ class ProcessHandOver:
 
     def pack(self, first: int) -> None:
         """Pickle the job."""
+        missed_seconds.pop(self.choice.n_jobs, None)  # now is the time; again if this fails
         executor = ProcessExecutor(self.choice, self.staging)
         job = replace(self._job, task=self._move.make_task(first), move=None)
         self._packed = executor.pack(job, self._move.snapshot.get_pickler())
@@ -387,12 +390,16 @@ class ProcessHandOver:
         """Have processes unpickle the job; new ones, if there are none."""
         self._begin_time = perf_counter()
         self._were_new = self.is_slow
+        n_jobs = self.choice.n_jobs
         if self._were_new:
-            missed_seconds.pop(self.choice.n_jobs, None)
-        if self._packed is None:
-            self.pack(first)
+            _being_started.add(n_jobs)
+        try:
+            if self._packed is None:
+                self.pack(first)
+            self._lease = process_pool(n_jobs)
+        finally:
+            _being_started.discard(n_jobs)
         assert self._packed is not None  # for the type checker
-        self._lease = process_pool(self.choice.n_jobs)
         self._run = self._lease.__enter__().prepare(*self._packed, self._deliver)
         self.is_prepared = True
 
@@ -473,3 +480,12 @@ class ProcessHandOver:
             self.recall()
             self._run.close()
             self._lease.__exit__(None, None, None)
+
+
+def _forget() -> None:
+    missed_seconds.clear()
+    _being_started.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
