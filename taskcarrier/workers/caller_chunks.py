@@ -153,12 +153,13 @@ class CallerChunks:
             if marks is not None and marks[index] != PENDING:
                 continue
             ledger.hold(worker, index)
-            self._begin_time = begin = perf_counter()
+            self._begin_time = perf_counter()
             self._is_in_chunk = True
             self._chunk.append(index)
             if not self._is_watched and next_chunk < n_chunks:
                 self._is_watched = True
                 self.watcher.watch(self._look, 2 * self.hand_over.least_seconds)
+            begin = perf_counter()  # to wake the watcher is no part of the chunk
             yield index
             start, stop = grid.range_of(index)
             self._cost.add(stop - start, perf_counter() - begin)
@@ -321,10 +322,7 @@ class CallerChunks:
         if self.hand_over.is_getting_ready or self._is_wanted:
             return f"{took}: the caller had done all before the workers were ready"
         if self._are_missed:
-            return (
-                f"{took}: workers that were ready would have saved time, but starting some would "
-                "have taken longer"
-            )
+            return f"{took}: workers would have saved time if they had been ready"
         return f"{took}: workers would have saved nothing"
 
     def advise(self, seconds: float) -> list[str]:

@@ -7,6 +7,7 @@ for begins only when the caller has left its chunk.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from taskcarrier.scheduling.hand_over import MeasuredSeconds, MissedSeconds, Offer, estimate_saving
 from taskcarrier.scheduling.ledger import NOT_BEGUN, Begun, Ledger
+from taskcarrier.system.interrupts import Holder, Holders
 from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.executor import ProcessExecutor, Tick
 from taskcarrier.workers.pools import (
@@ -49,7 +51,9 @@ _COLD_BUSY_SECONDS = 0.06
 _BEGIN_SECONDS = 0.0003
 missed_seconds: dict[int, MissedSeconds] = {}
 """What processes would have saved in earlier calls, by the number of workers."""
-_being_started: set[int] = set()  # the numbers of workers of pools that do not exist yet
+# The hand-overs whose processes are getting ready, by the number of workers: while there is one, no
+# other starts more processes.
+_getting_ready: dict[int, Holders] = {}
 # Seconds that a byte takes on its way to a worker process, and from there back to the caller.
 _SENT_SECONDS = 0.25e-9
 _RETURNED_SECONDS = 0.5e-9
@@ -319,6 +323,7 @@ class ProcessHandOver:
         self._lease: AbstractContextManager[ProcessPool]
         self._begin_time = 0.0  # of the first step
         self._is_ready = False
+        self._holder = Holder()  # among those that are getting ready
         self._is_attended = False
         self._ends: SimpleQueue[BaseException | None] = SimpleQueue()  # of `attend`
         self._errors: list[BaseException | None] = []  # likewise, taken by `recall`
@@ -337,9 +342,13 @@ class ProcessHandOver:
 
         If earlier calls have missed them enough, new ones are started for these.
         """
-        is_slow = not self.is_prepared and self.is_slow and not self._are_missed
+        is_slow = not self.is_prepared and self.is_slow
         item_nbytes = self._move.count_item_bytes()
-        offer = make_process_offer(self._job.n_workers, is_slow=is_slow, item_nbytes=item_nbytes)
+        offer = make_process_offer(
+            self._job.n_workers, is_slow=is_slow and not self._are_missed, item_nbytes=item_nbytes
+        )
+        if is_slow and self._must_wait:
+            return replace(offer, wait_seconds=math.inf)
         return replace(offer, busy_seconds=_BEGIN_SECONDS) if self.is_prepared else offer
 
     @property
@@ -360,7 +369,7 @@ class ProcessHandOver:
         item_nbytes = self._move.count_item_bytes()
         offer = make_process_offer(self._job.n_workers, is_slow=False, item_nbytes=item_nbytes)
         saving = estimate_saving(n_items, n_chunks, item_seconds, offer)
-        if saving > 0 and not (n_jobs in _being_started or has_processes(n_jobs)):
+        if saving > 0 and not (self._must_wait or has_processes(n_jobs)):
             missed_seconds.setdefault(n_jobs, MissedSeconds()).add(saving)
         return saving > 0
 
@@ -391,21 +400,33 @@ class ProcessHandOver:
         self._begin_time = perf_counter()
         self._were_new = self.is_slow
         n_jobs = self.choice.n_jobs
-        if self._were_new:
-            _being_started.add(n_jobs)
+        _getting_ready.setdefault(n_jobs, Holders()).add(self._holder)
         try:
             if self._packed is None:
                 self.pack(first)
+            assert self._packed is not None  # for the type checker
             self._lease = process_pool(n_jobs)
+            self._run = self._lease.__enter__().prepare(*self._packed, self._deliver)
+            self.is_prepared = True
         finally:
-            _being_started.discard(n_jobs)
-        assert self._packed is not None  # for the type checker
-        self._run = self._lease.__enter__().prepare(*self._packed, self._deliver)
-        self.is_prepared = True
+            if not self.is_prepared:
+                self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
+        """Let other hand-overs start processes."""
+        if holders := _getting_ready.get(self.choice.n_jobs):
+            holders.discard(self._holder)
+
+    @property
+    def _must_wait(self) -> bool:
+        """Whether processes are getting ready for another call, which may be over."""
+        return not self.is_prepared and bool(_getting_ready.get(self.choice.n_jobs))
 
     def is_ready(self, seconds: float) -> bool:
         """Return whether all workers have unpickled the job."""
         was_ready, self._is_ready = self._is_ready, self._run.is_ready(seconds)
+        if self._is_ready:
+            self._stop_waiting()
         if self._were_new and self._is_ready and not was_ready:
             _cold_seconds.add(perf_counter() - self._begin_time)
         return self._is_ready
@@ -477,14 +498,17 @@ class ProcessHandOver:
         """End the run if it goes on; give the processes back."""
         if self.is_prepared:
             self.is_prepared = False
-            self.recall()
-            self._run.close()
-            self._lease.__exit__(None, None, None)
+            try:
+                self.recall()
+                self._run.close()
+                self._lease.__exit__(None, None, None)
+            finally:
+                self._stop_waiting()
 
 
 def _forget() -> None:
     missed_seconds.clear()
-    _being_started.clear()
+    _getting_ready.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,5 +1,6 @@
 """Calls that are over before their workers are ready, or too short to start some."""
 
+import functools
 import os
 import sys
 import threading
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import taskcarrier
-from taskcarrier import last_report, map_array
+from taskcarrier import last_report, map_array, map_chunks
 from taskcarrier.scheduling import history
 from taskcarrier.scheduling.hand_over import MeasuredSeconds, MissedSeconds
 from taskcarrier.workers import caller_chunks, hand_overs, late_closes, pools
@@ -17,8 +18,10 @@ from taskcarrier.workers.caller_chunks import CallerChunks
 from taskcarrier.workers.late_closes import LateClose
 from taskcarrier.workers.watcher import Watcher, finish_looks
 from tests.clocks import LONG, wait_until
+from tests.strategies import LOKY
 
 X = np.arange(24.0)
+PAYS = CallerChunks._pays
 
 
 @pytest.fixture
@@ -68,6 +71,29 @@ class TestLateWorkers:
         assert (map_array(func, X, chunksize=2, n_jobs=2, backend="loky") == 2 * X).all()
         assert last_report().backend == "loky"
 
+    def test_meanwhile_no_call_starts_others(self, slow, monkeypatch):
+        func, flag = slow
+        map_array(func, X, chunksize=2, n_jobs=2)
+        monkeypatch.setattr(CallerChunks, "_pays", PAYS)
+        monkeypatch.setattr(hand_overs, "_cold_seconds", MeasuredSeconds(1e-4))
+        monkeypatch.setattr(hand_overs, "_COLD_BUSY_SECONDS", 1e-4)
+
+        def sleep(chunk):
+            time.sleep(0.01)
+            return 2 * chunk
+
+        for _ in range(3):
+            map_array(sleep, X, chunksize=2, n_jobs=2)
+            report = last_report()
+            assert report.backend == "sequential"
+            assert "would have saved time if they had been ready" in report.reason
+            assert len(pools._pools._places) == 1
+        flag.touch()
+        wait_until(lambda: pools.has_warm_processes(2))
+        map_array(sleep, X, chunksize=2, n_jobs=2)
+        assert last_report().backend == "loky"
+        assert len(pools._pools._places) == 1
+
     def test_a_shutdown_does_not_wait_for_them(self, slow):
         func, _ = slow
         map_array(func, X, chunksize=2, n_jobs=2)
@@ -75,6 +101,24 @@ class TestLateWorkers:
         assert not pools.has_processes(2)
         assert late_closes._late == []
         assert not any(thread.name == "taskcarrier-late" for thread in threading.enumerate())
+
+    def test_workers_that_cannot_import_the_function_stay(self, tmp_path, monkeypatch, capfd):
+        (tmp_path / "only_in_caller.py").write_text(
+            "import os\n"
+            f"if os.getpid() != {os.getpid()}: raise ImportError('not here')\n"
+            "def func(chunk): return 2 * chunk\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        import only_in_caller  # just written
+
+        get_pids = functools.partial(map_chunks, lambda _: os.getpid(), X, **LOKY, chunksize=12)
+        before = {*get_pids()}
+        monkeypatch.setattr(caller_chunks, "_READY_SECONDS", LONG)
+        with pytest.warns(UserWarning, match="could not be handed over"):
+            map_array(only_in_caller.func, X, chunksize=2, n_jobs=2)
+        assert {*get_pids()} <= before
+        assert capfd.readouterr().err == ""
+        del sys.modules["only_in_caller"]
 
     def test_workers_that_die_then_are_not_missed(self, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
@@ -158,7 +202,7 @@ class TestMissedWorkers:
         hand_overs.missed_seconds.clear()
         monkeypatch.setattr(hand_overs, "_cold_seconds", MeasuredSeconds(LONG))
         assert not call_is_shared()
-        assert "starting some would have taken longer" in last_report().reason
+        assert "would have saved time if they had been ready" in last_report().reason
         assert not pools.has_processes(2)
         monkeypatch.setattr(hand_overs, "_cold_seconds", MeasuredSeconds(0.25))
         wait_until(call_is_shared)

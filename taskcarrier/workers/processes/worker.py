@@ -161,9 +161,8 @@ def worker_main(number: int, channel: MessageSocket, lifeline: Descriptor) -> No
     # handler, not SIG_IGN, so that programs started by the user's function do not ignore Ctrl-C.
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    handlers = (
-        Handlers()
-    )  # all later handlers are set by functions, and stay until the process ends
+    # All later handlers are set by functions, and stay until the process ends.
+    handlers = Handlers()
     make_joblib_serial()
     mapping_cache.keep()
     with contextlib.suppress(EOFError, ConnectionResetError):
@@ -176,6 +175,8 @@ def worker_main(number: int, channel: MessageSocket, lifeline: Descriptor) -> No
         files[0].close()
         while True:
             data, descriptors = channel.receive()
+            if not data:  # that there is no first chunk; the job could not be unpickled
+                continue
             make_joblib_serial()  # a thread of the function may have imported it
             _run_payload(number, channel, ledger, data, descriptors)
             del descriptors
