@@ -9,6 +9,9 @@ from typing import Any
 
 from taskcarrier.notes import count_noun
 
+# Less is spent on looking up what was compiled before.
+_LEAST_COMPILING = 0.001
+
 
 @dataclass(frozen=True)
 class WorkerReport:
@@ -103,10 +106,10 @@ class Report:
             f"{self.chunksize:,}, "
             f"{self.balance} balance, backend {self.backend} ({self.reason})"
         )
-        cost = (
-            f"{self.seconds:.4g} s in all, {self.bytes_copied:,} bytes read or copied by processes"
-        )
-        if self.compiling:
+        cost = f"{self.seconds:.4g} s in all"
+        if self.bytes_copied:
+            cost += f", {self.bytes_copied:,} bytes read or copied by processes"
+        if self.compiling >= _LEAST_COMPILING:
             cost += f", after {self.compiling:.3g} s of compiling"
         return [work, cost, *self.notes]
 

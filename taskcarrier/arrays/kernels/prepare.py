@@ -36,6 +36,10 @@ _NO_LOOP_NOTE = (
     "(pass out_shape=), of dtypes that numba knows, and takes items as its signature says"
 )
 
+_IN_PROCESSES_NOTE = (
+    "in processes a kernel is called from Python for every item; in threads, by a compiled loop"
+)
+
 
 @record
 class RowOutput:
@@ -138,7 +142,9 @@ def prepare_call(
         target = _TypedKernel(target, *compiled.scalars)
     copies_items = compiled.writable_args.items
     notes = [_COPIES_NOTE] if copies_items and not writable else []
-    if not in_processes and (by_item or compiled.note):
+    if in_processes and by_item:
+        notes.append(_IN_PROCESSES_NOTE)
+    elif by_item or (compiled.note and not in_processes):
         notes.append(compiled.note or _NO_LOOP_NOTE)
     return PreparedCall(
         call=Call(target, extras.all),
