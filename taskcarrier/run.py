@@ -7,6 +7,7 @@ have no result. The modules that made the task raise the errors, because they kn
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -33,7 +34,7 @@ from taskcarrier.workers import choose as choices
 from taskcarrier.workers.choose import Choice
 from taskcarrier.workers.executor import Executor
 from taskcarrier.workers.executors import make_executor
-from taskcarrier.workers.introspect import has_own_threads, is_jitted, releases_gil
+from taskcarrier.workers.introspect import has_own_threads, releases_gil
 from taskcarrier.workers.records import RangeFailure, RunResult, WorkerDeath, WorkerStats
 from taskcarrier.workers.serial import SerialExecutor
 from taskcarrier.workers.task import Job, Move, Task
@@ -139,6 +140,8 @@ class RunOutcome:
         What the workers agreed on, see `SetOnce`; None if nothing.
     item_seconds : float
         What an item took in the caller before the rest was handed over; 0 if it was not.
+    is_refused : bool
+        Whether the rest could not be handed over.
     report : Report
         The report, for people.
     """
@@ -151,6 +154,7 @@ class RunOutcome:
     missing: list[tuple[int, int]]
     first_proposal: Any
     item_seconds: float = 0.0
+    is_refused: bool = False
     report: Report
 
 
@@ -294,12 +298,19 @@ def execute(
         missing=result.missing,
         first_proposal=result.first_proposal,
         item_seconds=result.item_seconds,
+        is_refused=result.is_refused,
         report=report,
     )
 
 
 def remember_call(
-    func: Any, n_items: int, nbytes: int, executor: Executor, outcome: RunOutcome
+    func: Any,
+    n_items: int,
+    nbytes: int,
+    executor: Executor,
+    outcome: RunOutcome,
+    *,
+    is_kernel: bool = False,
 ) -> None:
     """Remember how long a call took if that decides on the next one.
 
@@ -321,9 +332,12 @@ def remember_call(
     elif not executor.begins_in_caller:
         known = history.find_known_in_threads(func)
         history.remember(known, busy_seconds, n_items, nbytes)
-    elif is_jitted(func):
+    elif is_kernel:
         # What the caller spent on each chunk is little of what the threads' loops did.
         history.remember(func, busy_seconds, n_items, nbytes)
+    elif outcome.is_refused:
+        # Not tried in every call: that may take long, and warns.
+        history.remember_shared(func, math.inf, n_items, nbytes, has_paid=False)
     elif report.backend == "sequential":
         history.remember(func, report.seconds, n_items, nbytes)
         history.remember_left_alone(func, report.seconds, n_items, nbytes)

@@ -99,23 +99,29 @@ class ShortSettings(NamedTuple):
         return cls(backend, n_jobs, balance, keep_report)
 
     def choose(
-        self, func: Any, n_items: int, nbytes: int, *, runs_kernels: bool = False
+        self, func: Any, n_items: int, nbytes: int, *, kernel_args: tuple[Any, ...] | None = None
     ) -> tuple[Choice | None, Known | None]:
         """Return where a call is run as a short one; None if it goes the general way.
 
         This is where that way runs it, with the same reason. By default it is the caller
         (`Choice.begins_in_caller`), if the call is known to be short. The second value is what
-        stands for the function in its history; None if that does not count. With `runs_kernels` the
-        short way can run functions that numba compiles.
+        stands for the function in its history; None if that does not count. With `kernel_args`,
+        further arguments, the short way can run functions that numba compiles.
         """
         if is_in_worker() or is_joblib_configured():
             return None, None
-        is_refused = is_numba_ufunc(func) or (is_jitted(func) and not runs_kernels)
+        is_kernel = is_jitted(func)
+        is_refused = is_numba_ufunc(func) or (is_kernel and kernel_args is None)
         choice = self._find_only_choice()
         if choice is not None:
             return None if is_refused else choice, None
         is_in_threads = self.backend == "threading"
-        known = (history.find_known_in_threads if is_in_threads else history.find_known)(func)
+        subject = func
+        if is_kernel and kernel_args is not None:
+            subject = history.find_known_kernel(func, kernel_args)
+            if subject is None:
+                return None, None
+        known = (history.find_known_in_threads if is_in_threads else history.find_known)(subject)
         if is_in_threads and (is_refused or is_ending()):
             return None, known
         return self._choose(func, known, n_items, nbytes), known

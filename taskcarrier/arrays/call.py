@@ -28,11 +28,13 @@ from taskcarrier.run import (
     remember_call,
     run_nothing,
 )
+from taskcarrier.scheduling import history
 from taskcarrier.scheduling.grid import ChunkGrid, chunk_grid, item_grid
 from taskcarrier.scheduling.retries import WithRetries
 from taskcarrier.workers.call import Call, check_extras
 from taskcarrier.workers.choose import check_for_arrays
 from taskcarrier.workers.executor import Executor
+from taskcarrier.workers.introspect import is_jitted
 from taskcarrier.workers.records import DeliveredFailure, PartialResult
 from taskcarrier.workers.replay import ReplayExecutor
 from taskcarrier.workers.task import Move, Task
@@ -260,8 +262,11 @@ class ArrayCall:
             resumed=resumed,
             move=move,
         )
-        size = self.inputs.n_items, self.inputs.nbytes
-        remember_call(self.call.func, *size, executor, outcome)
+        func, args = self.call.func, self.call.args
+        subject = history.find_known_kernel(func, args) if is_jitted(func) else func
+        if subject is not None:
+            size = self.inputs.n_items, self.inputs.nbytes
+            remember_call(subject, *size, executor, outcome, is_kernel=is_jitted(func))
         return outcome
 
     def make_shared_buffer(self) -> SharedBuffer:

@@ -68,7 +68,7 @@ class PlacedMap:
                 is_resumed=ledger_file is not None and not ledger_file.is_new,
             )
             marks = None if ledger_file is None else _reset_marks(ledger_file, buffer)
-            fusion, fusing_ns = self._fuse(executor, buffer)
+            fusion, fusing_ns = (None, 0) if outcomes else self._fuse(executor, buffer)
             work = (
                 call.make_work(executor.staging, buffer, fusing_ns, outcomes=outcomes)
                 if fusion is None

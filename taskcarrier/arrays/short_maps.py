@@ -107,32 +107,33 @@ def _run(
             func, arrays, options, settings, grid, by_item=by_item, joins=joins
         )
         return (NOT_SHORT if result is None else result), replay or {}
-    choice, known = settings.choose(func, n_items, nbytes, runs_kernels=by_item)
+    choice, known = settings.choose(
+        func, n_items, nbytes, kernel_args=options.get("args", ()) if by_item else None
+    )
     if choice is None or (len(grid) > _MAX_CHUNKS and not by_item):
         return NOT_SHORT, {}
     call = ShortCall(func, known, grid, nbytes, choice, settings)
     if is_jitted(func):
-        return (_run_kernel(call, arrays, options) if by_item else NOT_SHORT), {}
+        return _run_kernel(call, arrays, options) if by_item else (NOT_SHORT, {})
     work = kind(_bind_constants(func, len(arrays), options), arrays, grid)
     result = call.run(work, can_join=by_item)
     return (NOT_SHORT if result is None else result), work.outcomes
 
 
-def _run_kernel(call: ShortCall, arrays: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-    """Return the result of a call over items; `NOT_SHORT` if no loop is compiled for it.
-
-    And if it is not usual: the general way runs it from its beginning.
-    """
+def _run_kernel(
+    call: ShortCall, arrays: tuple[Any, ...], options: Mapping[str, Any]
+) -> tuple[Any, Outcomes]:
+    """Do what `_run` does for a kernel of items, if its loop was compiled before."""
     from taskcarrier.arrays.kernels import short_loops  # noqa: PLC0415  # loads numba
 
     args = options.get("args", ())
     if options.get("kwargs") or not {*map(type, args)} <= _NUMBERS:
-        return NOT_SHORT
+        return NOT_SHORT, {}
     work = short_loops.LoopWork.find(call, arrays, args)
     if work is None:
-        return NOT_SHORT
+        return NOT_SHORT, {}
     result = call.run(work, can_join=True, least_units=1)
-    return NOT_SHORT if result is None else result
+    return (NOT_SHORT if result is None else result), work.outcomes
 
 
 def _bind_constants(

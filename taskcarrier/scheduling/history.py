@@ -22,6 +22,7 @@ _FURTHEST = 8
 
 # Calls that are compared have at most this many times the items and bytes of each other.
 _SIMILAR = 2
+_NUMBERS = {bool, int, float, complex}
 # After so many calls in the caller alone, workers are tried again.
 _CALLS_ALONE = 20
 
@@ -112,6 +113,16 @@ def find_known_in_threads(func: Any) -> Known:
     alone.
     """
     return Known(("threads", find_known(func)))
+
+
+def find_known_kernel(kernel: Any, args: tuple[Any, ...]) -> Known | None:
+    """Return what stands for a kernel with further arguments; None if these are not numbers.
+
+    A number often says how much is to be done for an item.
+    """
+    if not {*map(type, args)} <= _NUMBERS:
+        return None
+    return Known((find_known(kernel), *args))
 
 
 def remember(func: Any, seconds: float, n_items: int, nbytes: int) -> None:

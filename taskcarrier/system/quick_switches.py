@@ -20,28 +20,27 @@ _QUICK_SECONDS = 0.0002
 _HALF_A_STEP = 5e-7
 
 _lock = ModuleLock()
-# For each moment that goes on: the interval before the first of them, and the one that it has set.
-_intervals: list[tuple[float, float]] = []
+_intervals: list[float] = []  # for each moment that goes on: the one before the first of them
 
 
 @contextmanager
 def quick_switches() -> Iterator[None]:
     """Return a context; while it is open, threads get the lock soon. Contexts may overlap."""
     with _lock:
-        if not _intervals:
-            usual = sys.getswitchinterval()
-            sys.setswitchinterval(min(_QUICK_SECONDS, usual))
-            _intervals.append((usual, sys.getswitchinterval()))
-        else:
-            _intervals.append(_intervals[0])
+        # Noted before it is set, and until it is set back: a child may be forked in between.
+        usual = _intervals[0] if _intervals else sys.getswitchinterval()
+        _intervals.append(usual)
+        if len(_intervals) == 1:
+            sys.setswitchinterval(min(_QUICK_SECONDS, usual) + _HALF_A_STEP)
     try:
         yield
     finally:
         with _lock:
-            usual, quick = _intervals.pop()
             # Unless the program has set another one meanwhile.
-            if not _intervals and sys.getswitchinterval() == quick:
+            is_ours = abs(sys.getswitchinterval() - min(_QUICK_SECONDS, usual)) < 2 * _HALF_A_STEP
+            if len(_intervals) == 1 and is_ours:
                 sys.setswitchinterval(usual + _HALF_A_STEP)
+            _intervals.pop()
 
 
 def are_switches_quick() -> bool:
@@ -52,7 +51,7 @@ def are_switches_quick() -> bool:
 def _return_to_usual() -> None:
     """End all moments in a forked child, which has none of the threads that began them."""
     if _intervals:
-        sys.setswitchinterval(_intervals[0][0] + _HALF_A_STEP)
+        sys.setswitchinterval(_intervals[0] + _HALF_A_STEP)
         _intervals.clear()
 
 

@@ -15,6 +15,7 @@ begin only after the caller's next decision.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from queue import SimpleQueue
 from time import perf_counter
@@ -114,6 +115,7 @@ class CallerChunks:
         self._is_begun = False
         self._is_wanted = False  # whether the watcher shall prepare the workers in any case
         self._is_over = False
+        self._is_late = False  # whether the workers were not ready when the caller had done all
         self._are_missed = False  # whether workers would have saved time if they had been there
 
     # In the calling thread
@@ -288,6 +290,7 @@ class CallerChunks:
         except IndexError:
             return
         if self.hand_over.is_getting_ready and not self._is_begun:
+            self._is_late = True
             LateClose(self._close, self.hand_over.hurry).start()
         else:
             self._close()
@@ -315,15 +318,21 @@ class CallerChunks:
                 f"{took}: {n_items:,} items were handed over to {where}; that was expected to save "
                 f"{min(saving, most):.2g} s"
             )
+        return took + self._explain_caller()
+
+    def _explain_caller(self) -> str:
+        """Return why the caller has done all."""
         if self.error is not None:
-            return f"{took}, but the rest could not be handed over"
+            return ", but the rest could not be handed over"
+        if math.isinf(self._alone_seconds):
+            return ": the rest of an earlier call could not be handed over"
         if self._alone_seconds:
-            return f"{took}: workers saved nothing when they were tried"
-        if self.hand_over.is_getting_ready or self._is_wanted:
-            return f"{took}: the caller had done all before the workers were ready"
+            return ": workers saved nothing when they were tried"
+        if self._is_late or self._is_wanted:
+            return ": the caller had done all before the workers were ready"
         if self._are_missed:
-            return f"{took}: workers would have saved time if they had been ready"
-        return f"{took}: workers would have saved nothing"
+            return ": workers would have saved time if they had been ready"
+        return ": workers would have saved nothing"
 
     def advise(self, seconds: float) -> list[str]:
         """Return a note if threads would have saved much of the seconds that the call took."""

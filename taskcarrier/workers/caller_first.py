@@ -96,6 +96,7 @@ class CallerFirstExecutor:
                     chunks.note_missed()
                 result.worker_stats[1:1] = chunks.stats_of_trial
                 result.item_seconds = chunks.item_seconds
+                result.is_refused = chunks.error is not None
         finally:
             chunks.close()
         self._choice = replace(choice, reason=chunks.explain())

@@ -55,9 +55,12 @@ class LateClose:
         finally:
             _late.remove(self)
 
-    def finish(self) -> None:
-        """Wait until it is closed, which is soon."""
+    def hurry(self) -> None:
+        """Have it closed soon."""
         self._hurry()
+
+    def wait(self) -> None:
+        """Wait until it is closed."""
         if self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -65,8 +68,11 @@ class LateClose:
 def finish_late_closes() -> None:
     """Wait until everything is closed, which is soon."""
     finish_looks()  # a watcher may start more
-    for late in _late.copy():
-        late.finish()
+    late_ones = _late.copy()
+    for late in late_ones:
+        late.hurry()
+    for late in late_ones:
+        late.wait()
 
 
 call_before_shutdown(finish_late_closes)

@@ -146,6 +146,8 @@ class RunResult:
         The number of bytes that were copied on their way to workers, and not into a segment.
     item_seconds : float
         What an item took in the caller before the rest was handed over; 0 if it was not.
+    is_refused : bool
+        Whether the rest could not be handed over.
     """
 
     worker_stats: list[WorkerStats]
@@ -157,6 +159,7 @@ class RunResult:
     missing: list[tuple[int, int]] = field(default_factory=list)
     nbytes_sent: int = 0
     item_seconds: float = 0.0
+    is_refused: bool = False
 
     @classmethod
     def read(

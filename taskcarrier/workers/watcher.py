@@ -114,8 +114,10 @@ class Watcher:
             elif (seconds := self._due - now) <= 0:
                 last_time = now
                 self._is_looking = True
-                answer = look()
-                self._is_looking = False
+                try:
+                    answer = look()
+                finally:
+                    self._is_looking = False
                 if answer is None:
                     done, seconds = look, _POLL_SECONDS
                 elif self._look is look:

@@ -42,6 +42,7 @@ from tests.interrupted import interrupted_at
 from tests.strategies import keep_pools_warm
 
 X = np.arange(24.0)
+FIND_ALONE_SECONDS, PAYS = history.find_alone_seconds, CallerChunks._pays
 pools = keep_pools_warm(2)
 
 
@@ -288,6 +289,25 @@ class TestFailures:
         del sys.modules["only_here"]
 
     @pytest.mark.fault(54)
+    def test_what_could_not_be_handed_over_is_left_alone_for_a_while(
+        self, hand_over_after, monkeypatch
+    ):
+        lock = threading.Lock()
+
+        def func(chunk):
+            with lock:
+                return 2 * chunk
+
+        hand_over_after(1)
+        with pytest.warns(UserWarning, match="could not be handed over"):
+            map_array(func, X, chunksize=2, n_jobs=2)
+        monkeypatch.setattr(history, "find_alone_seconds", FIND_ALONE_SECONDS)
+        monkeypatch.setattr(CallerChunks, "_pays", PAYS)
+        monkeypatch.setattr(CallerChunks, "_find_seconds_to_wait", lambda self: LONG)
+        for _ in range(3):
+            assert (map_array(func, X, chunksize=2, n_jobs=2) == 2 * X).all()
+            assert "the rest of an earlier call could not be handed over" in last_report().reason
+
     def test_nobody_is_warned_of_what_need_not_be_sent(self, hand_over_after):
         lock = threading.Lock()
         hand_over_after(100)

@@ -37,6 +37,8 @@ from taskcarrier.system.locks import ModuleLock
 from taskcarrier.workers.introspect import has_own_threads
 from taskcarrier.workers.pools import call_at_shutdown
 
+# The symbols by which compiled code runs Python (`objmode`), prints, and draws random numbers.
+_OF_EFFECTS = ("PyObject_Call", "PySys_FormatStdout", "numba_get_np_random", "numba_get_py_random")
 # The prefix of the symbols that make a Python object of an array.
 _TO_PYTHON_PREFIX = "NRT_adapt_ndarray_to_python"
 
@@ -119,10 +121,21 @@ def _cannot_keep_row(kind: types.Type) -> bool:
 
 
 class FoundLoop(NamedTuple):
-    """A loop that was compiled, and what its kernel returns."""
+    """A loop that was compiled.
+
+    Attributes
+    ----------
+    loop : callable
+        The loop.
+    result : KernelResult
+        What its kernel returns.
+    has_effects : bool
+        Whether somebody may notice that the kernel is called twice for an item.
+    """
 
     loop: Callable[..., None]
     result: KernelResult
+    has_effects: bool
 
 
 class _KernelCache:
@@ -202,6 +215,12 @@ def _makes_objects_of_arrays(overload: Any) -> bool:
     return _TO_PYTHON_PREFIX in str(overload.library._get_module_for_linking())
 
 
+def _has_effects(overload: Any) -> bool:
+    """Return whether compiled code, or code that it calls, runs Python, prints or draws numbers."""
+    code = str(overload.library._get_module_for_linking())
+    return any(symbol in code for symbol in _OF_EFFECTS)
+
+
 _compile_lock = ModuleLock()
 
 
@@ -254,7 +273,8 @@ def find_loop(kernel: Any, arrays: Sequence[np.ndarray], args: tuple[Any, ...]) 
             return None
         outs = tuple(ArrayLayout.of(np.empty(1, dtype), 0) for dtype in result.dtypes)
         if outs in result.loops:
-            found = cache.found[key] = FoundLoop(result.loops[outs], result)
+            has_effects = any(map(_has_effects, kernel.overloads.values()))
+            found = cache.found[key] = FoundLoop(result.loops[outs], result, has_effects)
     return found
 
 

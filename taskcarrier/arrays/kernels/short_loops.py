@@ -1,8 +1,9 @@
 """Short maps over kernels: the loop that an earlier call has compiled, and little else.
 
 Such a call is one or a few calls of the loop (`taskcarrier.arrays.kernels.loops`) by the caller, or
-by a crew. If the kernel raises, or takes too long, the general way runs the call from its
-beginning: compiled code has no state of its own that would tell.
+by a crew. If the kernel raises, the general way says where; it calls the kernel for no item again.
+If the call takes too long, the general way runs it from its beginning, unless the kernel runs
+Python, prints or draws random numbers: nothing else could notice that.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from taskcarrier.arrays.kernels.compiler import FoundLoop, find_loop
 from taskcarrier.arrays.kernels.fused import to_loop_arguments
 from taskcarrier.scheduling.ledger import Ledger
 from taskcarrier.short_calls import Patience, ShortCall
+from taskcarrier.system.interrupts import is_raised_by_handler
+from taskcarrier.workers.records import Raised
 
-# Python handles Ctrl-C between two calls of a loop. After a call that takes fewer seconds, the next
-# has so many times the items; after one that takes so many times longer, that part of them.
+# Python handles Ctrl-C between two calls of a loop. The first has one item. After a call that takes
+# fewer seconds, the next has so many times the items; after one that takes so many times longer,
+# that part of them.
 _CALL_SECONDS = 0.001
 _GROWTH = 4
 
@@ -36,8 +40,6 @@ class LoopWork:
         The mapped arrays.
     args : tuple
         Further arguments: numbers.
-    chunksize : int
-        The items of the first call of the loop.
     patience : Patience, optional
         The time that the call may take.
     """
@@ -47,11 +49,10 @@ class LoopWork:
         found: FoundLoop,
         arrays: tuple[np.ndarray, ...],
         args: tuple[Any, ...],
-        chunksize: int,
         patience: Patience | None,
     ) -> None:
-        self.outcomes: dict[int, Any] = {}  # always none: the general way starts over
-        self._loop, self._result = found
+        self.outcomes: dict[int, Any] = {}
+        self._loop, self._result = found.loop, found.result
         self._arrays = arrays  # which live as long as their addresses are in use
         self._n_items = len(arrays[0])
         self._outs = [np.empty(self._n_items, dtype) for dtype in self._result.dtypes]
@@ -60,9 +61,9 @@ class LoopWork:
             *to_loop_arguments(self._outs, [0] * len(self._outs)),
             *args,
         ]
-        self._n_at_once = chunksize
+        self._n_at_once = 1
         self._patience = patience
-        self._n_done: list[int] = []
+        self._done: list[tuple[int, int]] = []  # ranges of items
 
     @classmethod
     def find(
@@ -72,8 +73,9 @@ class LoopWork:
         found = find_loop(call.func, arrays, args)
         if found is None:
             return None
-        patience = Patience(call.func) if call.choice.begins_in_caller else None
-        return cls(found, arrays, args, call.grid.chunksize, patience)
+        # A call whose time is up is run from its beginning.
+        may_begin_again = call.known is not None and not found.has_effects
+        return cls(found, arrays, args, Patience(call.func) if may_begin_again else None)
 
     def run_unit(self, start: int, stop: int) -> bool:
         """Run a unit, in any thread; return whether the call is still usual."""
@@ -90,7 +92,12 @@ class LoopWork:
                     ledger.address, ledger.row_address(0), begin, end, 0, 0, 0, 1, self._n_items,
                     *self._arguments,
                 )  # fmt: skip
-            except Exception:  # noqa: BLE001  # the general way raises it, and says where
+            except Exception as error:
+                if is_raised_by_handler(error):
+                    raise
+                _, item = ledger.loop_position(0)
+                self._done.append((start, item))
+                self.outcomes[item] = Raised(error)
                 return False
             seconds = perf_counter() - before
             if seconds < _CALL_SECONDS and end < stop:
@@ -99,12 +106,19 @@ class LoopWork:
                 self._n_at_once = -(-self._n_at_once // _GROWTH)
             begin = end
         _free_ledgers.append(ledger)
-        self._n_done.append(stop - start)
+        self._done.append((start, stop))
         return True
 
     def join_results(self) -> np.ndarray | tuple[np.ndarray, ...] | None:
-        """Return the result; None if some of it is missing."""
-        if sum(self._n_done) < self._n_items:
+        """Return the result; None if some of it is missing, with the outcomes if it has failed."""
+        if self.outcomes:
+            # The results are not needed: the call ends with an error.
+            zeros = tuple(dtype.type() for dtype in self._result.dtypes)
+            zero = zeros if self._result.is_tuple else zeros[0]
+            for start, stop in self._done:
+                self.outcomes.update(dict.fromkeys(range(start, stop), zero))
+            return None
+        if sum(stop - start for start, stop in self._done) < self._n_items:
             return None
         return tuple(self._outs) if self._result.is_tuple else self._outs[0]
 

@@ -1,6 +1,7 @@
 """Short maps over kernels: what the general way gives, by a few calls of the compiled loop."""
 
 import itertools
+import signal
 import threading
 
 import numba
@@ -8,12 +9,12 @@ import numpy as np
 import pytest
 
 from taskcarrier import StaticParallelMapper, last_report, map_array, map_items
-from taskcarrier.arrays.kernels import short_loops
+from taskcarrier.arrays.kernels import compiler, short_loops
 from taskcarrier.arrays.kernels.compiler import FoundLoop
 from taskcarrier.arrays.kernels.short_loops import LoopWork
 from taskcarrier.arrays.kernels.signatures import KernelResult, WritableArgs
 from taskcarrier.scheduling import history
-from taskcarrier.short_calls import ShortSettings
+from taskcarrier.short_calls import Patience, ShortSettings
 from tests.clocks import LONG
 from tests.strategies import assert_same, keep_pools_warm
 
@@ -215,18 +216,19 @@ def test_a_kernel_that_is_compiled_anew_is_another(loops):
         assert len(loops) == n_calls + n_more
 
 
-def make_work(loop, n_items=1000, chunksize=2, patience=None):
+def make_work(loop, n_items=1000, patience=None):
     result = KernelResult((np.dtype(float),), is_tuple=False, writable_args=WritableArgs(False))
-    return LoopWork(FoundLoop(loop, result), (np.zeros(n_items),), (), chunksize, patience)
+    found = FoundLoop(loop, result, has_effects=False)
+    return LoopWork(found, (np.zeros(n_items),), (), patience)
 
 
 @pytest.mark.parametrize(
     ("seconds", "lengths"),
     [
-        # Each call takes so long; then the items of each call follow.
-        (LONG, [2, 8, 32, 58]),
-        (0.0, [2] * 50),
-        (-1.0, [2, *[1] * 98]),
+        # Each call takes less, about as long, or more; then the items of each call follow.
+        (LONG, [1, 4, 16, 64, 15]),
+        (0.0, [1] * 100),
+        (-1.0, [1] * 100),
     ],
 )
 def test_the_next_call_of_a_loop_has_more_items_if_the_last_was_quick(
@@ -246,6 +248,19 @@ def test_the_next_call_of_a_loop_has_more_items_if_the_last_was_quick(
     assert work.join_results() is not None
 
 
+def test_the_next_call_of_a_loop_has_fewer_items_if_the_last_was_slow(monkeypatch):
+    called = []
+
+    def loop(*words):
+        called.append(words[2:4])
+        if len(called) == 3:
+            monkeypatch.setattr(short_loops, "_CALL_SECONDS", -1.0)
+
+    monkeypatch.setattr(short_loops, "_CALL_SECONDS", LONG)
+    assert make_work(loop, n_items=27).run_unit(0, 27)
+    assert [stop - start for start, stop in called] == [1, 4, 16, 4, 1, 1]
+
+
 def test_a_call_whose_time_is_up_goes_the_general_way():
     class Impatient:
         has_ended = True
@@ -253,8 +268,21 @@ def test_a_call_whose_time_is_up_goes_the_general_way():
     called = []
     work = make_work(lambda *words: called.append(words[2:4]), patience=Impatient())
     assert not work.run_unit(0, 1000)
-    assert called == [(0, 2)]
+    assert called == [(0, 1)]
     assert work.join_results() is None
+    assert work.outcomes == {}
+
+
+@pytest.mark.parametrize("backend", [None, "threading"])
+def test_a_kernel_that_takes_longer_than_the_last_time_goes_the_general_way(
+    backend, loops, monkeypatch
+):
+    map_items(root, X, n_jobs=2, backend=backend)
+    loops.clear()
+    monkeypatch.setattr(Patience, "has_ended", True)
+    assert (map_items(root, X, n_jobs=2, backend=backend) == X**0.5).all()
+    assert {stop - start for start, stop, _ in loops} == {1}
+    assert last_report().items == len(X)
 
 
 def test_an_interrupt_ends_the_call():
@@ -265,6 +293,106 @@ def test_an_interrupt_ends_the_call():
     with pytest.raises(KeyboardInterrupt):
         work.run_unit(0, 1000)
     assert work.join_results() is None
+
+
+class LateError(Exception):
+    """What a signal handler raises."""
+
+
+@pytest.mark.parametrize("run", [{"n_jobs": 1}, {"backend": "threading", "n_jobs": 2}])
+def test_an_exception_of_a_signal_handler_ends_the_call(run, loops, monkeypatch):
+    def handle(*_):
+        raise LateError
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    find = LoopWork.find.__func__
+
+    def find_interrupted(cls, *args):
+        work = find(cls, *args)
+        loop = work._loop
+
+        def run_loop(*words):
+            if threading.current_thread() is threading.main_thread():
+                signal.raise_signal(signal.SIGUSR1)
+            loop(*words)
+
+        work._loop = run_loop
+        return work
+
+    try:
+        map_items(root, X, **run)
+        monkeypatch.setattr(LoopWork, "find", classmethod(find_interrupted))
+        with pytest.raises(LateError):
+            map_items(root, X, **run)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+SEEN = []
+
+
+def see(x):
+    SEEN.append(x)
+
+
+@numba.njit
+def seen(x):
+    with numba.objmode():
+        see(x)
+    if x == 40:
+        raise ValueError("forty")
+    return x
+
+
+def test_no_item_is_run_again_for_an_error(run, loops):
+    map_items(seen, np.arange(30.0), **run)
+    SEEN.clear()
+    with pytest.raises(ValueError, match="forty"):
+        map_items(seen, X, **run)
+    assert len(loops) > 0
+    assert max(SEEN.count(x) for x in X) == 1
+    assert SEEN.count(40.0) == 1
+
+
+def test_a_kernel_that_runs_python_is_not_begun_again(loops, monkeypatch):
+    items = np.arange(30.0)
+    map_items(seen, items, n_jobs=2)
+    SEEN.clear()
+    monkeypatch.setattr(Patience, "has_ended", True)
+    assert (map_items(seen, items, n_jobs=2) == items).all()
+    assert len(loops) > 0
+    assert list(items) == SEEN
+
+
+@numba.njit
+def printing(x):
+    print(x)  # noqa: T201  # what the test is about
+    return x
+
+
+@numba.njit
+def drawing(x):
+    return x + np.random.random()  # noqa: NPY002  # all that numba has without a generator
+
+
+@numba.njit
+def drawing_inside(x):
+    return drawing(x)
+
+
+@pytest.mark.parametrize("kernel", [root, seen, printing, drawing, drawing_inside])
+def test_effects_of_kernels_are_seen(kernel, capfd):
+    items = np.arange(3.0)
+    map_items(kernel, items, n_jobs=1)
+    assert compiler.find_loop(kernel, (items,), ()).has_effects == (kernel is not root)
+    assert len(capfd.readouterr().out.splitlines()) == 3 * (kernel is printing)
+
+
+def test_what_is_known_of_a_kernel_is_known_for_its_numbers():
+    known = history.find_known_kernel(scaled, (2.5, True))
+    assert known == history.find_known_kernel(scaled, (2.5, True))
+    assert known != history.find_known_kernel(scaled, (3.5, True))
+    assert history.find_known_kernel(scaled, (X,)) is None
 
 
 def test_loops_at_work_at_once_have_ledgers_of_their_own():
