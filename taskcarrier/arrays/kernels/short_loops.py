@@ -113,7 +113,7 @@ class LoopWork:
         """Return the result; None if some of it is missing, with the outcomes if it has failed."""
         if self.outcomes:
             # The results are not needed: the call ends with an error.
-            zeros = tuple(dtype.type() for dtype in self._result.dtypes)
+            zeros = tuple(np.zeros((), dtype)[()] for dtype in self._result.dtypes)
             zero = zeros if self._result.is_tuple else zeros[0]
             for start, stop in self._done:
                 self.outcomes.update(dict.fromkeys(range(start, stop), zero))

@@ -354,6 +354,21 @@ def test_no_item_is_run_again_for_an_error(run, loops):
     assert SEEN.count(40.0) == 1
 
 
+def test_an_error_among_results_of_any_dtype_is_the_error(run, loops):
+    @numba.njit
+    def next_date(date, number):
+        if number == 20:
+            raise ValueError("twenty")
+        return date, number
+
+    numbers = np.arange(len(DATES)) % 20
+    map_items(next_date, DATES, numbers, **run)
+    numbers[[20, 30]] = 20
+    with pytest.raises(ValueError, match="twenty"):
+        map_items(next_date, DATES, numbers, **run)
+    assert len(loops) > 0
+
+
 def test_a_kernel_that_runs_python_is_not_begun_again(loops, monkeypatch):
     items = np.arange(30.0)
     map_items(seen, items, n_jobs=2)
