@@ -129,7 +129,7 @@ def _run_kernel(
     args = options.get("args", ())
     if options.get("kwargs") or not {*map(type, args)} <= _NUMBERS:
         return NOT_SHORT, {}
-    work = short_loops.LoopWork.find(call, arrays, args)
+    work = short_loops.LoopWork.find(call, arrays, args, _MAX_NBYTES)
     if work is None:
         return NOT_SHORT, {}
     result = call.run(work, can_join=True, least_units=1)
@@ -192,7 +192,7 @@ class _Work(ABC):
     ) -> None:
         self.outcomes: dict[int, Any] = {}
         self._func = func
-        # Chunks are views of these, so they cannot be written to either.
+        # Chunks are views of these, and so read-only as well.
         self._arrays = [array.view() for array in arrays]
         for view in self._arrays:
             view.flags.writeable = False

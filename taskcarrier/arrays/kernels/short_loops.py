@@ -67,11 +67,20 @@ class LoopWork:
 
     @classmethod
     def find(
-        cls, call: ShortCall, arrays: tuple[np.ndarray, ...], args: tuple[Any, ...]
+        cls,
+        call: ShortCall,
+        arrays: tuple[np.ndarray, ...],
+        args: tuple[Any, ...],
+        most_nbytes: int,
     ) -> Self | None:
-        """Return the work of a call; None if no loop was compiled for it."""
+        """Return the work of a call; None if no loop was compiled for it.
+
+        And if the results have more than `most_nbytes` bytes: the general way asks for room first.
+        """
         found = find_loop(call.func, arrays, args)
         if found is None:
+            return None
+        if len(arrays[0]) * sum(dtype.itemsize for dtype in found.result.dtypes) > most_nbytes:
             return None
         # A call whose time is up is run from its beginning.
         may_begin_again = call.known is not None and not found.has_effects

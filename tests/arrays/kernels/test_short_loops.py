@@ -174,6 +174,17 @@ def test_what_has_no_such_loop_goes_the_general_way(kernel, array, options, loop
     assert loops == []
 
 
+def test_large_results_go_the_general_way(loops, monkeypatch):
+    map_items(root, X, n_jobs=1)
+    loops.clear()
+    monkeypatch.setattr("taskcarrier.arrays.short_maps._MAX_NBYTES", X.nbytes - 1)
+    assert (map_items(root, X, n_jobs=1) == X**0.5).all()
+    assert loops == []
+    monkeypatch.setattr("taskcarrier.arrays.short_maps._MAX_NBYTES", X.nbytes)
+    assert (map_items(root, X, n_jobs=1) == X**0.5).all()
+    assert len(loops) > 0
+
+
 def test_chunks_go_the_general_way(loops):
     @numba.njit
     def double(chunk):
