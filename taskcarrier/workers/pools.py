@@ -109,6 +109,7 @@ class _Pools:
         self._warm_holders = Holders()
         self._keeper: threading.Thread | None = None
         self._keeper_inbox: SimpleQueue[object] = SimpleQueue()  # an entry makes it look again
+        self._keeper_is_idle = threading.Event()  # it ends no pool now
         self._keeper_lock = threading.Lock()  # only in threads that are not interrupted
 
     def take(self, key: _Key) -> _Lease:
@@ -159,10 +160,16 @@ class _Pools:
         with self._keeper_lock:
             if self._keeper is None:
                 inbox: SimpleQueue[object] = SimpleQueue()
+                is_idle = threading.Event()
+                is_idle.set()
                 keeper = threading.Thread(
-                    target=self._run_keeper, args=(inbox,), name="taskcarrier-keeper", daemon=True
+                    target=self._run_keeper,
+                    args=(inbox, is_idle),
+                    name="taskcarrier-keeper",
+                    daemon=True,
                 )
-                self._keeper_inbox, self._keeper = inbox, keeper
+                self._keeper_inbox, self._keeper_is_idle = inbox, is_idle
+                self._keeper = keeper
                 try:
                     keeper.start()
                 except (RuntimeError, MemoryError):
@@ -203,14 +210,17 @@ class _Pools:
 
     def shutdown(self, *, wait: bool, caller: int = 0) -> None:
         self._end_pools(self._lend_idle(), wait=wait)
-        keeper = None
         with self._keeper_lock:
-            if not self._places:
-                keeper, self._keeper = self._keeper, None
+            keeper, is_idle = self._keeper, self._keeper_is_idle
+            is_done = not self._places
+            if is_done:
+                self._keeper = None
                 self._keeper_inbox.put(None)
         # A finalizer that runs in the keeper may have called this.
         if wait and keeper is not None and keeper.ident != caller:
-            keeper.join()
+            is_idle.wait()  # it may be ending a pool that could not be leased here
+            if is_done:
+                keeper.join()
 
     def drop_after_fork(self) -> None:
         for place in self._places:
@@ -242,7 +252,7 @@ class _Pools:
             if place.pool.lacks_workers or (place.was_lost and len(similar) > 1):
                 self._end_pools(self._lend_free([place]))
 
-    def _run_keeper(self, inbox: SimpleQueue[object]) -> None:
+    def _run_keeper(self, inbox: SimpleQueue[object], is_idle: threading.Event) -> None:
         """End pools that were idle for long; the keeper itself ends when none is left."""
         me = threading.current_thread()
         while True:
@@ -254,9 +264,13 @@ class _Pools:
                     return
             with suppress(Empty):
                 inbox.get(timeout=self._seconds_to_wait())
-            self._end_lost_pools()
-            if not self._warm_holders:
-                self._end_pools(self._lend_idle(time.monotonic() - IDLE_SECONDS))
+            is_idle.clear()  # before the first lease
+            try:
+                self._end_lost_pools()
+                if not self._warm_holders:
+                    self._end_pools(self._lend_idle(time.monotonic() - IDLE_SECONDS))
+            finally:
+                is_idle.set()
 
     def _seconds_to_wait(self) -> float:
         times = [place.used for place in self._places.copy() if place.lease() is None]

@@ -395,6 +395,29 @@ class TestShutdown:
         shutdown()
         assert keepers() == []
 
+    def test_shutdown_waits_for_a_pool_that_the_keeper_ends(self, monkeypatch):
+        ending, go_on, is_over = threading.Event(), threading.Event(), threading.Event()
+        with thread_pool(3):  # not idle, so that the keeper stays
+            with thread_pool(2) as pool:
+                close = pool.close
+
+                def end_slowly(*, wait=True):
+                    ending.set()
+                    go_on.wait(LONG)
+                    close(wait=wait)
+
+                monkeypatch.setattr(pool, "close", end_slowly)
+                monkeypatch.setattr(pool, "lacks_workers", True)
+                monkeypatch.setattr(module._pools, "end_unless_kept", lambda _: None)
+            module._pools._keeper_inbox.put(None)
+            assert ending.wait(LONG)
+            caller = threading.Thread(target=lambda: (shutdown(), is_over.set()))
+            caller.start()
+            assert not is_over.wait(0.2)
+            go_on.set()
+            caller.join(LONG)
+            assert is_over.is_set()
+
     def test_shutdown_is_public(self):
         assert taskcarrier.shutdown is shutdown
 

@@ -273,6 +273,8 @@ class ProcessPool:
             worker.wait_and_reap()
         self._starter.close()
         self._close_files()
+        # Not when the last reference to the pool is gone: mapped memory keeps a descriptor open.
+        del self._ledger
 
     def drop_after_fork(self) -> None:
         """Drop everything in a forked child: the workers belong to its parent."""
