@@ -116,6 +116,7 @@ class TestLateWorkers:
         monkeypatch.setattr(caller_chunks, "_READY_SECONDS", LONG)
         with pytest.warns(UserWarning, match="could not be handed over"):
             map_array(only_in_caller.func, X, chunksize=2, n_jobs=2)
+        wait_until(lambda: not late_closes._late)  # the other may not have tried to import it yet
         assert {*get_pids()} <= before
         assert capfd.readouterr().err == ""
         del sys.modules["only_in_caller"]
