@@ -192,7 +192,7 @@ class _Work(ABC):
     ) -> None:
         self.outcomes: dict[int, Any] = {}
         self._func = func
-        # Chunks are views of these, and so read-only as well.
+        # Chunks are views of these, so they are read-only too.
         self._arrays = [array.view() for array in arrays]
         for view in self._arrays:
             view.flags.writeable = False
